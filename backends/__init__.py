@@ -1,0 +1,108 @@
+"""Faster verbs for known array libraries, and what can be said of each on this machine.
+
+Delete any file of this folder: everything still works, only slower.
+"""
+
+import importlib
+import importlib.util
+from typing import Any, NamedTuple
+
+from rlora.core.backend import (
+    Backend,
+    backend_for_namespace,
+    get_backend,
+    load_backend_class,
+    plugins,
+)
+from rlora.core.errors import BackendError
+
+__all__ = ["Backend", "BackendInfo", "available", "get", "get_backend"]
+
+BUILTIN = ("numpy", "torch", "jax", "cupy")
+
+
+class BackendInfo(NamedTuple):
+    """What `available` says of one backend."""
+
+    name: str
+    version: str | None
+    devices: tuple[str, ...]
+    why_not: str | None
+
+    @property
+    def usable(self) -> bool:
+        """Whether arrays of this library can be made here."""
+        return self.why_not is None
+
+
+def available() -> dict[str, BackendInfo]:
+    """Every backend by name: its version and devices here, or why it cannot be used.
+
+    Imports each library that is installed. A broken one is reported, never raised.
+
+    Returns
+    -------
+    dict of str to BackendInfo
+        The built-in ones first, then those of the entry points ``rlora.backends``.
+    """
+    return {name: _info(name) for name in dict.fromkeys((*BUILTIN, *plugins()))}
+
+
+def get(name: str) -> Backend:
+    """The backend of a library by name, ready to make arrays.
+
+    Parameters
+    ----------
+    name : str
+        "numpy", "torch", "jax", "cupy", a plug-in's name, or any importable Array-API namespace.
+
+    Returns
+    -------
+    Backend
+        With at least one device.
+
+    Raises
+    ------
+    BackendError
+        When the library is not installed, cannot be imported, or has no device here.
+    """
+    library = name if importlib.util.find_spec(name) else _namespace_of_plugin(name)
+    try:
+        module = importlib.import_module(library)
+        probe: Any = getattr(module, "numpy", module) if name == "jax" else module
+        backend = _backend(name, probe)
+        backend.devices()
+    except BackendError:
+        raise
+    except Exception as error:  # a broken installation may raise anything
+        msg = f"the {name} backend cannot be used here: {type(error).__name__}: {error}"
+        raise BackendError(msg) from error
+    return backend
+
+
+def _backend(name: str, module: Any) -> Backend:
+    if name in ("numpy", "torch", "cupy"):
+        # The wrapper fills the gaps between the library and the standard.
+        module = importlib.import_module(f"array_api_compat.{name}")
+    return backend_for_namespace(module)
+
+
+def _namespace_of_plugin(name: str) -> str:
+    kind = load_backend_class(name) if name in plugins() else None
+    library = getattr(kind, "library", None)
+    if library is None:
+        msg = (
+            f"no backend called {name!r}: no library of that name is installed and no entry point "
+            f"of the group rlora.backends has it; `rlora info` lists what there is"
+        )
+        raise BackendError(msg)
+    return str(library)
+
+
+def _info(name: str) -> BackendInfo:
+    try:
+        backend = get(name)
+        version = str(getattr(importlib.import_module(name.partition(".")[0]), "__version__", "?"))
+        return BackendInfo(name, version, tuple(backend.devices()), None)
+    except Exception as error:  # reported, never raised
+        return BackendInfo(name, None, (), str(error))

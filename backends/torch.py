@@ -1,0 +1,193 @@
+"""PyTorch: few kernels for many layers, factorisations that neither raise nor synchronise."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from rlora.core.backend import Array, Backend, Workspace
+
+STACK_BELOW = 65536
+"""On a CPU, tensors smaller than this many elements are stacked and multiplied in one batch:
+copying them costs less than a call for each. Larger ones cost more to copy than to multiply."""
+
+
+class TorchBackend(Backend):
+    """The verbs that torch does faster than the generic class."""
+
+    def gram_rows(
+        self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
+    ) -> Array:
+        return self._gram(tall, dtype, workspace, lambda A: (A, A.mT), "rows")
+
+    def gram_columns(
+        self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
+    ) -> Array:
+        return self._gram(tall, dtype, workspace, lambda B: (B.mT, B), "columns")
+
+    def apply_left(
+        self, P: Sequence[Array], tall: Sequence[Array], workspace: Workspace | None = None
+    ) -> list[Array]:
+        return self._apply(P, tall, workspace, lambda P, G: (P, G), "left")
+
+    def apply_right(
+        self, tall: Sequence[Array], P: Sequence[Array], workspace: Workspace | None = None
+    ) -> list[Array]:
+        return self._apply(P, tall, workspace, lambda P, G: (G, P), "right")
+
+    def _gram(
+        self,
+        tall: Sequence[Array],
+        dtype: Any,
+        workspace: Workspace | None,
+        sides: Callable[[Array], tuple[Array, Array]],
+        slot: str,
+    ) -> Array:
+        """Products with the transpose, written bucket by bucket into one stack (K, r, r)."""
+        order, start = [], 0
+        r = sides(tall[0])[0].shape[-2]
+        layers = [math.prod(F.shape[:-2]) for F in tall]
+        stack = _take(workspace, ("gram", slot), (sum(layers), r, r), dtype, tall[0].device)
+        for members in _buckets(tall).values():
+            stop = start + sum(layers[i] for i in members)
+            out = stack[start:stop]
+            if _stacks(tall[members[0]]):
+                F = _stack([tall[i] for i in members], dtype, workspace, slot)
+                torch.bmm(*sides(F), out=out)
+            else:
+                for i, S in zip(members, out.split([layers[i] for i in members]), strict=True):
+                    torch.matmul(*sides(tall[i].to(dtype)), out=S.view(*tall[i].shape[:-2], r, r))
+            order += members
+            start = stop
+        return self._in_order(stack, order, layers)
+
+    @staticmethod
+    def _in_order(stack: Array, order: list[int], layers: list[int]) -> Array:
+        if order == sorted(order):
+            return stack
+        pieces = dict(zip(order, stack.split([layers[i] for i in order]), strict=True))
+        return torch.cat([pieces[i] for i in range(len(order))])
+
+    def _apply(
+        self,
+        P: Sequence[Array],
+        tall: Sequence[Array],
+        workspace: Workspace | None,
+        sides: Callable[[Array, Array], tuple[Array, Array]],
+        slot: str,
+    ) -> list[Array]:
+        result: list[Array] = list(tall)
+        for key, members in _buckets(tall).items():
+            shape, device = key[0], tall[members[0]].device
+            dtype = P[members[0]].dtype
+            if _stacks(tall[members[0]]):
+                G = _stack([tall[i] for i in members], dtype, workspace, slot)
+                P_k = torch.stack([P[i] for i in members]).reshape(-1, *P[members[0]].shape[-2:])
+                out = _take(workspace, ("out", slot, key), G.shape, dtype, device)
+                torch.bmm(*sides(P_k, G), out=out)
+                outs = out.view(len(members), *shape).unbind(0)
+            else:
+                outs = [
+                    torch.matmul(
+                        *sides(P[i], tall[i].to(dtype)),
+                        out=_take(workspace, ("out", slot, key, k), shape, dtype, device),
+                    )
+                    for k, i in enumerate(members)
+                ]
+            for i, out in zip(members, outs, strict=True):
+                result[i] = out
+        return result
+
+    def spd_power(self, S: Array, power: float) -> Array:
+        if power != -1.0:
+            return super().spd_power(S, power)
+        # cholesky_ex neither raises nor waits for the device; `damp` keeps members definite.
+        L, _ = torch.linalg.cholesky_ex(S)
+        eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
+        W = torch.linalg.solve_triangular(L, eye, upper=False)  # (K, r, r)
+        return W.mT @ W
+
+    @contextmanager
+    def exact(self, like: Array) -> Iterator[None]:
+        """No autocast and no TF32 or bfloat16 products inside."""
+        with torch.autocast(like.device.type, enabled=False), _ieee_products():
+            yield
+
+    def devices(self) -> list[str]:
+        names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        return names + (["mps"] if torch.backends.mps.is_available() else [])
+
+    def to_numpy(self, x: Array) -> Any:
+        return x.detach().cpu().numpy()
+
+    def synchronize(self, *arrays: Array) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+@contextmanager
+def _ieee_products() -> Iterator[None]:
+    matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    if not all(hasattr(matmul, "fp32_precision") for matmul in matmuls):  # before torch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    saved = [matmul.fp32_precision for matmul in matmuls]
+    try:
+        for matmul in matmuls:
+            matmul.fp32_precision = "ieee"
+        yield
+    finally:
+        for matmul, precision in zip(matmuls, saved, strict=True):
+            matmul.fp32_precision = precision
+
+
+def _buckets(tall: Sequence[Array]) -> dict[Any, list[int]]:
+    """Positions of equal shape, dtype and device."""
+    buckets: dict[Any, list[int]] = {}
+    for i, F in enumerate(tall):
+        buckets.setdefault((tuple(F.shape), F.dtype, F.device), []).append(i)
+    return buckets
+
+
+def _stacks(F: Array) -> bool:
+    # On an accelerator the number of launches should not depend on the number of layers.
+    return F.device.type != "cpu" or F.numel() < STACK_BELOW
+
+
+def _stack(tall: list[Array], dtype: Any, workspace: Workspace | None, slot: str) -> Array:
+    """Factors of one shape as (K, ., .) in `dtype`."""
+    F = tall[0]
+    shape = (len(tall), *F.shape)
+    if F.dtype != dtype:
+        stack = torch.stack(list(tall)).to(dtype)
+    else:
+        out = _take(workspace, ("in", slot, F.shape), shape, dtype, F.device)
+        stack = torch.stack(list(tall), out=out)
+    return stack.view(-1, *F.shape[-2:])
+
+
+def _take(
+    workspace: Workspace | None, key: Any, shape: Sequence[int], dtype: Any, device: Any
+) -> Array:
+    """Uninitialised memory: the workspace's from the last call where it fits, else new.
+
+    Fresh pages are what a large allocation on a CPU spends most of its time on. On an accelerator
+    the caching allocator is quick, and holding on to memory between steps is worse.
+    """
+    shape = tuple(shape)
+    if workspace is None or device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    held = workspace.get(key)
+    if held is None or held.shape != shape or held.dtype != dtype:
+        held = workspace[key] = torch.empty(shape, dtype=dtype, device=device)
+    return held
+
+
+BACKEND = TorchBackend

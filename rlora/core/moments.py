@@ -1,0 +1,272 @@
+"""Elementwise links: momentum, Adam, decoupled decay, clipping. Each factor is its own counter."""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+from rlora.core.backend import device_of, get_backend
+from rlora.core.factors import Array, Tree, leaves_of, map_leaves, unzip
+from rlora.core.transform import State, Transform, apply_updates
+
+EpsForm = Literal["torch", "hf"]
+
+
+class MomentumState(NamedTuple):
+    """`mu`: the running sum, like the parameters; `count`: steps taken, one number a factor."""
+
+    mu: Tree
+    count: Tree
+
+
+class AdamState(NamedTuple):
+    """`mu`, `nu`: first and second moment, like the parameters; `count`: steps, one a factor."""
+
+    mu: Tree
+    nu: Tree
+    count: Tree
+
+
+def momentum(decay: float = 0.9, *, nesterov: bool = False, dampening: float = 0.0) -> Transform:
+    """Heavy-ball momentum as torch's SGD has it.
+
+    ``M <- decay M + (1 - dampening) G``, the first step ``M = G``; the direction is M, or with
+    Nesterov's look-ahead ``G + decay M``.
+
+    Parameters
+    ----------
+    decay : float
+        In [0, 1).
+    nesterov : bool
+        Look ahead; needs a positive `decay` and no `dampening`.
+    dampening : float
+        In [0, 1].
+
+    Returns
+    -------
+    Transform
+        State: one array a factor and its step count.
+    """
+    check_unit("momentum", decay)
+    if not 0.0 <= dampening <= 1.0:
+        msg = f"dampening must be in [0, 1], got {dampening!r}"
+        raise ValueError(msg)
+    if nesterov and (decay == 0 or dampening != 0):
+        msg = f"nesterov needs momentum > 0 and dampening = 0, got {decay!r} and {dampening!r}"
+        raise ValueError(msg)
+
+    def init(params: Tree, scaling: float = 1.0) -> MomentumState:
+        return MomentumState(_zeros(params), _counts(params))
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, MomentumState]:
+        def leaf(mu: Array, count: Array, g: Array) -> tuple[Array, Array, Array]:
+            if g is None:
+                return None, mu, count
+            xp = get_backend(g).xp
+            one = xp.ones_like(count)
+            mu = decay * mu + xp.where(count == 0, one, (1 - dampening) * one) * g
+            return (g + decay * mu if nesterov else mu), mu, count + 1
+
+        direction, mu, count = unzip(3, map_leaves(leaf, state.mu, state.count, grads))
+        return direction, MomentumState(mu, count)
+
+    return Transform(init, update)
+
+
+def scale_by_adam(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    eps_form: EpsForm = "torch",
+    bias_correction: bool = True,
+) -> Transform:
+    """Adam's moments.
+
+    ``M <- b1 M + (1 - b1) G``, ``V <- b2 V + (1 - b2) G∘G``, with ``c_i = 1 - b_i^t`` the
+    direction is ``(M / c_1) / (sqrt(V / c_2) + eps)`` in torch's form, and
+    ``(sqrt(c_2) / c_1) M / (sqrt(V) + eps)`` in the one of older transformers code.
+
+    Parameters
+    ----------
+    b1, b2 : float
+        Decay rates in [0, 1).
+    eps : float
+        At least 0.
+    eps_form : {"torch", "hf"}
+        Whether eps is added to the corrected or to the raw second moment's root.
+    bias_correction : bool
+        With False ``c_1 = c_2 = 1``.
+
+    Returns
+    -------
+    Transform
+        State: two arrays a factor and its step count.
+
+    References
+    ----------
+    D. P. Kingma, J. Ba. Adam: A Method for Stochastic Optimization. arXiv:1412.6980, 2014.
+    """
+    check_unit("b1", b1)
+    check_unit("b2", b2)
+    check_nonnegative("eps", eps)
+    if eps_form not in ("torch", "hf"):
+        msg = f"eps_form must be 'torch' or 'hf', got {eps_form!r}"
+        raise ValueError(msg)
+
+    def init(params: Tree, scaling: float = 1.0) -> AdamState:
+        return AdamState(_zeros(params), _zeros(params), _counts(params))
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, AdamState]:
+        def leaf(mu: Array, nu: Array, count: Array, g: Array) -> tuple[Array, ...]:
+            if g is None:
+                return None, mu, nu, count
+            xp = get_backend(g).xp
+            count = count + 1
+            mu = b1 * mu + (1 - b1) * g
+            nu = b2 * nu + (1 - b2) * (g * g)
+            c1, c2 = (
+                (_correction(xp, b1, count), _correction(xp, b2, count))
+                if bias_correction
+                else (1.0, 1.0)
+            )
+            root2 = c2**0.5
+            denominator = xp.sqrt(nu) / root2 + (eps if eps_form == "torch" else eps / root2)
+            return (mu / c1) / denominator, mu, nu, count
+
+        out = map_leaves(leaf, state.mu, state.nu, state.count, grads)
+        direction, mu, nu, count = unzip(4, out)
+        return direction, AdamState(mu, nu, count)
+
+    return Transform(init, update)
+
+
+def add_decayed_weights(weight_decay: float) -> Transform:
+    """Decoupled weight decay, before the step: the direction gets ``+ weight_decay * params``.
+
+    Parameters
+    ----------
+    weight_decay : float
+        λ, at least 0. Each factor shrinks by ``1 - lr λ``, so BA shrinks by its square.
+
+    Returns
+    -------
+    Transform
+        Without state.
+
+    References
+    ----------
+    I. Loshchilov, F. Hutter. Decoupled Weight Decay Regularization. arXiv:1711.05101, 2017.
+    """
+    check_nonnegative("weight_decay", weight_decay)
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        if weight_decay == 0:
+            return grads, state
+        return map_leaves(lambda d, p: d + weight_decay * p, grads, params), state
+
+    return Transform(no_state, update)
+
+
+def decay_weights_after(weight_decay: float) -> Transform:
+    """Decoupled weight decay, after the step: ``params <- (1 - lr λ) (params - lr direction)``.
+
+    Parameters
+    ----------
+    weight_decay : float
+        λ, at least 0.
+
+    Returns
+    -------
+    Transform
+        Without state; it brings its own `apply`.
+    """
+    check_nonnegative("weight_decay", weight_decay)
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        return grads, state
+
+    def apply(params: Tree, direction: Tree, lr: Array | float) -> Tree:
+        def shrink(p: Array, d: Array) -> Array:
+            backend = get_backend(p)
+            wide = backend.cast(p, backend.compute_dtype(p.dtype))
+            return p if d is None else backend.cast((1 - lr * weight_decay) * wide, p.dtype)
+
+        return map_leaves(shrink, apply_updates(params, direction, lr), direction)
+
+    return Transform(no_state, update, apply)
+
+
+def clip_by_global_norm(max_norm: float) -> Transform:
+    """Scale the whole direction so that its Euclidean norm over all factors is at most `max_norm`.
+
+    The norm of raw factor gradients depends on how the product is split between the factors; clip
+    a direction that is invariant if that matters.
+
+    Parameters
+    ----------
+    max_norm : float
+        Positive.
+
+    Returns
+    -------
+    Transform
+        Without state.
+    """
+    check_nonnegative("max_norm", max_norm)
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        leaves = leaves_of(grads)
+        xp = get_backend(*leaves).xp
+        # The largest entry is taken out first: squares overflow long before entries do.
+        peak = _fold(xp.maximum, [xp.max(xp.abs(g)) for g in leaves])
+        peak = xp.where(peak > 0, peak, xp.ones_like(peak))
+        norm = peak * xp.sqrt(_fold(lambda x, y: x + y, [xp.sum((g / peak) ** 2) for g in leaves]))
+        # A shrink factor, never a blow-up; NaN and inf stay visible in the result.
+        factor = xp.where(norm > max_norm, max_norm / norm, xp.ones_like(norm))
+        return map_leaves(lambda g: g * factor, grads), state
+
+    return Transform(no_state, update)
+
+
+def no_state(params: Tree, scaling: float = 1.0) -> tuple[()]:
+    """The state of a link that has none."""
+    return ()
+
+
+def check_unit(name: str, value: Any) -> None:
+    """ValueError unless 0 <= value < 1, TypeError unless it is a number."""
+    check_nonnegative(name, value)
+    if value >= 1.0:
+        msg = f"{name} must be in [0, 1), got {value!r}"
+        raise ValueError(msg)
+
+
+def check_nonnegative(name: str, value: Any) -> None:
+    """ValueError unless `value` is finite and at least 0, TypeError unless it is a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        msg = f"{name} must be a real number, got {value!r} ({type(value).__name__})"
+        raise TypeError(msg)
+    if not 0.0 <= value < float("inf"):
+        msg = f"{name} must be finite and at least 0, got {value!r}"
+        raise ValueError(msg)
+
+
+def _fold(f: Any, xs: list[Array]) -> Array:
+    total = xs[0]
+    for x in xs[1:]:
+        total = f(total, x)
+    return total
+
+
+def _zeros(params: Tree) -> Tree:
+    return map_leaves(lambda p: get_backend(p).xp.zeros_like(p), params)
+
+
+def _counts(params: Tree) -> Tree:
+    return map_leaves(
+        lambda p: get_backend(p).xp.zeros((), dtype=p.dtype, device=device_of(p)), params
+    )
+
+
+def _correction(xp: Any, b: float, count: Array) -> Array | float:
+    """``1 - b^count``; expm1, because in float32 the plain form loses 4 digits at b = 0.999."""
+    return -xp.expm1(count * math.log(b)) if b > 0 else 1.0

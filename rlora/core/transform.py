@@ -1,0 +1,304 @@
+"""A method is a pair of pure functions, a chain of methods is a method, and a step is one verb."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+from rlora.core.backend import Backend, get_backend
+from rlora.core.errors import ShapeError
+from rlora.core.factors import (
+    Array,
+    Factors,
+    Tree,
+    check_matches,
+    check_pairs,
+    leaves_of,
+    map_leaves,
+    map_pairs,
+)
+
+State: TypeAlias = Any
+"""Named tuples, tuples, lists and dicts of arrays: nothing else."""
+
+Order = Literal["jacobi", "gauss_seidel"]
+
+
+class InitFn(Protocol):
+    """State of a method before the first step."""
+
+    def __call__(self, params: Tree, scaling: float = 1.0) -> State: ...
+
+
+class UpdateFn(Protocol):
+    """Gradients to a direction and the next state; pure, and jit-able."""
+
+    def __call__(self, grads: Tree, state: State, params: Tree) -> tuple[Tree, State]: ...
+
+
+class ApplyFn(Protocol):
+    """Parameters after a step of size `lr` along a direction."""
+
+    def __call__(self, params: Tree, direction: Tree, lr: Array | float) -> Tree: ...
+
+
+def apply_updates(params: Tree, direction: Tree, lr: Array | float) -> Tree:
+    """``params - lr * direction``, rounded to the parameters' dtype last.
+
+    Parameters
+    ----------
+    params : Factors, or list or dict of them
+        A (..., r, n) and B (..., m, r).
+    direction : same structure
+        What `Transform.update` gave. Where it is None the parameter comes back as it is.
+    lr : float or array
+        Learning rate.
+
+    Returns
+    -------
+    Factors, or list or dict of them
+        New arrays; the given ones are not written to.
+    """
+
+    def move(param: Array, d: Array) -> Array:
+        if d is None:
+            return param
+        backend = get_backend(param, d)
+        return backend.cast(backend.cast(param, d.dtype) - lr * d, param.dtype)
+
+    return map_leaves(move, params, direction)
+
+
+class Transform(NamedTuple):
+    """A method, or a link of one.
+
+    Parameters
+    ----------
+    init : callable
+        ``init(params, scaling=1.0) -> state``. `scaling` is the s of ``W0 + s B A``.
+    update : callable
+        ``update(grads, state, params) -> (direction, state)``. A factor whose gradient is None
+        gets the direction None, and its share of the state stays as it was.
+    apply : callable, optional
+        ``apply(params, direction, lr) -> params``: the straight line `apply_updates` unless a
+        method bends it, as the decay of the official scaled AdamW does.
+    order : {"jacobi", "gauss_seidel"}, optional
+        Whether `step` moves both factors at once, or A first and then B, which sees the new A.
+    """
+
+    init: InitFn
+    update: UpdateFn
+    apply: ApplyFn = apply_updates
+    order: Order = "jacobi"
+
+
+def step(
+    transform: Transform, params: Tree, grads: Tree, state: State, lr: Array | float
+) -> tuple[Tree, State]:
+    """One optimizer step: the direction, then the move.
+
+    Parameters
+    ----------
+    transform : Transform
+        A method, such as `rlora.scaled_adamw()`.
+    params, grads : Factors, or list or dict of them
+        A (..., r, n) and B (..., m, r) with their gradients; a gradient may be None.
+    state : State
+        From ``transform.init(params)`` or the step before.
+    lr : float or array
+        Learning rate.
+
+    Returns
+    -------
+    params, state
+        New arrays in the structure of the old.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import rlora
+    >>> rng = np.random.default_rng(0)
+    >>> target = rng.normal(size=(30, 2)) @ rng.normal(size=(2, 20))
+    >>> pair = rlora.Factors(rng.normal(size=(4, 20)) / 4, np.zeros((30, 4)))
+    >>> method = rlora.scaled_sgd()
+    >>> state = method.init(pair)
+    >>> for _ in range(20):
+    ...     error = pair.B @ pair.A - target
+    ...     grads = rlora.Factors(pair.B.T @ error, error @ pair.A.T)
+    ...     pair, state = rlora.step(method, pair, grads, state, lr=0.5)
+    >>> bool(np.abs(pair.B @ pair.A - target).max() < 1e-2)
+    True
+    """
+    if transform.order == "jacobi":
+        direction, state = transform.update(grads, state, params)
+        return transform.apply(params, direction, lr), state
+    for side in ("A", "B"):
+        other = {"B": None} if side == "A" else {"A": None}
+        one_sided = map_pairs(lambda pair, other=other: pair._replace(**other), grads)
+        direction, state = transform.update(one_sided, state, params)
+        params = transform.apply(params, direction, lr)
+    return params, state
+
+
+def chain(*links: Transform) -> Transform:
+    """Transforms one after the other, each taking the direction of the one before.
+
+    The door of the arithmetic is here: parameters are checked when the state is made, and
+    gradients and parameters are cast up to at least float32 once, before the first link.
+
+    Parameters
+    ----------
+    *links : Transform
+        At most one of them may bring an `apply` of its own.
+
+    Returns
+    -------
+    Transform
+        Its state is the tuple of the links' states.
+
+    Examples
+    --------
+    >>> import rlora
+    >>> from rlora.core.moments import clip_by_global_norm, momentum, scale_by_adam
+    >>> clipped_adam = rlora.chain(clip_by_global_norm(1.0), scale_by_adam())
+    """
+    bent = [link.apply for link in links if link.apply is not apply_updates]
+    if len(bent) > 1:
+        msg = f"at most one link of a chain may bring its own apply, got {len(bent)}"
+        raise ValueError(msg)
+    orders: set[Order] = {link.order for link in links}
+
+    def init(params: Tree, scaling: float = 1.0) -> State:
+        check_pairs(params)
+        wide = _widen(get_backend(*leaves_of(params)), params)
+        return tuple(link.init(wide, scaling) for link in links)
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        check_matches(grads, params)
+        backend = get_backend(*leaves_of(params, grads))
+        direction, wide = _widen(backend, grads), _widen(backend, params)
+        states = []
+        for link, link_state in zip(links, state, strict=True):
+            direction, link_state = link.update(direction, link_state, wide)
+            states.append(link_state)
+        return direction, tuple(states)
+
+    return Transform(
+        init,
+        update,
+        bent[0] if bent else apply_updates,
+        "gauss_seidel" if "gauss_seidel" in orders else "jacobi",
+    )
+
+
+def _widen(backend: Backend, tree: Tree) -> Tree:
+    return map_leaves(lambda x: backend.cast(x, backend.compute_dtype(x.dtype)), tree)
+
+
+def flatten_state(state: State) -> dict[str, Array]:
+    """A state as one flat dict of arrays, for np.savez, safetensors or torch.save.
+
+    Parameters
+    ----------
+    state : State
+        What `Transform.init` or `update` returned.
+
+    Returns
+    -------
+    dict of str to array
+        Names are the path through the state, such as ``"1.mu.layers.0.A"``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import rlora
+    >>> pair = rlora.Factors(np.ones((2, 5)), np.zeros((3, 2)))
+    >>> sorted(rlora.flatten_state(rlora.scaled_adamw().init(pair)))[:3]
+    ['0.count.A', '0.count.B', '0.mu.A']
+    """
+    flat: dict[str, Array] = {}
+
+    def walk(node: State, path: str) -> None:
+        for key, child in _children(node):
+            name = f"{path}.{key}" if path else key
+            if _is_node(child):
+                walk(child, name)
+            else:
+                flat[name] = child
+
+    walk(state, "")
+    return flat
+
+
+def unflatten_state(flat: Mapping[str, Array], like: State) -> State:
+    """The state of which `flatten_state` gave `flat`.
+
+    Parameters
+    ----------
+    flat : mapping of str to array
+        Named arrays; NumPy arrays from a file are put into the library and device of `like`.
+    like : State
+        A state of the same method and parameters, such as ``transform.init(params)``.
+
+    Returns
+    -------
+    State
+        In the structure of `like`.
+
+    Raises
+    ------
+    ShapeError
+        When names are missing or left over, or an array has another shape than `like` has there.
+    """
+    expected = flatten_state(like)
+    if missing := sorted(expected.keys() ^ flat.keys()):
+        msg = (
+            f"the saved state does not belong to this method and these parameters; "
+            f"{len(missing)} names differ, such as {missing[:3]}"
+        )
+        raise ShapeError(msg)
+
+    def load(name: str, old: Array) -> Array:
+        new = flat[name]
+        if tuple(new.shape) != tuple(old.shape):
+            msg = f"saved {name} has shape {tuple(new.shape)}, expected {tuple(old.shape)}"
+            raise ShapeError(msg)
+        backend = get_backend(old)
+        return new if type(new) is type(old) else backend.asarray_like(new, old)
+
+    def walk(node: State, path: str) -> State:
+        values = []
+        for key, child in _children(node):
+            name = f"{path}.{key}" if path else key
+            values.append(walk(child, name) if _is_node(child) else load(name, child))
+        return _rebuild(node, values)
+
+    return walk(like, "")
+
+
+def _is_node(x: Any) -> bool:
+    return isinstance(x, (tuple, list, Mapping))
+
+
+def _children(node: State) -> list[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        return [(str(key), child) for key, child in node.items()]
+    names = getattr(node, "_fields", None) or [str(i) for i in range(len(node))]
+    return list(zip(names, node, strict=True))
+
+
+def _rebuild(node: State, values: list[Any]) -> State:
+    if isinstance(node, Mapping):
+        return dict(zip(node, values, strict=True))
+    return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)
+
+
+__all__ = [
+    "Factors",
+    "Order",
+    "State",
+    "Transform",
+    "apply_updates",
+    "chain",
+    "flatten_state",
+    "step",
+    "unflatten_state",
+]

@@ -1,0 +1,267 @@
+"""Scaled gradient descent and scaled AdamW: each gradient times the inverse Gram of the partner.
+
+F. Zhang, M. Pilanci. Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models.
+arXiv:2402.02347, 2024.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final, Literal, get_args
+
+from rlora.core.backend import get_backend
+from rlora.core.factors import Tree, leaves_of, pairs_of, rebuild
+from rlora.core.linalg import DampingMode, check_damping, precondition, preconditioners
+from rlora.core.moments import (
+    EpsForm,
+    add_decayed_weights,
+    decay_weights_after,
+    momentum as momentum_link,
+    no_state,
+    scale_by_adam,
+)
+from rlora.core.transform import Order, State, Transform, chain
+
+Placement = Literal["before", "after", "both"]
+
+PEFT: Final[dict[str, Any]] = {"damping": 1e-2, "damping_mode": "absolute"}
+"""`scaled_sgd` and `scaled_adamw` as PEFT's ``create_riemannian_optimizer`` over SGD or AdamW."""
+
+OFFICIAL: Final[dict[str, Any]] = {
+    "b2": 0.98,
+    "eps": 1e-6,
+    "damping": 1e-6,
+    "damping_mode": "absolute",
+    "order": "gauss_seidel",
+    "eps_form": "hf",
+    "decay": "after",
+}
+"""`scaled_adamw` as the authors' GPT-2 code has it. Their Mistral code: ``b2=0.999`` and
+``bias_correction=False`` on top."""
+
+
+def scale_by_gram(
+    inner: Transform | None = None,
+    *,
+    damping: float = 1e-6,
+    damping_mode: DampingMode = "relative",
+    placement: Placement = "before",
+    order: Order = "jacobi",
+    compute_dtype: str | None = None,
+) -> Transform:
+    """Precondition each factor by the damped Gram of its partner, around another transform.
+
+    With ``H_A`` the damped ``Bᵀ B`` and ``H_B`` the damped ``A Aᵀ``::
+
+        before   inner(H_A⁻¹ G_A),                 inner(G_B H_B⁻¹)
+        after    H_A⁻¹ inner(G_A),                 inner(G_B) H_B⁻¹
+        both     H_A^-½ inner(H_A^-½ G_A),         inner(G_B H_B^-½) H_B^-½
+
+    Parameters
+    ----------
+    inner : Transform, optional
+        What stands in the middle, such as `scale_by_adam`; nothing by default, and then the three
+        placements agree.
+    damping, damping_mode
+        See `scaled_adamw`.
+    placement : {"before", "after", "both"}
+        Where the preconditioner stands with respect to `inner`.
+    order : {"jacobi", "gauss_seidel"}
+        See `rlora.step`.
+    compute_dtype : {None, "float32", "float64"}
+        Precision of the Gram matrices and their inverses; None is the parameters' own, at least
+        float32.
+
+    Returns
+    -------
+    Transform
+        Its state is that of `inner`.
+    """
+    check_damping(damping, damping_mode)
+    check_choice("placement", placement, Placement)
+    check_choice("order", order, Order)
+    exponent = -0.5 if placement == "both" else -1.0
+    inner = inner or Transform(no_state, lambda grads, state, params: (grads, state))
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        leaves = leaves_of(params)
+        backend = get_backend(*leaves)
+        with backend.exact(leaves[0]):
+            P = preconditioners(
+                backend,
+                pairs_of(params),
+                damping=damping,
+                damping_mode=damping_mode,
+                exponent=exponent,
+                compute_dtype=compute_dtype,
+            )
+
+            def by_gram(tree: Tree) -> Tree:
+                return rebuild(tree, precondition(backend, P, pairs_of(tree)))
+
+            direction = grads if placement == "after" else by_gram(grads)
+            direction, state = inner.update(direction, state, params)
+            return (direction if placement == "before" else by_gram(direction)), state
+
+    return Transform(inner.init, update, inner.apply, order)
+
+
+def scaled_sgd(
+    *,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    damping: float = 1e-6,
+    damping_mode: DampingMode = "relative",
+    order: Order = "jacobi",
+    compute_dtype: str | None = None,
+) -> Transform:
+    """Scaled gradient descent (Riemannian preconditioned SGD).
+
+    ``A <- A - lr H_A⁻¹ G_A`` and ``B <- B - lr G_B H_B⁻¹``, where ``H_A`` is the damped ``Bᵀ B``
+    and ``H_B`` the damped ``A Aᵀ``. Undamped or with covariant damping, also with momentum, the
+    product B A follows the same path however it is split between the factors.
+
+    Parameters
+    ----------
+    momentum : float
+        In [0, 1); 0 for none. Acts on the preconditioned gradient.
+    nesterov : bool
+        Look ahead; needs a positive momentum.
+    weight_decay : float
+        At least 0. Decoupled: each factor shrinks by ``1 - lr weight_decay``.
+    damping, damping_mode, order, compute_dtype
+        See `scaled_adamw`.
+
+    Returns
+    -------
+    Transform
+        State: with momentum one array a factor and its step count; else none.
+
+    Raises
+    ------
+    ValueError, TypeError
+        When a hyperparameter is out of its range or of the wrong type.
+
+    Notes
+    -----
+    The direction is not divided by the square of the scaling s = alpha / r, as the paper does not:
+    a good learning rate depends on s. From B = 0 the second step of A does not depend on the
+    learning rate unless the damping is absolute or covariant.
+
+    References
+    ----------
+    F. Zhang, M. Pilanci. Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models.
+    arXiv:2402.02347, 2024.
+
+    Examples
+    --------
+    >>> import rlora
+    >>> method = rlora.scaled_sgd(momentum=0.9, damping=1e-4, damping_mode="covariant")
+    """
+    inner = momentum_link(momentum, nesterov=nesterov) if momentum or nesterov else None
+    gram = scale_by_gram(
+        inner,
+        damping=damping,
+        damping_mode=damping_mode,
+        order=order,
+        compute_dtype=compute_dtype,
+    )
+    return chain(gram, add_decayed_weights(weight_decay))
+
+
+def scaled_adamw(
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    damping: float = 1e-6,
+    damping_mode: DampingMode = "relative",
+    placement: Placement = "before",
+    order: Order = "jacobi",
+    compute_dtype: str | None = None,
+    eps_form: EpsForm = "torch",
+    bias_correction: bool = True,
+    decay: Literal["before", "after"] = "before",
+) -> Transform:
+    """Scaled AdamW (Riemannian preconditioned AdamW).
+
+    ``A <- A - lr (Adam(H_A⁻¹ G_A) + λ A)`` and ``B <- B - lr (Adam(G_B H_B⁻¹) + λ B)``, where
+    ``H_A`` is the damped ``Bᵀ B`` and ``H_B`` the damped ``A Aᵀ``.
+
+    Parameters
+    ----------
+    b1, b2 : float
+        Decay rates of the moments, in [0, 1). The authors report gains from (0.7, 0.8).
+    eps : float
+        At least 0.
+    weight_decay : float
+        λ, at least 0; decoupled.
+    damping : float
+        δ, at least 0. Never less in effect than what the rounding of the Gram can carry.
+    damping_mode : {"relative", "absolute", "covariant"}
+        ``S + δ tr(S)/r I``, ``S + δ I``, or ``S_B + δ S_A⁻¹`` for A and S_A as it is for B, which
+        compares δ with the squared singular values of BA and keeps the invariance. Covariant
+        damping is made for factors of which B starts at zero.
+    placement : {"before", "after", "both"}
+        The preconditioner before Adam (published code), after it (what the paper's theorem
+        proves), or half powers on both sides.
+    order : {"jacobi", "gauss_seidel"}
+        Both factors from the old pair, or B from the new A, as the authors' Adam code does.
+    compute_dtype : {None, "float32", "float64"}
+        Precision of the Gram matrices and their inverses; None is the parameters' own, at least
+        float32. float64 serves factors with a condition number of 1e3 and more.
+    eps_form, bias_correction
+        See `rlora.core.moments.scale_by_adam`.
+    decay : {"before", "after"}
+        Decay with the step, as torch's AdamW, or of its result, as the authors' code.
+
+    Returns
+    -------
+    Transform
+        State: two arrays a factor and its step count.
+
+    Raises
+    ------
+    ValueError, TypeError
+        When a hyperparameter is out of its range or of the wrong type.
+
+    Notes
+    -----
+    Adam's entrywise normalisation breaks the invariance of scaled gradient descent: only signed
+    permutations of the rank axis are left, with ``placement="both"`` also common scalings. Before
+    Adam a scalar preconditioner has no effect, so a large absolute δ turns the method into plain
+    AdamW without a word.
+
+    References
+    ----------
+    F. Zhang, M. Pilanci. Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models.
+    arXiv:2402.02347, 2024.
+
+    Examples
+    --------
+    >>> import rlora
+    >>> method = rlora.scaled_adamw(b1=0.7, b2=0.8)
+    >>> from rlora.methods.scaled import PEFT
+    >>> same_as_peft = rlora.scaled_adamw(**PEFT)
+    """
+    check_choice("decay", decay, Literal["before", "after"])
+    adam = scale_by_adam(b1, b2, eps, eps_form=eps_form, bias_correction=bias_correction)
+    gram = scale_by_gram(
+        adam,
+        damping=damping,
+        damping_mode=damping_mode,
+        placement=placement,
+        order=order,
+        compute_dtype=compute_dtype,
+    )
+    decayed: Callable[[float], Transform] = (
+        add_decayed_weights if decay == "before" else decay_weights_after
+    )
+    return chain(gram, decayed(weight_decay))
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """ValueError unless `value` is one of a Literal's."""
+    if value not in get_args(choices):
+        msg = f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}"
+        raise ValueError(msg)

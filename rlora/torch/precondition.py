@@ -1,0 +1,508 @@
+"""Any torch optimizer, on gradients preconditioned pair by pair.
+
+The parent's own ``step`` runs, over *stand-ins*: for a parameter in a pair a tensor that shares its
+memory and has the direction as its gradient. So every flag of the parent keeps working, its state
+stays where ``state_dict`` looks for it, and the ``.grad`` of the parameter is never touched.
+"""
+
+import functools
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rlora.core.backend import get_backend
+from rlora.core.errors import NamespaceError, ShapeError
+from rlora.core.factors import Factors
+from rlora.core.linalg import (
+    DampingMode,
+    check_damping,
+    precondition as apply_gram,
+    preconditioners,
+)
+from rlora.core.transform import Order
+from rlora.methods.scaled import Placement
+from rlora.pairing import PairReport, flatten_kernel, nothing_paired
+from rlora.torch.params import (
+    TensorPair,
+    as_groups,
+    check_explicit,
+    check_grad,
+    match,
+    misfit,
+)
+
+PER_GROUP = ("damping", "damping_mode", "placement", "compute_dtype")
+ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+"""State of torch's own optimizers that has the shape of its parameter."""
+
+
+class _Recipe(NamedTuple):
+    """The hyperparameters of one factor's preconditioner, as its group has them."""
+
+    damping: float
+    damping_mode: DampingMode
+    placement: Placement
+    compute_dtype: str | None
+
+
+class _Job(NamedTuple):
+    """A factor to be moved: itself, the tensor that stands in for it, and how it is to move."""
+
+    param: Tensor
+    stand_in: Tensor
+    group: dict[str, Any]
+
+
+class GramPreconditioned(Optimizer):
+    """What `precondition` puts in front of an optimizer class. Not to be used by itself."""
+
+    report: PairReport
+    """What was paired, what is updated plainly, what was refused and why."""
+
+    order: Order
+    """Whether both factors move at once, or B after A."""
+
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        pairs: Iterable[TensorPair] | None = None,
+        adapter: str | None = None,
+        damping: float = 1e-6,
+        damping_mode: DampingMode = "relative",
+        placement: Placement = "before",
+        order: Order = "jacobi",
+        compute_dtype: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        own = dict(zip(PER_GROUP, (damping, damping_mode, placement, compute_dtype), strict=True))
+        if order not in get_args(Order):
+            msg = f"order must be one of {', '.join(get_args(Order))}, got {order!r}"
+            raise ValueError(msg)
+        if kwargs.get("differentiable"):
+            msg = "differentiable=True is not supported: the preconditioner is not differentiated"
+            raise ValueError(msg)
+        groups = as_groups(params)
+        for group in groups:
+            self._check({**own, **group})
+        self.order, self._adapter = order, adapter
+        self._model_layout = params if isinstance(params, nn.Module) else None
+        super().__init__(groups, *args, **kwargs)
+        self.defaults.update(own)
+        for group in self.param_groups:
+            for name, value in own.items():
+                group.setdefault(name, value)
+        # Fused kernels would take gradients that GradScaler has not unscaled yet.
+        self._step_supports_amp_scaling = False
+        self._workspaces: dict[Any, dict[Any, Any]] = {}
+        self._pair_up(pairs)
+        self._model_layout = None
+
+    # --- pairs ----------------------------------------------------------------------------------
+
+    def _pair_up(self, explicit: Iterable[TensorPair] | None) -> None:
+        """Find the pairs among all parameters, or take those given by hand."""
+        self._members = [p for group in self.param_groups for p in group["params"]]
+        names = [n for group in self.param_groups for n in group.get("param_names", ())]
+        self._by_hand = explicit is not None or not names
+        if explicit is not None:
+            self._pairs = check_explicit(explicit, self._members)
+            self.report = PairReport()
+            if not self._pairs:
+                raise nothing_paired(names, self.report)
+        elif names:
+            named = list(zip(names, self._members, strict=True))
+            self._pairs, self.report = match(named, self._model_layout, self._adapter)
+            if not self._pairs:
+                raise nothing_paired(names, self.report)
+        else:
+            raise nothing_paired((), PairReport())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its LoRA factors are paired by name, or by a key ``pairs`` of the group.
+
+        Parameters
+        ----------
+        param_group : dict
+            As torch takes it; ``params`` may be named.
+        """
+        ready = hasattr(self, "_pairs")
+        group = dict(param_group)
+        explicit = group.pop("pairs", None)
+        if ready:
+            self._check({**self.defaults, **group})
+        super().add_param_group(group)
+        if ready and self._by_hand:
+            members = [*self._members, *group["params"]]
+            self._pairs = check_explicit([*self._pairs, *(explicit or ())], members)
+            self._members = members
+        elif ready:
+            self._pair_up(explicit)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        check_damping(group["damping"], group["damping_mode"])
+        if group["placement"] not in get_args(Placement):
+            msg = f"placement must be one of {', '.join(get_args(Placement))}, got "
+            msg += repr(group["placement"])
+            raise ValueError(msg)
+        if group["placement"] != "before" and not isinstance(self, torch.optim.AdamW):
+            msg = (
+                f"placement {group['placement']!r} needs decoupled weight decay and moments that "
+                f"do not see the parameters: it works over AdamW, not {type(self).__name__}"
+            )
+            raise ValueError(msg)
+        if group["compute_dtype"] not in (None, "float32", "float64"):
+            msg = f"compute_dtype must be None, 'float32' or 'float64', got "
+            msg += repr(group["compute_dtype"])
+            raise ValueError(msg)
+
+    def _current_pairs(self) -> list[TensorPair]:
+        """The pairs as the groups hold them now.
+
+        Training libraries swap parameters for others at the same positions, and people take
+        parameters of a deleted adapter out of the groups: neither may shift a pair.
+        """
+        now = [p for group in self.param_groups for p in group["params"]]
+        if len(now) == len(self._members) and all(
+            p is q for p, q in zip(now, self._members, strict=True)
+        ):
+            return self._pairs
+        present, place = {id(p) for p in now}, {id(p): i for i, p in enumerate(self._members)}
+        if len(now) == len(self._members) and not present & place.keys():
+            self._pairs = [(now[place[id(a)]], now[place[id(b)]]) for a, b in self._pairs]
+        else:
+            self._pairs = [(a, b) for a, b in self._pairs if {id(a), id(b)} <= present]
+        self._members = now
+        return self._pairs
+
+    # --- the step -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Precondition the gradients of the pairs, then do the parent's step.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the loss and its gradients. It is called once, first, with gradients enabled.
+
+        Returns
+        -------
+        The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        pairs = self._current_pairs()
+        for a, b in pairs:
+            check_grad(a)
+            check_grad(b)
+            if why := misfit(a, b):
+                raise NamespaceError(why)
+        paired = {id(p) for pair in pairs for p in pair}
+        plain = [id(p) for p in self._members if id(p) not in paired]
+        if self.order == "jacobi":
+            self._move(pairs, "AB", plain)
+        else:
+            self._move(pairs, "A", plain)
+            self._move(pairs, "B", [])
+        return loss
+
+    def _move(self, pairs: list[TensorPair], sides: str, plain: list[int]) -> None:
+        """One step of the parent for some sides of the pairs, and for plain parameters."""
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        jobs: dict[int, _Job] = {}
+        halves: list[Callable[[], None]] = []
+        for (recipe, *key), work in self._by_recipe(pairs, sides, group_of).items():
+            workspace = self._workspaces.setdefault((recipe, *key), {})
+            finish = self._prepare(recipe, work, group_of, jobs, workspace)
+            halves.append(finish)
+        self._parent_step({**{i: None for i in plain}, **jobs})
+        for finish in halves:
+            finish()
+
+    def _by_recipe(
+        self, pairs: list[TensorPair], sides: str, group_of: dict[int, dict[str, Any]]
+    ) -> dict[Any, list[tuple[TensorPair, str]]]:
+        """Pairs with something to move, by recipe: the two factors of one may have different ones."""
+        work: dict[Any, list[tuple[TensorPair, str]]] = defaultdict(list)
+        for pair in pairs:
+            wanted = [x for x in sides if pair["AB".index(x)].grad is not None]
+            recipes = {
+                x: _Recipe(*(group_of[id(pair["AB".index(x)])][name] for name in PER_GROUP))
+                for x in wanted
+            }
+            for recipe in set(recipes.values()):
+                letters = "".join(x for x in wanted if recipes[x] == recipe)
+                work[recipe, letters].append((pair, letters))
+        return work
+
+    def _prepare(
+        self,
+        recipe: _Recipe,
+        work: list[tuple[TensorPair, str]],
+        group_of: dict[int, dict[str, Any]],
+        jobs: dict[int, _Job],
+        workspace: dict[Any, Any],
+    ) -> Callable[[], None]:
+        """Make the stand-ins of one recipe's factors; what is left to do after the parent."""
+        backend = get_backend(work[0][0][0])
+        factors = [Factors(*map(_matrix, pair)) for pair, _ in work]
+        grads = [
+            Factors(*(_matrix(p.grad) if x in letters else None for x, p in zip("AB", pair)))
+            for pair, letters in work
+        ]
+        with backend.exact(factors[0].A):
+            P = preconditioners(
+                backend,
+                factors,
+                damping=recipe.damping,
+                damping_mode=recipe.damping_mode,
+                exponent=-0.5 if recipe.placement == "both" else -1.0,
+                compute_dtype=recipe.compute_dtype,
+                workspace=workspace,
+            )
+            if recipe.placement != "after":
+                grads = apply_gram(backend, P, grads, workspace)
+        mine: list[Factors] = []
+        for (pair, _), directions in zip(work, grads, strict=True):
+            made = [
+                None if d is None else _job(p, d, recipe.placement, group_of[id(p)])
+                for p, d in zip(pair, directions, strict=True)
+            ]
+            jobs.update((id(job.param), job) for job in made if job)
+            mine.append(Factors(*made))
+
+        def finish() -> None:
+            if recipe.placement == "before":
+                for job in (job for pair in mine for job in pair if job):
+                    if job.stand_in.dtype != job.param.dtype:
+                        job.param.copy_(job.stand_in)
+                return
+            moved = [Factors(*(job and _matrix(job.stand_in) for job in pair)) for pair in mine]
+            with backend.exact(factors[0].A):
+                moved = apply_gram(backend, P, moved, workspace)
+            for pair, steps in zip(mine, moved, strict=True):
+                for job, step in zip(pair, steps, strict=True):
+                    if job:
+                        _decay_and_add(job, step.view(job.param.shape))
+
+        return finish
+
+    def _parent_step(self, jobs: dict[int, _Job | None]) -> None:
+        """The parent's own step over the stand-ins, with its groups and state as it knows them."""
+        real_groups, real_state = self.param_groups, self.state
+        groups, state = [], defaultdict(dict)
+        owners: list[tuple[Tensor, Tensor]] = []
+        for group in real_groups:
+            params = []
+            for p in group["params"]:
+                if id(p) not in jobs:
+                    continue
+                job = jobs[id(p)]
+                stand_in = job.stand_in if job else p
+                owners.append((p, stand_in))
+                params.append(stand_in)
+                if p in real_state:
+                    state[stand_in] = real_state[p]
+            groups.append({**group, "params": params})
+        for key, value in real_state.items():
+            if not isinstance(key, Tensor):
+                state[key] = value
+        self.param_groups, self.state = [g for g in groups if g["params"]], state
+        try:
+            _unhooked_step(self)
+        finally:
+            self.param_groups, self.state = real_groups, real_state
+            for real, group in zip(real_groups, groups, strict=True):
+                real.update((k, v) for k, v in group.items() if k != "params")
+            real_state.update((k, v) for k, v in state.items() if not isinstance(k, Tensor))
+            for p, stand_in in owners:
+                if stand_in in state:
+                    real_state[p] = state[stand_in]
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, of this optimizer or of the plain parent.
+
+        Moments of paired factors keep their dtype, at least float32, whatever the parameters have.
+        Where the saved groups lack ours, as those of the plain parent do, damping and placement
+        stay as constructed.
+
+        Parameters
+        ----------
+        state_dict : dict
+            From `state_dict`.
+
+        Raises
+        ------
+        ShapeError
+            When a saved moment has another shape than its parameter; nothing has been loaded then.
+        """
+        incoming: list[dict[str, Any]] = []
+
+        def take(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            incoming.append(self._completed(saved))
+            return incoming[0]
+
+        def widen(_: Optimizer) -> None:
+            self._widen_moments(incoming[0])
+
+        handles = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(widen, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _owners(self, saved: dict[str, Any]) -> list[tuple[Any, Tensor]]:
+        """(id in the saved state, parameter); torch itself refuses groups of other lengths."""
+        ids = [i for group in saved["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        return list(zip(ids, params, strict=False))
+
+    def _completed(self, saved: dict[str, Any]) -> dict[str, Any]:
+        for i, p in self._owners(saved):
+            for key in ELEMENTWISE:
+                value = saved["state"].get(i, {}).get(key)
+                if isinstance(value, Tensor) and value.shape != p.shape:
+                    msg = (
+                        f"saved {key} of parameter {i} has shape {tuple(value.shape)}, but the "
+                        f"parameter has {tuple(p.shape)}; was the rank changed?"
+                    )
+                    raise ShapeError(msg)
+        groups = [
+            {**{name: mine[name] for name in PER_GROUP}, **theirs}
+            for mine, theirs in zip(self.param_groups, saved["param_groups"], strict=False)
+        ]
+        return {**saved, "param_groups": [*groups, *saved["param_groups"][len(groups) :]]}
+
+    def _widen_moments(self, saved: dict[str, Any]) -> None:
+        paired = {id(p) for pair in self._current_pairs() for p in pair}
+        for i, p in self._owners(saved):
+            for key, value in saved["state"].get(i, {}).items() if id(p) in paired else ():
+                if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
+                    wide = torch.promote_types(value.dtype, torch.float32)
+                    self.state[p][key] = value.detach().to(p.device, wide, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        extra = ("order", "report", "_adapter", "_by_hand", "_members", "_pairs")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in extra}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._step_supports_amp_scaling = False
+        self._workspaces = {}
+
+
+def _matrix(p: Tensor) -> Tensor:
+    """A factor or gradient as a matrix; a convolution's kernel belongs to its input side."""
+    p = p.detach()
+    return p if p.ndim == 2 else p.reshape(cast(tuple[int, int], flatten_kernel(tuple(p.shape))))
+
+
+def _job(p: Tensor, direction: Tensor, placement: Placement, group: dict[str, Any]) -> _Job:
+    wide = torch.promote_types(p.dtype, torch.float32)
+    if placement != "before":
+        # The parent writes its whole move into zeros; the second half of the preconditioner and
+        # the decay, which would have seen a zero parameter, follow.
+        stand_in = torch.zeros(p.shape, dtype=wide, device=p.device)
+    elif p.dtype == wide:
+        stand_in = p.detach()
+    else:
+        stand_in = p.detach().to(wide)
+    stand_in.grad = direction.to(wide).view(p.shape)
+    return _Job(p, stand_in, group)
+
+
+def _decay_and_add(job: _Job, move: Tensor) -> None:
+    keep = 1 - job.group["lr"] * job.group["weight_decay"]
+    if job.param.dtype == move.dtype:
+        job.param.mul_(keep).add_(move)
+    else:
+        job.param.copy_(job.param.to(move.dtype).mul_(keep).add_(move))
+
+
+def _unhooked_step(optimizer: GramPreconditioned) -> None:
+    """The parent's step without its hooks, which have run around ours already."""
+    classes = type(optimizer).__mro__
+    parent: Any = next(
+        kind
+        for kind in classes[classes.index(GramPreconditioned) + 1 :]
+        if "step" in vars(kind)
+    )
+    step = parent.step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__
+    step(optimizer)
+
+
+@functools.cache
+def precondition(optimizer: type[Optimizer]) -> type[Optimizer]:
+    """The optimizer class that does the same on gradients preconditioned pair by pair.
+
+    Parameters
+    ----------
+    optimizer : type
+        Any subclass of torch's Optimizer whose step needs no closure.
+
+    Returns
+    -------
+    type
+        A subclass of it. Its constructor takes a model, ``named_parameters()``, groups with names,
+        or tensors with ``pairs=[(A, B), ...]``, then the parent's arguments and ``damping``,
+        ``damping_mode``, ``placement``, ``order``, ``compute_dtype`` and ``adapter`` as
+        `ScaledAdamW` has them.
+
+    Raises
+    ------
+    TypeError
+        When it is no optimizer class.
+    ValueError
+        When its step needs a closure: it would evaluate the loss again within a step, on
+        gradients that nobody preconditions.
+
+    Examples
+    --------
+    >>> import torch, rlora.torch
+    >>> layer = torch.nn.Module()
+    >>> layer.lora_A = torch.nn.Parameter(torch.ones(4, 16))
+    >>> layer.lora_B = torch.nn.Parameter(torch.zeros(32, 4))
+    >>> optimizer = rlora.torch.precondition(torch.optim.NAdam)(layer, lr=1e-3)
+    >>> isinstance(optimizer, torch.optim.NAdam)
+    True
+    """
+    if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
+        msg = f"expected a subclass of torch.optim.Optimizer, got {optimizer!r}"
+        raise TypeError(msg)
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        msg = (
+            f"{optimizer.__name__} evaluates the loss again within its step, on gradients that "
+            f"nobody preconditions; use an optimizer whose closure is optional, such as AdamW"
+        )
+        raise ValueError(msg)
+    name = f"Preconditioned{optimizer.__name__}"
+    doc = f"{optimizer.__name__} on gradients preconditioned pair by pair."
+    return type(name, (GramPreconditioned, optimizer), {"__doc__": doc, "__reduce__": _reduce})
+
+
+def _reduce(self: Any) -> tuple[Any, ...]:
+    # The class was made here, so a pickle must make it again.
+    parent = type(self).__mro__[2]
+    return _revive, (parent,), self.__getstate__()
+
+
+def _revive(parent: type[Optimizer]) -> Optimizer:
+    kind = precondition(parent)
+    return kind.__new__(kind)
