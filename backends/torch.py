@@ -50,12 +50,18 @@ class TorchBackend(Backend):
         r = sides(tall[0])[0].shape[-2]
         layers = [math.prod(F.shape[:-2]) for F in tall]
         stack = _take(workspace, ("gram", slot), (sum(layers), r, r), dtype, tall[0].device)
-        for members in _buckets(tall).values():
+        for members in _buckets(tall, workspace, slot).values():
             stop = start + sum(layers[i] for i in members)
             out = stack[start:stop]
             if _stacks(tall[members[0]]):
-                F = _stack([tall[i] for i in members], dtype, workspace, slot)
-                torch.bmm(*sides(F), out=out)
+                F = _stack([tall[i] for i in members], dtype, workspace)
+                if slot == "columns" and (fold := _fold(F)) > 1:
+                    # (k, m, r) as (k, m/f, f r): its Gram has those of f slices on its diagonal.
+                    F = F.view(F.shape[0], -1, fold * r)
+                    blocks = torch.bmm(F.mT, F).view(-1, fold, r, fold, r)
+                    torch.sum(blocks.diagonal(dim1=1, dim2=3), -1, out=out)
+                else:
+                    torch.bmm(*sides(F), out=out)
             else:
                 for i, S in zip(members, out.split([layers[i] for i in members]), strict=True):
                     torch.matmul(*sides(tall[i].to(dtype)), out=S.view(*tall[i].shape[:-2], r, r))
@@ -79,15 +85,17 @@ class TorchBackend(Backend):
         slot: str,
     ) -> list[Array]:
         result: list[Array] = list(tall)
-        for key, members in _buckets(tall).items():
+        for key, members in _buckets(tall, workspace, slot).items():
             shape, device = key[0], tall[members[0]].device
             dtype = P[members[0]].dtype
             if _stacks(tall[members[0]]):
-                G = _stack([tall[i] for i in members], dtype, workspace, slot)
+                G = _stack([tall[i] for i in members], dtype, workspace)
                 P_k = torch.stack([P[i] for i in members]).reshape(-1, *P[members[0]].shape[-2:])
                 out = _take(workspace, ("out", slot, key), G.shape, dtype, device)
-                torch.bmm(*sides(P_k, G), out=out)
-                outs = out.view(len(members), *shape).unbind(0)
+                if slot == "right" and (fold := _fold(G)) > 1:
+                    G, P_k = G.view(G.shape[0], -1, fold * G.shape[-1]), _block_diagonal(P_k, fold)
+                torch.bmm(*sides(P_k, G), out=out.view(G.shape))
+                outs = _views(workspace, ("views", slot, key), out, len(members), shape)
             else:
                 outs = [
                     torch.matmul(
@@ -108,6 +116,11 @@ class TorchBackend(Backend):
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
         W = torch.linalg.solve_triangular(L, eye, upper=False)  # (K, r, r)
         return W.mT @ W
+
+    def unstack(self, P: Array, tall: Sequence[Array]) -> Iterator[Array]:
+        if all(F.ndim == 2 for F in tall):
+            return iter(P.unbind(0))  # one call instead of one for each factor
+        return super().unstack(P, tall)
 
     @contextmanager
     def exact(self, like: Array) -> Iterator[None]:
@@ -148,12 +161,32 @@ def _ieee_products() -> Iterator[None]:
             matmul.fp32_precision = precision
 
 
-def _buckets(tall: Sequence[Array]) -> dict[Any, list[int]]:
+def _buckets(
+    tall: Sequence[Array], workspace: Workspace | None, slot: str
+) -> dict[Any, list[int]]:
     """Positions of equal shape, dtype and device."""
-    buckets: dict[Any, list[int]] = {}
-    for i, F in enumerate(tall):
-        buckets.setdefault((tuple(F.shape), F.dtype, F.device), []).append(i)
+    buckets: dict[Any, list[int]] | None = (workspace or {}).get(("buckets", slot))
+    if buckets is None:
+        buckets = {}
+        for i, F in enumerate(tall):
+            buckets.setdefault((tuple(F.shape), F.dtype, F.device), []).append(i)
+        if workspace is not None:
+            workspace["buckets", slot] = buckets
     return buckets
+
+
+def _fold(tall: Array) -> int:
+    """How many rows of a thin (k, m, r) to read as one, so that a CPU's kernels have work."""
+    m, r = tall.shape[-2:]
+    fold = 16 // r if tall.device.type == "cpu" else 1
+    return fold if fold > 1 and m % fold == 0 else 1
+
+
+def _block_diagonal(P: Array, fold: int) -> Array:
+    """(k, r, r) as (k, f r, f r) with `fold` copies on the diagonal."""
+    k, r, _ = P.shape
+    eye = torch.eye(fold, dtype=P.dtype, device=P.device)
+    return torch.einsum("fg,kij->kfigj", eye, P).reshape(k, fold * r, fold * r)
 
 
 def _stacks(F: Array) -> bool:
@@ -161,16 +194,15 @@ def _stacks(F: Array) -> bool:
     return F.device.type != "cpu" or F.numel() < STACK_BELOW
 
 
-def _stack(tall: list[Array], dtype: Any, workspace: Workspace | None, slot: str) -> Array:
-    """Factors of one shape as (K, ., .) in `dtype`."""
+def _stack(tall: list[Array], dtype: Any, workspace: Workspace | None) -> Array:
+    """Factors of one shape as (K, ., .) in `dtype`; good until the next call."""
     F = tall[0]
-    shape = (len(tall), *F.shape)
     if F.dtype != dtype:
-        stack = torch.stack(list(tall)).to(dtype)
-    else:
-        out = _take(workspace, ("in", slot, F.shape), shape, dtype, F.device)
-        stack = torch.stack(list(tall), out=out)
-    return stack.view(-1, *F.shape[-2:])
+        return torch.stack(tall).to(dtype).view(-1, *F.shape[-2:])
+    # One flat buffer for every bucket: it stays in the cache.
+    size = len(tall) * F.numel()
+    flat = _take(workspace, ("stack", dtype), (size,), dtype, F.device)
+    return torch.stack(tall, out=flat.view(len(tall), *F.shape)).view(-1, *F.shape[-2:])
 
 
 def _take(
@@ -185,9 +217,21 @@ def _take(
     if workspace is None or device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     held = workspace.get(key)
-    if held is None or held.shape != shape or held.dtype != dtype:
+    if held is None or held.dtype != dtype or held.numel() < math.prod(shape):
         held = workspace[key] = torch.empty(shape, dtype=dtype, device=device)
-    return held
+    return held if held.shape == shape else held.view(-1)[: math.prod(shape)].view(shape)
+
+
+def _views(
+    workspace: Workspace | None, key: Any, stack: Array, count: int, shape: Sequence[int]
+) -> Sequence[Array]:
+    """The members of a stack; the same tensor objects again while the stack is the same memory."""
+    if workspace is None:
+        return stack.view(count, *shape).unbind(0)
+    held = workspace.get(key)
+    if held is None or held[0] is not stack:
+        held = workspace[key] = (stack, stack.view(count, *shape).unbind(0))
+    return held[1]
 
 
 BACKEND = TorchBackend

@@ -22,7 +22,8 @@ from rlora.core.factors import Array
 ENTRY_POINT_GROUP = "rlora.backends"
 
 Workspace = dict[Any, Any]
-"""Memory that a backend may write into and hand out again at the next call."""
+"""What a backend may keep from one call to the next with factors of the same shapes: memory that
+it writes into and hands out again, and where everything lies. A caller makes it as an empty dict."""
 
 
 class Backend:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from rlora.core.backend import Backend, Workspace, device_of, dtype_name
+from rlora.core.backend import Backend, Workspace, device_of
 from rlora.core.factors import Array, Factors
 
 DampingMode = Literal["relative", "absolute", "covariant"]
@@ -50,14 +50,18 @@ def preconditioners(
         Of the parameters.
     params : sequence of Factors
         A (..., r, n) and B (..., m, r), of any shapes.
-    damping, damping_mode
-        See `metric`.
+    damping : float
+        δ, at least 0.
+    damping_mode : {"relative", "absolute", "covariant"}
+        ``S + δ tr(S)/r I`` on both sides; ``S + δ I`` on both sides; or ``S_B + δ S_A⁻¹`` for A
+        and S_A as it is for B, which transforms as S_B does and so keeps the invariance: δ is then
+        compared with the squared singular values of BA.
     exponent : float
         -1, or -1/2 for one half of a preconditioner that stands on both sides of Adam.
     compute_dtype : {None, "float32", "float64"}
         Precision of Grams and powers; the result comes in the parameters' own, at least float32.
     workspace : dict, optional
-        Memory to use again at the next call.
+        Memory to use again at the next call with factors of the same shapes.
 
     Returns
     -------
@@ -66,14 +70,13 @@ def preconditioners(
         the right.
     """
     result: list[Factors] = list(params)
-    for members in _by_rank(params).values():
+    for rank, members in _by_rank(params).items():
+        memory = None if workspace is None else workspace.setdefault(rank, {})
         A, B = [params[i].A for i in members], [params[i].B for i in members]
         dtype = backend.compute_dtype(A[0].dtype, compute_dtype)
-        grams = Factors(
-            backend.gram_rows(A, dtype, workspace), backend.gram_columns(B, dtype, workspace)
-        )
-        H = metric(backend, grams, damping, damping_mode)
-        P = power(backend, backend.xp.concat([H.A, H.B]), exponent)  # (2K, r, r)
+        S_A = backend.gram_rows(A, dtype, memory)  # (K, r, r)
+        S_B = backend.gram_columns(B, dtype, memory)  # (K, r, r)
+        P = _powers(backend, S_A, S_B, damping, damping_mode, exponent)  # (2K, r, r)
         P = backend.cast(P, backend.compute_dtype(A[0].dtype))
         pieces = list(backend.unstack(P, A + B))
         for i, P_A, P_B in zip(members, pieces, pieces[len(members) :], strict=False):
@@ -96,78 +99,61 @@ def precondition(
     return [Factors(of_A.get(i), of_B.get(i)) for i in range(len(grads))]
 
 
-def _by_rank(params: Sequence[Factors]) -> dict[tuple[int, str, str], list[int]]:
-    groups: dict[tuple[int, str, str], list[int]] = {}
+def _by_rank(params: Sequence[Factors]) -> dict[Any, list[int]]:
+    groups: dict[Any, list[int]] = {}
     for i, (A, _) in enumerate(params):
-        key = (A.shape[-2], dtype_name(A.dtype), str(device_of(A)))
-        groups.setdefault(key, []).append(i)
+        groups.setdefault((A.shape[-2], A.dtype, device_of(A)), []).append(i)
     return groups
 
 
-def metric(
-    backend: Backend, grams: Factors, damping: float, damping_mode: DampingMode
-) -> Factors:
-    """The damped Gram matrices: ``H_A`` from S_B, which acts on A, and ``H_B`` from S_A.
-
-    Parameters
-    ----------
-    backend : Backend
-        Of the Gram matrices.
-    grams : Factors of (K, r, r)
-        ``S_A`` and ``S_B`` of K pairs.
-    damping : float
-        δ, at least 0.
-    damping_mode : {"relative", "absolute", "covariant"}
-        ``S + δ tr(S)/r I`` on both sides; ``S + δ I`` on both sides; or ``S_B + δ S_A⁻¹`` for A
-        and S_A as it is for B, which transforms as S_B does and so keeps the invariance: δ is then
-        compared with the squared singular values of BA.
-
-    Notes
-    -----
-    Whatever is asked, the shift is never below what the rounding of the Gram itself can carry,
-    ``10 eps tr(S)``.
-    """
-    S_A, S_B = grams
-    if damping_mode == "covariant":
-        H_B = _shift(backend, S_A, 0.0)
-        H_A = _shift(backend, S_B + damping * power(backend, H_B, -1.0), 0.0)
-    else:
+def _powers(
+    backend: Backend,
+    S_A: Array,
+    S_B: Array,
+    damping: float,
+    damping_mode: DampingMode,
+    exponent: float,
+) -> Array:
+    """``H_A^exponent`` on top of ``H_B^exponent``, (2K, r, r)."""
+    concat = backend.xp.concat
+    if damping_mode != "covariant":
         relative = damping_mode == "relative"
-        H_A, H_B = (
-            _shift(backend, S, damping * trace(backend, S) / S.shape[-1] if relative else damping)
-            for S in (S_B, S_A)
+        return damped_power(
+            backend, concat([S_B, S_A]), exponent, damping=damping, relative=relative
         )
-    return Factors(H_A, H_B)
+    inverse_S_A = damped_power(backend, S_A, -1.0)
+    return damped_power(backend, concat([S_B + damping * inverse_S_A, S_A]), exponent)
 
 
-def power(backend: Backend, H: Array, exponent: float) -> Array:
-    """``H^exponent`` for a stack (K, r, r) of damped Grams, each member by itself.
+def damped_power(
+    backend: Backend,
+    S: Array,
+    exponent: float,
+    *,
+    damping: float = 0.0,
+    relative: bool = True,
+) -> Array:
+    """``(S + shift I)^exponent`` for a stack (K, r, r) of Grams, each member by itself.
 
-    Each is scaled to trace r first, so that neither tiny nor huge factors leave the range of the
-    dtype. A member whose trace is zero or too small to be inverted gives 0: a zero factor does
-    not move its partner. One whose trace has overflowed gives 0 too, the limit of the formula.
-    One with NaN gives NaN, and no member sees another.
+    The shift is ``damping tr(S)/r`` or ``damping``, and never below ``10 eps tr(S)``, what the
+    rounding of the Gram itself can carry.
+
+    Each member is scaled to trace r first, so that neither tiny nor huge factors leave the range
+    of the dtype. A member whose trace is zero or too small to be inverted gives 0: a zero factor
+    does not move its partner. One whose trace has overflowed gives 0 too, the limit of the
+    formula. One with NaN gives NaN, and no member sees another.
     """
-    xp = backend.xp
-    scale = xp.reshape(trace(backend, H), (-1, 1, 1)) / H.shape[-1]  # (K, 1, 1)
-    info = xp.finfo(H.dtype)
-    smallest = float(info.smallest_normal) / (ROUNDING * H.shape[-1] * float(info.eps))
-    live = (scale > smallest) & xp.isfinite(scale)
+    xp, r, info = backend.xp, S.shape[-1], backend.xp.finfo(S.dtype)
+    rounding = ROUNDING * r * float(info.eps)
+    mean = xp.reshape(xp.linalg.trace(S), (-1, 1, 1)) / r  # (K, 1, 1), the mean eigenvalue
+    if relative:
+        shift = max(damping, rounding) * mean
+    else:
+        shift = xp.clip(rounding * mean, min=damping)
+    scale = mean + shift
+    live = (scale > float(info.smallest_normal) / rounding) & (scale < float(info.max))
     unit = xp.where(live, scale, xp.ones_like(scale))
-    eye = xp.eye(H.shape[-1], dtype=H.dtype, device=device_of(H))
-    P = backend.spd_power(xp.where(live, H / unit, eye), exponent) * unit**exponent
-    return xp.where(live, P, xp.where(xp.isnan(scale), scale, xp.zeros_like(scale)))
-
-
-def trace(backend: Backend, S: Array) -> Array:
-    """Traces (K,) of a stack (K, r, r)."""
-    return backend.xp.linalg.trace(S)
-
-
-def _shift(backend: Backend, S: Array, shift: Array | float) -> Array:
-    """``S + max(shift, rounding) I``."""
-    xp = backend.xp
-    floor = ROUNDING * float(xp.finfo(S.dtype).eps) * trace(backend, S)  # (K,)
-    shift = xp.maximum(floor, shift + xp.zeros_like(floor))
-    eye = xp.eye(S.shape[-1], dtype=S.dtype, device=device_of(S))
-    return S + xp.reshape(shift, (-1, 1, 1)) * eye  # (K, r, r)
+    eye = xp.eye(r, dtype=S.dtype, device=device_of(S))
+    H = xp.where(live, (S + shift * eye) / unit, eye)  # (K, r, r)
+    dead = xp.where(xp.isnan(scale), scale, xp.zeros_like(scale))
+    return xp.where(live, backend.spd_power(H, exponent) * unit**exponent, dead)

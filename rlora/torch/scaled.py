@@ -10,7 +10,7 @@ from rlora.core.linalg import DampingMode
 from rlora.core.transform import Order
 from rlora.methods.scaled import Placement
 from rlora.torch.params import TensorPair
-from rlora.torch.precondition import GramPreconditioned
+from rlora.torch.optimizer import GramPreconditioned
 
 
 class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):

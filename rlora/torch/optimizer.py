@@ -7,55 +7,23 @@ stays where ``state_dict`` looks for it, and the ``.grad`` of the parameter is n
 
 import functools
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlora.core.backend import get_backend
 from rlora.core.errors import NamespaceError, ShapeError
-from rlora.core.factors import Factors
-from rlora.core.linalg import (
-    DampingMode,
-    check_damping,
-    precondition as apply_gram,
-    preconditioners,
-)
+from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.transform import Order
 from rlora.methods.scaled import Placement
-from rlora.pairing import PairReport, flatten_kernel, nothing_paired
-from rlora.torch.params import (
-    TensorPair,
-    as_groups,
-    check_explicit,
-    check_grad,
-    match,
-    misfit,
-)
+from rlora.pairing import PairReport, nothing_paired
+from rlora.torch.params import TensorPair, as_groups, check_explicit, check_grad, match, misfit
+from rlora.torch.plan import Plan, Recipe, make_plan, signature
 
-PER_GROUP = ("damping", "damping_mode", "placement", "compute_dtype")
 ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """State of torch's own optimizers that has the shape of its parameter."""
-
-
-class _Recipe(NamedTuple):
-    """The hyperparameters of one factor's preconditioner, as its group has them."""
-
-    damping: float
-    damping_mode: DampingMode
-    placement: Placement
-    compute_dtype: str | None
-
-
-class _Job(NamedTuple):
-    """A factor to be moved: itself, the tensor that stands in for it, and how it is to move."""
-
-    param: Tensor
-    stand_in: Tensor
-    group: dict[str, Any]
 
 
 class GramPreconditioned(Optimizer):
@@ -80,7 +48,7 @@ class GramPreconditioned(Optimizer):
         compute_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
-        own = dict(zip(PER_GROUP, (damping, damping_mode, placement, compute_dtype), strict=True))
+        own = Recipe(damping, damping_mode, placement, compute_dtype)._asdict()
         if order not in get_args(Order):
             msg = f"order must be one of {', '.join(get_args(Order))}, got {order!r}"
             raise ValueError(msg)
@@ -99,7 +67,7 @@ class GramPreconditioned(Optimizer):
                 group.setdefault(name, value)
         # Fused kernels would take gradients that GradScaler has not unscaled yet.
         self._step_supports_amp_scaling = False
-        self._workspaces: dict[Any, dict[Any, Any]] = {}
+        self._plans: tuple[Any, list[Plan]] | None = None
         self._pair_up(pairs)
         self._model_layout = None
 
@@ -199,133 +167,25 @@ class GramPreconditioned(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        pairs = self._current_pairs()
-        for a, b in pairs:
-            check_grad(a)
-            check_grad(b)
-            if why := misfit(a, b):
-                raise NamespaceError(why)
-        paired = {id(p) for pair in pairs for p in pair}
-        plain = [id(p) for p in self._members if id(p) not in paired]
-        if self.order == "jacobi":
-            self._move(pairs, "AB", plain)
-        else:
-            self._move(pairs, "A", plain)
-            self._move(pairs, "B", [])
+        plans = self._current_plans()
+        for plan in plans:
+            plan.run(self, _parent_step(type(self)))
         return loss
 
-    def _move(self, pairs: list[TensorPair], sides: str, plain: list[int]) -> None:
-        """One step of the parent for some sides of the pairs, and for plain parameters."""
-        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        jobs: dict[int, _Job] = {}
-        halves: list[Callable[[], None]] = []
-        for (recipe, *key), work in self._by_recipe(pairs, sides, group_of).items():
-            workspace = self._workspaces.setdefault((recipe, *key), {})
-            finish = self._prepare(recipe, work, group_of, jobs, workspace)
-            halves.append(finish)
-        self._parent_step({**{i: None for i in plain}, **jobs})
-        for finish in halves:
-            finish()
-
-    def _by_recipe(
-        self, pairs: list[TensorPair], sides: str, group_of: dict[int, dict[str, Any]]
-    ) -> dict[Any, list[tuple[TensorPair, str]]]:
-        """Pairs with something to move, by recipe: the two factors of one may have different ones."""
-        work: dict[Any, list[tuple[TensorPair, str]]] = defaultdict(list)
-        for pair in pairs:
-            wanted = [x for x in sides if pair["AB".index(x)].grad is not None]
-            recipes = {
-                x: _Recipe(*(group_of[id(pair["AB".index(x)])][name] for name in PER_GROUP))
-                for x in wanted
-            }
-            for recipe in set(recipes.values()):
-                letters = "".join(x for x in wanted if recipes[x] == recipe)
-                work[recipe, letters].append((pair, letters))
-        return work
-
-    def _prepare(
-        self,
-        recipe: _Recipe,
-        work: list[tuple[TensorPair, str]],
-        group_of: dict[int, dict[str, Any]],
-        jobs: dict[int, _Job],
-        workspace: dict[Any, Any],
-    ) -> Callable[[], None]:
-        """Make the stand-ins of one recipe's factors; what is left to do after the parent."""
-        backend = get_backend(work[0][0][0])
-        factors = [Factors(*map(_matrix, pair)) for pair, _ in work]
-        grads = [
-            Factors(*(_matrix(p.grad) if x in letters else None for x, p in zip("AB", pair)))
-            for pair, letters in work
-        ]
-        with backend.exact(factors[0].A):
-            P = preconditioners(
-                backend,
-                factors,
-                damping=recipe.damping,
-                damping_mode=recipe.damping_mode,
-                exponent=-0.5 if recipe.placement == "both" else -1.0,
-                compute_dtype=recipe.compute_dtype,
-                workspace=workspace,
-            )
-            if recipe.placement != "after":
-                grads = apply_gram(backend, P, grads, workspace)
-        mine: list[Factors] = []
-        for (pair, _), directions in zip(work, grads, strict=True):
-            made = [
-                None if d is None else _job(p, d, recipe.placement, group_of[id(p)])
-                for p, d in zip(pair, directions, strict=True)
-            ]
-            jobs.update((id(job.param), job) for job in made if job)
-            mine.append(Factors(*made))
-
-        def finish() -> None:
-            if recipe.placement == "before":
-                for job in (job for pair in mine for job in pair if job):
-                    if job.stand_in.dtype != job.param.dtype:
-                        job.param.copy_(job.stand_in)
-                return
-            moved = [Factors(*(job and _matrix(job.stand_in) for job in pair)) for pair in mine]
-            with backend.exact(factors[0].A):
-                moved = apply_gram(backend, P, moved, workspace)
-            for pair, steps in zip(mine, moved, strict=True):
-                for job, step in zip(pair, steps, strict=True):
-                    if job:
-                        _decay_and_add(job, step.view(job.param.shape))
-
-        return finish
-
-    def _parent_step(self, jobs: dict[int, _Job | None]) -> None:
-        """The parent's own step over the stand-ins, with its groups and state as it knows them."""
-        real_groups, real_state = self.param_groups, self.state
-        groups, state = [], defaultdict(dict)
-        owners: list[tuple[Tensor, Tensor]] = []
-        for group in real_groups:
-            params = []
-            for p in group["params"]:
-                if id(p) not in jobs:
-                    continue
-                job = jobs[id(p)]
-                stand_in = job.stand_in if job else p
-                owners.append((p, stand_in))
-                params.append(stand_in)
-                if p in real_state:
-                    state[stand_in] = real_state[p]
-            groups.append({**group, "params": params})
-        for key, value in real_state.items():
-            if not isinstance(key, Tensor):
-                state[key] = value
-        self.param_groups, self.state = [g for g in groups if g["params"]], state
-        try:
-            _unhooked_step(self)
-        finally:
-            self.param_groups, self.state = real_groups, real_state
-            for real, group in zip(real_groups, groups, strict=True):
-                real.update((k, v) for k, v in group.items() if k != "params")
-            real_state.update((k, v) for k, v in state.items() if not isinstance(k, Tensor))
-            for p, stand_in in owners:
-                if stand_in in state:
-                    real_state[p] = state[stand_in]
+    def _current_plans(self) -> list[Plan]:
+        """One plan, or with Gauss-Seidel one a side; made anew when what they rest on changed."""
+        pairs = self._current_pairs()
+        now = signature(pairs, self.param_groups)
+        if self._plans is None or self._plans[0] != now:
+            for a, b in pairs:
+                check_grad(a)
+                check_grad(b)
+                if why := misfit(a, b):
+                    raise NamespaceError(why)
+            sides = ("AB",) if self.order == "jacobi" else ("A", "B")
+            plans = [make_plan(pairs, self.param_groups, s, plain=s[0] == "A") for s in sides]
+            self._plans = (now, plans)
+        return self._plans[1]
 
     # --- state ----------------------------------------------------------------------------------
 
@@ -382,7 +242,7 @@ class GramPreconditioned(Optimizer):
                     )
                     raise ShapeError(msg)
         groups = [
-            {**{name: mine[name] for name in PER_GROUP}, **theirs}
+            {**{name: mine[name] for name in Recipe._fields}, **theirs}
             for mine, theirs in zip(self.param_groups, saved["param_groups"], strict=False)
         ]
         return {**saved, "param_groups": [*groups, *saved["param_groups"][len(groups) :]]}
@@ -402,49 +262,14 @@ class GramPreconditioned(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._step_supports_amp_scaling = False
-        self._workspaces = {}
+        self._plans = None
 
 
-def _matrix(p: Tensor) -> Tensor:
-    """A factor or gradient as a matrix; a convolution's kernel belongs to its input side."""
-    p = p.detach()
-    return p if p.ndim == 2 else p.reshape(cast(tuple[int, int], flatten_kernel(tuple(p.shape))))
-
-
-def _job(p: Tensor, direction: Tensor, placement: Placement, group: dict[str, Any]) -> _Job:
-    wide = torch.promote_types(p.dtype, torch.float32)
-    if placement != "before":
-        # The parent writes its whole move into zeros; the second half of the preconditioner and
-        # the decay, which would have seen a zero parameter, follow.
-        stand_in = torch.zeros(p.shape, dtype=wide, device=p.device)
-    elif p.dtype == wide:
-        stand_in = p.detach()
-    else:
-        stand_in = p.detach().to(wide)
-    stand_in.grad = direction.to(wide).view(p.shape)
-    return _Job(p, stand_in, group)
-
-
-def _decay_and_add(job: _Job, move: Tensor) -> None:
-    keep = 1 - job.group["lr"] * job.group["weight_decay"]
-    if job.param.dtype == move.dtype:
-        job.param.mul_(keep).add_(move)
-    else:
-        job.param.copy_(job.param.to(move.dtype).mul_(keep).add_(move))
-
-
-def _unhooked_step(optimizer: GramPreconditioned) -> None:
-    """The parent's step without its hooks, which have run around ours already."""
-    classes = type(optimizer).__mro__
-    parent: Any = next(
-        kind
-        for kind in classes[classes.index(GramPreconditioned) + 1 :]
-        if "step" in vars(kind)
-    )
-    step = parent.step
-    if getattr(step, "hooked", False):
-        step = step.__wrapped__
-    step(optimizer)
+def _parent_step(kind: type) -> Callable[[Any], Any]:
+    """The parent's step without its hooks, which run around ours already."""
+    behind = kind.__mro__[kind.__mro__.index(GramPreconditioned) + 1 :]
+    step: Any = next(parent for parent in behind if "step" in vars(parent)).step
+    return cast(Callable[[Any], Any], step.__wrapped__ if hasattr(step, "hooked") else step)
 
 
 @functools.cache

@@ -1,0 +1,236 @@
+"""One step of an optimizer over stand-ins: who they are, and how their directions are made.
+
+A stand-in of a parameter in a pair is a tensor that the parent optimizer steps in its place. It is
+made once and serves until parameters, gradients' presence or hyperparameters change.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from rlora.core.backend import Backend, Workspace, get_backend
+from rlora.core.factors import Factors
+from rlora.core.linalg import DampingMode, preconditioners
+from rlora.methods.scaled import Placement
+from rlora.pairing import flatten_kernel
+from rlora.torch.params import TensorPair
+
+Groups = list[dict[str, Any]]
+
+
+class Recipe(NamedTuple):
+    """The hyperparameters of one factor's preconditioner, as its group has them."""
+
+    damping: float
+    damping_mode: DampingMode
+    placement: Placement
+    compute_dtype: str | None
+
+
+class Job(NamedTuple):
+    """A factor to be moved, the tensor that stands in for it, and the factor's group."""
+
+    param: Tensor
+    stand_in: Tensor
+    group: dict[str, Any]
+
+
+class Batch:
+    """All pairs of one recipe, dtype and device: one computation of Grams and directions.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Of the factors to be moved.
+    params : list of Factors
+        Both factors of every pair, as matrices.
+    left, right : list of (int, Job)
+        The A and the B factors to be moved, with the position of their pair.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        params: list[Factors],
+        left: list[tuple[int, Job]],
+        right: list[tuple[int, Job]],
+    ) -> None:
+        self.recipe = recipe
+        self.params = params
+        self.left, self.right = [i for i, _ in left], [i for i, _ in right]
+        self.A, self.B = [job for _, job in left], [job for _, job in right]
+        self.jobs = self.A + self.B
+        stand_in, param = self.jobs[0].stand_in, self.jobs[0].param
+        self.half = stand_in.dtype != param.dtype
+        self.keeps_directions = stand_in.device.type == "cpu"  # in the workspace
+        self.workspace: Workspace = {}
+
+    def prepare(self) -> list[Factors]:
+        """Give every stand-in its value and its gradient; return the preconditioners."""
+        backend = get_backend(self.params[0].A)
+        grads = [matrix(cast(Tensor, job.param.grad)) for job in self.jobs]
+        with backend.exact(self.params[0].A):
+            P = preconditioners(
+                backend,
+                self.params,
+                damping=self.recipe.damping,
+                damping_mode=self.recipe.damping_mode,
+                exponent=-0.5 if self.recipe.placement == "both" else -1.0,
+                compute_dtype=self.recipe.compute_dtype,
+                workspace=self.workspace,
+            )
+            if self.recipe.placement != "after":
+                grads = self._precondition(backend, P, grads)
+        for job, direction in zip(self.jobs, grads, strict=True):
+            _set_grad(job.stand_in, direction)
+        if self.recipe.placement != "before":
+            torch._foreach_zero_([job.stand_in for job in self.jobs])
+        elif self.half:
+            _copy([job.stand_in for job in self.jobs], [job.param for job in self.jobs])
+        return P
+
+    def finish(self, P: list[Factors]) -> None:
+        """What is left to do after the parent: the second half, or rounding to half precision."""
+        if not self.keeps_directions:
+            for job in self.jobs:
+                job.stand_in.grad = None
+        if self.recipe.placement != "before":
+            self._move(P)
+        elif self.half:
+            _copy([job.param for job in self.jobs], [job.stand_in for job in self.jobs])
+
+    def _move(self, P: list[Factors]) -> None:
+        # The parent has written its whole move into zeros. Its decay has seen a zero parameter.
+        backend = get_backend(self.params[0].A)
+        moves = [matrix(job.stand_in) for job in self.jobs]
+        with backend.exact(self.params[0].A):
+            moves = self._precondition(backend, P, moves)
+        for job, move in zip(self.jobs, moves, strict=True):
+            keep = 1 - job.group["lr"] * job.group["weight_decay"]
+            move = move.view(job.param.shape)
+            if self.half:
+                job.param.copy_(job.param.to(move.dtype).mul_(keep).add_(move))
+            else:
+                job.param.mul_(keep).add_(move)
+
+    def _precondition(
+        self, backend: Backend, P: list[Factors], matrices: list[Tensor]
+    ) -> list[Tensor]:
+        """``P_A G`` for the A factors and ``G P_B`` for the B factors, in the order of the jobs."""
+        of_A, of_B = matrices[: len(self.A)], matrices[len(self.A) :]
+        left = backend.apply_left([P[i].A for i in self.left], of_A, self.workspace)
+        return left + backend.apply_right(of_B, [P[i].B for i in self.right], self.workspace)
+
+
+class Plan(NamedTuple):
+    """Everything a step needs that does not change from one step to the next."""
+
+    batches: list[Batch]
+    params: list[list[tuple[Tensor, Tensor]]]
+    """For each group (parameter, stand-in); a plain parameter stands in for itself."""
+
+    def run(self, optimizer: Any, parent_step: Callable[[Any], Any]) -> None:
+        """Directions, the parent's own step over the stand-ins, and the rest."""
+        halves = [batch.prepare() for batch in self.batches]
+        self._parent_step(optimizer, parent_step)
+        for batch, P in zip(self.batches, halves, strict=True):
+            batch.finish(P)
+
+    def _parent_step(self, optimizer: Any, parent_step: Callable[[Any], Any]) -> None:
+        real_groups, real_state = optimizer.param_groups, optimizer.state
+        state: dict[Any, Any] = defaultdict(dict)
+        state.update((key, v) for key, v in real_state.items() if not isinstance(key, Tensor))
+        groups = []
+        for group, members in zip(real_groups, self.params, strict=True):
+            for p, stand_in in members:
+                if held := real_state.get(p):
+                    state[stand_in] = held
+            groups.append({**group, "params": [stand_in for _, stand_in in members]})
+        optimizer.param_groups = [group for group in groups if group["params"]]
+        optimizer.state = state
+        try:
+            parent_step(optimizer)
+        finally:
+            optimizer.param_groups, optimizer.state = real_groups, real_state
+            for real, group, members in zip(real_groups, groups, self.params, strict=True):
+                real.update((key, v) for key, v in group.items() if key != "params")
+                for p, stand_in in members:
+                    if stand_in in state and p not in real_state:
+                        real_state[p] = state[stand_in]
+            real_state.update((k, v) for k, v in state.items() if not isinstance(k, Tensor))
+
+
+def recipe_of(group: dict[str, Any]) -> Recipe:
+    """The preconditioner's hyperparameters of a parameter group."""
+    return Recipe(*(group[name] for name in Recipe._fields))
+
+
+def signature(pairs: Iterable[TensorPair], groups: Groups) -> tuple[Any, ...]:
+    """What a plan depends on: it is made anew when this changes."""
+    seen = []
+    for pair in pairs:
+        for p in pair:
+            grad = p.grad
+            seen.append((p.data_ptr(), p.dtype, type(grad), grad.layout if grad is not None else 0))
+    return seen, [(len(group["params"]), recipe_of(group)) for group in groups]
+
+
+def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain: bool) -> Plan:
+    """The plan for the factors in `sides` ("A", "B", "AB"), and for plain parameters or not."""
+    group_of = {id(p): group for group in groups for p in group["params"]}
+    work: dict[Any, tuple[list[Factors], list[Any], list[Any]]] = {}
+    stand_ins: dict[int, Tensor] = {}
+    for pair in pairs:
+        for side, (letter, p) in enumerate(zip("AB", pair, strict=True)):
+            if letter not in sides or p.grad is None:
+                continue
+            group = group_of[id(p)]
+            recipe = recipe_of(group)
+            stand_in = stand_ins[id(p)] = _stand_in(p, recipe.placement)
+            params, *jobs = work.setdefault((recipe, p.dtype, p.device), ([], [], []))
+            factors = Factors(*map(matrix, pair))
+            if not (params and side and jobs[0] and jobs[0][-1][1].param is pair[0]):
+                params.append(factors)
+            jobs[side].append((len(params) - 1, Job(p, stand_in, group)))
+    batches = [Batch(key[0], *parts) for key, parts in work.items()]
+    paired = {id(p) for pair in pairs for p in pair}
+    params = [
+        [
+            (p, stand_ins.get(id(p), p))
+            for p in group["params"]
+            if id(p) in stand_ins or (plain and id(p) not in paired)
+        ]
+        for group in groups
+    ]
+    return Plan(batches, params)
+
+
+def matrix(p: Tensor) -> Tensor:
+    """A factor or gradient as a matrix; a convolution's kernel belongs to its input side."""
+    if p.requires_grad:
+        p = p.detach()
+    return p if p.ndim == 2 else p.reshape(cast(tuple[int, int], flatten_kernel(tuple(p.shape))))
+
+
+def _stand_in(p: Tensor, placement: Placement) -> Tensor:
+    """The parameter's own memory where the parent may write its result there, else scratch."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    if placement == "before" and p.dtype == wide:
+        return p.detach()
+    return torch.empty(p.shape, dtype=wide, device=p.device)
+
+
+def _set_grad(stand_in: Tensor, direction: Tensor) -> None:
+    if direction.dtype != stand_in.dtype:
+        direction = direction.to(stand_in.dtype)
+    if direction.shape != stand_in.shape:
+        direction = direction.view(stand_in.shape)
+    if stand_in.grad is not direction:
+        stand_in.grad = direction
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    torch._foreach_copy_(targets, sources)
