@@ -11,7 +11,6 @@ from rlora.core.backend import (
     Backend,
     backend_for_namespace,
     get_backend,
-    load_backend_class,
     plugins,
 )
 from rlora.core.errors import BackendError
@@ -54,7 +53,8 @@ def get(name: str) -> Backend:
     Parameters
     ----------
     name : str
-        "numpy", "torch", "jax", "cupy", a plug-in's name, or any importable Array-API namespace.
+        "numpy", "torch", "jax", "cupy", or any importable Array-API namespace. A plug-in's entry
+        point has the name of the library it is for.
 
     Returns
     -------
@@ -66,11 +66,11 @@ def get(name: str) -> Backend:
     BackendError
         When the library is not installed, cannot be imported, or has no device here.
     """
-    library = name if importlib.util.find_spec(name) else _namespace_of_plugin(name)
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        msg = f"{name} is not installed; `rlora info` lists the backends there are"
+        raise BackendError(msg)
     try:
-        module = importlib.import_module(library)
-        probe: Any = getattr(module, "numpy", module) if name == "jax" else module
-        backend = _backend(name, probe)
+        backend = backend_for_namespace(_namespace(name))
         backend.devices()
     except BackendError:
         raise
@@ -80,23 +80,11 @@ def get(name: str) -> Backend:
     return backend
 
 
-def _backend(name: str, module: Any) -> Backend:
+def _namespace(name: str) -> Any:
     if name in ("numpy", "torch", "cupy"):
         # The wrapper fills the gaps between the library and the standard.
-        module = importlib.import_module(f"array_api_compat.{name}")
-    return backend_for_namespace(module)
-
-
-def _namespace_of_plugin(name: str) -> str:
-    kind = load_backend_class(name) if name in plugins() else None
-    library = getattr(kind, "library", None)
-    if library is None:
-        msg = (
-            f"no backend called {name!r}: no library of that name is installed and no entry point "
-            f"of the group rlora.backends has it; `rlora info` lists what there is"
-        )
-        raise BackendError(msg)
-    return str(library)
+        return importlib.import_module(f"array_api_compat.{name}")
+    return importlib.import_module("jax.numpy" if name == "jax" else name)
 
 
 def _info(name: str) -> BackendInfo:

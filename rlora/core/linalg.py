@@ -154,6 +154,7 @@ def damped_power(
     live = (scale > float(info.smallest_normal) / rounding) & (scale < float(info.max))
     unit = xp.where(live, scale, xp.ones_like(scale))
     eye = xp.eye(r, dtype=S.dtype, device=device_of(S))
+    shift = xp.where(live, shift, xp.zeros_like(scale))  # inf times 0 is NaN
     H = xp.where(live, (S + shift * eye) / unit, eye)  # (K, r, r)
     dead = xp.where(xp.isnan(scale), scale, xp.zeros_like(scale))
     return xp.where(live, backend.spd_power(H, exponent) * unit**exponent, dead)

@@ -1,0 +1,175 @@
+"""Finding backends: available, missing, broken, from another package, or deleted."""
+
+import importlib.metadata
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+import rlora
+import rlora.backends
+from rlora import BackendError, Factors
+from rlora.core import backend as core_backend
+from rlora.testing import CONTRACT, assert_close, make_problem
+
+
+def test_available_says_version_and_devices_or_why_not():
+    info = rlora.backends.available()
+    assert list(info)[:4] == ["numpy", "torch", "jax", "cupy"]
+    assert info["numpy"].version == np.__version__
+    assert "cpu" in info["torch"].devices
+    for backend in info.values():
+        assert backend.usable == (backend.why_not is None)
+        assert backend.devices if backend.usable else backend.why_not
+
+
+def test_cupy_without_a_device_says_so():
+    info = rlora.backends.available()["cupy"]
+    if info.usable:
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(BackendError, match="CuPy|cupy"):
+        rlora.backends.get("cupy")
+
+
+def test_unknown_backend():
+    with pytest.raises(BackendError, match="nonesuch is not installed"):
+        rlora.backends.get("nonesuch")
+
+
+def test_any_array_api_namespace_goes_through_the_generic_class():
+    backend = rlora.backends.get("array_api_strict")
+    assert type(backend) is core_backend.Backend
+    assert backend.name == "array_api_strict"
+
+
+def in_fresh_python(code, *, path=None):
+    program = textwrap.dedent(code)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=path,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    """Write a package with a backend entry point, as pip would install it."""
+
+    def write(source, name="numpy"):
+        (tmp_path / "tinyplugin.py").write_text(textwrap.dedent(source))
+        info = tmp_path / "tinyplugin-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tinyplugin\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[rlora.backends]\n{name} = tinyplugin:Tiny\n")
+        return tmp_path
+
+    return write
+
+
+TINY = """
+    from rlora.core.backend import Backend
+
+    class Tiny(Backend):
+        calls = 0
+
+        def spd_power(self, S, power):
+            Tiny.calls += 1
+            return super().spd_power(S, power)
+"""
+
+
+def test_plugin_is_found_by_the_type_of_the_arrays(plugin):
+    out = in_fresh_python(
+        """
+        import sys
+        sys.path.insert(0, ".")
+        import array_api_strict as xp, rlora, rlora.backends
+        pair = rlora.Factors(xp.ones((2, 3)), xp.ones((4, 2)))
+        assert "tinyplugin" not in sys.modules
+        method = rlora.scaled_sgd()
+        method.update(pair, method.init(pair), pair)
+        import tinyplugin
+        print(tinyplugin.Tiny.calls, rlora.backends.available()["array_api_strict"].usable)
+        """,
+        path=plugin(TINY, "array_api_strict"),
+    )
+    assert out.split() == ["1", "True"]
+
+
+@pytest.mark.parametrize("source", ["raise RuntimeError('broken on purpose')", "Tiny = 3"])
+def test_broken_plugin_warns_and_breaks_nothing(plugin, source):
+    out = in_fresh_python(
+        """
+        import sys, warnings
+        sys.path.insert(0, ".")
+        import numpy as np, rlora, rlora.backends
+        pair = rlora.Factors(np.ones((2, 3)), np.ones((4, 2)))
+        method = rlora.scaled_sgd()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            method.update(pair, method.init(pair), pair)
+        print(len(caught), str(caught[0].message).count("goes on with its generic one"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            print(rlora.backends.available()["numpy"].usable)
+        """,
+        path=plugin(source),
+    )
+    assert out.split() == ["1", "1", "True"]
+
+
+def test_plugins_are_entry_points_of_the_documented_group():
+    assert core_backend.ENTRY_POINT_GROUP == "rlora.backends"
+    found = importlib.metadata.entry_points(group=core_backend.ENTRY_POINT_GROUP)
+    assert core_backend.plugins() == {point.name: point for point in found}
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+def test_without_its_file_everything_still_works(library, monkeypatch):
+    """The deletion test: the contract holds with any file of backends/ hidden."""
+    fast = rlora.backends.get(library)
+    monkeypatch.setattr(core_backend, "_by_type", {})
+    hidden = core_backend.Backend(fast.xp, library)
+    hidden.asarray, hidden.to_numpy = fast.asarray, fast.to_numpy  # making arrays is not the verb
+    monkeypatch.setattr(core_backend, "backend_for_namespace", lambda xp: hidden)
+    problem = make_problem().on(hidden)
+    assert core_backend.get_backend(problem.params.A) is hidden
+    for check in CONTRACT:
+        for make in (rlora.scaled_sgd, lambda: rlora.scaled_adamw(placement="both")):
+            check(make, hidden)
+
+
+def test_torch_optimizer_without_the_torch_backend(monkeypatch):
+    import torch
+
+    import rlora.torch
+
+    def moved():
+        torch.manual_seed(0)
+        A, B = (torch.nn.Parameter(torch.randn(*s)) for s in ((4, 9), (7, 4)))
+        optimizer = rlora.torch.ScaledAdamW([A, B], lr=0.1, pairs=[(A, B)])
+        for _ in range(3):
+            A.grad, B.grad = torch.ones_like(A), torch.ones_like(B)
+            optimizer.step()
+        return B.detach() @ A.detach()
+
+    fast = moved()
+    generic = core_backend.Backend(rlora.backends.get("torch").xp, "torch")
+    monkeypatch.setattr(core_backend, "_by_type", {torch.Tensor: generic})
+    assert_close(moved(), fast, rtol=1e-4)
+
+
+def test_float64_without_jax_x64_is_refused(monkeypatch):
+    backend = rlora.backends.get("jax")
+    monkeypatch.setattr(type(backend), "has_float64", lambda self: False)
+    pair = Factors(*(backend.asarray(x, "float32") for x in make_problem().params))
+    method = rlora.scaled_sgd(compute_dtype="float64")
+    with pytest.raises(BackendError, match="jax_enable_x64"):
+        method.update(pair, method.init(pair), pair)

@@ -1,0 +1,224 @@
+"""Collections, the door of a chain, the state as a flat dict, and the links one by one."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+import rlora
+from rlora import Factors, NamespaceError, PairingError, ShapeError, chain
+from rlora.backends import get
+from rlora.core.factors import map_leaves, map_pairs, pairs_of, rebuild
+from rlora.core.moments import (
+    add_decayed_weights,
+    clip_by_global_norm,
+    decay_weights_after,
+    momentum,
+    scale_by_adam,
+)
+from rlora.testing import assert_close, make_problem
+
+PAIR = Factors(np.ones((2, 5)), np.zeros((3, 2)))
+
+
+def trees():
+    leaf = st.just(PAIR)
+    return st.recursive(
+        leaf,
+        lambda t: st.lists(t, min_size=1, max_size=3)
+        | st.dictionaries(st.sampled_from("abc"), t, min_size=1),
+        max_leaves=6,
+    )
+
+
+@given(trees())
+def test_collections_keep_their_structure(tree):
+    assert str(map_pairs(lambda pair: pair, tree)) == str(tree)
+    doubled = map_leaves(lambda x: 2 * x, tree)
+    assert len(pairs_of(doubled)) == len(pairs_of(tree))
+    for x, y in zip(pairs_of(doubled), pairs_of(tree), strict=True):
+        assert_close(x.A, 2 * y.A)
+    assert str(rebuild(tree, pairs_of(tree))) == str(tree)
+
+
+def test_dicts_match_by_key():
+    params = {"x": PAIR, "y": Factors(3 * PAIR.A, PAIR.B)}
+    grads = {"y": params["y"], "x": params["x"]}  # the other order
+    moved = rlora.apply_updates(params, grads, lr=1.0)
+    assert list(moved) == ["x", "y"]
+    assert_close(moved["x"].A, np.zeros((2, 5)))
+
+
+@pytest.mark.parametrize(
+    "grads, error, match",
+    [
+        ([PAIR], PairingError, "one structure"),
+        ({"x": PAIR, "z": PAIR}, PairingError, "keys"),
+        ({"x": Factors(PAIR.B, PAIR.A)}, ShapeError, r"\(3, 2\) where its parameter has \(2, 5\)"),
+        (PAIR, PairingError, "one structure"),
+    ],
+)
+def test_gradients_must_match(grads, error, match):
+    method = rlora.scaled_sgd()
+    params = {"x": PAIR}
+    with pytest.raises(error, match=match):
+        method.update(grads, method.init(params), params)
+
+
+@pytest.mark.parametrize(
+    "params, error, match",
+    [
+        (Factors(np.ones((5, 2)), np.ones((3, 2))), ShapeError, "transpose"),
+        ({"q": Factors(np.ones(5), np.ones((3, 2)))}, ShapeError, "factor A of pair 'q'"),
+        (Factors(np.ones((2, 5)), None), ShapeError, "None"),
+        (Factors(np.ones((7, 2, 5)), np.ones((6, 3, 2))), ShapeError, "do not fit"),
+        (np.ones((2, 5)), PairingError, "got ndarray"),
+        ({"a": {"b": 3}}, PairingError, "at a.b"),
+        (Factors(np.ones((2, 5), int), np.ones((3, 2), int)), NamespaceError, "int64"),
+        (Factors(np.ones((2, 5), complex), np.ones((3, 2), complex)), NamespaceError, "complex"),
+        (Factors("A", "B"), ShapeError, "factor A"),
+        ([], NamespaceError, "no array"),
+    ],
+)
+def test_wrong_parameters_are_refused_when_the_state_is_made(params, error, match):
+    with pytest.raises(error, match=match):
+        rlora.scaled_adamw().init(params)
+
+
+def test_two_libraries_are_refused():
+    torch, numpy = get("torch"), get("numpy")
+    mixed = Factors(numpy.asarray(PAIR.A), torch.asarray(PAIR.B))
+    with pytest.raises(NamespaceError, match="numpy and torch"):
+        rlora.scaled_sgd().init(mixed)
+    with pytest.raises(NamespaceError, match="list"):
+        rlora.core.backend.get_backend([1.0])
+
+
+def test_apply_updates_rounds_last():
+    params = Factors(PAIR.A.astype("float16"), PAIR.B.astype("float16"))
+    direction = Factors(np.full((2, 5), 1e-3, "float32"), None)
+    moved = rlora.apply_updates(params, direction, lr=1.0)
+    assert moved.A.dtype == np.float16
+    assert moved.B is params.B
+    assert_close(moved.A, np.full((2, 5), np.float16(1 - 1e-3)))
+
+
+def test_adam_is_torchs_adam():
+    """The same numbers as torch.optim.AdamW over 20 steps, and the other eps by its formula."""
+    import torch
+
+    problem = make_problem(seed=1)
+    method = chain(scale_by_adam(0.8, 0.95, 1e-3), add_decayed_weights(0.1))
+    tensors = [torch.tensor(x, requires_grad=True) for x in problem.params]
+    optimizer = torch.optim.AdamW(tensors, lr=0.05, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1)
+    params, state = problem.params, method.init(problem.params)
+    for _ in range(20):
+        grads = problem.grads(params)
+        for tensor, g in zip(tensors, grads, strict=True):
+            tensor.grad = torch.tensor(g)
+        optimizer.step()
+        params, state = rlora.step(method, params, grads, state, 0.05)
+    for x, tensor in zip(params, tensors, strict=True):
+        assert_close(x, tensor.detach(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("nesterov, dampening", [(False, 0.0), (True, 0.0), (False, 0.5)])
+def test_momentum_is_torchs_momentum(nesterov, dampening):
+    import torch
+
+    problem = make_problem(seed=2)
+    method = chain(momentum(0.9, nesterov=nesterov, dampening=dampening))
+    tensors = [torch.tensor(x, requires_grad=True) for x in problem.params]
+    optimizer = torch.optim.SGD(
+        tensors, lr=0.01, momentum=0.9, nesterov=nesterov, dampening=dampening
+    )
+    params, state = problem.params, method.init(problem.params)
+    for _ in range(10):
+        grads = problem.grads(params)
+        for tensor, g in zip(tensors, grads, strict=True):
+            tensor.grad = torch.tensor(g)
+        optimizer.step()
+        params, state = rlora.step(method, params, grads, state, 0.01)
+    for x, tensor in zip(params, tensors, strict=True):
+        assert_close(x, tensor.detach(), rtol=1e-12)
+
+
+def test_bias_correction_keeps_its_digits_in_float32():
+    """1 - b2^t in float32 is off by 3e-5 at b2 = 0.999, t = 1; through expm1 by 1e-7."""
+    pair = Factors(np.ones((1, 1), "float32"), np.ones((1, 1), "float32"))
+    method = chain(scale_by_adam(0.9, 0.999, 0.0))
+    direction, _ = method.update(pair, method.init(pair), pair)
+    assert_close(direction.A, [[1.0]], atol=3e-7)
+
+
+def test_clipping(backend):
+    pair = Factors(backend.asarray(3 * np.ones((1, 1))), backend.asarray(4 * np.ones((1, 1))))
+    for limit, norm in ((1.0, 1.0), (10.0, 5.0)):
+        method = chain(clip_by_global_norm(limit))
+        direction, _ = method.update([pair], method.init([pair]), [pair])
+        clipped = [float(x[0, 0]) for x in direction[0]]
+        assert math.hypot(*clipped) == pytest.approx(norm, rel=1e-6)
+    huge = Factors(*(x * 1e25 for x in pair))  # its square overflows float32
+    method = chain(clip_by_global_norm(1.0))
+    direction, _ = method.update(huge, method.init(pair), pair)
+    assert float(direction.A[0, 0]) == pytest.approx(0.6, rel=1e-6)
+
+
+def test_decay_after_the_step():
+    pair = Factors(np.full((1, 1), 2.0), np.full((1, 1), 4.0))
+    method = chain(decay_weights_after(0.5))
+    params, _ = rlora.step(method, pair, Factors(pair.A, None), method.init(pair), 0.1)
+    assert_close(params.A, [[(1 - 0.05) * (2.0 - 0.2)]], rtol=1e-15)
+    assert params.B is pair.B
+
+
+def test_state_is_flat_and_storable(tmp_path):
+    problem = make_problem()
+    params = {"layers": [problem.params, problem.params]}
+    method = rlora.scaled_adamw()
+    grads = {"layers": [problem.grads(problem.params)] * 2}
+    _, state = rlora.step(method, params, grads, method.init(params), 0.1)
+    flat = rlora.flatten_state(state)
+    assert "0.mu.layers.1.B" in flat
+    np.savez(tmp_path / "state.npz", **flat)
+    with np.load(tmp_path / "state.npz", allow_pickle=False) as saved:
+        again = rlora.unflatten_state(dict(saved), method.init(params))
+    for name, x in rlora.flatten_state(again).items():
+        assert_close(x, flat[name])
+    with pytest.raises(ShapeError, match="names differ"):
+        rlora.unflatten_state({"0.mu.A": problem.params.A}, method.init(params))
+    wrong = {**flat, "0.mu.layers.1.B": np.zeros((2, 2))}
+    with pytest.raises(ShapeError, match=r"layers.1.B has shape \(2, 2\), expected \(12, 3\)"):
+        rlora.unflatten_state(wrong, method.init(params))
+
+
+def test_state_survives_safetensors_and_torch(tmp_path):
+    import torch
+    from safetensors.numpy import load_file, save_file
+
+    problem = make_problem()
+    method = rlora.scaled_adamw()
+    state = method.init(problem.params)
+    flat = {k: np.asarray(v) for k, v in rlora.flatten_state(state).items()}
+    save_file(flat, tmp_path / "s.safetensors")
+    assert load_file(tmp_path / "s.safetensors").keys() == flat.keys()
+    tensors = rlora.flatten_state(method.init(problem.on(get("torch")).params))
+    torch.save(tensors, tmp_path / "s.pt")
+    assert torch.load(tmp_path / "s.pt", weights_only=True).keys() == flat.keys()
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda: momentum(1.0), "momentum"),
+        (lambda: momentum(0.0, nesterov=True), "nesterov"),
+        (lambda: momentum(0.9, dampening=2.0), "dampening"),
+        (lambda: clip_by_global_norm(float("nan")), "max_norm"),
+        (lambda: add_decayed_weights(-1.0), "weight_decay"),
+        (lambda: decay_weights_after(float("inf")), "weight_decay"),
+    ],
+)
+def test_links_check_their_numbers(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()

@@ -1,0 +1,114 @@
+"""The small algebra: every backend's verbs against float64 NumPy, and hard members of a batch."""
+
+import numpy as np
+import pytest
+
+from rlora import Factors
+from rlora.core.backend import Backend, mT
+from rlora.core.linalg import damped_power, preconditioners
+from rlora.testing import assert_close
+
+
+def factors(backend, shapes, dtype="float64", seed=0):
+    rng = np.random.default_rng(seed)
+    arrays = [rng.normal(size=shape) for shape in shapes]
+    return arrays, [backend.asarray(x.astype(dtype), dtype) for x in arrays]
+
+
+@pytest.mark.parametrize("dtype, rtol", [("float64", 1e-13), ("float32", 1e-5)])
+@pytest.mark.parametrize("workspace", [None, {}], ids=["fresh", "workspace"])
+def test_tall_verbs(backend, workspace, dtype, rtol):
+    """Lists of unequal shapes, stacks among them, small and large, twice with one workspace."""
+    shapes = [(3, 7), (2, 3, 5), (3, 7), (3, 30000), (2, 4, 3, 6), (3, 5)]
+    columns = [(*shape[:-2], shape[-1], shape[-2]) for shape in shapes]
+    for seed in range(2):
+        rows_np, rows = factors(backend, shapes, dtype, seed)
+        cols_np, cols = factors(backend, columns, dtype, seed + 9)
+        like = getattr(backend.xp, dtype)
+        stack = np.concatenate([(x @ mT(x)).reshape(-1, 3, 3) for x in rows_np])
+        assert_close(backend.gram_rows(rows, like, workspace), stack, rtol=rtol)
+        stack = np.concatenate([(mT(x) @ x).reshape(-1, 3, 3) for x in cols_np])
+        assert_close(backend.gram_columns(cols, like, workspace), stack, rtol=rtol)
+        P_np, P = factors(backend, [(*shape[:-2], 3, 3) for shape in shapes], dtype, seed + 5)
+        for x, p, y in zip(rows_np, P_np, backend.apply_left(P, rows, workspace), strict=True):
+            assert_close(y, p @ x, rtol=rtol)
+        for x, p, y in zip(cols_np, P_np, backend.apply_right(cols, P, workspace), strict=True):
+            assert_close(y, x @ p, rtol=rtol)
+
+
+@pytest.mark.parametrize("r", [1, 2, 4, 8])
+def test_thin_columns(backend, r):
+    """Thin factors, of which the torch backend reads several rows as one."""
+    cols_np, cols = factors(backend, [(48, r), (7, r), (48, r)])
+    stack = np.stack([x.T @ x for x in cols_np])
+    assert_close(backend.gram_columns(cols, backend.xp.float64), stack, rtol=1e-13)
+    P_np, P = factors(backend, [(r, r)] * 3, seed=1)
+    for x, p, y in zip(cols_np, P_np, backend.apply_right(cols, P), strict=True):
+        assert_close(y, x @ p, rtol=1e-13)
+
+
+@pytest.mark.parametrize("power", [-1.0, -0.5, 0.5])
+def test_spd_power_equals_the_generic_one(backend, power):
+    """A fast path keeps the generic one as its oracle, and both float64 NumPy."""
+    rng = np.random.default_rng(3)
+    X = rng.normal(size=(5, 4, 9))
+    S = X @ mT(X)
+    S = 4 * S / np.trace(S, axis1=1, axis2=2)[:, None, None]
+    w, Q = np.linalg.eigh(S)
+    expected = (Q * w[:, None, :] ** power) @ mT(Q)
+    given = backend.asarray(S, "float64")
+    assert_close(backend.spd_power(given, power), expected, rtol=1e-11)
+    assert_close(Backend.spd_power(backend, given, power), expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("exponent", [-1.0, -0.5])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_hard_members_stay_alone(backend, exponent, dtype):
+    """Zero, overflowed, NaN, rank-one and ordinary Grams in one batch."""
+    good = np.diag([1.0, 2.0, 4.0])
+    one = np.ones((3, 3))
+    overflowed, nan = np.full((3, 3), np.inf), np.full((3, 3), np.nan)
+    stack = np.stack([good, 0 * good, overflowed, nan, one, 1e-20 * good, good])
+    S = backend.asarray(stack.astype(dtype), dtype)
+    P = np.asarray(damped_power(backend, S, exponent))
+    expected = np.diag(np.diag(good) ** exponent)
+    for k in (0, 6):
+        assert_close(P[k], expected, rtol=1e-5)
+    assert_close(P[5], expected * 1e-20**exponent, rtol=1e-5)
+    assert (P[1] == 0).all()
+    assert (P[2] == 0).all()
+    assert np.isnan(P[3]).all()
+    assert np.isfinite(P[4]).all()
+
+
+@pytest.mark.parametrize("n", [64, 4096, 20000])
+@pytest.mark.parametrize("r", [4, 16, 64])
+def test_rank_deficient_grams_never_fail(r, n):
+    """The floor of 10 eps tr(S) carries the rounding of long float32 sums, on the fast paths too."""
+    from rlora.backends import get
+
+    rng = np.random.default_rng(r + n)
+    for library in ("numpy", "torch"):
+        backend = get(library)
+        tall = []
+        for rank in range(1, r, max(1, r // 4)):
+            A = (rng.normal(size=(r, rank)) @ rng.normal(size=(rank, n))).astype("float32")
+            tall.append(backend.asarray(A))
+        S = backend.gram_rows(tall, backend.xp.float32)
+        P = backend.to_numpy(damped_power(backend, S, -1.0))
+        assert np.isfinite(P).all()
+        # Positive definite up to rounding: the direction descends.
+        assert np.linalg.eigvalsh(P.astype(float)).min() > -1e-3 * np.abs(P).max()
+
+
+def test_ranks_and_dtypes_in_one_call(backend):
+    """Each pair gets the preconditioner of its own Gram, whatever else is in the list."""
+    shapes = [(2, 5, 7), (3, 4, 6), (2, 6, 5), (3, 4, 6), (1, 2, 2)]
+    rng = np.random.default_rng(4)
+    arrays = [(rng.normal(size=(r, n)), rng.normal(size=(m, r))) for r, m, n in shapes]
+    pairs = [Factors(*(backend.asarray(x, "float64") for x in pair)) for pair in arrays]
+    P = preconditioners(backend, pairs, damping=0.1, damping_mode="absolute")
+    for (A, B), p in zip(arrays, P, strict=True):
+        eye = np.eye(A.shape[0])
+        assert_close(p.A, np.linalg.inv(B.T @ B + 0.1 * eye), rtol=1e-11)
+        assert_close(p.B, np.linalg.inv(A @ A.T + 0.1 * eye), rtol=1e-11)
