@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 from rlora.core.backend import (
     Backend,
     backend_for_namespace,
-    get_backend,
     plugins,
 )
 from rlora.core.errors import BackendError
 
-__all__ = ["Backend", "BackendInfo", "available", "get", "get_backend"]
+__all__ = ["Backend", "BackendInfo", "available", "get"]
 
 BUILTIN = ("numpy", "torch", "jax", "cupy")
 

@@ -4,8 +4,9 @@ from typing import Any
 
 import cupy as cp
 
-from rlora.core.backend import Array, Backend
+from rlora.core.backend import Backend
 from rlora.core.errors import BackendError
+from rlora.core.factors import Array
 
 
 class CuPyBackend(Backend):

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 
-from rlora.core.backend import Array, Backend, mT
+from rlora.core.backend import Backend, mT
+from rlora.core.factors import Array
 
 
 class JaxBackend(Backend):
@@ -26,7 +27,8 @@ class JaxBackend(Backend):
         return self.matmul(mT(W), W)
 
     def has_float64(self) -> bool:
-        return bool(jax.config.jax_enable_x64)
+        config: Any = jax.config  # its options are made at run time
+        return bool(config.jax_enable_x64)
 
     def devices(self) -> list[str]:
         return [str(device) for device in jax.devices()]
@@ -39,7 +41,8 @@ class JaxBackend(Backend):
         return jnp.asarray(x, dtype=dtype, device=named.get(device or ""))
 
     def synchronize(self, *arrays: Array) -> None:
-        jax.block_until_ready(arrays)
+        for x in arrays:
+            x.block_until_ready()
 
     def compile(self, f: Callable[..., Any]) -> Callable[..., Any]:
         return jax.jit(f)

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from rlora.core.backend import Array, Backend, Workspace, mT
+from rlora.core.backend import Backend, Workspace, mT
+from rlora.core.factors import Array
 
 
 class NumPyBackend(Backend):

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from rlora.core.backend import Array, Backend, Workspace
+from rlora.core.backend import Backend, Workspace
+from rlora.core.factors import Array
 
 STACK_BELOW = 65536
 """On a CPU, tensors smaller than this many elements are stacked and multiplied in one batch:
@@ -142,7 +143,8 @@ class TorchBackend(Backend):
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
-    matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: Any = torch.backends
+    matmuls = (backends.cuda.matmul, backends.mkldnn.matmul)
     if not all(hasattr(matmul, "fp32_precision") for matmul in matmuls):  # before torch 2.9
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
@@ -161,9 +163,7 @@ def _ieee_products() -> Iterator[None]:
             matmul.fp32_precision = precision
 
 
-def _buckets(
-    tall: Sequence[Array], workspace: Workspace | None, slot: str
-) -> dict[Any, list[int]]:
+def _buckets(tall: Sequence[Array], workspace: Workspace | None, slot: str) -> dict[Any, list[int]]:
     """Positions of equal shape, dtype and device."""
     buckets: dict[Any, list[int]] | None = (workspace or {}).get(("buckets", slot))
     if buckets is None:
@@ -191,7 +191,7 @@ def _block_diagonal(P: Array, fold: int) -> Array:
 
 def _stacks(F: Array) -> bool:
     # On an accelerator the number of launches should not depend on the number of layers.
-    return F.device.type != "cpu" or F.numel() < STACK_BELOW
+    return bool(F.device.type != "cpu" or F.numel() < STACK_BELOW)
 
 
 def _stack(tall: list[Array], dtype: Any, workspace: Workspace | None) -> Array:
@@ -224,7 +224,7 @@ def _take(
 
 def _views(
     workspace: Workspace | None, key: Any, stack: Array, count: int, shape: Sequence[int]
-) -> Sequence[Array]:
+) -> Any:
     """The members of a stack; the same tensor objects again while the stack is the same memory."""
     if workspace is None:
         return stack.view(count, *shape).unbind(0)

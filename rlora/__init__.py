@@ -14,14 +14,8 @@ from rlora.core.errors import (
     ShardingError,
 )
 from rlora.core.factors import Factors
-from rlora.core.transform import (
-    Transform,
-    apply_updates,
-    chain,
-    flatten_state,
-    step,
-    unflatten_state,
-)
+from rlora.core.state import flatten_state, unflatten_state
+from rlora.core.transform import Transform, apply_updates, chain, step
 from rlora.methods import scaled_adamw, scaled_sgd
 from rlora.pairing import Pair, PairReport, find_pairs
 

@@ -161,7 +161,9 @@ def find_pairs(
         doubled = sorted({n for n, _ in items if sum(n == other for other, _ in items) > 1})
         msg = f"two tensors have the name {doubled[0]!r}; give each its own"
         raise PairingError(msg)
-    pairs, refused, seen = [], {}, set()
+    pairs: list[Pair] = []
+    refused: dict[str, str] = {}
+    seen: set[str] = set()
     for a, b, layer, named_adapter in _proposals(shapes):
         seen |= {a, b} & shapes.keys()
         if a not in shapes or b not in shapes:
@@ -170,8 +172,8 @@ def find_pairs(
         elif adapter is not None and named_adapter != adapter:
             why = f"belongs to adapter {named_adapter!r}, not {adapter!r}"
             refused |= {a: why, b: why}
-        elif why := _near_miss(a, shapes):
-            refused |= {a: why, b: why}
+        elif near := _near_miss(a, shapes):
+            refused |= {a: near, b: near}
         else:
             found = _fit(layer, a, shapes[a], b, shapes[b])
             if isinstance(found, Pair):

@@ -12,7 +12,8 @@ import numpy as np
 
 from rlora.core.backend import Backend, dtype_name, get_backend, mT
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves
-from rlora.core.transform import Transform, flatten_state, step, unflatten_state
+from rlora.core.state import flatten_state, unflatten_state
+from rlora.core.transform import Transform, step
 
 MethodFactory = Callable[[], Transform]
 
@@ -102,7 +103,12 @@ def assert_close(
 
 
 def run(
-    method: Transform, problem: Problem, *, steps: int = 20, lr: float = 0.05, dtype: str = "float64"
+    method: Transform,
+    problem: Problem,
+    *,
+    steps: int = 20,
+    lr: float = 0.05,
+    dtype: str = "float64",
 ) -> tuple[Factors, Any]:
     """Parameters and state after some steps on a problem."""
     params: Factors = problem.params
@@ -177,9 +183,7 @@ def check_lora_start(make: MethodFactory, backend: Backend) -> None:
 def check_batched_equals_looped(make: MethodFactory, backend: Backend) -> None:
     """A stack of layers, a list and a dict give what each layer gives by itself."""
     problems = [make_problem(seed=seed) for seed in range(3)]
-    stack = Factors(
-        *(np.stack([getattr(p.params, letter) for p in problems]) for letter in "AB")
-    )
+    stack = Factors(*(np.stack([getattr(p.params, letter) for p in problems]) for letter in "AB"))
     target = np.stack([p.target for p in problems])
     stacked, _ = run(make(), Problem(stack, target, 1.0).on(backend), steps=5)
     alone = [run(make(), p.on(backend), steps=5)[0] for p in problems]
@@ -210,7 +214,9 @@ def check_frozen_factor(make: MethodFactory, backend: Backend) -> None:
         method = make()
         grads = problem.grads(problem.params)._replace(**{frozen: None})
         params, _ = step(method, problem.params, grads, method.init(problem.params), 0.1)
-        _require(getattr(params, frozen) is getattr(problem.params, frozen), "a frozen factor moved")
+        _require(
+            getattr(params, frozen) is getattr(problem.params, frozen), "a frozen factor moved"
+        )
         other = "B" if frozen == "A" else "A"
         moved = backend.to_numpy(getattr(params, other) - getattr(problem.params, other))
         _require(bool(np.abs(moved).max() > 0), f"{other} did not move while {frozen} is frozen")
@@ -236,12 +242,13 @@ def check_bad_pair_stays_alone(make: MethodFactory, backend: Backend) -> None:
     problems = [make_problem(seed=seed).on(backend) for seed in range(3)]
     params: Tree = [p.params for p in problems]
     grads: Tree = [p.grads(p.params) for p in problems]
+
+    def poison(tree: Tree) -> Tree:
+        return [tree[0], map_leaves(lambda x: x * float("nan"), tree[1]), tree[2]]
+
     for where in ("gradient", "parameter"):
-        nan = float("nan")
-        if where == "gradient":
-            bad_params, bad = params, [grads[0], map_leaves(lambda g: g * nan, grads[1]), grads[2]]
-        else:
-            bad_params, bad = [params[0], map_leaves(lambda p: p * nan, params[1]), params[2]], grads
+        bad_params = poison(params) if where == "parameter" else params
+        bad = poison(grads) if where == "gradient" else grads
         method = make()
         new, _ = step(method, bad_params, bad, method.init(bad_params), 0.1)
         good, _ = step(method, params, grads, method.init(params), 0.1)

@@ -22,8 +22,8 @@ from rlora.core.factors import Array
 ENTRY_POINT_GROUP = "rlora.backends"
 
 Workspace = dict[Any, Any]
-"""What a backend may keep from one call to the next with factors of the same shapes: memory that
-it writes into and hands out again, and where everything lies. A caller makes it as an empty dict."""
+"""What a backend keeps from one call to the next with factors of the same shapes: memory that it
+writes into and hands out again, and where everything lies. A caller makes it as an empty dict."""
 
 
 class Backend:
@@ -67,17 +67,13 @@ class Backend:
         self, P: Sequence[Array], tall: Sequence[Array], workspace: Workspace | None = None
     ) -> list[Array]:
         """``P G`` for each (..., r, r) and (..., r, n) of the lists."""
-        return [
-            self.matmul(P_k, self.cast(G, P_k.dtype)) for P_k, G in zip(P, tall, strict=True)
-        ]
+        return [self.matmul(P_k, self.cast(G, P_k.dtype)) for P_k, G in zip(P, tall, strict=True)]
 
     def apply_right(
         self, tall: Sequence[Array], P: Sequence[Array], workspace: Workspace | None = None
     ) -> list[Array]:
         """``G P`` for each (..., m, r) and (..., r, r) of the lists."""
-        return [
-            self.matmul(self.cast(G, P_k.dtype), P_k) for P_k, G in zip(P, tall, strict=True)
-        ]
+        return [self.matmul(self.cast(G, P_k.dtype), P_k) for P_k, G in zip(P, tall, strict=True)]
 
     # --- small work: r x r, batched over the whole model ---------------------------------------
 
@@ -124,9 +120,8 @@ class Backend:
             )
             raise NamespaceError(msg)
         if wide == "float64" and not self.has_float64():
-            msg = (
-                f"float64 arithmetic was asked of {self.name}, which has none here"
-                + ("; set jax_enable_x64 first" if self.name == "jax" else "")
+            msg = f"float64 arithmetic was asked of {self.name}, which has none here" + (
+                "; set jax_enable_x64 first" if self.name == "jax" else ""
             )
             raise BackendError(msg)
         return getattr(self.xp, wide)
@@ -179,7 +174,7 @@ def device_of(x: Array) -> Any:
 
 
 def dtype_name(dtype: Any) -> str:
-    """ "float32" and the like, whatever the library calls its dtypes."""
+    """Plain names such as "float32", whatever the library calls its dtypes."""
     return str(getattr(dtype, "name", dtype)).rpartition(".")[2]
 
 

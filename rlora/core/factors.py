@@ -115,7 +115,7 @@ def check_pairs(params: Tree) -> None:
             if getattr(x, "ndim", 0) < 2:
                 msg = (
                     f"factor {letter}{where} must be a matrix or a stack of them, got "
-                    f"{getattr(x, 'shape', type(x).__name__)}; A is (..., r, n) and B is (..., m, r)"
+                    f"{getattr(x, 'shape', type(x).__name__)}; A is (..., r, n), B (..., m, r)"
                 )
                 raise ShapeError(msg)
         a, b = tuple(pair.A.shape), tuple(pair.B.shape)

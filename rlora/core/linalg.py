@@ -146,10 +146,7 @@ def damped_power(
     xp, r, info = backend.xp, S.shape[-1], backend.xp.finfo(S.dtype)
     rounding = ROUNDING * r * float(info.eps)
     mean = xp.reshape(xp.linalg.trace(S), (-1, 1, 1)) / r  # (K, 1, 1), the mean eigenvalue
-    if relative:
-        shift = max(damping, rounding) * mean
-    else:
-        shift = xp.clip(rounding * mean, min=damping)
+    shift = max(damping, rounding) * mean if relative else xp.clip(rounding * mean, min=damping)
     scale = mean + shift
     live = (scale > float(info.smallest_normal) / rounding) & (scale < float(info.max))
     unit = xp.where(live, scale, xp.ones_like(scale))

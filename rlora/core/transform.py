@@ -1,13 +1,10 @@
 """A method is a pair of pure functions, a chain of methods is a method, and a step is one verb."""
 
-from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from rlora.core.backend import Backend, get_backend
-from rlora.core.errors import ShapeError
 from rlora.core.factors import (
     Array,
-    Factors,
     Tree,
     check_matches,
     check_pairs,
@@ -191,114 +188,3 @@ def chain(*links: Transform) -> Transform:
 
 def _widen(backend: Backend, tree: Tree) -> Tree:
     return map_leaves(lambda x: backend.cast(x, backend.compute_dtype(x.dtype)), tree)
-
-
-def flatten_state(state: State) -> dict[str, Array]:
-    """A state as one flat dict of arrays, for np.savez, safetensors or torch.save.
-
-    Parameters
-    ----------
-    state : State
-        What `Transform.init` or `update` returned.
-
-    Returns
-    -------
-    dict of str to array
-        Names are the path through the state, such as ``"1.mu.layers.0.A"``.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import rlora
-    >>> pair = rlora.Factors(np.ones((2, 5)), np.zeros((3, 2)))
-    >>> sorted(rlora.flatten_state(rlora.scaled_adamw().init(pair)))[:3]
-    ['0.count.A', '0.count.B', '0.mu.A']
-    """
-    flat: dict[str, Array] = {}
-
-    def walk(node: State, path: str) -> None:
-        for key, child in _children(node):
-            name = f"{path}.{key}" if path else key
-            if _is_node(child):
-                walk(child, name)
-            else:
-                flat[name] = child
-
-    walk(state, "")
-    return flat
-
-
-def unflatten_state(flat: Mapping[str, Array], like: State) -> State:
-    """The state of which `flatten_state` gave `flat`.
-
-    Parameters
-    ----------
-    flat : mapping of str to array
-        Named arrays; NumPy arrays from a file are put into the library and device of `like`.
-    like : State
-        A state of the same method and parameters, such as ``transform.init(params)``.
-
-    Returns
-    -------
-    State
-        In the structure of `like`.
-
-    Raises
-    ------
-    ShapeError
-        When names are missing or left over, or an array has another shape than `like` has there.
-    """
-    expected = flatten_state(like)
-    if missing := sorted(expected.keys() ^ flat.keys()):
-        msg = (
-            f"the saved state does not belong to this method and these parameters; "
-            f"{len(missing)} names differ, such as {missing[:3]}"
-        )
-        raise ShapeError(msg)
-
-    def load(name: str, old: Array) -> Array:
-        new = flat[name]
-        if tuple(new.shape) != tuple(old.shape):
-            msg = f"saved {name} has shape {tuple(new.shape)}, expected {tuple(old.shape)}"
-            raise ShapeError(msg)
-        backend = get_backend(old)
-        return new if type(new) is type(old) else backend.asarray_like(new, old)
-
-    def walk(node: State, path: str) -> State:
-        values = []
-        for key, child in _children(node):
-            name = f"{path}.{key}" if path else key
-            values.append(walk(child, name) if _is_node(child) else load(name, child))
-        return _rebuild(node, values)
-
-    return walk(like, "")
-
-
-def _is_node(x: Any) -> bool:
-    return isinstance(x, (tuple, list, Mapping))
-
-
-def _children(node: State) -> list[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        return [(str(key), child) for key, child in node.items()]
-    names = getattr(node, "_fields", None) or [str(i) for i in range(len(node))]
-    return list(zip(names, node, strict=True))
-
-
-def _rebuild(node: State, values: list[Any]) -> State:
-    if isinstance(node, Mapping):
-        return dict(zip(node, values, strict=True))
-    return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)
-
-
-__all__ = [
-    "Factors",
-    "Order",
-    "State",
-    "Transform",
-    "apply_updates",
-    "chain",
-    "flatten_state",
-    "step",
-    "unflatten_state",
-]

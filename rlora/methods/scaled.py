@@ -78,6 +78,7 @@ def scale_by_gram(
     check_damping(damping, damping_mode)
     check_choice("placement", placement, Placement)
     check_choice("order", order, Order)
+    check_choice("compute_dtype", compute_dtype, Literal[None, "float32", "float64"])
     exponent = -0.5 if placement == "both" else -1.0
     inner = inner or Transform(no_state, lambda grads, state, params: (grads, state))
 
@@ -263,5 +264,5 @@ def scaled_adamw(
 def check_choice(name: str, value: Any, choices: Any) -> None:
     """ValueError unless `value` is one of a Literal's."""
     if value not in get_args(choices):
-        msg = f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}"
+        msg = f"{name} must be one of {', '.join(map(str, get_args(choices)))}, got {value!r}"
         raise ValueError(msg)

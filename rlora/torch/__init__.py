@@ -9,7 +9,7 @@
 
 from rlora.pairing import PairReport
 from rlora.torch.params import find_pairs
-from rlora.torch.optimizer import precondition
 from rlora.torch.scaled import ScaledAdamW, ScaledSGD
+from rlora.torch.wrap import precondition
 
 __all__ = ["PairReport", "ScaledAdamW", "ScaledSGD", "find_pairs", "precondition"]

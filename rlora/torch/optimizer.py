@@ -5,8 +5,6 @@ memory and has the direction as its gradient. So every flag of the parent keeps 
 stays where ``state_dict`` looks for it, and the ``.grad`` of the parameter is never touched.
 """
 
-import functools
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, cast, get_args
 
@@ -125,7 +123,7 @@ class GramPreconditioned(Optimizer):
             )
             raise ValueError(msg)
         if group["compute_dtype"] not in (None, "float32", "float64"):
-            msg = f"compute_dtype must be None, 'float32' or 'float64', got "
+            msg = "compute_dtype must be None, 'float32' or 'float64', got "
             msg += repr(group["compute_dtype"])
             raise ValueError(msg)
 
@@ -151,7 +149,7 @@ class GramPreconditioned(Optimizer):
     # --- the step -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Precondition the gradients of the pairs, then do the parent's step.
 
         Parameters
@@ -212,12 +210,12 @@ class GramPreconditioned(Optimizer):
             incoming.append(self._completed(saved))
             return incoming[0]
 
-        def widen(_: Optimizer) -> None:
-            self._widen_moments(incoming[0])
+        def restore(_: Optimizer) -> None:
+            self._restore_dtypes(incoming[0])
 
         handles = [
             self.register_load_state_dict_pre_hook(take),
-            self.register_load_state_dict_post_hook(widen, prepend=True),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
@@ -247,13 +245,15 @@ class GramPreconditioned(Optimizer):
         ]
         return {**saved, "param_groups": [*groups, *saved["param_groups"][len(groups) :]]}
 
-    def _widen_moments(self, saved: dict[str, Any]) -> None:
+    def _restore_dtypes(self, saved: dict[str, Any]) -> None:
+        """Undo torch's cast of every state to its parameter's dtype."""
         paired = {id(p) for pair in self._current_pairs() for p in pair}
         for i, p in self._owners(saved):
-            for key, value in saved["state"].get(i, {}).items() if id(p) in paired else ():
+            for key, value in saved["state"].get(i, {}).items():
                 if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
-                    wide = torch.promote_types(value.dtype, torch.float32)
-                    self.state[p][key] = value.detach().to(p.device, wide, copy=True)
+                    least = torch.float32 if id(p) in paired else value.dtype
+                    dtype = torch.promote_types(value.dtype, least)
+                    self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         extra = ("order", "report", "_adapter", "_by_hand", "_members", "_pairs")
@@ -268,66 +268,6 @@ class GramPreconditioned(Optimizer):
 def _parent_step(kind: type) -> Callable[[Any], Any]:
     """The parent's step without its hooks, which run around ours already."""
     behind = kind.__mro__[kind.__mro__.index(GramPreconditioned) + 1 :]
-    step: Any = next(parent for parent in behind if "step" in vars(parent)).step
-    return cast(Callable[[Any], Any], step.__wrapped__ if hasattr(step, "hooked") else step)
-
-
-@functools.cache
-def precondition(optimizer: type[Optimizer]) -> type[Optimizer]:
-    """The optimizer class that does the same on gradients preconditioned pair by pair.
-
-    Parameters
-    ----------
-    optimizer : type
-        Any subclass of torch's Optimizer whose step needs no closure.
-
-    Returns
-    -------
-    type
-        A subclass of it. Its constructor takes a model, ``named_parameters()``, groups with names,
-        or tensors with ``pairs=[(A, B), ...]``, then the parent's arguments and ``damping``,
-        ``damping_mode``, ``placement``, ``order``, ``compute_dtype`` and ``adapter`` as
-        `ScaledAdamW` has them.
-
-    Raises
-    ------
-    TypeError
-        When it is no optimizer class.
-    ValueError
-        When its step needs a closure: it would evaluate the loss again within a step, on
-        gradients that nobody preconditions.
-
-    Examples
-    --------
-    >>> import torch, rlora.torch
-    >>> layer = torch.nn.Module()
-    >>> layer.lora_A = torch.nn.Parameter(torch.ones(4, 16))
-    >>> layer.lora_B = torch.nn.Parameter(torch.zeros(32, 4))
-    >>> optimizer = rlora.torch.precondition(torch.optim.NAdam)(layer, lr=1e-3)
-    >>> isinstance(optimizer, torch.optim.NAdam)
-    True
-    """
-    if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
-        msg = f"expected a subclass of torch.optim.Optimizer, got {optimizer!r}"
-        raise TypeError(msg)
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        msg = (
-            f"{optimizer.__name__} evaluates the loss again within its step, on gradients that "
-            f"nobody preconditions; use an optimizer whose closure is optional, such as AdamW"
-        )
-        raise ValueError(msg)
-    name = f"Preconditioned{optimizer.__name__}"
-    doc = f"{optimizer.__name__} on gradients preconditioned pair by pair."
-    return type(name, (GramPreconditioned, optimizer), {"__doc__": doc, "__reduce__": _reduce})
-
-
-def _reduce(self: Any) -> tuple[Any, ...]:
-    # The class was made here, so a pickle must make it again.
-    parent = type(self).__mro__[2]
-    return _revive, (parent,), self.__getstate__()
-
-
-def _revive(parent: type[Optimizer]) -> Optimizer:
-    kind = precondition(parent)
-    return kind.__new__(kind)
+    parent: Any = next(parent for parent in behind if "step" in vars(parent))
+    step = parent.step
+    return cast("Callable[[Any], Any]", step.__wrapped__ if hasattr(step, "hooked") else step)

@@ -152,7 +152,9 @@ def match(
 
 def check_explicit(pairs: Iterable[Any], members: Sequence[Tensor]) -> list[TensorPair]:
     """Pairs given by hand: every one must be right, and among the parameters, and there once."""
-    known, used, checked = {id(p) for p in members}, set(), []
+    known = {id(p) for p in members}
+    used: set[int] = set()
+    checked: list[TensorPair] = []
     for i, pair in enumerate(pairs):
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
             msg = f"pairs[{i}] must be a tuple (A, B) of two tensors, got {type(pair).__name__}"

@@ -71,7 +71,7 @@ class Batch:
     def prepare(self) -> list[Factors]:
         """Give every stand-in its value and its gradient; return the preconditioners."""
         backend = get_backend(self.params[0].A)
-        grads = [matrix(cast(Tensor, job.param.grad)) for job in self.jobs]
+        grads = [matrix(cast("Tensor", job.param.grad)) for job in self.jobs]
         with backend.exact(self.params[0].A):
             P = preconditioners(
                 backend,
@@ -183,18 +183,20 @@ def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain:
     group_of = {id(p): group for group in groups for p in group["params"]}
     work: dict[Any, tuple[list[Factors], list[Any], list[Any]]] = {}
     stand_ins: dict[int, Tensor] = {}
-    for pair in pairs:
+    place: dict[Any, int] = {}  # of a pair among the params of a batch
+    for k, pair in enumerate(pairs):
         for side, (letter, p) in enumerate(zip("AB", pair, strict=True)):
             if letter not in sides or p.grad is None:
                 continue
             group = group_of[id(p)]
             recipe = recipe_of(group)
             stand_in = stand_ins[id(p)] = _stand_in(p, recipe.placement)
-            params, *jobs = work.setdefault((recipe, p.dtype, p.device), ([], [], []))
-            factors = Factors(*map(matrix, pair))
-            if not (params and side and jobs[0] and jobs[0][-1][1].param is pair[0]):
-                params.append(factors)
-            jobs[side].append((len(params) - 1, Job(p, stand_in, group)))
+            key = (recipe, p.dtype, p.device)
+            factors, *jobs = work.setdefault(key, ([], [], []))
+            i = place.setdefault((key, k), len(factors))
+            if i == len(factors):
+                factors.append(Factors(*map(matrix, pair)))
+            jobs[side].append((i, Job(p, stand_in, group)))
     batches = [Batch(key[0], *parts) for key, parts in work.items()]
     paired = {id(p) for pair in pairs for p in pair}
     params = [
@@ -212,7 +214,7 @@ def matrix(p: Tensor) -> Tensor:
     """A factor or gradient as a matrix; a convolution's kernel belongs to its input side."""
     if p.requires_grad:
         p = p.detach()
-    return p if p.ndim == 2 else p.reshape(cast(tuple[int, int], flatten_kernel(tuple(p.shape))))
+    return p if p.ndim == 2 else p.reshape(cast("tuple[int, int]", flatten_kernel(tuple(p.shape))))
 
 
 def _stand_in(p: Tensor, placement: Placement) -> Tensor:

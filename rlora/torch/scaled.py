@@ -9,8 +9,8 @@ from torch import Tensor
 from rlora.core.linalg import DampingMode
 from rlora.core.transform import Order
 from rlora.methods.scaled import Placement
-from rlora.torch.params import TensorPair
 from rlora.torch.optimizer import GramPreconditioned
+from rlora.torch.params import TensorPair
 
 
 class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):

@@ -29,7 +29,7 @@ def test_cupy_without_a_device_says_so():
     info = rlora.backends.available()["cupy"]
     if info.usable:
         pytest.skip("there is a CUDA device here")
-    with pytest.raises(BackendError, match="CuPy|cupy"):
+    with pytest.raises(BackendError, match=r"CuPy|cupy"):
         rlora.backends.get("cupy")
 
 

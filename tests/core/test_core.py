@@ -26,8 +26,10 @@ def trees():
     leaf = st.just(PAIR)
     return st.recursive(
         leaf,
-        lambda t: st.lists(t, min_size=1, max_size=3)
-        | st.dictionaries(st.sampled_from("abc"), t, min_size=1),
+        lambda t: (
+            st.lists(t, min_size=1, max_size=3)
+            | st.dictionaries(st.sampled_from("abc"), t, min_size=1)
+        ),
         max_leaves=6,
     )
 

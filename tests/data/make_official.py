@@ -51,12 +51,16 @@ def run(kind, options, decay, blocks):
     path = []
     for _ in range(STEPS):
         optimizer.zero_grad()
-        product = torch.cat([b @ a for a, b in zip(A.split(R), B.split(M))])
+        product = torch.cat([b @ a for a, b in zip(A.split(R), B.split(M), strict=True)])
         (0.5 * (product - T).square().sum()).backward()
         with torch.no_grad():
             optimizer.step()
         path.append((A.detach().numpy().copy(), B.detach().numpy().copy()))
-    return {**start, "A_path": np.stack([a for a, _ in path]), "B_path": np.stack([b for _, b in path])}
+    return {
+        **start,
+        "A_path": np.stack([a for a, _ in path]),
+        "B_path": np.stack([b for _, b in path]),
+    }
 
 
 def main(root: Path) -> None:

@@ -1,0 +1,212 @@
+"""The laws of the house, read off the source: who imports whom, what the core may do, sizes."""
+
+import ast
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"rlora": ROOT / "rlora", "rlora.backends": ROOT / "backends", "rlora.cli": ROOT / "cli"}
+WINGS = ("methods", "torch", "optax", "initializers", "pairing", "testing", "backends", "cli")
+ALLOWED = {
+    "core": {"core"},
+    "methods": {"core"},
+    "pairing": {"core"},
+    "testing": {"core"},
+    "initializers": {"core"},
+    "backends": {"core"},
+    "optax": {"core"},
+    "torch": {"core", "methods", "pairing", "initializers"},  # the shell around them
+    "__init__": {"core", "methods", "pairing"},
+    "cli": {"core", "methods", "pairing", "testing", "backends", "torch", "optax", "__init__"},
+}
+FRAMEWORKS = {
+    "torch": {"rlora.torch", "rlora.backends.torch"},
+    "jax": {"rlora.optax", "rlora.backends.jax"},
+    "optax": {"rlora.optax"},
+    "cupy": {"rlora.backends.cupy"},
+}
+
+
+def modules():
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            name = ".".join((package, *parts)).removesuffix(".__init__")
+            found[name] = (path, ast.parse(path.read_text()))
+    return found
+
+
+MODULES = modules()
+EVERY = pytest.mark.parametrize("name", MODULES)
+
+
+def imports(name):
+    """Absolute names of what a module imports, wherever in it the statement stands."""
+    path, tree = MODULES[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parts, base] if base else parts)
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield full if full in MODULES else base
+
+
+def wing(module):
+    parts = module.split(".")
+    return "__init__" if len(parts) == 1 else parts[1]
+
+
+@EVERY
+def test_who_imports_whom(name):
+    mine = wing(name)
+    for target in imports(name):
+        if target.split(".")[0] == "rlora" and wing(target) != mine:
+            assert wing(target) in ALLOWED[mine], f"{name} imports {target}"
+
+
+@EVERY
+def test_methods_do_not_import_each_other(name):
+    if wing(name) == "methods" and name != "rlora.methods":
+        assert not [t for t in imports(name) if wing(t) == "methods" and t.startswith("rlora")]
+
+
+@EVERY
+def test_frameworks_stay_in_their_files(name):
+    for target in imports(name):
+        library = target.split(".")[0]
+        if library in FRAMEWORKS:
+            assert any(name == x or name.startswith(f"{x}.") for x in FRAMEWORKS[library]), target
+        if library == "array_api_compat":
+            assert name in ("rlora.core.backend", "rlora.backends")
+        if library in ("click", "rich"):
+            assert wing(name) == "cli"
+
+
+def test_no_import_circle():
+    graph = {name: {t for t in imports(name) if t in MODULES and t != name} for name in MODULES}
+    # A package's __init__ re-exports its modules: what counts is who needs whom.
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name in done:
+            return
+        path.append(name)
+        for target in graph[name]:
+            visit(target)
+        path.pop()
+        done.add(name)
+
+    for name in graph:
+        visit(name)
+
+
+@EVERY
+def test_no_assert_no_print_nothing_dangerous(name):
+    _, tree = MODULES[name]
+    allowed_assert = name == "rlora.testing"
+    for node in ast.walk(tree):
+        assert allowed_assert or not isinstance(node, ast.Assert), f"{name}:{node.lineno}"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("print", "eval", "exec", "compile", "__import__", "os.system"), (
+                name
+            )
+            assert not called.startswith(("pickle.", "marshal.", "shelve.")), name
+            for keyword in node.keywords:
+                risky = (
+                    keyword.arg in ("shell", "allow_pickle")
+                    and ast.unparse(keyword.value) == "True"
+                )
+                assert not risky, name
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if wing(n) in ("core", "methods")])
+def test_core_and_methods_write_into_no_array(name):
+    """Arrays in, arrays out: no out=, no item assignment to an array, no array asked for its value."""
+    _, tree = MODULES[name]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            assert all(keyword.arg != "out" for keyword in node.keywords), name
+            method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            assert method not in ("item", "tolist"), name
+            assert not (method.endswith("_") and not method.startswith("_")), name
+
+
+@EVERY
+def test_sizes(name):
+    path, tree = MODULES[name]
+    lines = path.read_text().count("\n")
+    assert lines <= 300, f"{path.name} has {lines} lines"
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert code_lines(node) <= 60, f"{name}.{node.name}"
+
+
+def code_lines(node):
+    doc = node.body[0] if ast.get_docstring(node) else None
+    return node.end_lineno - node.lineno + 1 - (doc.end_lineno - doc.lineno + 1 if doc else 0)
+
+
+def test_functions_are_short_and_typed():
+    functions = [
+        node
+        for _, tree in MODULES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert statistics.median(map(code_lines, functions)) <= 12
+    for node in functions:
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+        assert not bare, f"{node.name}: {bare}"
+
+
+def test_the_guard_sees_what_it_should():
+    """A law's test must be able to fail."""
+    assert "rlora.core.linalg" in set(imports("rlora.methods.scaled"))
+    assert "torch" in set(imports("rlora.torch.plan"))
+    assert len(MODULES) > 15
+
+
+def run_python(code, *flags):
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_light_and_has_no_side_effects():
+    out = run_python(
+        "import sys\n"
+        "events = []\n"
+        "sys.addaudithook(lambda e, a: events.append((e, a)) if e.split('.')[0] in"
+        " ('socket', 'subprocess') or (e == 'open' and a[1] and set(a[1]) & set('wax+')) else None)\n"
+        "import rlora\n"
+        "heavy = [m for m in ('torch', 'jax', 'cupy', 'click', 'rich', 'optax') if m in sys.modules]\n"
+        "sys.stdout.write(repr((heavy, events)))",
+        "-B",
+    )
+    assert out == "([], [])"
+
+
+def test_import_takes_less_than_300_ms():
+    code = "import time, sys; t = time.perf_counter(); import rlora; sys.stdout.write(str(time.perf_counter() - t))"
+    fastest = min(float(run_python(code)) for _ in range(5))
+    assert fastest < 0.3

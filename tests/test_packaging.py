@@ -1,0 +1,76 @@
+"""The wheel holds rlora/ and nothing else, the package list equals the tree, the sdist builds it."""
+
+import email
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Wheel from sdist, as an index would get them; the build tools are those installed here."""
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)],
+        check=True,
+        capture_output=True,
+        timeout=240,
+    )
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+def test_package_list_equals_the_tree():
+    listed = CONFIG["tool"]["setuptools"]["packages"]
+    mapped = {
+        "rlora": ROOT / "rlora",
+        "rlora.backends": ROOT / "backends",
+        "rlora.cli": ROOT / "cli",
+    }
+    found = set()
+    for package, folder in mapped.items():
+        for init in folder.rglob("__init__.py"):
+            found.add(".".join((package, *init.parent.relative_to(folder).parts)))
+    assert sorted(listed) == sorted(found)
+
+
+def test_wheel_holds_only_rlora(built):
+    wheel, _ = built
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"rlora", f"rlora-{wheel.name.split('-')[1]}.dist-info"}
+    inside = {name for name in names if name.startswith("rlora/")}
+    assert {"rlora/py.typed", "rlora/backends/torch.py", "rlora/cli/__init__.py"} <= inside
+    assert all(name.endswith((".py", "py.typed")) for name in inside)
+    assert not [
+        name for name in names if "test" in name.split("/")[1] and name != "rlora/testing.py"
+    ]
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_metadata(built):
+    archive = zipfile.ZipFile(built[0])
+    (name,) = [n for n in archive.namelist() if n.endswith("METADATA")]
+    meta = email.message_from_bytes(archive.read(name))
+    assert meta["Requires-Python"] == ">=3.11"
+    assert meta["License-Expression"] == "Apache-2.0"
+    needs = meta.get_all("Requires-Dist")
+    base = {n.split(">")[0] for n in needs if "extra" not in n}
+    assert base == {"numpy", "array-api-compat", "click", "rich"}
+    assert not [n for n in needs if "@" in n]
+    extras = {"torch", "jax", "cupy", "peft", "plot", "bench", "test", "demo", "lint"}
+    assert extras <= set(meta.get_all("Provides-Extra"))
+    assert [n for n in needs if n.startswith("torch==2.13.0")] == ['torch==2.13.0; extra == "test"']
+
+
+def test_sdist_holds_the_sources(built):
+    with tarfile.open(built[1]) as archive:
+        names = {n.partition("/")[2] for n in archive.getnames()}
+    assert {"backends/torch.py", "cli/__init__.py", "rlora/core/linalg.py", "LICENSE"} <= names

@@ -1,0 +1,210 @@
+"""Names propose, shapes decide; layouts come from the real libraries where they install."""
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from rlora import PairingError, find_pairs
+
+NAMES = {
+    "PEFT": ("{}.lora_A.default.weight", "{}.lora_B.default.weight"),
+    "PEFT saved": ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"),
+    "PEFT embedding": ("{}.lora_embedding_A.default", "{}.lora_embedding_B.default"),
+    "loralib": ("{}.lora_A", "{}.lora_B"),
+    "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight"),
+    "kohya split": ("lora_unet_{}.lora_down.0.weight", "lora_unet_{}.lora_up.0.weight"),
+    "diffusers": ("unet.{}.lora.down.weight", "unet.{}.lora.up.weight"),
+    "diffusers, old": ("{}.to_q_lora.down.weight", "{}.to_q_lora.up.weight"),
+    "torchtune": ("{}.lora_a.weight", "{}.lora_b.weight"),
+}
+
+
+def tensors(*shapes):
+    return [np.zeros(shape) for shape in shapes]
+
+
+@pytest.mark.parametrize("library", NAMES)
+def test_layouts(library):
+    named = {}
+    for layer in ("layers.0.q_proj", "layers.1.q_proj", "layers.10.q_proj"):
+        a, b = (pattern.format(layer) for pattern in NAMES[library])
+        named[b], named[a] = tensors((30, 4), (4, 20))
+    named["head.weight"] = np.zeros((2, 2))
+    report = find_pairs(named)
+    assert len(report) == 3
+    assert report.plain == ("head.weight",)
+    assert not report.refused
+    assert [(pair.a, pair.b) for pair in report] == [
+        tuple(pattern.format(f"layers.{k}.q_proj") for pattern in NAMES[library])
+        for k in (0, 1, 10)
+    ]
+    for pair in report:
+        assert (pair.shape_a, pair.shape_b, pair.rank) == ((4, 20), (30, 4), 4)
+
+
+@pytest.mark.parametrize("name", [
+    "x.vera_lora_A", "x.poly_lora_A", "x.lora_A_log", "mylora_A.weight", "lora_Afoo.weight",
+    "x.lora_alpha", "hada_w1_a", "lokr_w1",
+])  # fmt: skip
+def test_look_alikes_are_no_factors(name):
+    report = find_pairs({name: np.zeros((4, 20)), name.replace("A", "B"): np.zeros((30, 4))})
+    assert len(report) == 0
+
+
+@given(st.permutations(range(8)))
+def test_order_does_not_matter(order):
+    named = []
+    for k in range(4):
+        a, b = tensors((2 + k, 9), (7, 2 + k))
+        named += [(f"l.{k}.lora_A.x.weight", a), (f"l.{k}.lora_B.x.weight", b)]
+    report = find_pairs([named[i] for i in order])
+    assert {(p.a, p.b) for p in report} == {
+        (f"l.{k}.lora_A.x.weight", f"l.{k}.lora_B.x.weight") for k in range(4)
+    }
+
+
+def test_adapters_never_cross():
+    named = {}
+    for adapter, r in (("first", 4), ("second", 4)):
+        named[f"q.lora_A.{adapter}.weight"], named[f"q.lora_B.{adapter}.weight"] = tensors(
+            (r, 9), (7, r)
+        )
+    report = find_pairs(named)
+    assert [(p.a, p.b) for p in report] == [
+        (f"q.lora_A.{x}.weight", f"q.lora_B.{x}.weight") for x in ("first", "second")
+    ]
+    one = find_pairs(named, adapter="second")
+    assert [p.name for p in one] == ["q (second)"]
+    assert "belongs to adapter 'first'" in one.refused["q.lora_A.first.weight"]
+
+
+@pytest.mark.parametrize(
+    "a, b, why",
+    [
+        ((4, 20), None, "is not among the parameters"),
+        ((8, 20), (30, 4), "share no rank"),
+        ((20, 5), (4, 30), "share no rank"),
+        ((20,), (30, 4), "not two matrices"),
+        ((0, 20), (30, 0), "not two matrices"),
+        ((2, 4, 20), (2, 30, 4), "share no rank"),
+    ],
+)
+def test_refusals_say_why(a, b, why):
+    named = {"q.lora_A.weight": np.zeros(a)}
+    if b is not None:
+        named["q.lora_B.weight"] = np.zeros(b)
+    report = find_pairs(named)
+    assert len(report) == 0
+    assert why in report.refused["q.lora_A.weight"]
+    assert why in str(report)
+
+
+@pytest.mark.parametrize("sibling", ["lora_E", "lora_mid", "lora_diag"])
+def test_three_factor_variants_are_refused_by_name(sibling):
+    down, up = ("lora_down", "lora_up") if sibling == "lora_mid" else ("lora_A", "lora_B")
+    shapes = {f"q.{down}.weight": (4, 20), f"q.{up}.weight": (30, 4), f"q.{sibling}.weight": (4, 1)}
+    report = find_pairs({name: np.zeros(shape) for name, shape in shapes.items()})
+    assert len(report) == 0
+    assert len(report.refused) == 2
+
+
+def test_shapes_overrule_the_words():
+    """Some call the fan-out factor "down"; where only the other reading fits, it is taken."""
+    report = find_pairs(
+        {"q.lora_down.weight": np.zeros((30, 4)), "q.lora_up.weight": np.zeros((4, 20))}
+    )
+    assert [(p.a, p.b) for p in report] == [("q.lora_up.weight", "q.lora_down.weight")]
+
+
+def test_convolutions():
+    report = find_pairs(
+        {"c.lora_A.weight": np.zeros((4, 3, 5, 5)), "c.lora_B.weight": np.zeros((8, 4, 1, 1))}
+    )
+    assert report.pairs[0].shape_a == (4, 75)
+    assert report.pairs[0].shape_b == (8, 4)
+    grouped = find_pairs(
+        {"c.lora_A.weight": np.zeros((4, 3, 5, 5)), "c.lora_B.weight": np.zeros((8, 2, 1, 1))}
+    )
+    assert "grouped" in grouped.refused["c.lora_A.weight"]
+
+
+def test_two_tensors_of_one_name():
+    with pytest.raises(PairingError, match="two tensors have the name 'x'"):
+        find_pairs([("x", np.zeros(2)), ("x", np.zeros(2))])
+
+
+# --- the real libraries ---------------------------------------------------------------------------
+
+
+def test_real_peft_model():
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    import rlora.torch
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(11, 6)
+            self.conv = nn.Conv1d(6, 8, 3, padding=1)
+            self.image = nn.Conv2d(1, 4, 3, padding=1)
+            self.q = nn.Linear(8, 10)
+            self.head = nn.Linear(10, 2)
+
+        def forward(self, x):
+            h = self.conv(self.embed(x).mT).mT
+            h = h + self.image(h[:, None]).mean(1)
+            return self.head(self.q(h))
+
+    config = LoraConfig(
+        r=3, target_modules=["embed", "conv", "image", "q"], modules_to_save=["head"],
+        use_dora=False, init_lora_weights=False,
+    )  # fmt: skip
+    model = get_peft_model(Net(), config)
+    report = rlora.torch.find_pairs(model)
+    assert sorted((p.shape_b[0], p.shape_a[1]) for p in report) == [
+        (4, 9),
+        (6, 11),
+        (8, 18),
+        (10, 8),
+    ]
+    assert len(report.plain) == 2
+    optimizer = rlora.torch.ScaledAdamW(model, lr=1e-2)
+    x = torch.arange(10).reshape(2, 5)
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_real_peft_dora_and_several_adapters():
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    import rlora.torch
+
+    base = nn.Sequential(nn.Linear(6, 10))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["0"]))
+    report = rlora.torch.find_pairs(model)
+    assert [(p.rank, p.name.split()[-1]) for p in report] == [(2, "(default)")]  # other is inactive
+    assert any("magnitude" in name for name in report.plain)
+
+
+def test_real_loralib():
+    import loralib
+    from torch import nn
+
+    import rlora.torch
+
+    model = nn.Sequential(loralib.Linear(6, 10, r=2), loralib.Embedding(9, 6, r=2))
+    merged = loralib.MergedLinear(6, 12, r=2, enable_lora=[True, False, True])
+    report = rlora.torch.find_pairs(nn.ModuleDict({"plain": model, "merged": merged}))
+    assert sorted((p.shape_b[0], p.shape_a[1]) for p in report) == [(6, 9), (10, 6)]
+    assert "share no rank" in str(report)
+    assert rlora.torch.ScaledAdamW(model).report.pairs
