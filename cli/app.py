@@ -1,0 +1,66 @@
+"""The command group, and the one door through which errors become messages and exit codes."""
+
+import importlib
+import sys
+from typing import Any, Final, NoReturn
+
+import click
+
+import rlora
+from rlora import RLoraError
+
+COMMANDS: Final = {"bench": ".bench", "info": ".info"}
+"""Command -> the module that has it under the same name; imported when it is asked for."""
+
+USAGE, INTERRUPTED = 2, 130
+
+REFUSALS = (RLoraError, ValueError, ImportError, MemoryError)
+"""What a wrong name, number or machine raises. Files apart, all else is a bug, with its trace."""
+
+
+class App(click.Group):
+    """A group whose commands are imported late and whose errors are one line each."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(COMMANDS[cmd_name], __package__)
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run a command line, then exit with 0, 2 after an error, or 130 after an interrupt."""
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.ClickException as error:
+            _refuse(error.format_message(), USAGE)
+        except (click.Abort, KeyboardInterrupt):
+            _refuse("interrupted", INTERRUPTED)
+        except OSError as error:
+            _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error), USAGE)
+        except REFUSALS as error:
+            _refuse(str(error) or type(error).__name__, USAGE)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse(message: str, code: int) -> NoReturn:
+    click.echo(f"rlora: error: {one_line(message)}", err=True)
+    sys.exit(code)
+
+
+def one_line(message: str) -> str:
+    """Strip a message of line breaks, and of the control codes a file name may carry."""
+    flat = "; ".join(part.strip() for part in message.splitlines() if part.strip())
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in flat)
+
+
+@click.group(cls=App, invoke_without_command=True)
+@click.version_option(rlora.__version__, prog_name="rlora")
+@click.pass_context
+def app(ctx: click.Context) -> None:
+    """Optimizers for LoRA factors: what they cost here, and what there is to run them on."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())

@@ -1,0 +1,103 @@
+"""What a timing depends on. Nothing that says whose machine it was.
+
+No host name, no user, no folder, no environment variable: records are made to be published.
+"""
+
+import importlib
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+BASE: Final = ("numpy", "array-api-compat", "click", "rich")
+EXTRAS: Final = ("torch", "jax", "jaxlib", "optax", "cupy", "peft", "transformers")
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what takes part, the processor, its load, and the BLAS libraries."""
+    loaded = [name for name in EXTRAS if name in sys.modules]
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpu": cpu_model(),
+        "cpus": cpu_count(),
+        "memory_bytes": _memory(),
+        "versions": {name: found for name, found in versions((*BASE, *loaded)).items() if found},
+        "accelerators": _accelerators(),
+        "blas": blas(),
+        "load_average": load_average(),
+    }
+
+
+def versions(names: Iterable[str]) -> dict[str, str | None]:
+    """Installed versions by package; None for what is not installed."""
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        # CuPy's wheels are called after their CUDA version.
+        return getattr(sys.modules.get(name), "__version__", None)
+
+
+def cpu_model() -> str:
+    """Name the processor as the kernel does, or its architecture."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
+
+
+def cpu_count() -> int:
+    """Logical processors that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def blas() -> list[dict[str, Any]]:
+    """BLAS and OpenMP libraries in this process with their threads, or what NumPy was built with.
+
+    threadpoolctl, of the extra ``bench``, sees the threads; without it they are None.
+    """
+    try:
+        pools = importlib.import_module("threadpoolctl").threadpool_info()
+    except ImportError:
+        config = importlib.import_module("numpy").show_config(mode="dicts")
+        built = config.get("Build Dependencies", {}).get("blas", {})
+        name, release = str(built.get("name", "unknown")), built.get("version")
+        return [{"library": name, "version": release, "threads": None}]
+    return [
+        {"library": p["internal_api"], "version": p["version"], "threads": p["num_threads"]}
+        for p in pools
+    ]
+
+
+def _accelerators() -> list[str]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _memory() -> int | None:
+    try:
+        return int(importlib.import_module("psutil").virtual_memory().total)
+    except ImportError:
+        names = getattr(os, "sysconf_names", {})
+        if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= names.keys():
+            return None
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def load_average() -> list[float] | None:
+    """Processes that wanted to run in the last 1, 5 and 15 minutes; None where nobody counts."""
+    return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None

@@ -1,0 +1,81 @@
+"""How much memory a step needs for a while, by whatever means a library offers.
+
+Everywhere the same is meant: the most bytes that are held at once during a step and were not
+before it. New parameters and state count where a library returns them as new arrays.
+"""
+
+import gc
+import importlib
+import os
+import tracemalloc
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+from rlora.core.backend import get_backend
+from rlora.core.factors import Array
+
+
+def nbytes(x: Array) -> int:
+    """Bytes of an array of any library."""
+    known = getattr(x, "nbytes", None)
+    if known is not None:
+        return int(known)
+    # States are real floating-point arrays throughout.
+    return int(prod(x.shape) * get_backend(x).xp.finfo(x.dtype).bits) // 8
+
+
+def traced(step: Callable[[], None]) -> int:
+    """Peak of a warm step, for libraries that report their memory to tracemalloc as NumPy does."""
+    step()
+    gc.collect()
+    own = not tracemalloc.is_tracing()
+    if own:
+        tracemalloc.start()
+    try:
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        step()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        if own:
+            tracemalloc.stop()
+    return peak - before
+
+
+def of_xla(compiled: Any, *args: Any) -> int | None:
+    """Scratch and results of a jitted function as its compiler planned them; None if it is mute."""
+    plan = compiled.lower(*args).compile().memory_analysis()
+    if plan is None:
+        return None
+    return int(plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes)
+
+
+def hush_profiler() -> None:
+    """Keep torch's profiler from writing to stderr; works only before torch is imported."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
+
+
+def of_torch_cpu(step: Callable[[], None]) -> tuple[int, int]:
+    """Bytes still held after a step, and the peak during it, from the profiler's allocations."""
+    profiler = importlib.import_module("torch.profiler")
+    cpu = profiler.ProfilerActivity.CPU
+    with profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        step()
+    # The public table sums allocations up by operator; only the raw events have their order.
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return total, peak
+
+
+def of_torch_cuda(step: Callable[[], None]) -> tuple[int, int]:
+    """Bytes still held after a step, and the peak during it, from CUDA's caching allocator."""
+    cuda = importlib.import_module("torch.cuda")
+    cuda.synchronize()
+    before = cuda.memory_allocated()
+    cuda.reset_peak_memory_stats()
+    step()
+    return cuda.memory_allocated() - before, cuda.max_memory_allocated() - before

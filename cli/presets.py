@@ -1,0 +1,49 @@
+"""LoRA target shapes of real models, as their configurations give them."""
+
+from typing import Final, NamedTuple
+
+Shape = tuple[int, int]
+"""(m, n): out_features and in_features of the adapted weight."""
+
+
+class Preset(NamedTuple):
+    """`layers` equal layers, each with adapters on weights of these shapes, in module order."""
+
+    targets: str
+    layers: int
+    shapes: tuple[Shape, ...]
+
+    def pairs(self) -> list[Shape]:
+        """List the shape behind every pair of the adapter, layer by layer."""
+        return list(self.shapes) * self.layers
+
+
+def _linear(hidden: int, kv: int, mlp: int) -> tuple[Shape, ...]:
+    """q, k, v, o, gate, up, down of a Llama layer."""
+    square, narrow = (hidden, hidden), (kv, hidden)
+    return (square, narrow, narrow, square, (mlp, hidden), (mlp, hidden), (hidden, mlp))
+
+
+PRESETS: Final[dict[str, Preset]] = {
+    "gpt2-medium": Preset("c_attn", 24, ((3072, 1024),)),
+    "smollm2-135m": Preset("all linear", 30, _linear(576, 192, 1536)),
+    "qwen2.5-0.5b": Preset("q, v", 24, ((896, 896), (128, 896))),
+    "gemma-2b": Preset("q, v", 18, ((2048, 2048), (256, 2048))),
+    "llama-7b": Preset("q, v", 32, ((4096, 4096), (4096, 4096))),
+    "llama-7b-all": Preset("all linear", 32, _linear(4096, 4096, 11008)),
+    "llama-7b-quarter": Preset("all linear, 8 of 32 layers", 8, _linear(4096, 4096, 11008)),
+    "mistral-7b": Preset("q, v", 32, ((4096, 4096), (1024, 4096))),
+    "llama-3.1-8b": Preset("q, v", 32, ((4096, 4096), (1024, 4096))),
+    "roberta-base": Preset("query, value", 12, ((768, 768), (768, 768))),
+    "vit-base": Preset("query, value", 12, ((768, 768), (768, 768))),
+}
+
+DEFAULT: Final = "gpt2-medium"
+
+
+def named(name: str) -> Preset:
+    """Find a preset, or raise a ValueError that lists them."""
+    if name not in PRESETS:
+        msg = f"no preset called {name!r}; there are {', '.join(PRESETS)}"
+        raise ValueError(msg)
+    return PRESETS[name]

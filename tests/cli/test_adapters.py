@@ -1,0 +1,122 @@
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from rlora.cli import adapters
+from rlora.cli.adapters import read_adapter
+
+
+def entry(dtype="F32", shape=(2, 4), offsets=(0, 32)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+A, B = "q.lora_A.weight", "q.lora_B.weight"
+GOOD = {A: entry(), B: entry(shape=(4, 2), offsets=(32, 64))}
+DATA = np.arange(16, dtype="<f4").tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16])
+def test_values_are_those_of_the_file(tmp_path, factors, dtype):
+    wanted = {name: x.astype(dtype) for name, x in factors.items()}
+    save_file(wanted, tmp_path / "x.safetensors")
+    pairs = read_adapter(tmp_path / "x.safetensors")
+    assert len(pairs) == 2
+    for i, pair in enumerate(pairs):
+        for letter, x in zip("AB", pair, strict=True):
+            name = f"base_model.model.layers.{i}.q_proj.lora_{letter}.weight"
+            np.testing.assert_array_equal(x, wanted[name].astype(x.dtype))
+            assert x.dtype == (np.float64 if dtype is np.float64 else np.float32)
+
+
+def test_kohya_names_alphas_and_flattened_kernels(tmp_path):
+    rng = np.random.default_rng(1)
+    down = rng.normal(size=(4, 8, 3, 3)).astype(np.float16)
+    up = rng.normal(size=(6, 4, 1, 1)).astype(np.float16)
+    layer = "lora_unet_down_blocks_0"
+    tensors = {
+        f"{layer}.lora_down.weight": down,
+        f"{layer}.lora_up.weight": up,
+        f"{layer}.alpha": np.array(4, np.int64),
+    }
+    save_file(tensors, tmp_path / "k.safetensors")
+    (pair,) = read_adapter(tmp_path / "k.safetensors")
+    np.testing.assert_array_equal(pair.A, down.reshape(4, 72).astype(np.float32))
+    np.testing.assert_array_equal(pair.B, up.reshape(6, 4).astype(np.float32))
+
+
+@pytest.mark.parametrize("name", adapters.ADAPTER_NAMES)
+def test_a_directory_stands_for_the_file_in_it(tmp_path, factors, name):
+    save_file(factors, tmp_path / name)
+    assert len(read_adapter(tmp_path)) == 2
+
+
+def test_the_handwritten_file_is_sound(hostile):
+    """The hostile ones below differ from it in one thing each."""
+    (pair,) = read_adapter(hostile(GOOD, DATA))
+    np.testing.assert_array_equal(pair.A, np.arange(8).reshape(2, 4))
+
+
+HOSTILE = {
+    "empty": (b"", b"", None, "JSON"),
+    "header longer than the file": (GOOD, DATA, 10_000, "cut short"),
+    "header of 16 EiB": (GOOD, DATA, 2**64 - 1, "cut short"),
+    "not JSON": (b"pickle!!", b"", None, "JSON"),
+    "not text": (b"\xff\xfe\x00\x01", b"", None, "JSON"),
+    "nested too deep": (b"[" * 200_000, b"", None, "JSON"),
+    "a list": (b"[]", b"", None, "must be a JSON object"),
+    "a name twice": (
+        b'{"x": %s, "x": %s}' % ((json.dumps(entry()).encode(),) * 2),
+        DATA,
+        None,
+        "twice",
+    ),
+    "data cut short": (GOOD, DATA[:-4], None, "damaged"),
+    "data left over": (GOOD, DATA + b"1234", None, "damaged"),
+    "negative offset": ({**GOOD, A: entry(offsets=(-32, 0))}, DATA, None, "whole numbers"),
+    "backward offsets": ({**GOOD, A: entry(offsets=(32, 0))}, DATA, None, "does not fill"),
+    "overlap": ({**GOOD, B: entry(shape=(4, 2))}, DATA[:32], None, "overlaps"),
+    "gap": ({**GOOD, B: entry(shape=(4, 2), offsets=(36, 68))}, DATA + b"1234", None, "gap"),
+    "unknown dtype": ({**GOOD, A: entry(dtype="F31")}, DATA, None, "unknown dtype"),
+    "dtype no text": ({**GOOD, A: entry(dtype=["F32"])}, DATA, None, "unknown dtype"),
+    "wrong size": ({**GOOD, A: entry(dtype="F64")}, DATA, None, "does not fill"),
+    "shape of truths": ({**GOOD, A: entry(shape=(True, 4))}, DATA, None, "whole numbers"),
+    "monstrous shape": ({**GOOD, A: entry(shape=(2**62,) * 5)}, DATA, None, "whole numbers"),
+    "no offsets": ({**GOOD, A: {"dtype": "F32", "shape": [2, 4]}}, DATA, None, "must have"),
+    "entry is a number": ({**GOOD, A: 1}, DATA, None, "must have"),
+    "integers as factors": ({n: {**e, "dtype": "I32"} for n, e in GOOD.items()}, DATA, None, "I32"),
+    "NaN": (GOOD, np.full(16, np.nan, "<f4").tobytes(), None, "NaN"),
+    "no pair": ({"weight": entry()}, DATA[:32], None, "no LoRA pair"),
+    "escape codes in a name": ({"\x1b[31m\nred": entry()}, DATA[:32], None, "no LoRA pair"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_files_are_refused_in_one_line(hostile, refused, tmp_path, kind):
+    header, data, length, why = HOSTILE[kind]
+    path = hostile(header, data, length)
+    message = refused("bench", "--adapter", path, "--output", tmp_path / "out.json")
+    assert why in message
+    assert message[:-1].isprintable()
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_file_of_three_bytes_is_refused(tmp_path, refused):
+    (tmp_path / "x.safetensors").write_bytes(b"abc")
+    assert "cut short" in refused("bench", "--adapter", tmp_path / "x.safetensors")
+
+
+def test_what_is_no_adapter_file_is_refused(tmp_path, refused):
+    assert "adapter_model.safetensors" in refused("bench", "--adapter", tmp_path)
+    assert "No such file" in refused("bench", "--adapter", tmp_path / "none.safetensors")
+    if Path("/dev/zero").exists():
+        assert "no regular file" in refused("bench", "--adapter", "/dev/zero")
+
+
+def test_the_header_limit_holds_for_files_that_are_large_enough(hostile, monkeypatch):
+    monkeypatch.setattr(adapters, "HEADER_LIMIT", 16)
+    with pytest.raises(ValueError, match="16 are allowed"):
+        read_adapter(hostile(GOOD, DATA))

@@ -1,0 +1,73 @@
+import time
+
+import pytest
+
+import rlora
+from rlora.backends import BUILTIN, BackendInfo
+from rlora.cli import app as door
+
+
+def test_version_and_help_are_quick_and_complete(rlora_cli):
+    assert rlora.__version__ in rlora_cli("--version").stdout
+    for args in (("--help",), ()):
+        result = rlora_cli(*args)
+        assert result.exit_code == 0
+        assert "bench" in result.stdout
+        assert "info" in result.stdout
+    assert "--output keeps the record" in " ".join(rlora_cli("bench", "--help").stdout.split())
+
+
+def test_the_command_line_starts_in_half_a_second():
+    import subprocess
+    import sys
+
+    code = "import sys, rlora.cli; sys.argv[1:] = ['--help']; rlora.cli.main()"
+
+    def seconds():
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.5
+
+
+def test_no_such_command(refused):
+    assert "frobnicate" in refused("frobnicate")
+
+
+def test_info_lists_every_backend(rlora_cli):
+    result = rlora_cli("info")
+    assert result.exit_code == 0, result.output
+    for name in (*BUILTIN, "python", "array-api-compat", "BLAS", "threads"):
+        assert name in result.stdout
+    assert rlora.__version__ in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_info_reports_a_broken_backend(rlora_cli, monkeypatch):
+    import rlora.backends
+
+    broken = BackendInfo("numpy", None, (), "the [b]driver[/b] is\n\x1b[31mmissing")
+    monkeypatch.setattr(rlora.backends, "available", lambda: {"numpy": broken})
+    result = rlora_cli("info")
+    assert result.exit_code == 0
+    assert "the [b]driver[/b] is; \\x1b[31mmissing" in result.stdout
+
+
+@pytest.mark.parametrize("error", [rlora.ShapeError("a\nb"), MemoryError(), OSError("disk full")])
+def test_the_door_turns_refusals_into_one_line(refused, monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(rlora.backends, "available", fail)
+    expected = {"a\nb": "a; b", "": "MemoryError"}.get(str(error), str(error))
+    assert refused("info") == f"rlora: error: {expected}\n"
+
+
+def test_the_door_lets_bugs_through(rlora_cli, monkeypatch):
+    monkeypatch.setattr(rlora.backends, "available", lambda: 1 / 0)
+    assert isinstance(rlora_cli("info").exception, ZeroDivisionError)
+
+
+def test_one_line_keeps_text_and_disarms_the_rest():
+    assert door.one_line("größer\n\n  \x1b[31mred\x07") == "größer; \\x1b[31mred\\x07"

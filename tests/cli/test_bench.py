@@ -1,0 +1,275 @@
+import getpass
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+import rlora.methods
+from rlora.cli import measure, record
+
+COLUMNS = ("method", "rank", "step", "spread", "ratio", "to", "state", "peak temporary", "verdict")
+
+
+def load(path):
+    found = json.loads(path.read_text())
+    jsonschema.validate(found, record.SCHEMA, cls=jsonschema.Draft202012Validator)
+    return found
+
+
+def test_quick_prints_every_column_and_keeps_a_valid_record(rlora_cli, tmp_path):
+    out = tmp_path / "out.json"
+    result = rlora_cli("bench", "--quick", "--preset", "roberta-base", "--output", out)
+    assert result.exit_code == 0, result.output
+    header = result.stdout.splitlines()[2]
+    assert all(column in header for column in COLUMNS)
+    assert "…" not in result.stdout
+    found = load(out)
+    names = ["sgd", "adamw", *rlora.methods.__all__]
+    assert [(row["method"], row["rank"]) for row in found["rows"]] == [
+        (name, rank) for rank in (4, 16) for name in names
+    ]
+    for row in found["rows"]:
+        assert len(row["samples_s"]) == 3
+        assert row["pairs"] == 24
+        assert row["parameters"] == row["rank"] * 24 * 1536
+        assert row["peak_temporary_bytes"] > 4 * row["parameters"]  # the new parameters at least
+        assert row["method"] in result.stdout
+    state = {row["method"]: row["state_bytes"] for row in found["rows"] if row["rank"] == 16}
+    moments = 2 * 4 * 16 * 24 * 1536
+    assert state["sgd"] == 0
+    assert moments <= state["adamw"] <= moments + 4 * 48
+    assert not found["partial"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
+    (tmp_path / "ordinary").touch()
+    assert out.stat().st_mode == (tmp_path / "ordinary").stat().st_mode  # not a temporary's 0600
+
+
+def test_torch_against_its_rivals(rlora_cli, adapter, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    out = tmp_path / "out.json"
+    args = ("--backend", "torch", "--against", "torch.adamw,peft", "--repeat", 3, "--output", out)
+    result = rlora_cli("bench", "--adapter", adapter, *args)
+    assert result.exit_code == 0, result.output
+    rows = {row["method"]: row for row in load(out)["rows"]}
+    assert list(rows) == ["sgd", "adamw", "scaled_adamw", "scaled_sgd", "torch.adamw", "peft"]
+    assert rows["peft"]["ratio_to"] == rows["torch.adamw"]["ratio_to"] == "adamw"
+    assert rows["peft"]["peak_temporary_bytes"] > 0
+    assert {row["backend"] for row in rows.values()} == {"torch"}
+    assert {row["rank"] for row in rows.values()} == {3}
+
+
+def test_rivals_stand_beside_another_backend_too(rlora_cli, adapter, tmp_path):
+    pytest.importorskip("torch")
+    out = tmp_path / "out.json"
+    args = ("--method", "scaled_sgd", "--against", "torch.adamw", "--repeat", 1, "--output", out)
+    assert rlora_cli("bench", "--adapter", adapter, *args).exit_code == 0
+    rows = load(out)["rows"]
+    assert [(row["method"], row["backend"]) for row in rows] == [
+        ("sgd", "numpy"),
+        ("adamw", "numpy"),
+        ("scaled_sgd", "numpy"),
+        ("torch.adamw", "torch"),
+    ]
+
+
+def test_jax(rlora_cli, adapter, tmp_path):
+    pytest.importorskip("jax")
+    out = tmp_path / "out.json"
+    args = ("--backend", "jax", "--dtype", "bfloat16", "--repeat", 2, "--output", out)
+    result = rlora_cli("bench", "--adapter", adapter, *args)
+    assert result.exit_code == 0, result.output
+    for row in load(out)["rows"]:
+        assert (row["backend"], row["dtype"]) == ("jax", "bfloat16")
+        assert row["first_call_s"] > row["median_s"]  # it compiles
+        assert row["peak_temporary_bytes"] > 0
+
+
+def test_the_record_does_not_say_whose_machine_it_was(rlora_cli, adapter, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2hunter2")
+    out = tmp_path / "out.json"
+    rlora_cli("bench", "--adapter", adapter, "--repeat", 1, "--output", out)
+    text = out.read_text()
+    found = load(out)
+    assert {row["adapter"] for row in found["rows"]} == {"tiny.safetensors"}
+    private = [socket.gethostname(), getpass.getuser(), str(Path.home()), str(tmp_path)]
+    for word in (*private, sys.prefix, "SECRET_TOKEN", "hunter2hunter2"):
+        assert not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text), word
+    assert {"python", "cpu", "cpus", "blas"} <= found["environment"].keys()
+    assert found["environment"]["versions"]["numpy"]
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (("--preset", "gpt5"), "there are gpt2-medium"),
+        (("--backend", "no_such_library"), "not installed"),
+        (("--backend", "json"), "json"),
+        (("--method", "adam_at_home"), "scaled_adamw"),
+        (("--method", ","), "without a value"),
+        (("--rank", "0"), "at least 1"),
+        (("--rank", "4,x"), "at least 1"),
+        (("--rank", "1e3"), "at least 1"),
+        (("--rank", "5000"), "at most 1024"),
+        (("--repeat", "0"), "at least 1"),
+        (("--repeat", "many"), "not a valid integer"),
+        (("--seed", "-1"), "at least 0"),
+        (("--against", "lion"), "torch.adamw"),
+        (("--dtype", "float8"), "float32"),
+        (("--dtype", "bfloat16"), "bfloat16 is not to be had from the numpy backend"),
+        (("--device", "cuda:0"), "cuda:0"),
+        (("--output", "."), "directory"),
+        (("--output", "no/such/folder/out.json"), "No such file"),
+        (("--frobnicate",), "No such option"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(refused, monkeypatch, tmp_path, args, why):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measure, "timed", lambda contender: pytest.fail("it measured first"))
+    assert why in refused("bench", *args)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_brings_its_own_rank(refused, adapter):
+    assert "--rank" in refused("bench", "--adapter", adapter, "--rank", 4)
+    assert "--preset" in refused("bench", "--adapter", adapter, "--preset", "llama-7b")
+
+
+def test_cupy_without_cuda_gives_the_reason(refused):
+    try:
+        import cupy
+
+        if cupy.cuda.runtime.getDeviceCount():
+            pytest.skip("there is a CUDA device")
+    except Exception:  # not installed, or no driver
+        pass
+    assert "cupy" in refused("bench", "--backend", "cupy").lower()
+
+
+def test_a_peft_without_the_optimizer_is_refused_before_anything_is_timed(
+    refused, adapter, monkeypatch
+):
+    pytest.importorskip("torch")
+    monkeypatch.setitem(sys.modules, "peft.optimizers", None)
+    monkeypatch.setattr(measure, "timed", lambda contender: pytest.fail("it measured first"))
+    assert "pip install -U peft" in refused("bench", "--adapter", adapter, "--against", "peft")
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_timed(
+    refused, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(measure, "timed", lambda contender: pytest.fail("it measured first"))
+    (tmp_path / "file").write_text("mine")
+    assert "cannot be written" in refused("bench", "--output", tmp_path / "file" / "out.json")
+    monkeypatch.setattr(
+        Path,
+        "touch",
+        lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "Permission denied")),
+    )
+    assert "Permission denied" in refused("bench", "--output", tmp_path / "out.json")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.fixture
+def interrupted_after(monkeypatch):
+    def after(count):
+        original, calls = measure.timed, []
+
+        def timed(contender):
+            calls.append(contender.name)
+            if len(calls) > count:
+                raise KeyboardInterrupt
+            return original(contender)
+
+        monkeypatch.setattr(measure, "timed", timed)
+
+    return after
+
+
+def test_an_interrupt_keeps_what_was_measured(rlora_cli, adapter, tmp_path, interrupted_after):
+    interrupted_after(8 + 4 + 2)  # warm-up, one round, half a round
+    out = tmp_path / "out.json"
+    result = rlora_cli("bench", "--adapter", adapter, "--repeat", 50, "--output", out)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "rlora: error: interrupted"
+    assert "interrupted" in result.stdout
+    found = load(out)
+    assert found["partial"]
+    assert sorted(len(row["samples_s"]) for row in found["rows"]) == [1, 1, 2, 2]
+    assert all("unstable" in row["verdict"] for row in found["rows"])
+
+
+def test_an_early_interrupt_leaves_nothing(rlora_cli, adapter, tmp_path, interrupted_after):
+    interrupted_after(1)
+    result = rlora_cli("bench", "--adapter", adapter, "--output", tmp_path / "out.json")
+    assert result.exit_code == 130
+    assert [p.name for p in tmp_path.iterdir()] == [adapter.name]
+
+
+def test_a_record_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="JSON"):
+        record.write_record(path, {"rows": [float("nan")]})
+    with pytest.raises(TypeError):
+        record.write_record(path, {"rows": object()})
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("out.json", "old")]
+    record.write_record(path, {"rows": []})
+    assert json.loads(path.read_text()) == {"rows": []}
+
+
+def test_a_new_method_costs_no_edit(rlora_cli, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(rlora.methods, "__all__", ["scaled_sgd", "brand_new"])
+    monkeypatch.setattr(rlora.methods, "brand_new", rlora.methods.scaled_adamw, raising=False)
+    out = tmp_path / "out.json"
+    rlora_cli("bench", "--adapter", adapter, "--repeat", 1, "--output", out)
+    rows = {row["method"]: row["ratio_to"] for row in load(out)["rows"]}
+    assert rows == {"sgd": "sgd", "adamw": "adamw", "scaled_sgd": "sgd", "brand_new": "adamw"}
+
+
+def test_as_a_user_calls_it_through_a_pipe(adapter):
+    code = "import sys, rlora.cli; sys.argv[0] = 'rlora'; rlora.cli.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "bench", "--adapter", adapter, "--repeat", "2"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    lines = done.stdout.splitlines()
+    for name in rlora.methods.__all__:  # one line each: the table is not folded
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
+        assert "verdict" not in line
+        assert "--repeat" in line or "close other programs" in line
+
+
+def test_base_dependencies_are_enough(adapter):
+    code = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'jax', 'peft', 'psutil', 'threadpoolctl',"
+        " 'safetensors', 'scipy'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import rlora.cli; rlora.cli.main()\n"
+    )
+    args = ["bench", "--adapter", str(adapter), "--repeat", "1"]
+    for command in (args, ["info"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *command],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+    assert "pip install threadpoolctl" in done.stdout

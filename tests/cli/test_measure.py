@@ -1,0 +1,194 @@
+import gc
+import math
+
+import numpy as np
+import pytest
+
+import rlora
+import rlora.methods
+from rlora.backends import get
+from rlora.cli import memory
+from rlora.cli.contenders import Arena, Contender, Entry, baseline_of, functional_entries
+from rlora.cli.measure import Race, Rounds, median_ratio, relative_spread, verdict
+from rlora.cli.presets import PRESETS
+from rlora.cli.problem import random_problem, with_gradients
+from rlora.cli.torch_contenders import torch_class, torch_entries
+
+PROBLEM = random_problem([(40, 30), (24, 30)], 4, seed=0)
+
+
+def factors_of(contender):
+    return contender._params
+
+
+def test_ratio_is_of_equal_rounds_and_survives_a_machine_that_slows_down():
+    plain = [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert median_ratio([3 * t for t in plain], plain) == 3.0
+    assert median_ratio([3.0, 6.0], [1.0]) == 3.0  # an interrupted round
+    assert median_ratio([3.0], []) is None
+
+
+def test_spread_is_the_interquartile_range():
+    assert relative_spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
+    assert relative_spread([1.0, 1.0]) is None
+
+
+def test_verdict_says_what_is_wrong_and_what_to_do():
+    assert verdict(0.1, load=0.0) == "ok"
+    assert "spread 23.4% > 15%; close other programs or raise --repeat" in verdict(0.234, load=0.0)
+    assert "raise --repeat" in verdict(None, load=0.0)
+    assert "close other programs" in verdict(0.0, load=1e4)
+
+
+def test_presets_have_the_sizes_of_their_models():
+    parameters = {  # of LoRA at rank 8 on these targets, added up by hand
+        "gpt2-medium": 8 * 24 * (3072 + 1024),
+        "smollm2-135m": 8 * 30 * (2 * 1152 + 2 * 768 + 3 * 2112),
+        "llama-7b": 8 * 64 * 8192,
+        "llama-7b-all": 8 * 32 * (4 * 8192 + 3 * 15104),
+        "mistral-7b": 8 * 32 * (8192 + 5120),
+        "roberta-base": 8 * 24 * 1536,
+    }
+    for name, expected in parameters.items():
+        assert sum(8 * (m + n) for m, n in PRESETS[name].pairs()) == expected
+    counts = {name: len(preset.pairs()) for name, preset in PRESETS.items()}
+    assert (counts["smollm2-135m"], counts["llama-7b-quarter"], counts["gemma-2b"]) == (210, 56, 36)
+
+
+def test_problems_are_seeded_and_of_full_rank():
+    again, other = (random_problem([(40, 30), (24, 30)], 4, seed) for seed in (0, 1))
+    np.testing.assert_array_equal(PROBLEM.pairs[1].B, again.pairs[1].B)
+    assert not np.array_equal(PROBLEM.pairs[1].B, other.pairs[1].B)
+    assert np.linalg.matrix_rank(PROBLEM.pairs[0].B @ PROBLEM.pairs[0].A) == 4
+    assert PROBLEM.parameters == 4 * (70 + 54)
+    assert PROBLEM.rank == 4
+
+
+def test_an_adapter_of_two_ranks_says_both():
+    mixed = [*PROBLEM.pairs, *random_problem([(10, 10)], 2, 0).pairs]
+    assert with_gradients(mixed, 0).rank == [2, 4]
+
+
+@pytest.mark.parametrize("library", ["numpy", "jax", "array_api_strict"])
+@pytest.mark.parametrize("name", rlora.methods.__all__)
+def test_a_functional_contender_takes_the_steps_of_the_method(library, name):
+    arena = Arena(get(library), "float32", None)
+    entries = functional_entries(PROBLEM, arena, [baseline_of(name)], [name])
+    plain, contender = (entry.build() for entry in entries)
+    contender.step()
+    contender.step()
+    method = getattr(rlora.methods, name)()
+    params, state = PROBLEM.pairs, method.init(PROBLEM.pairs)
+    for _ in range(2):
+        params, state = rlora.step(method, params, PROBLEM.grads, state, 1e-4)
+    moved = arena.backend.to_numpy(factors_of(contender)[0].B)
+    np.testing.assert_allclose(moved, params[0].B, rtol=1e-5, atol=1e-7)
+    assert contender.state_bytes() == sum(x.nbytes for x in rlora.flatten_state(state).values())
+    assert (contender.ratio_to, plain.name) == (plain.name, baseline_of(name))
+    np.testing.assert_array_equal(PROBLEM.pairs[0].B, random_problem([(40, 30)], 4, 0).pairs[0].B)
+
+
+@pytest.mark.parametrize("rival", ["torch.adamw", "peft"])
+def test_torch_contenders_are_what_they_say(rival):
+    torch = pytest.importorskip("torch")
+    arena = Arena(get("torch"), "float32", None)
+    entries = torch_entries(PROBLEM, arena, ["adamw"], ["scaled_adamw"], [rival])
+    plain, scaled, other = (entry.build() for entry in entries)
+    for contender in (plain, scaled, other):
+        contender.refresh()
+        contender.step()
+    assert isinstance(scaled._optimizer, torch_class("scaled_adamw"))
+    assert len(scaled._optimizer.report) == 2
+    kinds = [type(c._optimizer).__name__ for c in (plain, other)]
+    assert kinds == ["AdamW", {"peft": "RiemannianPreconditionedOptimizer"}.get(rival, "AdamW")]
+    fused = [group["fused"] for c in (plain, scaled, other) for group in c._optimizer.param_groups]
+    assert fused == [True] * 3
+    moments = 2 * 4 * PROBLEM.parameters
+    assert moments <= plain.state_bytes() <= moments + 4 * 4
+    # Each has its own parameters, and gradients that PEFT has not multiplied over and over.
+    first = [next(c._model.parameters()) for c in (plain, scaled, other)]
+    assert len({p.data_ptr() for p in first}) == 3
+    other.refresh()
+    np.testing.assert_array_equal(first[0].grad.numpy(), PROBLEM.grads[0].A)
+    assert torch.isfinite(first[2]).all()
+
+
+def test_names_of_methods_lead_to_classes():
+    pytest.importorskip("torch")
+    import rlora.torch
+
+    assert torch_class("scaled_adamw") is rlora.torch.ScaledAdamW
+    assert torch_class("no_such_method") is None
+
+
+def test_traced_memory_is_the_peak_of_one_step():
+    def step():
+        x = np.ones(1_000_000, np.uint8)
+        y = np.ones(3_000_000, np.uint8)
+        del x, y
+        np.ones(2_000_000, np.uint8)
+
+    assert 4_000_000 <= memory.traced(step) < 4_050_000
+
+
+def test_torch_memory_is_the_peak_and_what_stays():
+    torch = pytest.importorskip("torch")
+    kept = []
+
+    def step():
+        x = torch.ones(1_000_000, dtype=torch.uint8)
+        y = torch.ones(3_000_000, dtype=torch.uint8)
+        del x, y
+        kept.append(torch.ones(2_000_000, dtype=torch.uint8))
+
+    held, peak = memory.of_torch_cpu(step)
+    assert 2_000_000 <= held < 2_050_000
+    assert 4_000_000 <= peak < 4_050_000
+
+
+def test_xla_says_how_much_it_needs():
+    jax = pytest.importorskip("jax")
+    x = jax.numpy.ones((1000, 1000), "float32")
+    assert 4_000_000 <= memory.of_xla(jax.jit(lambda x: x + 1), x) < 4_050_000
+
+
+class Counted(Contender):
+    """A contender whose steps are only counted."""
+
+    backend, device = "none", "cpu"
+    steps: list[str]
+
+    def __init__(self, name, steps):
+        self.name, self.ratio_to, self.steps = name, "a", steps
+
+    def refresh(self):
+        self.steps.append(f"refresh {self.name}")
+
+    def step(self):
+        assert not gc.isenabled() or len(self.steps) < 10  # the warm-up
+        self.steps.append(self.name)
+
+    def state_bytes(self):
+        return 0
+
+
+def test_contenders_take_turns():
+    steps = []
+    entries = [Entry(name, "a", lambda name=name: Counted(name, steps)) for name in "ab"]
+    race, ticks = Race(PROBLEM, entries, seed=0), []
+    race.run(Rounds(5, 5), lambda: ticks.append(1))
+    timed = [name for name in steps[2 + 8 :] if len(name) == 1]
+    assert len(ticks) == 5
+    assert [sorted(timed[i : i + 2]) for i in range(0, 10, 2)] == [["a", "b"]] * 5
+    assert timed != ["a", "b"] * 5  # shuffled within the rounds
+    assert all(f"refresh {s}" == before for before, s in zip(steps[2::2], steps[3::2], strict=True))
+    assert [len(row["samples_s"]) for row in race.rows()] == [5, 5]
+    assert gc.isenabled()
+
+
+def test_rounds_end_by_time_but_not_before_the_fewest():
+    entries = [Entry("a", "a", lambda: Counted("a", []))]
+    short, long = Race(PROBLEM, entries, 0), Race(PROBLEM, entries, 0)
+    short.run(Rounds(least=3, most=1000, seconds=-math.inf), lambda: None)
+    long.run(Rounds(least=3, most=20, seconds=math.inf), lambda: None)
+    assert [len(race.rows()[0]["samples_s"]) for race in (short, long)] == [3, 20]
