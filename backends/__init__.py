@@ -7,11 +7,8 @@ import importlib
 import importlib.util
 from typing import Any, NamedTuple
 
-from rlora.core.backend import (
-    Backend,
-    backend_for_namespace,
-    plugins,
-)
+from rlora.core.backend import Backend
+from rlora.core.dispatch import backend_for_namespace, plugins
 from rlora.core.errors import BackendError
 
 __all__ = ["Backend", "BackendInfo", "available", "get"]

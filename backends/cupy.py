@@ -13,7 +13,7 @@ class CuPyBackend(Backend):
     """The verbs that CuPy does faster than the generic class."""
 
     def spd_power(self, S: Array, power: float) -> Array:
-        # Batched LU. cuSOLVER's failures are silent by default, but `damp` keeps every member
+        # Batched LU. cuSOLVER's failures are silent by default, but the damping keeps every member
         # away from singularity, and members with NaN have been replaced by the identity.
         return cp.linalg.inv(S) if power == -1.0 else super().spd_power(S, power)
 

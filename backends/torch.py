@@ -112,7 +112,7 @@ class TorchBackend(Backend):
     def spd_power(self, S: Array, power: float) -> Array:
         if power != -1.0:
             return super().spd_power(S, power)
-        # cholesky_ex neither raises nor waits for the device; `damp` keeps members definite.
+        # cholesky_ex neither raises nor waits for the device; the damping keeps members definite.
         L, _ = torch.linalg.cholesky_ex(S)
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
         W = torch.linalg.solve_triangular(L, eye, upper=False)  # (K, r, r)
@@ -143,8 +143,8 @@ class TorchBackend(Backend):
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
-    backends: Any = torch.backends
-    matmuls = (backends.cuda.matmul, backends.mkldnn.matmul)
+    parts = (torch.backends.cuda, torch.backends.mkldnn)
+    matmuls: list[Any] = [getattr(part, "matmul", None) for part in parts]
     if not all(hasattr(matmul, "fp32_precision") for matmul in matmuls):  # before torch 2.9
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")

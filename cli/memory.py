@@ -12,7 +12,7 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from rlora.core.backend import get_backend
+from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array
 
 

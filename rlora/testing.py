@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlora.core.backend import Backend, dtype_name, get_backend, mT
+from rlora.core.backend import Backend, dtype_name, mT
+from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.transform import Transform, step

@@ -1,25 +1,18 @@
-"""One complete implementation on any Array-API namespace, and the way to a faster one.
+"""Every verb of the arithmetic, complete on any Array-API namespace.
 
-A file in ``backends/`` may override any verb with something quicker; none of them is ever needed.
-The fast class is found by the type of the arrays, so nothing is imported that the caller has not
-imported already.
+A file in ``backends/`` may override any of them with something quicker; none is ever needed.
 """
 
-import importlib
-import importlib.util
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
-
-import array_api_compat
 
 from rlora.core.errors import BackendError, NamespaceError
 from rlora.core.factors import Array
 
-ENTRY_POINT_GROUP = "rlora.backends"
+ROUNDING = 10
+"""A Gram formed in precision eps has eigenvalues uncertain by about eps * trace; ten times that
+keeps every factorisation of a rank-deficient Gram away from zero."""
 
 Workspace = dict[Any, Any]
 """What a backend keeps from one call to the next with factors of the same shapes: memory that it
@@ -81,9 +74,35 @@ class Backend:
         """``S^power`` of symmetric positive definite matrices (K, r, r) with trace about r."""
         w, Q = self.xp.linalg.eigh(S)
         # Rounding can push an eigenvalue of a semidefinite matrix below zero; the floor is far
-        # below anything `damp` lets through.
+        # below anything `damped_power` lets through.
         w = self.xp.clip(w, min=float(self.xp.finfo(S.dtype).eps) ** 2)
         return self.matmul(Q * self.xp.expand_dims(w**power, axis=-2), mT(Q))
+
+    def damped_power(
+        self, S: Array, exponent: float, damping: float = 0.0, *, relative: bool = True
+    ) -> Array:
+        """``(S + shift I)^exponent`` for a stack (K, r, r) of Grams, each member by itself.
+
+        The shift is ``damping tr(S)/r`` or ``damping``, and never below ``10 eps tr(S)``, what the
+        rounding of the Gram itself can carry.
+
+        Each member is scaled to trace r first, so that neither tiny nor huge factors leave the
+        range of the dtype. A member whose trace is zero or too small to be inverted gives 0: a
+        zero factor does not move its partner. One whose trace has overflowed gives 0 too, the
+        limit of the formula. One with NaN gives NaN, and no member sees another.
+        """
+        xp, r, info = self.xp, S.shape[-1], self.xp.finfo(S.dtype)
+        rounding = ROUNDING * r * float(info.eps)
+        mean = xp.reshape(xp.linalg.trace(S), (-1, 1, 1)) / r  # (K, 1, 1), the mean eigenvalue
+        shift = max(damping, rounding) * mean if relative else xp.clip(rounding * mean, min=damping)
+        scale = mean + shift
+        live = (scale > float(info.smallest_normal) / rounding) & (scale < float(info.max))
+        unit = xp.where(live, scale, xp.ones_like(scale))
+        eye = xp.eye(r, dtype=S.dtype, device=device_of(S))
+        shift = xp.where(live, shift, xp.zeros_like(scale))  # inf times 0 is NaN
+        H = xp.where(live, (S + shift * eye) / unit, eye)  # (K, r, r)
+        dead = xp.where(xp.isnan(scale), scale, xp.zeros_like(scale))
+        return xp.where(live, self.spd_power(H, exponent) * unit**exponent, dead)
 
     # --- small change ---------------------------------------------------------------------------
 
@@ -183,83 +202,3 @@ def _product(sizes: Sequence[int]) -> int:
     for size in sizes:
         total *= size
     return total
-
-
-def get_backend(*arrays: Array) -> Backend:
-    """The backend of these arrays; a NamespaceError when they are of two libraries."""
-    backends = {_backend_of(type(x)) or _backend_for(x) for x in arrays if x is not None}
-    if len(backends) != 1:
-        names = sorted(backend.name for backend in backends)
-        msg = (
-            f"arrays of two libraries in one call: {' and '.join(names)}; convert them to one"
-            if names
-            else "no array to work on: every factor is None"
-        )
-        raise NamespaceError(msg)
-    return backends.pop()
-
-
-_by_type: dict[type, Backend] = {}
-
-
-def _backend_of(kind: type) -> Backend | None:
-    return _by_type.get(kind)
-
-
-def _backend_for(x: Array) -> Backend:
-    try:
-        xp = array_api_compat.array_namespace(x)
-    except TypeError as error:
-        msg = (
-            f"expected an array of a library that follows the Array API, got {type(x).__name__}; "
-            f"NumPy, CuPy, PyTorch and JAX arrays work, and any with __array_namespace__"
-        )
-        raise NamespaceError(msg) from error
-    backend = _by_type[type(x)] = backend_for_namespace(xp)
-    return backend
-
-
-def namespace_name(xp: Any) -> str:
-    """First word of a namespace, without the wrapper of array-api-compat around it."""
-    return str(xp.__name__).removeprefix("array_api_compat.").partition(".")[0]
-
-
-@cache
-def backend_for_namespace(xp: Any) -> Backend:
-    """The fast backend for a namespace if there is one, else the generic class around it."""
-    name = namespace_name(xp)
-    kind = load_backend_class(name) or Backend
-    return kind(xp, name)
-
-
-def plugins() -> dict[str, EntryPoint]:
-    """Backends of other packages: the entry points of the group ``rlora.backends``."""
-    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
-
-
-def load_backend_class(name: str) -> type[Backend] | None:
-    """The class of a plug-in, else of ``rlora.backends.<name>``, else None.
-
-    A plug-in or file that cannot be imported is left out with a warning that says why: the
-    generic class gives the same answers.
-    """
-    module = f"rlora.backends.{name}"
-    try:
-        if point := plugins().get(name):
-            return _checked(point.load(), point.value)
-        if importlib.util.find_spec("rlora.backends") and importlib.util.find_spec(module):
-            return _checked(importlib.import_module(module).BACKEND, module)
-    except Exception as error:  # a stranger's code may raise anything
-        msg = (
-            f"the {name} backend could not be loaded ({type(error).__name__}: {error}); "
-            f"rlora goes on with its generic one, which is right but slower"
-        )
-        warnings.warn(msg, RuntimeWarning, stacklevel=2)
-    return None
-
-
-def _checked(kind: Any, origin: str) -> type[Backend]:
-    if not (isinstance(kind, type) and issubclass(kind, Backend)):
-        msg = f"{origin} must be a subclass of rlora.core.backend.Backend, got {kind!r}"
-        raise BackendError(msg)
-    return kind

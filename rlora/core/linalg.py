@@ -13,10 +13,6 @@ from rlora.core.factors import Array, Factors
 
 DampingMode = Literal["relative", "absolute", "covariant"]
 
-ROUNDING = 10
-"""A Gram formed in precision eps has eigenvalues uncertain by about eps * trace; ten times that
-keeps every factorisation of a rank-deficient Gram away from zero."""
-
 
 def check_damping(damping: Any, damping_mode: Any) -> None:
     """ValueError or TypeError unless the two make sense."""
@@ -118,40 +114,6 @@ def _powers(
     concat = backend.xp.concat
     if damping_mode != "covariant":
         relative = damping_mode == "relative"
-        return damped_power(
-            backend, concat([S_B, S_A]), exponent, damping=damping, relative=relative
-        )
-    inverse_S_A = damped_power(backend, S_A, -1.0)
-    return damped_power(backend, concat([S_B + damping * inverse_S_A, S_A]), exponent)
-
-
-def damped_power(
-    backend: Backend,
-    S: Array,
-    exponent: float,
-    *,
-    damping: float = 0.0,
-    relative: bool = True,
-) -> Array:
-    """``(S + shift I)^exponent`` for a stack (K, r, r) of Grams, each member by itself.
-
-    The shift is ``damping tr(S)/r`` or ``damping``, and never below ``10 eps tr(S)``, what the
-    rounding of the Gram itself can carry.
-
-    Each member is scaled to trace r first, so that neither tiny nor huge factors leave the range
-    of the dtype. A member whose trace is zero or too small to be inverted gives 0: a zero factor
-    does not move its partner. One whose trace has overflowed gives 0 too, the limit of the
-    formula. One with NaN gives NaN, and no member sees another.
-    """
-    xp, r, info = backend.xp, S.shape[-1], backend.xp.finfo(S.dtype)
-    rounding = ROUNDING * r * float(info.eps)
-    mean = xp.reshape(xp.linalg.trace(S), (-1, 1, 1)) / r  # (K, 1, 1), the mean eigenvalue
-    shift = max(damping, rounding) * mean if relative else xp.clip(rounding * mean, min=damping)
-    scale = mean + shift
-    live = (scale > float(info.smallest_normal) / rounding) & (scale < float(info.max))
-    unit = xp.where(live, scale, xp.ones_like(scale))
-    eye = xp.eye(r, dtype=S.dtype, device=device_of(S))
-    shift = xp.where(live, shift, xp.zeros_like(scale))  # inf times 0 is NaN
-    H = xp.where(live, (S + shift * eye) / unit, eye)  # (K, r, r)
-    dead = xp.where(xp.isnan(scale), scale, xp.zeros_like(scale))
-    return xp.where(live, backend.spd_power(H, exponent) * unit**exponent, dead)
+        return backend.damped_power(concat([S_B, S_A]), exponent, damping, relative=relative)
+    inverse_S_A = backend.damped_power(S_A, -1.0)
+    return backend.damped_power(concat([S_B + damping * inverse_S_A, S_A]), exponent)

@@ -3,7 +3,8 @@
 import math
 from typing import Any, Literal, NamedTuple
 
-from rlora.core.backend import device_of, get_backend
+from rlora.core.backend import device_of
+from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Tree, leaves_of, map_leaves, unzip
 from rlora.core.transform import State, Transform, apply_updates
 

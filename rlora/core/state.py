@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rlora.core.backend import get_backend
+from rlora.core.dispatch import get_backend
 from rlora.core.errors import ShapeError
 from rlora.core.factors import Array
 from rlora.core.transform import State

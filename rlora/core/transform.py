@@ -2,7 +2,8 @@
 
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
-from rlora.core.backend import Backend, get_backend
+from rlora.core.backend import Backend
+from rlora.core.dispatch import get_backend
 from rlora.core.factors import (
     Array,
     Tree,

@@ -7,7 +7,7 @@ arXiv:2402.02347, 2024.
 from collections.abc import Callable
 from typing import Any, Final, Literal, get_args
 
-from rlora.core.backend import get_backend
+from rlora.core.dispatch import get_backend
 from rlora.core.factors import Tree, leaves_of, pairs_of, rebuild
 from rlora.core.linalg import DampingMode, check_damping, precondition, preconditioners
 from rlora.core.moments import (

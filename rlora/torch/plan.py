@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from rlora.core.backend import Backend, Workspace, get_backend
+from rlora.core.backend import Backend, Workspace
+from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors
 from rlora.core.linalg import DampingMode, preconditioners
 from rlora.methods.scaled import Placement

@@ -11,7 +11,8 @@ import pytest
 import rlora
 import rlora.backends
 from rlora import BackendError, Factors
-from rlora.core import backend as core_backend
+from rlora.core import dispatch
+from rlora.core.backend import Backend
 from rlora.testing import CONTRACT, assert_close, make_problem
 
 
@@ -40,7 +41,7 @@ def test_unknown_backend():
 
 def test_any_array_api_namespace_goes_through_the_generic_class():
     backend = rlora.backends.get("array_api_strict")
-    assert type(backend) is core_backend.Backend
+    assert type(backend) is Backend
     assert backend.name == "array_api_strict"
 
 
@@ -126,21 +127,21 @@ def test_broken_plugin_warns_and_breaks_nothing(plugin, source):
 
 
 def test_plugins_are_entry_points_of_the_documented_group():
-    assert core_backend.ENTRY_POINT_GROUP == "rlora.backends"
-    found = importlib.metadata.entry_points(group=core_backend.ENTRY_POINT_GROUP)
-    assert core_backend.plugins() == {point.name: point for point in found}
+    assert dispatch.ENTRY_POINT_GROUP == "rlora.backends"
+    found = importlib.metadata.entry_points(group=dispatch.ENTRY_POINT_GROUP)
+    assert dispatch.plugins() == {point.name: point for point in found}
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
 def test_without_its_file_everything_still_works(library, monkeypatch):
     """The deletion test: the contract holds with any file of backends/ hidden."""
     fast = rlora.backends.get(library)
-    monkeypatch.setattr(core_backend, "_by_type", {})
-    hidden = core_backend.Backend(fast.xp, library)
+    monkeypatch.setattr(dispatch, "_by_type", {})
+    hidden = Backend(fast.xp, library)
     hidden.asarray, hidden.to_numpy = fast.asarray, fast.to_numpy  # making arrays is not the verb
-    monkeypatch.setattr(core_backend, "backend_for_namespace", lambda xp: hidden)
+    monkeypatch.setattr(dispatch, "backend_for_namespace", lambda xp: hidden)
     problem = make_problem().on(hidden)
-    assert core_backend.get_backend(problem.params.A) is hidden
+    assert dispatch.get_backend(problem.params.A) is hidden
     for check in CONTRACT:
         for make in (rlora.scaled_sgd, lambda: rlora.scaled_adamw(placement="both")):
             check(make, hidden)
@@ -161,8 +162,8 @@ def test_torch_optimizer_without_the_torch_backend(monkeypatch):
         return B.detach() @ A.detach()
 
     fast = moved()
-    generic = core_backend.Backend(rlora.backends.get("torch").xp, "torch")
-    monkeypatch.setattr(core_backend, "_by_type", {torch.Tensor: generic})
+    generic = Backend(rlora.backends.get("torch").xp, "torch")
+    monkeypatch.setattr(dispatch, "_by_type", {torch.Tensor: generic})
     assert_close(moved(), fast, rtol=1e-4)
 
 

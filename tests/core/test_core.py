@@ -94,7 +94,7 @@ def test_two_libraries_are_refused():
     with pytest.raises(NamespaceError, match="numpy and torch"):
         rlora.scaled_sgd().init(mixed)
     with pytest.raises(NamespaceError, match="list"):
-        rlora.core.backend.get_backend([1.0])
+        rlora.core.dispatch.get_backend([1.0])
 
 
 def test_apply_updates_rounds_last():
