@@ -4,11 +4,11 @@
 everything here comes as ``Factors``: first the member that acts on A, then the one that acts on B.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from rlora.core.backend import Backend, Workspace, device_of
+from rlora.core.checks import check_choice, check_nonnegative
 from rlora.core.factors import Array, Factors
 
 DampingMode = Literal["relative", "absolute", "covariant"]
@@ -16,16 +16,8 @@ DampingMode = Literal["relative", "absolute", "covariant"]
 
 def check_damping(damping: Any, damping_mode: Any) -> None:
     """ValueError or TypeError unless the two make sense."""
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
-        msg = f"damping must be a real number, got {damping!r} ({type(damping).__name__})"
-        raise TypeError(msg)
-    if not (math.isfinite(damping) and damping >= 0):
-        msg = f"damping must be finite and at least 0, got {damping!r}"
-        raise ValueError(msg)
-    modes = get_args(DampingMode)
-    if damping_mode not in modes:
-        msg = f"damping_mode must be one of {', '.join(modes)}, got {damping_mode!r}"
-        raise ValueError(msg)
+    check_nonnegative("damping", damping)
+    check_choice("damping_mode", damping_mode, DampingMode)
 
 
 def preconditioners(

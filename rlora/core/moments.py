@@ -4,6 +4,7 @@ import math
 from typing import Any, Literal, NamedTuple
 
 from rlora.core.backend import device_of
+from rlora.core.checks import check_choice, check_nonnegative, check_unit
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Tree, leaves_of, map_leaves, unzip
 from rlora.core.transform import State, Transform, apply_updates
@@ -109,9 +110,7 @@ def scale_by_adam(
     check_unit("b1", b1)
     check_unit("b2", b2)
     check_nonnegative("eps", eps)
-    if eps_form not in ("torch", "hf"):
-        msg = f"eps_form must be 'torch' or 'hf', got {eps_form!r}"
-        raise ValueError(msg)
+    check_choice("eps_form", eps_form, EpsForm)
 
     def init(params: Tree, scaling: float = 1.0) -> AdamState:
         return AdamState(_zeros(params), _zeros(params), _counts(params))
@@ -231,24 +230,6 @@ def clip_by_global_norm(max_norm: float) -> Transform:
 def no_state(params: Tree, scaling: float = 1.0) -> tuple[()]:
     """The state of a link that has none."""
     return ()
-
-
-def check_unit(name: str, value: Any) -> None:
-    """ValueError unless 0 <= value < 1, TypeError unless it is a number."""
-    check_nonnegative(name, value)
-    if value >= 1.0:
-        msg = f"{name} must be in [0, 1), got {value!r}"
-        raise ValueError(msg)
-
-
-def check_nonnegative(name: str, value: Any) -> None:
-    """ValueError unless `value` is finite and at least 0, TypeError unless it is a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        msg = f"{name} must be a real number, got {value!r} ({type(value).__name__})"
-        raise TypeError(msg)
-    if not 0.0 <= value < float("inf"):
-        msg = f"{name} must be finite and at least 0, got {value!r}"
-        raise ValueError(msg)
 
 
 def _fold(f: Any, xs: list[Array]) -> Array:

@@ -5,8 +5,9 @@ arXiv:2402.02347, 2024.
 """
 
 from collections.abc import Callable
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
+from rlora.core.checks import check_choice
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Tree, leaves_of, pairs_of, rebuild
 from rlora.core.linalg import DampingMode, check_damping, precondition, preconditioners
@@ -21,6 +22,7 @@ from rlora.core.moments import (
 from rlora.core.transform import Order, State, Transform, chain
 
 Placement = Literal["before", "after", "both"]
+ComputeDtype = Literal[None, "float32", "float64"]
 
 PEFT: Final[dict[str, Any]] = {"damping": 1e-2, "damping_mode": "absolute"}
 """`scaled_sgd` and `scaled_adamw` as PEFT's ``create_riemannian_optimizer`` over SGD or AdamW."""
@@ -78,7 +80,7 @@ def scale_by_gram(
     check_damping(damping, damping_mode)
     check_choice("placement", placement, Placement)
     check_choice("order", order, Order)
-    check_choice("compute_dtype", compute_dtype, Literal[None, "float32", "float64"])
+    check_choice("compute_dtype", compute_dtype, ComputeDtype)
     exponent = -0.5 if placement == "both" else -1.0
     inner = inner or Transform(no_state, lambda grads, state, params: (grads, state))
 
@@ -259,10 +261,3 @@ def scaled_adamw(
         add_decayed_weights if decay == "before" else decay_weights_after
     )
     return chain(gram, decayed(weight_decay))
-
-
-def check_choice(name: str, value: Any, choices: Any) -> None:
-    """ValueError unless `value` is one of a Literal's."""
-    if value not in get_args(choices):
-        msg = f"{name} must be one of {', '.join(map(str, get_args(choices)))}, got {value!r}"
-        raise ValueError(msg)

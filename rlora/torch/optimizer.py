@@ -6,20 +6,32 @@ stays where ``state_dict`` looks for it, and the ``.grad`` of the parameter is n
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast, get_args
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
+from rlora.core.checks import check_choice, check_nonnegative
 from rlora.core.errors import NamespaceError, ShapeError
 from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.transform import Order
-from rlora.methods.scaled import Placement
+from rlora.methods.scaled import ComputeDtype, Placement
 from rlora.pairing import PairReport, nothing_paired
-from rlora.torch.params import TensorPair, as_groups, check_explicit, check_grad, match, misfit
+from rlora.torch.params import (
+    TensorPair,
+    as_groups,
+    as_tensors,
+    check_explicit,
+    check_grad,
+    expert_stacks,
+    match,
+    misfit,
+)
 from rlora.torch.plan import Plan, Recipe, make_plan, signature
 
+NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
 ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """State of torch's own optimizers that has the shape of its parameter."""
 
@@ -47,47 +59,41 @@ class GramPreconditioned(Optimizer):
         **kwargs: Any,
     ) -> None:
         own = Recipe(damping, damping_mode, placement, compute_dtype)._asdict()
-        if order not in get_args(Order):
-            msg = f"order must be one of {', '.join(get_args(Order))}, got {order!r}"
-            raise ValueError(msg)
+        check_choice("order", order, Order)
         if kwargs.get("differentiable"):
             msg = "differentiable=True is not supported: the preconditioner is not differentiated"
             raise ValueError(msg)
-        groups = as_groups(params)
-        for group in groups:
-            self._check({**own, **group})
         self.order, self._adapter = order, adapter
-        self._model_layout = params if isinstance(params, nn.Module) else None
-        super().__init__(groups, *args, **kwargs)
+        self._by_hand = list(pairs or ())
+        self._by_name = pairs is None
+        self._stacks = expert_stacks(params)
+        super().__init__(as_groups(params), *args, **kwargs)
         self.defaults.update(own)
         for group in self.param_groups:
             for name, value in own.items():
                 group.setdefault(name, value)
+            self._check(group)
         # Fused kernels would take gradients that GradScaler has not unscaled yet.
         self._step_supports_amp_scaling = False
         self._plans: tuple[Any, list[Plan]] | None = None
-        self._pair_up(pairs)
-        self._model_layout = None
+        self._pair_up()
+        if not self._pairs:
+            names = [name for group in self.param_groups for name in group.get("param_names", ())]
+            raise nothing_paired(names, self.report)
 
     # --- pairs ----------------------------------------------------------------------------------
 
-    def _pair_up(self, explicit: Iterable[TensorPair] | None) -> None:
-        """Find the pairs among all parameters, or take those given by hand."""
-        self._members = [p for group in self.param_groups for p in group["params"]]
-        names = [n for group in self.param_groups for n in group.get("param_names", ())]
-        self._by_hand = explicit is not None or not names
-        if explicit is not None:
-            self._pairs = check_explicit(explicit, self._members)
-            self.report = PairReport()
-            if not self._pairs:
-                raise nothing_paired(names, self.report)
-        elif names:
-            named = list(zip(names, self._members, strict=True))
-            self._pairs, self.report = match(named, self._model_layout, self._adapter)
-            if not self._pairs:
-                raise nothing_paired(names, self.report)
-        else:
-            raise nothing_paired((), PairReport())
+    def _pair_up(self) -> None:
+        """The pairs given by hand, and unless the constructor got some, those found by name."""
+        members = [p for group in self.param_groups for p in group["params"]]
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        pairs, report = check_explicit(self._by_hand, members)
+        if self._by_name and names:
+            named = list(zip(names, members, strict=True))
+            found, by_name = match(named, self._stacks, self._adapter)
+            pairs = pairs + found
+            report = replace(by_name, pairs=report.pairs + by_name.pairs)
+        self._members, self._pairs, self.report = members, pairs, report
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its LoRA factors are paired by name, or by a key ``pairs`` of the group.
@@ -97,34 +103,32 @@ class GramPreconditioned(Optimizer):
         param_group : dict
             As torch takes it; ``params`` may be named.
         """
-        ready = hasattr(self, "_pairs")
         group = dict(param_group)
-        explicit = group.pop("pairs", None)
-        if ready:
-            self._check({**self.defaults, **group})
+        explicit = list(group.pop("pairs", ()))
+        if not hasattr(self, "_pairs"):  # the parent's constructor is at work
+            self._by_hand += explicit
+            super().add_param_group(group)
+            return
+        self._check({**self.defaults, **group})
+        members = [*self._members, *as_tensors(group["params"])]
+        check_explicit([*self._by_hand, *explicit], members)
         super().add_param_group(group)
-        if ready and self._by_hand:
-            members = [*self._members, *group["params"]]
-            self._pairs = check_explicit([*self._pairs, *(explicit or ())], members)
-            self._members = members
-        elif ready:
-            self._pair_up(explicit)
+        self._by_hand += explicit
+        self._pair_up()
 
     def _check(self, group: dict[str, Any]) -> None:
+        """Numbers and choices of a group; torch checks those of the constructor only."""
         check_damping(group["damping"], group["damping_mode"])
-        if group["placement"] not in get_args(Placement):
-            msg = f"placement must be one of {', '.join(get_args(Placement))}, got "
-            msg += repr(group["placement"])
-            raise ValueError(msg)
+        check_choice("placement", group["placement"], Placement)
+        check_choice("compute_dtype", group["compute_dtype"], ComputeDtype)
+        for name in NONNEGATIVE & group.keys():
+            if not isinstance(group[name], Tensor):
+                check_nonnegative(name, group[name])
         if group["placement"] != "before" and not isinstance(self, torch.optim.AdamW):
             msg = (
                 f"placement {group['placement']!r} needs decoupled weight decay and moments that "
                 f"do not see the parameters: it works over AdamW, not {type(self).__name__}"
             )
-            raise ValueError(msg)
-        if group["compute_dtype"] not in (None, "float32", "float64"):
-            msg = "compute_dtype must be None, 'float32' or 'float64', got "
-            msg += repr(group["compute_dtype"])
             raise ValueError(msg)
 
     def _current_pairs(self) -> list[TensorPair]:
@@ -256,7 +260,16 @@ class GramPreconditioned(Optimizer):
                     self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        extra = ("order", "report", "_adapter", "_by_hand", "_members", "_pairs")
+        extra = (
+            "order",
+            "report",
+            "_adapter",
+            "_by_hand",
+            "_by_name",
+            "_stacks",
+            "_members",
+            "_pairs",
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in extra}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

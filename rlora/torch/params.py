@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlora.core.errors import NamespaceError, PairingError, ShapeError, ShardingError
-from rlora.pairing import PairReport, find_pairs as find_named_pairs, flatten_kernel
+from rlora.pairing import Pair, PairReport, find_pairs as find_named_pairs, flatten_kernel
 
 TensorPair = tuple[Tensor, Tensor]
 
@@ -47,7 +47,7 @@ def find_pairs(
     """
     named = trainable(params) if isinstance(params, nn.Module) else list(params)
     check_whole(named)
-    return with_experts_refused(find_named_pairs(named, adapter=adapter), params)
+    return without_experts(find_named_pairs(named, adapter=adapter), expert_stacks(params))
 
 
 def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -87,17 +87,22 @@ def is_distributed(p: Tensor) -> bool:
     return hasattr(p, "device_mesh")
 
 
-def with_experts_refused(report: PairReport, params: Any) -> PairReport:
-    """The report without PEFT's stacked experts: A is stored by expert, B by rank.
+def expert_stacks(params: Any) -> set[str]:
+    """Names of the modules of a model in which PEFT has stacked the factors of several experts."""
+    if not isinstance(params, nn.Module):
+        return set()
+    return {
+        name
+        for name, module in params.named_modules()
+        if hasattr(module, "lora_A") and getattr(module, "num_experts", 1) not in (1, None)
+    }
+
+
+def without_experts(report: PairReport, stacks: set[str]) -> PairReport:
+    """The report without stacked experts: A is stored by expert, B by rank.
 
     Shapes cannot tell them from one large pair, but the wrapper module knows its experts.
     """
-    if not isinstance(params, nn.Module):
-        return report
-    stacks = {
-        name for name, m in params.named_modules() if getattr(m, "num_experts", 1) not in (1, None)
-    }
-    stacks = {name for name in stacks if hasattr(params.get_submodule(name), "lora_A")}
     why = "stacked experts: one pair for each expert, which this version does not take apart"
     bad = [pair for pair in report if any(pair.a.startswith(f"{name}.lora_") for name in stacks)]
     refused = dict(report.refused) | {name: why for pair in bad for name in (pair.a, pair.b)}
@@ -127,11 +132,11 @@ def _as_list(params: Any) -> list[Any]:
 
 
 def match(
-    named: Sequence[tuple[str, Tensor]], model: Any, adapter: str | None
+    named: Sequence[tuple[str, Tensor]], stacks: set[str], adapter: str | None
 ) -> tuple[list[TensorPair], PairReport]:
     """The pairs among named tensors; of those that cannot work together, the reason."""
     check_whole(named)
-    report = with_experts_refused(find_named_pairs(named, adapter=adapter), model)
+    report = without_experts(find_named_pairs(named, adapter=adapter), stacks)
     tensors = dict(named)
     pairs, kept, refused = [], [], dict(report.refused)
     storages: dict[int, str] = {}
@@ -150,11 +155,19 @@ def match(
     return pairs, PairReport(tuple(kept), report.plain, refused)
 
 
-def check_explicit(pairs: Iterable[Any], members: Sequence[Tensor]) -> list[TensorPair]:
+def as_tensors(params: Any) -> list[Tensor]:
+    """The tensors of a group's params, named or not."""
+    return [p[1] if isinstance(p, tuple) else p for p in _as_list(params)]
+
+
+def check_explicit(
+    pairs: Iterable[Any], members: Sequence[Tensor]
+) -> tuple[list[TensorPair], PairReport]:
     """Pairs given by hand: every one must be right, and among the parameters, and there once."""
     known = {id(p) for p in members}
     used: set[int] = set()
     checked: list[TensorPair] = []
+    report: list[Pair] = []
     for i, pair in enumerate(pairs):
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
             msg = f"pairs[{i}] must be a tuple (A, B) of two tensors, got {type(pair).__name__}"
@@ -178,7 +191,10 @@ def check_explicit(pairs: Iterable[Any], members: Sequence[Tensor]) -> list[Tens
             msg = f"pairs[{i}]: {why}"
             raise NamespaceError(msg)
         checked.append((a, b))
-    return checked
+        name = f"pairs[{i}]"
+        report.append(Pair(name, f"{name}[0]", f"{name}[1]", shape_a, shape_b))
+    plain = [f"parameter {i}" for i, p in enumerate(members) if id(p) not in used]
+    return checked, PairReport(tuple(report), tuple(plain))
 
 
 def misfit(a: Tensor, b: Tensor) -> str | None:

@@ -403,7 +403,10 @@ def test_expert_stacks_are_refused_by_name():
     report = find_pairs(model)
     assert [pair.name for pair in report] == ["x (default)"]
     assert "stacked experts" in str(report)
-    assert len(ScaledAdamW(model).report) == 1
+    optimizer = ScaledAdamW(model)
+    assert len(optimizer.report) == 1
+    optimizer.add_param_group({"params": [("late.bias", nn.Parameter(torch.ones(3)))]})
+    assert len(optimizer.report) == 1
 
 
 def test_memory_is_not_leaked_by_a_copy():

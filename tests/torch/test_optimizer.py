@@ -366,7 +366,24 @@ def test_explicit_pairs_and_groups_added_by_hand():
     for p in (A, B, C, D):
         p.grad = torch.ones_like(p)
     optimizer.step()
-    assert len(optimizer._pairs) == 2
+    assert [pair.name for pair in optimizer.report] == ["pairs[0]", "pairs[1]"]
+    E = nn.Parameter(torch.randn(3))
+    with pytest.raises(rlora.PairingError, match="not among"):
+        optimizer.add_param_group({"params": [E], "pairs": [(C, torch.randn(4, 2))]})
+    assert len(optimizer.param_groups) == 2
+    grouped = ScaledAdamW([{"params": [A, B], "pairs": [(A, B)]}, {"params": [E]}], lr=0.1)
+    assert str(grouped.report).startswith("1 pairs, 1 parameters updated plainly")
+
+
+def test_numbers_of_a_group_are_validated():
+    """torch checks those of the constructor only."""
+    for bad in ({"lr": -1.0}, {"lr": float("nan")}, {"weight_decay": float("inf")}, {"eps": "1"}):
+        with pytest.raises((ValueError, TypeError), match=next(iter(bad))):
+            ScaledAdamW([{"params": make_model(), **bad}])
+        optimizer = ScaledAdamW(make_model())
+        with pytest.raises((ValueError, TypeError), match=next(iter(bad))):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **bad})
+        assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.parametrize("options", [

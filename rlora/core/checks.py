@@ -1,0 +1,28 @@
+"""Hyperparameters are checked where they are given, and the message says what may be given."""
+
+from typing import Any, get_args
+
+
+def check_unit(name: str, value: Any) -> None:
+    """ValueError unless 0 <= value < 1, TypeError unless it is a number."""
+    check_nonnegative(name, value)
+    if value >= 1.0:
+        msg = f"{name} must be in [0, 1), got {value!r}"
+        raise ValueError(msg)
+
+
+def check_nonnegative(name: str, value: Any) -> None:
+    """ValueError unless `value` is finite and at least 0, TypeError unless it is a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        msg = f"{name} must be a real number, got {value!r} ({type(value).__name__})"
+        raise TypeError(msg)
+    if not 0.0 <= value < float("inf"):
+        msg = f"{name} must be finite and at least 0, got {value!r}"
+        raise ValueError(msg)
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """ValueError unless `value` is one of a Literal's."""
+    if value not in get_args(choices):
+        msg = f"{name} must be one of {', '.join(map(str, get_args(choices)))}, got {value!r}"
+        raise ValueError(msg)
