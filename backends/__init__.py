@@ -63,7 +63,7 @@ def get(name: str) -> Backend:
         When the library is not installed, cannot be imported, or has no device here.
     """
     if importlib.util.find_spec(name.partition(".")[0]) is None:
-        msg = f"{name} is not installed; `rlora info` lists the backends there are"
+        msg = f"{name} is not installed"
         raise BackendError(msg)
     try:
         backend = backend_for_namespace(_namespace(name))
