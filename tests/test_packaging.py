@@ -65,7 +65,7 @@ def test_metadata(built):
     base = {n.split(">")[0] for n in needs if "extra" not in n}
     assert base == {"numpy", "array-api-compat", "click", "rich"}
     assert not [n for n in needs if "@" in n]
-    extras = {"torch", "jax", "cupy", "peft", "plot", "bench", "test", "demo", "lint"}
+    extras = {"torch", "jax", "cupy", "peft", "plot", "bench", "docs", "test", "demo", "lint"}
     assert extras <= set(meta.get_all("Provides-Extra"))
     assert [n for n in needs if n.startswith("torch==2.13.0")] == ['torch==2.13.0; extra == "test"']
 

@@ -382,6 +382,21 @@ def test_half_precision(backend):
             assert_close(backend.to_numpy(backend.cast(x, backend.xp.float32)), y, rtol=eps)
 
 
+def test_bfloat16_of_numpy():
+    """NumPy has no bfloat16 of its own, but takes ml_dtypes'."""
+    import ml_dtypes
+
+    problem, method = make_problem(16, 12, 4, seed=14), rlora.scaled_adamw()
+    low = Factors(*(x.astype(ml_dtypes.bfloat16) for x in problem.params))
+    params, state = rlora.step(method, low, low, method.init(low), 0.01)
+    wide = Factors(*(x.astype("float32") for x in low))
+    exact, _ = rlora.step(method, wide, wide, method.init(wide), 0.01)
+    for x, y in zip(params, exact, strict=True):
+        assert x.dtype == ml_dtypes.bfloat16
+        assert_close(x.astype("float32"), y, rtol=2**-8)
+    assert all(x.dtype == np.float32 for x in rlora.flatten_state(state).values())
+
+
 # --- hyperparameters ----------------------------------------------------------------------------------
 
 
