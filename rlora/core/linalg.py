@@ -58,7 +58,7 @@ def preconditioners(
         the right.
     """
     result: list[Factors] = list(params)
-    for rank, members in _by_rank(params).items():
+    for rank, members in _by_rank(params, workspace).items():
         memory = None if workspace is None else workspace.setdefault(rank, {})
         A, B = [params[i].A for i in members], [params[i].B for i in members]
         dtype = backend.compute_dtype(A[0].dtype, compute_dtype)
@@ -87,10 +87,15 @@ def precondition(
     return [Factors(of_A.get(i), of_B.get(i)) for i in range(len(grads))]
 
 
-def _by_rank(params: Sequence[Factors]) -> dict[Any, list[int]]:
-    groups: dict[Any, list[int]] = {}
-    for i, (A, _) in enumerate(params):
-        groups.setdefault((A.shape[-2], A.dtype, device_of(A)), []).append(i)
+def _by_rank(params: Sequence[Factors], workspace: Workspace | None) -> dict[Any, list[int]]:
+    """Positions of the pairs of one rank, dtype and device."""
+    groups: dict[Any, list[int]] | None = (workspace or {}).get("by rank")
+    if groups is None:
+        groups = {}
+        for i, (A, _) in enumerate(params):
+            groups.setdefault((A.shape[-2], A.dtype, device_of(A)), []).append(i)
+        if workspace is not None:
+            workspace["by rank"] = groups
     return groups
 
 

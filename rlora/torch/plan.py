@@ -152,14 +152,15 @@ class Plan(NamedTuple):
             groups.append({**group, "params": [stand_in for _, stand_in in members]})
         optimizer.param_groups = [group for group in groups if group["params"]]
         optimizer.state = state
+        known = len(state)
         try:
             parent_step(optimizer)
         finally:
             optimizer.param_groups, optimizer.state = real_groups, real_state
             for real, group, members in zip(real_groups, groups, self.params, strict=True):
                 real.update((key, v) for key, v in group.items() if key != "params")
-                for p, stand_in in members:
-                    if stand_in in state and p not in real_state:
+                for p, stand_in in members if len(state) > known else ():
+                    if stand_in in state:
                         real_state[p] = state[stand_in]
             real_state.update((k, v) for k, v in state.items() if not isinstance(k, Tensor))
 
