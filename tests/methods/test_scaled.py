@@ -310,6 +310,22 @@ def test_always_finite(shape, seed, size, rank, dtype, mode, placement, library)
         assert np.isfinite(backend.to_numpy(d)).all()
 
 
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # NumPy says what overflowed
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("placement", ["before", "both"])
+@pytest.mark.parametrize("size", [1e15, 1e20, 1e30, 1e37])
+def test_huge_factors_are_finite(size, placement, backend):
+    """Row 7: a Gram that overflows float32 stands for an inverse that is zero to its precision."""
+    problem = make_problem(seed=17)
+    huge = [backend.asarray((size * x).astype("float32"), "float32") for x in problem.params]
+    grads = Factors(*(backend.asarray(x.astype("float32"), "float32") for x in problem.params))
+    for mode in ("relative", "absolute", "covariant"):
+        method = chain(scale_by_gram(damping_mode=mode, placement=placement))
+        direction, _ = method.update(grads, method.init(Factors(*huge)), Factors(*huge))
+        for d in direction:
+            assert (np.abs(backend.to_numpy(d)) <= 1e-20).all()
+
+
 @pytest.mark.parametrize("size", [1e-4, 1e-15, 1e-22, 1e-38, 1e-42])
 def test_tiny_B_is_the_formula(size, backend):
     """Row 2: BᵀB underflows below 1e-19 in float32, and the answer is G_A / δ."""

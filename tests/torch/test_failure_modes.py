@@ -318,6 +318,7 @@ def test_sparse_complex_and_flat_are_refused_before_anything_moves():
         ScaledAdamW([*flat, ("x.lora_B.default.weight", nn.Parameter(torch.randn(8)))])
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators")  # torch 2.6 says so
 def test_distributed_tensors_are_refused(tmp_path):
     """Row 23: never a silent fall-back to plain AdamW."""
     import torch.distributed as dist
