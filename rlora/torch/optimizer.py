@@ -147,7 +147,7 @@ class GramPreconditioned(Optimizer):
             self._pairs = [(now[place[id(a)]], now[place[id(b)]]) for a, b in self._pairs]
         else:
             self._pairs = [(a, b) for a, b in self._pairs if {id(a), id(b)} <= present]
-        self._members = now
+        self._members, self._plans = now, None
         return self._pairs
 
     # --- the step -------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ class Batch:
     ----------
     recipe : Recipe
         Of the factors to be moved.
-    params : list of Factors
-        Both factors of every pair, as matrices.
+    pairs : list of (Tensor, Tensor)
+        Both factors of every pair.
     left, right : list of (int, Job)
         The A and the B factors to be moved, with the position of their pair.
     """
@@ -55,12 +55,12 @@ class Batch:
     def __init__(
         self,
         recipe: Recipe,
-        params: list[Factors],
+        pairs: list[TensorPair],
         left: list[tuple[int, Job]],
         right: list[tuple[int, Job]],
     ) -> None:
         self.recipe = recipe
-        self.params = params
+        self.pairs = pairs
         self.left, self.right = [i for i, _ in left], [i for i, _ in right]
         self.A, self.B = [job for _, job in left], [job for _, job in right]
         self.jobs = self.A + self.B
@@ -68,10 +68,19 @@ class Batch:
         self.half = stand_in.dtype != param.dtype
         self.keeps_directions = stand_in.device.type == "cpu"  # in the workspace
         self.workspace: Workspace = {}
+        # Matrices are views of the factors, but for kernels whose strides do not let them be.
+        self.views = all(p.ndim == 2 for pair in pairs for p in pair)
+        self.params = self.matrices()
+
+    def matrices(self) -> list[Factors]:
+        """Both factors of every pair as matrices."""
+        return [Factors(*map(matrix, pair)) for pair in self.pairs]
 
     def prepare(self) -> list[Factors]:
         """Give every stand-in its value and its gradient; return the preconditioners."""
         backend = get_backend(self.params[0].A)
+        if not self.views:
+            self.params = self.matrices()
         grads = [matrix(cast("Tensor", job.param.grad)) for job in self.jobs]
         with backend.exact(self.params[0].A):
             P = preconditioners(
@@ -152,14 +161,13 @@ class Plan(NamedTuple):
             groups.append({**group, "params": [stand_in for _, stand_in in members]})
         optimizer.param_groups = [group for group in groups if group["params"]]
         optimizer.state = state
-        known = len(state)
         try:
             parent_step(optimizer)
         finally:
             optimizer.param_groups, optimizer.state = real_groups, real_state
             for real, group, members in zip(real_groups, groups, self.params, strict=True):
                 real.update((key, v) for key, v in group.items() if key != "params")
-                for p, stand_in in members if len(state) > known else ():
+                for p, stand_in in members:
                     if stand_in in state:
                         real_state[p] = state[stand_in]
             real_state.update((k, v) for k, v in state.items() if not isinstance(k, Tensor))
@@ -177,15 +185,15 @@ def signature(pairs: Iterable[TensorPair], groups: Groups) -> tuple[Any, ...]:
         for p in pair:
             grad = p.grad
             seen.append((p.data_ptr(), p.dtype, type(grad), grad.layout if grad is not None else 0))
-    return seen, [(len(group["params"]), recipe_of(group)) for group in groups]
+    return seen, [(id(group), len(group["params"]), recipe_of(group)) for group in groups]
 
 
 def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain: bool) -> Plan:
     """The plan for the factors in `sides` ("A", "B", "AB"), and for plain parameters or not."""
     group_of = {id(p): group for group in groups for p in group["params"]}
-    work: dict[Any, tuple[list[Factors], list[Any], list[Any]]] = {}
+    work: dict[Any, tuple[list[TensorPair], list[Any], list[Any]]] = {}
     stand_ins: dict[int, Tensor] = {}
-    place: dict[Any, int] = {}  # of a pair among the params of a batch
+    place: dict[Any, int] = {}  # of a pair in its batch
     for k, pair in enumerate(pairs):
         for side, (letter, p) in enumerate(zip("AB", pair, strict=True)):
             if letter not in sides or p.grad is None:
@@ -194,10 +202,10 @@ def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain:
             recipe = recipe_of(group)
             stand_in = stand_ins[id(p)] = _stand_in(p, recipe.placement)
             key = (recipe, p.dtype, p.device)
-            factors, *jobs = work.setdefault(key, ([], [], []))
-            i = place.setdefault((key, k), len(factors))
-            if i == len(factors):
-                factors.append(Factors(*map(matrix, pair)))
+            batch, *jobs = work.setdefault(key, ([], [], []))
+            i = place.setdefault((key, k), len(batch))
+            if i == len(batch):
+                batch.append(pair)
             jobs[side].append((i, Job(p, stand_in, group)))
     batches = [Batch(key[0], *parts) for key, parts in work.items()]
     paired = {id(p) for pair in pairs for p in pair}

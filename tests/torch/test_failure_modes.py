@@ -187,6 +187,57 @@ def test_convolutions_are_flattened():
     assert conv.state[A]["exp_avg"].shape == A.shape
 
 
+def test_convolutions_in_another_memory_format():
+    """A channels-last kernel has no matrix view: its Gram must follow it all the same."""
+    torch.manual_seed(0)
+    A, B = torch.randn(2, 3, 5, 5), torch.randn(7, 2, 1, 1)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    pairs = [
+        tuple(nn.Parameter(x.clone().to(memory_format=layout)) for x in (A, B))
+        for layout in layouts
+    ]
+    optimizers = [ScaledAdamW(list(pair), pairs=[pair], lr=0.3) for pair in pairs]
+    for _ in range(4):
+        grads = torch.randn_like(A), torch.randn_like(B)
+        for pair, optimizer in zip(pairs, optimizers, strict=True):
+            for p, g in zip(pair, grads, strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+    for p, q in zip(*pairs, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach())
+
+
+def test_replaced_parameters_are_the_ones_that_move():
+    """Rows 14, 22: new objects at old places, over the same memory too."""
+    model = make_model()
+    twin = copy.deepcopy(model)
+    optimizer, reference = ScaledAdamW(model, lr=1e-2), ScaledAdamW(twin, lr=1e-2)
+    train(model, optimizer, 2)
+    train(twin, reference, 2)
+    fresh = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()
+    }
+    state = {fresh[id(p)]: s for p, s in optimizer.state.items()}
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    for group in optimizer.param_groups:
+        group["params"] = [fresh[id(p)] for p in group["params"]]
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                module._parameters[name] = fresh[id(p)]
+    assert train(model, optimizer, 2, start=2) == train(twin, reference, 2, start=2)
+    # A single plain parameter exchanged: the new one moves, the old one does not.
+    head = model[3].bias
+    model[3].bias = nn.Parameter(head.detach().clone())
+    group = optimizer.param_groups[0]
+    group["params"] = [model[3].bias if p is head else p for p in group["params"]]
+    before = head.detach().clone()
+    train(model, optimizer, 1)
+    assert torch.equal(head, before)
+    assert not torch.equal(model[3].bias, before)
+
+
 def test_mixed_dtypes_in_a_pair_are_refused():
     """Row 18, at construction and when it happens later."""
     A, B = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(4, 2, dtype=torch.float64))
