@@ -64,9 +64,8 @@ class Batch:
         self.left, self.right = [i for i, _ in left], [i for i, _ in right]
         self.A, self.B = [job for _, job in left], [job for _, job in right]
         self.jobs = self.A + self.B
-        stand_in, param = self.jobs[0].stand_in, self.jobs[0].param
-        self.half = stand_in.dtype != param.dtype
-        self.keeps_directions = stand_in.device.type == "cpu"  # in the workspace
+        self.copied = recipe.placement == "before" and not _is_alias(*self.jobs[0][:2])
+        self.keeps_directions = self.jobs[0].param.device.type == "cpu"  # in the workspace
         self.workspace: Workspace = {}
         # Matrices are views of the factors, but for kernels whose strides do not let them be.
         self.views = all(p.ndim == 2 for pair in pairs for p in pair)
@@ -98,18 +97,18 @@ class Batch:
             _set_grad(job.stand_in, direction)
         if self.recipe.placement != "before":
             torch._foreach_zero_([job.stand_in for job in self.jobs])
-        elif self.half:
+        elif self.copied:
             _copy([job.stand_in for job in self.jobs], [job.param for job in self.jobs])
         return P
 
     def finish(self, P: list[Factors]) -> None:
-        """What is left to do after the parent: the second half, or rounding to half precision."""
+        """What is left to do after the parent: the second half, or copying the result back."""
         if not self.keeps_directions:
             for job in self.jobs:
                 job.stand_in.grad = None
         if self.recipe.placement != "before":
             self._move(P)
-        elif self.half:
+        elif self.copied:
             _copy([job.param for job in self.jobs], [job.stand_in for job in self.jobs])
 
     def _move(self, P: list[Factors]) -> None:
@@ -121,10 +120,10 @@ class Batch:
         for job, move in zip(self.jobs, moves, strict=True):
             keep = 1 - job.group["lr"] * job.group["weight_decay"]
             move = move.view(job.param.shape)
-            if self.half:
-                job.param.copy_(job.param.to(move.dtype).mul_(keep).add_(move))
-            else:
+            if move.dtype == job.param.dtype:
                 job.param.mul_(keep).add_(move)
+            else:
+                job.param.copy_(job.param.to(move.dtype).mul_(keep).add_(move))
 
     def _precondition(
         self, backend: Backend, P: list[Factors], matrices: list[Tensor]
@@ -201,7 +200,7 @@ def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain:
             group = group_of[id(p)]
             recipe = recipe_of(group)
             stand_in = stand_ins[id(p)] = _stand_in(p, recipe.placement)
-            key = (recipe, p.dtype, p.device)
+            key = (recipe, p.dtype, p.device, _is_alias(p, stand_in))
             batch, *jobs = work.setdefault(key, ([], [], []))
             i = place.setdefault((key, k), len(batch))
             if i == len(batch):
@@ -228,11 +227,19 @@ def matrix(p: Tensor) -> Tensor:
 
 
 def _stand_in(p: Tensor, placement: Placement) -> Tensor:
-    """The parameter's own memory where the parent may write its result there, else scratch."""
+    """The parameter's own memory where the parent may write its result there, else scratch.
+
+    Fused kernels run through memory without a look at strides: scratch has the strides that the
+    parent's moments will have, and a parameter with gaps in its memory needs scratch.
+    """
     wide = torch.promote_types(p.dtype, torch.float32)
-    if placement == "before" and p.dtype == wide:
-        return p.detach()
-    return torch.empty(p.shape, dtype=wide, device=p.device)
+    scratch = torch.empty_like(p, dtype=wide, requires_grad=False)  # gaps are not preserved
+    dense = scratch.stride() == p.stride()
+    return p.detach() if placement == "before" and p.dtype == wide and dense else scratch
+
+
+def _is_alias(p: Tensor, stand_in: Tensor) -> bool:
+    return p.data_ptr() == stand_in.data_ptr()
 
 
 def _set_grad(stand_in: Tensor, direction: Tensor) -> None:
@@ -240,6 +247,8 @@ def _set_grad(stand_in: Tensor, direction: Tensor) -> None:
         direction = direction.to(stand_in.dtype)
     if direction.shape != stand_in.shape:
         direction = direction.view(stand_in.shape)
+    if direction.stride() != stand_in.stride():
+        direction = torch.empty_like(stand_in).copy_(direction)
     if stand_in.grad is not direction:
         stand_in.grad = direction
 

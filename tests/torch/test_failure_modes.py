@@ -187,7 +187,8 @@ def test_convolutions_are_flattened():
     assert conv.state[A]["exp_avg"].shape == A.shape
 
 
-def test_convolutions_in_another_memory_format():
+@pytest.mark.parametrize("flags", [{}, {"fused": True}, {"foreach": True}], ids=str)
+def test_convolutions_in_another_memory_format(flags):
     """A channels-last kernel has no matrix view: its Gram must follow it all the same."""
     torch.manual_seed(0)
     A, B = torch.randn(2, 3, 5, 5), torch.randn(7, 2, 1, 1)
@@ -196,7 +197,7 @@ def test_convolutions_in_another_memory_format():
         tuple(nn.Parameter(x.clone().to(memory_format=layout)) for x in (A, B))
         for layout in layouts
     ]
-    optimizers = [ScaledAdamW(list(pair), pairs=[pair], lr=0.3) for pair in pairs]
+    optimizers = [ScaledAdamW(list(pair), pairs=[pair], lr=0.3, **flags) for pair in pairs]
     for _ in range(4):
         grads = torch.randn_like(A), torch.randn_like(B)
         for pair, optimizer in zip(pairs, optimizers, strict=True):
@@ -289,8 +290,9 @@ def test_zero_damping_is_defined():
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("flags", [{}, {"fused": True}, {"foreach": True}], ids=str)
 @pytest.mark.parametrize("layout", ["transposed", "strided", "flat buffer", "expanded gradient"])
-def test_layouts(layout):
+def test_layouts(layout, flags):
     """Row 20: the same numbers, in the same storage, whatever the strides."""
     torch.manual_seed(0)
     a, b = torch.randn(4, 6), torch.randn(9, 4)
@@ -307,7 +309,7 @@ def test_layouts(layout):
         buffer = torch.cat([a.flatten(), b.flatten(), torch.tensor([7.0])])
         A, B = nn.Parameter(buffer[:24].view(4, 6)), nn.Parameter(buffer[24:60].view(9, 4))
     for placement in ("before", "both"):
-        one = ScaledAdamW([A, B], lr=0.1, pairs=[(A, B)], placement=placement)
+        one = ScaledAdamW([A, B], lr=0.1, pairs=[(A, B)], placement=placement, **flags)
         two = ScaledAdamW(list(reference), lr=0.1, pairs=[reference], placement=placement)
         pointers = A.data_ptr(), B.data_ptr()
         A.grad, B.grad = g_a, g_b
