@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 
 from rlora.core.checks import check_choice
 from rlora.core.dispatch import get_backend
+from rlora.core.errors import PairingError
 from rlora.core.factors import Tree, leaves_of, pairs_of, rebuild
 from rlora.core.linalg import DampingMode, check_damping, precondition, preconditioners
 from rlora.core.moments import (
@@ -85,6 +86,8 @@ def scale_by_gram(
     inner = inner or Transform(no_state, lambda grads, state, params: (grads, state))
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        if order == "gauss_seidel":
+            _check_one_sided(grads)
         leaves = leaves_of(params)
         backend = get_backend(*leaves)
         with backend.exact(leaves[0]):
@@ -105,6 +108,15 @@ def scale_by_gram(
             return (direction if placement == "before" else by_gram(direction)), state
 
     return Transform(inner.init, update, inner.apply, order)
+
+
+def _check_one_sided(grads: Tree) -> None:
+    if any(G.A is not None and G.B is not None for G in pairs_of(grads)):
+        msg = (
+            "with order='gauss_seidel' B's direction needs the new A, but both gradients came; "
+            "use rlora.step, or call update twice with the other gradient set to None"
+        )
+        raise PairingError(msg)
 
 
 def scaled_sgd(

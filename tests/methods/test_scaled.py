@@ -448,6 +448,12 @@ def test_adam_hyperparameters_are_validated(options):
         rlora.scaled_adamw(**options)
 
 
+def test_gauss_seidel_is_never_jacobi_in_silence():
+    problem, method = make_problem(), rlora.scaled_adamw(order="gauss_seidel")
+    with pytest.raises(rlora.PairingError, match=r"use rlora\.step"):
+        method.update(problem.params, method.init(problem.params), problem.params)
+
+
 def test_chain_refuses_two_bends():
     with pytest.raises(ValueError, match="at most one"):
         chain(decay_weights_after(0.1), decay_weights_after(0.1))
