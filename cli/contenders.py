@@ -1,5 +1,6 @@
 """What is timed: one optimizer each, with its own parameters and state, ready to step."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -17,7 +18,7 @@ LR: Final = 1e-4
 """Small enough that the factors are after many steps much as they were."""
 
 
-class Contender:
+class Contender(ABC):
     """One row of the table. A subclass does one step of an optimizer and waits for the device."""
 
     name: str
@@ -27,15 +28,17 @@ class Contender:
     backend: str
     device: str
 
+    @abstractmethod
     def refresh(self) -> None:
         """Before every step and outside the clock: gradients as a backward pass leaves them."""
 
+    @abstractmethod
     def step(self) -> None:
-        raise NotImplementedError
+        """One step, finished when this returns."""
 
+    @abstractmethod
     def state_bytes(self) -> int:
         """Bytes of all arrays of the optimizer's state."""
-        raise NotImplementedError
 
     def peak_temporary_bytes(self) -> int | None:
         """Most bytes a step holds at once beyond what was there before; None if unknown.
@@ -122,6 +125,9 @@ class Functional(Contender):
         self._step = arena.backend.compile(
             lambda params, grads, state: rlora.step(method, params, grads, state, LR)
         )
+
+    def refresh(self) -> None:
+        """Nothing to do: a pure step leaves its gradients as they were."""
 
     def step(self) -> None:
         self._params, self._state = self._step(self._params, self._grads, self._state)

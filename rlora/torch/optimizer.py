@@ -22,7 +22,7 @@ from rlora.pairing import PairReport, nothing_paired
 from rlora.torch.params import (
     TensorPair,
     as_groups,
-    as_tensors,
+    as_list,
     check_explicit,
     check_grad,
     expert_stacks,
@@ -76,24 +76,29 @@ class GramPreconditioned(Optimizer):
         # Fused kernels would take gradients that GradScaler has not unscaled yet.
         self._step_supports_amp_scaling = False
         self._plans: tuple[Any, list[Plan]] | None = None
+        self._members: list[Tensor] = []
+        self._names: list[str | None] = []  # of the members, None where there is none
+        for group in self.param_groups:
+            self._enroll(group)
         self._pair_up()
         if not self._pairs:
-            names = [name for group in self.param_groups for name in group.get("param_names", ())]
-            raise nothing_paired(names, self.report)
+            raise nothing_paired((name for name in self._names if name), self.report)
 
     # --- pairs ----------------------------------------------------------------------------------
 
+    def _enroll(self, group: dict[str, Any]) -> None:
+        self._members = self._members + group["params"]
+        self._names = self._names + group.get("param_names", [None] * len(group["params"]))
+
     def _pair_up(self) -> None:
         """The pairs given by hand, and unless the constructor got some, those found by name."""
-        members = [p for group in self.param_groups for p in group["params"]]
-        names = [name for group in self.param_groups for name in group.get("param_names", ())]
-        pairs, report = check_explicit(self._by_hand, members)
-        if self._by_name and names:
-            named = list(zip(names, members, strict=True))
+        pairs, report = check_explicit(self._by_hand, self._members)
+        named = [(n, p) for n, p in zip(self._names, self._members, strict=True) if n is not None]
+        if self._by_name and named:
             found, by_name = match(named, self._stacks, self._adapter)
             pairs = pairs + found
             report = replace(by_name, pairs=report.pairs + by_name.pairs)
-        self._members, self._pairs, self.report = members, pairs, report
+        self._pairs, self.report = pairs, report
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its LoRA factors are paired by name, or by a key ``pairs`` of the group.
@@ -104,16 +109,20 @@ class GramPreconditioned(Optimizer):
             As torch takes it; ``params`` may be named.
         """
         group = dict(param_group)
+        group["params"] = as_list(group["params"])
         explicit = list(group.pop("pairs", ()))
         if not hasattr(self, "_pairs"):  # the parent's constructor is at work
             self._by_hand += explicit
             super().add_param_group(group)
             return
         self._check({**self.defaults, **group})
-        members = [*self._members, *as_tensors(group["params"])]
-        check_explicit([*self._by_hand, *explicit], members)
+        self._current_pairs()
+        new = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+        check_explicit([*self._by_hand, *explicit], [*self._members, *new])
         super().add_param_group(group)
+        self._enroll(group)
         self._by_hand += explicit
+        self._plans = None
         self._pair_up()
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -142,11 +151,20 @@ class GramPreconditioned(Optimizer):
             p is q for p, q in zip(now, self._members, strict=True)
         ):
             return self._pairs
-        present, place = {id(p) for p in now}, {id(p): i for i, p in enumerate(self._members)}
-        if len(now) == len(self._members) and not present & place.keys():
-            self._pairs = [(now[place[id(a)]], now[place[id(b)]]) for a, b in self._pairs]
+        place = {id(p): i for i, p in enumerate(self._members)}
+        successor = {id(p): p for p in now}
+        if len(now) == len(self._members) and not successor.keys() & place.keys():
+            successor = {old: now[i] for old, i in place.items()}
         else:
-            self._pairs = [(a, b) for a, b in self._pairs if {id(a), id(b)} <= present]
+            self._names = [self._names[place[id(p)]] if id(p) in place else None for p in now]
+        self._pairs, self._by_hand = (
+            [
+                (successor[id(a)], successor[id(b)])
+                for a, b in pairs
+                if {id(a), id(b)} <= successor.keys()
+            ]
+            for pairs in (self._pairs, self._by_hand)
+        )
         self._members, self._plans = now, None
         return self._pairs
 
@@ -260,16 +278,8 @@ class GramPreconditioned(Optimizer):
                     self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        extra = (
-            "order",
-            "report",
-            "_adapter",
-            "_by_hand",
-            "_by_name",
-            "_stacks",
-            "_members",
-            "_pairs",
-        )
+        extra = ["order", "report", "_adapter", "_by_hand", "_by_name"]
+        extra += ["_members", "_names", "_pairs", "_stacks"]
         return {**super().__getstate__(), **{name: getattr(self, name) for name in extra}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -122,10 +122,11 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
         raise ValueError(msg)
     if not isinstance(items[0], dict):
         return [{"params": items}]
-    return [{**group, "params": _as_list(group["params"])} for group in items]
+    return [{**group, "params": as_list(group["params"])} for group in items]
 
 
-def _as_list(params: Any) -> list[Any]:
+def as_list(params: Any) -> list[Any]:
+    """A group's params as a list, of a model with names."""
     if isinstance(params, nn.Module):
         return trainable(params)
     return [params] if isinstance(params, Tensor) else list(params)
@@ -153,11 +154,6 @@ def match(
             pairs.append((a, b))
             kept.append(pair)
     return pairs, PairReport(tuple(kept), report.plain, refused)
-
-
-def as_tensors(params: Any) -> list[Tensor]:
-    """The tensors of a group's params, named or not."""
-    return [p[1] if isinstance(p, tuple) else p for p in _as_list(params)]
 
 
 def check_explicit(

@@ -98,7 +98,9 @@ class Batch:
         if self.recipe.placement != "before":
             torch._foreach_zero_([job.stand_in for job in self.jobs])
         elif self.copied:
-            _copy([job.stand_in for job in self.jobs], [job.param for job in self.jobs])
+            torch._foreach_copy_(
+                [job.stand_in for job in self.jobs], [job.param for job in self.jobs]
+            )
         return P
 
     def finish(self, P: list[Factors]) -> None:
@@ -109,7 +111,9 @@ class Batch:
         if self.recipe.placement != "before":
             self._move(P)
         elif self.copied:
-            _copy([job.param for job in self.jobs], [job.stand_in for job in self.jobs])
+            torch._foreach_copy_(
+                [job.param for job in self.jobs], [job.stand_in for job in self.jobs]
+            )
 
     def _move(self, P: list[Factors]) -> None:
         # The parent has written its whole move into zeros. Its decay has seen a zero parameter.
@@ -251,7 +255,3 @@ def _set_grad(stand_in: Tensor, direction: Tensor) -> None:
         direction = torch.empty_like(stand_in).copy_(direction)
     if stand_in.grad is not direction:
         stand_in.grad = direction
-
-
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    torch._foreach_copy_(targets, sources)

@@ -136,6 +136,30 @@ def test_parameters_taken_out_of_a_group_do_not_shift_the_pairs():
     assert same(values(model), values(twin))
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_an_adapter_goes_and_another_comes(by_hand):
+    """Row 14: names left behind in the group do not matter, and a generator will do as params."""
+    old, new = make_model(bias=False), make_model(seed=5, bias=False)
+    kept, gone = pairs_in(old)
+    if by_hand:
+        optimizer = ScaledAdamW([*kept, *gone], lr=1e-2, pairs=[kept, gone])
+    else:
+        optimizer = ScaledAdamW(old, lr=1e-2)
+    train(old, optimizer, 1)
+    group = optimizer.param_groups[0]
+    group["params"] = [p for p in group["params"] if not any(p is q for q in gone)]
+    if by_hand:
+        added = {"params": (p for pair in pairs_in(new) for p in pair), "pairs": pairs_in(new)}
+    else:
+        trainable = ((f"new.{n}", p) for n, p in new.named_parameters() if p.requires_grad)
+        added = {"params": trainable}
+    optimizer.add_param_group(added)
+    assert len(optimizer.report) == 3
+    assert [len(g["params"]) for g in optimizer.param_groups] == [2, 4]
+    train(new, optimizer, 2)
+    assert all(p in optimizer.state for pair in pairs_in(new) for p in pair)
+
+
 def test_swapped_parameters_are_found_by_position():
     """Row 22: accelerate exchanges all parameters of the groups for others."""
     model = make_model(bias=False)
