@@ -8,8 +8,9 @@ from typing import Any, Final, NamedTuple
 import rlora
 from rlora import Factors, Transform
 from rlora.core.backend import Backend
+from rlora.core.decay import add_decayed_weights
 from rlora.core.factors import Array
-from rlora.core.moments import add_decayed_weights, scale_by_adam
+from rlora.core.moments import scale_by_adam
 
 from . import memory
 from .problem import Problem

@@ -4,6 +4,7 @@
 ``rlora.torch`` has the torch optimizers.
 """
 
+from rlora import initializers, methods
 from rlora.core.errors import (
     BackendError,
     NamespaceError,
@@ -16,7 +17,7 @@ from rlora.core.errors import (
 from rlora.core.factors import Factors
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.transform import Transform, apply_updates, chain, step
-from rlora.methods import scaled_adamw, scaled_sgd
+from rlora.methods import *  # noqa: F403  a method's export line is in rlora.methods
 from rlora.pairing import Pair, PairReport, find_pairs
 
 __version__ = "0.1.0"
@@ -37,8 +38,10 @@ __all__ = [
     "chain",
     "find_pairs",
     "flatten_state",
-    "scaled_adamw",
-    "scaled_sgd",
+    "initializers",
+    "methods",
     "step",
     "unflatten_state",
 ]
+__all__ += methods.__all__
+__all__.sort()

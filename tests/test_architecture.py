@@ -20,7 +20,7 @@ ALLOWED = {
     "backends": {"core"},
     "optax": {"core"},
     "torch": {"core", "methods", "pairing", "initializers"},  # the shell around them
-    "__init__": {"core", "methods", "pairing"},
+    "__init__": {"core", "methods", "pairing", "initializers"},
     "cli": {"core", "methods", "pairing", "testing", "backends", "torch", "optax", "__init__"},
 }
 FRAMEWORKS = {
@@ -115,7 +115,7 @@ def test_no_import_circle():
 @EVERY
 def test_no_assert_no_print_nothing_dangerous(name):
     _, tree = MODULES[name]
-    allowed_assert = name == "rlora.testing"
+    allowed_assert = name.startswith("rlora.testing")
     for node in ast.walk(tree):
         assert allowed_assert or not isinstance(node, ast.Assert), f"{name}:{node.lineno}"
         if isinstance(node, ast.Call):

@@ -3,17 +3,18 @@
 import doctest
 import importlib
 import inspect
+import pkgutil
 
 import pytest
 
 import rlora
 
-PUBLIC = ["rlora", "rlora.methods", "rlora.torch", "rlora.backends"]
+PUBLIC = ["rlora", "rlora.methods", "rlora.testing", "rlora.torch", "rlora.backends"]
 MODULES = [
-    *PUBLIC, "rlora.core.factors", "rlora.core.linalg", "rlora.core.moments",
-    "rlora.core.state", "rlora.core.transform", "rlora.methods.scaled", "rlora.pairing", "rlora.testing",
-    "rlora.torch.optimizer", "rlora.torch.params", "rlora.torch.scaled", "rlora.torch.wrap",
-]  # fmt: skip
+    info.name
+    for info in pkgutil.walk_packages(rlora.__path__, "rlora.")
+    if not info.name.startswith(("rlora.backends.", "rlora.cli"))
+]
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -28,11 +29,14 @@ def test_the_contract_of_names():
     """Names that others build on."""
     import rlora.torch
 
-    for name in ("Factors", "Transform", "chain", "apply_updates", "scaled_sgd", "scaled_adamw"):
-        assert name in rlora.__all__
-    assert "find_pairs" in rlora.__all__
-    for name in ("ScaledSGD", "ScaledAdamW", "precondition", "find_pairs", "PairReport"):
-        assert name in rlora.torch.__all__
+    functional = """Factors Transform chain apply_updates find_pairs scaled_sgd scaled_adamw lora_rite
+    lora_pro_sgd lora_pro_adamw lora_fa lora_plus alt_lora ref_lora adapre_lora lora_muon"""
+    assert set(functional.split()) <= set(rlora.__all__)
+    starts = ("lora_one", "lora_ga", "lora_sb", "pissa", "gaussian")
+    assert set(starts) <= set(rlora.initializers.__all__)
+    shells = """ScaledSGD ScaledAdamW LoRARite LoRAProSGD LoRAProAdamW LoRAFA LoRAPlus AltLoRA RefLoRA
+    AdaPreLoRA LoRAMuon Riemannion RACLoRA LoRASB precondition find_pairs initialize PairReport"""
+    assert set(shells.split()) <= set(rlora.torch.__all__)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -43,18 +43,21 @@ class Backend:
         self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
     ) -> Array:
         """``A Aᵀ`` for every (..., r, n) of the list, as one stack (K, r, r)."""
-        grams = []
-        for A in tall:
-            A = self.cast(A, dtype)
-            S = self.matmul(A, mT(A))  # (..., r, r)
-            grams.append(self.xp.reshape(S, (-1, *S.shape[-2:])))
-        return grams[0] if len(grams) == 1 else self.xp.concat(grams)
+        return self.cross_rows(tall, tall, dtype)
 
     def gram_columns(
         self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
     ) -> Array:
         """``Bᵀ B`` for every (..., m, r) of the list, as one stack (K, r, r)."""
         return self.gram_rows([mT(B) for B in tall], dtype, workspace)
+
+    def cross_rows(self, X: Sequence[Array], Y: Sequence[Array], dtype: Any) -> Array:
+        """``X Yᵀ`` for every (..., r, n) of two lists of equal shapes, as one stack (K, r, r)."""
+        products = []
+        for x, y in zip(X, Y, strict=True):
+            C = self.matmul(self.cast(x, dtype), mT(self.cast(y, dtype)))  # (..., r, r)
+            products.append(self.xp.reshape(C, (-1, *C.shape[-2:])))
+        return products[0] if len(products) == 1 else self.xp.concat(products)
 
     def apply_left(
         self, P: Sequence[Array], tall: Sequence[Array], workspace: Workspace | None = None
@@ -77,6 +80,25 @@ class Backend:
         # below anything `damped_power` lets through.
         w = self.xp.clip(w, min=float(self.xp.finfo(S.dtype).eps) ** 2)
         return self.matmul(Q * self.xp.expand_dims(w**power, axis=-2), mT(Q))
+
+    def eigh(self, S: Array) -> tuple[Array, Array]:
+        """Eigenvalues (K, r), ascending, and eigenvectors (K, r, r) of symmetric matrices.
+
+        A member that is not finite has NaN eigenvalues and no other sees it: LAPACK behind some
+        libraries would refuse the whole stack.
+        """
+        xp = self.xp
+        finite = xp.all(xp.isfinite(S), axis=(-2, -1), keepdims=True)  # (K, 1, 1)
+        eye = xp.eye(S.shape[-1], dtype=S.dtype, device=device_of(S))
+        w, Q = xp.linalg.eigh(xp.where(finite, S, eye))
+        return xp.where(finite[..., 0], w, xp.full_like(w, float("nan"))), Q
+
+    def svd(self, X: Array) -> tuple[Array, Array, Array]:
+        """The thin ``U, sigma, Vᵀ``; a member that is not finite has NaN singular values."""
+        xp = self.xp
+        finite = xp.all(xp.isfinite(X), axis=(-2, -1), keepdims=True)
+        U, sigma, Vt = xp.linalg.svd(xp.where(finite, X, xp.zeros_like(X)), full_matrices=False)
+        return U, xp.where(finite[..., 0], sigma, xp.full_like(sigma, float("nan"))), Vt
 
     def damped_power(
         self, S: Array, exponent: float, damping: float = 0.0, *, relative: bool = True
@@ -118,7 +140,7 @@ class Backend:
         start = 0
         for G in tall:
             lead = tuple(G.shape[:-2])
-            stop = start + _product(lead)
+            stop = start + product(lead)
             yield self.xp.reshape(P[start:stop, ...], (*lead, *P.shape[1:]))
             start = stop
 
@@ -197,7 +219,8 @@ def dtype_name(dtype: Any) -> str:
     return str(getattr(dtype, "name", dtype)).rpartition(".")[2]
 
 
-def _product(sizes: Sequence[int]) -> int:
+def product(sizes: Sequence[int]) -> int:
+    """The product of whole numbers; 1 of none."""
     total = 1
     for size in sizes:
         total *= size

@@ -1,6 +1,9 @@
 """Hyperparameters are checked where they are given, and the message says what may be given."""
 
-from typing import Any, get_args
+from typing import Any, Literal, TypeAlias, get_args
+
+ComputeDtype: TypeAlias = Literal[None, "float32", "float64"]
+"""Precision of the r x r algebra; None is the parameters' own, at least float32."""
 
 
 def check_unit(name: str, value: Any) -> None:

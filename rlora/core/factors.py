@@ -1,6 +1,6 @@
 """The pair (A, B), and collections of pairs: one ``Factors``, or a list or dict of them, nested."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from rlora.core.errors import PairingError, ShapeError
@@ -96,8 +96,19 @@ def unzip(count: int, tree: Tree) -> tuple[Tree, ...]:
     return tuple(map_leaves(lambda leaf, i=i: leaf[i], tree) for i in range(count))
 
 
-def rebuild(tree: Tree, pairs: list[Factors]) -> Tree:
-    """A collection with the structure of `tree` and these pairs in it."""
+def counterparts(tree: Tree, other: Tree) -> list[Any]:
+    """What a collection of the structure of `tree` has at each pair: Factors, or anything else."""
+    if isinstance(tree, Factors):
+        return [other]
+    if isinstance(tree, Mapping):
+        children = [(child, other[key]) for key, child in tree.items()]
+    else:
+        children = list(zip(tree, other, strict=True))
+    return [x for child, its in children for x in counterparts(child, its)]
+
+
+def rebuild(tree: Tree, pairs: Sequence[Any]) -> Tree:
+    """A collection with the structure of `tree` and these in the places of its pairs."""
     supply = iter(pairs)
     return map_pairs(lambda _: next(supply), tree)
 

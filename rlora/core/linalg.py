@@ -7,7 +7,8 @@ everything here comes as ``Factors``: first the member that acts on A, then the 
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from rlora.core.backend import Backend, Workspace, device_of
+from rlora.core.backend import ROUNDING, Backend, Workspace, mT
+from rlora.core.bundle import Bundle, Stack, by_rank
 from rlora.core.checks import check_choice, check_nonnegative
 from rlora.core.factors import Array, Factors
 
@@ -58,17 +59,14 @@ def preconditioners(
         the right.
     """
     result: list[Factors] = list(params)
-    for rank, members in _by_rank(params, workspace).items():
-        memory = None if workspace is None else workspace.setdefault(rank, {})
-        A, B = [params[i].A for i in members], [params[i].B for i in members]
-        dtype = backend.compute_dtype(A[0].dtype, compute_dtype)
-        S_A = backend.gram_rows(A, dtype, memory)  # (K, r, r)
-        S_B = backend.gram_columns(B, dtype, memory)  # (K, r, r)
-        P = _powers(backend, S_A, S_B, damping, damping_mode, exponent)  # (2K, r, r)
-        P = backend.cast(P, backend.compute_dtype(A[0].dtype))
-        pieces = list(backend.unstack(P, A + B))
-        for i, P_A, P_B in zip(members, pieces, pieces[len(members) :], strict=False):
-            result[i] = Factors(P_A, P_B)
+    for members in by_rank(params, workspace):
+        pairs = [params[i] for i in members]
+        memory = None if workspace is None else workspace.setdefault(pairs[0].A.shape[-2], {})
+        dtype = backend.compute_dtype(pairs[0].A.dtype, compute_dtype)
+        bundle = Bundle(backend, pairs, dtype=dtype, workspace=memory)
+        P = metric_power(bundle, bundle.gram(pairs), exponent, damping, damping_mode)
+        for i, pair in zip(members, bundle.unstack(P), strict=True):
+            result[i] = pair
     return result
 
 
@@ -87,30 +85,95 @@ def precondition(
     return [Factors(of_A.get(i), of_B.get(i)) for i in range(len(grads))]
 
 
-def _by_rank(params: Sequence[Factors], workspace: Workspace | None) -> dict[Any, list[int]]:
-    """Positions of the pairs of one rank, dtype and device."""
-    groups: dict[Any, list[int]] | None = (workspace or {}).get("by rank")
-    if groups is None:
-        groups = {}
-        for i, (A, _) in enumerate(params):
-            groups.setdefault((A.shape[-2], A.dtype, device_of(A)), []).append(i)
-        if workspace is not None:
-            workspace["by rank"] = groups
-    return groups
+def metric_power(
+    bundle: Bundle,
+    S: Stack,
+    exponent: float = -1.0,
+    damping: float = 0.0,
+    damping_mode: DampingMode = "relative",
+) -> Stack:
+    """``H^exponent``, where the H of a factor is the damped Gram of its partner.
 
-
-def _powers(
-    backend: Backend,
-    S_A: Array,
-    S_B: Array,
-    damping: float,
-    damping_mode: DampingMode,
-    exponent: float,
-) -> Array:
-    """``H_A^exponent`` on top of ``H_B^exponent``, (2K, r, r)."""
-    concat = backend.xp.concat
+    `S` are the Grams of the factors themselves. A factor whose partner is zero gets 0.
+    """
+    power, concat = bundle.backend.damped_power, bundle.xp.concat
     if damping_mode != "covariant":
-        relative = damping_mode == "relative"
-        return backend.damped_power(concat([S_B, S_A]), exponent, damping, relative=relative)
-    inverse_S_A = backend.damped_power(S_A, -1.0)
-    return backend.damped_power(concat([S_B + damping * inverse_S_A, S_A]), exponent)
+        return power(bundle.partner(S), exponent, damping, relative=damping_mode == "relative")
+    S_A, S_B = bundle.halves(S)
+    return power(concat([S_B + damping * power(S_A, -1.0), S_A]), exponent)
+
+
+def tangent(
+    bundle: Bundle, P: Stack, G: Sequence[Factors], X: Array | None = None
+) -> list[Factors]:
+    """The pair of moves whose effect on the product comes nearest to a full gradient G.
+
+    ``D_A = S_B⁻¹ G_A + X A`` and ``D_B = (I - B S_B⁻¹ Bᵀ) G_B S_A⁻¹ - B X``, so that
+    ``B D_A + D_B A`` is the projection of G on the tangent space of the rank-r matrices whatever
+    the gauge X. Where the partner is frozen, the nearest move of one factor alone.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        The pairs.
+    P : Stack
+        Inverse metrics: S_B⁻¹ for A and S_A⁻¹ for B.
+    G : sequence of Factors
+        ``Bᵀ G`` and ``G Aᵀ``.
+    X : array of shape (K, r, r), optional
+        The gauge; 0 by default.
+    """
+    matmul = bundle.backend.matmul
+    P_A, P_B = bundle.halves(P)
+    _, C = bundle.halves(bundle.cross(bundle.params, G))  # Bᵀ G_B
+    both = bundle.partner_moves()
+    both = both if isinstance(both, float) else both[: bundle.layers, ...]
+    Y = matmul(matmul(P_A, C), P_B)  # (K, r, r), what both factors would do twice
+    X = bundle.xp.zeros_like(Y) if X is None else X
+    from_params = bundle.apply(bundle.xp.concat([both * X, -both * mT(X + Y)]), bundle.params)
+    return add(bundle.apply(P, G), from_params)
+
+
+def add(X: Sequence[Factors], Y: Sequence[Factors]) -> list[Factors]:
+    """The sums, pair by pair."""
+    return [Factors(x.A + y.A, x.B + y.B) for x, y in zip(X, Y, strict=True)]
+
+
+def scale(c: Array | float, X: Sequence[Factors]) -> list[Factors]:
+    """``c X``, pair by pair, with one number for all."""
+    return [Factors(c * x.A, c * x.B) for x in X]
+
+
+def symmetric(S: Array) -> Array:
+    """The symmetric part, which rounding has left."""
+    return 0.5 * (S + mT(S))
+
+
+def spectral(backend: Backend, w: Array, Q: Array) -> Array:
+    """``Q diag(w) Qᵀ``."""
+    return backend.matmul(Q * backend.xp.expand_dims(w, axis=-2), mT(Q))
+
+
+def congruence(backend: Backend, W: Array, S: Array) -> Array:
+    """``W S Wᵀ``, symmetric as S is."""
+    return symmetric(backend.matmul(backend.matmul(W, S), mT(W)))
+
+
+def geometric_mean(backend: Backend, X: Array, Y: Array) -> Array:
+    """``X # Y = X^½ (X^-½ Y X^-½)^½ X^½`` of positive definite matrices."""
+    root, inverse_root = (backend.damped_power(X, p) for p in (0.5, -0.5))
+    middle = backend.damped_power(congruence(backend, inverse_root, Y), 0.5)
+    return congruence(backend, root, middle)
+
+
+def sylvester_spd(backend: Backend, P: Array, Q: Array, C: Array) -> Array:
+    """The X of ``P X + X Q = C`` for positive semidefinite P and Q, in their eigenbases."""
+    xp, matmul = backend.xp, backend.matmul
+    (p, U), (q, V) = backend.eigh(P), backend.eigh(Q)
+    sums = xp.expand_dims(p, axis=-1) + xp.expand_dims(q, axis=-2)  # (K, r, r)
+    live = ~(
+        sums <= ROUNDING * float(xp.finfo(C.dtype).eps) * xp.max(sums, axis=(-2, -1), keepdims=True)
+    )
+    rotated = matmul(matmul(mT(U), C), V)
+    rotated = xp.where(live, rotated / xp.where(live, sums, xp.ones_like(sums)), 0 * sums)
+    return matmul(matmul(U, rotated), mT(V))

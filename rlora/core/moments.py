@@ -1,4 +1,4 @@
-"""Elementwise links: momentum, Adam, decoupled decay, clipping. Each factor is its own counter."""
+"""Elementwise links: momentum, Adam, clipping. Each factor is its own counter."""
 
 import math
 from typing import Any, Literal, NamedTuple
@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple
 from rlora.core.backend import device_of
 from rlora.core.checks import check_choice, check_nonnegative, check_unit
 from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Tree, leaves_of, map_leaves, unzip
-from rlora.core.transform import State, Transform, apply_updates
+from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs, unzip
+from rlora.core.transform import State, Transform, no_state
 
 EpsForm = Literal["torch", "hf"]
 
@@ -56,7 +56,7 @@ def momentum(decay: float = 0.9, *, nesterov: bool = False, dampening: float = 0
         raise ValueError(msg)
 
     def init(params: Tree, scaling: float = 1.0) -> MomentumState:
-        return MomentumState(_zeros(params), _counts(params))
+        return MomentumState(zeros(params), counts(params))
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, MomentumState]:
         def leaf(mu: Array, count: Array, g: Array) -> tuple[Array, Array, Array]:
@@ -113,24 +113,13 @@ def scale_by_adam(
     check_choice("eps_form", eps_form, EpsForm)
 
     def init(params: Tree, scaling: float = 1.0) -> AdamState:
-        return AdamState(_zeros(params), _zeros(params), _counts(params))
+        return AdamState(zeros(params), zeros(params), counts(params))
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, AdamState]:
         def leaf(mu: Array, nu: Array, count: Array, g: Array) -> tuple[Array, ...]:
             if g is None:
                 return None, mu, nu, count
-            xp = get_backend(g).xp
-            count = count + 1
-            mu = b1 * mu + (1 - b1) * g
-            nu = b2 * nu + (1 - b2) * (g * g)
-            c1, c2 = (
-                (_correction(xp, b1, count), _correction(xp, b2, count))
-                if bias_correction
-                else (1.0, 1.0)
-            )
-            root2 = c2**0.5
-            denominator = xp.sqrt(nu) / root2 + (eps if eps_form == "torch" else eps / root2)
-            return (mu / c1) / denominator, mu, nu, count
+            return adam_step(mu, nu, count, g, b1, b2, eps, eps_form, bias_correction)
 
         out = map_leaves(leaf, state.mu, state.nu, state.count, grads)
         direction, mu, nu, count = unzip(4, out)
@@ -139,60 +128,28 @@ def scale_by_adam(
     return Transform(init, update)
 
 
-def add_decayed_weights(weight_decay: float) -> Transform:
-    """Decoupled weight decay, before the step: the direction gets ``+ weight_decay * params``.
-
-    Parameters
-    ----------
-    weight_decay : float
-        λ, at least 0. Each factor shrinks by ``1 - lr λ``, so BA shrinks by its square.
-
-    Returns
-    -------
-    Transform
-        Without state.
-
-    References
-    ----------
-    I. Loshchilov, F. Hutter. Decoupled Weight Decay Regularization. arXiv:1711.05101, 2017.
-    """
-    check_nonnegative("weight_decay", weight_decay)
-
-    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        if weight_decay == 0:
-            return grads, state
-        return map_leaves(lambda d, p: d + weight_decay * p, grads, params), state
-
-    return Transform(no_state, update)
-
-
-def decay_weights_after(weight_decay: float) -> Transform:
-    """Decoupled weight decay, after the step: ``params <- (1 - lr λ) (params - lr direction)``.
-
-    Parameters
-    ----------
-    weight_decay : float
-        λ, at least 0.
-
-    Returns
-    -------
-    Transform
-        Without state; it brings its own `apply`.
-    """
-    check_nonnegative("weight_decay", weight_decay)
-
-    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        return grads, state
-
-    def apply(params: Tree, direction: Tree, lr: Array | float) -> Tree:
-        def shrink(p: Array, d: Array) -> Array:
-            backend = get_backend(p)
-            wide = backend.cast(p, backend.compute_dtype(p.dtype))
-            return p if d is None else backend.cast((1 - lr * weight_decay) * wide, p.dtype)
-
-        return map_leaves(shrink, apply_updates(params, direction, lr), direction)
-
-    return Transform(no_state, update, apply)
+def adam_step(
+    mu: Array,
+    nu: Array,
+    count: Array,
+    g: Array,
+    b1: float,
+    b2: float,
+    eps: float,
+    eps_form: EpsForm = "torch",
+    bias_correction: bool = True,
+) -> tuple[Array, Array, Array, Array]:
+    """Direction, moments and count of one array after a step of `scale_by_adam`."""
+    xp = get_backend(g).xp
+    count = count + 1
+    mu = b1 * mu + (1 - b1) * g
+    nu = b2 * nu + (1 - b2) * (g * g)
+    c1, c2 = (
+        (_correction(xp, b1, count), _correction(xp, b2, count)) if bias_correction else (1.0, 1.0)
+    )
+    root2 = c2**0.5
+    denominator = xp.sqrt(nu) / root2 + (eps if eps_form == "torch" else eps / root2)
+    return (mu / c1) / denominator, mu, nu, count
 
 
 def clip_by_global_norm(max_norm: float) -> Transform:
@@ -227,9 +184,38 @@ def clip_by_global_norm(max_norm: float) -> Transform:
     return Transform(no_state, update)
 
 
-def no_state(params: Tree, scaling: float = 1.0) -> tuple[()]:
-    """The state of a link that has none."""
-    return ()
+def only(side: Literal["A", "B"], inner: Transform) -> Transform:
+    """A transform for one factor of each pair; the other one gets no direction and has no state.
+
+    Parameters
+    ----------
+    side : {"A", "B"}
+        The factor that moves.
+    inner : Transform
+        A link, such as `scale_by_adam`.
+    """
+    other: dict[str, None] = {"B" if side == "A" else "A": None}
+
+    def half(tree: Tree) -> Tree:
+        return map_pairs(lambda pair: pair._replace(**other), tree)
+
+    def init(params: Tree, scaling: float = 1.0) -> State:
+        return inner.init(half(params), scaling)
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        return inner.update(half(grads), state, half(params))
+
+    return inner._replace(init=init, update=update)
+
+
+def corrected_decay(xp: Any, b: float, count: Array) -> Array:
+    """``b (1 - b^t) / (1 - b^(t+1))``: an average with this decay needs no bias correction.
+
+    `count` is t, the number of steps before this one; the first step has decay 0.
+    """
+    if b == 0:
+        return xp.zeros_like(count)
+    return b * xp.expm1(count * math.log(b)) / xp.expm1((count + 1) * math.log(b))
 
 
 def _fold(f: Any, xs: list[Array]) -> Array:
@@ -239,14 +225,26 @@ def _fold(f: Any, xs: list[Array]) -> Array:
     return total
 
 
-def _zeros(params: Tree) -> Tree:
+def zeros(params: Tree) -> Tree:
+    """Like the parameters."""
     return map_leaves(lambda p: get_backend(p).xp.zeros_like(p), params)
 
 
-def _counts(params: Tree) -> Tree:
+def counts(params: Tree) -> Tree:
+    """One step count a factor, zero."""
     return map_leaves(
         lambda p: get_backend(p).xp.zeros((), dtype=p.dtype, device=device_of(p)), params
     )
+
+
+def per_pair(params: Tree, value: float) -> Tree:
+    """One number a pair."""
+
+    def number(pair: Factors) -> Array:
+        A = pair.A
+        return get_backend(A).xp.full((), value, dtype=A.dtype, device=device_of(A))
+
+    return map_pairs(number, params)
 
 
 def _correction(xp: Any, b: float, count: Array) -> Array | float:

@@ -37,7 +37,7 @@ def flatten_state(state: State) -> dict[str, Array]:
             name = f"{path}.{key}" if path else key
             if _is_node(child):
                 walk(child, name)
-            else:
+            elif child is not None:  # a factor that the method never moves has no state
                 flat[name] = child
 
     walk(state, "")
@@ -84,7 +84,10 @@ def unflatten_state(flat: Mapping[str, Array], like: State) -> State:
         values = []
         for key, child in _children(node):
             name = f"{path}.{key}" if path else key
-            values.append(walk(child, name) if _is_node(child) else load(name, child))
+            if _is_node(child):
+                values.append(walk(child, name))
+            else:
+                values.append(None if child is None else load(name, child))
         return _rebuild(node, values)
 
     return walk(like, "")

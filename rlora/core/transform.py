@@ -38,6 +38,27 @@ class ApplyFn(Protocol):
     def __call__(self, params: Tree, direction: Tree, lr: Array | float) -> Tree: ...
 
 
+class TransportFn(Protocol):
+    """The state after the parameters have moved from `old` to `new`."""
+
+    def __call__(self, state: State, old: Tree, new: Tree) -> State: ...
+
+
+def stay(state: State, old: Tree, new: Tree) -> State:
+    """The transport of a state that does not depend on where the parameters are."""
+    return state
+
+
+def no_state(params: Tree, scaling: float = 1.0) -> tuple[()]:
+    """The state of a link that has none."""
+    return ()
+
+
+def pass_on(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+    """The update of a link that only bends the move."""
+    return grads, state
+
+
 def apply_updates(params: Tree, direction: Tree, lr: Array | float) -> Tree:
     """``params - lr * direction``, rounded to the parameters' dtype last.
 
@@ -80,12 +101,17 @@ class Transform(NamedTuple):
         method bends it, as the decay of the official scaled AdamW does.
     order : {"jacobi", "gauss_seidel"}, optional
         Whether `step` moves both factors at once, or A first and then B, which sees the new A.
+    transport : callable, optional
+        ``transport(state, old, new) -> state``, called by `step` after the move: for states whose
+        coordinates turn with the factors, as the moments of LoRA-RITE do. Whoever calls `update`
+        and `apply` by hand calls it too.
     """
 
     init: InitFn
     update: UpdateFn
     apply: ApplyFn = apply_updates
     order: Order = "jacobi"
+    transport: TransportFn = stay
 
 
 def step(
@@ -126,14 +152,20 @@ def step(
     True
     """
     if transform.order == "jacobi":
-        direction, state = transform.update(grads, state, params)
-        return transform.apply(params, direction, lr), state
+        return _move(transform, params, grads, state, lr)
     for side in ("A", "B"):
         other = {"B": None} if side == "A" else {"A": None}
         one_sided = map_pairs(lambda pair, other=other: pair._replace(**other), grads)
-        direction, state = transform.update(one_sided, state, params)
-        params = transform.apply(params, direction, lr)
+        params, state = _move(transform, params, one_sided, state, lr)
     return params, state
+
+
+def _move(
+    transform: Transform, params: Tree, grads: Tree, state: State, lr: Array | float
+) -> tuple[Tree, State]:
+    direction, state = transform.update(grads, state, params)
+    moved = transform.apply(params, direction, lr)
+    return moved, transform.transport(state, params, moved)
 
 
 def chain(*links: Transform) -> Transform:
@@ -179,11 +211,18 @@ def chain(*links: Transform) -> Transform:
             states.append(link_state)
         return direction, tuple(states)
 
+    def transport(state: State, old: Tree, new: Tree) -> State:
+        backend = get_backend(*leaves_of(old))
+        old, new = _widen(backend, old), _widen(backend, new)
+        pieces = zip(links, state, strict=True)
+        return tuple(link.transport(piece, old, new) for link, piece in pieces)
+
     return Transform(
         init,
         update,
         bent[0] if bent else apply_updates,
         "gauss_seidel" if "gauss_seidel" in orders else "jacobi",
+        transport if any(link.transport is not stay for link in links) else stay,
     )
 
 

@@ -7,23 +7,16 @@ arXiv:2402.02347, 2024.
 from collections.abc import Callable
 from typing import Any, Final, Literal
 
-from rlora.core.checks import check_choice
+from rlora.core.checks import ComputeDtype, check_choice
+from rlora.core.decay import add_decayed_weights, decay_weights_after
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
 from rlora.core.factors import Tree, leaves_of, pairs_of, rebuild
 from rlora.core.linalg import DampingMode, check_damping, precondition, preconditioners
-from rlora.core.moments import (
-    EpsForm,
-    add_decayed_weights,
-    decay_weights_after,
-    momentum as momentum_link,
-    no_state,
-    scale_by_adam,
-)
-from rlora.core.transform import Order, State, Transform, chain
+from rlora.core.moments import EpsForm, momentum as momentum_link, scale_by_adam
+from rlora.core.transform import Order, State, Transform, chain, no_state, pass_on
 
 Placement = Literal["before", "after", "both"]
-ComputeDtype = Literal[None, "float32", "float64"]
 
 PEFT: Final[dict[str, Any]] = {"damping": 1e-2, "damping_mode": "absolute"}
 """`scaled_sgd` and `scaled_adamw` as PEFT's ``create_riemannian_optimizer`` over SGD or AdamW."""
@@ -83,7 +76,7 @@ def scale_by_gram(
     check_choice("order", order, Order)
     check_choice("compute_dtype", compute_dtype, ComputeDtype)
     exponent = -0.5 if placement == "both" else -1.0
-    inner = inner or Transform(no_state, lambda grads, state, params: (grads, state))
+    inner = inner or Transform(no_state, pass_on)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         if order == "gauss_seidel":
@@ -107,7 +100,7 @@ def scale_by_gram(
             direction, state = inner.update(direction, state, params)
             return (direction if placement == "before" else by_gram(direction)), state
 
-    return Transform(inner.init, update, inner.apply, order)
+    return Transform(inner.init, update, inner.apply, order, inner.transport)
 
 
 def _check_one_sided(grads: Tree) -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlora.core.checks import check_choice, check_nonnegative
+from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative
 from rlora.core.errors import NamespaceError, ShapeError
 from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.transform import Order
-from rlora.methods.scaled import ComputeDtype, Placement
+from rlora.methods.scaled import Placement
 from rlora.pairing import PairReport, nothing_paired
 from rlora.torch.params import (
     TensorPair,

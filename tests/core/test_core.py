@@ -9,14 +9,9 @@ from hypothesis import given, strategies as st
 import rlora
 from rlora import Factors, NamespaceError, PairingError, ShapeError, chain
 from rlora.backends import get
+from rlora.core.decay import add_decayed_weights, decay_weights_after
 from rlora.core.factors import map_leaves, map_pairs, pairs_of, rebuild
-from rlora.core.moments import (
-    add_decayed_weights,
-    clip_by_global_norm,
-    decay_weights_after,
-    momentum,
-    scale_by_adam,
-)
+from rlora.core.moments import clip_by_global_norm, momentum, scale_by_adam
 from rlora.testing import assert_close, make_problem
 
 PAIR = Factors(np.ones((2, 5)), np.zeros((3, 2)))

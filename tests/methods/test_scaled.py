@@ -10,7 +10,8 @@ from oracle import ScaledOracle
 import rlora
 from rlora import Factors, Transform, chain
 from rlora.backends import get
-from rlora.core.moments import add_decayed_weights, decay_weights_after, scale_by_adam
+from rlora.core.decay import add_decayed_weights, decay_weights_after
+from rlora.core.moments import scale_by_adam
 from rlora.methods.scaled import OFFICIAL, PEFT, scale_by_gram
 from rlora.testing import assert_close, make_problem
 

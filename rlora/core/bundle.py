@@ -1,0 +1,277 @@
+"""All pairs of one rank at once: tall work in lists, r x r work on one stack for the whole model.
+
+In *row form*, A as it is and B transposed, both factors are (r, N), a change of basis acts on both
+from the left, and a formula for A is one for B. A stack (2K, r, r) has first what belongs to the K
+A factors, then what belongs to the K B factors; P acts as ``P A`` and as ``(P Bᵀ)ᵀ = B Pᵀ``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from rlora.core.backend import Backend, Workspace, device_of, mT, product
+from rlora.core.checks import ComputeDtype, check_choice
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import (
+    Array,
+    Factors,
+    Tree,
+    counterparts,
+    leaves_of,
+    map_pairs,
+    pairs_of,
+    rebuild,
+)
+from rlora.core.transform import ApplyFn, State, Transform, apply_updates
+
+Stack: TypeAlias = Array
+"""(2K, ...): members of the A factors, then members of the B factors."""
+
+
+class Bundle:
+    """Pairs of one rank, dtype and device.
+
+    Parameters
+    ----------
+    backend : Backend
+        Of the parameters.
+    params : sequence of Factors
+        A (..., r, n) and B (..., m, r), of any outer sizes; K counts every layer of them.
+    moving : sequence of (bool, bool), optional
+        Which factors have a gradient; all by default.
+    dtype : dtype, optional
+        Of the r x r algebra; the parameters' own by default.
+    workspace : dict, optional
+        Memory to use again at the next call with factors of the same shapes.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        params: Sequence[Factors],
+        *,
+        moving: Sequence[tuple[bool, bool]] | None = None,
+        dtype: Any = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        self.backend, self.xp, self.params = backend, backend.xp, params
+        self.like = params[0].A
+        self.rank: int = self.like.shape[-2]
+        self.dtype = dtype or self.like.dtype
+        self.workspace = workspace
+        self.moving = moving or [(True, True)] * len(params)
+        self._leads = [tuple(pair.A.shape[:-2]) for pair in params]
+        self.layers = sum(map(product, self._leads))
+
+    # --- tall work ------------------------------------------------------------------------------
+
+    def gram(self, X: Sequence[Factors]) -> Stack:
+        """``X Xᵀ`` in row form: ``A Aᵀ`` and ``Bᵀ B``."""
+        A, B = [pair.A for pair in X], [pair.B for pair in X]
+        rows = self.backend.gram_rows(A, self.dtype, self.workspace)
+        columns = self.backend.gram_columns(B, self.dtype, self.workspace)
+        return self.xp.concat([rows, columns])
+
+    def cross(self, X: Sequence[Factors], Y: Sequence[Factors]) -> Stack:
+        """``X Yᵀ`` in row form."""
+        A = self.backend.cross_rows([x.A for x in X], [y.A for y in Y], self.dtype)
+        B = self.backend.cross_rows([mT(x.B) for x in X], [mT(y.B) for y in Y], self.dtype)
+        return self.xp.concat([A, B])
+
+    def apply(self, P: Stack, X: Sequence[Factors]) -> list[Factors]:
+        """``P X`` in row form: ``P X_A`` and ``X_B Pᵀ``."""
+        A, B = [pair.A for pair in X], [pair.B for pair in X]
+        P = self.backend.cast(P, self.backend.compute_dtype(self.like.dtype))
+        pieces = list(self.backend.unstack(P, A + B))
+        left = self.backend.apply_left(pieces[: len(A)], A, self.workspace)
+        transposed = [mT(piece) for piece in pieces[len(A) :]]
+        right = self.backend.apply_right(B, transposed, self.workspace)
+        return [Factors(*pair) for pair in zip(left, right, strict=True)]
+
+    # --- the stack ------------------------------------------------------------------------------
+
+    def partner(self, S: Stack) -> Stack:
+        """What belongs to the partner of each factor: the halves change places."""
+        return self.xp.concat([S[self.layers :, ...], S[: self.layers, ...]])
+
+    def halves(self, S: Stack) -> tuple[Array, Array]:
+        """The members of the A factors and those of the B factors."""
+        return S[: self.layers, ...], S[self.layers :, ...]
+
+    def stack(self, X: Sequence[Factors]) -> Stack:
+        """Small arrays, one per factor with the leading axes of its pair, as (2K, ...)."""
+        flat = []
+        for letter in "AB":
+            for lead, pair in zip(self._leads, X, strict=True):
+                x = self.backend.cast(getattr(pair, letter), self.dtype)
+                flat.append(self.xp.reshape(x, (product(lead), *x.shape[len(lead) :])))
+        return self.xp.concat(flat)
+
+    def unstack(self, S: Stack) -> list[Factors]:
+        """The inverse of `stack`."""
+        S = self.backend.cast(S, self.backend.compute_dtype(self.like.dtype))
+        count = len(self.params)
+        owners = [pair.A for pair in self.params] + [pair.B for pair in self.params]
+        pieces = list(self.backend.unstack(S, owners))
+        return [Factors(*pair) for pair in zip(pieces[:count], pieces[count:], strict=True)]
+
+    def spread(self, X: Sequence[Factors]) -> Stack:
+        """One number per factor as (2K, 1, 1)."""
+        flat = []
+        for letter in "AB":
+            for lead, pair in zip(self._leads, X, strict=True):
+                x = self.backend.cast(getattr(pair, letter), self.dtype)
+                flat.append(self.xp.broadcast_to(self.xp.reshape(x, (1,)), (product(lead),)))
+        return self.xp.reshape(self.xp.concat(flat), (-1, 1, 1))
+
+    def constant(self, values: Sequence[tuple[float, float]]) -> Stack:
+        """Python numbers, two for each pair, as (2K, 1, 1)."""
+        flat = [
+            value[side]
+            for side in (0, 1)
+            for lead, value in zip(self._leads, values, strict=True)
+            for _ in range(product(lead))
+        ]
+        array = self.xp.asarray(flat, dtype=self.dtype, device=device_of(self.like))
+        return self.xp.reshape(array, (-1, 1, 1))
+
+    def columns(self) -> Stack:
+        """N, the number of columns in row form: n for an A, m for a B."""
+        return self.constant([(pair.A.shape[-1], pair.B.shape[-2]) for pair in self.params])
+
+    def partner_moves(self) -> Stack | float:
+        """1 where the partner has a gradient, 0 where it is frozen."""
+        if all(all(both) for both in self.moving):
+            return 1.0
+        return self.constant([(float(b), float(a)) for a, b in self.moving])
+
+
+def by_rank(params: Sequence[Factors], workspace: Workspace | None = None) -> list[list[int]]:
+    """Positions of the pairs of one rank, dtype and device."""
+    groups: dict[Any, list[int]] | None = (workspace or {}).get("by rank")
+    if groups is None:
+        groups = {}
+        for i, (A, _) in enumerate(params):
+            groups.setdefault((A.shape[-2], A.dtype, device_of(A)), []).append(i)
+        if workspace is not None:
+            workspace["by rank"] = groups
+    return list(groups.values())
+
+
+Rule: TypeAlias = Callable[[Bundle, list[Factors], State], tuple[list[Factors], State]]
+"""``rule(bundle, grads, state) -> (directions, state)`` for all pairs of one rank: lists of
+Factors, and a named tuple of lists of whatever the state has for each pair. A factor without a
+gradient comes with a zero one; its direction is dropped, and its share of the state stays."""
+
+TransportRule: TypeAlias = Callable[[Bundle, Sequence[Factors], State], State]
+"""``transport(bundle, old, state) -> state`` for all pairs of one rank, after the bundle's
+parameters were `old`."""
+
+
+def rank_wise(
+    init: Callable[..., State],
+    rule: Rule,
+    *,
+    transport: TransportRule | None = None,
+    apply: ApplyFn = apply_updates,
+    compute_dtype: str | None = None,
+) -> Transform:
+    """A transform out of a rule for all pairs of one rank.
+
+    Parameters
+    ----------
+    init : callable
+        ``init(params, scaling)``, a named tuple of trees that have at each pair of the parameters
+        Factors or one array.
+    rule, transport : callable
+        See `Rule` and `TransportRule`.
+    apply : callable
+        See `rlora.Transform`.
+    compute_dtype : {None, "float32", "float64"}
+        Precision of the r x r algebra; None is the parameters' own, at least float32.
+    """
+    check_choice("compute_dtype", compute_dtype, ComputeDtype)
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        G = pairs_of(grads)
+
+        def work(bundle: Bundle, members: list[int], part: State) -> tuple[list[Factors], State]:
+            filled = [_filled(G[i], pair) for i, pair in zip(members, bundle.params, strict=True)]
+            return rule(bundle, filled, part)
+
+        return _each_rank(work, params, grads, state, compute_dtype)
+
+    if transport is None:
+        return Transform(init, update, apply)
+    carried = transport
+
+    def carry(state: State, old: Tree, new: Tree) -> State:
+        before = pairs_of(old)
+
+        def work(bundle: Bundle, members: list[int], part: State) -> tuple[list[Factors], State]:
+            return list(bundle.params), carried(bundle, [before[i] for i in members], part)
+
+        return _each_rank(work, new, new, state, compute_dtype)[1]
+
+    return Transform(init, update, apply, transport=carry)
+
+
+def record_turn(bundle: Bundle, old: Sequence[Factors], state: State) -> State:
+    """A transport that writes down, for each factor, its partner's new rows times its old ones.
+
+    With it the next step finds the old coordinates again: S⁻¹ turn takes them to the new ones.
+    """
+    return state._replace(turn=bundle.unstack(bundle.partner(bundle.cross(bundle.params, old))))
+
+
+def small_zeros(params: Tree, axes: int) -> Tree:
+    """Zeros with `axes` axes of length r after the leading ones, for each factor."""
+
+    def pair_of_zeros(pair: Factors) -> Factors:
+        A, r = pair.A, pair.A.shape[-2]
+        shape = (*A.shape[:-2], *([r] * axes))
+        zeros = get_backend(A).xp.zeros(shape, dtype=A.dtype, device=device_of(A))
+        return Factors(zeros, zeros)
+
+    return map_pairs(pair_of_zeros, params)
+
+
+def _each_rank(
+    work: Callable[..., tuple[list[Factors], State]],
+    params: Tree,
+    grads: Tree,
+    state: State,
+    compute_dtype: str | None,
+) -> tuple[Tree, State]:
+    """Do `work` rank by rank, and put its results back in their places."""
+    pairs, G = pairs_of(params), pairs_of(grads)
+    backend = get_backend(*leaves_of(params))
+    fields = [counterparts(params, tree) for tree in state]
+    directions, moved = list(pairs), [list(field) for field in fields]
+    with backend.exact(pairs[0].A):
+        for members in by_rank(pairs):
+            bundle = Bundle(
+                backend,
+                [pairs[i] for i in members],
+                moving=[(G[i].A is not None, G[i].B is not None) for i in members],
+                dtype=backend.compute_dtype(pairs[members[0]].A.dtype, compute_dtype),
+            )
+            part = type(state)(*([field[i] for i in members] for field in fields))
+            found, part = work(bundle, members, part)
+            for k, i in enumerate(members):
+                directions[i] = _where_moving(G[i], found[k], Factors(None, None))
+                for field, values in zip(moved, part, strict=True):
+                    field[i] = _where_moving(G[i], values[k], field[i])
+    return rebuild(params, directions), type(state)(*(rebuild(params, field) for field in moved))
+
+
+def _filled(grads: Factors, params: Factors) -> Factors:
+    xp = get_backend(params.A).xp
+    both = zip(grads, params, strict=True)
+    return Factors(*(xp.zeros_like(p) if g is None else g for g, p in both))
+
+
+def _where_moving(grads: Factors, new: Any, old: Any) -> Any:
+    """The new value where there was a gradient: factor by factor, or for the pair as a whole."""
+    if not isinstance(new, Factors):
+        return old if all(g is None for g in grads) else new
+    return Factors(*(o if g is None else x for g, x, o in zip(grads, new, old, strict=True)))

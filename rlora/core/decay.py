@@ -1,0 +1,76 @@
+"""Decoupled weight decay: with the step, after it, or once for the product."""
+
+from collections.abc import Callable
+
+from rlora.core.checks import check_nonnegative
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import Array, Tree, map_leaves
+from rlora.core.transform import State, Transform, no_state, pass_on
+
+Split = Callable[[Array | float], tuple[Array | float, Array | float]]
+"""From what one step keeps, ``1 - lr λ``, to what a factor keeps and what multiplies its move."""
+
+
+def add_decayed_weights(weight_decay: float) -> Transform:
+    """Decay with the step: the direction gets ``+ weight_decay * params``.
+
+    Parameters
+    ----------
+    weight_decay : float
+        λ, at least 0. Each factor shrinks by ``1 - lr λ``, so BA shrinks by its square.
+
+    Returns
+    -------
+    Transform
+        Without state.
+
+    References
+    ----------
+    I. Loshchilov, F. Hutter. Decoupled Weight Decay Regularization. arXiv:1711.05101, 2017.
+    """
+    check_nonnegative("weight_decay", weight_decay)
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        if weight_decay == 0:
+            return grads, state
+        return map_leaves(lambda d, p: d + weight_decay * p, grads, params), state
+
+    return Transform(no_state, update)
+
+
+def decay_weights_after(weight_decay: float) -> Transform:
+    """Decay after the step: ``params <- (1 - lr λ) (params - lr direction)``."""
+    return _decay(weight_decay, lambda keep: (keep, keep))
+
+
+def decay_product(weight_decay: float) -> Transform:
+    """Decay of the product: ``params <- sqrt(1 - lr λ) params - lr direction``.
+
+    BA shrinks by ``1 - lr λ``.
+    """
+    return _decay(weight_decay, lambda keep: (keep**0.5, 1.0))
+
+
+def decay_product_around(weight_decay: float) -> Transform:
+    """Decay of the product and not of its move, which a move of one factor makes to first order.
+
+    ``params <- sqrt(1 - lr λ) params - lr direction / sqrt(1 - lr λ)``.
+    """
+    return _decay(weight_decay, lambda keep: (keep**0.5, keep**-0.5))
+
+
+def _decay(weight_decay: float, split: Split) -> Transform:
+    check_nonnegative("weight_decay", weight_decay)
+
+    def apply(params: Tree, direction: Tree, lr: Array | float) -> Tree:
+        keep, reach = split(1 - lr * weight_decay)
+
+        def move(p: Array, d: Array) -> Array:
+            if d is None:
+                return p
+            backend = get_backend(p, d)
+            return backend.cast(keep * backend.cast(p, d.dtype) - lr * reach * d, p.dtype)
+
+        return map_leaves(move, params, direction)
+
+    return Transform(no_state, pass_on, apply)

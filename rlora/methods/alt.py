@@ -1,0 +1,242 @@
+"""AltLoRA: one factor at a time, each with a momentum that follows the turns of the other.
+
+X. Yu, Y. Wang, J. Chen, L. Xue. AltLoRA: Towards Better Gradient Approximation in Low-Rank
+Adaptation with Alternating Projections. arXiv:2505.12455, 2025.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+from rlora.core.bundle import Bundle, rank_wise, record_turn, small_zeros
+from rlora.core.checks import check_choice, check_nonnegative, check_unit
+from rlora.core.factors import Array, Factors, Tree
+from rlora.core.linalg import DampingMode, check_damping, metric_power
+from rlora.core.moments import per_pair, zeros
+from rlora.core.transform import State, Transform, chain
+
+First = Literal["A", "B"]
+
+
+class AltState(NamedTuple):
+    """What AltLoRA knows of each pair."""
+
+    mu: Tree
+    """Momentum, like the parameters."""
+
+    turn: Tree
+    """The partner's new rows times its old ones, (..., r, r)."""
+
+    count: Tree
+    """Half-steps taken, one number a pair."""
+
+    scaling: Tree
+    """The s of each pair."""
+
+
+class AltPlusState(NamedTuple):
+    """What AltLoRA+ knows: the same, and an entrywise second moment."""
+
+    mu: Tree
+    turn: Tree
+    count: Tree
+    scaling: Tree
+    nu: Tree
+
+
+class Rates(NamedTuple):
+    """How a factor moves when it is its turn; without a b2 by its momentum alone."""
+
+    b1: float
+    b2: float | None
+    eps: float
+    weight_decay: float
+
+    def half_step(
+        self, xp: Any, mu: Array, nu: Array | None, g: Array, p: Array
+    ) -> tuple[Array, Array, Array | None]:
+        """Direction and moments of one factor."""
+        mu = self.b1 * mu + (1 - self.b1) * g
+        if nu is None or self.b2 is None:
+            return mu + self.weight_decay * p, mu, None
+        nu = self.b2 * nu + (1 - self.b2) * g * g
+        return mu / (xp.sqrt(nu) + self.eps) + self.weight_decay * p, mu, nu
+
+
+def alternate(
+    rates: Rates,
+    *,
+    first: First = "B",
+    damping: float = 1e-6,
+    damping_mode: DampingMode = "relative",
+    compute_dtype: str | None = None,
+) -> Transform:
+    """`alt_lora`, or with a b2 `alt_lora_plus`, as a link."""
+    check_unit("b1", rates.b1)
+    check_unit("b2", rates.b2 or 0.0)
+    check_nonnegative("eps", rates.eps)
+    check_nonnegative("weight_decay", rates.weight_decay)
+    check_choice("first", first, First)
+    check_damping(damping, damping_mode)
+
+    def init(params: Tree, scaling: float = 1.0) -> State:
+        common = (
+            zeros(params),
+            small_zeros(params, 2),
+            per_pair(params, 0.0),
+            per_pair(params, scaling),
+        )
+        return AltState(*common) if rates.b2 is None else AltPlusState(*common, zeros(params))
+
+    def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
+        backend, xp = bundle.backend, bundle.xp
+        S = bundle.gram(bundle.params)
+        T = backend.matmul(metric_power(bundle, S), bundle.stack(state.turn))
+        mu = bundle.apply(T, state.mu)  # in the coordinates that the partner has now
+        g = bundle.apply(metric_power(bundle, S, -1.0, damping, damping_mode), G)
+
+        def move(k: int, letter: str) -> tuple[Array, Array, Array | None]:
+            nu = None if rates.b2 is None else getattr(state.nu[k], letter)
+            old, g_k, p = (getattr(x[k], letter) for x in (mu, g, bundle.params))
+            d, *new = rates.half_step(xp, old, nu, g_k / state.scaling[k] ** 2, p)
+            if not all(bundle.moving[k]):  # the partner is frozen: every turn is this factor's
+                return d, new[0], new[1]
+            turn = state.count[k] % 2 == (0 if letter == first else 1)
+            kept = None if nu is None else xp.where(turn, new[1], nu)
+            return xp.where(turn, d, xp.zeros_like(d)), xp.where(turn, new[0], old), kept
+
+        moves = [(move(k, "A"), move(k, "B")) for k in range(len(bundle.params))]
+        D, mu, nu = ([Factors(a[i], b[i]) for a, b in moves] for i in range(3))
+        moved = state._replace(
+            mu=mu,
+            # Whoever moves the parameters without `transport` shall see it at once.
+            turn=bundle.unstack(T * float("nan")),
+            count=[count + 1 for count in state.count],
+        )
+        return D, moved if rates.b2 is None else moved._replace(nu=nu)
+
+    return rank_wise(init, rule, transport=record_turn, compute_dtype=compute_dtype)
+
+
+def alt_lora(
+    *,
+    b1: float = 0.9,
+    weight_decay: float = 0.0,
+    first: First = "B",
+    damping: float = 1e-6,
+    damping_mode: DampingMode = "relative",
+    compute_dtype: str | None = None,
+) -> Transform:
+    """AltLoRA, alternating projections.
+
+    In turns, one of the factors moves and the other rests::
+
+        M_A = b1 S_B⁻¹ Bᵀ B_old M_A + (1 - b1) (S_B + ..)⁻¹ G_A / s²,   A = A - lr (M_A + λ A)
+        M_B = b1 M_B A_old Aᵀ S_A⁻¹ + (1 - b1) G_B (S_A + ..)⁻¹ / s²,   B = B - lr (M_B + λ B)
+
+    with ``S_A = A Aᵀ`` and ``S_B = Bᵀ B``. The weight moves by the projection of the full gradient
+    on one of the factors' spaces: nothing is counted twice, and no product of two moves is left.
+
+    Parameters
+    ----------
+    b1 : float
+        Momentum, in [0, 1).
+    weight_decay : float
+        λ, at least 0; decoupled, of the factor whose turn it is.
+    first : {"A", "B"}
+        Who begins. The paper's algorithm begins with A and its ablation finds B better, which also
+        is the one that can move from B = 0.
+    damping, damping_mode, compute_dtype
+        As in `rlora.scaled_adamw`.
+
+    Returns
+    -------
+    Transform
+        State: one array a factor, and for each r² numbers; two numbers a pair.
+
+    Raises
+    ------
+    ValueError, TypeError
+        When a hyperparameter is out of its range or of the wrong type.
+
+    Notes
+    -----
+    A step moves one factor: two gradients make one round. Where a factor is frozen the other one
+    moves every time. The product follows the same path however it is split. The old factors are
+    not stored, only ``B_oldᵀ B``, which `transport` writes down.
+
+    References
+    ----------
+    X. Yu, Y. Wang, J. Chen, L. Xue. AltLoRA: Towards Better Gradient Approximation in Low-Rank
+    Adaptation with Alternating Projections. arXiv:2505.12455, 2025.
+
+    Examples
+    --------
+    >>> import rlora
+    >>> method = rlora.alt_lora(b1=0.9)
+    """
+    link = alternate(
+        Rates(b1, None, 0.0, weight_decay),
+        first=first,
+        damping=damping,
+        damping_mode=damping_mode,
+        compute_dtype=compute_dtype,
+    )
+    return chain(link)
+
+
+def alt_lora_plus(
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    first: First = "B",
+    damping: float = 1e-6,
+    damping_mode: DampingMode = "relative",
+    compute_dtype: str | None = None,
+) -> Transform:
+    """AltLoRA+, AltLoRA with an entrywise second moment.
+
+    As `alt_lora`, with ``V = b2 V + (1 - b2) g∘g`` of the preconditioned gradient g and the move
+    ``M / (sqrt(V) + eps)``, without bias correction, as in the paper.
+
+    Parameters
+    ----------
+    b1, b2 : float
+        Decay rates, in [0, 1).
+    eps : float
+        At least 0.
+    weight_decay, first, damping, damping_mode, compute_dtype
+        As in `alt_lora`.
+
+    Returns
+    -------
+    Transform
+        State: two arrays a factor, and for each r² numbers; two numbers a pair.
+
+    Raises
+    ------
+    ValueError, TypeError
+        When a hyperparameter is out of its range or of the wrong type.
+
+    Notes
+    -----
+    The entrywise moment breaks the invariance that AltLoRA has, down to signed permutations.
+
+    References
+    ----------
+    X. Yu, Y. Wang, J. Chen, L. Xue. AltLoRA: Towards Better Gradient Approximation in Low-Rank
+    Adaptation with Alternating Projections. arXiv:2505.12455, 2025.
+
+    Examples
+    --------
+    >>> import rlora
+    >>> method = rlora.alt_lora_plus(b2=0.99)
+    """
+    link = alternate(
+        Rates(b1, b2, eps, weight_decay),
+        first=first,
+        damping=damping,
+        damping_mode=damping_mode,
+        compute_dtype=compute_dtype,
+    )
+    return chain(link)

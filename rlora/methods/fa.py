@@ -1,0 +1,127 @@
+"""LoRA-FA: A stays frozen, and B moves by the full gradient's projection on the row space of A.
+
+L. Zhang, L. Zhang, S. Shi, X. Chu, B. Li. LoRA-FA: Memory-efficient Low-rank Adaptation for Large
+Language Models Fine-tuning. arXiv:2308.03303, 2023.
+"""
+
+from typing import Any, Final, Literal, NamedTuple
+
+from rlora.core.checks import ComputeDtype, check_choice
+from rlora.core.decay import add_decayed_weights, decay_weights_after
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
+from rlora.core.linalg import DampingMode, check_damping, precondition, preconditioners
+from rlora.core.moments import EpsForm, only, scale_by_adam
+from rlora.core.transform import State, Transform, chain
+
+PEFT: Final[dict[str, Any]] = {
+    "eps": 1e-6,
+    "eps_form": "hf",
+    "decay": "after",
+    "damping": 1e-8,
+    "damping_mode": "absolute",
+}
+"""`lora_fa` as PEFT's ``create_lorafa_optimizer`` has it."""
+
+
+class FrozenState(NamedTuple):
+    """What does not change while A is frozen."""
+
+    inverse: Tree
+    """``S_A⁻¹ / s²``, (..., r, r), one a pair."""
+
+
+def scale_by_frozen_gram(
+    damping: float = 1e-6,
+    damping_mode: DampingMode = "relative",
+    compute_dtype: str | None = None,
+) -> Transform:
+    """The direction ``G_B S_A⁻¹ / s²`` for B and none for A, with an inverse made once."""
+    check_damping(damping, damping_mode)
+    check_choice("compute_dtype", compute_dtype, ComputeDtype)
+
+    def init(params: Tree, scaling: float = 1.0) -> FrozenState:
+        leaves = leaves_of(params)
+        backend = get_backend(*leaves)
+        with backend.exact(leaves[0]):
+            P = preconditioners(
+                backend,
+                pairs_of(params),
+                damping=damping,
+                damping_mode=damping_mode,
+                compute_dtype=compute_dtype,
+            )
+        return FrozenState(rebuild(params, [pair.B / scaling**2 for pair in P]))
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        leaves = leaves_of(params)
+        backend = get_backend(*leaves)
+        P = [Factors(None, inverse) for inverse in counterparts(params, state.inverse)]
+        of_B = [Factors(None, pair.B) for pair in pairs_of(grads)]
+        with backend.exact(leaves[0]):
+            return rebuild(params, precondition(backend, P, of_B)), state
+
+    return Transform(init, update)
+
+
+def lora_fa(
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    damping: float = 1e-6,
+    damping_mode: DampingMode = "relative",
+    compute_dtype: str | None = None,
+    eps_form: EpsForm = "torch",
+    decay: Literal["before", "after"] = "before",
+) -> Transform:
+    """LoRA-FA, frozen A.
+
+    ``B <- B - lr (Adam(G_B S_A⁻¹ / s²) + λ B)`` with the damped ``S_A = A Aᵀ``; A never moves, so
+    that a layer need not keep its input for A's gradient. Without Adam the move of the weight would
+    be ``-lr G A⁺ A``, the best there is within the row space of A.
+
+    Parameters
+    ----------
+    b1, b2 : float
+        Decay rates of the moments, in [0, 1).
+    eps : float
+        At least 0.
+    weight_decay : float
+        λ, at least 0; decoupled, of B.
+    damping, damping_mode, compute_dtype
+        As in `rlora.scaled_adamw`. The inverse is made once, when the state is: A must not change.
+    eps_form : {"torch", "hf"}
+        See `rlora.core.moments.scale_by_adam`.
+    decay : {"before", "after"}
+        Decay with the step, as torch's AdamW, or of its result, as PEFT's code.
+
+    Returns
+    -------
+    Transform
+        State: two arrays like B, its step count, and r² numbers a pair.
+
+    Raises
+    ------
+    ValueError, TypeError
+        When a hyperparameter is out of its range or of the wrong type.
+
+    References
+    ----------
+    L. Zhang, L. Zhang, S. Shi, X. Chu, B. Li. LoRA-FA: Memory-efficient Low-rank Adaptation for
+    Large Language Models Fine-tuning. arXiv:2308.03303, 2023.
+
+    Examples
+    --------
+    >>> import rlora
+    >>> from rlora.methods.fa import PEFT
+    >>> same_as_peft = rlora.lora_fa(**PEFT)
+    """
+    check_choice("decay", decay, Literal["before", "after"])
+    decayed = add_decayed_weights if decay == "before" else decay_weights_after
+    return chain(
+        scale_by_frozen_gram(damping, damping_mode, compute_dtype),
+        only("B", scale_by_adam(b1, b2, eps, eps_form=eps_form)),
+        decayed(weight_decay),
+    )

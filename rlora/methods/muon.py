@@ -1,0 +1,104 @@
+"""LoRA-Muon: steepest descent of the product in the spectral norm, half of it by each factor.
+
+F. L. Cesista, K. Crowson, C. Simal, S. Biderman. LoRA-Muon: Spectral Steepest Descent on the
+Low-Rank Manifold. arXiv:2606.12921, 2026. The same step without decay is iMuon's for the metric of
+a product: Intrinsic Muon: Spectral Optimization on Riemannian Matrix Manifolds. arXiv:2605.09238,
+2026.
+"""
+
+from typing import NamedTuple
+
+from rlora.core.bundle import Bundle, rank_wise
+from rlora.core.checks import check_unit
+from rlora.core.decay import decay_product_around
+from rlora.core.factors import Factors, Tree
+from rlora.core.linalg import congruence, metric_power
+from rlora.core.moments import momentum as momentum_link, per_pair
+from rlora.core.transform import State, Transform, chain
+
+
+class MuonState(NamedTuple):
+    """The s of each pair."""
+
+    scaling: Tree
+
+
+def scale_by_spectral_norm(*, compute_dtype: str | None = None) -> Transform:
+    """The direction of `lora_muon` without momentum, as a link.
+
+    ``msign(S_B^-½ M_A) = (S_B^-½ M_A M_Aᵀ S_B^-½)^-½ S_B^-½ M_A``: one product of the tall matrix.
+    """
+
+    def init(params: Tree, scaling: float = 1.0) -> MuonState:
+        return MuonState(per_pair(params, scaling))
+
+    def rule(bundle: Bundle, M: list[Factors], state: State) -> tuple[list[Factors], State]:
+        backend = bundle.backend
+        W = metric_power(bundle, bundle.gram(bundle.params), -0.5)
+        sign = backend.damped_power(congruence(backend, W, bundle.gram(M)), -0.5)
+        D = bundle.apply(congruence(backend, W, sign), M)
+        halves = [0.5 / s for s in state.scaling]
+        return [Factors(c * d.A, c * d.B) for c, d in zip(halves, D, strict=True)], state
+
+    return rank_wise(init, rule, compute_dtype=compute_dtype)
+
+
+def lora_muon(
+    *,
+    b1: float = 0.95,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    compute_dtype: str | None = None,
+) -> Transform:
+    """LoRA-Muon, spectral steepest descent on the product.
+
+    With the momentum ``M <- b1 M + G`` of each factor, ``c = sqrt(1 - lr λ)`` and msign(X) the
+    nearest matrix with orthonormal rows or columns::
+
+        A <- c A - lr / (2 s c) S_B^-½ msign(S_B^-½ M_A)
+        B <- c B - lr / (2 s c) msign(M_B S_A^-½) S_A^-½
+
+    Each half moves the weight by ``lr / 2`` in the spectral norm, whatever the factors are.
+
+    Parameters
+    ----------
+    b1 : float
+        Momentum, in [0, 1).
+    nesterov : bool
+        Look ahead, ``G + b1 M`` in place of M.
+    weight_decay : float
+        λ, at least 0; the product shrinks by ``1 - lr λ``.
+    compute_dtype : {None, "float32", "float64"}
+        Precision of the r x r algebra; None is the parameters' own, at least float32.
+
+    Returns
+    -------
+    Transform
+        State: one array a factor and its step count.
+
+    Raises
+    ------
+    ValueError, TypeError
+        When a hyperparameter is out of its range or of the wrong type.
+
+    Notes
+    -----
+    The product follows the same path however it is split. The move has the size of the learning
+    rate in every direction that the momentum has at all; directions below its rounding are left
+    out, not lifted. As the factors shrink their moves grow: right after B = 0, A moves by as much
+    as it is large.
+
+    References
+    ----------
+    F. L. Cesista, K. Crowson, C. Simal, S. Biderman. LoRA-Muon: Spectral Steepest Descent on the
+    Low-Rank Manifold. arXiv:2606.12921, 2026.
+
+    Examples
+    --------
+    >>> import rlora
+    >>> method = rlora.lora_muon(b1=0.95, weight_decay=0.01)
+    """
+    check_unit("b1", b1)
+    spectral_norm = scale_by_spectral_norm(compute_dtype=compute_dtype)
+    links = [momentum_link(b1, nesterov=nesterov), spectral_norm] if b1 else [spectral_norm]
+    return chain(*links, decay_product_around(weight_decay))

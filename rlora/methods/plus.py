@@ -1,0 +1,72 @@
+"""LoRA+: a larger learning rate for B than for A, around any method.
+
+S. Hayou, N. Ghosh, B. Yu. LoRA+: Efficient Low Rank Adaptation of Large Models. arXiv:2402.12354,
+2024.
+"""
+
+from rlora.core.checks import check_nonnegative
+from rlora.core.decay import add_decayed_weights
+from rlora.core.factors import Array, Tree, map_pairs
+from rlora.core.moments import scale_by_adam
+from rlora.core.transform import Transform, chain
+
+
+def lora_plus(
+    inner: Transform | None = None,
+    *,
+    ratio: float = 16.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Transform:
+    """LoRA+, the learning rate ``lr`` for A and ``ratio * lr`` for B.
+
+    Parameters
+    ----------
+    inner : Transform, optional
+        Any method; AdamW with the following hyperparameters by default. Its weight decay goes with
+        the learning rate of each factor.
+    ratio : float
+        At least 0. The paper recommends 16.
+    b1, b2, eps, weight_decay
+        Of the default AdamW; without effect on an `inner` that is given.
+
+    Returns
+    -------
+    Transform
+        State: that of `inner`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        When a hyperparameter is out of its range or of the wrong type.
+
+    Notes
+    -----
+    A ratio is a choice of split: AdamW without eps and decay moves the product from (A, B) with
+    ratio c² as it does with ratio 1 from (c A, B / c). Methods that no split can change need none.
+
+    References
+    ----------
+    S. Hayou, N. Ghosh, B. Yu. LoRA+: Efficient Low Rank Adaptation of Large Models.
+    arXiv:2402.12354, 2024.
+
+    Examples
+    --------
+    >>> import rlora
+    >>> method = rlora.lora_plus(ratio=16.0, weight_decay=0.01)
+    >>> both = rlora.lora_plus(rlora.scaled_adamw(), ratio=4.0)
+    """
+    check_nonnegative("ratio", ratio)
+    adamw = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay))
+    inner = adamw if inner is None else inner
+
+    def apply(params: Tree, direction: Tree, lr: Array | float) -> Tree:
+        for letter, rate in (("B", lr), ("A", ratio * lr)):  # first without B, then without A
+            other: dict[str, None] = {letter: None}
+            half = map_pairs(lambda pair, other=other: pair._replace(**other), direction)
+            params = inner.apply(params, half, rate)
+        return params
+
+    return inner._replace(apply=apply)

@@ -1,0 +1,270 @@
+"""LoRA-Pro: moves of the factors whose joint effect on the weight is nearest to full fine-tuning.
+
+Z. Wang, J. Liang, R. He, Z. Wang, T. Tan. LoRA-Pro: Are Low-Rank Adapters Properly Optimized?
+arXiv:2407.18242, 2024.
+"""
+
+from typing import Literal, NamedTuple
+
+from rlora.core.backend import device_of, mT
+from rlora.core.bundle import Bundle, Stack, rank_wise
+from rlora.core.checks import check_choice, check_nonnegative, check_unit
+from rlora.core.decay import add_decayed_weights, decay_product
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import Array, Factors, Tree, map_pairs
+from rlora.core.linalg import DampingMode, check_damping, metric_power, sylvester_spd, tangent
+from rlora.core.moments import adam_step, momentum as momentum_link, per_pair, scale_by_adam
+from rlora.core.transform import State, Transform, chain
+
+Gauge = Literal["sylvester", "balanced", "zero"]
+Mode = Literal["efficient", "full"]
+
+
+class ProState(NamedTuple):
+    """The s of each pair."""
+
+    scaling: Tree
+
+
+def scale_by_pro(
+    gauge: Gauge = "sylvester",
+    *,
+    damping: float = 1e-6,
+    damping_mode: DampingMode = "relative",
+    compute_dtype: str | None = None,
+) -> Transform:
+    """The direction of `lora_pro_sgd`, as a link."""
+    check_choice("gauge", gauge, Gauge)
+    check_damping(damping, damping_mode)
+
+    def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
+        S = bundle.gram(bundle.params)
+        P = metric_power(bundle, S, -1.0, damping, damping_mode)
+        X = gauge_of(gauge, bundle, S, P, G)
+        D = tangent(bundle, P, G, X)
+        return [_times(s**-2.0, d) for s, d in zip(state.scaling, D, strict=True)], state
+
+    return rank_wise(_init, rule, compute_dtype=compute_dtype)
+
+
+def gauge_of(gauge: Gauge, bundle: Bundle, S: Stack, P: Stack, G: list[Factors]) -> Array | None:
+    """The X of the solution family, (K, r, r), in units in which s is 1."""
+    if gauge == "zero":
+        return None
+    backend, matmul = bundle.backend, bundle.backend.matmul
+    P_A, P_B = bundle.halves(P)  # S_B⁻¹, S_A⁻¹
+    C_A, C_B = bundle.halves(bundle.cross(bundle.params, G))  # A G_Aᵀ, Bᵀ G_B
+    if gauge == "balanced":
+        return -0.5 * matmul(matmul(P_A, C_B), P_B)
+    S_A, S_B = bundle.halves(S)
+    return sylvester_spd(backend, S_B, S_A, -matmul(P_A, mT(C_A)))
+
+
+def _init(params: Tree, scaling: float = 1.0) -> ProState:
+    return ProState(per_pair(params, scaling))
+
+
+def _times(c: Array, pair: Factors) -> Factors:
+    return Factors(c * pair.A, c * pair.B)
+
+
+class FullState(NamedTuple):
+    """Adam's moments of the equivalent gradient, and the s of each pair."""
+
+    mu: Tree
+    """(..., m, n)."""
+
+    nu: Tree
+    """(..., m, n)."""
+
+    count: Tree
+    """Steps taken, one number a pair."""
+
+    scaling: Tree
+    """The s of each pair."""
+
+
+def scale_by_full_adam(
+    gauge: Gauge = "sylvester",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    damping: float = 1e-6,
+    damping_mode: DampingMode = "relative",
+    compute_dtype: str | None = None,
+) -> Transform:
+    """The direction of `lora_pro_adamw` in the mode "full", as a link."""
+    check_choice("gauge", gauge, Gauge)
+    check_damping(damping, damping_mode)
+    check_unit("b1", b1)
+    check_unit("b2", b2)
+    check_nonnegative("eps", eps)
+
+    def init(params: Tree, scaling: float = 1.0) -> FullState:
+        def moment(pair: Factors) -> Array:
+            A, shape = pair.A, (*pair.B.shape[:-1], pair.A.shape[-1])  # (..., m, n)
+            return get_backend(A).xp.zeros(shape, dtype=A.dtype, device=device_of(A))
+
+        zero = map_pairs(moment, params)
+        return FullState(zero, zero, per_pair(params, 0.0), per_pair(params, scaling))
+
+    def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], FullState]:
+        matmul = bundle.backend.matmul
+        S = bundle.gram(bundle.params)
+        P = metric_power(bundle, S, -1.0, damping, damping_mode)
+        g = tangent(bundle, P, G)  # times s²: the equivalent gradient is the same in every gauge
+
+        out = []
+        for k, (pair, move, s) in enumerate(zip(bundle.params, g, state.scaling, strict=True)):
+            equivalent = (matmul(pair.B, move.A) + matmul(move.B, pair.A)) / s  # (..., m, n)
+            out.append(adam_step(state.mu[k], state.nu[k], state.count[k], equivalent, b1, b2, eps))
+        adam, mu, nu, count = (list(column) for column in zip(*out, strict=True))
+
+        G = [
+            Factors(matmul(mT(pair.B), d), matmul(d, mT(pair.A)))
+            for pair, d in zip(bundle.params, adam, strict=True)
+        ]
+        D = tangent(bundle, P, G, gauge_of(gauge, bundle, S, P, G))
+        D = [_times(1 / s, d) for s, d in zip(state.scaling, D, strict=True)]
+        return D, FullState(mu, nu, count, state.scaling)
+
+    return rank_wise(init, rule, compute_dtype=compute_dtype)
+
+
+def lora_pro_sgd(
+    *,
+    gauge: Gauge = "sylvester",
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    damping: float = 1e-6,
+    damping_mode: DampingMode = "relative",
+    compute_dtype: str | None = None,
+) -> Transform:
+    """LoRA-Pro with gradient descent.
+
+    ``A <- A - lr g_A`` and ``B <- B - lr g_B`` with, for ``S_A = A Aᵀ`` and ``S_B = Bᵀ B``::
+
+        g_A = S_B⁻¹ G_A / s² + X A
+        g_B = (I - B S_B⁻¹ Bᵀ) G_B S_A⁻¹ / s² - B X
+
+    Whatever the gauge X, the equivalent gradient ``s B g_A + s g_B A`` is the same: the projection
+    of the full gradient on what a rank-r product can do to first order.
+
+    Parameters
+    ----------
+    gauge : {"sylvester", "balanced", "zero"}
+        The X with ``S_B X + X S_A = -S_B⁻¹ G_A Aᵀ / s²``, which brings g_A and g_B nearest to G_A
+        and G_B; ``X = -½ S_B⁻¹ Bᵀ G_B S_A⁻¹ / s²``, which shares what both could do; or 0.
+    momentum : float
+        In [0, 1); of the direction. The authors' code takes one and ignores it.
+    weight_decay : float
+        At least 0; decoupled, of each factor.
+    damping, damping_mode, compute_dtype
+        As in `rlora.scaled_adamw`.
+
+    Returns
+    -------
+    Transform
+        State: one number a factor; with momentum one array a factor and its step count more.
+
+    Raises
+    ------
+    ValueError, TypeError
+        When a hyperparameter is out of its range or of the wrong type.
+
+    Notes
+    -----
+    With X zero or balanced and no damping, also with momentum, the product follows the same path
+    however it is split; with the Sylvester gauge it does not, as ``δB δA`` depends on X. Of a pair
+    with a frozen factor the other one gets the nearest move it can do alone.
+
+    References
+    ----------
+    Z. Wang, J. Liang, R. He, Z. Wang, T. Tan. LoRA-Pro: Are Low-Rank Adapters Properly Optimized?
+    arXiv:2407.18242, 2024.
+
+    Examples
+    --------
+    >>> import rlora
+    >>> method = rlora.lora_pro_sgd(gauge="balanced", momentum=0.9)
+    """
+    pro = scale_by_pro(
+        gauge, damping=damping, damping_mode=damping_mode, compute_dtype=compute_dtype
+    )
+    links = [pro, momentum_link(momentum)] if momentum else [pro]
+    return chain(*links, add_decayed_weights(weight_decay))
+
+
+def lora_pro_adamw(
+    *,
+    mode: Mode = "efficient",
+    gauge: Gauge = "sylvester",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    damping: float = 1e-6,
+    damping_mode: DampingMode = "relative",
+    compute_dtype: str | None = None,
+) -> Transform:
+    """LoRA-Pro with AdamW.
+
+    "efficient" gives the g_A and g_B of `lora_pro_sgd` to Adam, entry by entry. "full" keeps Adam's
+    moments of the equivalent gradient ``s B g_A + s g_B A``, (m, n), and takes the g_A and g_B that
+    come nearest to Adam's direction.
+
+    Parameters
+    ----------
+    mode : {"efficient", "full"}
+        Where the moments live: in the factors, or in the weight.
+    gauge : {"sylvester", "balanced", "zero"}
+        See `lora_pro_sgd`.
+    b1, b2 : float
+        Decay rates of the moments, in [0, 1).
+    eps : float
+        At least 0.
+    weight_decay : float
+        λ, at least 0; decoupled. "efficient" shrinks each factor by ``1 - lr λ``; "full" by its
+        square root, so that B A shrinks by ``1 - lr λ``. (The authors shrink the base weight as
+        well, which an optimizer of factors does not own.)
+    damping, damping_mode, compute_dtype
+        As in `rlora.scaled_adamw`.
+
+    Returns
+    -------
+    Transform
+        State: "efficient" two arrays a factor; "full" two arrays (m, n) a pair, as much as full
+        fine-tuning.
+
+    Raises
+    ------
+    ValueError, TypeError
+        When a hyperparameter is out of its range or of the wrong type.
+
+    Notes
+    -----
+    "full" with X zero or balanced and no damping keeps to one path of the product however it is
+    split; "efficient" only under signed permutations of the rank axis.
+
+    References
+    ----------
+    Z. Wang, J. Liang, R. He, Z. Wang, T. Tan. LoRA-Pro: Are Low-Rank Adapters Properly Optimized?
+    arXiv:2407.18242, 2024.
+
+    Examples
+    --------
+    >>> import rlora
+    >>> method = rlora.lora_pro_adamw(gauge="zero", weight_decay=0.01)
+    """
+    check_choice("mode", mode, Mode)
+    check_nonnegative("weight_decay", weight_decay)
+    if mode == "efficient":
+        pro = scale_by_pro(
+            gauge, damping=damping, damping_mode=damping_mode, compute_dtype=compute_dtype
+        )
+        return chain(pro, scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay))
+    full = scale_by_full_adam(
+        gauge, b1, b2, eps, damping=damping, damping_mode=damping_mode, compute_dtype=compute_dtype
+    )
+    return chain(full, decay_product(weight_decay))

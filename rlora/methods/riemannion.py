@@ -1,0 +1,147 @@
+"""Riemannion: Muon on the manifold of rank-r matrices, whatever its points are split into.
+
+V. Bogachev, V. Aletov, A. Molozhavenko, D. Bobkov, V. Soboleva, A. Alanov, M. Rakhuba. LoRA meets
+Riemannion: Muon Optimizer for Parametrization-independent Low-Rank Adapters. arXiv:2507.12142,
+2025.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rlora.core.backend import ROUNDING, Backend, mT
+from rlora.core.bundle import Bundle, rank_wise
+from rlora.core.checks import check_nonnegative, check_unit
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import Array, Factors, Tree, map_leaves, map_pairs
+from rlora.core.linalg import add, metric_power, scale, tangent
+from rlora.core.moments import zeros
+from rlora.core.transform import State, Transform, apply_updates, chain
+
+
+class RiemannionState(NamedTuple):
+    """Momentum, a tangent vector ``B M_A + M_B A`` at the present point."""
+
+    mu: Tree
+    """M_A and M_B, like the parameters."""
+
+
+def riemannion(
+    *, b1: float = 0.9, weight_decay: float = 0.0, compute_dtype: str | None = None
+) -> Transform:
+    """Riemannion, orthogonalised momentum on the manifold of rank-r matrices.
+
+    At the point ``X = B A`` a tangent vector is ``B D_A + D_B A``. With Π the projection on the
+    tangent space, G the gradient by X and msign(M) the matrix with M's singular vectors and all
+    singular values 1::
+
+        M = Π(G) + b1 Π(M_old)
+        X = truncated SVD of rank r of  (1 - lr λ) X - lr Π(msign(M))
+
+    Parameters
+    ----------
+    b1 : float
+        Momentum, in [0, 1).
+    weight_decay : float
+        λ, at least 0; the product shrinks by ``1 - lr λ``.
+    compute_dtype : {None, "float32", "float64"}
+        Precision of the r x r algebra; None is the parameters' own, at least float32.
+
+    Returns
+    -------
+    Transform
+        State: one array a factor.
+
+    Raises
+    ------
+    ValueError, TypeError
+        When a hyperparameter is out of its range or of the wrong type.
+
+    Notes
+    -----
+    The new factors are ``B = U`` and ``A = Σ Vᵀ``: after the first step the split is of the
+    method's choice. The product follows the same path from every split. B = 0 is no point of the
+    manifold: the first step is the move of B alone. A pair with a frozen factor moves along a
+    straight line. The momentum is stored as it is before orthogonalisation. The move is in units
+    of ``B A``, not of ``s B A``.
+
+    References
+    ----------
+    V. Bogachev, V. Aletov, A. Molozhavenko, D. Bobkov, V. Soboleva, A. Alanov, M. Rakhuba. LoRA
+    meets Riemannion: Muon Optimizer for Parametrization-independent Low-Rank Adapters.
+    arXiv:2507.12142, 2025.
+
+    Examples
+    --------
+    >>> import rlora
+    >>> method = rlora.riemannion(b1=0.9)
+    """
+    check_unit("b1", b1)
+    check_nonnegative("weight_decay", weight_decay)
+
+    def init(params: Tree, scaling: float = 1.0) -> RiemannionState:
+        return RiemannionState(zeros(params))
+
+    def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
+        P = metric_power(bundle, bundle.gram(bundle.params))
+        mu = add(tangent(bundle, P, G), scale(b1, state.mu))
+        seen = [_seen_msign(bundle.backend, X, M) for X, M in zip(bundle.params, mu, strict=True)]
+        return tangent(bundle, P, seen), RiemannionState(mu)
+
+    def transport(bundle: Bundle, old: Sequence[Factors], state: State) -> RiemannionState:
+        # What the new factors see of the old tangent vector: its projection needs no more.
+        turn = bundle.partner(bundle.cross(bundle.params, old))
+        move = bundle.partner(bundle.cross(bundle.params, state.mu))
+        seen = add(bundle.apply(turn, state.mu), bundle.apply(move, old))
+        P = metric_power(bundle, bundle.gram(bundle.params))
+        return RiemannionState(tangent(bundle, P, seen))
+
+    def retract(params: Tree, direction: Tree, lr: Array | float) -> Tree:
+        return map_pairs(lambda pair, d: _retract(pair, d, lr, weight_decay), params, direction)
+
+    return chain(
+        rank_wise(init, rule, transport=transport, apply=retract, compute_dtype=compute_dtype)
+    )
+
+
+def _seen_msign(backend: Backend, X: Factors, M: Factors) -> Factors:
+    """``Bᵀ Y`` and ``Y Aᵀ`` for ``Y = msign(B M_A + M_B A)``."""
+    xp, matmul = backend.xp, backend.matmul
+    U, core, V = _core(backend, X, M)
+    left, sigma, right = backend.svd(core)  # (..., k, l) with k, l at most 2r
+    floor = ROUNDING * float(xp.finfo(sigma.dtype).eps) * core.shape[-1]
+    live = sigma > floor * xp.max(sigma, axis=-1, keepdims=True)
+    ones = xp.where(live, xp.ones_like(sigma), 0 * sigma)  # NaN stays
+    sign = matmul(left * ones[..., None, :], right)
+    return Factors(
+        matmul(matmul(matmul(mT(X.B), U), sign), mT(V)),
+        matmul(U, matmul(sign, matmul(mT(V), mT(X.A)))),
+    )
+
+
+def _core(backend: Backend, X: Factors, M: Factors) -> tuple[Array, Array, Array]:
+    """``U core Vᵀ = B M_A + M_B A`` with orthonormal U (m, k) and V (n, l), k and l at most 2r."""
+    xp = backend.xp
+    U, R = xp.linalg.qr(xp.concat([X.B, M.B], axis=-1))
+    V, T = xp.linalg.qr(xp.concat([mT(M.A), mT(X.A)], axis=-1))
+    return U, backend.matmul(R, mT(T)), V
+
+
+def _retract(pair: Factors, d: Factors, lr: Array | float, weight_decay: float) -> Factors:
+    """The best rank-r approximation of ``(1 - lr λ) B A - lr (B D_A + D_B A)``, split anew."""
+    backend = get_backend(*pair)
+    xp, r, dtype = backend.xp, pair.A.shape[-2], backend.compute_dtype(pair.A.dtype)
+    wide = Factors(*(backend.cast(x, dtype) for x in pair))
+    if d.A is None or d.B is None:
+        decayed = map_leaves(lambda step, x: step + weight_decay * x, d, wide)
+        straight: Factors = apply_updates(pair, decayed, lr)
+        return straight
+    # [B, D_B] [(1 - lr λ) A - lr D_A; -lr A]
+    move = Factors((1 - lr * weight_decay) * wide.A - lr * d.A, d.B)
+    U, core, V = _core(backend, Factors(-lr * wide.A, wide.B), move)
+    left, sigma, right = backend.svd(core)
+    B = backend.matmul(U, left)[..., :r]
+    A = (sigma[..., :, None] * backend.matmul(right, mT(V)))[..., :r, :]
+    if missing := r - A.shape[-2]:  # a rank above that of the weight
+        B = xp.concat([B, xp.zeros_like(wide.B[..., :missing])], axis=-1)
+        A = xp.concat([A, xp.zeros_like(wide.A[..., :missing, :])], axis=-2)
+    return Factors(backend.cast(A, pair.A.dtype), backend.cast(B, pair.B.dtype))

@@ -1,0 +1,266 @@
+"""LoRA-RITE: a matrix-valued Adam on the rank side, in coordinates that no split can change.
+
+J.-N. Yen, S. Si, Z. Meng, F. Yu, S. S. Duvvuri, I. S. Dhillon, C.-J. Hsieh, S. Kumar. LoRA Done
+RITE: Robust Invariant Transformation Equilibration for LoRA Optimization. arXiv:2410.20625, 2024.
+"""
+
+from typing import Any, Final, NamedTuple
+
+from rlora.core.backend import ROUNDING, Backend
+from rlora.core.bundle import Bundle, Stack, rank_wise, record_turn, small_zeros
+from rlora.core.checks import check_nonnegative, check_unit
+from rlora.core.decay import add_decayed_weights
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
+from rlora.core.linalg import add, congruence, metric_power, spectral
+from rlora.core.moments import corrected_decay, counts, zeros
+from rlora.core.transform import State, Transform, apply_updates, chain, no_state, pass_on
+
+OFFICIAL: Final[dict[str, Any]] = {"max_norm": 1.0, "max_rms": 1.0}
+"""`lora_rite` with the guards that the authors' code has on."""
+
+
+class RiteState(NamedTuple):
+    """What LoRA-RITE knows of each factor, in the coordinates that its partner has now."""
+
+    mu: Tree
+    """First moment of the preconditioned step, like the parameters."""
+
+    nu: Tree
+    """Second moment, (..., r, r)."""
+
+    turn: Tree
+    """The partner's new rows times its old ones, (..., r, r)."""
+
+    spectrum: Tree
+    """Eigenvalues of the second moment, (..., r)."""
+
+    escaped: Tree
+    """Mass that has left the second moment as the partner turned, (...)."""
+
+    count: Tree
+    """Steps taken."""
+
+
+def scale_by_rite(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    *,
+    escape: bool = False,
+    compute_dtype: str | None = None,
+) -> Transform:
+    """LoRA-RITE without guards and decay; see `lora_rite`."""
+    check_unit("b1", b1)
+    check_unit("b2", b2)
+    check_nonnegative("eps", eps)
+
+    def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], RiteState]:
+        backend, xp = bundle.backend, bundle.xp
+        t = bundle.spread(state.count)
+        decay1, decay2 = corrected_decay(xp, b1, t), corrected_decay(xp, b2, t)
+
+        S = bundle.gram(bundle.params)
+        W = metric_power(bundle, S, -0.5)  # S^-½ of the partner: W G is the unmagnified gradient
+        R = backend.matmul(bundle.partner(S), W)  # S^½
+        T = backend.matmul(backend.matmul(W, W), bundle.stack(state.turn))  # old coordinates to new
+
+        V = congruence(backend, backend.matmul(R, T), bundle.stack(state.nu))
+        rho = xp.reshape(bundle.stack(state.escaped), (-1, 1))  # (2K, 1)
+        if escape:
+            rho = decay2[..., 0] * (rho + _escaped(backend, bundle.stack(state.spectrum), V))
+        Q = congruence(backend, W, bundle.gram(G)) / bundle.columns()
+        V = decay2 * V + (1 - decay2) * Q
+
+        w, E = backend.eigh(V)
+        w = _at_least_rounding(backend, w)
+        X = congruence(backend, W, spectral(backend, 1 / (xp.sqrt(w + rho) + eps), E))
+        mu = add(bundle.apply(decay1 * T, state.mu), bundle.apply((1 - decay1) * X, G))
+        nu = bundle.unstack(congruence(backend, W, V))
+        return mu, RiteState(
+            mu,
+            nu,
+            # Whoever moves the parameters without `transport` shall see it at once.
+            turn=bundle.unstack(T * float("nan")),
+            spectrum=bundle.unstack(w),
+            escaped=bundle.unstack(rho[:, 0]),
+            count=[Factors(c.A + 1, c.B + 1) for c in state.count],
+        )
+
+    return rank_wise(_init, rule, transport=record_turn, compute_dtype=compute_dtype)
+
+
+def _init(params: Tree, scaling: float = 1.0) -> RiteState:
+    return RiteState(
+        mu=zeros(params),
+        nu=small_zeros(params, 2),
+        turn=small_zeros(params, 2),
+        spectrum=small_zeros(params, 1),
+        escaped=small_zeros(params, 0),
+        count=counts(params),
+    )
+
+
+def _escaped(backend: Backend, before: Array, V: Stack) -> Array:
+    """How much a second moment with eigenvalues `before` lost on its way to V, (2K, 1)."""
+    xp = backend.xp
+    after, _ = backend.eigh(V)
+    largest = xp.max(before - after, axis=-1, keepdims=True)
+    total = xp.sum(before - after, axis=-1, keepdims=True)
+    return xp.clip(xp.minimum(largest, total), min=0.0)
+
+
+def _at_least_rounding(backend: Backend, w: Array) -> Array:
+    """Eigenvalues no smaller than what rounding has left of a zero."""
+    xp = backend.xp
+    floor = ROUNDING * float(xp.finfo(w.dtype).eps) * xp.sum(xp.abs(w), axis=-1, keepdims=True)
+    return xp.maximum(w, floor)
+
+
+def clip_unmagnified(max_norm: float | None = None, max_rms: float | None = None) -> Transform:
+    """Guards on the unmagnified gradients, whose size no split of the product can change.
+
+    With ``Ḡ_A = S_B^-½ G_A`` and ``Ḡ_B = G_B S_A^-½``: a factor whose ``|Ḡ|_F / sqrt(r N)`` is
+    above `max_rms` has its gradient set to 0 in this step; then all gradients of the model shrink
+    by one number so that the norm of all ``Ḡ`` together is at most `max_norm`. A pair that is not
+    finite does not count, and stays visible.
+
+    Parameters
+    ----------
+    max_norm, max_rms : float, optional
+        Not negative; None for no bound.
+
+    Returns
+    -------
+    Transform
+        Without state.
+    """
+    for name, value in (("max_norm", max_norm), ("max_rms", max_rms)):
+        if value is not None:
+            check_nonnegative(name, value)
+
+    def measure(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
+        W = metric_power(bundle, bundle.gram(bundle.params), -0.5)
+        squares = bundle.xp.linalg.trace(congruence(bundle.backend, W, bundle.gram(G)))
+        return bundle.unstack(squares), state
+
+    squared_norms = rank_wise(no_state, measure).update
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        squares, _ = squared_norms(grads, (), params)
+        xp = get_backend(*leaves_of(grads)).xp
+
+        def skip(g: Array, square: Array, param: Array) -> tuple[Array, Array]:
+            if max_rms is None:
+                return g, square
+            over = square > max_rms**2 * g.shape[-2] * g.shape[-1]
+            return xp.where(over[..., None, None], 0 * g, g), xp.where(over, 0 * square, square)
+
+        kept = map_leaves(skip, grads, squares, params)
+        grads, squares = (map_leaves(lambda leaf, i=i: leaf[i], kept) for i in (0, 1))
+        if max_norm is None:
+            return grads, state
+        norm = xp.sqrt(sum(xp.sum(xp.where(xp.isfinite(x), x, 0 * x)) for x in leaves_of(squares)))
+        factor = xp.where(norm > max_norm, max_norm / norm, xp.ones_like(norm))
+        return map_leaves(lambda g: g * factor, grads), state
+
+    return Transform(no_state, update)
+
+
+def lora_rite(
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    escape: bool = False,
+    max_norm: float | None = None,
+    max_rms: float | None = None,
+    balance: bool = False,
+    compute_dtype: str | None = None,
+) -> Transform:
+    """LoRA-RITE, robust invariant transformation equilibration.
+
+    With any orthonormal bases ``B = U_B R_B`` and ``Aᵀ = U_A R_A`` and ``Ḡ_B = G_B R_A⁻¹``::
+
+        P = U_Aᵀ U_A,old                       how the partner's basis has turned
+        V = β₂ P V Pᵀ + (1 - β₂) Ḡ_Bᵀ Ḡ_B / m  second moment, (r, r)
+        M = β₁ M Pᵀ + (1 - β₁) Ḡ_B ((V + ρ I)^½ + ε I)⁻¹
+        B = B - lr (M R_A⁻ᵀ + λ B)
+
+    and the same for Aᵀ with the bases of B. The decays are bias-corrected, ``β (1 - β^t) / (1 -
+    β^(t+1))`` with t from 0. The product B A follows the same path however it is split.
+
+    Parameters
+    ----------
+    b1, b2 : float
+        Decay rates, in [0, 1).
+    eps : float
+        At least 0.
+    weight_decay : float
+        λ, at least 0; decoupled, of each factor.
+    escape : bool
+        Give back to the denominator the mass ρ that V loses when P is no rotation. In the paper's
+        algorithm; off in the authors' code, as here.
+    max_norm, max_rms : float, optional
+        Guards, see `clip_unmagnified`. The authors' code has 1.0 for both (`OFFICIAL`); here they
+        are off, as they tie the pairs of a model together, and stop a loss that is summed instead
+        of averaged without a word.
+    balance : bool
+        After each step, scale A and B to equal norms; the product stays.
+    compute_dtype : {None, "float32", "float64"}
+        Precision of the r x r algebra; None is the parameters' own, at least float32.
+
+    Returns
+    -------
+    Transform
+        State: one array like each factor and 2 r² + r + 2 numbers.
+
+    Raises
+    ------
+    ValueError, TypeError
+        When a hyperparameter is out of its range or of the wrong type.
+
+    Notes
+    -----
+    No basis is stored. M R_A⁻ᵀ and R⁻¹ V R⁻ᵀ live in the coordinates of the factors, where the
+    transport is ``A_old Aᵀ S_A⁻¹``: `transport` writes down ``A A_oldᵀ`` when the parameters move.
+    A direction in which a factor has no mass does not move its partner; an eigenvalue of V below
+    its own rounding counts as that rounding.
+
+    References
+    ----------
+    J.-N. Yen, S. Si, Z. Meng, F. Yu, S. S. Duvvuri, I. S. Dhillon, C.-J. Hsieh, S. Kumar. LoRA Done
+    RITE: Robust Invariant Transformation Equilibration for LoRA Optimization. arXiv:2410.20625,
+    2024.
+
+    Examples
+    --------
+    >>> import rlora
+    >>> from rlora.methods.rite import OFFICIAL
+    >>> method = rlora.lora_rite(**OFFICIAL)
+    """
+    rite = scale_by_rite(b1, b2, eps, escape=escape, compute_dtype=compute_dtype)
+    links = [rite, add_decayed_weights(weight_decay)]
+    if max_norm is not None or max_rms is not None:
+        links.insert(0, clip_unmagnified(max_norm, max_rms))
+    if balance:
+        links.append(Transform(no_state, pass_on, _apply_and_balance))
+    return chain(*links)
+
+
+def _apply_and_balance(params: Tree, direction: Tree, lr: Array | float) -> Tree:
+    def balance(pair: Factors, moves: Factors) -> Factors:
+        if moves.A is None or moves.B is None:
+            return pair
+        backend = get_backend(pair.A)
+        xp = backend.xp
+        dtype = backend.compute_dtype(pair.A.dtype)
+        A, B = (backend.cast(x, dtype) for x in pair)
+        a, b = (xp.sum(x * x, axis=(-2, -1), keepdims=True) for x in (A, B))
+        live = (a > 0) & (b > 0)
+        c = xp.where(live, b, xp.ones_like(b)) / xp.where(live, a, xp.ones_like(a))
+        c = c**0.25
+        return Factors(backend.cast(c * A, pair.A.dtype), backend.cast(B / c, pair.B.dtype))
+
+    return map_pairs(balance, apply_updates(params, direction, lr), direction)

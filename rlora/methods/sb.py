@@ -1,0 +1,149 @@
+"""LoRA-SB: an r x r core between fixed factors, moved by its optimal gradient.
+
+K. Ponkshe, R. Singhal, E. Gorbunov, A. Tumanov, S. Horvath, P. Vepakomma. Initialization using
+Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank Fine-Tuning.
+arXiv:2411.19557, 2024.
+"""
+
+from typing import NamedTuple
+
+from rlora.core.backend import mT
+from rlora.core.checks import ComputeDtype, check_choice
+from rlora.core.decay import add_decayed_weights
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import Array, Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
+from rlora.core.linalg import DampingMode, check_damping, preconditioners
+from rlora.core.moments import scale_by_adam
+from rlora.core.transform import State, Transform, chain, no_state, pass_on
+
+
+class CoreState(NamedTuple):
+    """What stays while the core moves, and the moments of the core."""
+
+    frame: Tree
+    """A₀: orthonormal rows that span those of A, (..., r, n), one array a pair."""
+
+    inverse: Tree
+    """``S_B⁻¹ / s²``, (..., r, r), one a pair."""
+
+    inner: State
+    """Of the cores, (..., r, r), as the A factors of pairs without a B."""
+
+
+def scale_by_core(
+    inner: Transform | None = None,
+    *,
+    damping: float = 1e-6,
+    damping_mode: DampingMode = "relative",
+    compute_dtype: str | None = None,
+) -> Transform:
+    """The direction ``inner(S_B⁻¹ G_R / s²) A₀`` for ``A = R A₀``, and none for B.
+
+    Without an `inner`, gradient descent on the core by its optimal gradient. See `lora_sb`.
+    """
+    check_damping(damping, damping_mode)
+    check_choice("compute_dtype", compute_dtype, ComputeDtype)
+    core_method = inner or Transform(no_state, pass_on)
+
+    def init(params: Tree, scaling: float = 1.0) -> CoreState:
+        leaves, pairs = leaves_of(params), pairs_of(params)
+        backend = get_backend(*leaves)
+
+        def powers(exponent: float, damping: float, damping_mode: DampingMode) -> list[Factors]:
+            return preconditioners(
+                backend,
+                pairs,
+                damping=damping,
+                damping_mode=damping_mode,
+                exponent=exponent,
+                compute_dtype=compute_dtype,
+            )
+
+        with backend.exact(leaves[0]):
+            roots = [root.B for root in powers(-0.5, 0.0, "relative")]  # S_A^-½
+            frames = backend.apply_left(roots, [pair.A for pair in pairs])
+            inverses = [P.A / scaling**2 for P in powers(-1.0, damping, damping_mode)]
+        cores = rebuild(params, [Factors(inverse, None) for inverse in inverses])
+        return CoreState(
+            rebuild(params, frames), rebuild(params, inverses), core_method.init(cores, scaling)
+        )
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, CoreState]:
+        leaves = leaves_of(params)
+        backend = get_backend(*leaves)
+        frames, inverses = (counterparts(params, x) for x in (state.frame, state.inverse))
+
+        def matmul(X: Array, Y: Array) -> Array:
+            return None if X is None else backend.matmul(X, Y)
+
+        with backend.exact(leaves[0]):
+            G_R = [matmul(G.A, mT(A0)) for G, A0 in zip(pairs_of(grads), frames, strict=True)]
+            g = [None if x is None else matmul(P, x) for P, x in zip(inverses, G_R, strict=True)]
+            cores = rebuild(params, [Factors(x, None) for x in g])
+            moves, inner_state = core_method.update(cores, state.inner, cores)
+            D = [matmul(move.A, A0) for move, A0 in zip(pairs_of(moves), frames, strict=True)]
+        direction = rebuild(params, [Factors(x, None) for x in D])
+        return direction, CoreState(state.frame, state.inverse, inner_state)
+
+    return Transform(init, update)
+
+
+def lora_sb(
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    damping: float = 1e-6,
+    damping_mode: DampingMode = "relative",
+    compute_dtype: str | None = None,
+) -> Transform:
+    """LoRA-SB, ``W0 + s B R A₀`` of which only the core R (r, r) is trained.
+
+    ``R <- R - lr (Adam(S_B⁻¹ G_R S_A₀⁻¹ / s²) + λ R)`` with ``G_R = s Bᵀ G A₀ᵀ``: of all moves of
+    the core the one whose effect on the weight is nearest to full fine-tuning. The pair stays an
+    ordinary one, with ``A = R A₀`` and B fixed, so that it is saved and merged like any other.
+
+    Parameters
+    ----------
+    b1, b2 : float
+        Decay rates of the core's moments, in [0, 1).
+    eps : float
+        At least 0.
+    weight_decay : float
+        λ, at least 0; decoupled.
+    damping, damping_mode, compute_dtype
+        As in `rlora.scaled_adamw`, for the inverse of S_B, which is made once.
+
+    Returns
+    -------
+    Transform
+        State: 2 r² moments, r² numbers of the inverse and the frame A₀, (r, n), a pair.
+
+    Raises
+    ------
+    ValueError, TypeError
+        When a hyperparameter is out of its range or of the wrong type.
+
+    Notes
+    -----
+    Meant for a start with `rlora.initializers.lora_sb`; from B = 0 nothing can move. A₀ is made
+    orthonormal, ``(A Aᵀ)^-½ A`` of the A at `init`, so that its Gram needs no inverse. The authors
+    store R by itself and so need no frame: 2 r² numbers of state, at the price of another model.
+
+    References
+    ----------
+    K. Ponkshe, R. Singhal, E. Gorbunov, A. Tumanov, S. Horvath, P. Vepakomma. Initialization using
+    Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank Fine-Tuning.
+    arXiv:2411.19557, 2024.
+
+    Examples
+    --------
+    >>> import rlora
+    >>> method = rlora.lora_sb(b2=0.99)
+    """
+    adam = scale_by_adam(b1, b2, eps)
+    core = scale_by_core(
+        adam, damping=damping, damping_mode=damping_mode, compute_dtype=compute_dtype
+    )
+    return chain(core, add_decayed_weights(weight_decay))

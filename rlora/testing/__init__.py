@@ -1,0 +1,23 @@
+"""For tests of methods and backends, here and elsewhere: a problem, a comparison, the contract.
+
+>>> import rlora.testing
+>>> from rlora.backends import get
+>>> rlora.testing.check_method(lambda: rlora.scaled_sgd(), get("numpy"))
+"""
+
+from rlora.testing.contract import CONTRACT, MethodFactory, check_method
+from rlora.testing.invariance import GAUGES, change_of_basis, invariance
+from rlora.testing.problems import Problem, assert_close, make_problem, run
+
+__all__ = [
+    "CONTRACT",
+    "GAUGES",
+    "MethodFactory",
+    "Problem",
+    "assert_close",
+    "change_of_basis",
+    "check_method",
+    "invariance",
+    "make_problem",
+    "run",
+]
