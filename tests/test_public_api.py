@@ -9,7 +9,7 @@ import pytest
 
 import rlora
 
-PUBLIC = ["rlora", "rlora.methods", "rlora.testing", "rlora.torch", "rlora.backends"]
+PUBLIC = ["rlora", "rlora.methods", "rlora.torch", "rlora.backends"]
 MODULES = [
     info.name
     for info in pkgutil.walk_packages(rlora.__path__, "rlora.")
@@ -46,7 +46,8 @@ def test_functions_say_what_they_take_and_give(name):
         thing = getattr(module, public)
         if inspect.isfunction(thing) and inspect.signature(thing).parameters:
             assert "Parameters\n" in thing.__doc__, public
-            assert "Returns\n" in thing.__doc__, public
+            gives = inspect.signature(thing).return_annotation is not None
+            assert not gives or "Returns\n" in thing.__doc__, public
 
 
 def test_methods_cite_their_paper():

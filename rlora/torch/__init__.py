@@ -1,5 +1,9 @@
 """torch.optim optimizers for LoRA pairs: change one line of a training loop.
 
+`ScaledAdamW` and `ScaledSGD` run torch's own kernels on preconditioned gradients. Every other
+method of `rlora.methods` has a class of its name here, such as ``LoRARite``, ``LoRAProAdamW`` and
+``Riemannion``; `optimizer_class` makes one of a method of your own.
+
 >>> import torch, rlora.torch
 >>> model = torch.nn.Module()
 >>> model.lora_A = torch.nn.Parameter(torch.randn(4, 16) / 4)
@@ -7,9 +11,55 @@
 >>> optimizer = rlora.torch.ScaledAdamW(model, lr=1e-3)
 """
 
+from rlora import methods
 from rlora.pairing import PairReport
+from rlora.torch.gradients import full_gradients
+from rlora.torch.initialize import InitReport, initialize
+from rlora.torch.method_optimizer import MethodOptimizer, class_name, optimizer_class
+from rlora.torch.offsets import (
+    Offset,
+    as_plain_lora,
+    load_offsets,
+    restore_offsets,
+    save_offsets,
+)
 from rlora.torch.params import find_pairs
 from rlora.torch.scaled import ScaledAdamW, ScaledSGD
+from rlora.torch.sd_lora import SDLoRALinear, add_sd_lora, parameter_groups
 from rlora.torch.wrap import precondition
 
-__all__ = ["PairReport", "ScaledAdamW", "ScaledSGD", "find_pairs", "precondition"]
+__all__ = [
+    "InitReport",
+    "Offset",
+    "PairReport",
+    "SDLoRALinear",
+    "ScaledAdamW",
+    "ScaledSGD",
+    "add_sd_lora",
+    "as_plain_lora",
+    "find_pairs",
+    "full_gradients",
+    "initialize",
+    "load_offsets",
+    "optimizer_class",
+    "parameter_groups",
+    "precondition",
+    "restore_offsets",
+    "save_offsets",
+]
+
+_METHODS = {
+    class_name(name): getattr(methods, name)
+    for name in methods.__all__
+    if class_name(name) not in __all__
+}
+__all__ += list(_METHODS)
+__all__.sort()
+
+
+def __getattr__(name: str) -> type[MethodOptimizer]:
+    """The optimizer class of a method, by its name."""
+    if name in _METHODS:
+        return optimizer_class(_METHODS[name])
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

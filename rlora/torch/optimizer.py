@@ -5,45 +5,27 @@ memory and has the direction as its gradient. So every flag of the parent keeps 
 stays where ``state_dict`` looks for it, and the ``.grad`` of the parameter is never touched.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
 
-from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative
-from rlora.core.errors import NamespaceError, ShapeError
+from rlora.core.checks import ComputeDtype, check_choice
 from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.transform import Order
 from rlora.methods.scaled import Placement
-from rlora.pairing import PairReport, nothing_paired
-from rlora.torch.params import (
-    TensorPair,
-    as_groups,
-    as_list,
-    check_explicit,
-    check_grad,
-    expert_stacks,
-    match,
-    misfit,
-)
-from rlora.torch.plan import Plan, Recipe, make_plan, signature
-
-NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
-ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-"""State of torch's own optimizers that has the shape of its parameter."""
+from rlora.torch.pair_optimizer import PairOptimizer
+from rlora.torch.params import TensorPair
+from rlora.torch.plan import Plan, Recipe, make_plan
 
 
-class GramPreconditioned(Optimizer):
+class GramPreconditioned(PairOptimizer):
     """What `precondition` puts in front of an optimizer class. Not to be used by itself."""
-
-    report: PairReport
-    """What was paired, what is updated plainly, what was refused and why."""
 
     order: Order
     """Whether both factors move at once, or B after A."""
+
+    _extra = (*PairOptimizer._extra, "order")
 
     def __init__(
         self,
@@ -58,81 +40,15 @@ class GramPreconditioned(Optimizer):
         compute_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
-        own = Recipe(damping, damping_mode, placement, compute_dtype)._asdict()
         check_choice("order", order, Order)
-        if kwargs.get("differentiable"):
-            msg = "differentiable=True is not supported: the preconditioner is not differentiated"
-            raise ValueError(msg)
-        self.order, self._adapter = order, adapter
-        self._by_hand = list(pairs or ())
-        self._by_name = pairs is None
-        self._stacks = expert_stacks(params)
-        super().__init__(as_groups(params), *args, **kwargs)
-        self.defaults.update(own)
-        for group in self.param_groups:
-            for name, value in own.items():
-                group.setdefault(name, value)
-            self._check(group)
-        # Fused kernels would take gradients that GradScaler has not unscaled yet.
-        self._step_supports_amp_scaling = False
-        self._plans: tuple[Any, list[Plan]] | None = None
-        self._members: list[Tensor] = []
-        self._names: list[str | None] = []  # of the members, None where there is none
-        for group in self.param_groups:
-            self._enroll(group)
-        self._pair_up()
-        if not self._pairs:
-            raise nothing_paired((name for name in self._names if name), self.report)
+        self.order = order
+        own = Recipe(damping, damping_mode, placement, compute_dtype)._asdict()
+        super().__init__(params, *args, own=own, pairs=pairs, adapter=adapter, **kwargs)
 
-    # --- pairs ----------------------------------------------------------------------------------
-
-    def _enroll(self, group: dict[str, Any]) -> None:
-        self._members = self._members + group["params"]
-        self._names = self._names + group.get("param_names", [None] * len(group["params"]))
-
-    def _pair_up(self) -> None:
-        """The pairs given by hand, and unless the constructor got some, those found by name."""
-        pairs, report = check_explicit(self._by_hand, self._members)
-        named = [(n, p) for n, p in zip(self._names, self._members, strict=True) if n is not None]
-        if self._by_name and named:
-            found, by_name = match(named, self._stacks, self._adapter)
-            pairs = pairs + found
-            report = replace(by_name, pairs=report.pairs + by_name.pairs)
-        self._pairs, self.report = pairs, report
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its LoRA factors are paired by name, or by a key ``pairs`` of the group.
-
-        Parameters
-        ----------
-        param_group : dict
-            As torch takes it; ``params`` may be named.
-        """
-        group = dict(param_group)
-        group["params"] = as_list(group["params"])
-        explicit = list(group.pop("pairs", ()))
-        if not hasattr(self, "_pairs"):  # the parent's constructor is at work
-            self._by_hand += explicit
-            super().add_param_group(group)
-            return
-        self._check({**self.defaults, **group})
-        self._current_pairs()
-        new = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
-        check_explicit([*self._by_hand, *explicit], [*self._members, *new])
-        super().add_param_group(group)
-        self._enroll(group)
-        self._by_hand += explicit
-        self._plans = None
-        self._pair_up()
-
-    def _check(self, group: dict[str, Any]) -> None:
-        """Numbers and choices of a group; torch checks those of the constructor only."""
+    def _check_own(self, group: dict[str, Any]) -> None:
         check_damping(group["damping"], group["damping_mode"])
         check_choice("placement", group["placement"], Placement)
         check_choice("compute_dtype", group["compute_dtype"], ComputeDtype)
-        for name in NONNEGATIVE & group.keys():
-            if not isinstance(group[name], Tensor):
-                check_nonnegative(name, group[name])
         if group["placement"] != "before" and not isinstance(self, torch.optim.AdamW):
             msg = (
                 f"placement {group['placement']!r} needs decoupled weight decay and moments that "
@@ -140,157 +56,7 @@ class GramPreconditioned(Optimizer):
             )
             raise ValueError(msg)
 
-    def _current_pairs(self) -> list[TensorPair]:
-        """The pairs as the groups hold them now.
-
-        Training libraries swap parameters for others at the same positions, and people take
-        parameters of a deleted adapter out of the groups: neither may shift a pair.
-        """
-        now = [p for group in self.param_groups for p in group["params"]]
-        if len(now) == len(self._members) and all(
-            p is q for p, q in zip(now, self._members, strict=True)
-        ):
-            return self._pairs
-        place = {id(p): i for i, p in enumerate(self._members)}
-        successor = {id(p): p for p in now}
-        if len(now) == len(self._members) and not successor.keys() & place.keys():
-            successor = {old: now[i] for old, i in place.items()}
-        else:
-            self._names = [self._names[place[id(p)]] if id(p) in place else None for p in now]
-        self._pairs, self._by_hand = (
-            [
-                (successor[id(a)], successor[id(b)])
-                for a, b in pairs
-                if {id(a), id(b)} <= successor.keys()
-            ]
-            for pairs in (self._pairs, self._by_hand)
-        )
-        self._members, self._plans = now, None
-        return self._pairs
-
-    # --- the step -------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Precondition the gradients of the pairs, then do the parent's step.
-
-        Parameters
-        ----------
-        closure : callable, optional
-            Computes the loss and its gradients. It is called once, first, with gradients enabled.
-
-        Returns
-        -------
-        The closure's loss, or None.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        plans = self._current_plans()
-        for plan in plans:
-            plan.run(self, _parent_step(type(self)))
-        return loss
-
-    def _current_plans(self) -> list[Plan]:
-        """One plan, or with Gauss-Seidel one a side; made anew when what they rest on changed."""
-        pairs = self._current_pairs()
-        now = signature(pairs, self.param_groups)
-        if self._plans is None or self._plans[0] != now:
-            for a, b in pairs:
-                check_grad(a)
-                check_grad(b)
-                if why := misfit(a, b):
-                    raise NamespaceError(why)
-            sides = ("AB",) if self.order == "jacobi" else ("A", "B")
-            plans = [make_plan(pairs, self.param_groups, s, plain=s[0] == "A") for s in sides]
-            self._plans = (now, plans)
-        return self._plans[1]
-
-    # --- state ----------------------------------------------------------------------------------
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, of this optimizer or of the plain parent.
-
-        Moments of paired factors keep their dtype, at least float32, whatever the parameters have.
-        Where the saved groups lack ours, as those of the plain parent do, damping and placement
-        stay as constructed.
-
-        Parameters
-        ----------
-        state_dict : dict
-            From `state_dict`.
-
-        Raises
-        ------
-        ShapeError
-            When a saved moment has another shape than its parameter; nothing has been loaded then.
-        """
-        incoming: list[dict[str, Any]] = []
-
-        def take(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            incoming.append(self._completed(saved))
-            return incoming[0]
-
-        def restore(_: Optimizer) -> None:
-            self._restore_dtypes(incoming[0])
-
-        handles = [
-            self.register_load_state_dict_pre_hook(take),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _owners(self, saved: dict[str, Any]) -> list[tuple[Any, Tensor]]:
-        """(id in the saved state, parameter); torch itself refuses groups of other lengths."""
-        ids = [i for group in saved["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        return list(zip(ids, params, strict=False))
-
-    def _completed(self, saved: dict[str, Any]) -> dict[str, Any]:
-        for i, p in self._owners(saved):
-            for key in ELEMENTWISE:
-                value = saved["state"].get(i, {}).get(key)
-                if isinstance(value, Tensor) and value.shape != p.shape:
-                    msg = (
-                        f"saved {key} of parameter {i} has shape {tuple(value.shape)}, but the "
-                        f"parameter has {tuple(p.shape)}; was the rank changed?"
-                    )
-                    raise ShapeError(msg)
-        groups = [
-            {**{name: mine[name] for name in Recipe._fields}, **theirs}
-            for mine, theirs in zip(self.param_groups, saved["param_groups"], strict=False)
-        ]
-        return {**saved, "param_groups": [*groups, *saved["param_groups"][len(groups) :]]}
-
-    def _restore_dtypes(self, saved: dict[str, Any]) -> None:
-        """Undo torch's cast of every state to its parameter's dtype."""
-        paired = {id(p) for pair in self._current_pairs() for p in pair}
-        for i, p in self._owners(saved):
-            for key, value in saved["state"].get(i, {}).items():
-                if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
-                    least = torch.float32 if id(p) in paired else value.dtype
-                    dtype = torch.promote_types(value.dtype, least)
-                    self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        extra = ["order", "report", "_adapter", "_by_hand", "_by_name"]
-        extra += ["_members", "_names", "_pairs", "_stacks"]
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in extra}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._step_supports_amp_scaling = False
-        self._plans = None
-
-
-def _parent_step(kind: type) -> Callable[[Any], Any]:
-    """The parent's step without its hooks, which run around ours already."""
-    behind = kind.__mro__[kind.__mro__.index(GramPreconditioned) + 1 :]
-    parent: Any = next(parent for parent in behind if "step" in vars(parent))
-    step = parent.step
-    return cast("Callable[[Any], Any]", step.__wrapped__ if hasattr(step, "hooked") else step)
+    def _make_plans(self, pairs: list[TensorPair]) -> list[Plan]:
+        """One plan, or with Gauss-Seidel one a side."""
+        sides = ("AB",) if self.order == "jacobi" else ("A", "B")
+        return [make_plan(pairs, self.param_groups, s, plain=s[0] == "A") for s in sides]

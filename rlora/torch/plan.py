@@ -6,7 +6,7 @@ made once and serves until parameters, gradients' presence or hyperparameters ch
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -138,10 +138,20 @@ class Batch:
         return left + backend.apply_right(of_B, [P[i].B for i in self.right], self.workspace)
 
 
+class Work(Protocol):
+    """What is done for some pairs around the parent's step."""
+
+    def prepare(self) -> Any:
+        """Everything that may fail; no parameter has moved when this returns."""
+
+    def finish(self, half: Any) -> None:
+        """The rest, with what `prepare` gave."""
+
+
 class Plan(NamedTuple):
     """Everything a step needs that does not change from one step to the next."""
 
-    batches: list[Batch]
+    batches: Sequence[Work]
     params: list[list[tuple[Tensor, Tensor]]]
     """For each group (parameter, stand-in); a plain parameter stands in for itself."""
 
@@ -181,14 +191,17 @@ def recipe_of(group: dict[str, Any]) -> Recipe:
     return Recipe(*(group[name] for name in Recipe._fields))
 
 
-def signature(pairs: Iterable[TensorPair], groups: Groups) -> tuple[Any, ...]:
+def signature(
+    pairs: Iterable[TensorPair], groups: Groups, options: Sequence[str]
+) -> tuple[Any, ...]:
     """What a plan depends on: it is made anew when this changes."""
     seen = []
     for pair in pairs:
         for p in pair:
             grad = p.grad
             seen.append((p.data_ptr(), p.dtype, type(grad), grad.layout if grad is not None else 0))
-    return seen, [(id(group), len(group["params"]), recipe_of(group)) for group in groups]
+    chosen = [[group[name] for name in options] for group in groups]
+    return seen, chosen, [(id(group), len(group["params"])) for group in groups]
 
 
 def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain: bool) -> Plan:

@@ -61,7 +61,7 @@ def precondition(optimizer: Any) -> type[Optimizer]:
 
 def _reduce(self: Any) -> tuple[Any, ...]:
     # The class was made here, so a pickle must make it again.
-    parent = type(self).__mro__[2]
+    parent = type(self).__bases__[1]
     return _revive, (parent,), self.__getstate__()
 
 

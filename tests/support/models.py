@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import rlora.torch
+from rlora.torch.method_optimizer import MethodOptimizer
 
 
 class LoRALinear(nn.Module):
@@ -79,4 +80,15 @@ CLASSES = {
         m, lr=1e-2, momentum=0.9, damping_mode="absolute", damping=1e-1, **k
     ),
     "nadam": lambda m, **k: rlora.torch.precondition(torch.optim.NAdam)(m, lr=1e-2, **k),
+}
+METHODS = {
+    kind.__name__: kind
+    for kind in (getattr(rlora.torch, name) for name in rlora.torch.__all__)
+    if isinstance(kind, type) and issubclass(kind, MethodOptimizer)
+}
+CLASSES |= {
+    name: lambda m, kind=kind, **k: kind(
+        m, lr=5e-2 if issubclass(kind, torch.optim.SGD) else 1e-2, **k
+    )
+    for name, kind in METHODS.items()
 }
