@@ -235,7 +235,8 @@ def optimizer_class(method: Method, parent: type[Optimizer] | None = None) -> ty
     >>> optimizer = LoRARite([A, B], lr=1e-3, betas=(0.9, 0.99), pairs=[(A, B)])
     """
     momentum = "momentum" in inspect.signature(method).parameters
-    return _class(method, parent or (torch.optim.SGD if momentum else torch.optim.AdamW))
+    plain: Any = parent or (torch.optim.SGD if momentum else torch.optim.AdamW)
+    return _class(method, plain)
 
 
 @functools.cache
