@@ -126,6 +126,21 @@ class Backend:
         dead = xp.where(xp.isnan(scale), scale, xp.zeros_like(scale))
         return xp.where(live, self.spd_power(H, exponent) * unit**exponent, dead)
 
+    def pseudo_power(self, S: Array, exponent: float) -> Array:
+        """``S^exponent`` for a stack (K, r, r) of Grams, 0 in directions that are lost in rounding.
+
+        For methods that normalise what they see: a direction without mass, damped or not, would
+        come back as large as the others.
+        """
+        xp, r = self.xp, S.shape[-1]
+        mean = xp.reshape(xp.linalg.trace(S), (-1, 1, 1)) / r
+        unit = xp.where(mean > 0, mean, xp.ones_like(mean))
+        w, Q = self.eigh(S / unit)
+        gone = w <= ROUNDING * r * float(xp.finfo(S.dtype).eps)
+        power = xp.where(gone, xp.ones_like(w), w) ** exponent
+        power = xp.where(gone, xp.zeros_like(w), power)
+        return self.matmul(Q * xp.expand_dims(power, axis=-2), mT(Q)) * unit**exponent
+
     # --- small change ---------------------------------------------------------------------------
 
     def matmul(self, X: Array, Y: Array) -> Array:

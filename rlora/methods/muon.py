@@ -12,7 +12,7 @@ from rlora.core.bundle import Bundle, rank_wise
 from rlora.core.checks import check_unit
 from rlora.core.decay import decay_product_around
 from rlora.core.factors import Factors, Tree
-from rlora.core.linalg import congruence, metric_power
+from rlora.core.linalg import congruence
 from rlora.core.moments import momentum as momentum_link, per_pair
 from rlora.core.transform import State, Transform, chain
 
@@ -34,8 +34,8 @@ def scale_by_spectral_norm(*, compute_dtype: str | None = None) -> Transform:
 
     def rule(bundle: Bundle, M: list[Factors], state: State) -> tuple[list[Factors], State]:
         backend = bundle.backend
-        W = metric_power(bundle, bundle.gram(bundle.params), -0.5)
-        sign = backend.damped_power(congruence(backend, W, bundle.gram(M)), -0.5)
+        W = backend.pseudo_power(bundle.partner(bundle.gram(bundle.params)), -0.5)
+        sign = backend.pseudo_power(congruence(backend, W, bundle.gram(M)), -0.5)
         D = bundle.apply(congruence(backend, W, sign), M)
         halves = [0.5 / s for s in state.scaling]
         return [Factors(c * d.A, c * d.B) for c, d in zip(halves, D, strict=True)], state

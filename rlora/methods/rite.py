@@ -12,7 +12,7 @@ from rlora.core.checks import check_nonnegative, check_unit
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
-from rlora.core.linalg import add, congruence, metric_power, spectral
+from rlora.core.linalg import add, congruence, spectral
 from rlora.core.moments import corrected_decay, counts, zeros
 from rlora.core.transform import State, Transform, apply_updates, chain, no_state, pass_on
 
@@ -60,9 +60,9 @@ def scale_by_rite(
         t = bundle.spread(state.count)
         decay1, decay2 = corrected_decay(xp, b1, t), corrected_decay(xp, b2, t)
 
-        S = bundle.gram(bundle.params)
-        W = metric_power(bundle, S, -0.5)  # S^-½ of the partner: W G is the unmagnified gradient
-        R = backend.matmul(bundle.partner(S), W)  # S^½
+        S = bundle.partner(bundle.gram(bundle.params))
+        W = backend.pseudo_power(S, -0.5)  # W G is the unmagnified gradient
+        R = backend.matmul(S, W)  # S^½
         T = backend.matmul(backend.matmul(W, W), bundle.stack(state.turn))  # old coordinates to new
 
         V = congruence(backend, backend.matmul(R, T), bundle.stack(state.nu))
@@ -140,7 +140,7 @@ def clip_unmagnified(max_norm: float | None = None, max_rms: float | None = None
             check_nonnegative(name, value)
 
     def measure(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
-        W = metric_power(bundle, bundle.gram(bundle.params), -0.5)
+        W = bundle.backend.pseudo_power(bundle.partner(bundle.gram(bundle.params)), -0.5)
         squares = bundle.xp.linalg.trace(congruence(bundle.backend, W, bundle.gram(G)))
         return bundle.unstack(squares), state
 
