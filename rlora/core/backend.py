@@ -141,6 +141,18 @@ class Backend:
         power = xp.where(gone, xp.zeros_like(w), power)
         return self.matmul(Q * xp.expand_dims(power, axis=-2), mT(Q)) * unit**exponent
 
+    def inverse_root(self, V: Array, shift: Array, eps: float) -> Array:
+        """``((V + shift I)^½ + eps I)⁻¹`` of semidefinite V (K, r, r) and shifts (K, 1, 1).
+
+        An eigenvalue of V below what rounding has left of it counts as that rounding.
+        """
+        xp = self.xp
+        w, Q = self.eigh(V)
+        trace = xp.sum(w, axis=-1, keepdims=True)
+        floor = ROUNDING * float(xp.finfo(V.dtype).eps) * xp.clip(trace, min=0.0)
+        root = xp.sqrt(xp.maximum(w, floor) + shift[..., 0]) + eps
+        return self.matmul(Q / xp.expand_dims(root, axis=-2), mT(Q))
+
     # --- small change ---------------------------------------------------------------------------
 
     def matmul(self, X: Array, Y: Array) -> Array:

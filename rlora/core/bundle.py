@@ -115,12 +115,12 @@ class Bundle:
         return [Factors(*pair) for pair in zip(pieces[:count], pieces[count:], strict=True)]
 
     def spread(self, X: Sequence[Factors]) -> Stack:
-        """One number per factor as (2K, 1, 1)."""
+        """One number per factor, or one per layer of it, as (2K, 1, 1)."""
         flat = []
         for letter in "AB":
             for lead, pair in zip(self._leads, X, strict=True):
                 x = self.backend.cast(getattr(pair, letter), self.dtype)
-                flat.append(self.xp.broadcast_to(self.xp.reshape(x, (1,)), (product(lead),)))
+                flat.append(self.xp.reshape(self.xp.broadcast_to(x, lead), (-1,)))
         return self.xp.reshape(self.xp.concat(flat), (-1, 1, 1))
 
     def constant(self, values: Sequence[tuple[float, float]]) -> Stack:

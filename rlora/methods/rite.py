@@ -6,13 +6,13 @@ RITE: Robust Invariant Transformation Equilibration for LoRA Optimization. arXiv
 
 from typing import Any, Final, NamedTuple
 
-from rlora.core.backend import ROUNDING, Backend
+from rlora.core.backend import Backend
 from rlora.core.bundle import Bundle, Stack, rank_wise, record_turn, small_zeros
 from rlora.core.checks import check_nonnegative, check_unit
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
-from rlora.core.linalg import add, congruence, spectral
+from rlora.core.linalg import add, congruence
 from rlora.core.moments import corrected_decay, counts, zeros
 from rlora.core.transform import State, Transform, apply_updates, chain, no_state, pass_on
 
@@ -66,15 +66,15 @@ def scale_by_rite(
         T = backend.matmul(backend.matmul(W, W), bundle.stack(state.turn))  # old coordinates to new
 
         V = congruence(backend, backend.matmul(R, T), bundle.stack(state.nu))
-        rho = xp.reshape(bundle.stack(state.escaped), (-1, 1))  # (2K, 1)
+        rho, spectrum = bundle.spread(state.escaped), bundle.stack(state.spectrum)
         if escape:
-            rho = decay2[..., 0] * (rho + _escaped(backend, bundle.stack(state.spectrum), V))
+            rho = decay2 * (rho + _escaped(backend, spectrum, V))
         Q = congruence(backend, W, bundle.gram(G)) / bundle.columns()
         V = decay2 * V + (1 - decay2) * Q
+        if escape:
+            spectrum, _ = backend.eigh(V)
 
-        w, E = backend.eigh(V)
-        w = _at_least_rounding(backend, w)
-        X = congruence(backend, W, spectral(backend, 1 / (xp.sqrt(w + rho) + eps), E))
+        X = congruence(backend, W, backend.inverse_root(V, rho, eps))
         mu = add(bundle.apply(decay1 * T, state.mu), bundle.apply((1 - decay1) * X, G))
         nu = bundle.unstack(congruence(backend, W, V))
         return mu, RiteState(
@@ -82,8 +82,8 @@ def scale_by_rite(
             nu,
             # Whoever moves the parameters without `transport` shall see it at once.
             turn=bundle.unstack(T * float("nan")),
-            spectrum=bundle.unstack(w),
-            escaped=bundle.unstack(rho[:, 0]),
+            spectrum=bundle.unstack(spectrum),
+            escaped=bundle.unstack(rho[:, 0, 0]),
             count=[Factors(c.A + 1, c.B + 1) for c in state.count],
         )
 
@@ -102,19 +102,11 @@ def _init(params: Tree, scaling: float = 1.0) -> RiteState:
 
 
 def _escaped(backend: Backend, before: Array, V: Stack) -> Array:
-    """How much a second moment with eigenvalues `before` lost on its way to V, (2K, 1)."""
+    """How much a second moment with eigenvalues `before` lost on its way to V, (2K, 1, 1)."""
     xp = backend.xp
     after, _ = backend.eigh(V)
-    largest = xp.max(before - after, axis=-1, keepdims=True)
-    total = xp.sum(before - after, axis=-1, keepdims=True)
-    return xp.clip(xp.minimum(largest, total), min=0.0)
-
-
-def _at_least_rounding(backend: Backend, w: Array) -> Array:
-    """Eigenvalues no smaller than what rounding has left of a zero."""
-    xp = backend.xp
-    floor = ROUNDING * float(xp.finfo(w.dtype).eps) * xp.sum(xp.abs(w), axis=-1, keepdims=True)
-    return xp.maximum(w, floor)
+    largest, total = xp.max(before - after, axis=-1), xp.sum(before - after, axis=-1)
+    return xp.clip(xp.minimum(largest, total), min=0.0)[:, None, None]
 
 
 def clip_unmagnified(max_norm: float | None = None, max_rms: float | None = None) -> Transform:

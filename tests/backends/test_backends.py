@@ -11,9 +11,10 @@ import pytest
 import rlora
 import rlora.backends
 from rlora import BackendError, Factors
+from rlora.backends import get
 from rlora.core import dispatch
-from rlora.core.backend import Backend
-from rlora.testing import CONTRACT, assert_close, make_problem
+from rlora.core.backend import Backend, mT
+from rlora.testing import CONTRACT, assert_close, make_problem, run
 
 
 def test_available_says_version_and_devices_or_why_not():
@@ -75,7 +76,7 @@ def plugin(tmp_path):
 
 
 TINY = """
-    from rlora.core.backend import Backend
+    from rlora.core.backend import Backend, mT
 
     class Tiny(Backend):
         calls = 0
@@ -174,3 +175,56 @@ def test_float64_without_jax_x64_is_refused(monkeypatch):
     method = rlora.scaled_sgd(compute_dtype="float64")
     with pytest.raises(BackendError, match="jax_enable_x64"):
         method.update(pair, method.init(pair), pair)
+
+
+# --- what a CUDA device takes instead of an eigendecomposition, which would wait for it -----------
+
+
+@pytest.fixture
+def without_eigh(monkeypatch):
+    import rlora.backends.torch as fast
+
+    monkeypatch.setattr(fast, "eigh_waits", lambda S: True)
+    for name in ("eigh", "spd_power", "pseudo_power", "inverse_root"):  # the generic ones
+        monkeypatch.setattr(Backend, name, None)
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_newton_schulz_equals_eigh(condition, dtype):
+    """Roots of eigenvalues down to the rounding of the matrix: eps times the condition number."""
+    torch = pytest.importorskip("torch")
+    from rlora.backends.torch import newton_schulz
+
+    rng = np.random.default_rng(0)
+    Q = np.linalg.qr(rng.normal(size=(5, 16, 16)))[0]
+    w = 7 * np.geomspace(1, 1 / condition, 16)
+    S = torch.from_numpy(((Q * w) @ mT(Q)).astype(dtype))
+    eps = torch.finfo(S.dtype).eps
+    inverse, root = newton_schulz(S)
+    assert_close(root, (Q * w**0.5) @ mT(Q), rtol=100 * eps * condition**0.5)
+    assert_close(inverse, (Q * w**-0.5) @ mT(Q), rtol=10 * eps * max(condition, 10))
+    zero = newton_schulz(0 * S)
+    assert all(not x.any() for x in zero)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: rlora.lora_rite(), lambda: rlora.lora_muon(),
+])  # fmt: skip
+def test_methods_without_eigh_go_the_same_way(make, without_eigh, monkeypatch):
+    """The generic path is the oracle; a shift of sqrt(eps), times cond² and the filter's four."""
+    problem = make_problem(seed=3, condition=10.0)
+    actual, _ = run(make(), problem.on(get("torch")))
+    monkeypatch.undo()
+    expected, _ = run(make(), problem.on(get("numpy")))
+    assert_close(actual.B @ actual.A, expected.B @ expected.A, rtol=4 * 1.5e-8 * 100 * 10)
+
+
+@pytest.mark.parametrize("zero_B", [True, False])
+def test_lost_directions_without_eigh(zero_B, without_eigh):
+    """B = 0, and B with a column twice: finite, and the loss falls."""
+    problem = make_problem(zero_B=zero_B)
+    problem.params.B[:, 2] = problem.params.B[:, 1]
+    problem = problem.on(get("torch"))
+    params, _ = run(rlora.lora_rite(), problem, steps=20, lr=1e-2)
+    assert float(problem.loss(params)) < float(problem.loss(problem.params))
