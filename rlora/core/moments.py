@@ -177,11 +177,16 @@ def clip_by_global_norm(max_norm: float) -> Transform:
         peak = _fold(xp.maximum, [xp.max(xp.abs(g)) for g in leaves])
         peak = xp.where(peak > 0, peak, xp.ones_like(peak))
         norm = peak * xp.sqrt(_fold(lambda x, y: x + y, [xp.sum((g / peak) ** 2) for g in leaves]))
-        # A shrink factor, never a blow-up; NaN and inf stay visible in the result.
-        factor = xp.where(norm > max_norm, max_norm / norm, xp.ones_like(norm))
+        factor = shrink_to(xp, max_norm, norm)
         return map_leaves(lambda g: g * factor, grads), state
 
     return Transform(no_state, update)
+
+
+def shrink_to(xp: Any, bound: float, norm: Array) -> Array:
+    """What brings a norm down to a bound: at most 1, and NaN stays visible."""
+    over = norm > bound
+    return xp.where(over, bound / xp.where(over, norm, xp.ones_like(norm)), 0 * norm + 1)
 
 
 def only(side: Literal["A", "B"], inner: Transform) -> Transform:

@@ -74,7 +74,7 @@ def lora_muon(
     Returns
     -------
     Transform
-        State: one array a factor and its step count.
+        State: one array a factor and its step count, and one number a pair.
 
     Raises
     ------

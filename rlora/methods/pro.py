@@ -166,7 +166,7 @@ def lora_pro_sgd(
     Returns
     -------
     Transform
-        State: one number a factor; with momentum one array a factor and its step count more.
+        State: one number a pair; with momentum one array a factor and its step count more.
 
     Raises
     ------

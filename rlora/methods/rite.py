@@ -13,7 +13,7 @@ from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
 from rlora.core.linalg import add, congruence
-from rlora.core.moments import corrected_decay, counts, zeros
+from rlora.core.moments import corrected_decay, counts, shrink_to, zeros
 from rlora.core.transform import State, Transform, apply_updates, chain, no_state, pass_on
 
 OFFICIAL: Final[dict[str, Any]] = {"max_norm": 1.0, "max_rms": 1.0}
@@ -153,7 +153,7 @@ def clip_unmagnified(max_norm: float | None = None, max_rms: float | None = None
         if max_norm is None:
             return grads, state
         norm = xp.sqrt(sum(xp.sum(xp.where(xp.isfinite(x), x, 0 * x)) for x in leaves_of(squares)))
-        factor = xp.where(norm > max_norm, max_norm / norm, xp.ones_like(norm))
+        factor = shrink_to(xp, max_norm, norm)
         return map_leaves(lambda g: g * factor, grads), state
 
     return Transform(no_state, update)

@@ -1,0 +1,258 @@
+"""The pages of the methods: their figures are those of the code, their examples run."""
+
+import ast
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+
+import array_api_compat.numpy
+import numpy as np
+import pytest
+
+import rlora
+from rlora import methods
+from rlora.core import dispatch
+from rlora.core.backend import Backend
+from rlora.testing import make_problem
+
+DOCS = Path(__file__).parents[2] / "docs"
+FOLDER = DOCS / "reference" / "methods"
+INDEX = FOLDER / "index.md"
+PAGES = sorted(path for path in FOLDER.glob("*.md") if path != INDEX)
+SHAPES = [(768, 512, 4), (512, 1024, 6)]  # large enough that r x r products are few percent
+OPERATORS = {
+    ast.Add: lambda x, y: x + y,
+    ast.Mult: lambda x, y: x * y,
+    ast.Pow: lambda x, y: x**y,
+}
+# What the index calls "the same path under" is meant without damping.
+ASIDE = {"damping", "damping_mode"}
+
+
+def tables(path):
+    """Every row of the tables that have a column "call", as a dict of its cells."""
+    rows, header = [], []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if not line.startswith("|"):
+            header = []
+        elif not header:
+            header = cells
+        elif "call" in header and "---" not in line:
+            rows.append({"file": path.name} | dict(zip(header, cells, strict=True)))
+    return rows
+
+
+def code(cell):
+    return re.fullmatch("`(.*)`", cell)[1]
+
+
+def arithmetic(cell, m, n, r):
+    """The value of sums, products and powers of m, n, r and numbers; nothing else is allowed."""
+
+    def value(node):
+        match node:
+            case ast.BinOp():
+                return OPERATORS[type(node.op)](value(node.left), value(node.right))
+            case ast.Name():
+                return {"m": m, "n": n, "r": r}[node.id]
+            case ast.Constant(value=int()):
+                return node.value
+        raise AssertionError(f"{ast.unparse(node)} in {cell}")
+
+    return value(ast.parse(code(cell), mode="eval").body)
+
+
+def parse_call(text):
+    """Name and arguments of a call of methods with literals."""
+
+    def parse(node):
+        if not isinstance(node, ast.Call):
+            return ast.literal_eval(node)
+        assert node.func.id in methods.__all__, node.func.id
+        options = {keyword.arg: parse(keyword.value) for keyword in node.keywords}
+        return node.func.id, [parse(arg) for arg in node.args], options
+
+    return parse(ast.parse(text, mode="eval").body)
+
+
+def make(parsed):
+    name, args, options = parsed
+    return getattr(methods, name)(*map(make, args), **options)
+
+
+CALLS = [row for path in (INDEX, *PAGES) for row in tables(path)]
+EVERY_CALL = pytest.mark.parametrize("row", CALLS, ids=lambda row: f"{row['file']} {row['call']}")
+EVERY_METHOD = pytest.mark.parametrize(
+    "row", tables(INDEX), ids=lambda row: row["call"].replace("`", "")
+)
+ALL_PAGES = [INDEX, *PAGES, DOCS / "reference" / "invariance.md", DOCS / "how-to" / "new_method.md"]
+
+
+class CountingLinalg:
+    def __init__(self, owner):
+        self._owner = owner
+
+    def __getattr__(self, name):
+        return getattr(array_api_compat.numpy.linalg, name)
+
+    def qr(self, x):
+        rows, columns = x.shape[-2:]  # Householder, and forming Q: 2 N k^2 each
+        self._owner.flops += int(np.prod(x.shape[:-2])) * 4 * rows * columns**2
+        return array_api_compat.numpy.linalg.qr(x)
+
+
+class CountingNamespace:
+    """NumPy that counts the flops of its matrix products and QR decompositions."""
+
+    def __init__(self):
+        self.flops, self.linalg = 0, CountingLinalg(self)
+
+    def __getattr__(self, name):
+        return getattr(array_api_compat.numpy, name)
+
+    def matmul(self, x, y):
+        product = array_api_compat.numpy.matmul(x, y)
+        self.flops += 2 * product.size * x.shape[-1]
+        return product
+
+
+@EVERY_CALL
+def test_the_state_has_the_size_on_the_page(row):
+    method = make(parse_call(code(row["call"])))
+    for shape in SHAPES:
+        state = rlora.flatten_state(method.init(make_problem(*shape).params))
+        numbers = sum(x.size for x in state.values())
+        assert numbers == arithmetic(row["state numbers per pair"], *shape)
+
+
+@EVERY_CALL
+def test_a_step_does_the_flops_on_the_page(row, monkeypatch):
+    counter = CountingNamespace()
+    method = make(parse_call(code(row["call"])))
+    for shape in SHAPES:
+        problem = make_problem(*shape)
+        state, grads = method.init(problem.params), problem.grads(problem.params)
+        with monkeypatch.context() as patch:
+            patch.setitem(dispatch._by_type, np.ndarray, Backend(counter, "numpy"))
+            counter.flops = 0
+            rlora.step(method, problem.params, grads, state, 1e-3)
+        # 5 % above: products of r x r matrices, which the pages leave out.
+        expected = arithmetic(row["flops per step"], *shape)
+        assert expected <= counter.flops <= 1.05 * expected
+
+
+def test_the_counter_sees_every_product():
+    """Methods have no product but through the namespace, where it is counted."""
+    for path in Path(methods.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.MatMult)], path.name
+        assert not re.search(r"einsum|tensordot|vecdot", path.read_text(encoding="utf-8"))
+
+
+@EVERY_METHOD
+def test_what_the_second_step_from_zero_does_to_a(row):
+    def second_move(lr):
+        problem = make_problem(64, 48, 4, zero_B=True)
+        method = make(parse_call(code(row["call"])))
+        params, state = problem.params, method.init(problem.params)
+        for _ in range(2):
+            old = params
+            params, state = rlora.step(method, old, problem.grads(old), state, lr)
+        return float(np.linalg.norm(params.A - old.A)), float(np.linalg.norm(params.B))
+
+    (large, B), (small, _) = second_move(1e-4), second_move(1e-6)
+    match row["from B = 0"]:
+        case "A follows":
+            assert 0 < small < large / 50
+        case "A jumps":
+            assert 0.5 < small / large < 2
+        case "A stays":
+            assert large == small == 0 < B
+        case "nothing moves":
+            assert large == small == 0 == B
+        case other:
+            raise AssertionError(other)
+
+
+@EVERY_METHOD
+def test_the_path_is_the_one_of_the_table(row):
+    spec = importlib.util.spec_from_file_location("invariance", DOCS / "reference/invariance.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def complete(call):
+        name, args, options = parse_call(call)
+        parameters = inspect.signature(getattr(methods, name)).parameters.values()
+        options = {p.name: p.default for p in parameters} | options
+        return name, args, {key: value for key, value in options.items() if key not in ASIDE}
+
+    wanted = complete(code(row["call"]))
+    same = [r.theory for r in script.ROWS if "(" in r.label and complete(r.label) == wanted]
+    undamped = max(same, key=lambda theory: len(theory.exact))
+    assert row["same path under"] == undamped.words
+
+
+def test_every_method_has_a_page_and_a_row():
+    on_pages = {code(row["call"]).partition("(")[0] for row in CALLS if row["file"] != INDEX.name}
+    in_index = {code(row["call"]).partition("(")[0] for row in tables(INDEX)}
+    assert on_pages == in_index == set(methods.__all__)
+
+
+def test_the_index_links_every_page_and_the_right_one():
+    assert set(re.findall(r"\]\((\w+\.md)\)", INDEX.read_text(encoding="utf-8"))) == {
+        path.name for path in PAGES
+    }
+    for row in INDEX.read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"\| `(\w+)\(.*\((\w+\.md)\) \|$", row):
+            assert f"`rlora.{match[1]}`" in (FOLDER / match[2]).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", ALL_PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (path.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_pages_say_what_a_page_says(path):
+    text = path.read_text(encoding="utf-8")
+    parts = "Update, Use, Cost, Invariance, Hyperparameters, When it loses, Deviations, Reference"
+    assert re.findall("^## (.*)$", text, re.MULTILINE) == parts.split(", ")
+    assert "arXiv:" in text.rpartition("## Reference")[2]
+
+
+def blocks(path):
+    return re.findall("```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_examples_on_arrays_run(path):
+    space = {}
+    for block in blocks(INDEX) + blocks(path):
+        if "torch" not in block:
+            exec(block, space)
+    assert np.isfinite(space["pair"].A).all()
+    assert space["state"] is not None
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_examples_in_torch_run(path):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    import rlora.torch
+
+    space = {}
+    for block in blocks(INDEX) + blocks(path):
+        if "torch" not in block:
+            continue
+        if name := re.search(r"rlora\.torch\.(\w+)\(", block):
+            if not hasattr(rlora.torch, name[1]):
+                pytest.skip(f"rlora.torch has no {name[1]} yet")
+            before = [p.detach().clone() for p in space["model"].parameters()]
+        exec(block, space)
+    after = list(space["model"].parameters())
+    assert any(bool((p != old).any()) for p, old in zip(after, before, strict=True))
+    assert all(bool(p.isfinite().all()) for p in after)
