@@ -138,11 +138,12 @@ class Bundle:
         """N, the number of columns in row form: n for an A, m for a B."""
         return self.constant([(pair.A.shape[-1], pair.B.shape[-2]) for pair in self.params])
 
-    def partner_moves(self) -> Stack | float:
-        """1 where the partner has a gradient, 0 where it is frozen."""
-        if all(all(both) for both in self.moving):
+    def both_move(self) -> Array | float:
+        """For each pair 1 where both factors have a gradient, else 0: (K, 1, 1)."""
+        if all(all(letters) for letters in self.moving):
             return 1.0
-        return self.constant([(float(b), float(a)) for a, b in self.moving])
+        both = [float(a and b) for a, b in self.moving]
+        return self.constant(list(zip(both, both, strict=True)))[: self.layers, ...]
 
 
 def by_rank(params: Sequence[Factors], workspace: Workspace | None = None) -> list[list[int]]:

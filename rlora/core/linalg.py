@@ -126,8 +126,7 @@ def tangent(
     matmul = bundle.backend.matmul
     P_A, P_B = bundle.halves(P)
     _, C = bundle.halves(bundle.cross(bundle.params, G))  # Bᵀ G_B
-    both = bundle.partner_moves()
-    both = both if isinstance(both, float) else both[: bundle.layers, ...]
+    both = bundle.both_move()
     Y = matmul(matmul(P_A, C), P_B)  # (K, r, r), what both factors would do twice
     X = bundle.xp.zeros_like(Y) if X is None else X
     from_params = bundle.apply(bundle.xp.concat([both * X, -both * mT(X + Y)]), bundle.params)

@@ -138,7 +138,9 @@ def weighted_tangent(
     S = symmetric(bundle.cross(weighted, bundle.params))
     P = metric_power(bundle, S, -1.0, damping, damping_mode)  # of the partner
     C = matmul(bundle.cross(g, bundle.params), bundle.partner(P))  # g Fᵀ S⁻¹
-    shared = bundle.apply(-0.5 * bundle.partner_moves() * matmul(P, C), bundle.params)
+    both = bundle.both_move()
+    halves = [both * X for X in bundle.halves(-0.5 * matmul(P, C))]
+    shared = bundle.apply(bundle.xp.concat(halves), bundle.params)
     return add(bundle.apply(P, scaled), shared)
 
 

@@ -6,9 +6,9 @@ S. Hayou, N. Ghosh, B. Yu. LoRA+: Efficient Low Rank Adaptation of Large Models.
 
 from rlora.core.checks import check_nonnegative
 from rlora.core.decay import add_decayed_weights
-from rlora.core.factors import Array, Tree, map_pairs
+from rlora.core.factors import Factors, Tree, map_pairs
 from rlora.core.moments import scale_by_adam
-from rlora.core.transform import Transform, chain
+from rlora.core.transform import State, Transform, chain
 
 
 def lora_plus(
@@ -25,8 +25,8 @@ def lora_plus(
     Parameters
     ----------
     inner : Transform, optional
-        Any method; AdamW with the following hyperparameters by default. Its weight decay goes with
-        the learning rate of each factor.
+        Any method; AdamW with the following hyperparameters by default. A weight decay that is part
+        of its direction goes with the learning rate of each factor, one after the step with `lr`.
     ratio : float
         At least 0. The paper recommends 16.
     b1, b2, eps, weight_decay
@@ -62,11 +62,12 @@ def lora_plus(
     adamw = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay))
     inner = adamw if inner is None else inner
 
-    def apply(params: Tree, direction: Tree, lr: Array | float) -> Tree:
-        for letter, rate in (("B", lr), ("A", ratio * lr)):  # first without B, then without A
-            other: dict[str, None] = {letter: None}
-            half = map_pairs(lambda pair, other=other: pair._replace(**other), direction)
-            params = inner.apply(params, half, rate)
-        return params
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        direction, state = inner.update(grads, state, params)
 
-    return inner._replace(apply=apply)
+        def favour(d: Factors) -> Factors:
+            return d if d.B is None else Factors(d.A, ratio * d.B)
+
+        return map_pairs(favour, direction), state
+
+    return inner._replace(update=update)

@@ -18,11 +18,18 @@ from rlora.core.moments import zeros
 from rlora.core.transform import State, Transform, apply_updates, chain
 
 
+class Tangent(NamedTuple):
+    """The tangent vector ``B M_A + M_B A``: one thing, even where a factor is frozen."""
+
+    A: Array
+    B: Array
+
+
 class RiemannionState(NamedTuple):
-    """Momentum, a tangent vector ``B M_A + M_B A`` at the present point."""
+    """What Riemannion knows of each pair."""
 
     mu: Tree
-    """M_A and M_B, like the parameters."""
+    """Momentum at the present point, a `Tangent` for each pair."""
 
 
 def riemannion(
@@ -79,13 +86,13 @@ def riemannion(
     check_nonnegative("weight_decay", weight_decay)
 
     def init(params: Tree, scaling: float = 1.0) -> RiemannionState:
-        return RiemannionState(zeros(params))
+        return RiemannionState(map_pairs(lambda pair: Tangent(*pair), zeros(params)))
 
     def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
         P = metric_power(bundle, bundle.gram(bundle.params))
         mu = add(tangent(bundle, P, G), scale(b1, state.mu))
         seen = [_seen_msign(bundle.backend, X, M) for X, M in zip(bundle.params, mu, strict=True)]
-        return tangent(bundle, P, seen), RiemannionState(mu)
+        return tangent(bundle, P, seen), RiemannionState([Tangent(*M) for M in mu])
 
     def transport(bundle: Bundle, old: Sequence[Factors], state: State) -> RiemannionState:
         # What the new factors see of the old tangent vector: its projection needs no more.
@@ -93,7 +100,7 @@ def riemannion(
         move = bundle.partner(bundle.cross(bundle.params, state.mu))
         seen = add(bundle.apply(turn, state.mu), bundle.apply(move, old))
         P = metric_power(bundle, bundle.gram(bundle.params))
-        return RiemannionState(tangent(bundle, P, seen))
+        return RiemannionState([Tangent(*M) for M in tangent(bundle, P, seen)])
 
     def retract(params: Tree, direction: Tree, lr: Array | float) -> Tree:
         return map_pairs(lambda pair, d: _retract(pair, d, lr, weight_decay), params, direction)
