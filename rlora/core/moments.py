@@ -13,7 +13,7 @@ EpsForm = Literal["torch", "hf"]
 
 
 class MomentumState(NamedTuple):
-    """`mu`: the running sum, like the parameters; `count`: steps taken, one number a factor."""
+    """`mu`: the running sum, like the parameters; `count`: steps taken, one number a layer."""
 
     mu: Tree
     count: Tree
@@ -64,7 +64,7 @@ def momentum(decay: float = 0.9, *, nesterov: bool = False, dampening: float = 0
                 return None, mu, count
             xp = get_backend(g).xp
             one = xp.ones_like(count)
-            mu = decay * mu + xp.where(count == 0, one, (1 - dampening) * one) * g
+            mu = decay * mu + each(xp.where(count == 0, one, (1 - dampening) * one)) * g
             return (g + decay * mu if nesterov else mu), mu, count + 1
 
         direction, mu, count = unzip(3, map_leaves(leaf, state.mu, state.count, grads))
@@ -144,9 +144,7 @@ def adam_step(
     count = count + 1
     mu = b1 * mu + (1 - b1) * g
     nu = b2 * nu + (1 - b2) * (g * g)
-    c1, c2 = (
-        (_correction(xp, b1, count), _correction(xp, b2, count)) if bias_correction else (1.0, 1.0)
-    )
+    c1, c2 = (_correction(xp, b, each(count)) for b in (b1, b2)) if bias_correction else (1.0, 1.0)
     root2 = c2**0.5
     denominator = xp.sqrt(nu) / root2 + (eps if eps_form == "torch" else eps / root2)
     return (mu / c1) / denominator, mu, nu, count
@@ -236,20 +234,32 @@ def zeros(params: Tree) -> Tree:
 
 
 def counts(params: Tree) -> Tree:
-    """One step count a factor, zero."""
-    return map_leaves(
-        lambda p: get_backend(p).xp.zeros((), dtype=p.dtype, device=device_of(p)), params
-    )
+    """One step count for each layer of a factor, zero: (...)."""
+
+    def count(p: Array) -> Array:
+        return get_backend(p).xp.zeros(p.shape[:-2], dtype=p.dtype, device=device_of(p))
+
+    return map_leaves(count, params)
 
 
 def per_pair(params: Tree, value: float) -> Tree:
-    """One number a pair."""
+    """One number for each layer of a pair: (...)."""
 
     def number(pair: Factors) -> Array:
         A = pair.A
-        return get_backend(A).xp.full((), value, dtype=A.dtype, device=device_of(A))
+        return get_backend(A).xp.full(A.shape[:-2], value, dtype=A.dtype, device=device_of(A))
 
     return map_pairs(number, params)
+
+
+def each(x: Array) -> Array:
+    """Numbers (...), one for each layer, against its matrices (..., ., .)."""
+    return x[..., None, None]
+
+
+def over(pair: Factors, x: Array) -> Factors:
+    """A pair divided by one number for each layer; None stays."""
+    return Factors(*(None if d is None else d / each(x) for d in pair))
 
 
 def _correction(xp: Any, b: float, count: Array) -> Array | float:

@@ -13,7 +13,7 @@ from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, map_pairs
 from rlora.core.linalg import DampingMode, add, check_damping, metric_power, symmetric, tangent
-from rlora.core.moments import corrected_decay, counts, momentum, per_pair
+from rlora.core.moments import corrected_decay, counts, momentum, over, per_pair
 from rlora.core.transform import State, Transform, chain
 
 
@@ -52,11 +52,11 @@ def scale_by_adapre(
 
     def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], AdaPreState]:
         xp = bundle.xp
-        g = [Factors(G_k.A / s, G_k.B / s) for G_k, s in zip(G, state.scaling, strict=True)]
+        g = [over(G_k, s) for G_k, s in zip(G, state.scaling, strict=True)]
         P = metric_power(bundle, bundle.gram(bundle.params), -1.0, damping, damping_mode)
 
         def average(old: Array, new: Array, count: Array) -> Array:
-            decay = corrected_decay(xp, b2, count)
+            decay = corrected_decay(xp, b2, count)[..., None]
             return decay * old + (1 - decay) * new
 
         energy = [
@@ -67,7 +67,7 @@ def scale_by_adapre(
         ]
         weights = [Factors(*(_root_weight(xp, x, eps) for x in pair)) for pair in energy]
         D = weighted_tangent(bundle, g, weights, damping, damping_mode)
-        D = [Factors(d.A / s, d.B / s) for d, s in zip(D, state.scaling, strict=True)]
+        D = [over(d, s) for d, s in zip(D, state.scaling, strict=True)]
         count = [Factors(c.A + 1, c.B + 1) for c in state.count]
         return D, AdaPreState(energy, count, state.scaling)
 

@@ -10,7 +10,7 @@ from rlora.core.bundle import Bundle, rank_wise, record_turn, small_zeros
 from rlora.core.checks import check_choice, check_nonnegative, check_unit
 from rlora.core.factors import Array, Factors, Tree
 from rlora.core.linalg import DampingMode, check_damping, metric_power
-from rlora.core.moments import per_pair, zeros
+from rlora.core.moments import each, per_pair, zeros
 from rlora.core.transform import State, Transform, chain
 
 First = Literal["A", "B"]
@@ -96,10 +96,10 @@ def alternate(
         def move(k: int, letter: str) -> tuple[Array, Array, Array | None]:
             nu = None if rates.b2 is None else getattr(state.nu[k], letter)
             old, g_k, p = (getattr(x[k], letter) for x in (mu, g, bundle.params))
-            d, *new = rates.half_step(xp, old, nu, g_k / state.scaling[k] ** 2, p)
+            d, *new = rates.half_step(xp, old, nu, g_k / each(state.scaling[k]) ** 2, p)
             if not all(bundle.moving[k]):  # the partner is frozen: every turn is this factor's
                 return d, new[0], new[1]
-            turn = state.count[k] % 2 == (0 if letter == first else 1)
+            turn = each(state.count[k]) % 2 == (0 if letter == first else 1)
             kept = None if nu is None else xp.where(turn, new[1], nu)
             return xp.where(turn, d, xp.zeros_like(d)), xp.where(turn, new[0], old), kept
 

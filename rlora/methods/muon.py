@@ -13,7 +13,7 @@ from rlora.core.checks import check_unit
 from rlora.core.decay import decay_product_around
 from rlora.core.factors import Factors, Tree
 from rlora.core.linalg import congruence
-from rlora.core.moments import momentum as momentum_link, per_pair
+from rlora.core.moments import momentum as momentum_link, over, per_pair
 from rlora.core.transform import State, Transform, chain
 
 
@@ -37,8 +37,7 @@ def scale_by_spectral_norm(*, compute_dtype: str | None = None) -> Transform:
         W = backend.pseudo_power(bundle.partner(bundle.gram(bundle.params)), -0.5)
         sign = backend.pseudo_power(congruence(backend, W, bundle.gram(M)), -0.5)
         D = bundle.apply(congruence(backend, W, sign), M)
-        halves = [0.5 / s for s in state.scaling]
-        return [Factors(c * d.A, c * d.B) for c, d in zip(halves, D, strict=True)], state
+        return [over(d, 2 * s) for d, s in zip(D, state.scaling, strict=True)], state
 
     return rank_wise(init, rule, compute_dtype=compute_dtype)
 

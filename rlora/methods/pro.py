@@ -13,7 +13,14 @@ from rlora.core.decay import add_decayed_weights, decay_product
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, map_pairs
 from rlora.core.linalg import DampingMode, check_damping, metric_power, sylvester_spd, tangent
-from rlora.core.moments import adam_step, momentum as momentum_link, per_pair, scale_by_adam
+from rlora.core.moments import (
+    adam_step,
+    each,
+    momentum as momentum_link,
+    over,
+    per_pair,
+    scale_by_adam,
+)
 from rlora.core.transform import State, Transform, chain
 
 Gauge = Literal["sylvester", "balanced", "zero"]
@@ -42,7 +49,7 @@ def scale_by_pro(
         P = metric_power(bundle, S, -1.0, damping, damping_mode)
         X = gauge_of(gauge, bundle, S, P, G)
         D = tangent(bundle, P, G, X)
-        return [_times(s**-2.0, d) for s, d in zip(state.scaling, D, strict=True)], state
+        return [over(d, s**2) for s, d in zip(state.scaling, D, strict=True)], state
 
     return rank_wise(_init, rule, compute_dtype=compute_dtype)
 
@@ -62,10 +69,6 @@ def gauge_of(gauge: Gauge, bundle: Bundle, S: Stack, P: Stack, G: list[Factors])
 
 def _init(params: Tree, scaling: float = 1.0) -> ProState:
     return ProState(per_pair(params, scaling))
-
-
-def _times(c: Array, pair: Factors) -> Factors:
-    return Factors(c * pair.A, c * pair.B)
 
 
 class FullState(NamedTuple):
@@ -117,7 +120,7 @@ def scale_by_full_adam(
 
         out = []
         for k, (pair, move, s) in enumerate(zip(bundle.params, g, state.scaling, strict=True)):
-            equivalent = (matmul(pair.B, move.A) + matmul(move.B, pair.A)) / s  # (..., m, n)
+            equivalent = (matmul(pair.B, move.A) + matmul(move.B, pair.A)) / each(s)  # (..., m, n)
             out.append(adam_step(state.mu[k], state.nu[k], state.count[k], equivalent, b1, b2, eps))
         adam, mu, nu, count = (list(column) for column in zip(*out, strict=True))
 
@@ -126,7 +129,7 @@ def scale_by_full_adam(
             for pair, d in zip(bundle.params, adam, strict=True)
         ]
         D = tangent(bundle, P, G, gauge_of(gauge, bundle, S, P, G))
-        D = [_times(1 / s, d) for s, d in zip(state.scaling, D, strict=True)]
+        D = [over(d, s) for s, d in zip(state.scaling, D, strict=True)]
         return D, FullState(mu, nu, count, state.scaling)
 
     return rank_wise(init, rule, compute_dtype=compute_dtype)

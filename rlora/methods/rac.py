@@ -18,12 +18,11 @@ from rlora.core.factors import (
     Tree,
     counterparts,
     leaves_of,
-    map_leaves,
     pairs_of,
     rebuild,
 )
 from rlora.core.linalg import DampingMode, check_damping, precondition, preconditioners
-from rlora.core.moments import only, per_pair, scale_by_adam
+from rlora.core.moments import only, over, per_pair, scale_by_adam
 from rlora.core.transform import State, Transform, chain
 
 Side = Literal["A", "B"]
@@ -68,7 +67,7 @@ def scale_by_sketch(
             )
             G = [pair._replace(**rest) for pair in pairs_of(grads)]
             D = precondition(backend, P, G)
-        D = [map_leaves(lambda d, s=s: d / s**2, d) for d, s in zip(D, scalings, strict=True)]
+        D = [over(d, s**2) for d, s in zip(D, scalings, strict=True)]
         return rebuild(params, D), state
 
     return Transform(init, update)
