@@ -1,6 +1,5 @@
 """A torch optimizer out of any method: its pure step over the pairs, the parent's over the rest."""
 
-import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -8,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
@@ -101,11 +99,14 @@ class MethodOptimizer(PairOptimizer):
         return [Plan(batches, plain)]
 
     def _state_shapes(self, p: Tensor) -> dict[str, torch.Size]:
-        for a, b in self._current_pairs():
-            if p is a or p is b:
-                group = next(g for g in self.param_groups if any(q is a for q in g["params"]))
-                like = _StateLayout(self._transform(group), [(a, b)], group["scaling"])
-                return {key: shape for q, key, shape in like.entries if q is p}
+        for pair in self._current_pairs():
+            if p is pair[0] or p is pair[1]:
+                group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
+                like = self._transform(group).init(_stacks([[pair]]), group["scaling"])
+                places = _places(flatten_state(like))
+                side = 0 if p is pair[0] else 1
+                flat = flatten_state(like)
+                return {key: flat[n].shape[1:] for n, (_, s, key) in places.items() if s == side}
         return super()._state_shapes(p)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -119,156 +120,117 @@ class MethodOptimizer(PairOptimizer):
 
 
 class MethodBatch:
-    """The pairs of one group on one device, and where their state is kept."""
+    """The pairs of one group on one device, layers of equal shapes on one stack.
+
+    So the number of operations in a step depends on the number of shapes, not of layers. The state
+    lives in stacks too, and the optimizer's state of a parameter is a view of its layer.
+    """
 
     def __init__(self, optimizer: MethodOptimizer, group: int, pairs: list[TensorPair]) -> None:
-        self._optimizer, self._group, self._pairs = optimizer, group, pairs
+        self._optimizer, self._group = optimizer, group
+        alike: dict[Any, list[TensorPair]] = {}
+        for a, b in pairs:
+            key = (a.shape, b.shape, a.dtype, a.grad is None, b.grad is None)
+            alike.setdefault(key, []).append((a, b))
+        self._buckets = list(alike.values())
+        self._memory: dict[Any, Tensor] = {}
         options = optimizer.param_groups[group]
         self._transform = optimizer._transform(options)
-        self._layout = _StateLayout(self._transform, pairs, options["scaling"])
+        start = self._transform.init(_stacks(self._buckets), options["scaling"])
+        # Each array its own memory: it is written to after a step.
+        memory = {name: x.clone() for name, x in flatten_state(start).items()}
+        self._state = unflatten_state(memory, start)
+        self._places = _places(flatten_state(self._state))
+        self._registered = False
+        self._recall()
+
+    def _recall(self) -> None:
+        """Take over what the optimizer knows of these parameters."""
+        for name, x in flatten_state(self._state).items():
+            bucket, side, key = self._places[name]
+            for layer, pair in zip(x.unbind(0), self._buckets[bucket], strict=True):
+                if (known := self._optimizer.state.get(pair[side], {}).get(key)) is not None:
+                    layer.copy_(known)
 
     def prepare(self) -> tuple[dict[str, Factors], State]:
         """The pairs and their state after the step; nothing has moved yet."""
-        group, states = self._optimizer.param_groups[self._group], self._optimizer.state
-        sign = -1.0 if group["maximize"] else 1.0
-        params = _named(self._pairs, matrix)
-        grads = _named(
-            self._pairs, lambda p: None if p.grad is None else _signed(sign, matrix(p.grad))
-        )
-        state = self._layout.gather(states)
-        with get_backend(self._pairs[0][0]).exact(self._pairs[0][0]):
+        group = self._optimizer.param_groups[self._group]
+        params, grads = {}, {}
+        for i, bucket in enumerate(self._buckets):
+            A, B = ([pair[side] for pair in bucket] for side in (0, 1))
+            params[f"{i}"] = Factors(self._stack(A, (i, 0)), self._stack(B, (i, 1)))
+            G = [None if x[0].grad is None else [p.grad for p in x] for x in (A, B)]
+            grads[f"{i}"] = Factors(
+                *(None if g is None else self._stack(g, (i, side)) for side, g in enumerate(G, 2))
+            )
+        if group["maximize"]:
+            torch._foreach_neg_([g for pair in grads.values() for g in pair if g is not None])
+        with get_backend(self._buckets[0][0][0]).exact(self._buckets[0][0][0]):
             moved: tuple[dict[str, Factors], State] = step(
-                self._transform, params, grads, state, group["lr"]
+                self._transform, params, grads, self._state, group["lr"]
             )
         return moved
+
+    def _stack(self, tensors: list[Any], slot: Any) -> Tensor:
+        """Matrices on a stack of this step; on a CPU in memory of the last one."""
+        if any(x.ndim != 2 for x in tensors):
+            tensors = [matrix(x) for x in tensors]
+        if tensors[0].device.type != "cpu":
+            return torch.stack(tensors)
+        shape, dtype = (len(tensors), *tensors[0].shape), tensors[0].dtype
+        held = self._memory.get(slot)
+        if held is None or held.shape != shape or held.dtype != dtype:
+            held = self._memory[slot] = torch.empty(shape, dtype=dtype)
+        return torch.stack(tensors, out=held)
 
     def finish(self, moved: tuple[dict[str, Factors], State]) -> None:
         """Write both where they belong."""
         params, state = moved
-        self._layout.scatter(state, self._optimizer.state)
-        for old, new in zip(self._pairs, params.values(), strict=True):
-            for p, x in zip(old, new, strict=True):
-                if p.grad is not None:
-                    p.copy_(x.view(p.shape))
+        old, new = [], []
+        for bucket, stacks in zip(self._buckets, params.values(), strict=True):
+            for side in (0, 1):
+                if bucket[0][side].grad is not None:
+                    old += [pair[side] for pair in bucket]
+                    new += stacks[side].unbind(0)
+        torch._foreach_copy_(old, [x.view(p.shape) for p, x in zip(old, new, strict=True)])
+        mine, theirs = flatten_state(self._state), flatten_state(state)
+        changed = [name for name, x in mine.items() if x is not theirs[name]]
+        if changed:
+            torch._foreach_copy_([mine[n] for n in changed], [theirs[n] for n in changed])
+        if not self._registered:
+            self._register(mine)
+
+    def _register(self, flat: Mapping[str, Tensor]) -> None:
+        for name, x in flat.items():
+            bucket, side, key = self._places[name]
+            for layer, pair in zip(x.unbind(0), self._buckets[bucket], strict=True):
+                self._optimizer.state[pair[side]][key] = layer
+        self._registered = True
 
 
-def _named(pairs: list[TensorPair], f: Callable[[Tensor], Any]) -> dict[str, Factors]:
-    return {f"pair {k}": Factors(*map(f, pair)) for k, pair in enumerate(pairs)}
+def _stacks(buckets: list[list[TensorPair]]) -> dict[str, Factors]:
+    return {
+        f"{i}": Factors(
+            *(torch.stack([matrix(p) for p in side]) for side in zip(*bucket, strict=True))
+        )
+        for i, bucket in enumerate(buckets)
+    }
 
 
-def _signed(sign: float, grad: Tensor) -> Tensor:
-    return grad if sign > 0 else -grad
-
-
-class _StateLayout:
-    """Which array of a method's state belongs to which parameter, under which name.
+def _places(flat: Mapping[str, Tensor]) -> dict[str, tuple[int, int, str]]:
+    """Of each array of a state over `_stacks` the bucket, the side (0 or 1), and its name.
 
     What a pair has once is kept with its A. A name is the field's own; where two links of a chain
     have a field of one name, the place of the link comes first.
     """
-
-    def __init__(self, transform: Transform, pairs: list[TensorPair], scaling: float) -> None:
-        self._like = transform.init(_named(pairs, matrix), scaling)
-        owners = {f"pair {k}": pair for k, pair in enumerate(pairs)}
-        flat = flatten_state(self._like)
-        self._place: dict[str, tuple[Tensor, str]] = {}
-        self.entries: list[tuple[Tensor, str, torch.Size]] = []
-        for name in flat:
-            before, pair, letter = self._split(name, owners)
-            owner = owners[pair][1 if letter == "B" else 0]
-            self._place[name] = (owner, before)
-        keys = {key for _, key in self._place.values()}
-        short = {key: key.rpartition(".")[2] for key in keys}
-        clear = len(set(short.values())) == len(keys)
-        for name, (owner, key) in self._place.items():
-            key = short[key] if clear else key
-            self._place[name] = (owner, key)
-            self.entries.append((owner, key, flat[name].shape))
-
-    @staticmethod
-    def _split(name: str, owners: Mapping[str, Any]) -> tuple[str, str, str]:
+    places = {}
+    for name in flat:
         parts = name.split(".")
-        at = next(i for i, part in enumerate(parts) if part in owners)
-        return ".".join(parts[:at]), parts[at], "".join(parts[at + 1 :])
-
-    def gather(self, states: Mapping[Any, dict[str, Any]]) -> State:
-        """The method's state out of the optimizer's; what is not there yet is as at the start."""
-        start = flatten_state(self._like)
-        flat = {
-            name: states.get(owner, {}).get(key, start[name])
-            for name, (owner, key) in self._place.items()
-        }
-        return unflatten_state(flat, self._like)
-
-    def scatter(self, state: State, states: Any) -> None:
-        """The method's state into the optimizer's."""
-        for name, x in flatten_state(state).items():
-            owner, key = self._place[name]
-            states[owner][key] = x
-
-
-def optimizer_class(method: Method, parent: type[Optimizer] | None = None) -> type[MethodOptimizer]:
-    """The torch optimizer of a method.
-
-    Parameters
-    ----------
-    method : callable
-        Gives a `rlora.Transform` for its keyword-only hyperparameters, as `rlora.lora_rite` does.
-        ``b1`` and ``b2`` together are called ``betas`` in torch.
-    parent : type, optional
-        What updates parameters that are in no pair: torch's SGD for a method with ``momentum``,
-        else torch's AdamW.
-
-    Returns
-    -------
-    type
-        An optimizer class with the method's name in capitals. Its constructor takes a model,
-        ``named_parameters()``, groups with names, or tensors with ``pairs=[(A, B), ...]``; ``lr``;
-        the method's hyperparameters; ``scaling``, the s of ``W0 + s B A``; ``adapter``; and
-        ``maximize``, ``foreach`` and ``fused`` for the parent.
-
-    Examples
-    --------
-    >>> import torch, rlora.torch
-    >>> LoRARite = rlora.torch.optimizer_class(rlora.lora_rite)
-    >>> A, B = torch.randn(4, 16, requires_grad=True), torch.zeros(32, 4, requires_grad=True)
-    >>> optimizer = LoRARite([A, B], lr=1e-3, betas=(0.9, 0.99), pairs=[(A, B)])
-    """
-    momentum = "momentum" in inspect.signature(method).parameters
-    plain: Any = parent or (torch.optim.SGD if momentum else torch.optim.AdamW)
-    return _class(method, plain)
-
-
-@functools.cache
-def _class(method: Method, parent: Any) -> type[MethodOptimizer]:
-    doc = inspect.getdoc(method) or ""
-    return type(
-        class_name(method.__name__),
-        (MethodOptimizer, parent),
-        {
-            "method": staticmethod(method),
-            "__doc__": f"The torch optimizer of `rlora.{method.__name__}`.\n\n{doc}",
-            "__module__": "rlora.torch",
-            "__reduce__": _reduce,
-        },
-    )
-
-
-SPELLING = {"lora": "LoRA", "sgd": "SGD", "adamw": "AdamW", "fa": "FA", "sb": "SB", "rac": "RAC"}
-
-
-def class_name(method: str) -> str:
-    """``lora_pro_adamw`` as ``LoRAProAdamW``."""
-    words = (SPELLING.get(word, word.capitalize()) for word in method.split("_"))
-    return "".join(words).replace("Adapre", "AdaPre")
-
-
-def _reduce(self: Any) -> tuple[Any, ...]:
-    # The class was made here, so a pickle must make it again.
-    kind = type(self)
-    return _revive, (kind.method, kind.__bases__[1]), self.__getstate__()
-
-
-def _revive(method: Method, parent: type[Optimizer]) -> Optimizer:
-    kind = optimizer_class(method, parent)
-    return kind.__new__(kind)
+        letter = parts.pop() if parts[-1] in ("A", "B") else "A"
+        bucket = parts.pop()
+        places[name] = (int(bucket), "AB".index(letter), ".".join(parts))
+    keys = {key for _, _, key in places.values()}
+    short = {key: key.rpartition(".")[2] for key in keys}
+    if len(set(short.values())) < len(keys):
+        return places
+    return {name: (bucket, side, short[key]) for name, (bucket, side, key) in places.items()}

@@ -1,11 +1,13 @@
-"""The same for any torch optimizer class."""
+"""Optimizer classes made of others: of any torch optimizer, and of any method."""
 
 import functools
 import inspect
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
+from rlora.torch.method_optimizer import Method, MethodOptimizer
 from rlora.torch.optimizer import GramPreconditioned
 
 
@@ -67,4 +69,71 @@ def _reduce(self: Any) -> tuple[Any, ...]:
 
 def _revive(parent: Any) -> Optimizer:
     kind = precondition(parent)
+    return kind.__new__(kind)
+
+
+def optimizer_class(method: Method, parent: type[Optimizer] | None = None) -> type[MethodOptimizer]:
+    """The torch optimizer of a method.
+
+    Parameters
+    ----------
+    method : callable
+        Gives a `rlora.Transform` for its keyword-only hyperparameters, as `rlora.lora_rite` does.
+        ``b1`` and ``b2`` together are called ``betas`` in torch.
+    parent : type, optional
+        What updates parameters that are in no pair: torch's SGD for a method with ``momentum``,
+        else torch's AdamW.
+
+    Returns
+    -------
+    type
+        An optimizer class with the method's name in capitals. Its constructor takes a model,
+        ``named_parameters()``, groups with names, or tensors with ``pairs=[(A, B), ...]``; ``lr``;
+        the method's hyperparameters; ``scaling``, the s of ``W0 + s B A``; ``adapter``; and
+        ``maximize``, ``foreach`` and ``fused`` for the parent.
+
+    Examples
+    --------
+    >>> import torch, rlora.torch
+    >>> LoRARite = rlora.torch.optimizer_class(rlora.lora_rite)
+    >>> A, B = torch.randn(4, 16, requires_grad=True), torch.zeros(32, 4, requires_grad=True)
+    >>> optimizer = LoRARite([A, B], lr=1e-3, betas=(0.9, 0.99), pairs=[(A, B)])
+    """
+    momentum = "momentum" in inspect.signature(method).parameters
+    plain: Any = parent or (torch.optim.SGD if momentum else torch.optim.AdamW)
+    return _class(method, plain)
+
+
+@functools.cache
+def _class(method: Method, parent: Any) -> type[MethodOptimizer]:
+    doc = inspect.getdoc(method) or ""
+    return type(
+        class_name(method.__name__),
+        (MethodOptimizer, parent),
+        {
+            "method": staticmethod(method),
+            "__doc__": f"The torch optimizer of `rlora.{method.__name__}`.\n\n{doc}",
+            "__module__": "rlora.torch",
+            "__reduce__": _reduce_method,
+        },
+    )
+
+
+SPELLING = {"lora": "LoRA", "sgd": "SGD", "adamw": "AdamW", "fa": "FA", "sb": "SB", "rac": "RAC"}
+
+
+def class_name(method: str) -> str:
+    """``lora_pro_adamw`` as ``LoRAProAdamW``."""
+    words = (SPELLING.get(word, word.capitalize()) for word in method.split("_"))
+    return "".join(words).replace("Adapre", "AdaPre")
+
+
+def _reduce_method(self: Any) -> tuple[Any, ...]:
+    # The class was made here, so a pickle must make it again.
+    kind = type(self)
+    return _revive_method, (kind.method, kind.__bases__[1]), self.__getstate__()
+
+
+def _revive_method(method: Method, parent: type[Optimizer]) -> Optimizer:
+    kind = optimizer_class(method, parent)
     return kind.__new__(kind)
