@@ -1,4 +1,4 @@
-"""NumPy: products written straight into one stack, and LAPACK's batched inverse."""
+"""NumPy: products into one stack, LAPACK's batched inverse, entrywise work in place."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +28,26 @@ class NumPyBackend(Backend):
 
     def spd_power(self, S: Array, power: float) -> Array:
         return np.linalg.inv(S) if power == -1.0 else super().spd_power(S, power)
+
+    def adam(
+        self, mu: Array, nu: Array, g: Array, b1: float, b2: float, c1: Any, root2: Any, eps: Any
+    ) -> tuple[Array, Array, Array]:
+        """In place on arrays of its own: fresh pages cost more than the arithmetic."""
+        mu, nu, work = b1 * mu, b2 * nu, (1 - b1) * g
+        mu += work
+        np.multiply(g, g, out=work)
+        work *= 1 - b2
+        nu += work
+        np.sqrt(nu, out=work)
+        work /= root2
+        work += eps
+        np.divide(mu, work, out=work)
+        work /= c1
+        return work, mu, nu
+
+    def descend(self, param: Array, d: Array, lr: Array | float) -> Array:
+        moved = np.asarray(lr * d)
+        return np.subtract(param, moved, out=moved)
 
 
 BACKEND = NumPyBackend

@@ -142,7 +142,7 @@ class TorchBackend(Backend):
         r = S.shape[-1]
         mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)
         shift = torch.finfo(S.dtype).eps ** 0.5 * mean
-        Z, _ = newton_schulz(S + shift * torch.eye(r, dtype=S.dtype, device=S.device))
+        Z, _ = self.newton_schulz(S + shift * torch.eye(r, dtype=S.dtype, device=S.device))
         squared = torch.matrix_power(Z @ S @ Z, 2)
         return squared @ squared @ Z
 
@@ -151,9 +151,20 @@ class TorchBackend(Backend):
             return super().inverse_root(V, shift, eps)
         eye = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
         mean = V.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)
-        _, root = newton_schulz(V + (torch.finfo(V.dtype).eps ** 0.5 * mean + shift) * eye)
+        _, root = self.newton_schulz(V + (torch.finfo(V.dtype).eps ** 0.5 * mean + shift) * eye)
         inverse, _ = torch.linalg.inv_ex(root + eps * eye)
         return inverse
+
+    def adam(
+        self, mu: Array, nu: Array, g: Array, b1: float, b2: float, c1: Any, root2: Any, eps: Any
+    ) -> tuple[Array, Array, Array]:
+        mu = torch.lerp(g, mu, b1)
+        nu = (b2 * nu).addcmul_(g, g, value=1 - b2)
+        d = nu.sqrt().div_(root2).add_(eps)
+        return torch.div(mu, d, out=d).div_(c1), mu, nu
+
+    def descend(self, param: Array, d: Array, lr: Array | float) -> Array:
+        return torch.sub(param, d, alpha=lr) if isinstance(lr, float) else param - lr * d
 
     def unstack(self, P: Array, tall: Sequence[Array]) -> Iterator[Array]:
         if all(F.ndim == 2 for F in tall):
@@ -203,26 +214,6 @@ def _ieee_products() -> Iterator[None]:
 def eigh_waits(S: Array) -> bool:
     """Whether torch's eigh would hold up the host until the device is done."""
     return bool(S.device.type == "cuda")
-
-
-def newton_schulz(S: Array) -> tuple[Array, Array]:
-    """``S^-½`` and ``S^½`` of definite matrices (K, r, r) by products alone; 0 and 0 for a zero.
-
-    ``T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z`` from ``Y = S / tr S, Z = I``. The root of an
-    eigenvalue grows by half a step until it nears 1; the steps are enough for one of 10 eps tr S.
-    The error is about eps times the condition number: callers keep that to the root of eps.
-    """
-    eps = torch.finfo(S.dtype).eps
-    steps = math.ceil(-0.5 * math.log(ROUNDING * eps) / math.log(1.5)) + 6
-    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-    trace = S.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1)
-    unit = torch.where(trace == 0, 1.0, trace)
-    Y, Z = S / unit, eye.expand_as(S)
-    for _ in range(steps):
-        T = 1.5 * eye - 0.5 * (Z @ Y)
-        Y, Z = Y @ T, T @ Z
-    live = trace != 0
-    return torch.where(live, Z * unit**-0.5, 0.0), torch.where(live, Y * unit**0.5, 0.0)
 
 
 def _buckets(tall: Sequence[Array], workspace: Workspace | None, slot: str) -> dict[Any, list[int]]:

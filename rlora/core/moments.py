@@ -140,14 +140,12 @@ def adam_step(
     bias_correction: bool = True,
 ) -> tuple[Array, Array, Array, Array]:
     """Direction, moments and count of one array after a step of `scale_by_adam`."""
-    xp = get_backend(g).xp
-    count = count + 1
-    mu = b1 * mu + (1 - b1) * g
-    nu = b2 * nu + (1 - b2) * (g * g)
+    backend = get_backend(g)
+    xp, count = backend.xp, count + 1
     c1, c2 = (_correction(xp, b, each(count)) for b in (b1, b2)) if bias_correction else (1.0, 1.0)
     root2 = c2**0.5
-    denominator = xp.sqrt(nu) / root2 + (eps if eps_form == "torch" else eps / root2)
-    return (mu / c1) / denominator, mu, nu, count
+    eps = eps if eps_form == "torch" else eps / root2
+    return *backend.adam(mu, nu, g, b1, b2, c1, root2, eps), count
 
 
 def clip_by_global_norm(max_norm: float) -> Transform:

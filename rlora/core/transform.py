@@ -81,7 +81,8 @@ def apply_updates(params: Tree, direction: Tree, lr: Array | float) -> Tree:
         if d is None:
             return param
         backend = get_backend(param, d)
-        return backend.cast(backend.cast(param, d.dtype) - lr * d, param.dtype)
+        moved = backend.descend(backend.cast(param, d.dtype), d, lr)
+        return backend.cast(moved, param.dtype)
 
     return map_leaves(move, params, direction)
 
