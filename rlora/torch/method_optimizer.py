@@ -192,7 +192,9 @@ class MethodBatch:
                 if bucket[0][side].grad is not None:
                     old += [pair[side] for pair in bucket]
                     new += stacks[side].unbind(0)
-        torch._foreach_copy_(old, [x.view(p.shape) for p, x in zip(old, new, strict=True)])
+        if any(x.shape != p.shape for p, x in zip(old, new, strict=True)):  # kernels
+            new = [x.view(p.shape) for p, x in zip(old, new, strict=True)]
+        torch._foreach_copy_(old, new)
         mine, theirs = flatten_state(self._state), flatten_state(state)
         changed = [name for name, x in mine.items() if x is not theirs[name]]
         if changed:

@@ -7,8 +7,9 @@ import warnings
 
 import pytest
 import torch
-from models import CLASSES, batch, loss_of, make_model, pairs_in, same, train, values
+from models import CLASSES, METHODS, batch, loss_of, make_model, pairs_in, same, train, values
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlora
 import rlora.torch
@@ -548,3 +549,37 @@ def test_precondition_any_torch_optimizer(base):
         o.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+
+
+# --- what a step asks of the device ---------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched, but for views, which ask nothing of a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)
+def test_operations_do_not_grow_with_the_layers(kind):
+    """A step of 12 equal layers is as many operations as one of 3."""
+    counts = []
+    for layers in (3, 12):
+        pairs = [(torch.randn(4, 20), torch.randn(30, 4)) for _ in range(layers)]
+        params = [p.requires_grad_() for pair in pairs for p in pair]
+        optimizer = kind(params, lr=1e-3, pairs=pairs)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        with Operations() as seen:
+            optimizer.step()
+        assert not any("item" in name or "_local_scalar" in name for name in seen.names)
+        counts.append(len(seen.names))
+    assert counts[0] == counts[1]
