@@ -75,16 +75,16 @@ def test_a_functional_contender_takes_the_steps_of_the_method(library, name):
     arena = Arena(get(library), "float32", None)
     entries = functional_entries(PROBLEM, arena, [baseline_of(name)], [name])
     plain, contender = (entry.build() for entry in entries)
-    contender.step()
-    contender.step()
+    # Riemannion splits the product anew, by signs of LAPACK's choice: the same gradients would then
+    # be others, so it takes one step.
+    steps = 1 if name == "riemannion" else 2
     method = getattr(rlora.methods, name)()
     params, state = PROBLEM.pairs, method.init(PROBLEM.pairs)
-    for _ in range(2):
+    for _ in range(steps):
+        contender.step()
         params, state = rlora.step(method, params, PROBLEM.grads, state, 1e-4)
-    # The products: Riemannion's split is not determined where singular values are close. Two steps
-    # of 1e-4, in float32 by methods that normalise: a tenth of that.
     A, B = (arena.backend.to_numpy(x) for x in factors_of(contender)[0])
-    np.testing.assert_allclose(B @ A, params[0].B @ params[0].A, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(B @ A, params[0].B @ params[0].A, rtol=1e-5, atol=1e-7)
     assert contender.state_bytes() == sum(x.nbytes for x in rlora.flatten_state(state).values())
     assert (contender.ratio_to, plain.name) == (plain.name, baseline_of(name))
     np.testing.assert_array_equal(PROBLEM.pairs[0].B, random_problem([(40, 30)], 4, 0).pairs[0].B)
