@@ -1,6 +1,5 @@
 """The command group, and the one door through which errors become messages and exit codes."""
 
-import importlib
 import sys
 from typing import Any, Final, NoReturn
 
@@ -9,8 +8,10 @@ import click
 import rlora
 from rlora import RLoraError
 
+from .lazy import Lazy
+
 COMMANDS: Final = {"bench": ".bench", "info": ".info"}
-"""Command -> the module that has it under the same name; imported when it is asked for."""
+"""Command -> the module that has it under the same name."""
 
 USAGE, INTERRUPTED = 2, 130
 
@@ -18,18 +19,10 @@ REFUSALS = (RLoraError, ValueError, ImportError, MemoryError)
 """What a wrong name, number or machine raises. Files apart, all else is a bug, with its trace."""
 
 
-class App(click.Group):
-    """A group whose commands are imported late and whose errors are one line each."""
+class App(Lazy):
+    """The commands, whose errors are one line each."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module = importlib.import_module(COMMANDS[cmd_name], __package__)
-        command: click.Command = getattr(module, cmd_name)
-        return command
+    where = COMMANDS
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run a command line, then exit with 0, 2 after an error, or 130 after an interrupt."""

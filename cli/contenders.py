@@ -1,11 +1,13 @@
 """What is timed: one optimizer each, with its own parameters and state, ready to step."""
 
+import inspect
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
 import rlora
+import rlora.methods
 from rlora import Factors, Transform
 from rlora.core.backend import Backend
 from rlora.core.decay import add_decayed_weights
@@ -18,15 +20,13 @@ from .problem import Problem
 LR: Final = 1e-4
 """Small enough that the factors are after many steps much as they were."""
 
+Key = tuple[str, str]
+"""Backend and name: who is who in a race."""
+
 
 class Contender(ABC):
     """One row of the table. A subclass does one step of an optimizer and waits for the device."""
 
-    name: str
-    ratio_to: str
-    """Name of the plain method it is compared with; its own, if it is one."""
-
-    backend: str
     device: str
 
     @abstractmethod
@@ -41,20 +41,32 @@ class Contender(ABC):
     def state_bytes(self) -> int:
         """Bytes of all arrays of the optimizer's state."""
 
-    def peak_temporary_bytes(self) -> int | None:
-        """Most bytes a step holds at once beyond what was there before; None if unknown.
+    def compile(self) -> float | None:
+        """Compile ahead of the first step; its seconds, or None where nothing is compiled."""
+        return None
 
-        For a contender of its own, as this does steps in which time has no meaning.
-        """
+    def peak_temporary_bytes(self) -> int | None:
+        """Most bytes a step holds at once beyond what was there before; None if unknown."""
+        return None
+
+    def operations(self) -> int | None:
+        """How many operations a step hands to the library; None if that cannot be seen."""
         return None
 
 
 class Entry(NamedTuple):
     """A contender to be; building it takes its share of the memory."""
 
+    backend: str
     name: str
-    ratio_to: str
+    ratio_to: Key
+    """The plain method it is compared with; itself, if it is one."""
+
     build: Callable[[], Contender]
+
+    @property
+    def key(self) -> Key:
+        return self.backend, self.name
 
 
 class Arena(NamedTuple):
@@ -64,6 +76,11 @@ class Arena(NamedTuple):
     dtype: str
     device: str | None
 
+    @property
+    def name(self) -> str:
+        """Name of the backend."""
+        return self.backend.name
+
     def array(self, x: Any) -> Array:
         """Make a NumPy array one of this backend."""
         return self.backend.asarray(x, self.dtype, self.device)
@@ -71,6 +88,26 @@ class Arena(NamedTuple):
     def factors(self, pairs: list[Factors]) -> list[Factors]:
         """All pairs as arrays of this backend."""
         return [Factors(self.array(A), self.array(B)) for A, B in pairs]
+
+
+VARIANTS: Final = ("after", "both")
+"""What may stand behind a method's colon: a placement of its preconditioner."""
+
+
+def split_variant(method: str) -> tuple[str, dict[str, Any]]:
+    """Give the method's name and its options: ``scaled_adamw:after`` has placement "after"."""
+    name, _, variant = method.partition(":")
+    return name, {"placement": variant} if variant else {}
+
+
+def method_names() -> list[str]:
+    """Every method, and every variant of it."""
+    return [
+        name + variant
+        for name in rlora.methods.__all__
+        for variant in ("", *(f":{placement}" for placement in VARIANTS))
+        if not variant or "placement" in inspect.signature(getattr(rlora.methods, name)).parameters
+    ]
 
 
 def baseline_of(method: str) -> str:
@@ -85,47 +122,63 @@ def plain(name: str) -> Transform:
     return rlora.chain(add_decayed_weights(0.0))
 
 
-def functional_entries(
-    problem: Problem, arena: Arena, plains: list[str], methods: list[str]
-) -> list[Entry]:
-    """Plain methods and methods of the library, through the functional API."""
-    import rlora.methods
+def make_method(method: str) -> Transform:
+    """Make a method, or a plain one, by its name."""
+    if method in ("adamw", "sgd"):
+        return plain(method)
+    name, options = split_variant(method)
+    made: Transform = getattr(rlora.methods, name)(**options)
+    return made
 
+
+def functional_entries(problem: Problem, arena: Arena, methods: list[str]) -> list[Entry]:
+    """Plain methods and methods of the library, through the functional API."""
     params, grads = arena.factors(problem.pairs), arena.factors(problem.grads)
 
-    def entry(name: str, ratio_to: str, make: Callable[[], Transform]) -> Entry:
-        return Entry(
-            name, ratio_to, lambda: Functional(name, ratio_to, make(), params, grads, arena)
-        )
+    def entry(name: str) -> Entry:
+        def build() -> Contender:
+            method = make_method(name)
+            return Functional(
+                arena,
+                params,
+                grads,
+                method.init(params),
+                lambda params, grads, state: rlora.step(method, params, grads, state, LR),
+                lambda state: rlora.flatten_state(state).values(),
+            )
 
-    return [
-        *(entry(name, name, partial(plain, name)) for name in plains),
-        *(entry(name, baseline_of(name), getattr(rlora.methods, name)) for name in methods),
-    ]
+        return Entry(arena.name, name, (arena.name, baseline_of(name)), build)
+
+    return [entry(name) for name in methods]
 
 
 class Functional(Contender):
-    """A Transform through `rlora.step`, compiled where the backend compiles.
+    """A pure step, compiled where the backend compiles.
 
     Parameters and state are fed back, as in training; gradients are shared and stay.
     """
 
     def __init__(
         self,
-        name: str,
-        ratio_to: str,
-        method: Transform,
+        arena: Arena,
         params: list[Factors],
         grads: list[Factors],
-        arena: Arena,
+        state: Any,
+        step: Callable[..., tuple[list[Factors], Any]],
+        leaves: Callable[[Any], Iterable[Array]],
     ) -> None:
-        self.name, self.ratio_to, self.backend = name, ratio_to, arena.backend.name
         self.device = str(getattr(params[0].A, "device", "cpu"))
-        self._library = arena.backend
-        self._params, self._grads, self._state = params, grads, method.init(params)
-        self._step = arena.backend.compile(
-            lambda params, grads, state: rlora.step(method, params, grads, state, LR)
-        )
+        self._library, self._leaves = arena.backend, leaves
+        self._params, self._grads, self._state = params, grads, state
+        self._step = arena.backend.compile(step)
+
+    def compile(self) -> float | None:
+        lower = getattr(self._step, "lower", None)
+        if lower is None:
+            return None
+        start = time.perf_counter()
+        self._step = lower(self._params, self._grads, self._state).compile()
+        return time.perf_counter() - start
 
     def refresh(self) -> None:
         """Nothing to do: a pure step leaves its gradients as they were."""
@@ -133,14 +186,14 @@ class Functional(Contender):
     def step(self) -> None:
         self._params, self._state = self._step(self._params, self._grads, self._state)
         arrays = [x for pair in self._params for x in pair]
-        self._library.synchronize(*arrays, *rlora.flatten_state(self._state).values())
+        self._library.synchronize(*arrays, *self._leaves(self._state))
 
     def state_bytes(self) -> int:
-        return sum(map(memory.nbytes, rlora.flatten_state(self._state).values()))
+        return sum(map(memory.nbytes, self._leaves(self._state)))
 
     def peak_temporary_bytes(self) -> int | None:
-        if self.backend == "numpy":
+        if self._library.name == "numpy":
             return memory.traced(self.step)
-        if self.backend == "jax":
-            return memory.of_xla(self._step, self._params, self._grads, self._state)
+        if hasattr(self._step, "memory_analysis"):
+            return memory.of_xla(self._step)
         return None

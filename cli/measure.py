@@ -1,18 +1,21 @@
 """The race: contenders take turns, one step each, so that a slow moment of the machine hits all."""
 
 import gc
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from .contenders import Contender, Entry
+from .contenders import Contender, Entry, Key
 from .environment import load_average
 from .problem import Problem
+from .stats import FEWEST, median_interval, median_ratio, outliers, relative_spread, round_ratios
 
 MAX_SPREAD: Final = 0.15
 """Above this interquartile range, relative to the median, a row is called unstable."""
@@ -20,20 +23,23 @@ MAX_SPREAD: Final = 0.15
 MAX_LOAD: Final = 1.5
 """Processes for each processor before the start; a run of one's own leaves one behind."""
 
-FEWEST: Final = 3
-"""Samples below which a spread says nothing."""
-
 
 class Rounds(NamedTuple):
-    """How many: at least and at most so many, and no more once so many seconds have gone by."""
+    """How many samples of each contender.
+
+    With `seconds`, all together: until the interval of the median ratio is within `precision`,
+    from `least` samples on, or the contender's equal share of the time is spent; at most `most`.
+    Without, `most` of each, however long that takes.
+    """
 
     least: int
     most: int
-    seconds: float = 0.0
+    seconds: float | None = None
+    precision: float = 0.05
 
 
 Row = dict[str, Any]
-"""One line of the table; `record.SCHEMA` has its keys."""
+"""One line of the table; `schema.SCHEMA` has its keys."""
 
 
 def timed(contender: Contender) -> float:
@@ -42,6 +48,38 @@ def timed(contender: Contender) -> float:
     start = time.perf_counter()
     contender.step()
     return time.perf_counter() - start
+
+
+@dataclass
+class Lane:
+    """A contender in the race, and what is known of it so far."""
+
+    entry: Entry
+    contender: Contender
+    build_s: float
+    compile_s: float | None
+    first_call_s: float = 0.0
+    peak: int | None = None
+    operations: int | None = None
+    samples: list[float] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, entry: Entry, patience: float) -> "Lane":
+        """Build a contender, compile it, take its first step, each by its own clock; weigh it.
+
+        One whose first step outlasts the patience is not weighed, as that takes more steps.
+        """
+        start = time.perf_counter()
+        contender = entry.build()
+        lane = cls(entry, contender, time.perf_counter() - start, contender.compile())
+        lane.first_call_s = timed(contender)
+        if lane.first_call_s > patience:
+            return lane
+        contender.refresh()
+        lane.operations = contender.operations()
+        contender.refresh()
+        lane.peak = contender.peak_temporary_bytes()
+        return lane
 
 
 class Race:
@@ -61,75 +99,73 @@ class Race:
         self.problem, self.entries = problem, entries
         self._rng = np.random.default_rng(seed)
         self._load = (load_average() or [0.0])[0]
-        self._contenders: list[Contender] = []
-        self._peaks: dict[str, int | None] = {}
-        self._first: dict[str, float] = {}
-        self._samples: dict[str, list[float]] = {entry.name: [] for entry in entries}
+        self._lanes: dict[Key, Lane] = {}
 
     def run(self, rounds: Rounds, tick: Callable[[], None]) -> None:
-        """Weigh each contender alone, warm all up, then time round after round."""
+        """Make each contender ready, then time round after round."""
+        patience = math.inf if rounds.seconds is None else rounds.seconds / 2
         for entry in self.entries:
-            lone = entry.build()
-            lone.refresh()
-            self._peaks[entry.name] = lone.peak_temporary_bytes()
-            del lone
-        self._contenders = [entry.build() for entry in self.entries]
-        for contender in self._contenders:
-            self._first[contender.name] = timed(contender)
-            timed(contender)  # some lay out their memory in the second step
+            self._lanes[entry.key] = Lane.open(entry, patience)
         with _no_garbage_collection():
-            end = time.perf_counter() + rounds.seconds
-            for done in range(rounds.most):
-                if done >= rounds.least and time.perf_counter() > end:
-                    break
+            while lanes := self._next(rounds):
                 # Shuffled, because who comes after whom decides what is left in the caches.
-                for i in self._rng.permutation(len(self._contenders)):
-                    contender = self._contenders[i]
-                    self._samples[contender.name].append(timed(contender))
+                for i in self._rng.permutation(len(lanes)):
+                    lanes[i].samples.append(timed(lanes[i].contender))
                 tick()
+
+    def _next(self, rounds: Rounds) -> list[Lane]:
+        """Who is in the next round: those that want more samples, and their plain methods."""
+        share = None if rounds.seconds is None else rounds.seconds / len(self._lanes)
+        eager = [lane for lane in self._lanes.values() if self._wants(lane, rounds, share)]
+        keys = {key for lane in eager for key in (lane.entry.key, lane.entry.ratio_to)}
+        return [lane for key, lane in self._lanes.items() if key in keys]
+
+    def _wants(self, lane: Lane, rounds: Rounds, share: float | None) -> bool:
+        done = len(lane.samples)
+        if not done or done >= rounds.most or share is None:
+            return done < rounds.most
+        if done >= rounds.least and self._precise(lane, rounds.precision):
+            return False
+        last, spent = lane.samples[-1], sum(lane.samples)
+        return spent + last <= share or (done < FEWEST and last <= share)
+
+    def _precise(self, lane: Lane, precision: float) -> bool:
+        interval = median_interval(self._ratios(lane))
+        return interval is not None and interval[1] - interval[0] <= precision * sum(interval)
+
+    def _ratios(self, lane: Lane) -> list[float]:
+        return round_ratios(lane.samples, self._lanes[lane.entry.ratio_to].samples)
 
     def rows(self) -> list[Row]:
         """Give what has been measured so far, in the order of the entries."""
-        return [self._row(c) for c in self._contenders if self._samples[c.name]]
+        return [self._row(lane) for lane in self._lanes.values() if lane.samples]
 
-    def _row(self, contender: Contender) -> Row:
-        samples = self._samples[contender.name]
-        spread = relative_spread(samples)
+    def _row(self, lane: Lane) -> Row:
+        samples, entry = lane.samples, lane.entry
+        spread, interval = relative_spread(samples), median_interval(self._ratios(lane))
         return {
-            "method": contender.name,
-            "backend": contender.backend,
-            "device": contender.device,
+            "method": entry.name,
+            "backend": entry.backend,
+            "device": lane.contender.device,
             "rank": self.problem.rank,
             "pairs": len(self.problem.pairs),
             "parameters": self.problem.parameters,
             "samples_s": samples,
-            "first_call_s": self._first[contender.name],
+            "build_s": lane.build_s,
+            "compile_s": lane.compile_s,
+            "first_call_s": lane.first_call_s,
             "median_s": statistics.median(samples),
             "spread": spread,
-            "ratio": median_ratio(samples, self._samples[contender.ratio_to]),
-            "ratio_to": contender.ratio_to,
-            "state_bytes": contender.state_bytes(),
-            "peak_temporary_bytes": self._peaks[contender.name],
+            "outliers": outliers(samples),
+            "ratio": median_ratio(samples, self._lanes[entry.ratio_to].samples),
+            "ratio_interval": interval and list(interval),
+            "ratio_to": entry.ratio_to[1],
+            "ratio_to_backend": entry.ratio_to[0],
+            "state_bytes": lane.contender.state_bytes(),
+            "peak_temporary_bytes": lane.peak,
+            "operations": lane.operations,
             "verdict": verdict(spread, self._load),
         }
-
-
-def relative_spread(samples: Sequence[float]) -> float | None:
-    """Interquartile range over median; None for too few samples."""
-    if len(samples) < FEWEST:
-        return None
-    low, middle, high = np.quantile(samples, (0.25, 0.5, 0.75))
-    return float((high - low) / middle)
-
-
-def median_ratio(samples: Sequence[float], plain: Sequence[float]) -> float | None:
-    """Median over the rounds of the time against the plain method's in the same round.
-
-    What slows a whole round down cancels out of it, unlike out of a ratio of two medians. After
-    an interrupt the last round may lack one of the two; it is left out.
-    """
-    ratios = [mine / theirs for mine, theirs in zip(samples, plain, strict=False)]
-    return statistics.median(ratios) if ratios else None
 
 
 def verdict(spread: float | None, load: float) -> str:
@@ -137,9 +173,15 @@ def verdict(spread: float | None, load: float) -> str:
     # Threads that wait for each other lose whole time slices on a busy machine: every sample is
     # then as wrong as the next, and the spread does not show it.
     if load > MAX_LOAD * (os.cpu_count() or 1):
-        return f"unstable: load {load:.1f} on {os.cpu_count()} processors; close other programs"
+        return (
+            f"unstable: load {load:.1f} on {os.cpu_count()} processors; "
+            f"close other programs or use --threads 1"
+        )
     if spread is None:
-        return f"unstable: fewer than {FEWEST} samples; raise --repeat"
+        return (
+            f"unstable: fewer than {FEWEST} samples in its share of the time; "
+            f"raise --seconds or --repeat"
+        )
     if spread > MAX_SPREAD:
         return (
             f"unstable: spread {spread:.1%} > {MAX_SPREAD:.0%}; "

@@ -1,7 +1,7 @@
-"""How much memory a step needs for a while, by whatever means a library offers.
+"""What a step takes beside time: memory for a while, and operations of its library.
 
-Everywhere the same is meant: the most bytes that are held at once during a step and were not
-before it. New parameters and state count where a library returns them as new arrays.
+Of memory the same is meant everywhere: the most bytes that are held at once during a step and were
+not before it. New parameters and state count where a library returns them as new arrays.
 """
 
 import gc
@@ -26,8 +26,7 @@ def nbytes(x: Array) -> int:
 
 
 def traced(step: Callable[[], None]) -> int:
-    """Peak of a warm step, for libraries that report their memory to tracemalloc as NumPy does."""
-    step()
+    """Peak of a step, for libraries that report their memory to tracemalloc as NumPy does."""
     gc.collect()
     own = not tracemalloc.is_tracing()
     if own:
@@ -43,12 +42,27 @@ def traced(step: Callable[[], None]) -> int:
     return peak - before
 
 
-def of_xla(compiled: Any, *args: Any) -> int | None:
-    """Scratch and results of a jitted function as its compiler planned them; None if it is mute."""
-    plan = compiled.lower(*args).compile().memory_analysis()
+def of_xla(compiled: Any) -> int | None:
+    """Scratch and results of a compiled function as its compiler planned them; None if mute."""
+    plan = compiled.memory_analysis()
     if plan is None:
         return None
     return int(plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes)
+
+
+def operations(step: Callable[[], None]) -> int:
+    """How many operations a step hands to torch's dispatcher, views among them."""
+    mode = importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
+    count = 0
+
+    def dispatch(_: Any, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        nonlocal count
+        count += 1
+        return f(*args, **(kwargs or {}))
+
+    with type("Counter", (mode,), {"__torch_dispatch__": dispatch})():
+        step()
+    return count
 
 
 def hush_profiler() -> None:

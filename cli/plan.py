@@ -7,38 +7,48 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 import rlora.backends
-import rlora.methods
 from rlora import BackendError
 
 from . import memory
 from .adapters import locate, read_adapter
-from .contenders import Arena, Entry, baseline_of, functional_entries
+from .contenders import Arena, Entry, Key, baseline_of, functional_entries, method_names
 from .measure import Rounds
 from .presets import DEFAULT, named
 from .problem import Problem, random_problem, with_gradients
-from .torch_contenders import EXTRAS, riemannian, torch_class, torch_entries
+from .rivals import Rival, find_rival
+from .torch_contenders import TorchArena, optax_entry, torch_class, torch_entries
 
 DTYPES: Final = ("float32", "float64", "float16", "bfloat16")
 RANKS: Final = (4, 16, 64)
 QUICK_RANKS: Final = (4, 16)
-ROUNDS: Final = Rounds(least=7, most=50, seconds=5.0)
+END_TO_END_RANKS: Final = (32,)
+ROUNDS: Final = Rounds(least=7, most=100, seconds=12.0)
 QUICK_ROUNDS: Final = Rounds(least=3, most=3)
 
 
 class Plan(NamedTuple):
     """What is timed, on what, and how often."""
 
-    arena: Arena
-    extra_arena: Arena | None
-    """Where the contenders of `--against` are, which are torch's."""
+    arenas: list[Arena]
+    methods: dict[str, list[str]]
+    """Of each backend."""
 
-    methods: list[str]
+    rivals: list[Rival]
+    rival_arenas: dict[str, Arena]
+    """Where those of a library are."""
+
     ranks: list[int] | None
     preset: str | None
     adapter: Path | None
-    against: list[str]
     rounds: Rounds
     seed: int
+    threads: int | None
+    end_to_end: bool
+
+    @property
+    def dtype(self) -> str:
+        """Of factors and gradients, in all backends."""
+        return self.arenas[0].dtype
 
     def source(self) -> dict[str, str | None]:
         """Where the shapes are from; of a file its name, as the folder may tell whose it is."""
@@ -47,15 +57,17 @@ class Plan(NamedTuple):
     def as_data(self) -> dict[str, Any]:
         """Everything that decides what is measured, for the record."""
         return {
-            "backend": self.arena.backend.name,
-            "methods": self.methods,
+            "backends": [arena.name for arena in self.arenas],
+            "methods": sorted({name for names in self.methods.values() for name in names}),
             "ranks": self.ranks,
             **self.source(),
-            "dtype": self.arena.dtype,
-            "device": self.arena.device,
-            "against": self.against,
+            "dtype": self.dtype,
+            "device": self.arenas[0].device,
+            "against": [rival.name for rival in self.rivals],
             "rounds": self.rounds._asdict(),
             "seed": self.seed,
+            "threads": self.threads,
+            "suite": None,
         }
 
     def problems(self) -> Iterator[Problem]:
@@ -66,22 +78,45 @@ class Plan(NamedTuple):
             yield random_problem(named(self.preset or DEFAULT).pairs(), rank, self.seed)
 
     def entries(self, problem: Problem) -> list[Entry]:
-        """Who takes part: plain methods first, then the methods, then other people's."""
-        plains = {baseline_of(name) for name in self.methods}
-        if self.against:
-            plains.add("adamw")
-        ordered = sorted(plains, reverse=True)
-        if self.arena.backend.name == "torch":
-            return torch_entries(problem, self.arena, ordered, self.methods, self.against)
-        entries = functional_entries(problem, self.arena, ordered, self.methods)
-        if self.extra_arena is not None:
-            entries += torch_entries(problem, self.extra_arena, [], [], self.against)
+        """Who takes part: of each backend plain methods, then the methods; then other people's."""
+        entries: list[Entry] = []
+        arenas = {arena.name: arena for arena in self.arenas}
+        torch_arena = arenas.get("torch") or self.rival_arenas.get("torch")
+        shared = TorchArena(problem, torch_arena) if torch_arena else None
+        for name, arena in arenas.items():
+            names = [*self._plains(name), *self.methods[name]]
+            if name == "torch" and shared:
+                entries += torch_entries(shared, names, [], self._yardstick(name))
+            else:
+                entries += functional_entries(problem, arena, names)
+        for rival in self.rivals:
+            yardstick = self._yardstick(rival.library)
+            if rival.library == "torch" and shared:
+                entries += torch_entries(shared, [], [rival], yardstick)
+            else:
+                arena = self.rival_arenas[rival.library]
+                entries.append(optax_entry(problem, arena, rival, yardstick))
         return entries
+
+    def everywhere(self) -> dict[str, Arena]:
+        """Every arena that somebody is in, by backend."""
+        return {**self.rival_arenas, **{arena.name: arena for arena in self.arenas}}
+
+    def _plains(self, backend: str) -> list[str]:
+        plains = {baseline_of(name) for name in self.methods[backend]}
+        if any(self._yardstick(rival.library)[0] == backend for rival in self.rivals):
+            plains.add("adamw")
+        return sorted(plains, reverse=True)
+
+    def _yardstick(self, library: str) -> Key:
+        """Give AdamW of a rival's own library if that takes part, else of the first backend."""
+        backends = [arena.name for arena in self.arenas]
+        return library if library in backends else backends[0], "adamw"
 
 
 def make_plan(
     *,
-    backend: str,
+    backend: Sequence[str],
     methods: Sequence[str],
     ranks: Sequence[str],
     preset: str | None,
@@ -90,35 +125,54 @@ def make_plan(
     device: str | None,
     against: Sequence[str],
     repeat: int | None,
+    seconds: float | None,
     quick: bool,
     seed: int,
+    threads: int | None,
+    end_to_end: bool,
 ) -> Plan:
     """Make the plan of the options; an error says which one is wrong and what it may be."""
-    rounds = QUICK_ROUNDS if quick else ROUNDS
-    if repeat is not None:
-        rounds = Rounds(least=at_least("--repeat", repeat, 1), most=repeat)
     seed = at_least("--seed", seed, 0)
-    wanted = among("--method", listed("--method", methods), rlora.methods.__all__)
-    rivals = among("--against", listed("--against", against), EXTRAS)
+    wanted = among("--method", listed("--method", methods), method_names())
     among("--dtype", [dtype], DTYPES)
     numbers = [at_least("--rank", word, 1) for word in listed("--rank", ranks)]
+    rounds = rounds_for(repeat, seconds, quick=quick)
     if adapter is None:
         preset = preset or DEFAULT
-        numbers = check_ranks(numbers or list(QUICK_RANKS if quick else RANKS), preset)
+        usual = END_TO_END_RANKS if end_to_end else QUICK_RANKS if quick else RANKS
+        numbers = check_ranks(numbers or list(usual), preset)
     else:
         adapter = check_adapter(adapter, preset, numbers)
-    arena = make_arena(backend, dtype, device)
+    names = listed("--backend", backend) or ["numpy"]
+    arenas = [make_arena(name, dtype, device) for name in names]
+    if end_to_end and "torch" not in [arena.name for arena in arenas]:
+        msg = "--end-to-end measures torch: add --backend torch"
+        raise ValueError(msg)
+    rivals = [find_rival(name) for name in listed("--against", against)]
     return Plan(
-        arena=arena,
-        extra_arena=arena_of_rivals(arena, rivals),
-        methods=methods_for(arena.backend.name, wanted),
+        arenas=arenas,
+        methods={arena.name: methods_for(arena.name, wanted) for arena in arenas},
+        rivals=rivals,
+        rival_arenas={rival.library: arena_of_rival(arenas, rival.library) for rival in rivals},
         ranks=numbers or None,
         preset=preset,
         adapter=adapter,
-        against=rivals,
         rounds=rounds,
         seed=seed,
+        threads=threads,
+        end_to_end=end_to_end,
     )
+
+
+def rounds_for(repeat: int | None, seconds: float | None, *, quick: bool) -> Rounds:
+    """So many samples of each, or as many as precision asks and time allows."""
+    if seconds is not None and not 0 < seconds < float("inf"):
+        msg = f"--seconds must be a positive number, got {seconds}"
+        raise ValueError(msg)
+    if repeat is not None:
+        return Rounds(least=at_least("--repeat", repeat, 1), most=repeat, seconds=seconds)
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    return rounds if seconds is None else rounds._replace(seconds=seconds)
 
 
 def listed(option: str, words: Sequence[str]) -> list[str]:
@@ -189,26 +243,24 @@ def make_arena(name: str, dtype: str, device: str | None) -> Arena:
     return arena
 
 
-def arena_of_rivals(arena: Arena, rivals: list[str]) -> Arena | None:
-    """PyTorch on the same device, or as near to it as can be told from its name."""
-    if not rivals:
-        return None
-    device = arena.device if arena.backend.name == "torch" else "cpu"
-    if arena.backend.name == "cupy":
-        device = arena.device or "cuda"
-    torch_arena = make_arena("torch", arena.dtype, device)
-    if "peft" in rivals:
-        riemannian()  # one that is missing is refused now, not in the middle of the run
-    return torch_arena
+def arena_of_rival(arenas: list[Arena], library: str) -> Arena:
+    """A rival's library on the same device, or as near to it as can be told from its name."""
+    for arena in arenas:
+        if arena.name == library:
+            return arena
+    device = None if library == "jax" else "cpu"
+    if library == "torch" and arenas[0].name == "cupy":
+        device = arenas[0].device or "cuda"
+    return make_arena(library, arenas[0].dtype, device)
 
 
 def methods_for(backend: str, wanted: list[str]) -> list[str]:
     """Choose the methods asked for, else all; of torch those with an optimizer class."""
-    have = list(rlora.methods.__all__)
+    have = method_names()
     if backend == "torch":
-        have = [name for name in have if torch_class(name) is not None]
+        have = [name for name in have if torch_class(name.partition(":")[0]) is not None]
     for name in wanted:
         if name not in have:
             msg = f"--method {name} has no optimizer in rlora.torch; it has {', '.join(have)}"
             raise ValueError(msg)
-    return wanted or have
+    return wanted or [name for name in have if ":" not in name]

@@ -10,107 +10,24 @@ from typing import Any, Final
 import rlora
 
 from .environment import environment
+from .schema import NAME, fault
 
-_NUMBER: Final = {"type": "number", "minimum": 0}
-_COUNT: Final = {"type": "integer", "minimum": 0}
-_TEXT: Final = {"type": "string"}
-_TEXTS: Final = {"type": "array", "items": _TEXT}
-
-
-def _optional(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": dict(properties),
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-_RANK: Final = {"type": "integer", "minimum": 1}
-_RANKS: Final = {"type": "array", "items": _RANK, "minItems": 1}
-
-_COMMAND: Final = _object(
-    {
-        "backend": _TEXT,
-        "methods": _TEXTS,
-        "ranks": _optional(_RANKS),
-        "preset": _optional(_TEXT),
-        "adapter": _optional(_TEXT),
-        "dtype": _TEXT,
-        "device": _optional(_TEXT),
-        "against": _TEXTS,
-        "rounds": _object({"least": _COUNT, "most": _COUNT, "seconds": _NUMBER}),
-        "seed": _COUNT,
-    }
-)
-
-_BLAS: Final = _object(
-    {"library": _TEXT, "version": _optional(_TEXT), "threads": _optional(_COUNT)}
-)
-
-_ENVIRONMENT: Final = _object(
-    {
-        "python": _TEXT,
-        "system": _TEXT,
-        "machine": _TEXT,
-        "cpu": _TEXT,
-        "cpus": _COUNT,
-        "memory_bytes": _optional(_COUNT),
-        "versions": {"type": "object", "additionalProperties": _TEXT},
-        "accelerators": _TEXTS,
-        "blas": {"type": "array", "items": _BLAS},
-        "load_average": _optional({"type": "array", "items": _NUMBER}),
-    }
-)
-
-_ROW: Final = _object(
-    {
-        "method": _TEXT,
-        "backend": _TEXT,
-        "device": _TEXT,
-        "dtype": _TEXT,
-        "preset": _optional(_TEXT),
-        "adapter": _optional(_TEXT),
-        # A list for an adapter whose pairs have several.
-        "rank": {"anyOf": [_RANK, _RANKS]},
-        "pairs": _COUNT,
-        "parameters": _COUNT,
-        "samples_s": {"type": "array", "items": _NUMBER, "minItems": 1},
-        "first_call_s": _NUMBER,
-        "median_s": _NUMBER,
-        "spread": _optional(_NUMBER),
-        "ratio": _optional(_NUMBER),
-        "ratio_to": _TEXT,
-        "state_bytes": _COUNT,
-        "peak_temporary_bytes": _optional(_COUNT),
-        "verdict": _TEXT,
-    }
-)
-
-SCHEMA: Final[dict[str, Any]] = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "rlora bench",
-    **_object(
-        {
-            "schema": {"const": "rlora-bench/1"},
-            "rlora": _TEXT,
-            "created": {"type": "string", "format": "date-time"},
-            "partial": {"type": "boolean"},
-            "command": _COMMAND,
-            "environment": _ENVIRONMENT,
-            "rows": {"type": "array", "items": _ROW},
-        }
-    ),
+NOT_YET: Final[Mapping[str, Any]] = {"peaks": [], "checks": []}
+COMMAND_NOT_YET: Final[Mapping[str, Any]] = {"threads": None, "suite": None}
+ROW_NOT_YET: Final = {
+    **dict.fromkeys(("build_s", "compile_s", "outliers", "ratio_interval", "operations")),
+    **dict.fromkeys(("flops", "bytes_moved", "model_s", "forward_backward_s")),
 }
-"""JSON Schema of the record."""
+"""What the first version of the record had not."""
 
 
 def make_record(
-    command: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, partial: bool = False
+    command: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    peaks: Sequence[Mapping[str, Any]] = (),
+    checks: Sequence[Mapping[str, Any]] = (),
+    partial: bool = False,
 ) -> dict[str, Any]:
     """Make the record of a run.
 
@@ -120,23 +37,71 @@ def make_record(
         The options as they were understood, without paths.
     rows : sequence of mapping
         From `Race.rows`, with what they were measured on.
+    peaks : sequence of mapping
+        What each backend can do at best.
+    checks : sequence of mapping
+        The verdicts of a suite.
     partial : bool
         Whether the run was interrupted.
 
     Returns
     -------
     dict
-        Valid by `SCHEMA`.
+        Valid by `schema.SCHEMA`.
     """
     return {
-        "schema": "rlora-bench/1",
+        "schema": NAME,
         "rlora": rlora.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "partial": partial,
         "command": dict(command),
         "environment": environment(),
         "rows": [dict(row) for row in rows],
+        "peaks": [dict(peak) for peak in peaks],
+        "checks": [dict(check) for check in checks],
     }
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a record, of this or the first version, and see that it is one.
+
+    Raises
+    ------
+    ValueError
+        When it is not; the message says where it stops to be.
+    OSError
+        When it cannot be opened.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        msg = f"{path.name} is no record of rlora bench: it is not JSON: {error}"
+        raise ValueError(msg) from error
+    if isinstance(record, dict) and record.get("schema") == "rlora-bench/1":
+        record = _upgraded(record)
+    if (found := fault(record)) is not None:
+        msg = f"{path.name} is no record of rlora bench: {found}"
+        raise ValueError(msg)
+    made: dict[str, Any] = record
+    return made
+
+
+def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
+    """Give a record of the first version the keys it had not yet; None says "not measured"."""
+    record = {**NOT_YET, **old, "schema": NAME}
+    rows, command = record.get("rows"), record.get("command")
+    if isinstance(command, dict) and isinstance(command.get("rounds"), dict):
+        kept = {key: value for key, value in command.items() if key != "backend"}
+        rounds = {"precision": None, **command["rounds"]}
+        backends = [command.get("backend")]
+        record["command"] = {**COMMAND_NOT_YET, **kept, "backends": backends, "rounds": rounds}
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        homes = {str(row.get("method")): row.get("backend") for row in rows}
+        record["rows"] = [
+            {**ROW_NOT_YET, "ratio_to_backend": homes.get(str(row.get("ratio_to"))), **row}
+            for row in rows
+        ]
+    return record
 
 
 def check_writable(path: Path) -> None:
@@ -155,8 +120,12 @@ def check_writable(path: Path) -> None:
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record whole or not at all."""
+    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     part = _part(path)
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     try:
         with part.open("x", encoding="utf-8") as file:
             file.write(text)

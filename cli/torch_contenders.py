@@ -1,18 +1,14 @@
-"""PyTorch's contenders: classes of `rlora.torch`, torch's own optimizers, PEFT's wrapper."""
+"""Contenders that other libraries own: classes of `rlora.torch`, torch's optimizers, optax."""
 
 import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any, Final
 
-from rlora import BackendError
-
 from . import memory
-from .contenders import LR, Arena, Contender, Entry, baseline_of
+from .contenders import LR, Arena, Contender, Entry, Functional, Key, baseline_of, split_variant
 from .problem import Problem
-
-EXTRAS: Final = ("torch.adamw", "peft")
-"""What `--against` takes."""
+from .rivals import Rival
 
 PLAIN: Final = {"adamw": "AdamW", "sgd": "SGD"}
 
@@ -61,57 +57,54 @@ class TorchArena:
 
 
 def torch_entries(
-    problem: Problem, arena: Arena, plains: list[str], methods: list[str], extras: list[str]
+    shared: TorchArena, methods: list[str], rivals: list[Rival], ratio_to: Key
 ) -> list[Entry]:
-    """Plain torch optimizers, classes of `rlora.torch`, and what `--against` names."""
-    shared = TorchArena(problem, arena)
+    """Plain optimizers of torch and classes of `rlora.torch`, then rivals beside `ratio_to`."""
 
-    def entry(name: str, ratio_to: str, make: Callable[[Any], Any]) -> Entry:
-        return Entry(name, ratio_to, lambda: OfTorch(name, ratio_to, make, shared))
+    def entry(name: str, ratio_to: Key, make: Callable[[Any], Any]) -> Entry:
+        return Entry("torch", name, ratio_to, lambda: OfTorch(make, shared))
 
     return [
-        *(entry(name, name, _plain(name)) for name in plains),
-        *(entry(name, baseline_of(name), _class(torch_class(name))) for name in methods),
-        *(entry(name, "adamw", _extra(name)) for name in extras),
+        *(entry(name, ("torch", baseline_of(name)), _method(name)) for name in methods),
+        *(entry(rival.name, ratio_to, rival.make) for rival in rivals),
     ]
 
 
-def riemannian() -> Any:
-    """Find PEFT's function, or raise a BackendError that says which PEFT has it."""
-    try:
-        return importlib.import_module("peft.optimizers").create_riemannian_optimizer
-    except (ImportError, AttributeError) as error:
-        msg = f"--against peft needs a newer PEFT (pip install -U peft): {error}"
-        raise BackendError(msg) from error
+def _method(method: str) -> Callable[[Any], Any]:
+    if method in PLAIN:
+        kind = getattr(importlib.import_module("torch.optim"), PLAIN[method])
+        return lambda model: kind(model.parameters(), lr=LR, fused=True)
+    name, options = split_variant(method)
+    kind = torch_class(name)
+    if "fused" in inspect.signature(kind).parameters:
+        options["fused"] = True
+    return lambda model: kind(model, lr=LR, **options)
 
 
-def _plain(name: str) -> Callable[[Any], Any]:
-    kind = getattr(importlib.import_module("torch.optim"), PLAIN[name])
-    return lambda model: kind(model.parameters(), lr=LR, fused=True)
+def optax_entry(problem: Problem, arena: Arena, rival: Rival, ratio_to: Key) -> Entry:
+    """A GradientTransformation, jitted with the update of the parameters."""
+    jax, optax = (importlib.import_module(name) for name in ("jax", "optax"))
 
+    def build() -> Contender:
+        transformation = rival.make(None)
+        params, grads = arena.factors(problem.pairs), arena.factors(problem.grads)
 
-def _class(kind: Any) -> Callable[[Any], Any]:
-    fused = {"fused": True} if "fused" in inspect.signature(kind).parameters else {}
-    return lambda model: kind(model, lr=LR, **fused)
+        def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
+            updates, state = transformation.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
 
+        state = transformation.init(params)
+        return Functional(arena, params, grads, state, step, jax.tree.leaves)
 
-def _extra(name: str) -> Callable[[Any], Any]:
-    if name == "torch.adamw":
-        return _plain("adamw")
-    AdamW = importlib.import_module("torch.optim").AdamW
-    create = riemannian()
-    return lambda model: create(model, AdamW, lr=LR, fused=True)
+    return Entry("jax", rival.name, ratio_to, build)
 
 
 class OfTorch(Contender):
     """A torch optimizer over a model of its own."""
 
-    def __init__(
-        self, name: str, ratio_to: str, make: Callable[[Any], Any], shared: TorchArena
-    ) -> None:
-        self.name, self.ratio_to, self.backend = name, ratio_to, "torch"
+    def __init__(self, make: Callable[[Any], Any], shared: TorchArena) -> None:
         self.device = str(shared.grads[0].device)
-        self._shared, self._library = shared, shared.arena.backend
+        self._make, self._shared, self._library = make, shared, shared.arena.backend
         # The model stays alive with its optimizer, as in training.
         self._model = shared.model()
         self._optimizer = make(self._model)
@@ -127,13 +120,18 @@ class OfTorch(Contender):
         tensors = [x for state in self._optimizer.state.values() for x in state.values()]
         return sum(x.nbytes for x in tensors if hasattr(x, "nbytes"))
 
+    def operations(self) -> int:
+        return memory.operations(self.step)
+
     def peak_temporary_bytes(self) -> int | None:
         kind = self.device.partition(":")[0]
         meter = {"cpu": memory.of_torch_cpu, "cuda": memory.of_torch_cuda}.get(kind)
         if meter is None:
             return None
-        held, _ = meter(self.step)
-        self.refresh()
-        _, peak = meter(self.step)
+        # A new one, because what the first step lays out and keeps counts too.
+        fresh = OfTorch(self._make, self._shared)
+        held, _ = meter(fresh.step)
+        fresh.refresh()
+        _, peak = meter(fresh.step)
         # Memory that an optimizer keeps between steps without its being state is no less taken.
-        return peak + max(0, held - self.state_bytes())
+        return peak + max(0, held - fresh.state_bytes())

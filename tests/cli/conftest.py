@@ -10,6 +10,14 @@ from safetensors.numpy import save_file
 from rlora.cli.app import app
 
 
+@pytest.fixture(autouse=True)
+def quick_peaks(monkeypatch):
+    """Peaks by one look at small arrays: no test is about how high they are."""
+    monkeypatch.setattr("rlora.cli.roofline.LONG", 1 << 12)
+    monkeypatch.setattr("rlora.cli.roofline.SQUARE", 16)
+    monkeypatch.setattr("rlora.cli.roofline.SECONDS", 0.0)
+
+
 @pytest.fixture
 def rlora_cli():
     """Runs `rlora ...` in this process; the result has stdout, stderr and exit_code."""
@@ -68,3 +76,32 @@ def hostile(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def a_record():
+    """A record of two rows, true but for its 15 samples each; to be copied, not changed."""
+    from rlora.cli.plan import make_plan
+    from rlora.cli.run import Results
+
+    options = dict.fromkeys(("adapter", "device", "seconds", "threads"))
+    plan = make_plan(
+        backend=["numpy"],
+        methods=["scaled_adamw"],
+        ranks=["4"],
+        preset="roberta-base",
+        dtype="float32",
+        against=[],
+        repeat=15,
+        quick=False,
+        end_to_end=False,
+        seed=0,
+        **options,
+    )
+    results, rng = Results([plan]), np.random.default_rng(0)
+    results.measure()
+    for row, scale in zip(results.rows, (1e-3, 2e-3), strict=True):
+        row["samples_s"] = [scale * float(x) for x in rng.uniform(0.95, 1.05, 15)]
+        row["median_s"] = float(np.median(row["samples_s"]))
+        row["ratio"] = row["median_s"] / results.rows[0]["median_s"]
+    return json.loads(json.dumps(results.record()))

@@ -1,0 +1,23 @@
+"""A group whose commands are imported when they are asked for."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+
+class Lazy(click.Group):
+    """A click group that knows the module of each command, where it has the module's name."""
+
+    where: Mapping[str, str] = {}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(self.where)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.where:
+            return None
+        module: Any = importlib.import_module(self.where[cmd_name], __package__)
+        command: click.Command = getattr(module, self.where[cmd_name].lstrip("."))
+        return command

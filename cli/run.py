@@ -1,0 +1,178 @@
+"""``rlora bench run``: the measurement."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+from . import record, table
+from .measure import Race, Row
+from .overhead import least_seconds, work
+from .plan import QUICK_RANKS, QUICK_ROUNDS, RANKS, ROUNDS, Plan, listed, make_plan
+from .presets import DEFAULT
+from .problem import Problem
+from .rivals import KNOWN
+from .roofline import Peaks, measure_peaks
+from .suite import judge, suite_plans
+from .threads import pinned, reserved
+from .training import forward_backward_seconds
+
+HELP = """Time one step of each method beside the plain step, and weigh its memory.
+
+The contenders take turns, one step each, so that their ratio means something on a busy machine
+too, until the median of each ratio is known to 5 % or its share of the time is spent. The table is
+for reading; --output keeps the record with every sample and the environment.
+
+`rlora bench list` has the methods, backends, presets and contenders.
+"""
+
+
+SUITE_HAS = ("backend", "methods", "against", "preset", "ranks")
+"""Options that a suite sets itself, or for each of its plans."""
+
+
+def _words(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
+
+
+@click.command(help=HELP, epilog="Options that take several may be repeated, or use commas.")
+@click.option("--backend", multiple=True, help="Which backends.  [default: numpy]")
+@click.option("--method", "methods", multiple=True, help="Which methods.  [default: all]")
+@click.option("--rank", "ranks", multiple=True, help=f"Which ranks.  [default: {_words(RANKS)}]")
+@click.option("--preset", help=f"Shapes of a real model.  [default: {DEFAULT}]")
+@click.option("--adapter", type=Path, help="Shapes and values of a saved adapter: file or folder.")
+@click.option("--dtype", default="float32", show_default=True, help="Of factors and gradients.")
+@click.option("--device", help="A device of the backend, such as cuda:0.")
+@click.option(
+    "--against", multiple=True, help=f"In the same run also: {', '.join(KNOWN)}, module:Class."
+)
+@click.option("--output", type=Path, help="JSON file for the record; its folder must exist.")
+@click.option("--repeat", type=int, help="Samples of each contender.  [default: by precision]")
+@click.option(
+    "--seconds", type=float, help=f"Time for the samples of each rank.  [default: {ROUNDS.seconds}]"
+)
+@click.option(
+    "--quick", is_flag=True, help=f"Ranks {_words(QUICK_RANKS)}, {QUICK_ROUNDS.most} samples."
+)
+@click.option("--threads", type=int, help="Pin BLAS, OpenMP, torch and XLA to so many threads.")
+@click.option("--end-to-end", is_flag=True, help="Also forward and backward; rank 32, torch.")
+@click.option("--suite", help="A table of targets instead: speed.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of values and order.")
+def run(output: Path | None, threads: int | None, suite: str | None, **options: Any) -> None:
+    with reserved(threads):
+        plans = suite_of(suite, threads=threads, **options) if suite else None
+        plans = plans or [make_plan(threads=threads, **options)]
+        if output is not None:
+            record.check_writable(output)
+        made = Results(plans, suite)
+        with pinned(threads):
+            try:
+                made.measure()
+            except KeyboardInterrupt:
+                made.report(output, partial=True)
+                raise
+            made.report(output)
+
+
+def suite_of(suite: str, **options: Any) -> list[Plan]:
+    """Make the plans of a suite, which has its own backends, methods and rivals."""
+    for name in ("backend", "methods", "against", "adapter", "quick", "end_to_end"):
+        if options[name]:
+            option = name.removesuffix("s").replace("_", "-")
+            msg = f"--suite {suite} brings its own contenders; leave out --{option}"
+            raise ValueError(msg)
+    given = {name: options[name] for name in options if name not in SUITE_HAS}
+    return suite_plans(suite, options["preset"], listed("--rank", options["ranks"]), **given)
+
+
+class Results:
+    """What has been measured so far, of one plan or several."""
+
+    def __init__(self, plans: list[Plan], suite: str | None = None) -> None:
+        self.plans, self.suite = plans, suite
+        self.rows: list[Row] = []
+        self.peaks: dict[str, Peaks] = {}
+
+    def measure(self) -> None:
+        """Race on every problem; `rows` has what is done, after an interrupt too."""
+        for plan in self.plans:
+            for problem in plan.problems():
+                for name, arena in plan.everywhere().items():
+                    self.peaks[name] = measure_peaks(arena).or_better(self.peaks.get(name))
+                race = Race(problem, plan.entries(problem), plan.seed)
+                try:
+                    where = f"{next(filter(None, plan.source().values()))}, rank {problem.rank}"
+                    with progress(where, plan.rounds.most) as tick:
+                        race.run(plan.rounds, tick)
+                finally:
+                    done = [self._finished(row, plan, problem) for row in race.rows()]
+                    self.rows += done
+                if plan.end_to_end:
+                    seconds = forward_backward_seconds(problem, plan.everywhere()["torch"])
+                    for row in done:
+                        row["forward_backward_s"] = seconds if row["backend"] == "torch" else None
+
+    def _finished(self, row: Row, plan: Plan, problem: Problem) -> Row:
+        """Add to a row where it is from, and the work it could not do without."""
+        counted = work(row["method"], problem, int(plan.dtype[-2:]) // 8, row["state_bytes"])
+        return {
+            **row,
+            "flops": counted and counted.flops,
+            "bytes_moved": counted and counted.bytes,
+            "forward_backward_s": None,
+            "dtype": plan.dtype,
+            **plan.source(),
+        }
+
+    def _predicted(self, row: Row) -> Row:
+        """Add to a row the least time it can take by the best peaks of the whole run."""
+        flops, moved = row["flops"], row["bytes_moved"]
+        peaks = self.peaks[row["backend"]]
+        least = None if flops is None else least_seconds(flops, moved, peaks)
+        return {**row, "model_s": least}
+
+    def record(self, *, partial: bool = False) -> dict[str, Any]:
+        """Everything as `record.write_record` takes it."""
+        command = self.plans[0].as_data()
+        if self.suite:
+            presets = {plan.preset for plan in self.plans}
+            ranks = dict.fromkeys(rank for plan in self.plans for rank in plan.ranks or ())
+            command |= {"suite": self.suite, "ranks": list(ranks)}
+            command["preset"] = command["preset"] if len(presets) == 1 else None
+        return record.make_record(
+            command,
+            [self._predicted(row) for row in self.rows],
+            peaks=[peak._asdict() for peak in self.peaks.values()],
+            checks=judge(self.rows) if self.suite else (),
+            partial=partial,
+        )
+
+    def report(self, output: Path | None, *, partial: bool = False) -> None:
+        """Print the rows, and keep them if there is a file to keep them in."""
+        if not self.rows:
+            return
+        made = self.record(partial=partial)
+        if output is not None:
+            record.write_record(output, made)
+        table.show_record(made, table.console())
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Any]:
+    """Show a bar on a terminal's stderr, drawn between rounds only: a thread would disturb them."""
+    stderr = Console(stderr=True)
+    with Progress(
+        console=stderr, auto_refresh=False, transient=True, disable=not stderr.is_terminal
+    ) as bar:
+        task = bar.add_task(label, total=total)
+        bar.refresh()
+
+        def tick() -> None:
+            bar.advance(task)
+            bar.refresh()
+
+        yield tick

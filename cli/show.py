@@ -1,0 +1,15 @@
+"""``rlora bench show``: the table of a record."""
+
+from pathlib import Path
+
+import click
+
+from .record import read_record
+from .table import console, show_record
+
+
+@click.command()
+@click.argument("record", type=Path)
+def show(record: Path) -> None:
+    """Print the table of RECORD again."""
+    show_record(read_record(record), console())

@@ -1,0 +1,52 @@
+"""How many threads a library may use, which decides more than any method."""
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rlora import BackendError
+
+
+@contextmanager
+def reserved(threads: int | None) -> Iterator[None]:
+    """Tell libraries that are yet to be loaded; XLA makes its pool once, and asks NPROC."""
+    if threads is None:
+        yield
+        return
+    if threads < 1:
+        msg = f"--threads must be at least 1, got {threads}"
+        raise ValueError(msg)
+    before = os.environ.get("NPROC")
+    os.environ["NPROC"] = str(threads)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["NPROC"]
+        else:
+            os.environ["NPROC"] = before
+
+
+@contextmanager
+def pinned(threads: int | None) -> Iterator[None]:
+    """Pin the threads of the BLAS and OpenMP libraries that are loaded, and torch's."""
+    if threads is None:
+        yield
+        return
+    try:
+        limits = importlib.import_module("threadpoolctl").threadpool_limits
+    except ImportError as error:
+        msg = "--threads needs threadpoolctl: pip install threadpoolctl"
+        raise BackendError(msg) from error
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else threads
+    with limits(limits=threads):
+        if torch:
+            torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            if torch:
+                torch.set_num_threads(before)

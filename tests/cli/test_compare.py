@@ -1,0 +1,128 @@
+import copy
+import json
+
+import pytest
+
+from rlora.cli.compare import changes
+from rlora.cli.schema import SCHEMA, fault
+
+
+def by_method(found):
+    return {change.row["method"]: change for change in found}
+
+
+def slowed(record, method, factor):
+    new = copy.deepcopy(record)
+    for row in new["rows"]:
+        if row["method"] == method:
+            row["samples_s"] = [factor * t for t in row["samples_s"]]
+    return new
+
+
+@pytest.mark.parametrize(
+    ("factor", "verdict"), [(1.0, "same"), (1.09, "same"), (1.3, "slower"), (0.7, "faster")]
+)
+def test_a_method_is_judged_by_its_ratio_to_the_plain_one(a_record, factor, verdict):
+    found = by_method(changes(a_record, slowed(a_record, "scaled_adamw", factor), 0.10))
+    change = found["scaled_adamw"]
+    assert (change.of, change.verdict) == ("ratio", verdict)
+    assert change.quotient == pytest.approx(factor)
+    assert change.interval[0] <= factor <= change.interval[1]
+    assert found["adamw"].verdict == "yardstick"
+
+
+def test_a_slower_machine_is_no_regression(a_record):
+    new = slowed(slowed(a_record, "scaled_adamw", 3.0), "adamw", 3.0)
+    found = by_method(changes(a_record, new, 0.10))
+    assert found["scaled_adamw"].verdict == "same"
+    assert found["adamw"].quotient == pytest.approx(3.0)
+
+
+def test_rows_of_one_record_alone_are_named(a_record):
+    less = {**a_record, "rows": a_record["rows"][:1]}
+    assert by_method(changes(a_record, less, 0.1))["scaled_adamw"].verdict == "only in old"
+    assert by_method(changes(less, a_record, 0.1))["scaled_adamw"].verdict == "only in new"
+
+
+def test_one_sample_is_no_evidence(a_record):
+    new = slowed(a_record, "scaled_adamw", 9.0)
+    for row in new["rows"]:
+        del row["samples_s"][1:]
+    assert by_method(changes(a_record, new, 0.1))["scaled_adamw"].verdict == "too few samples"
+
+
+def test_without_the_plain_row_times_are_compared(a_record):
+    old = {**a_record, "rows": a_record["rows"][1:]}
+    found = by_method(changes(old, slowed(a_record, "scaled_adamw", 2.0), 0.1))
+    assert (found["scaled_adamw"].of, found["scaled_adamw"].verdict) == ("time", "slower")
+
+
+def test_exit_codes(rlora_cli, refused, a_record, tmp_path):
+    def saved(name, record):
+        (tmp_path / name).write_text(json.dumps(record))
+        return tmp_path / name
+
+    old = saved("old.json", a_record)
+    slow = saved("slow.json", slowed(a_record, "scaled_adamw", 2.0))
+    assert rlora_cli("bench", "compare", old, old).exit_code == 0
+    result = rlora_cli("bench", "compare", old, slow)
+    assert result.exit_code == 1
+    assert "slower" in result.stdout
+    assert rlora_cli("bench", "compare", old, slow, "--threshold", 2).exit_code == 0
+    assert rlora_cli("bench", "compare", slow, old).exit_code == 0
+    assert "threshold" in refused("bench", "compare", old, old, "--threshold", -1)
+    assert "No such file" in refused("bench", "compare", old, tmp_path / "none.json")
+    other = saved("other.json", {**a_record, "rows": []})
+    assert "no row in common" in refused("bench", "compare", old, other)
+
+
+BROKEN = {
+    "no JSON": ("{", "not JSON"),
+    "nested too deep": ("[" * 100_000, "not JSON"),
+    "a list": ("[]", "must be of type object"),
+    "something else": ('{"schema": "pyperf"}', "lacks"),
+    "an old one without rows": ('{"schema": "rlora-bench/1"}', "lacks"),
+    "an old one of nonsense": ('{"schema": "rlora-bench/1", "rows": [{"method": []}]}', "lacks"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("command", ["show", "compare", "export"])
+def test_broken_records_are_refused_in_one_line(refused, tmp_path, kind, command):
+    text, why = BROKEN[kind]
+    (tmp_path / "x.json").write_text(text)
+    more = {"compare": [tmp_path / "x.json"], "export": ["--format", "csv"], "show": []}[command]
+    assert why in refused("bench", command, tmp_path / "x.json", *more)
+
+
+def broken_copies(record):
+    """A record, each time with one thing wrong."""
+    for path in ("schema", "rows", "created", "environment"):
+        yield {key: value for key, value in record.items() if key != path}
+    yield {**record, "schema": "rlora-bench/3"}
+    yield {**record, "partial": 1}
+    yield {**record, "surprise": 1}
+    for key, value in (
+        ("median_s", -1.0),
+        ("median_s", None),
+        ("median_s", True),
+        ("rank", 0),
+        ("rank", []),
+        ("rank", "4"),
+        ("samples_s", []),
+        ("samples_s", [1.0, "2"]),
+        ("ratio_interval", [1.0]),
+        ("pairs", 1.5),
+    ):
+        yield {**record, "rows": [{**record["rows"][0], key: value}]}
+
+
+def test_the_check_agrees_with_jsonschema(a_record):
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    assert validator.is_valid(a_record)
+    assert fault(a_record) is None
+    for broken in broken_copies(a_record):
+        assert not validator.is_valid(broken)
+        assert fault(broken).startswith("it")
+    assert fault({**a_record, "partial": "\x1b"}) == "it.partial must be of type boolean, got str"

@@ -1,0 +1,192 @@
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+
+from rlora.cli.export import FORMATS, full_name
+from rlora.cli.record import read_record
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NUMBER = {"type": "number"}
+TEXT = {"type": "string"}
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "benchmarks"
+
+
+def an_object(properties, required=None):
+    required = list(properties) if required is None else required
+    return {"type": "object", "properties": properties, "required": required}
+
+
+STATS = [
+    "min",
+    "max",
+    "mean",
+    "stddev",
+    "median",
+    "iqr",
+    "q1",
+    "q3",
+    "ld15iqr",
+    "hd15iqr",
+    "ops",
+    "total",
+    "rounds",
+    "iterations",
+    "iqr_outliers",
+    "stddev_outliers",
+]
+PYTEST_ROW = an_object(
+    {
+        "group": TEXT,
+        "name": TEXT,
+        "fullname": TEXT,
+        "params": {"type": "object"},
+        "param": TEXT,
+        "extra_info": {"type": "object"},
+        "options": {"type": "object"},
+        "stats": an_object({**dict.fromkeys(STATS, NUMBER), "outliers": TEXT}),
+    }
+)
+SCHEMAS = {
+    "pytest-benchmark": an_object(
+        {
+            "machine_info": {"type": "object"},
+            "commit_info": an_object({"id": TEXT, "time": TEXT, "dirty": {"type": "boolean"}}),
+            "datetime": TEXT,
+            "version": TEXT,
+            "benchmarks": {"type": "array", "items": PYTEST_ROW},
+        }
+    ),
+    "github-action": {
+        "type": "array",
+        "items": {
+            **an_object(
+                {"name": TEXT, "unit": TEXT, "value": NUMBER, "range": TEXT, "extra": TEXT},
+                ["name", "unit", "value"],
+            ),
+            "additionalProperties": False,
+        },
+    },
+    "bencher": {
+        "type": "object",
+        "propertyNames": {"maxLength": 1024},
+        "additionalProperties": {
+            "type": "object",
+            "propertyNames": {"maxLength": 64},
+            "additionalProperties": {
+                **an_object(
+                    dict.fromkeys(("value", "lower_value", "upper_value"), NUMBER), ["value"]
+                ),
+                "additionalProperties": False,
+            },
+        },
+    },
+    "asv": an_object(
+        {
+            "version": {"const": 2},
+            "commit_hash": {"pattern": "^[0-9a-f]{40}$"},
+            "env_name": TEXT,
+            "date": {"type": "integer"},
+            "params": an_object(
+                dict.fromkeys(("arch", "cpu", "machine", "num_cpu", "os", "ram", "python"), TEXT)
+            ),
+            "python": TEXT,
+            "requirements": {"type": "object", "additionalProperties": TEXT},
+            "env_vars": {"type": "object"},
+            "durations": {"type": "object"},
+            "result_columns": {"type": "array", "items": TEXT},
+            "results": {"type": "object", "additionalProperties": {"type": "array"}},
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_json_is_as_the_format_has_it(a_record, name):
+    made = json.loads(FORMATS[name](a_record, COMMIT))
+    jsonschema.validate(made, SCHEMAS[name], cls=jsonschema.Draft202012Validator)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_record_that_is_published_exports(name):
+    for path in DOCS.glob("*.json"):
+        assert FORMATS[name](read_record(path), COMMIT)
+
+
+def test_numbers_arrive(a_record):
+    row = a_record["rows"][1]
+    name = full_name(row)
+    assert name == "roberta-base/numpy/r4/scaled_adamw"
+    made = {key: FORMATS[key](a_record, COMMIT) for key in FORMATS}
+    pytest_rows = json.loads(made["pytest-benchmark"])["benchmarks"]
+    assert pytest_rows[1]["stats"]["median"] == row["median_s"]
+    assert pytest_rows[1]["stats"]["mean"] == pytest.approx(np.mean(row["samples_s"]))
+    latency = json.loads(made["bencher"])[name]["latency"]
+    assert latency["value"] == pytest.approx(1e9 * row["median_s"])
+    assert latency["lower_value"] <= latency["value"] <= latency["upper_value"]
+    entries = {x["name"]: x for x in json.loads(made["github-action"])}
+    assert entries[f"{name}/step"]["value"] == pytest.approx(1e3 * row["median_s"])
+    assert entries[f"{name}/ratio"]["value"] == row["ratio"]
+    (line,) = [x for x in csv.DictReader(io.StringIO(made["csv"])) if x["method"] == row["method"]]
+    assert float(line["ratio"]) == row["ratio"]
+    assert int(line["samples"]) == len(row["samples_s"])
+    header, rule, *lines = made["markdown"].splitlines()
+    assert header.count("|") == rule.count("|") == lines[1].count("|")
+    assert "scaled_adamw" in lines[1]
+
+
+def test_pytest_benchmark_compares_it(a_record, tmp_path):
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+    for name in ("0001_old.json", "0002_new.json"):
+        text = FORMATS["pytest-benchmark"](a_record, COMMIT)
+        (tmp_path / name).write_text(text)
+    code = "from pytest_benchmark.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "compare", *sorted(map(str, tmp_path.glob("*.json")))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("roberta-base/numpy/r4/scaled_adamw") == 2
+
+
+def test_asv_reads_it(a_record, tmp_path):
+    results = pytest.importorskip("asv.results", reason="asv is not installed")
+    path = tmp_path / "rlora-bench" / f"{COMMIT[:8]}-rlora-bench.json"
+    path.parent.mkdir()
+    path.write_text(FORMATS["asv"](a_record, COMMIT))
+    found = results.Results.load(str(path), machine_name="rlora-bench")
+    name = "roberta-base.numpy.r4.scaled_adamw.time_step"
+    row = a_record["rows"][1]
+    assert name in found.get_all_result_keys()
+    assert found.get_result_value(name, []) == [row["median_s"]]
+    assert found.get_result_samples(name, []) == [row["samples_s"]]
+    assert found.get_result_stats(name, [])[0]["repeat"] == len(row["samples_s"])
+
+
+def test_the_command_writes_a_file_or_standard_output(rlora_cli, refused, a_record, tmp_path):
+    record, out = tmp_path / "x.json", tmp_path / "out.csv"
+    record.write_text(json.dumps(a_record))
+    printed = rlora_cli("bench", "export", record, "--format", "csv")
+    assert printed.exit_code == 0
+    done = rlora_cli("bench", "export", record, "--format", "csv", "--output", out)
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert out.read_text() == printed.stdout
+    assert "xml" in refused("bench", "export", record, "--format", "xml")
+    assert "directory" in refused(
+        "bench", "export", record, "--format", "csv", "--output", tmp_path
+    )
+
+
+def test_an_empty_record_exports(a_record):
+    for write in FORMATS.values():
+        write({**a_record, "rows": []}, COMMIT)

@@ -1,0 +1,17 @@
+import rlora.methods
+from rlora.backends import BUILTIN
+from rlora.cli.listing import RIVALS
+from rlora.cli.presets import PRESETS
+from rlora.cli.rivals import KNOWN
+
+
+def test_every_name_has_a_line(rlora_cli):
+    result = rlora_cli("bench", "list")
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines() if line.strip()]
+    names = [line[0] for line in lines]
+    for name in (*rlora.methods.__all__, *BUILTIN, *PRESETS, *RIVALS):
+        assert names.count(name) == 1, name
+        assert len(lines[names.index(name)]) > 1
+    assert {name.partition(":")[0] for name in KNOWN} < RIVALS.keys()
+    assert "scaled_adamw:both" in result.stdout

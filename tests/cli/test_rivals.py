@@ -1,0 +1,91 @@
+import sys
+import types
+
+import pytest
+
+import rlora
+from rlora.backends import get
+from rlora.cli.contenders import Arena
+from rlora.cli.problem import random_problem
+from rlora.cli.rivals import find_rival
+from rlora.cli.torch_contenders import TorchArena, optax_entry, torch_entries
+
+torch = pytest.importorskip("torch")
+PROBLEM = random_problem([(40, 30), (24, 30)], 4, seed=0)
+YARDSTICK = ("torch", "adamw")
+
+
+def built(name):
+    shared = TorchArena(PROBLEM, Arena(get("torch"), "float32", None))
+    (entry,) = torch_entries(shared, [], [find_rival(name)], YARDSTICK)
+    assert (entry.name, entry.backend, entry.ratio_to) == (name, "torch", YARDSTICK)
+    return entry.build()
+
+
+@pytest.mark.parametrize("flag", ["foreach", "fused"])
+def test_flags_of_adamw(flag):
+    contender = built(f"torch.adamw:{flag}")
+    assert contender._optimizer.param_groups[0][flag]
+    assert contender.operations() > 0
+
+
+def test_any_torch_optimizer_by_its_path():
+    contender = built("torch.optim:NAdam")
+    contender.refresh()
+    contender.step()
+    assert isinstance(contender._optimizer, torch.optim.NAdam)
+
+
+def test_a_class_of_the_folder_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "mine_alone.py").write_text("from torch.optim import SGD as Mine\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [x for x in sys.path if x])
+    assert isinstance(built("mine_alone:Mine")._optimizer, torch.optim.SGD)
+    monkeypatch.delitem(sys.modules, "mine_alone")
+
+
+@pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
+def test_packages_that_may_be_there(package, monkeypatch):
+    module = types.SimpleNamespace(AdamW8bit=torch.optim.SGD)
+    monkeypatch.setitem(sys.modules, f"{package}.optim", module)
+    monkeypatch.setitem(sys.modules, package, types.SimpleNamespace(optim=module))
+    assert isinstance(built(package)._optimizer, torch.optim.SGD)
+    monkeypatch.setitem(sys.modules, f"{package}.optim", None)
+    with pytest.raises(rlora.BackendError, match=f"pip install -U {package}"):
+        find_rival(package)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("lion", "module:Class"),
+        ("torch.adamw:fast", "torch.adamw:foreach"),
+        ("no_such_module:X", "cannot be imported"),
+        ("torch.optim:Lion", "cannot be imported"),
+        ("torch.optim:LBFGS", None),
+        ("torch.nn:Linear", "cannot be called as Linear"),
+        ("types:SimpleNamespace", "cannot be called"),
+    ],
+)
+def test_wrong_names(name, why):
+    if why is None:
+        assert find_rival(name).library == "torch"
+        return
+    with pytest.raises(ValueError, match=why):
+        find_rival(name)
+
+
+def test_optax_takes_the_steps_of_optax():
+    jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
+    arena = Arena(get("jax"), "float32", None)
+    contender = optax_entry(PROBLEM, arena, find_rival("optax.adamw"), ("jax", "adamw")).build()
+    assert contender.compile() > 0
+    contender.step()
+    params = arena.factors(PROBLEM.pairs)
+    adamw = optax.adamw(1e-4, weight_decay=0.01)
+    updates, _ = adamw.update(arena.factors(PROBLEM.grads), adamw.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    same = jax.tree.map(lambda x, y: bool(abs(x - y).max() < 1e-7), contender._params, moved)
+    assert all(jax.tree.leaves(same))
+    assert contender.state_bytes() >= 2 * 4 * PROBLEM.parameters
+    assert contender.peak_temporary_bytes() > 0
