@@ -82,6 +82,7 @@ def test_rivals_stand_beside_another_backend_too(rlora_cli, adapter, tmp_path):
 
 def test_jax(rlora_cli, adapter, tmp_path):
     pytest.importorskip("jax")
+    pytest.importorskip("optax")
     out = tmp_path / "out.json"
     methods = ("--method", "scaled_adamw,scaled_sgd", "--against", "optax.adamw")
     args = ("--backend", "jax", "--dtype", "bfloat16", "--repeat", 2, "--output", out, *methods)
