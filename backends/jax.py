@@ -1,6 +1,7 @@
-"""JAX: products at the highest precision, Cholesky instead of eigh, and jit."""
+"""JAX: products at the highest precision, Cholesky instead of eigh, LAPACK in turn, and jit."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,10 +22,20 @@ class JaxBackend(Backend):
     def spd_power(self, S: Array, power: float) -> Array:
         if power != -1.0:
             return super().spd_power(S, power)
-        L = jnp.linalg.cholesky(S)  # (K, r, r)
-        eye = jnp.broadcast_to(jnp.eye(S.shape[-1], dtype=S.dtype), S.shape)
-        W = jsl.solve_triangular(L, eye, lower=True)
+        W = one_by_one(inverse_cholesky, S)  # (K, r, r)
         return self.matmul(mT(W), W)
+
+    def eigh(self, S: Array) -> tuple[Array, Array]:
+        w, Q = one_by_one(symmetric_eigh, S)
+        return w, Q
+
+    def svd(self, X: Array) -> tuple[Array, Array, Array]:
+        U, sigma, Vt = one_by_one(thin_svd, X)
+        return U, sigma, Vt
+
+    def qr(self, X: Array) -> tuple[Array, Array]:
+        Q, R = one_by_one(jnp.linalg.qr, X)
+        return Q, R
 
     def has_float64(self) -> bool:
         config: Any = jax.config  # its options are made at run time
@@ -46,6 +57,34 @@ class JaxBackend(Backend):
 
     def compile(self, f: Callable[..., Any]) -> Callable[..., Any]:
         return jax.jit(f)
+
+
+symmetric_eigh = partial(jnp.linalg.eigh, symmetrize_input=False)
+thin_svd = partial(jnp.linalg.svd, full_matrices=False)
+
+
+@partial(jax.jit, static_argnums=0)
+def one_by_one(f: Callable[[Array], Any], stack: Array) -> Any:
+    """``f`` of a stack (..., m, n) of matrices, which a CPU takes in turn.
+
+    LAPACK behind JAX deals a stack out to the thread pool that it itself runs in, and waits: as
+    many stacks at once as the pool has threads would wait for ever (seen with jaxlib 0.10).
+    """
+
+    def in_turn(stack: Array) -> Any:
+        results = jax.lax.map(f, stack.reshape(-1, *stack.shape[-2:]))
+        return jax.tree.map(lambda x: x.reshape(*stack.shape[:-2], *x.shape[1:]), results)
+
+    return (
+        f(stack) if stack.ndim == 2 else jax.lax.platform_dependent(stack, cpu=in_turn, default=f)
+    )
+
+
+def inverse_cholesky(S: Array) -> Array:
+    """The triangular W of ``S⁻¹ = Wᵀ W``, S definite."""
+    L = jnp.linalg.cholesky(S, symmetrize_input=False)
+    eye = jnp.broadcast_to(jnp.eye(S.shape[-1], dtype=S.dtype), S.shape)
+    return jsl.solve_triangular(L, eye, lower=True)
 
 
 BACKEND = JaxBackend

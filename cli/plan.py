@@ -90,11 +90,11 @@ class Plan(NamedTuple):
             else:
                 entries += functional_entries(problem, arena, names)
         for rival in self.rivals:
-            yardstick = self._yardstick(rival.library)
-            if rival.library == "torch" and shared:
+            yardstick = self._yardstick(rival.framework)
+            if rival.framework == "torch" and shared:
                 entries += torch_entries(shared, [], [rival], yardstick)
             else:
-                arena = self.rival_arenas[rival.library]
+                arena = self.rival_arenas[rival.framework]
                 entries.append(optax_entry(problem, arena, rival, yardstick))
         return entries
 
@@ -104,7 +104,7 @@ class Plan(NamedTuple):
 
     def _plains(self, backend: str) -> list[str]:
         plains = {baseline_of(name) for name in self.methods[backend]}
-        if any(self._yardstick(rival.library)[0] == backend for rival in self.rivals):
+        if any(self._yardstick(rival.framework)[0] == backend for rival in self.rivals):
             plains.add("adamw")
         return sorted(plains, reverse=True)
 
@@ -153,7 +153,7 @@ def make_plan(
         arenas=arenas,
         methods={arena.name: methods_for(arena.name, wanted) for arena in arenas},
         rivals=rivals,
-        rival_arenas={rival.library: arena_of_rival(arenas, rival.library) for rival in rivals},
+        rival_arenas={rival.framework: arena_of_rival(arenas, rival.framework) for rival in rivals},
         ranks=numbers or None,
         preset=preset,
         adapter=adapter,

@@ -25,7 +25,7 @@ class Rival(NamedTuple):
     """An optimizer that is not ours."""
 
     name: str
-    library: str
+    framework: str
     """Whose arrays it works on: "torch" or "jax"."""
 
     make: Callable[[Any], Any]

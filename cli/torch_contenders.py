@@ -104,7 +104,7 @@ class OfTorch(Contender):
 
     def __init__(self, make: Callable[[Any], Any], shared: TorchArena) -> None:
         self.device = str(shared.grads[0].device)
-        self._make, self._shared, self._library = make, shared, shared.arena.backend
+        self._make, self._shared, self._backend = make, shared, shared.arena.backend
         # The model stays alive with its optimizer, as in training.
         self._model = shared.model()
         self._optimizer = make(self._model)
@@ -114,7 +114,7 @@ class OfTorch(Contender):
 
     def step(self) -> None:
         self._optimizer.step()
-        self._library.synchronize(*self._shared.grads)
+        self._backend.synchronize(*self._shared.grads)
 
     def state_bytes(self) -> int:
         tensors = [x for state in self._optimizer.state.values() for x in state.values()]

@@ -16,11 +16,11 @@ class TimeInitialize(Suite):
     params = (BACKENDS, INITIALIZERS, (16,), ("768x768",))
 
     def prepare(self, backend: str, initializer: str, rank: int, shape: str) -> None:
-        self.library = library(backend)
+        self.backend = library(backend)
         self.initialize = attribute("rlora.initializers", initializer)
         size = tuple(map(int, shape.split("x")))
         matrix = np.random.default_rng(0).standard_normal(size, np.float32)
-        self.matrix = self.library.asarray(matrix, "float32", backend.partition(":")[2] or None)
+        self.matrix = self.backend.asarray(matrix, "float32", backend.partition(":")[2] or None)
         self.quiet = contextlib.nullcontext
         if "torch" in backend:
             import torch
@@ -33,4 +33,4 @@ class TimeInitialize(Suite):
     def time_initialize(self, backend: str, initializer: str, rank: int, shape: str) -> None:
         with self.quiet():
             start = self.initialize(self.matrix, rank)
-        self.library.synchronize(*leaves(tuple(start)))
+        self.backend.synchronize(*leaves(tuple(start)))

@@ -76,7 +76,7 @@ class Backend:
 
     def spd_power(self, S: Array, power: float) -> Array:
         """``S^power`` of symmetric positive definite matrices (K, r, r) with trace about r."""
-        w, Q = self.xp.linalg.eigh(S)
+        w, Q = self.eigh(S)
         # Rounding can push an eigenvalue of a semidefinite matrix below zero; the floor is far
         # below anything `damped_power` lets through.
         w = self.xp.clip(w, min=float(self.xp.finfo(S.dtype).eps) ** 2)
@@ -100,6 +100,11 @@ class Backend:
         finite = xp.all(xp.isfinite(X), axis=(-2, -1), keepdims=True)
         U, sigma, Vt = xp.linalg.svd(xp.where(finite, X, xp.zeros_like(X)), full_matrices=False)
         return U, xp.where(finite[..., 0], sigma, xp.full_like(sigma, float("nan"))), Vt
+
+    def qr(self, X: Array) -> tuple[Array, Array]:
+        """The thin ``Q R`` of (..., m, n)."""
+        Q, R = self.xp.linalg.qr(X)
+        return Q, R
 
     def damped_power(
         self, S: Array, exponent: float, damping: float = 0.0, *, relative: bool = True

@@ -9,16 +9,17 @@ from typing import Any, Literal
 
 from rlora.core.backend import ROUNDING, Backend, Workspace, mT
 from rlora.core.bundle import Bundle, Stack, by_rank
-from rlora.core.checks import check_choice, check_nonnegative
+from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative
 from rlora.core.factors import Array, Factors
 
 DampingMode = Literal["relative", "absolute", "covariant"]
 
 
-def check_damping(damping: Any, damping_mode: Any) -> None:
-    """ValueError or TypeError unless the two make sense."""
+def check_damping(damping: Any, damping_mode: Any, compute_dtype: Any = None) -> None:
+    """ValueError or TypeError unless they make sense."""
     check_nonnegative("damping", damping)
     check_choice("damping_mode", damping_mode, DampingMode)
+    check_choice("compute_dtype", compute_dtype, ComputeDtype)
 
 
 def preconditioners(
@@ -148,21 +149,16 @@ def symmetric(S: Array) -> Array:
     return 0.5 * (S + mT(S))
 
 
-def spectral(backend: Backend, w: Array, Q: Array) -> Array:
-    """``Q diag(w) Qᵀ``."""
-    return backend.matmul(Q * backend.xp.expand_dims(w, axis=-2), mT(Q))
-
-
 def congruence(backend: Backend, W: Array, S: Array) -> Array:
     """``W S Wᵀ``, symmetric as S is."""
     return symmetric(backend.matmul(backend.matmul(W, S), mT(W)))
 
 
-def geometric_mean(backend: Backend, X: Array, Y: Array) -> Array:
-    """``X # Y = X^½ (X^-½ Y X^-½)^½ X^½`` of positive definite matrices."""
-    root, inverse_root = (backend.damped_power(X, p) for p in (0.5, -0.5))
-    middle = backend.damped_power(congruence(backend, inverse_root, Y), 0.5)
-    return congruence(backend, root, middle)
+def geometric_mean(backend: Backend, M: Array, S: Array) -> Array:
+    """``M⁻¹ # S = M^-½ (M^½ S M^½)^½ M^-½`` of positive definite matrices."""
+    W = backend.damped_power(M, -0.5)
+    middle = backend.damped_power(congruence(backend, backend.matmul(M, W), S), 0.5)
+    return congruence(backend, W, middle)
 
 
 def sylvester_spd(backend: Backend, P: Array, Q: Array, C: Array) -> Array:

@@ -27,6 +27,18 @@ class AdamState(NamedTuple):
     count: Tree
 
 
+class ScalingState(NamedTuple):
+    """What a link without moments keeps."""
+
+    scaling: Tree
+    """The s of each pair."""
+
+
+def keep_scaling(params: Tree, scaling: float = 1.0) -> ScalingState:
+    """The `init` of a link whose direction needs nothing but s."""
+    return ScalingState(per_pair(params, scaling))
+
+
 def momentum(decay: float = 0.9, *, nesterov: bool = False, dampening: float = 0.0) -> Transform:
     """Heavy-ball momentum as torch's SGD has it.
 

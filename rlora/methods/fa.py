@@ -6,7 +6,7 @@ Language Models Fine-tuning. arXiv:2308.03303, 2023.
 
 from typing import Any, Final, Literal, NamedTuple
 
-from rlora.core.checks import ComputeDtype, check_choice
+from rlora.core.checks import check_choice
 from rlora.core.decay import add_decayed_weights, decay_weights_after
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
@@ -37,8 +37,7 @@ def scale_by_frozen_gram(
     compute_dtype: str | None = None,
 ) -> Transform:
     """The direction ``G_B S_A⁻¹ / s²`` for B and none for A, with an inverse made once."""
-    check_damping(damping, damping_mode)
-    check_choice("compute_dtype", compute_dtype, ComputeDtype)
+    check_damping(damping, damping_mode, compute_dtype)
 
     def init(params: Tree, scaling: float = 1.0) -> FrozenState:
         leaves = leaves_of(params)

@@ -6,21 +6,13 @@ a product: Intrinsic Muon: Spectral Optimization on Riemannian Matrix Manifolds.
 2026.
 """
 
-from typing import NamedTuple
-
 from rlora.core.bundle import Bundle, rank_wise
 from rlora.core.checks import check_unit
 from rlora.core.decay import decay_product_around
-from rlora.core.factors import Factors, Tree
+from rlora.core.factors import Factors
 from rlora.core.linalg import congruence
-from rlora.core.moments import momentum as momentum_link, over, per_pair
+from rlora.core.moments import keep_scaling, momentum as momentum_link, over
 from rlora.core.transform import State, Transform, chain
-
-
-class MuonState(NamedTuple):
-    """The s of each pair."""
-
-    scaling: Tree
 
 
 def scale_by_spectral_norm(*, compute_dtype: str | None = None) -> Transform:
@@ -29,9 +21,6 @@ def scale_by_spectral_norm(*, compute_dtype: str | None = None) -> Transform:
     ``msign(S_B^-½ M_A) = (S_B^-½ M_A M_Aᵀ S_B^-½)^-½ S_B^-½ M_A``: one product of the tall matrix.
     """
 
-    def init(params: Tree, scaling: float = 1.0) -> MuonState:
-        return MuonState(per_pair(params, scaling))
-
     def rule(bundle: Bundle, M: list[Factors], state: State) -> tuple[list[Factors], State]:
         backend = bundle.backend
         W = backend.pseudo_power(bundle.partner(bundle.gram(bundle.params)), -0.5)
@@ -39,7 +28,7 @@ def scale_by_spectral_norm(*, compute_dtype: str | None = None) -> Transform:
         D = bundle.apply(congruence(backend, W, sign), M)
         return [over(d, 2 * s) for d, s in zip(D, state.scaling, strict=True)], state
 
-    return rank_wise(init, rule, compute_dtype=compute_dtype)
+    return rank_wise(keep_scaling, rule, compute_dtype=compute_dtype)
 
 
 def lora_muon(

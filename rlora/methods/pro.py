@@ -16,6 +16,7 @@ from rlora.core.linalg import DampingMode, check_damping, metric_power, sylveste
 from rlora.core.moments import (
     adam_step,
     each,
+    keep_scaling,
     momentum as momentum_link,
     over,
     per_pair,
@@ -25,12 +26,6 @@ from rlora.core.transform import State, Transform, chain
 
 Gauge = Literal["sylvester", "balanced", "zero"]
 Mode = Literal["efficient", "full"]
-
-
-class ProState(NamedTuple):
-    """The s of each pair."""
-
-    scaling: Tree
 
 
 def scale_by_pro(
@@ -51,7 +46,7 @@ def scale_by_pro(
         D = tangent(bundle, P, G, X)
         return [over(d, s**2) for s, d in zip(state.scaling, D, strict=True)], state
 
-    return rank_wise(_init, rule, compute_dtype=compute_dtype)
+    return rank_wise(keep_scaling, rule, compute_dtype=compute_dtype)
 
 
 def gauge_of(gauge: Gauge, bundle: Bundle, S: Stack, P: Stack, G: list[Factors]) -> Array | None:
@@ -65,10 +60,6 @@ def gauge_of(gauge: Gauge, bundle: Bundle, S: Stack, P: Stack, G: list[Factors])
         return -0.5 * matmul(matmul(P_A, C_B), P_B)
     S_A, S_B = bundle.halves(S)
     return sylvester_spd(backend, S_B, S_A, -matmul(P_A, mT(C_A)))
-
-
-def _init(params: Tree, scaling: float = 1.0) -> ProState:
-    return ProState(per_pair(params, scaling))
 
 
 class FullState(NamedTuple):

@@ -5,11 +5,11 @@ Randomized Asymmetric Chain of LoRA: The First Meaningful Theoretical Framework 
 Adaptation. arXiv:2410.08305, 2024.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
-from rlora.core.checks import ComputeDtype, check_choice
+from rlora.core.checks import check_choice
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import (
@@ -22,16 +22,10 @@ from rlora.core.factors import (
     rebuild,
 )
 from rlora.core.linalg import DampingMode, check_damping, precondition, preconditioners
-from rlora.core.moments import only, over, per_pair, scale_by_adam
+from rlora.core.moments import keep_scaling, only, over, scale_by_adam
 from rlora.core.transform import State, Transform, chain
 
 Side = Literal["A", "B"]
-
-
-class SketchState(NamedTuple):
-    """The s of each pair."""
-
-    scaling: Tree
 
 
 def scale_by_sketch(
@@ -46,12 +40,8 @@ def scale_by_sketch(
     It moves the weight by ``-lr G H`` with the projector ``H = Aᵀ S_A⁻¹ A``.
     """
     check_choice("frozen", frozen, Side)
-    check_damping(damping, damping_mode)
-    check_choice("compute_dtype", compute_dtype, ComputeDtype)
+    check_damping(damping, damping_mode, compute_dtype)
     rest: dict[str, None] = {frozen: None}
-
-    def init(params: Tree, scaling: float = 1.0) -> SketchState:
-        return SketchState(per_pair(params, scaling))
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         leaves = leaves_of(params)
@@ -70,7 +60,7 @@ def scale_by_sketch(
         D = [over(d, s**2) for d, s in zip(D, scalings, strict=True)]
         return rebuild(params, D), state
 
-    return Transform(init, update)
+    return Transform(keep_scaling, update)
 
 
 def rac_lora(

@@ -39,7 +39,7 @@ def balancing(bundle: Bundle, S: Stack, form: Form) -> Stack:
     if form == "scalar":
         K = (own_trace / xp.where(zero, xp.ones_like(its_trace), its_trace)) ** 0.5 * eye
     else:
-        K = geometric_mean(backend, backend.damped_power(partner, -1.0), S)
+        K = geometric_mean(backend, partner, S)
     return xp.where(zero, eye, K)
 
 

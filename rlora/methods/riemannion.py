@@ -128,8 +128,8 @@ def _seen_msign(backend: Backend, X: Factors, M: Factors) -> Factors:
 def _core(backend: Backend, X: Factors, M: Factors) -> tuple[Array, Array, Array]:
     """``U core Vᵀ = B M_A + M_B A`` with orthonormal U (m, k) and V (n, l), k and l at most 2r."""
     xp = backend.xp
-    U, R = xp.linalg.qr(xp.concat([X.B, M.B], axis=-1))
-    V, T = xp.linalg.qr(xp.concat([mT(M.A), mT(X.A)], axis=-1))
+    U, R = backend.qr(xp.concat([X.B, M.B], axis=-1))
+    V, T = backend.qr(xp.concat([mT(M.A), mT(X.A)], axis=-1))
     return U, backend.matmul(R, mT(T)), V
 
 

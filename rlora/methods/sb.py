@@ -8,7 +8,6 @@ arXiv:2411.19557, 2024.
 from typing import NamedTuple
 
 from rlora.core.backend import mT
-from rlora.core.checks import ComputeDtype, check_choice
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
@@ -41,8 +40,7 @@ def scale_by_core(
 
     Without an `inner`, gradient descent on the core by its optimal gradient. See `lora_sb`.
     """
-    check_damping(damping, damping_mode)
-    check_choice("compute_dtype", compute_dtype, ComputeDtype)
+    check_damping(damping, damping_mode, compute_dtype)
     core_method = inner or Transform(no_state, pass_on)
 
     def init(params: Tree, scaling: float = 1.0) -> CoreState:

@@ -7,7 +7,7 @@ arXiv:2402.02347, 2024.
 from collections.abc import Callable
 from typing import Any, Final, Literal
 
-from rlora.core.checks import ComputeDtype, check_choice
+from rlora.core.checks import check_choice
 from rlora.core.decay import add_decayed_weights, decay_weights_after
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
@@ -71,10 +71,9 @@ def scale_by_gram(
     Transform
         Its state is that of `inner`.
     """
-    check_damping(damping, damping_mode)
+    check_damping(damping, damping_mode, compute_dtype)
     check_choice("placement", placement, Placement)
     check_choice("order", order, Order)
-    check_choice("compute_dtype", compute_dtype, ComputeDtype)
     exponent = -0.5 if placement == "both" else -1.0
     inner = inner or Transform(no_state, pass_on)
 

@@ -5,7 +5,7 @@ A linear layer sees X (t, n) and gets dY (t, m), so ``G = dYᵀ X`` (m, n), what
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +142,7 @@ def _pass(model: nn.Module, group: Sequence["_Rows"], batches: Iterable[Any], lo
                 value = loss(model, batch)
                 _check_loss(value, count)
                 if value.requires_grad:  # otherwise no layer of this group took part
-                    value.backward()  # type: ignore[no-untyped-call]
+                    cast("Any", value).backward()
                 count += 1
                 del value, batch
         finally:
@@ -219,7 +219,7 @@ class _Rows:
             self.called = True
             self._check(x, output)
             anchor = output.new_zeros((), requires_grad=True)  # frozen layers have no graph else
-            return _Tap.apply(output, x, anchor, self)  # type: ignore[no-untyped-call]
+            return cast("Any", _Tap).apply(output, x, anchor, self)
 
         return self.target.module.register_forward_hook(hook, with_kwargs=True)
 

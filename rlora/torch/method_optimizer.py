@@ -70,10 +70,17 @@ class MethodOptimizer(PairOptimizer):
         return options
 
     def _transform(self, group: Mapping[str, Any]) -> Transform:
-        options = {name: group[name] for name in self._options()}
-        if "betas" in options:
-            options["b1"], options["b2"] = options.pop("betas")
-        return type(self).method(**options)
+        return type(self).method(**self._chosen(group))
+
+    def _chosen(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """What the method is given, as it calls it."""
+        chosen = {name: group[name] for name in self._options()}
+        if "betas" in chosen:
+            chosen["b1"], chosen["b2"] = chosen.pop("betas")
+        return chosen
+
+    def _choices(self, group: dict[str, Any]) -> list[Any]:
+        return [*super()._choices(group), bool(group.get("momentum"))]  # without one, no state
 
     def _check_own(self, group: dict[str, Any]) -> None:
         self._transform(group)
@@ -135,6 +142,7 @@ class MethodBatch:
         self._buckets = list(alike.values())
         self._memory: dict[Any, Tensor] = {}
         options = optimizer.param_groups[group]
+        self._chosen = optimizer._chosen(options)
         self._transform = optimizer._transform(options)
         start = self._transform.init(_stacks(self._buckets), options["scaling"])
         # Each array its own memory: it is written to after a step.
@@ -155,6 +163,8 @@ class MethodBatch:
     def prepare(self) -> tuple[dict[str, Factors], State]:
         """The pairs and their state after the step; nothing has moved yet."""
         group = self._optimizer.param_groups[self._group]
+        if (chosen := self._optimizer._chosen(group)) != self._chosen:  # by a scheduler, say
+            self._chosen, self._transform = chosen, self._optimizer._transform(group)
         params, grads = {}, {}
         for i, bucket in enumerate(self._buckets):
             A, B = ([pair[side] for pair in bucket] for side in (0, 1))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlora.core.checks import ComputeDtype, check_choice
+from rlora.core.checks import check_choice
 from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.transform import Order
 from rlora.methods.scaled import Placement
@@ -46,9 +46,8 @@ class GramPreconditioned(PairOptimizer):
         super().__init__(params, *args, own=own, pairs=pairs, adapter=adapter, **kwargs)
 
     def _check_own(self, group: dict[str, Any]) -> None:
-        check_damping(group["damping"], group["damping_mode"])
+        check_damping(group["damping"], group["damping_mode"], group["compute_dtype"])
         check_choice("placement", group["placement"], Placement)
-        check_choice("compute_dtype", group["compute_dtype"], ComputeDtype)
         if group["placement"] != "before" and not isinstance(self, torch.optim.AdamW):
             msg = (
                 f"placement {group['placement']!r} needs decoupled weight decay and moments that "

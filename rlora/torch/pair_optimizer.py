@@ -5,6 +5,7 @@ groups, steps them by its own plans and the rest by its parent's step, and loads
 saved.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, cast
@@ -33,7 +34,7 @@ ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """State of torch's own optimizers that has the shape of its parameter."""
 
 
-class PairOptimizer(Optimizer):
+class PairOptimizer(Optimizer, ABC):
     """A torch optimizer that knows the pairs among its parameters. Not to be used by itself."""
 
     report: PairReport
@@ -78,13 +79,17 @@ class PairOptimizer(Optimizer):
 
     # --- what a subclass says -------------------------------------------------------------------
 
+    @abstractmethod
     def _make_plans(self, pairs: list[TensorPair]) -> list[Plan]:
         """How these pairs, and the parameters in no pair, are stepped."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check_own(self, group: dict[str, Any]) -> None:
         """Refuse values of the subclass's own options that make no sense."""
-        raise NotImplementedError
+
+    def _choices(self, group: dict[str, Any]) -> list[Any]:
+        """The options of a group that a plan is made for."""
+        return [group[name] for name in self._own]
 
     def _state_shapes(self, p: Tensor) -> dict[str, torch.Size]:
         """Shapes that saved state of a parameter must have."""
@@ -193,7 +198,8 @@ class PairOptimizer(Optimizer):
     def _current_plans(self) -> list[Plan]:
         """The plans, made anew when what they rest on has changed."""
         pairs = self._current_pairs()
-        now = signature(pairs, self.param_groups, self._own)
+        choices = [self._choices(group) for group in self.param_groups]
+        now = signature(pairs, self.param_groups, choices)
         if self._plans is None or self._plans[0] != now:
             for a, b in pairs:
                 check_grad(a)

@@ -192,7 +192,7 @@ def recipe_of(group: dict[str, Any]) -> Recipe:
 
 
 def signature(
-    pairs: Iterable[TensorPair], groups: Groups, options: Sequence[str]
+    pairs: Iterable[TensorPair], groups: Groups, choices: Sequence[Any]
 ) -> tuple[Any, ...]:
     """What a plan depends on: it is made anew when this changes."""
     seen = []
@@ -200,8 +200,7 @@ def signature(
         for p in pair:
             grad = p.grad
             seen.append((p.data_ptr(), p.dtype, type(grad), grad.layout if grad is not None else 0))
-    chosen = [[group[name] for name in options] for group in groups]
-    return seen, chosen, [(id(group), len(group["params"])) for group in groups]
+    return seen, choices, [(id(group), len(group["params"])) for group in groups]
 
 
 def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain: bool) -> Plan:

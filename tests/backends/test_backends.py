@@ -225,3 +225,24 @@ def test_lost_directions_without_eigh(zero_B, without_eigh):
     problem = problem.on(get("torch"))
     params, _ = run(rlora.lora_rite(), problem, steps=20, lr=1e-2)
     assert float(problem.loss(params)) < float(problem.loss(problem.params))
+
+
+@pytest.mark.parametrize("name", ["lora_rite", "lora_pro_sgd", "riemannion", "scaled_adamw"])
+def test_jax_steps_of_many_ranks_do_not_wait_for_each_other(name):
+    """jaxlib's LAPACK waits for the threads that it runs on: more than one stack at once hung."""
+    pytest.importorskip("jax")
+    code = f"""
+    import jax, numpy as np, rlora
+    from rlora.backends import get
+    backend, rng = get("jax"), np.random.default_rng(0)
+    def pairs():
+        draw = lambda *shape: backend.asarray(rng.normal(size=shape), "float32")
+        return [rlora.Factors(draw(r, 96), draw(96, r)) for r in (4, 8, 16, 24, 32, 48) * 4]
+    method, params, grads = rlora.{name}(), pairs(), pairs()
+    state = method.init(params)
+    step = jax.jit(lambda p, g, s: rlora.step(method, p, g, s, 1e-4))
+    for _ in range(5):
+        params, state = jax.block_until_ready(step(params, grads, state))
+    print("done")
+    """
+    assert in_fresh_python(code) == "done\n"

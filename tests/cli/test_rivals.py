@@ -69,7 +69,7 @@ def test_packages_that_may_be_there(package, monkeypatch):
 )
 def test_wrong_names(name, why):
     if why is None:
-        assert find_rival(name).library == "torch"
+        assert find_rival(name).framework == "torch"
         return
     with pytest.raises(ValueError, match=why):
         find_rival(name)

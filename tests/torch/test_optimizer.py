@@ -69,6 +69,47 @@ def test_scaled_sgd_equals_the_functional_method(flags):
             torch.testing.assert_close(p.detach(), x, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name, method_of, changes", [
+    ("LoRARite", rlora.lora_rite, {"betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.2}),
+    ("LoRAProAdamW", rlora.lora_pro_adamw, {"betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.2}),
+    ("LoRAProSGD", rlora.lora_pro_sgd, {"momentum": 0.5, "weight_decay": 0.2}),
+])  # fmt: skip
+def test_options_changed_in_mid_run_count(name, method_of, changes):
+    """As a scheduler of betas or momentum changes them: the functional method with the new ones."""
+    model = make_model(dtype=torch.float64, bias=False)
+    start = {"momentum": 0.9} if "momentum" in changes else {}
+    optimizer = getattr(rlora.torch, name)(model, lr=1e-2, **start)
+    method = method_of(weight_decay=optimizer.param_groups[0]["weight_decay"], **start)
+    params = [Factors(a.detach().clone(), b.detach().clone()) for a, b in pairs_in(model)]
+    state = method.init(params)
+    for t in range(6):
+        if t == 3:
+            optimizer.param_groups[0].update(changes)
+            named = dict(changes)
+            if "betas" in named:
+                named["b1"], named["b2"] = named.pop("betas")
+            method = method_of(**named)
+        optimizer.zero_grad()
+        loss_of(model, t).backward()
+        grads = [Factors(a.grad.clone(), b.grad.clone()) for a, b in pairs_in(model)]
+        optimizer.step()
+        params, state = rlora.step(method, params, grads, state, 1e-2)
+    for pair, factors in zip(pairs_in(model), params, strict=True):
+        for p, x in zip(pair, factors, strict=True):
+            torch.testing.assert_close(p.detach(), x, rtol=1e-9, atol=1e-12)
+
+
+def test_momentum_that_starts_in_mid_run():
+    """Without momentum there is no buffer; when a schedule turns it on, one is made."""
+    model = make_model()
+    optimizer = rlora.torch.LoRAProSGD(model, lr=1e-2)
+    train(model, optimizer, 2)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    train(model, optimizer, 2)
+    A, _ = pairs_in(model)[0]
+    assert "mu" in optimizer.state[A] or "momentum_buffer" in optimizer.state[A]
+
+
 def peft_model(dtype=torch.float32):
     from peft import LoraConfig, get_peft_model
 
