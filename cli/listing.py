@@ -57,12 +57,13 @@ def backends() -> dict[str, str]:
 
 
 def presets() -> dict[str, str]:
-    """Every preset with its targets and sizes."""
-    return {
+    """Every preset with its targets and sizes; then how to say any other."""
+    found = {
         name: f"{preset.targets}: {len(preset.pairs())} pairs, "
         + ", ".join(f"{m}x{n}" for m, n in dict.fromkeys(preset.shapes))
         for name, preset in PRESETS.items()
     }
+    return {**found, "MxN*K": "any size: K pairs for weights of M x N, as in 1024x1024*24"}
 
 
 def _table(title: str, lines: Mapping[str, str]) -> Table:

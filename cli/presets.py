@@ -1,5 +1,6 @@
-"""LoRA target shapes of real models, as their configurations give them."""
+"""LoRA target shapes of real models, as their configurations give them, and of any size."""
 
+import re
 from typing import Final, NamedTuple
 
 Shape = tuple[int, int]
@@ -41,9 +42,27 @@ PRESETS: Final[dict[str, Preset]] = {
 DEFAULT: Final = "gpt2-medium"
 
 
+SHAPE: Final = re.compile(r"([1-9]\d{0,6})x([1-9]\d{0,6})\*([1-9]\d{0,6})", re.ASCII)
+"""``MxN*K``, as in ``1024x1024*24``: K layers with one weight of m x n each."""
+
+
 def named(name: str) -> Preset:
-    """Find a preset, or raise a ValueError that lists them."""
-    if name not in PRESETS:
-        msg = f"no preset called {name!r}; there are {', '.join(PRESETS)}"
+    """Find a preset, or make that of a shape; a ValueError lists what there is."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if found := SHAPE.fullmatch(name):
+        m, n, layers = map(int, found.groups())
+        return Preset("one weight a layer", layers, ((m, n),))
+    if name[:1].isdigit():
+        msg = (
+            f"--preset {name[:40]!r} is no shape MxN*K, as in 1024x1024*24: three whole numbers "
+            "from 1 to 9999999 without leading zeros"
+        )
         raise ValueError(msg)
-    return PRESETS[name]
+    msg = f"no preset called {name!r}; there are {', '.join(PRESETS)}, and shapes MxN*K"
+    raise ValueError(msg)
+
+
+def is_shape(name: str) -> bool:
+    """Whether a preset is a shape, and so of no model."""
+    return SHAPE.fullmatch(name) is not None

@@ -8,6 +8,8 @@ from typing import Any, Final, NamedTuple
 from .contenders import Key
 from .measure import Row
 from .plan import RANKS, Plan, make_plan
+from .presets import is_shape
+from .scaling import NAME as SCALING, scaling_plans
 from .stats import median_ratio
 
 PRESETS_OF: Final = {"speed": ("gpt2-medium", "smollm2-135m", "llama-7b", "llama-7b-quarter")}
@@ -59,8 +61,10 @@ Check = dict[str, Any]
 
 def suite_plans(name: str, preset: str | None, ranks: Sequence[str], **options: Any) -> list[Plan]:
     """Make a plan for each preset and rank, as JAX takes part at one rank only."""
+    if name == SCALING:
+        return scaling_plans(preset, ranks, **options)
     if name not in PRESETS_OF:
-        msg = f"--suite must be one of {', '.join(PRESETS_OF)}, got {name!r}"
+        msg = f"--suite must be one of {', '.join((*PRESETS_OF, SCALING))}, got {name!r}"
         raise ValueError(msg)
     have = [x for x in ("torch", "numpy", "jax") if importlib.util.find_spec(x)]
     if "torch" not in have:
@@ -84,7 +88,9 @@ def suite_plans(name: str, preset: str | None, ranks: Sequence[str], **options: 
 def judge(rows: Sequence[Row]) -> list[Check]:
     """Hold what was measured against every target; what was not measured is left out."""
     found = {(row["backend"], row["method"], row["preset"], str(row["rank"])): row for row in rows}
-    problems = list(dict.fromkeys((row["preset"], row["rank"]) for row in rows))
+    # A target is of a model: the shapes of `--suite scaling` have none.
+    of_models = [row for row in rows if not is_shape(row["preset"])]
+    problems = list(dict.fromkeys((row["preset"], row["rank"]) for row in of_models))
     checks = []
     for target in TARGETS:
         for preset, rank in problems:
