@@ -39,6 +39,25 @@ FLOPS: Final[Mapping[str, Count]] = {
 }
 """For each pair. A method that is not here has no prediction, and is timed all the same."""
 
+STATE: Final[Mapping[str, Count]] = {
+    "scaled_sgd": lambda m, n, r: 0,
+    "scaled_adamw": lambda m, n, r: 2 * (m + n) * r + 2,
+    "lora_rite": lambda m, n, r: (m + n) * r + 4 * r**2 + 2 * r + 4,
+    "lora_pro_sgd": lambda m, n, r: 1,
+    "lora_pro_adamw": lambda m, n, r: 2 * (m + n) * r + 3,
+    "alt_lora": lambda m, n, r: (m + n) * r + 2 * r**2 + 2,
+    "alt_lora_plus": lambda m, n, r: 2 * (m + n) * r + 2 * r**2 + 2,
+    "ref_lora": lambda m, n, r: 0,
+    "adapre_lora": lambda m, n, r: (m + n) * r + m + n + 5,
+    "lora_muon": lambda m, n, r: (m + n) * r + 3,
+    "riemannion": lambda m, n, r: (m + n) * r,
+    "lora_fa": lambda m, n, r: 2 * m * r + r**2 + 1,
+    "lora_plus": lambda m, n, r: 2 * (m + n) * r + 2,
+    "rac_lora": lambda m, n, r: 1,
+    "lora_sb": lambda m, n, r: n * r + 3 * r**2 + 1,
+}
+"""Numbers that each pair keeps between two steps, as the pages list them."""
+
 FROZEN: Final[Mapping[str, Count]] = {
     "lora_fa": lambda m, n, r: 7 * m * r,  # B, its gradient and its two moments
     "rac_lora": lambda m, n, r: (3 * m + n) * r,  # B and its gradient; A is read

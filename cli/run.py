@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from . import record, table
+from .launches import launch_checks
 from .measure import Race, Row
 from .overhead import least_seconds, work
 from .plan import QUICK_RANKS, QUICK_ROUNDS, RANKS, ROUNDS, Plan, listed, make_plan
@@ -17,7 +18,8 @@ from .presets import DEFAULT
 from .problem import Problem
 from .rivals import KNOWN
 from .roofline import Peaks, measure_peaks
-from .suite import judge, suite_plans
+from .suite import SPEED, WATCHED, judge, suite_plans
+from .targets import Check
 from .threads import pinned, reserved
 from .training import forward_backward_seconds
 
@@ -96,6 +98,7 @@ class Results:
         self.plans, self.suite = plans, suite
         self.rows: list[Row] = []
         self.peaks: dict[str, Peaks] = {}
+        self.launches: list[Check] = []
 
     def measure(self) -> None:
         """Race on every problem; `rows` has what is done, after an interrupt too."""
@@ -106,7 +109,7 @@ class Results:
                 race = Race(problem, plan.entries(problem), plan.seed)
                 try:
                     where = f"{next(filter(None, plan.source().values()))}, rank {problem.rank}"
-                    with progress(where, plan.rounds.most) as tick:
+                    with progress(where, plan.rounds.most, log=bool(self.suite)) as tick:
                         race.run(plan.rounds, tick)
                 finally:
                     done = [self._finished(row, plan, problem) for row in race.rows()]
@@ -115,6 +118,11 @@ class Results:
                     seconds = forward_backward_seconds(problem, plan.everywhere()["torch"])
                     for row in done:
                         row["forward_backward_s"] = seconds if row["backend"] == "torch" else None
+        if self.suite == SPEED:
+            with progress("operations on a device", len(WATCHED), log=True) as tick:
+                for method in WATCHED:
+                    self.launches += launch_checks(method)
+                    tick()
 
     def _finished(self, row: Row, plan: Plan, problem: Problem) -> Row:
         """Add to a row where it is from, and the work it could not do without."""
@@ -143,11 +151,12 @@ class Results:
             ranks = dict.fromkeys(rank for plan in self.plans for rank in plan.ranks or ())
             command |= {"suite": self.suite, "ranks": list(ranks)}
             command["preset"] = command["preset"] if len(presets) == 1 else None
+        rows = [self._predicted(row) for row in self.rows]
         return record.make_record(
             command,
-            [self._predicted(row) for row in self.rows],
+            rows,
             peaks=[peak._asdict() for peak in self.peaks.values()],
-            checks=judge(self.rows) if self.suite else (),
+            checks=[*judge(rows), *self.launches] if self.suite else (),
             partial=partial,
         )
 
@@ -162,9 +171,14 @@ class Results:
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Any]:
-    """Show a bar on a terminal's stderr, drawn between rounds only: a thread would disturb them."""
+def progress(label: str, total: int, *, log: bool = False) -> Iterator[Any]:
+    """Show a bar on a terminal's stderr, drawn between rounds only: a thread would disturb them.
+
+    Elsewhere one line says where it is, if a log is wanted.
+    """
     stderr = Console(stderr=True)
+    if log and not stderr.is_terminal:
+        click.echo(label, err=True)
     with Progress(
         console=stderr, auto_refresh=False, transient=True, disable=not stderr.is_terminal
     ) as bar:

@@ -115,7 +115,7 @@ _CHECK: Final = _object(
         "what": _TEXT,
         "preset": _TEXT,
         "rank": _optional(_RANK),
-        "sense": {"anyOf": [{"const": "at most"}, {"const": "at least"}]},
+        "sense": {"anyOf": [{"const": x} for x in ("at most", "at least", "exactly")]},
         "limit": _NUMBER,
         "measured": _NUMBER,
         "passed": {"type": "boolean"},

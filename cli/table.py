@@ -15,6 +15,10 @@ PIPED_WIDTH = 280
 NARROW = ("method", "rank", "step", "spread", "ratio", "state", "peak", "verdict")
 """The columns for a terminal on which not all of them fit."""
 
+SIGNS = {"at most": "<=", "at least": ">=", "exactly": "=="}
+EXACT = 1000
+"""From here on a figure counts something."""
+
 NOTES = {
     "step": "step: median; spread: interquartile range / median.",
     "ratio": "ratio: median over the rounds of the step against the plain method's in the same "
@@ -50,18 +54,24 @@ def show_record(record: dict[str, Any], out: Console) -> None:
         out.print(Text(f"peak of {peak['backend']} {peak['device']}: {rates}"))
     if record["checks"]:
         out.print(_verdicts(record["checks"]))
+        passed = sum(check["passed"] for check in record["checks"])
+        out.print(Text(f"{passed} of {len(record['checks'])} targets reached"))
 
 
 def _verdicts(checks: Sequence[dict[str, Any]]) -> Table:
     names = ("", "what", "preset", "rank", "limit", "measured")
     table = Table(*names, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for check in checks:
-        sign = "<=" if check["sense"] == "at most" else ">="
         verdict = "PASS" if check["passed"] else "FAIL"
         rank = "-" if check["rank"] is None else str(check["rank"])
-        numbers = (f"{sign} {check['limit']:.1f}", f"{check['measured']:.2f}")
+        numbers = (f"{SIGNS[check['sense']]} {figure(check['limit'])}", figure(check["measured"]))
         table.add_row(*map(Text, (verdict, check["what"], check["preset"], rank, *numbers)))
     return table
+
+
+def figure(value: float) -> str:
+    """A ratio to two digits behind the point, a number of bytes whole."""
+    return f"{value:.2f}" if value < EXACT else f"{value:.0f}"
 
 
 def show(title: str, rows: Sequence[dict[str, Any]], out: Console) -> None:

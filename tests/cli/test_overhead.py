@@ -10,7 +10,7 @@ import pytest
 import rlora.methods
 from rlora.backends import get
 from rlora.cli.contenders import Arena, functional_entries, method_names
-from rlora.cli.overhead import FLOPS, FROZEN, least_seconds, work
+from rlora.cli.overhead import FLOPS, FROZEN, STATE, least_seconds, work
 from rlora.cli.problem import random_problem
 from rlora.cli.roofline import Peaks, measure_peaks
 
@@ -23,14 +23,14 @@ PLAIN = {"sgd", "adamw", "torch.adamw", "optax.adamw"}
 SHAPES = [(768, 512, 4), (512, 1024, 6)]
 
 
-def on_the_pages():
-    """The column of flops, by call."""
+def on_the_pages(column=2):
+    """The column of flops, or another, by call."""
     found = {}
     for path in PAGES.glob("*.md"):
         for line in path.read_text(encoding="utf-8").splitlines():
             cells = [cell.strip().strip("`") for cell in line.strip("|").split(" | ")]
             if re.match(r"\| `\w+\(", line) and len(cells) >= 3:
-                found[cells[0]] = cells[2]
+                found[cells[0]] = cells[column]
     return found
 
 
@@ -46,6 +46,13 @@ def test_flops_are_those_of_the_pages(name):
     call = NAMES.get(name, f"{'scaled_adamw' if name == 'peft' else name}()")
     for shape in SHAPES:
         assert FLOPS[name](*shape) == value(on_the_pages()[call], *shape)
+
+
+@pytest.mark.parametrize("name", rlora.methods.__all__)
+def test_numbers_kept_are_those_of_the_pages(name):
+    formula = on_the_pages(1)[NAMES.get(name, f"{name}()")]
+    for shape in SHAPES:
+        assert STATE[name](*shape) == value(formula, *shape)
 
 
 def test_every_method_has_a_prediction():

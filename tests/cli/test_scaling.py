@@ -67,5 +67,5 @@ def test_it_has_no_targets(rlora_cli, tmp_path):
     assert record["command"]["suite"] == "scaling"
     assert [row["method"] for row in record["rows"]] == ["adamw", *scaling.METHODS]
     assert record["checks"] == []
-    models = [{**row, "preset": "p", "rank": 4} for row in record["rows"]]
+    models = [{**row, "preset": "gpt2-medium", "rank": 4} for row in record["rows"]]
     assert suite.judge(models)

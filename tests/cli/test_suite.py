@@ -3,13 +3,29 @@ import json
 import jsonschema
 import pytest
 
-from rlora.cli import measure, schema, suite
+import rlora.methods
+from rlora.cli import measure, run, schema, suite, targets
 from rlora.cli.presets import PRESETS, Preset
 
 
-def row(backend, method, *samples, rank=4, preset="p"):
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(PRESETS, "small", Preset("one", 2, ((80, 70),)))
+
+
+def row(backend, method, *samples, rank=4, preset="small", **more):
     base = {"backend": backend, "method": method, "rank": rank, "preset": preset}
-    return {**base, "samples_s": list(samples)}
+    base |= {"dtype": "float32", "pairs": 2, "parameters": 2 * 150 * rank, "model_s": None}
+    base |= {"state_bytes": 0, "peak_temporary_bytes": None}
+    return {**base, "samples_s": list(samples), **more}
+
+
+def ratios(rows):
+    return [check for check in suite.judge(rows) if " / " in check["what"]]
+
+
+def verdicts(what, rows):
+    return [check["passed"] for check in suite.judge(rows) if what in check["what"]]
 
 
 def test_ratios_are_of_the_same_rounds_and_held_against_their_limit():
@@ -19,33 +35,92 @@ def test_ratios_are_of_the_same_rounds_and_held_against_their_limit():
         row("torch", "scaled_adamw:after", 2.4, 4.8, 9.6),
         row("torch", "peft", 6.0, 12.0, 24.0),
     ]
-    found = {check["what"]: check for check in suite.judge(rows)[:-1]}
+    found = {check["what"]: check for check in ratios(rows)[:-1]}
     assert found["torch scaled_adamw / torch adamw"]["measured"] == 1.5
     assert found["torch scaled_adamw / torch adamw"]["passed"]
     assert not found["torch scaled_adamw:after / torch scaled_adamw"]["passed"]
     assert found["torch peft / torch scaled_adamw"]["passed"]
     assert len(found) == 3  # the rest was not measured
-    mean = suite.judge(rows)[-1]
+    mean = ratios(rows)[-1]
     assert (mean["preset"], mean["measured"]) == ("geometric mean", pytest.approx(4.0))
 
 
 def test_limits_are_those_of_their_rank():
     def passed(rank, ratio):
         rows = [row("torch", "adamw", 1.0, rank=rank), row("torch", "lora_rite", ratio, rank=rank)]
-        return [check["passed"] for check in suite.judge(rows)]
+        return [check["passed"] for check in ratios(rows)]
 
     assert [passed(rank, 5.5) for rank in (4, 16, 64)] == [[False], [True], [True]]
     assert passed(8, 5.5) == []
 
 
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setitem(PRESETS, "small", Preset("one", 2, ((80, 70),)))
+def test_the_others_may_take_twice_what_their_work_predicts():
+    def passed(seconds):
+        return verdicts(
+            "2 x predicted",
+            [
+                row("torch", "adamw", 1.0, model_s=1e-3),
+                row("torch", "lora_muon", seconds, model_s=3e-3),
+                row("torch", "lora_rite", 9.9, model_s=1e-3),  # has a limit of its own
+                row("torch", "lora_sb", 9.9, model_s=None),  # nobody has counted
+            ],
+        )
+
+    assert (passed(5.9), passed(6.1)) == ([True], [False])
 
 
-def test_the_command_prints_verdicts_and_keeps_them(rlora_cli, small, tmp_path):
+def test_temporaries_are_the_directions_once_and_small_matrices():
+    def passed(peak, **more):
+        rows = [row("torch", "scaled_adamw", 1.0, peak_temporary_bytes=peak, **more)]
+        return verdicts("temporary bytes", rows)
+
+    # 2 pairs of 150 x 4 numbers, and 16 matrices of 4 x 4 for each pair
+    most = 4 * (2 * 150 * 4 + 16 * 2 * 16)
+    assert (passed(most), passed(most + 1), passed(None)) == ([True], [False], [])
+    assert passed(most, dtype="bfloat16") == [True]  # it computes in float32
+    assert passed(2 * most, dtype="float64") == [True]
+
+
+def test_state_is_what_the_page_says_to_the_byte():
+    def passed(held, **more):
+        return verdicts(
+            "state bytes", [row("torch", "scaled_adamw", 1.0, state_bytes=held, **more)]
+        )
+
+    exact = 4 * 2 * (2 * 150 * 4 + 2)
+    assert (passed(exact), passed(exact + 4), passed(exact - 4)) == ([True], [False], [False])
+    assert passed(exact, dtype="float64") == []
+
+
+def test_every_method_has_targets():
+    torch_class = {
+        method for target in suite.TARGETS for method in [getattr(target, "method", None)]
+    }
+    assert set(rlora.methods.__all__) <= torch_class
+    assert set(rlora.methods.__all__) <= set(suite.WATCHED)
+
+
+def plans(preset=None, ranks=(), **options):
+    defaults = {"dtype": "float32", "device": None, "repeat": None, "seconds": None, "seed": 0}
+    defaults |= {"adapter": None, "quick": False, "end_to_end": False, "threads": None}
+    return suite.suite_plans("speed", preset, ranks, **{**defaults, **options})
+
+
+def test_the_others_take_part_at_one_preset():
+    pytest.importorskip("torch")
+    for plan in plans():
+        others = set(suite.OTHERS) <= set(plan.methods["torch"])
+        assert others == (plan.preset == "gpt2-medium")
+        assert plan.rounds.seconds == (24.0 if others else 12.0)
+    (narrow,) = plans("roberta-base", ["4"], seconds=3.0)
+    assert set(suite.OTHERS) <= set(narrow.methods["torch"])
+    assert narrow.rounds.seconds == 3.0
+
+
+def test_the_command_prints_verdicts_and_keeps_them(rlora_cli, monkeypatch, tmp_path):
     for library in ("torch", "jax", "peft", "optax"):
         pytest.importorskip(library)
+    monkeypatch.setattr(run, "WATCHED", ["scaled_adamw"])
     out = tmp_path / "out.json"
     args = ("--suite", "speed", "--preset", "small", "--repeat", 1, "--output", out)
     result = rlora_cli("bench", *args)
@@ -53,12 +128,36 @@ def test_the_command_prints_verdicts_and_keeps_them(rlora_cli, small, tmp_path):
     record = json.loads(out.read_text())
     jsonschema.validate(record, schema.SCHEMA, cls=jsonschema.Draft202012Validator)
     assert record["command"]["suite"] == "speed"
-    assert record["command"]["ranks"] == [4, 16, 64][: len(record["command"]["ranks"])]
+    assert record["command"]["ranks"] == [4, 16, 64]
     whats = [check["what"] for check in record["checks"]]
     for target in suite.TARGETS:
-        assert whats.count(target.words) == len(target.limits) + (target.sense == "at least")
-    assert "FAIL" in result.stdout or "PASS" in result.stdout
+        limits = getattr(target, "limits", (4, 16, 64))
+        assert whats.count(target.words) == len(limits) + (target is suite.PEFT), target
+    states = [check for check in record["checks"] if check["what"].endswith("state bytes")]
+    assert [check for check in states if not check["passed"]] == []
+    assert "torch scaled_adamw, growth of device operations" in whats
+    reached = sum(check["passed"] for check in record["checks"])
+    assert f"{reached} of {len(whats)} targets reached" in result.stdout
+    assert result.stderr.splitlines()[:2] == ["small, rank 4", "small, rank 16"]
     assert rlora_cli("bench", "show", out).stdout == result.stdout
+
+
+def test_a_plain_run_says_nothing_on_the_way(rlora_cli):
+    args = ("--method", "scaled_sgd", "--preset", "small", "--rank", 4, "--repeat", 1)
+    assert rlora_cli("bench", *args).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("sense", "measured", "passed"),
+    [
+        ("at most", 2.0, True), ("at most", 2.1, False), ("at least", 2.0, True),
+        ("at least", 1.9, False), ("exactly", 2, True), ("exactly", 2.0001, False),
+    ],
+)  # fmt: skip
+def test_limits_belong_to_what_is_allowed(sense, measured, passed):
+    check = targets.make_check("x", "p", 4, sense, 2.0, measured)
+    assert check["passed"] is passed
+    assert schema.fault(check, schema.SCHEMA["properties"]["checks"]["items"]) is None
 
 
 @pytest.mark.parametrize(
