@@ -7,12 +7,21 @@ from typing import Any
 
 import torch
 
-from rlora.core.backend import ROUNDING, Backend, Workspace
+from rlora.core.backend import ROUNDING, Backend, Tall, Workspace
 from rlora.core.factors import Array
 
-STACK_BELOW = 65536
-"""On a CPU, tensors smaller than this many elements are stacked and multiplied in one batch:
-copying them costs less than a call for each. Larger ones cost more to copy than to multiply."""
+from ._torch_cpu import fused_adam, is_plain, on_all_cores
+from ._torch_stacks import (
+    block_diagonal,
+    buckets_of,
+    fold_of,
+    folded_columns,
+    is_stacked,
+    rows_times,
+    stacked,
+    take,
+    views,
+)
 
 
 class TorchBackend(Backend):
@@ -28,15 +37,19 @@ class TorchBackend(Backend):
     ) -> Array:
         return self._gram(tall, dtype, workspace, lambda B: (B.mT, B), "columns")
 
+    def cross_rows(self, X: Sequence[Array], Y: Sequence[Array], dtype: Any) -> Array:
+        pairs = [(x.to(dtype), y.to(dtype)) for x, y in zip(X, Y, strict=True)]
+        return torch.cat([rows_times(x, y).view(-1, x.shape[-2], x.shape[-2]) for x, y in pairs])
+
     def apply_left(
-        self, P: Sequence[Array], tall: Sequence[Array], workspace: Workspace | None = None
+        self, P: Tall, tall: Tall, workspace: Workspace | None = None, onto: Tall | None = None
     ) -> list[Array]:
-        return self._apply(P, tall, workspace, lambda P, G: (P, G), "left")
+        return self._apply(P, tall, workspace, lambda P, G: (P, G), "left", onto)
 
     def apply_right(
-        self, tall: Sequence[Array], P: Sequence[Array], workspace: Workspace | None = None
+        self, tall: Tall, P: Tall, workspace: Workspace | None = None, onto: Tall | None = None
     ) -> list[Array]:
-        return self._apply(P, tall, workspace, lambda P, G: (G, P), "right")
+        return self._apply(P, tall, workspace, lambda P, G: (G, P), "right", onto)
 
     def _gram(
         self,
@@ -50,17 +63,14 @@ class TorchBackend(Backend):
         order, start = [], 0
         r = sides(tall[0])[0].shape[-2]
         layers = [math.prod(F.shape[:-2]) for F in tall]
-        stack = _take(workspace, ("gram", slot), (sum(layers), r, r), dtype, tall[0].device)
-        for members in _buckets(tall, workspace, slot).values():
+        stack = take(workspace, ("gram", slot), (sum(layers), r, r), dtype, tall[0].device)
+        for members in buckets_of(tall, workspace, slot).values():
             stop = start + sum(layers[i] for i in members)
             out = stack[start:stop]
-            if _stacks(tall[members[0]]):
-                F = _stack([tall[i] for i in members], dtype, workspace)
-                if slot == "columns" and (fold := _fold(F)) > 1:
-                    # (k, m, r) as (k, m/f, f r): its Gram has those of f slices on its diagonal.
-                    F = F.view(F.shape[0], -1, fold * r)
-                    blocks = torch.bmm(F.mT, F).view(-1, fold, r, fold, r)
-                    torch.sum(blocks.diagonal(dim1=1, dim2=3), -1, out=out)
+            if is_stacked(tall[members[0]]):
+                F = stacked([tall[i] for i in members], dtype, workspace)
+                if slot == "columns" and fold_of(F) > 1:
+                    out.copy_(folded_columns(F, F))
                 else:
                     torch.bmm(*sides(F), out=out)
             else:
@@ -84,30 +94,48 @@ class TorchBackend(Backend):
         workspace: Workspace | None,
         sides: Callable[[Array, Array], tuple[Array, Array]],
         slot: str,
+        onto: Sequence[Array] | None,
     ) -> list[Array]:
+        if onto is not None:
+            return self._apply_onto(P, tall, workspace, sides, slot, onto)
         result: list[Array] = list(tall)
-        for key, members in _buckets(tall, workspace, slot).items():
+        for key, members in buckets_of(tall, workspace, slot).items():
             shape, device = key[0], tall[members[0]].device
             dtype = P[members[0]].dtype
-            if _stacks(tall[members[0]]):
-                G = _stack([tall[i] for i in members], dtype, workspace)
+            if is_stacked(tall[members[0]]):
+                G = stacked([tall[i] for i in members], dtype, workspace)
                 P_k = torch.stack([P[i] for i in members]).reshape(-1, *P[members[0]].shape[-2:])
-                out = _take(workspace, ("out", slot, key), G.shape, dtype, device)
-                if slot == "right" and (fold := _fold(G)) > 1:
-                    G, P_k = G.view(G.shape[0], -1, fold * G.shape[-1]), _block_diagonal(P_k, fold)
+                out = take(workspace, ("out", slot, key), G.shape, dtype, device)
+                if slot == "right" and (fold := fold_of(G)) > 1:
+                    G, P_k = G.view(G.shape[0], -1, fold * G.shape[-1]), block_diagonal(P_k, fold)
                 torch.bmm(*sides(P_k, G), out=out.view(G.shape))
-                outs = _views(workspace, ("views", slot, key), out, len(members), shape)
+                outs = views(workspace, ("views", slot, key), out, len(members), shape)
             else:
                 outs = [
                     torch.matmul(
                         *sides(P[i], tall[i].to(dtype)),
-                        out=_take(workspace, ("out", slot, key, k), shape, dtype, device),
+                        out=take(workspace, ("out", slot, key, k), shape, dtype, device),
                     )
                     for k, i in enumerate(members)
                 ]
             for i, out in zip(members, outs, strict=True):
                 result[i] = out
         return result
+
+    def _apply_onto(
+        self,
+        P: Sequence[Array],
+        tall: Sequence[Array],
+        workspace: Workspace | None,
+        sides: Callable[[Array, Array], tuple[Array, Array]],
+        slot: str,
+        onto: Sequence[Array],
+    ) -> list[Array]:
+        if all(G.ndim == 3 for G in tall):
+            matrices = [sides(p, G.to(p.dtype)) for p, G in zip(P, tall, strict=True)]
+            return [z.baddbmm_(*both) for z, both in zip(onto, matrices, strict=True)]
+        torch._foreach_add_(list(onto), self._apply(P, tall, workspace, sides, slot, None))
+        return list(onto)
 
     def damped_power(
         self, S: Array, exponent: float, damping: float = 0.0, *, relative: bool = True
@@ -134,6 +162,10 @@ class TorchBackend(Backend):
         W = torch.linalg.solve_triangular(L, eye, upper=False)  # (K, r, r)
         return W.mT @ W
 
+    def eigh(self, S: Array) -> tuple[Array, Array]:
+        w, Q = on_all_cores(super().eigh, S)
+        return w, Q
+
     def pseudo_power(self, S: Array, exponent: float) -> Array:
         if exponent != -0.5 or not eigh_waits(S):
             return super().pseudo_power(S, exponent)
@@ -158,6 +190,8 @@ class TorchBackend(Backend):
     def adam(
         self, mu: Array, nu: Array, g: Array, b1: float, b2: float, c1: Any, root2: Any, eps: Any
     ) -> tuple[Array, Array, Array]:
+        if is_plain(mu, nu, g) and (done := fused_adam(mu, nu, g, b1, b2, c1, root2, eps)):
+            return done
         mu = torch.lerp(g, mu, b1)
         nu = (b2 * nu).addcmul_(g, g, value=1 - b2)
         d = nu.sqrt().div_(root2).add_(eps)
@@ -214,77 +248,6 @@ def _ieee_products() -> Iterator[None]:
 def eigh_waits(S: Array) -> bool:
     """Whether torch's eigh would hold up the host until the device is done."""
     return bool(S.device.type == "cuda")
-
-
-def _buckets(tall: Sequence[Array], workspace: Workspace | None, slot: str) -> dict[Any, list[int]]:
-    """Positions of equal shape, dtype and device."""
-    buckets: dict[Any, list[int]] | None = (workspace or {}).get(("buckets", slot))
-    if buckets is None:
-        buckets = {}
-        for i, F in enumerate(tall):
-            buckets.setdefault((tuple(F.shape), F.dtype, F.device), []).append(i)
-        if workspace is not None:
-            workspace["buckets", slot] = buckets
-    return buckets
-
-
-def _fold(tall: Array) -> int:
-    """How many rows of a thin (k, m, r) to read as one, so that a CPU's kernels have work."""
-    m, r = tall.shape[-2:]
-    fold = 16 // r if tall.device.type == "cpu" else 1
-    return fold if fold > 1 and m % fold == 0 else 1
-
-
-def _block_diagonal(P: Array, fold: int) -> Array:
-    """(k, r, r) as (k, f r, f r) with `fold` copies on the diagonal."""
-    k, r, _ = P.shape
-    eye = torch.eye(fold, dtype=P.dtype, device=P.device)
-    return torch.einsum("fg,kij->kfigj", eye, P).reshape(k, fold * r, fold * r)
-
-
-def _stacks(F: Array) -> bool:
-    # On an accelerator the number of launches should not depend on the number of layers.
-    return bool(F.device.type != "cpu" or F.numel() < STACK_BELOW)
-
-
-def _stack(tall: list[Array], dtype: Any, workspace: Workspace | None) -> Array:
-    """Factors of one shape as (K, ., .) in `dtype`; good until the next call."""
-    F = tall[0]
-    if F.dtype != dtype:
-        return torch.stack(tall).to(dtype).view(-1, *F.shape[-2:])
-    # One flat buffer for every bucket: it stays in the cache.
-    size = len(tall) * F.numel()
-    flat = _take(workspace, ("stack", dtype), (size,), dtype, F.device)
-    return torch.stack(tall, out=flat.view(len(tall), *F.shape)).view(-1, *F.shape[-2:])
-
-
-def _take(
-    workspace: Workspace | None, key: Any, shape: Sequence[int], dtype: Any, device: Any
-) -> Array:
-    """Uninitialised memory: the workspace's from the last call where it fits, else new.
-
-    Fresh pages are what a large allocation on a CPU spends most of its time on. On an accelerator
-    the caching allocator is quick, and holding on to memory between steps is worse.
-    """
-    shape = tuple(shape)
-    if workspace is None or device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    held = workspace.get(key)
-    if held is None or held.dtype != dtype or held.numel() < math.prod(shape):
-        held = workspace[key] = torch.empty(shape, dtype=dtype, device=device)
-    return held if held.shape == shape else held.view(-1)[: math.prod(shape)].view(shape)
-
-
-def _views(
-    workspace: Workspace | None, key: Any, stack: Array, count: int, shape: Sequence[int]
-) -> Any:
-    """The members of a stack; the same tensor objects again while the stack is the same memory."""
-    if workspace is None:
-        return stack.view(count, *shape).unbind(0)
-    held = workspace.get(key)
-    if held is None or held[0] is not stack:
-        held = workspace[key] = (stack, stack.view(count, *shape).unbind(0))
-    return held[1]
 
 
 BACKEND = TorchBackend

@@ -24,7 +24,12 @@ ALLOWED = {
     "cli": {"core", "methods", "pairing", "testing", "backends", "torch", "optax", "__init__"},
 }
 FRAMEWORKS = {
-    "torch": {"rlora.torch", "rlora.backends.torch"},
+    "torch": {
+        "rlora.torch",
+        "rlora.backends.torch",
+        "rlora.backends._torch_cpu",
+        "rlora.backends._torch_stacks",
+    },
     "jax": {"rlora.optax", "rlora.backends.jax"},
     "optax": {"rlora.optax"},
     "cupy": {"rlora.backends.cupy"},

@@ -19,6 +19,9 @@ Workspace = dict[Any, Any]
 """What a backend keeps from one call to the next with factors of the same shapes: memory that it
 writes into and hands out again, and where everything lies. A caller makes it as an empty dict."""
 
+Tall = Sequence[Array]
+"""Factors, or what has their shapes."""
+
 
 class Backend:
     """Every verb the methods need, written with nothing but the Array API.
@@ -58,19 +61,21 @@ class Backend:
         for x, y in zip(X, Y, strict=True):
             C = self.matmul(self.cast(x, dtype), mT(self.cast(y, dtype)))  # (..., r, r)
             products.append(self.xp.reshape(C, (-1, *C.shape[-2:])))
-        return products[0] if len(products) == 1 else self.xp.concat(products)
+        return self.xp.concat(products)
 
     def apply_left(
-        self, P: Sequence[Array], tall: Sequence[Array], workspace: Workspace | None = None
+        self, P: Tall, tall: Tall, workspace: Workspace | None = None, onto: Tall | None = None
     ) -> list[Array]:
-        """``P G`` for each (..., r, r) and (..., r, n) of the lists."""
-        return [self.matmul(P_k, self.cast(G, P_k.dtype)) for P_k, G in zip(P, tall, strict=True)]
+        """``P G`` for each (..., r, r) and (..., r, n) of the lists, plus `onto`, which is lost."""
+        products = [self.matmul(p, self.cast(G, p.dtype)) for p, G in zip(P, tall, strict=True)]
+        return products if onto is None else [x + z for x, z in zip(products, onto, strict=True)]
 
     def apply_right(
-        self, tall: Sequence[Array], P: Sequence[Array], workspace: Workspace | None = None
+        self, tall: Tall, P: Tall, workspace: Workspace | None = None, onto: Tall | None = None
     ) -> list[Array]:
-        """``G P`` for each (..., m, r) and (..., r, r) of the lists."""
-        return [self.matmul(self.cast(G, P_k.dtype), P_k) for P_k, G in zip(P, tall, strict=True)]
+        """``G P`` for each (..., m, r) and (..., r, r) of the lists, plus `onto`, which is lost."""
+        products = [self.matmul(self.cast(G, p.dtype), p) for p, G in zip(P, tall, strict=True)]
+        return products if onto is None else [x + z for x, z in zip(products, onto, strict=True)]
 
     # --- small work: r x r, batched over the whole model ---------------------------------------
 
@@ -225,10 +230,8 @@ class Backend:
         elif name == "float64":
             wide = name
         else:
-            msg = (
-                f"factors must be real floating-point arrays, got dtype {name} from {self.name}; "
-                f"convert them first"
-            )
+            what = f"got dtype {name} from {self.name}; convert them first"
+            msg = f"factors must be real floating-point arrays, {what}"
             raise NamespaceError(msg)
         if wide == "float64" and not self.has_float64():
             msg = f"float64 arithmetic was asked of {self.name}, which has none here" + (

@@ -77,14 +77,17 @@ class Bundle:
         B = self.backend.cross_rows([mT(x.B) for x in X], [mT(y.B) for y in Y], self.dtype)
         return self.xp.concat([A, B])
 
-    def apply(self, P: Stack, X: Sequence[Factors]) -> list[Factors]:
-        """``P X`` in row form: ``P X_A`` and ``X_B Pᵀ``."""
+    def apply(
+        self, P: Stack, X: Sequence[Factors], onto: Sequence[Factors] | None = None
+    ) -> list[Factors]:
+        """``P X`` in row form, ``P X_A`` and ``X_B Pᵀ``, plus `onto`, which may be overwritten."""
         A, B = [pair.A for pair in X], [pair.B for pair in X]
         P = self.backend.cast(P, self.backend.compute_dtype(self.like.dtype))
         pieces = list(self.backend.unstack(P, A + B))
-        left = self.backend.apply_left(pieces[: len(A)], A, self.workspace)
+        to_A, to_B = (None, None) if onto is None else zip(*onto, strict=True)
+        left = self.backend.apply_left(pieces[: len(A)], A, self.workspace, to_A)
         transposed = [mT(piece) for piece in pieces[len(A) :]]
-        right = self.backend.apply_right(B, transposed, self.workspace)
+        right = self.backend.apply_right(B, transposed, self.workspace, to_B)
         return [Factors(*pair) for pair in zip(left, right, strict=True)]
 
     # --- the stack ------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def tangent(
     Y = matmul(matmul(P_A, C), P_B)  # (K, r, r), what both factors would do twice
     X = bundle.xp.zeros_like(Y) if X is None else X
     from_params = bundle.apply(bundle.xp.concat([both * X, -both * mT(X + Y)]), bundle.params)
-    return add(bundle.apply(P, G), from_params)
+    return bundle.apply(P, G, onto=from_params)
 
 
 def add(X: Sequence[Factors], Y: Sequence[Factors]) -> list[Factors]:

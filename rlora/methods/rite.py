@@ -12,7 +12,7 @@ from rlora.core.checks import check_nonnegative, check_unit
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
-from rlora.core.linalg import add, congruence
+from rlora.core.linalg import congruence
 from rlora.core.moments import corrected_decay, counts, shrink_to, zeros
 from rlora.core.transform import State, Transform, apply_updates, chain, no_state, pass_on
 
@@ -75,7 +75,7 @@ def scale_by_rite(
             spectrum, _ = backend.eigh(V)
 
         X = congruence(backend, W, backend.inverse_root(V, rho, eps))
-        mu = add(bundle.apply(decay1 * T, state.mu), bundle.apply((1 - decay1) * X, G))
+        mu = bundle.apply((1 - decay1) * X, G, onto=bundle.apply(decay1 * T, state.mu))
         nu = bundle.unstack(congruence(backend, W, V))
         return mu, RiteState(
             mu,

@@ -1,0 +1,102 @@
+"""Where factors of one shape are read and written together: few kernels, little new memory."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlora.core.backend import Tall, Workspace
+from rlora.core.factors import Array
+
+STACK_BELOW = 65536
+"""On a CPU, tensors smaller than this many elements are stacked and multiplied in one batch:
+copying them costs less than a call for each. Larger ones cost more to copy than to multiply."""
+
+
+def buckets_of(tall: Tall, workspace: Workspace | None, slot: str) -> dict[Any, list[int]]:
+    """Positions of equal shape, dtype and device."""
+    buckets: dict[Any, list[int]] | None = (workspace or {}).get(("buckets", slot))
+    if buckets is None:
+        buckets = {}
+        for i, F in enumerate(tall):
+            buckets.setdefault((tuple(F.shape), F.dtype, F.device), []).append(i)
+        if workspace is not None:
+            workspace["buckets", slot] = buckets
+    return buckets
+
+
+def fold_of(tall: Array) -> int:
+    """How many rows of a thin (k, m, r) to read as one, so that a CPU's kernels have work."""
+    m, r = tall.shape[-2:]
+    fold = 16 // r if tall.device.type == "cpu" and tall.is_contiguous() else 1
+    return fold if fold > 1 and m % fold == 0 else 1
+
+
+def rows_times(X: Array, Y: Array) -> Array:
+    """``X Yᵀ`` of (..., r, n)."""
+    if X.ndim == 3 and min(fold_of(X.mT), fold_of(Y.mT)) > 1:
+        return folded_columns(X.mT, Y.mT)
+    return X @ Y.mT
+
+
+def folded_columns(X: Array, Y: Array) -> Array:
+    """``Xᵀ Y`` of thin (k, m, r), read as (k, m/f, f r): f slices of it are on the diagonal."""
+    r, fold = X.shape[-1], fold_of(X)
+    X, Y = (F.view(F.shape[0], -1, fold * r) for F in (X, Y))
+    blocks = torch.bmm(X.mT, Y).view(-1, fold, r, fold, r)
+    return blocks.diagonal(dim1=1, dim2=3).sum(-1)
+
+
+def block_diagonal(P: Array, fold: int) -> Array:
+    """(k, r, r) as (k, f r, f r) with `fold` copies on the diagonal."""
+    k, r, _ = P.shape
+    eye = torch.eye(fold, dtype=P.dtype, device=P.device)
+    return torch.einsum("fg,kij->kfigj", eye, P).reshape(k, fold * r, fold * r)
+
+
+def is_stacked(F: Array) -> bool:
+    # On an accelerator the number of launches should not depend on the number of layers.
+    return bool(F.device.type != "cpu" or F.ndim > 2 or F.numel() < STACK_BELOW)
+
+
+def stacked(tall: list[Array], dtype: Any, workspace: Workspace | None) -> Array:
+    """Factors of one shape as (K, ., .) in `dtype`; good until the next call."""
+    F = tall[0]
+    if len(tall) == 1:
+        return F.to(dtype).reshape(-1, *F.shape[-2:])
+    if F.dtype != dtype:
+        return torch.stack(tall).to(dtype).view(-1, *F.shape[-2:])
+    # One flat buffer for every bucket: it stays in the cache.
+    size = len(tall) * F.numel()
+    flat = take(workspace, ("stack", dtype), (size,), dtype, F.device)
+    return torch.stack(tall, out=flat.view(len(tall), *F.shape)).view(-1, *F.shape[-2:])
+
+
+def take(
+    workspace: Workspace | None, key: Any, shape: Sequence[int], dtype: Any, device: Any
+) -> Array:
+    """Uninitialised memory: the workspace's from the last call where it fits, else new.
+
+    Fresh pages are what a large allocation on a CPU spends most of its time on. On an accelerator
+    the caching allocator is quick, and holding on to memory between steps is worse.
+    """
+    shape = tuple(shape)
+    if workspace is None or device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    held = workspace.get(key)
+    if held is None or held.dtype != dtype or held.numel() < math.prod(shape):
+        held = workspace[key] = torch.empty(shape, dtype=dtype, device=device)
+    return held if held.shape == shape else held.view(-1)[: math.prod(shape)].view(shape)
+
+
+def views(
+    workspace: Workspace | None, key: Any, stack: Array, count: int, shape: Sequence[int]
+) -> Any:
+    """The members of a stack; the same tensor objects again while the stack is the same memory."""
+    if workspace is None:
+        return stack.view(count, *shape).unbind(0)
+    held = workspace.get(key)
+    if held is None or held[0] is not stack:
+        held = workspace[key] = (stack, stack.view(count, *shape).unbind(0))
+    return held[1]
