@@ -18,6 +18,7 @@ class Bench(Lazy):
         "compare": ".compare",
         "export": ".export",
         "list": ".listing",
+        "report": ".report",
         "run": ".run",
         "show": ".show",
     }

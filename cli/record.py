@@ -20,6 +20,9 @@ ROW_NOT_YET: Final = {
 }
 """What the first version of the record had not."""
 
+LONGEST: Final = 18
+"""Digits of a whole number: more bytes than there are, and no float overflows."""
+
 
 def make_record(
     command: Mapping[str, Any],
@@ -73,17 +76,31 @@ def read_record(path: Path) -> dict[str, Any]:
         When it cannot be opened.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
     except (ValueError, RecursionError) as error:
         msg = f"{path.name} is no record of rlora bench: it is not JSON: {error}"
         raise ValueError(msg) from error
     if isinstance(record, dict) and record.get("schema") == "rlora-bench/1":
         record = _upgraded(record)
-    if (found := fault(record)) is not None:
+    if (found := fault(record) or _timeless(record)) is not None:
         msg = f"{path.name} is no record of rlora bench: {found}"
         raise ValueError(msg)
     made: dict[str, Any] = record
     return made
+
+
+def _timeless(record: dict[str, Any]) -> str | None:
+    for i, row in enumerate(record["rows"]):
+        if min(row["median_s"], *row["samples_s"]) <= 0:
+            return f"it.rows[{i}] took no time"
+    return None
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > LONGEST:
+        msg = f"a number of {len(digits)} digits"
+        raise ValueError(msg)
+    return int(digits)
 
 
 def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
@@ -125,10 +142,15 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
     part = _part(path)
     try:
-        with part.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with part.open("xb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
