@@ -61,7 +61,7 @@ def _policy(template: str) -> str:
 def _listed(values: Any) -> str:
     names = list(dict.fromkeys(str(value) for value in values))
     more = len(names) - NAMES_SHOWN
-    if more > 0:
+    if more > 1:
         return f"{', '.join(names[:NAMES_SHOWN])} and {more} more"
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
@@ -239,7 +239,7 @@ def command_of(record: Record) -> str:
     """Say how a record was made, quoted for a shell."""
     command, words = record["command"], ["rlora", "bench", "run"]
     rounds, suite = command["rounds"], command["suite"]
-    fixed = rounds["least"] == rounds["most"]
+    fixed, seconds = rounds["least"] == rounds["most"], rounds["seconds"]
     trains = any(row["forward_backward_s"] is not None for row in record["rows"])
     options = {
         "suite": suite,
@@ -252,7 +252,7 @@ def command_of(record: Record) -> str:
         "device": command["device"],
         "against": None if suite else ",".join(command["against"]),
         "repeat": rounds["most"] if fixed else None,
-        "seconds": None if rounds["seconds"] in (None, ROUNDS.seconds) else rounds["seconds"],
+        "seconds": None if seconds in (None, ROUNDS.seconds) else f"{seconds:g}",
         "threads": command["threads"],
         "seed": command["seed"] or None,
     }

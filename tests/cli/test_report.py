@@ -342,7 +342,9 @@ def test_how_to_measure_it_again_is_a_command(make, rlora_cli, tmp_path):
     )
     record = make(("lora_rite", "p", 4, 2.0))
     record["command"] |= {"suite": "scaling", "adapter": "a; rm -rf b"}
+    record["command"]["rounds"] |= {"least": 7, "most": 100, "seconds": 8.0}
     assert page.command_of(record).startswith("rlora bench run --suite scaling --rank 4")
+    assert page.command_of(record).endswith(" --seconds 8")
     assert "--adapter 'a; rm -rf b'" in page.command_of(record)
 
 
