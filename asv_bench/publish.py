@@ -42,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 1 when no commit gave a result or asv could not publish."""
     options = parser().parse_args(argv)
     commits = history(options.rev, options.commits)
-    measured = sum(run(commit, options.bench or QUICK, options.machine) for commit in commits)
+    on = ("--machine", options.machine) if options.machine else ()
+    if asv("machine", "--yes", *on):
+        return 1
+    measured = sum(run(commit, options.bench or QUICK, on) for commit in commits)
     say(f"{measured} of {len(commits)} commits measured")
     if not measured or asv("publish"):
         return 1
@@ -83,15 +86,12 @@ def history(rev: str, count: int) -> list[str]:
     return lines[::-1]
 
 
-def run(commit: str, benchmarks: tuple[str, ...] | list[str], machine: str | None) -> bool:
-    """Measure one commit; whether there is anything to show for it."""
+def run(commit: str, benchmarks: tuple[str, ...] | list[str], on: tuple[str, ...]) -> bool:
+    """Measure one commit on a machine; whether there is anything to show for it."""
     with tempfile.TemporaryDirectory() as folder:
         site = lay_out(commit, Path(folder))
         if site is None:
             say(f"{commit[:8]} has no packages to lay out; left out")
-            return False
-        on = ("--machine", machine) if machine else ()
-        if asv("machine", "--yes", *on):
             return False
         named = (word for name in benchmarks for word in ("--bench", name))
         # No --quick, which saves nothing. One round: asv cannot interleave commits here anyway.

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import math
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,10 @@ BACKENDS = tuple(os.environ.get("RLORA_ASV_BACKENDS", "numpy,jax,torch").split("
 """Also known: cupy, torch:cuda. They cost a column of blanks where there is no such device."""
 
 # Once, before asv forks a process for each set of parameters, so that none pays for it again.
-for _library in {name.partition(":")[0] for name in BACKENDS} & {"torch", "jax"}:
-    for _module in (_library, {"torch": "rlora.torch", "jax": "optax"}[_library]):
+# torch's optimizers load its compiler. To list the benchmarks, asv's "discover", takes none of it.
+_LOADED = {"torch": ("torch", "torch._dynamo", "rlora.torch"), "jax": ("jax", "optax")}
+for _library in {name.partition(":")[0] for name in BACKENDS} & _LOADED.keys():
+    for _module in _LOADED[_library] if "discover" not in sys.argv[:2] else ():
         with contextlib.suppress(ImportError):
             importlib.import_module(_module)
 
