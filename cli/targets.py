@@ -21,8 +21,8 @@ SLACK: Final = 2.0
 """How many times the prediction a method may take."""
 
 GRAM_COPIES: Final = 8
-"""Copies of a pair's two r x r Grams that a step may hold beside its directions: the matrices, what
-damps them, a factor, its inverse, the inverse squared, and as many masked ones."""
+"""What a step may hold beside its directions, in copies of a pair's two r x r Grams: the Grams, the
+damped ones, the identity, a factor, its inverse, the product, what is masked, and a stack of it."""
 
 
 def make_check(
