@@ -121,6 +121,8 @@ _CHECK: Final = _object(
         "passed": {"type": "boolean"},
     }
 )
+# Records of before do not say whether the timings behind a check could be believed.
+_CHECK["properties"]["stable"] = {"type": "boolean"}
 
 SCHEMA: Final[dict[str, Any]] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -92,9 +92,10 @@ def judge(rows: Sequence[Row]) -> list[Check]:
             found[row["backend"], row["method"]] = row
     checks = [target.check(found) for target in TARGETS for found in problems.values()]
     made = [check for check in checks if check]
-    against_peft = [check["measured"] for check in made if check["what"] == PEFT.words]
+    against_peft = [check for check in made if check["what"] == PEFT.words]
     if against_peft:
-        mean = statistics.geometric_mean(against_peft)
-        where = "geometric mean"
-        made.append(make_check(PEFT.words, where, None, PEFT.sense, GEOMETRIC_MEAN, mean))
+        mean = statistics.geometric_mean([check["measured"] for check in against_peft])
+        where, stable = "geometric mean", all(check["stable"] for check in against_peft)
+        check = make_check(PEFT.words, where, None, PEFT.sense, GEOMETRIC_MEAN, mean)
+        made.append(check | {"stable": stable})
     return made

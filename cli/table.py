@@ -55,14 +55,16 @@ def show_record(record: dict[str, Any], out: Console) -> None:
     if record["checks"]:
         out.print(_verdicts(record["checks"]))
         passed = sum(check["passed"] for check in record["checks"])
-        out.print(Text(f"{passed} of {len(record['checks'])} targets reached"))
+        unsure = sum(not check.get("stable", True) for check in record["checks"])
+        note = f"; {unsure}, with a ?, by rows that are unstable" if unsure else ""
+        out.print(Text(f"{passed} of {len(record['checks'])} targets reached{note}"))
 
 
 def _verdicts(checks: Sequence[dict[str, Any]]) -> Table:
     names = ("", "what", "preset", "rank", "limit", "measured")
     table = Table(*names, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for check in checks:
-        verdict = "PASS" if check["passed"] else "FAIL"
+        verdict = ("PASS" if check["passed"] else "FAIL") + "?" * (not check.get("stable", True))
         rank = "-" if check["rank"] is None else str(check["rank"])
         numbers = (f"{SIGNS[check['sense']]} {figure(check['limit'])}", figure(check["measured"]))
         table.add_row(*map(Text, (verdict, check["what"], check["preset"], rank, *numbers)))

@@ -26,9 +26,12 @@ damped ones, the identity, a factor, its inverse, the product, what is masked, a
 
 
 def make_check(
-    what: str, preset: str, rank: int | None, sense: str, limit: float, measured: float
+    what: str, preset: str, rank: int | None, sense: str, limit: float, measured: float, *rows: Row
 ) -> Check:
-    """Hold a figure against a limit: "at most", "at least" or "exactly"."""
+    """Hold a figure against a limit: "at most", "at least" or "exactly".
+
+    It is no surer than the timings of the rows that it is from.
+    """
     passed = {
         "at most": measured <= limit,
         "at least": measured >= limit,
@@ -42,6 +45,7 @@ def make_check(
         "limit": limit,
         "measured": measured,
         "passed": passed[sense],
+        "stable": all(row["verdict"] == "ok" for row in rows),
     }
 
 
@@ -77,8 +81,8 @@ class Ratio(NamedTuple):
         ratio = median_ratio(over["samples_s"], under["samples_s"])
         if ratio is None:
             return None
-        limit = self.limits[over["rank"]]
-        return make_check(self.words, over["preset"], over["rank"], self.sense, limit, ratio)
+        rank, limit = over["rank"], self.limits[over["rank"]]
+        return make_check(self.words, over["preset"], rank, self.sense, limit, ratio, over, under)
 
 
 class Predicted(NamedTuple):
@@ -98,7 +102,8 @@ class Predicted(NamedTuple):
         if ratio is None:
             return None
         limit = SLACK * mine["model_s"] / plain["model_s"]
-        return make_check(self.words, mine["preset"], mine["rank"], "at most", limit, ratio)
+        rank = mine["rank"]
+        return make_check(self.words, mine["preset"], rank, "at most", limit, ratio, mine, plain)
 
 
 class Temporaries(NamedTuple):

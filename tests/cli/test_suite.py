@@ -16,7 +16,7 @@ def small(monkeypatch):
 def row(backend, method, *samples, rank=4, preset="small", **more):
     base = {"backend": backend, "method": method, "rank": rank, "preset": preset}
     base |= {"dtype": "float32", "pairs": 2, "parameters": 2 * 150 * rank, "model_s": None}
-    base |= {"state_bytes": 0, "peak_temporary_bytes": None}
+    base |= {"state_bytes": 0, "peak_temporary_bytes": None, "verdict": "ok"}
     return {**base, "samples_s": list(samples), **more}
 
 
@@ -43,6 +43,17 @@ def test_ratios_are_of_the_same_rounds_and_held_against_their_limit():
     assert len(found) == 3  # the rest was not measured
     mean = ratios(rows)[-1]
     assert (mean["preset"], mean["measured"]) == ("geometric mean", pytest.approx(4.0))
+
+
+def test_a_check_is_no_surer_than_its_timings():
+    rows = [row("torch", "adamw", 1.0), row("torch", "lora_rite", 2.0, verdict="unstable: load")]
+    rows += [row("torch", "scaled_adamw", 1.5), row("torch", "peft", 4.0, rank=16)]
+    rows += [row("torch", "scaled_adamw", 1.0, rank=16, verdict="unstable: spread")]
+    found = {(check["what"], check["preset"]): check["stable"] for check in suite.judge(rows)}
+    assert found["torch scaled_adamw / torch adamw", "small"]
+    assert not found["torch lora_rite / torch adamw", "small"]
+    assert not found["torch peft / torch scaled_adamw", "geometric mean"]
+    assert found["torch lora_rite, state bytes", "small"]  # bytes are exact
 
 
 def test_limits_are_those_of_their_rank():
@@ -157,7 +168,10 @@ def test_a_plain_run_says_nothing_on_the_way(rlora_cli):
 def test_limits_belong_to_what_is_allowed(sense, measured, passed):
     check = targets.make_check("x", "p", 4, sense, 2.0, measured)
     assert check["passed"] is passed
-    assert schema.fault(check, schema.SCHEMA["properties"]["checks"]["items"]) is None
+    items = schema.SCHEMA["properties"]["checks"]["items"]
+    assert schema.fault(check, items) is None
+    assert check.pop("stable")
+    assert schema.fault(check, items) is None  # a record of before
 
 
 @pytest.mark.parametrize(
