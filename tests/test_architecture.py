@@ -18,7 +18,8 @@ ALLOWED = {
     "testing": {"core"},
     "initializers": {"core"},
     "backends": {"core"},
-    "optax": {"core"},
+    "optax": {"core", "methods", "layouts", "__init__"},
+    "layouts": {"core"},
     "torch": {"core", "methods", "pairing", "initializers"},  # the shell around them
     "__init__": {"core", "methods", "pairing", "initializers"},
     "cli": {"core", "methods", "pairing", "testing", "backends", "torch", "optax", "__init__"},

@@ -1,0 +1,277 @@
+"""rlora.optax against the functional methods and inside optax's own machinery."""
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+import rlora
+from rlora import Factors, PairingError, ShapeError, methods
+
+jax = pytest.importorskip("jax")
+optax = pytest.importorskip("optax")
+import jax.numpy as jnp  # noqa: E402
+
+import rlora.optax  # noqa: E402
+
+EVERY = pytest.mark.parametrize("name", methods.__all__)
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def make_tree(seed=0, r=3):
+    """Two layers as flax has them, one as PEFT has it."""
+    return {
+        "q": {"lora_a": draw(8, r, seed=seed), "lora_b": draw(r, 6, seed=seed + 1)},
+        "v": {"lora_a": draw(8, r, seed=seed + 2), "lora_b": draw(r, 6, seed=seed + 3)},
+        "peft.lora_A.weight": draw(r, 8, seed=seed + 4),
+        "peft.lora_B.weight": draw(5, r, seed=seed + 5),
+    }
+
+
+def as_factors(tree):
+    turned = [Factors(tree[k]["lora_a"].T, tree[k]["lora_b"].T) for k in ("q", "v")]
+    return [Factors(tree["peft.lora_A.weight"], tree["peft.lora_B.weight"]), *turned]
+
+
+def assert_trees_close(left, right, tolerance):
+    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance)
+
+
+@EVERY
+def test_equals_the_functional_method_under_jit(name):
+    """Five steps with a schedule; compiled once, in step one."""
+    schedule = optax.linear_schedule(1e-2, 1e-3, 5)
+    optimizer = getattr(rlora.optax, name)(schedule, scaling=2.0)
+    params = make_tree()
+    state = optimizer.init(params)
+    compiled = []
+
+    @jax.jit
+    def step(params, grads, state):
+        compiled.append(1)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    method = getattr(methods, name)()
+    pairs = as_factors(params)
+    expected = method.init(pairs, 2.0)
+    for t in range(5):
+        grads = make_tree(seed=10 + t)
+        params, state = step(params, grads, state)
+        pairs, expected = rlora.step(method, pairs, as_factors(grads), expected, schedule(t))
+    assert len(compiled) == 1
+    # new - old + old rounds once a step, and what a method makes of it
+    assert_trees_close(as_factors(params), pairs, 2e-4)
+
+
+def test_inject_hyperparams_changes_the_learning_rate():
+    optimizer = optax.inject_hyperparams(rlora.optax.scaled_adamw)(learning_rate=1e-2)
+    params, grads = make_tree(), make_tree(seed=10)
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    first, _ = update(grads, state, params)
+    state.hyperparams["learning_rate"] = jnp.asarray(1e-3)
+    second, _ = update(grads, state, params)
+    assert_trees_close(jax.tree.map(lambda x: 0.1 * x, first), second, 1e-6)
+    chosen = rlora.scaled_adamw(b1=0.7, b2=0.8)
+    made = optax.inject_hyperparams(rlora.optax.transformation)(chosen, learning_rate=1e-2)
+    made.update(grads, made.init(params), params)
+
+
+def test_other_leaves_are_an_error_unless_something_takes_them():
+    params = {**make_tree(), "bias": jnp.ones(4)}
+    with pytest.raises(PairingError, match=r"1 leaves are in no pair: bias; pass rest="):
+        rlora.optax.lora_rite(1e-2).init(params)
+    optimizer = rlora.optax.lora_rite(1e-2, rest=optax.sgd(0.5))
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    np.testing.assert_array_equal(updates["bias"], -0.5 * params["bias"])
+    mask = jax.tree.map(lambda _: True, params) | {"bias": False}
+    masked = optax.masked(rlora.optax.lora_rite(1e-2), mask)
+    held, _ = masked.update(params, masked.init(params), params)
+    np.testing.assert_array_equal(held["bias"], params["bias"])
+    assert_trees_close(held["q"], updates["q"], 0)
+
+
+def test_partition():
+    params = {**make_tree(), "head": jnp.ones((4, 4))}
+    labels = jax.tree.map(lambda _: "lora", params) | {"head": "plain"}
+    optimizer = optax.partition(
+        {"lora": rlora.optax.scaled_sgd(0.1), "plain": optax.sgd(0.1)}, labels
+    )
+    updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["head"], -0.1 * params["head"])
+    alone = rlora.optax.scaled_sgd(0.1)
+    tree = make_tree()
+    expected, _ = alone.update(tree, alone.init(tree), tree)
+    assert_trees_close({k: updates[k] for k in expected}, expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["lora_rite", "scaled_adamw", "lora_pro_adamw"])
+def test_four_micro_batches_are_one(name):
+    """MultiSteps: nothing moves three times, then as with the mean of the gradients."""
+    optimizer = getattr(rlora.optax, name)(1e-2)
+    many = optax.MultiSteps(optimizer, 4)
+    params = make_tree()
+    grads = [make_tree(seed=10 + t) for t in range(4)]
+    state = many.init(params)
+    moved = params
+    for t, g in enumerate(grads):
+        updates, state = jax.jit(many.update)(g, state, moved)
+        moved = optax.apply_updates(moved, updates)
+        if t < 3:
+            assert_trees_close(moved, params, 0)
+    mean = jax.tree.map(lambda *g: sum(g) / 4, *grads)
+    updates, _ = optimizer.update(mean, optimizer.init(params), params)
+    assert_trees_close(moved, optax.apply_updates(params, updates), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora_rite", "scaled_adamw", "riemannion"])
+def test_vmap_over_stacked_layers(name):
+    """A leading axis by vmap, and the same stack handed over as it is."""
+    optimizer = getattr(rlora.optax, name)(1e-2)
+    params = {"lora_a": draw(4, 8, 3), "lora_b": draw(4, 3, 6, seed=1)}
+    grads = {"lora_a": draw(4, 8, 3, seed=2), "lora_b": draw(4, 3, 6, seed=3)}
+    state = jax.vmap(optimizer.init)(params)
+    mapped, _ = jax.jit(jax.vmap(optimizer.update))(grads, state, params)
+    stacked, _ = optimizer.update(grads, optimizer.init(params), params)
+    assert_trees_close(mapped, stacked, 1e-5)
+
+
+def test_donated_arguments():
+    optimizer = rlora.optax.lora_rite(1e-2)
+
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    kept, given = make_tree(), make_tree()
+    expected, _ = step(kept, optimizer.init(kept), make_tree(seed=10))
+    donating = jax.jit(step, donate_argnums=(0, 1))
+    got, state = donating(given, optimizer.init(given), make_tree(seed=10))
+    donating(got, state, make_tree(seed=11))
+    assert_trees_close(
+        jax.jit(step)(kept, optimizer.init(kept), make_tree(seed=10))[0], expected, 1e-6
+    )
+
+
+def test_scale_by_gram_in_a_chain_is_scaled_sgd():
+    chained = optax.chain(rlora.optax.scale_by_gram(damping=1e-3), optax.sgd(0.1))
+    whole = rlora.optax.scaled_sgd(0.1, damping=1e-3)
+    params, grads = make_tree(), make_tree(seed=10)
+    left, _ = chained.update(grads, chained.init(params), params)
+    right, _ = whole.update(grads, whole.init(params), params)
+    assert_trees_close(left, right, 1e-5)
+
+
+def test_einsum_factors_of_qwix():
+    """b (r, heads, width) and a (heads, width, r), as matrices."""
+    optimizer = rlora.optax.lora_rite(1e-2)
+    params = {"w_lora_a": draw(8, 3), "w_lora_b": draw(3, 2, 4, seed=1)}
+    flat = {"lora_a": params["w_lora_a"], "lora_b": params["w_lora_b"].reshape(3, 8)}
+    many, _ = optimizer.update(params, optimizer.init(params), params)
+    one, _ = optimizer.update(flat, optimizer.init(flat), flat)
+    assert many["w_lora_b"].shape == (3, 2, 4)
+    assert_trees_close(many["w_lora_b"].reshape(3, 8), one["lora_b"], 0)
+
+
+def test_pairs_by_hand_and_by_a_function():
+    params = {"down": draw(3, 8), "up": draw(5, 3, seed=1)}
+    by_hand = rlora.optax.scaled_sgd(0.1, pairs=[("down", "up")])
+    found = rlora.optax.scaled_sgd(0.1, pairs=lambda leaves: [sorted(leaves)])
+    left, _ = by_hand.update(params, by_hand.init(params), params)
+    right, _ = found.update(params, found.init(params), params)
+    assert_trees_close(left, right, 0)
+
+
+def test_shapes_that_fit_both_ways_are_settled_by_the_name_or_by_turned():
+    square = {"lora_a": draw(3, 3), "lora_b": draw(3, 3, seed=1)}
+    flax = rlora.optax.scaled_sgd(0.1)
+    told = rlora.optax.scaled_sgd(0.1, turned=True)
+    other = rlora.optax.scaled_sgd(0.1, turned=False)
+    by_name, as_told, turned_back = (
+        o.update(square, o.init(square), square)[0] for o in (flax, told, other)
+    )
+    assert_trees_close(by_name, as_told, 0)
+    assert not np.allclose(by_name["lora_a"], turned_back["lora_a"])
+    with pytest.raises(ShapeError, match="say turned="):
+        rlora.optax.scaled_sgd(0.1, pairs=[("x", "y")]).init({"x": draw(3, 3), "y": draw(3, 3)})
+
+
+@pytest.mark.parametrize("params, error, match", [
+    ({"w": jnp.ones((3, 3))}, PairingError, "no LoRA pair among 1 leaves, such as w"),
+    ({"lora_a": jnp.ones((8, 3))}, PairingError, "'lora_b', of the pair"),
+    ({"lora_a": jnp.ones((8, 3)), "lora_b": jnp.ones((4, 6))}, ShapeError, "no pair of factors"),
+    ({"lora_a": jnp.ones(8), "lora_b": jnp.ones((8, 6))}, ShapeError, "no pair of factors"),
+])  # fmt: skip
+def test_bad_trees(params, error, match):
+    with pytest.raises(error, match=match):
+        rlora.optax.lora_rite(1e-2).init(params)
+
+
+def test_missing_parameters_get_optax_own_message():
+    optimizer = rlora.optax.lora_rite(1e-2)
+    tree = make_tree()
+    with pytest.raises(ValueError, match="update\\(grads, state, params\\)"):
+        optimizer.update(tree, optimizer.init(tree))
+
+
+def test_bad_options_are_refused_when_made():
+    with pytest.raises(ValueError, match="b1"):
+        rlora.optax.lora_rite(1e-2, b1=2.0)
+    with pytest.raises(TypeError, match="nonsense"):
+        rlora.optax.lora_rite(1e-2, nonsense=2.0)
+
+
+def test_state_is_a_fixed_point_of_update():
+    """Shapes, dtypes and structure, in bfloat16 too: a scan over steps compiles."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_tree())
+    for name in ("lora_rite", "scaled_adamw", "riemannion"):
+        optimizer = getattr(rlora.optax, name)(1e-2)
+        state = optimizer.init(params)
+        updates, after = optimizer.update(params, state, params)
+        spec = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+        assert spec(after) == spec(state)
+        assert spec(updates) == spec(params)
+
+
+def test_sharded_arrays_on_four_devices():
+    """Factors split along their outer axes move as whole ones do, and stay split."""
+    code = """
+    import jax, jax.numpy as jnp, numpy as np, optax, rlora.optax
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    assert len(jax.devices()) == 4
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    draw = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)
+    params, grads = ({"lora_a": draw(16, 3), "lora_b": draw(3, 8)} for _ in range(2))
+    where = {"lora_a": NamedSharding(mesh, P("x", None)), "lora_b": NamedSharding(mesh, P(None, "x"))}
+    for name in ("scaled_adamw", "lora_rite"):
+        optimizer = getattr(rlora.optax, name)(1e-2)
+        def step(params, state, grads):
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+        whole, _ = jax.jit(step)(params, optimizer.init(params), grads)
+        split = jax.device_put(params, where)
+        moved, _ = jax.jit(step, out_shardings=(where, None))(
+            split, optimizer.init(split), jax.device_put(grads, where)
+        )
+        for key in params:
+            np.testing.assert_allclose(moved[key], whole[key], atol=1e-5)
+            assert moved[key].sharding == where[key]
+    print("done")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**__import__("os").environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    )
+    assert done.stdout == "done\n", done.stderr
