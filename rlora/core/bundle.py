@@ -6,6 +6,8 @@ A factors, then what belongs to the K B factors; P acts as ``P A`` and as ``(P B
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
 from typing import Any, TypeAlias
 
 from rlora.core.backend import Backend, Workspace, device_of, mT, product
@@ -134,8 +136,10 @@ class Bundle:
             for lead, value in zip(self._leads, values, strict=True)
             for _ in range(product(lead))
         ]
-        array = self.xp.asarray(flat, dtype=self.dtype, device=device_of(self.like))
-        return self.xp.reshape(array, (-1, 1, 1))
+        # Made where they are used: a list of numbers would have to be copied there.
+        make = partial(self.xp.full, dtype=self.dtype, device=device_of(self.like))
+        runs = [(value, len(list(run))) for value, run in groupby(flat)]
+        return self.xp.concat([make((count, 1, 1), value) for value, count in runs])
 
     def columns(self) -> Stack:
         """N, the number of columns in row form: n for an A, m for a B."""

@@ -121,13 +121,17 @@ class Batch:
         moves = [matrix(job.stand_in) for job in self.jobs]
         with backend.exact(self.params[0].A):
             moves = self._precondition(backend, P, moves)
+        by_group: dict[int, list[tuple[Job, Tensor]]] = {}
         for job, move in zip(self.jobs, moves, strict=True):
-            keep = 1 - job.group["lr"] * job.group["weight_decay"]
-            move = move.view(job.param.shape)
-            if move.dtype == job.param.dtype:
-                job.param.mul_(keep).add_(move)
-            else:
-                job.param.copy_(job.param.to(move.dtype).mul_(keep).add_(move))
+            by_group.setdefault(id(job.group), []).append((job, move.view(job.param.shape)))
+        for members in by_group.values():
+            group, dtype = members[0][0].group, members[0][1].dtype
+            params, steps = [job.param for job, _ in members], [move for _, move in members]
+            wide = [p.to(dtype) for p in params]  # the parameters themselves where they are wide
+            torch._foreach_mul_(wide, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(wide, steps)
+            if wide[0] is not params[0]:
+                torch._foreach_copy_(params, wide)
 
     def _precondition(
         self, backend: Backend, P: list[Factors], matrices: list[Tensor]
