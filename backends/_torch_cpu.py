@@ -1,14 +1,63 @@
-"""What only a CPU gains from: torch's fused Adam on functional state, LAPACK on every core."""
+"""What only a CPU gains from: memory that is used again, and torch's fused Adam.
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+Fresh pages are what a large allocation spends most of its time on: more than the arithmetic.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
-WORTH_A_THREAD = 32
-"""The least rank at which a decomposition costs more than the thread that does it."""
+from rlora.core.backend import Workspace
+
+_arena: ContextVar["Arena | None"] = ContextVar("arena", default=None)
+
+
+class Arena:
+    """The large arrays of a step in the order in which it asks for them, the same every time."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._taken = 0
+
+    def begin(self) -> None:
+        """From now on what has been handed out is handed out again."""
+        self._taken = 0
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory, nobody else's until `begin`."""
+        size, place = math.prod(shape), self._taken
+        self._taken += 1
+        if place == len(self._blocks):
+            self._blocks.append(torch.empty(0))
+        held = self._blocks[place]
+        if held.dtype != dtype or held.numel() < size:
+            held = self._blocks[place] = torch.empty(size, dtype=dtype)
+        return held[:size].view(tuple(shape))
+
+
+@contextmanager
+def reusing(workspace: Workspace) -> Iterator[None]:
+    """Large arrays made inside lie where those of the last time lay."""
+    arena = workspace.setdefault("arena", Arena())
+    arena.begin()
+    token = _arena.set(arena)
+    try:
+        yield
+    finally:
+        _arena.reset(token)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory, inside of `reusing` that of the last time."""
+    arena = _arena.get()
+    if arena is None or device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    return arena.take(shape, dtype)
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -27,6 +76,8 @@ def fused_adam(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """`Backend.adam` in one pass over memory; None where layers differ in their step count.
 
+    The moments are new arrays, but inside of `reusing` the old ones, written over.
+
     ``(M / c1) / (sqrt(V) / root2 + eps) = (root2 / c1) M / (sqrt(V) + root2 eps)``: what torch's
     kernel subtracts from a zero parameter after infinitely many steps, without a correction left.
     """
@@ -34,7 +85,9 @@ def fused_adam(
     if None in numbers:
         return None
     first, root, small = (float(x) for x in numbers if x is not None)
-    d, mu, nu = torch.zeros_like(g), mu.clone(), nu.clone()
+    d = empty(g.shape, g.dtype, g.device).zero_()
+    if _arena.get() is None:
+        mu, nu = mu.clone(), nu.clone()
     torch._fused_adamw_(
         [d],
         [g],
@@ -59,13 +112,3 @@ def _common(x: Any) -> float | None:
         return float(x)
     values = x.numpy()
     return float(values.flat[0]) if (values == values.flat[0]).all() else None
-
-
-def on_all_cores(f: Callable[[Tensor], tuple[Tensor, ...]], S: Tensor) -> tuple[Tensor, ...]:
-    """``f(S)`` for a stack (K, r, r), which LAPACK would work off on one core."""
-    threads = min(torch.get_num_threads(), S.shape[0])
-    if threads < 2 or S.shape[-1] < WORTH_A_THREAD or not is_plain(S):
-        return f(S)
-    with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(f, S.tensor_split(threads)))
-    return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))

@@ -9,6 +9,8 @@ import torch
 from rlora.core.backend import Tall, Workspace
 from rlora.core.factors import Array
 
+from ._torch_cpu import empty
+
 STACK_BELOW = 65536
 """On a CPU, tensors smaller than this many elements are stacked and multiplied in one batch:
 copying them costs less than a call for each. Larger ones cost more to copy than to multiply."""
@@ -78,12 +80,11 @@ def take(
 ) -> Array:
     """Uninitialised memory: the workspace's from the last call where it fits, else new.
 
-    Fresh pages are what a large allocation on a CPU spends most of its time on. On an accelerator
-    the caching allocator is quick, and holding on to memory between steps is worse.
+    On an accelerator the caching allocator is quick, and to hold on to memory would be worse.
     """
     shape = tuple(shape)
     if workspace is None or device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
+        return empty(shape, dtype, device)
     held = workspace.get(key)
     if held is None or held.dtype != dtype or held.numel() < math.prod(shape):
         held = workspace[key] = torch.empty(shape, dtype=dtype, device=device)

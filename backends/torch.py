@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from rlora.core.backend import ROUNDING, Backend, Tall, Workspace
 from rlora.core.factors import Array
 
-from ._torch_cpu import fused_adam, is_plain, on_all_cores
+from ._torch_cpu import empty, fused_adam, is_plain, reusing
 from ._torch_stacks import (
     block_diagonal,
     buckets_of,
@@ -162,10 +162,6 @@ class TorchBackend(Backend):
         W = torch.linalg.solve_triangular(L, eye, upper=False)  # (K, r, r)
         return W.mT @ W
 
-    def eigh(self, S: Array) -> tuple[Array, Array]:
-        w, Q = on_all_cores(super().eigh, S)
-        return w, Q
-
     def pseudo_power(self, S: Array, exponent: float) -> Array:
         if exponent != -0.5 or not eigh_waits(S):
             return super().pseudo_power(S, exponent)
@@ -198,7 +194,12 @@ class TorchBackend(Backend):
         return torch.div(mu, d, out=d).div_(c1), mu, nu
 
     def descend(self, param: Array, d: Array, lr: Array | float) -> Array:
-        return torch.sub(param, d, alpha=lr) if isinstance(lr, float) else param - lr * d
+        if not (isinstance(lr, float) and is_plain(param, d)):
+            return param - lr * d
+        return torch.sub(param, d, alpha=lr, out=empty(d.shape, d.dtype, d.device))
+
+    def reusing(self, workspace: Workspace) -> AbstractContextManager[None]:
+        return reusing(workspace)
 
     def unstack(self, P: Array, tall: Sequence[Array]) -> Iterator[Array]:
         if all(F.ndim == 2 for F in tall):

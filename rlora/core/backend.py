@@ -5,7 +5,7 @@ A file in ``backends/`` may override any of them with something quicker; none is
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from rlora.core.errors import BackendError, NamespaceError
@@ -215,7 +215,7 @@ class Backend:
         start = 0
         for G in tall:
             lead = tuple(G.shape[:-2])
-            stop = start + product(lead)
+            stop = start + math.prod(lead)
             yield self.xp.reshape(P[start:stop, ...], (*lead, *P.shape[1:]))
             start = stop
 
@@ -247,6 +247,10 @@ class Backend:
     def exact(self, like: Array) -> Iterator[None]:
         """A context in which nothing lowers the precision of a product behind our back."""
         yield
+
+    def reusing(self, workspace: Workspace) -> AbstractContextManager[None]:
+        """A step inside may write over its state, and its results hold until the next one."""
+        return nullcontext()
 
     # --- what a benchmark or a test needs -------------------------------------------------------
 
@@ -290,11 +294,3 @@ def device_of(x: Array) -> Any:
 def dtype_name(dtype: Any) -> str:
     """Plain names such as "float32", whatever the library calls its dtypes."""
     return str(getattr(dtype, "name", dtype)).rpartition(".")[2]
-
-
-def product(sizes: Sequence[int]) -> int:
-    """The product of whole numbers; 1 of none."""
-    total = 1
-    for size in sizes:
-        total *= size
-    return total

@@ -8,9 +8,10 @@ A factors, then what belongs to the K B factors; P acts as ``P A`` and as ``(P B
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
+from math import prod
 from typing import Any, TypeAlias
 
-from rlora.core.backend import Backend, Workspace, device_of, mT, product
+from rlora.core.backend import Backend, Workspace, device_of, mT
 from rlora.core.checks import ComputeDtype, check_choice
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import (
@@ -62,7 +63,7 @@ class Bundle:
         self.workspace = workspace
         self.moving = moving or [(True, True)] * len(params)
         self._leads = [tuple(pair.A.shape[:-2]) for pair in params]
-        self.layers = sum(map(product, self._leads))
+        self.layers = sum(map(prod, self._leads))
 
     # --- tall work ------------------------------------------------------------------------------
 
@@ -108,7 +109,7 @@ class Bundle:
         for letter in "AB":
             for lead, pair in zip(self._leads, X, strict=True):
                 x = self.backend.cast(getattr(pair, letter), self.dtype)
-                flat.append(self.xp.reshape(x, (product(lead), *x.shape[len(lead) :])))
+                flat.append(self.xp.reshape(x, (prod(lead), *x.shape[len(lead) :])))
         return self.xp.concat(flat)
 
     def unstack(self, S: Stack) -> list[Factors]:
@@ -134,7 +135,7 @@ class Bundle:
             value[side]
             for side in (0, 1)
             for lead, value in zip(self._leads, values, strict=True)
-            for _ in range(product(lead))
+            for _ in range(prod(lead))
         ]
         # Made where they are used: a list of numbers would have to be copied there.
         make = partial(self.xp.full, dtype=self.dtype, device=device_of(self.like))

@@ -3,11 +3,13 @@
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlora.core.backend import Workspace
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
 from rlora.core.factors import Factors
@@ -21,6 +23,9 @@ Method = Callable[..., Transform]
 
 PLAIN = {"lr", "betas", "eps", "weight_decay", "momentum", "maximize"}
 """Options that the parent keeps in its groups too."""
+
+PORTION = 1 << 22
+"""Numbers in the factors that are stepped at once on a CPU."""
 
 
 class MethodOptimizer(PairOptimizer):
@@ -98,7 +103,9 @@ class MethodOptimizer(PairOptimizer):
                 raise PairingError(msg)
             if a.grad is not None or b.grad is not None:
                 work.setdefault((groups.pop(), a.device), []).append((a, b))
-        batches = [MethodBatch(self, i, members) for (i, _), members in work.items()]
+        batches = [
+            Portions(self, i, portions(members, device)) for (i, device), members in work.items()
+        ]
         paired = {id(p) for pair in pairs for p in pair}
         plain = [
             [(p, p) for p in group["params"] if id(p) not in paired] for group in self.param_groups
@@ -126,6 +133,24 @@ class MethodOptimizer(PairOptimizer):
         self.state = defaultdict(dict, everything)
 
 
+class Portions:
+    """Batches that are stepped and written back one after the other, in the same memory."""
+
+    def __init__(
+        self, optimizer: MethodOptimizer, group: int, parts: list[list[TensorPair]]
+    ) -> None:
+        memory: Workspace = {}
+        self._batches = [MethodBatch(optimizer, group, part, memory) for part in parts]
+
+    def prepare(self) -> None:
+        """Nothing: what could be refused has been when the batches were made."""
+
+    def finish(self, _: None) -> None:
+        """Step every batch."""
+        for batch in self._batches:
+            batch.finish(batch.prepare())
+
+
 class MethodBatch:
     """The pairs of one group on one device, layers of equal shapes on one stack.
 
@@ -133,14 +158,15 @@ class MethodBatch:
     lives in stacks too, and the optimizer's state of a parameter is a view of its layer.
     """
 
-    def __init__(self, optimizer: MethodOptimizer, group: int, pairs: list[TensorPair]) -> None:
-        self._optimizer, self._group = optimizer, group
+    def __init__(
+        self, optimizer: MethodOptimizer, group: int, pairs: list[TensorPair], memory: Workspace
+    ) -> None:
+        self._optimizer, self._group, self._memory = optimizer, group, memory
         alike: dict[Any, list[TensorPair]] = {}
         for a, b in pairs:
             key = (a.shape, b.shape, a.dtype, a.grad is None, b.grad is None)
             alike.setdefault(key, []).append((a, b))
         self._buckets = list(alike.values())
-        self._memory: dict[Any, Tensor] = {}
         options = optimizer.param_groups[group]
         self._chosen = optimizer._chosen(options)
         self._transform = optimizer._transform(options)
@@ -175,7 +201,9 @@ class MethodBatch:
             )
         if group["maximize"]:
             torch._foreach_neg_([g for pair in grads.values() for g in pair if g is not None])
-        with get_backend(self._buckets[0][0][0]).exact(self._buckets[0][0][0]):
+        like = self._buckets[0][0][0]
+        backend = get_backend(like)
+        with backend.exact(like), backend.reusing(self._memory):
             moved: tuple[dict[str, Factors], State] = step(
                 self._transform, params, grads, self._state, group["lr"]
             )
@@ -188,10 +216,11 @@ class MethodBatch:
         if tensors[0].device.type != "cpu":
             return torch.stack(tensors)
         shape, dtype = (len(tensors), *tensors[0].shape), tensors[0].dtype
+        size = prod(shape)
         held = self._memory.get(slot)
-        if held is None or held.shape != shape or held.dtype != dtype:
-            held = self._memory[slot] = torch.empty(shape, dtype=dtype)
-        return torch.stack(tensors, out=held)
+        if held is None or held.numel() < size or held.dtype != dtype:
+            held = self._memory[slot] = torch.empty(size, dtype=dtype)
+        return torch.stack(tensors, out=held[:size].view(shape))
 
     def finish(self, moved: tuple[dict[str, Factors], State]) -> None:
         """Write both where they belong."""
@@ -218,6 +247,26 @@ class MethodBatch:
             for layer, pair in zip(x.unbind(0), self._buckets[bucket], strict=True):
                 self._optimizer.state[pair[side]][key] = layer
         self._registered = True
+
+
+def portions(pairs: list[TensorPair], device: torch.device) -> list[list[TensorPair]]:
+    """On a CPU as many layers at once as its allocator has memory at hand for, few of them odd.
+
+    Larger arrays come in fresh pages each time, which cost more than the arithmetic. On an
+    accelerator all at once, so that the number of launches does not depend on the layers.
+    """
+    if device.type != "cpu":
+        return [pairs]
+    parts: list[list[TensorPair]] = []
+    room = 0
+    for a, b in sorted(pairs, key=lambda pair: [tuple(p.shape) for p in pair]):
+        size = a.numel() + b.numel()
+        if size > room:
+            parts.append([])
+            room = PORTION
+        parts[-1].append((a, b))
+        room -= size
+    return parts
 
 
 def _stacks(buckets: list[list[TensorPair]]) -> dict[str, Factors]:
