@@ -11,18 +11,24 @@ from rlora.core.factors import Array
 
 from ._torch_cpu import empty
 
-STACK_BELOW = 65536
-"""On a CPU, tensors smaller than this many elements are stacked and multiplied in one batch:
-copying them costs less than a call for each. Larger ones cost more to copy than to multiply."""
+STACK = 1 << 19
+"""On a CPU, so many numbers are stacked and multiplied in one batch, in memory that stays in the
+cache: copying them costs less than a call for each tensor. Larger ones stay where they are."""
 
 
 def buckets_of(tall: Tall, workspace: Workspace | None, slot: str) -> dict[Any, list[int]]:
-    """Positions of equal shape, dtype and device."""
+    """Positions of equal shape, dtype and device; on a CPU as many as are stacked at once."""
     buckets: dict[Any, list[int]] | None = (workspace or {}).get(("buckets", slot))
     if buckets is None:
-        buckets = {}
+        alike: dict[Any, list[int]] = {}
         for i, F in enumerate(tall):
-            buckets.setdefault((tuple(F.shape), F.dtype, F.device), []).append(i)
+            alike.setdefault((tuple(F.shape), F.dtype, F.device), []).append(i)
+        buckets = {}
+        for key, members in alike.items():
+            F = tall[members[0]]
+            most = len(members) if F.device.type != "cpu" else max(1, STACK // F.numel())
+            for start in range(0, len(members), most):
+                buckets[*key, start] = members[start : start + most]
         if workspace is not None:
             workspace["buckets", slot] = buckets
     return buckets
@@ -59,7 +65,7 @@ def block_diagonal(P: Array, fold: int) -> Array:
 
 def is_stacked(F: Array) -> bool:
     # On an accelerator the number of launches should not depend on the number of layers.
-    return bool(F.device.type != "cpu" or F.ndim > 2 or F.numel() < STACK_BELOW)
+    return bool(F.device.type != "cpu" or F.ndim > 2 or F.numel() < STACK)
 
 
 def stacked(tall: list[Array], dtype: Any, workspace: Workspace | None) -> Array:
