@@ -11,7 +11,7 @@ from rlora.core.factors import Array
 
 from ._torch_cpu import empty
 
-STACK = 1 << 19
+STACK = 1 << 20
 """On a CPU, so many numbers are stacked and multiplied in one batch, in memory that stays in the
 cache: copying them costs less than a call for each tensor. Larger ones stay where they are."""
 

@@ -45,7 +45,7 @@ def _words(numbers: tuple[int, ...]) -> str:
 @click.option("--backend", multiple=True, help="Which backends.  [default: numpy]")
 @click.option("--method", "methods", multiple=True, help="Which methods.  [default: all]")
 @click.option("--rank", "ranks", multiple=True, help=f"Which ranks.  [default: {_words(RANKS)}]")
-@click.option("--preset", help=f"Shapes of a real model.  [default: {DEFAULT}]")
+@click.option("--preset", help=f"Shapes of a model, or MxN*K.  [default: {DEFAULT}]")
 @click.option("--adapter", type=Path, help="Shapes and values of a saved adapter: file or folder.")
 @click.option("--dtype", default="float32", show_default=True, help="Of factors and gradients.")
 @click.option("--device", help="A device of the backend, such as cuda:0.")
@@ -62,7 +62,7 @@ def _words(numbers: tuple[int, ...]) -> str:
 )
 @click.option("--threads", type=int, help="Pin BLAS, OpenMP, torch and XLA to so many threads.")
 @click.option("--end-to-end", is_flag=True, help="Also forward and backward; rank 32, torch.")
-@click.option("--suite", help="A table of targets instead: speed.")
+@click.option("--suite", help="Instead: speed, a table of targets; or scaling, widths and depths.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of values and order.")
 def run(output: Path | None, threads: int | None, suite: str | None, **options: Any) -> None:
     with reserved(threads):
