@@ -94,10 +94,11 @@ def _checks(records: Mapping[str, Record]) -> str:
     for name, record in records.items():
         for check in record["checks"]:
             word = "pass" if check["passed"] else "fail"
+            mark = "" if check.get("stable", True) else "?"
             limit = f"{check['sense']} {figure(check['limit'])}"
             rank = "-" if check["rank"] is None else check["rank"]
             lines.append(
-                f'<tr><td><span class="word {word}">{word.upper()}</span></td>'
+                f'<tr><td><span class="word {word}">{word.upper()}{mark}</span></td>'
                 f'<th scope="row">{text(check["what"])}</th><td>{text(check["preset"])}</td>'
                 f'<td class="n">{text(rank)}</td><td>{text(limit)}</td>'
                 f'<td class="n">{figure(check["measured"])}</td>'
@@ -111,7 +112,8 @@ def _checks(records: Mapping[str, Record]) -> str:
         f'<th scope="col"{" class=n" * (name in ("rank", "measured"))}>{name}</th>'
         for name in heads
     )
-    table = "<table><caption><span>Measured against the limits of the suite.</span></caption>"
+    caption = "Measured against the limits of the suite; a ? where it rests on an unstable row."
+    table = f"<table><caption><span>{caption}</span></caption>"
     return (
         '<section id="checks" aria-labelledby="checks-head"><h2 id="checks-head">Targets</h2>\n'
         f'<div class="scroll" role="region" aria-label="Targets" tabindex="0">{table}'

@@ -57,6 +57,10 @@ __all__ += list(_METHODS)
 __all__.sort()
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> type[MethodOptimizer]:
     """The optimizer class of a method, by its name."""
     if name in _METHODS:

@@ -257,6 +257,12 @@ def test_partial_and_unstable_are_said(everything, written):
     assert re.search(r'"word unstable">unstable</span> spread 20', text)
 
 
+def test_checks_on_unstable_rows_are_marked(everything, written):
+    check = {"what": "x", "preset": "p", "rank": 4, "sense": "at most", "limit": 2, "measured": 1}
+    text = written({**everything, "checks": [{**check, "passed": True, "stable": False}]})
+    assert ">PASS?</span>" in text
+
+
 def test_checks_are_told(everything, written):
     base = {"what": "a / b", "preset": "p", "rank": 4, "sense": "at most", "limit": 2.0}
     passed = {**base, "measured": 1.5, "passed": True}
