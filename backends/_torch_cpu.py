@@ -61,13 +61,14 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether these are dense tensors of one float type in a CPU's memory, outside of a trace."""
+    """Whether these are dense, of one float type, in a CPU's memory, and in no graph or trace."""
     x = tensors[0]
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and not torch.compiler.is_compiling()
-        and all(type(t) is Tensor and t.dtype == x.dtype and t.is_contiguous() for t in tensors)
+        and all(type(t) is Tensor and t.dtype == x.dtype for t in tensors)
+        and all(t.is_contiguous() and not t.requires_grad for t in tensors)
     )
 
 

@@ -96,8 +96,9 @@ class TorchBackend(Backend):
         slot: str,
         onto: Sequence[Array] | None,
     ) -> list[Array]:
-        if onto is not None:
-            return self._apply_onto(P, tall, workspace, sides, slot, onto)
+        if onto is not None and all(G.ndim == 3 for G in tall):
+            matrices = [sides(p, G.to(p.dtype)) for p, G in zip(P, tall, strict=True)]
+            return [z.baddbmm_(*both) for z, both in zip(onto, matrices, strict=True)]
         result: list[Array] = list(tall)
         for key, members in buckets_of(tall, workspace, slot).items():
             shape, device = key[0], tall[members[0]].device
@@ -120,22 +121,9 @@ class TorchBackend(Backend):
                 ]
             for i, out in zip(members, outs, strict=True):
                 result[i] = out
+        if onto is not None:
+            torch._foreach_add_(result, list(onto))
         return result
-
-    def _apply_onto(
-        self,
-        P: Sequence[Array],
-        tall: Sequence[Array],
-        workspace: Workspace | None,
-        sides: Callable[[Array, Array], tuple[Array, Array]],
-        slot: str,
-        onto: Sequence[Array],
-    ) -> list[Array]:
-        if all(G.ndim == 3 for G in tall):
-            matrices = [sides(p, G.to(p.dtype)) for p, G in zip(P, tall, strict=True)]
-            return [z.baddbmm_(*both) for z, both in zip(onto, matrices, strict=True)]
-        torch._foreach_add_(list(onto), self._apply(P, tall, workspace, sides, slot, None))
-        return list(onto)
 
     def damped_power(
         self, S: Array, exponent: float, damping: float = 0.0, *, relative: bool = True
@@ -194,9 +182,10 @@ class TorchBackend(Backend):
         return torch.div(mu, d, out=d).div_(c1), mu, nu
 
     def descend(self, param: Array, d: Array, lr: Array | float) -> Array:
-        if not (isinstance(lr, float) and is_plain(param, d)):
+        if not isinstance(lr, float):
             return param - lr * d
-        return torch.sub(param, d, alpha=lr, out=empty(d.shape, d.dtype, d.device))
+        out = empty(d.shape, d.dtype, d.device) if is_plain(param, d) else None
+        return torch.sub(param, d, alpha=lr, out=out)
 
     def reusing(self, workspace: Workspace) -> AbstractContextManager[None]:
         return reusing(workspace)

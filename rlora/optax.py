@@ -239,24 +239,15 @@ def _leaves_of(
 
 
 def _shorthand(method: Callable[..., Transform]) -> Callable[..., Any]:
-    def make(
-        learning_rate: optax.ScalarOrSchedule,
-        *,
-        pairs: Pairs = None,
-        turned: bool | None = None,
-        scaling: float = 1.0,
-        rest: optax.GradientTransformation | None = None,
-        **options: Any,
-    ) -> optax.GradientTransformationExtraArgs:
-        made = method(**options)
-        return transformation(
-            made, learning_rate, pairs=pairs, turned=turned, scaling=scaling, rest=rest
-        )
+    whole = inspect.signature(transformation)
+    ours = whole.replace(parameters=[p for p in whole.parameters.values() if p.name != "method"])
 
-    # As `inject_hyperparams` sees it: numbers among the options would be traced.
-    signature = inspect.signature(make)
-    seen = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    cast("Any", make).__signature__ = signature.replace(parameters=seen)
+    def make(learning_rate: optax.ScalarOrSchedule, **options: Any) -> Any:
+        shared = {name: options.pop(name) for name in ours.parameters if name in options}
+        return transformation(method(**options), learning_rate, **shared)
+
+    # As `inject_hyperparams` sees it: numbers among a method's options would be traced.
+    cast("Any", make).__signature__ = ours
     make.__name__ = make.__qualname__ = method.__name__
     make.__doc__ = (
         f"`rlora.{method.__name__}`, with its options, as `transformation` makes it of a method."

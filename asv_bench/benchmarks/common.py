@@ -69,7 +69,7 @@ def skip(reason: str) -> Any:
     raise NotImplementedError(reason)
 
 
-def library(backend: str) -> Any:
+def load_backend(backend: str) -> Any:
     """The rlora backend of a name such as "numpy" or "torch:cuda"."""
     try:
         return importlib.import_module("rlora.backends").get(backend.partition(":")[0])
@@ -88,7 +88,7 @@ def attribute(module: str, name: str) -> Any:
 def arrays(backend: str, rank: int, shape: str) -> tuple[list[Any], list[Any]]:
     """Factors of full rank, A ~ N(0, 1/n) and B ~ N(0, 1e-4), and gradients ~ N(0, 1e-4)."""
     rng = np.random.default_rng(0)
-    on, (_, _, device) = library(backend), backend.partition(":")
+    on, (_, _, device) = load_backend(backend), backend.partition(":")
     factors = attribute("rlora", "Factors")
 
     def normal(scale: float, *size: int) -> Any:
@@ -108,14 +108,14 @@ class Pure:
     """A pure step ``(params, grads, state) -> (params, state)``, compiled where that exists."""
 
     def __init__(self, backend: str, rank: int, shape: str, init: Any, step: Any) -> None:
-        self._library = library(backend)
+        self._backend = load_backend(backend)
         self._params, self._grads = arrays(backend, rank, shape)
         self.state = init(self._params)
-        self._step = self._library.compile(step)
+        self._step = self._backend.compile(step)
 
     def __call__(self) -> None:
         self._params, self.state = self._step(self._params, self._grads, self.state)
-        self._library.synchronize(*leaves(self._params), *leaves(self.state))
+        self._backend.synchronize(*leaves(self._params), *leaves(self.state))
 
     def state_bytes(self) -> int:
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves(self.state))
@@ -128,7 +128,7 @@ class Shell:
         import torch
 
         torch.set_num_threads(1)
-        self._library = library(backend)
+        self._backend = load_backend(backend)
         self._parameters, self._model = [], torch.nn.Module()
         for i, (pair, grad) in enumerate(zip(*arrays(backend, rank, shape), strict=True)):
             layer = torch.nn.Module()
@@ -143,7 +143,7 @@ class Shell:
 
     def __call__(self) -> None:
         self._optimizer.step()
-        self._library.synchronize(*self._parameters)
+        self._backend.synchronize(*self._parameters)
 
     def state_bytes(self) -> int:
         self()  # torch makes the state in the first step

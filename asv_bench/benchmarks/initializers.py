@@ -4,7 +4,7 @@ import contextlib
 
 import numpy as np
 
-from .common import BACKENDS, Suite, attribute, leaves, library, titled
+from .common import BACKENDS, Suite, attribute, leaves, load_backend, titled
 
 INITIALIZERS = ("lora_one", "pissa")
 
@@ -16,7 +16,7 @@ class TimeInitialize(Suite):
     params = (BACKENDS, INITIALIZERS, (16,), ("768x768",))
 
     def prepare(self, backend: str, initializer: str, rank: int, shape: str) -> None:
-        self.backend = library(backend)
+        self.backend = load_backend(backend)
         self.initialize = attribute("rlora.initializers", initializer)
         size = tuple(map(int, shape.split("x")))
         matrix = np.random.default_rng(0).standard_normal(size, np.float32)

@@ -250,10 +250,9 @@ class MethodBatch:
 
 
 def portions(pairs: list[TensorPair], device: torch.device) -> list[list[TensorPair]]:
-    """On a CPU as many layers at once as its allocator has memory at hand for, few of them odd.
+    """On a CPU a few layers at a time, equal shapes together, in memory that all portions share.
 
-    Larger arrays come in fresh pages each time, which cost more than the arithmetic. On an
-    accelerator all at once, so that the number of launches does not depend on the layers.
+    On an accelerator all at once, so that the number of launches does not depend on the layers.
     """
     if device.type != "cpu":
         return [pairs]

@@ -129,8 +129,8 @@ def test_the_suite_has_what_it_should():
 def test_what_is_absent_is_a_skip():
     with pytest.raises(NotImplementedError, match="nothing_of_the_kind"):
         common.build("numpy", "nothing_of_the_kind", 4, SMALL)
-    with pytest.raises(NotImplementedError, match="no_such_library"):
-        common.library("no_such_library")
+    with pytest.raises(NotImplementedError, match="no_such_backend"):
+        common.load_backend("no_such_backend")
     pytest.importorskip("torch")
     with pytest.raises(NotImplementedError, match="no torch class of nothing"):
         common.build("torch", "nothing", 4, SMALL)

@@ -85,7 +85,7 @@ def test_checks_say_so(monkeypatch, capsys):
 
 def test_what_cannot_be_run_without_a_device_is_left_out_and_said(monkeypatch, capsys):
     def absent(model):
-        raise NotImplementedError("no fake of it\nand more")
+        raise RuntimeError("no fake of it\nand more")
 
     monkeypatch.setattr(launches, "optimizer_of", lambda method: absent)
     assert launches.launch_checks("strange") == []

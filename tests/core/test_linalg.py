@@ -37,14 +37,66 @@ def test_tall_verbs(backend, workspace, dtype, rtol):
 
 
 @pytest.mark.parametrize("r", [1, 2, 4, 8])
-def test_thin_columns(backend, r):
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["matrices", "stacks"])
+def test_thin_columns(backend, r, lead):
     """Thin factors, of which the torch backend reads several rows as one."""
-    cols_np, cols = factors(backend, [(48, r), (7, r), (48, r)])
-    stack = np.stack([x.T @ x for x in cols_np])
+    shapes = [(*lead, 48, r), (*lead, 7, r), (*lead, 48, r)]
+    (cols_np, cols), (other_np, other) = (factors(backend, shapes, seed=s) for s in (0, 1))
+    stack = np.concatenate([(mT(x) @ x).reshape(-1, r, r) for x in cols_np])
     assert_close(backend.gram_columns(cols, backend.xp.float64), stack, rtol=1e-13)
-    P_np, P = factors(backend, [(r, r)] * 3, seed=1)
+    stack = np.concatenate(
+        [(mT(x) @ y).reshape(-1, r, r) for x, y in zip(cols_np, other_np, strict=True)]
+    )
+    rows = [[mT(x) for x in xs] for xs in (cols, other)]
+    assert_close(backend.cross_rows(*rows, backend.xp.float64), stack, rtol=1e-13)
+    P_np, P = factors(backend, [(*lead, r, r)] * 3, seed=2)
     for x, p, y in zip(cols_np, P_np, backend.apply_right(cols, P), strict=True):
         assert_close(y, x @ p, rtol=1e-13)
+
+
+@pytest.mark.parametrize("lead", [(), (4,)], ids=["matrices", "stacks"])
+def test_products_onto_others(backend, lead):
+    """``P X + Z``: Z may be written over, P and X may not."""
+    X_np, X = factors(backend, [(*lead, 3, 7), (*lead, 3, 5)])
+    P_np, P = factors(backend, [(*lead, 3, 3)] * 2, seed=1)
+    Z_np, Z = factors(backend, [x.shape for x in X_np], seed=2)
+    for p, x, z, y in zip(P_np, X_np, Z_np, backend.apply_left(P, X, onto=Z), strict=True):
+        assert_close(y, p @ x + z, rtol=1e-13)
+    _, Zt = factors(backend, [mT(x).shape for x in X_np], seed=3)
+    Zt_np, _ = factors(backend, [mT(x).shape for x in X_np], seed=3)
+    Xt = [mT(x) for x in X]
+    for p, x, z, y in zip(P_np, X_np, Zt_np, backend.apply_right(Xt, P, onto=Zt), strict=True):
+        assert_close(y, mT(x) @ p + z, rtol=1e-13)
+    for kept, given in zip([*P, *X], [*P_np, *X_np], strict=True):
+        assert_close(kept, given, rtol=0)
+
+
+@pytest.mark.parametrize("age", ["one number", "equal layers", "unequal layers"])
+@pytest.mark.parametrize("again", [False, True], ids=["fresh", "reusing"])
+def test_adam_equals_the_generic_one(backend, age, again):
+    """Fused kernels too, and in memory that a second step uses again."""
+    (mu, nu, g), (mu_b, nu_b, g_b) = factors(backend, [(2, 4, 6)] * 3)
+    nu, nu_b = nu**2, nu_b**2
+    counts = {"one number": 3.0, "equal layers": [3.0, 3.0], "unequal layers": [3.0, 8.0]}
+    t = np.reshape(counts[age], (-1, 1, 1)) if age != "one number" else counts[age]
+    c1, root2 = 1 - 0.9**t, (1 - 0.99**t) ** 0.5
+    given = (
+        [c1, root2] if age == "one number" else [backend.asarray(x, "float64") for x in (c1, root2)]
+    )
+    numpy = Backend(np, "numpy")
+    workspace = {}
+    for _ in range(2):
+        expected = numpy.adam(mu, nu, g, 0.9, 0.99, c1, root2, 1e-3)
+        if again:
+            with backend.reusing(workspace):
+                found = backend.adam(mu_b, nu_b, g_b, 0.9, 0.99, *given, 1e-3)
+        else:
+            before = backend.to_numpy(mu_b).copy()
+            found = backend.adam(mu_b, nu_b, g_b, 0.9, 0.99, *given, 1e-3)
+            assert_close(mu_b, before, rtol=0)  # pure
+        for x, y in zip(found, expected, strict=True):
+            assert_close(x, y, rtol=1e-12)
+        (_, mu_b, nu_b), (_, mu, nu) = found, expected
 
 
 @pytest.mark.parametrize("power", [-1.0, -0.5, 0.5])

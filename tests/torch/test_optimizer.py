@@ -15,7 +15,7 @@ import rlora
 import rlora.torch
 from rlora import Factors
 from rlora.methods.scaled import PEFT
-from rlora.torch import ScaledAdamW, ScaledSGD, precondition
+from rlora.torch import ScaledAdamW, ScaledSGD, method_optimizer, precondition
 
 make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
 
@@ -51,14 +51,17 @@ def test_equals_the_functional_method(mode, placement, order, flags):
         torch.testing.assert_close(q.detach(), p.detach(), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("flags", [{}, {"fused": True}, {"foreach": True}], ids=str)
-def test_scaled_sgd_equals_the_functional_method(flags):
-    model = make_model(dtype=torch.float64, bias=False)
-    optimizer = ScaledSGD(model, lr=1e-2, momentum=0.9, nesterov=True, **flags)
-    method = rlora.scaled_sgd(momentum=0.9, nesterov=True)
+def run_beside(model, optimizer, method, steps, changed=None):
+    """Steps of a model and of the functional method on its gradients, which must move alike.
+
+    `changed` are a step, and the method from then on after the optimizer's options have changed.
+    """
     params = [Factors(a.detach().clone(), b.detach().clone()) for a, b in pairs_in(model)]
     state = method.init(params)
-    for t in range(10):
+    for t in range(steps):
+        if changed and t == changed[0]:
+            options, method = changed[1:]
+            optimizer.param_groups[0].update(options)
         optimizer.zero_grad()
         loss_of(model, t).backward()
         grads = [Factors(a.grad.clone(), b.grad.clone()) for a, b in pairs_in(model)]
@@ -66,7 +69,27 @@ def test_scaled_sgd_equals_the_functional_method(flags):
         params, state = rlora.step(method, params, grads, state, 1e-2)
     for pair, factors in zip(pairs_in(model), params, strict=True):
         for p, x in zip(pair, factors, strict=True):
-            torch.testing.assert_close(p.detach(), x, rtol=1e-10, atol=1e-12)
+            # float64: rounding, in another order of the sums, over a few steps
+            torch.testing.assert_close(p.detach(), x, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("flags", [{}, {"fused": True}, {"foreach": True}], ids=str)
+def test_scaled_sgd_equals_the_functional_method(flags):
+    model = make_model(dtype=torch.float64, bias=False)
+    optimizer = ScaledSGD(model, lr=1e-2, momentum=0.9, nesterov=True, **flags)
+    run_beside(model, optimizer, rlora.scaled_sgd(momentum=0.9, nesterov=True), 10)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_layers_in_portions_equal_the_functional_method(name, monkeypatch):
+    """Each pair a portion of its own, all in the same memory; the oracle has no such memory."""
+    monkeypatch.setattr(method_optimizer, "PORTION", 1)
+    model = make_model(dtype=torch.float64, bias=False)
+    optimizer = METHODS[name](model, lr=1e-2)
+    options = optimizer._chosen(optimizer.param_groups[0])
+    run_beside(model, optimizer, type(optimizer).method(**options), 6)
+    batches = optimizer._current_plans()[0].batches
+    assert [len(work._batches) for work in batches] == [len(pairs_in(model))]
 
 
 @pytest.mark.parametrize("name, method_of, changes", [
@@ -79,24 +102,20 @@ def test_options_changed_in_mid_run_count(name, method_of, changes):
     model = make_model(dtype=torch.float64, bias=False)
     start = {"momentum": 0.9} if "momentum" in changes else {}
     optimizer = getattr(rlora.torch, name)(model, lr=1e-2, **start)
-    method = method_of(weight_decay=optimizer.param_groups[0]["weight_decay"], **start)
-    params = [Factors(a.detach().clone(), b.detach().clone()) for a, b in pairs_in(model)]
-    state = method.init(params)
-    for t in range(6):
-        if t == 3:
-            optimizer.param_groups[0].update(changes)
-            named = dict(changes)
-            if "betas" in named:
-                named["b1"], named["b2"] = named.pop("betas")
-            method = method_of(**named)
-        optimizer.zero_grad()
-        loss_of(model, t).backward()
-        grads = [Factors(a.grad.clone(), b.grad.clone()) for a, b in pairs_in(model)]
-        optimizer.step()
-        params, state = rlora.step(method, params, grads, state, 1e-2)
-    for pair, factors in zip(pairs_in(model), params, strict=True):
-        for p, x in zip(pair, factors, strict=True):
-            torch.testing.assert_close(p.detach(), x, rtol=1e-9, atol=1e-12)
+    before = method_of(weight_decay=optimizer.param_groups[0]["weight_decay"], **start)
+    named = dict(changes)
+    if "betas" in named:
+        named["b1"], named["b2"] = named.pop("betas")
+    run_beside(model, optimizer, before, 6, changed=(3, changes, method_of(**named)))
+
+
+def test_the_functional_step_takes_tensors_that_require_gradients():
+    """As a loop of one's own has them, outside of no_grad too for a method without products."""
+    pair = Factors(torch.ones(2, 5, requires_grad=True), torch.ones(3, 2, requires_grad=True))
+    grads = Factors(torch.ones(2, 5), torch.ones(3, 2))
+    method = rlora.lora_plus()
+    moved, _ = rlora.step(method, pair, grads, method.init(pair), 1e-2)
+    assert float((moved.A - pair.A).detach().abs().max()) > 0
 
 
 def test_momentum_that_starts_in_mid_run():
@@ -106,8 +125,8 @@ def test_momentum_that_starts_in_mid_run():
     train(model, optimizer, 2)
     optimizer.param_groups[0]["momentum"] = 0.9
     train(model, optimizer, 2)
-    A, _ = pairs_in(model)[0]
-    assert "mu" in optimizer.state[A] or "momentum_buffer" in optimizer.state[A]
+    for p in (p for pair in pairs_in(model) for p in pair):
+        assert float(optimizer.state[p]["mu"].abs().max()) > 0
 
 
 def peft_model(dtype=torch.float32):
