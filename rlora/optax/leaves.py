@@ -120,7 +120,8 @@ def gradients(updates: Any, leaves: Leaves) -> dict[str, Array]:
 def check_state(state: Any, expected: Any) -> None:
     """Refuse the state of another tree or method before anything is made of it."""
     shapes, wanted = ([*map(jnp.shape, jax.tree.leaves(x))] for x in (state, expected))
-    if jax.tree.structure(state) != jax.tree.structure(expected) or shapes != wanted:
+    structures: list[Any] = [jax.tree.structure(x) for x in (state, expected)]
+    if structures[0] != structures[1] or shapes != wanted:
         msg = (
             "the state is not of this transformation and these parameters: its arrays have the "
             f"shapes {_some(map(str, shapes))}, but {_some(map(str, wanted))} are expected; make "

@@ -10,6 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rlora.core.axes import Shape
 from rlora.optax.leaves import Leaves
 
+make_spec: Any = PartitionSpec  # untyped
+
 Where = Callable[[Any], Any]
 """Of a mesh the tree of shardings that a result shall have."""
 
@@ -38,13 +40,13 @@ def as_they_are(tree: Any) -> Where:
 
 def beside_factors(state: Any, leaves: Leaves) -> Where:
     """For a new state: what has the shape of a factor lies as it does, the rest everywhere."""
-    known: dict[Shape, PartitionSpec] = {x.shape: _spec(x) for x in leaves.all.values()}
+    known: dict[Shape, Any] = {x.shape: _spec(x) for x in leaves.all.values()}
     for pair in leaves.pairs:
         for view, name in zip(pair.views[0], (pair.a, pair.b), strict=True):
             if view.split == view.stored:  # axes in another order, but the same
                 spec = _spec(leaves.all[name])
-                known[view.shape] = PartitionSpec(*(spec[i] for i in view.order))
-    whole = PartitionSpec()
+                known[view.shape] = make_spec(*(spec[i] for i in view.order))
+    whole = make_spec()
     return lambda mesh: jax.tree.map(
         lambda x: NamedSharding(mesh, known.get(x.shape, whole)), state
     )
@@ -52,9 +54,10 @@ def beside_factors(state: Any, leaves: Leaves) -> Where:
 
 def shapes_of(tree: Any) -> Any:
     """A tree of arrays without the arrays, and on no mesh."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), tree)
+    shape: Any = jax.ShapeDtypeStruct  # untyped
+    return jax.tree.map(lambda x: shape(jnp.shape(x), x.dtype), tree)
 
 
-def _spec(x: Any) -> PartitionSpec:
+def _spec(x: Any) -> Any:
     """How it lies; of an array that is on no mesh, whole."""
     return jax.typeof(x).sharding.spec

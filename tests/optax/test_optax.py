@@ -72,7 +72,7 @@ def test_partition():
     assert_trees_close({k: updates[k] for k in expected}, expected, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["lora_rite", "scaled_adamw", "lora_pro_adamw"])
+@EVERY
 def test_four_micro_batches_are_one(name):
     """MultiSteps: nothing moves three times, then as with the mean of the gradients."""
     optimizer = getattr(rlora.optax, name)(1e-2)
@@ -91,7 +91,7 @@ def test_four_micro_batches_are_one(name):
     assert_trees_close(moved, optax.apply_updates(params, updates), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["lora_rite", "scaled_adamw", "riemannion"])
+@EVERY
 def test_vmap_over_stacked_layers(name):
     """A leading axis by vmap, and the same stack handed over as it is."""
     optimizer = getattr(rlora.optax, name)(1e-2)
@@ -103,8 +103,9 @@ def test_vmap_over_stacked_layers(name):
     assert_trees_close(mapped, stacked, 1e-5)
 
 
-def test_donated_arguments():
-    optimizer = rlora.optax.lora_rite(1e-2)
+@EVERY
+def test_donated_arguments(name):
+    optimizer = getattr(rlora.optax, name)(1e-2)
 
     def step(params, state, grads):
         updates, state = optimizer.update(grads, state, params)
