@@ -18,8 +18,7 @@ ALLOWED = {
     "testing": {"core"},
     "initializers": {"core"},
     "backends": {"core"},
-    "optax": {"core", "methods", "layouts", "pairing", "__init__"},
-    "layouts": {"core"},
+    "optax": {"core", "methods", "pairing"},
     "torch": {"core", "methods", "pairing", "initializers"},  # the shell around them
     "__init__": {"core", "methods", "pairing", "initializers"},
     "cli": {"core", "methods", "pairing", "testing", "backends", "torch", "optax", "__init__"},
@@ -31,8 +30,13 @@ FRAMEWORKS = {
         "rlora.backends._torch_cpu",
         "rlora.backends._torch_stacks",
     },
-    "jax": {"rlora.optax", "rlora.backends.jax"},
-    "optax": {"rlora.optax"},
+    "jax": {
+        "rlora.optax",
+        "rlora.optax.leaves",
+        "rlora.optax.meshes",
+        "rlora.backends.jax",
+    },
+    "optax": {"rlora.optax", "rlora.optax.leaves"},
     "cupy": {"rlora.backends.cupy"},
 }
 

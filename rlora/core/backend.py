@@ -127,7 +127,8 @@ class Backend:
         xp, r, info = self.xp, S.shape[-1], self.xp.finfo(S.dtype)
         rounding = ROUNDING * r * float(info.eps)
         mean = xp.reshape(xp.linalg.trace(S), (-1, 1, 1)) / r  # (K, 1, 1), the mean eigenvalue
-        shift = max(damping, rounding) * mean if relative else xp.clip(rounding * mean, min=damping)
+        ratio = xp.clip(damping * xp.ones_like(mean), min=rounding)
+        shift = ratio * mean if relative else xp.clip(rounding * mean, min=damping)
         scale = mean + shift
         live = (scale > float(info.smallest_normal) / rounding) & (scale < float(info.max))
         unit = xp.where(live, scale, xp.ones_like(scale))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from rlora.core.checks import check_nonnegative
+from rlora.core.checks import check_nonnegative, is_zero
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Tree, map_leaves
 from rlora.core.transform import State, Transform, no_state, pass_on
@@ -31,7 +31,7 @@ def add_decayed_weights(weight_decay: float) -> Transform:
     check_nonnegative("weight_decay", weight_decay)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        if weight_decay == 0:
+        if is_zero(weight_decay):
             return grads, state
         return map_leaves(lambda d, p: d + weight_decay * p, grads, params), state
 

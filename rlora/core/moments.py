@@ -4,11 +4,12 @@ import math
 from typing import Any, Literal, NamedTuple
 
 from rlora.core.backend import device_of
-from rlora.core.checks import check_choice, check_nonnegative, check_unit
+from rlora.core.checks import check_choice, check_nonnegative, check_unit, is_traced, is_zero
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs, unzip
 from rlora.core.transform import State, Transform, no_state
 
+TINY = 1e-30
 EpsForm = Literal["torch", "hf"]
 
 
@@ -60,10 +61,10 @@ def momentum(decay: float = 0.9, *, nesterov: bool = False, dampening: float = 0
         State: one array a factor and its step count.
     """
     check_unit("momentum", decay)
-    if not 0.0 <= dampening <= 1.0:
+    if not is_traced(dampening) and not 0.0 <= dampening <= 1.0:
         msg = f"dampening must be in [0, 1], got {dampening!r}"
         raise ValueError(msg)
-    if nesterov and (decay == 0 or dampening != 0):
+    if nesterov and (is_zero(decay) or not is_zero(dampening)):
         msg = f"nesterov needs momentum > 0 and dampening = 0, got {decay!r} and {dampening!r}"
         raise ValueError(msg)
 
@@ -226,9 +227,9 @@ def corrected_decay(xp: Any, b: float, count: Array) -> Array:
 
     `count` is t, the number of steps before this one; the first step has decay 0.
     """
-    if b == 0:
+    if is_zero(b):
         return xp.zeros_like(count)
-    return b * xp.expm1(count * math.log(b)) / xp.expm1((count + 1) * math.log(b))
+    return b * _correction(xp, b, count) / _correction(xp, b, count + 1)
 
 
 def _fold(f: Any, xs: list[Array]) -> Array:
@@ -274,4 +275,8 @@ def over(pair: Factors, x: Array) -> Factors:
 
 def _correction(xp: Any, b: float, count: Array) -> Array | float:
     """``1 - b^count``; expm1, because in float32 the plain form loses 4 digits at b = 0.999."""
-    return -xp.expm1(count * math.log(b)) if b > 0 else 1.0
+    if is_zero(b):
+        return 1.0
+    # An array that is 0 by chance counts as almost 0: 0 times its logarithm would be NaN.
+    log_b = xp.log(xp.clip(b, min=TINY)) if is_traced(b) else math.log(b)
+    return -xp.expm1(count * log_b)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rlora.core.bundle import Bundle, rank_wise
-from rlora.core.checks import check_nonnegative, check_unit
+from rlora.core.checks import check_nonnegative, check_unit, is_zero
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, map_pairs
@@ -202,5 +202,5 @@ def adapre_lora(
     adapre = scale_by_adapre(
         b2, eps, damping=damping, damping_mode=damping_mode, compute_dtype=compute_dtype
     )
-    links = [adapre, momentum(b1, dampening=b1)] if b1 else [adapre]
+    links = [adapre] if is_zero(b1) else [adapre, momentum(b1, dampening=b1)]
     return chain(*links, add_decayed_weights(weight_decay))

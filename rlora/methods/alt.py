@@ -71,7 +71,7 @@ def alternate(
 ) -> Transform:
     """`alt_lora`, or with a b2 `alt_lora_plus`, as a link."""
     check_unit("b1", rates.b1)
-    check_unit("b2", rates.b2 or 0.0)
+    check_unit("b2", 0.0 if rates.b2 is None else rates.b2)
     check_nonnegative("eps", rates.eps)
     check_nonnegative("weight_decay", rates.weight_decay)
     check_choice("first", first, First)

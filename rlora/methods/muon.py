@@ -7,7 +7,7 @@ a product: Intrinsic Muon: Spectral Optimization on Riemannian Matrix Manifolds.
 """
 
 from rlora.core.bundle import Bundle, rank_wise
-from rlora.core.checks import check_unit
+from rlora.core.checks import check_unit, is_zero
 from rlora.core.decay import decay_product_around
 from rlora.core.factors import Factors
 from rlora.core.linalg import congruence
@@ -88,5 +88,5 @@ def lora_muon(
     """
     check_unit("b1", b1)
     spectral_norm = scale_by_spectral_norm(compute_dtype=compute_dtype)
-    links = [momentum_link(b1, nesterov=nesterov), spectral_norm] if b1 else [spectral_norm]
-    return chain(*links, decay_product_around(weight_decay))
+    moment = [] if is_zero(b1) else [momentum_link(b1, nesterov=nesterov)]
+    return chain(*moment, spectral_norm, decay_product_around(weight_decay))

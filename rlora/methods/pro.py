@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from rlora.core.backend import device_of, mT
 from rlora.core.bundle import Bundle, Stack, rank_wise
-from rlora.core.checks import check_choice, check_nonnegative, check_unit
+from rlora.core.checks import check_choice, check_nonnegative, check_unit, is_zero
 from rlora.core.decay import add_decayed_weights, decay_product
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, map_pairs
@@ -186,7 +186,7 @@ def lora_pro_sgd(
     pro = scale_by_pro(
         gauge, damping=damping, damping_mode=damping_mode, compute_dtype=compute_dtype
     )
-    links = [pro, momentum_link(momentum)] if momentum else [pro]
+    links = [pro] if is_zero(momentum) else [pro, momentum_link(momentum)]
     return chain(*links, add_decayed_weights(weight_decay))
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from rlora.core.backend import device_of
 from rlora.core.bundle import Bundle, Stack, rank_wise
-from rlora.core.checks import check_choice
+from rlora.core.checks import check_choice, is_zero
 from rlora.core.decay import add_decayed_weights
 from rlora.core.factors import Factors
 from rlora.core.linalg import geometric_mean
@@ -95,5 +95,5 @@ def ref_lora(
     >>> method = rlora.ref_lora(momentum=0.9)
     """
     refactor = scale_by_refactor(form, compute_dtype=compute_dtype)
-    links = [refactor, momentum_link(momentum)] if momentum else [refactor]
+    links = [refactor] if is_zero(momentum) else [refactor, momentum_link(momentum)]
     return chain(*links, add_decayed_weights(weight_decay))

@@ -7,7 +7,7 @@ arXiv:2402.02347, 2024.
 from collections.abc import Callable
 from typing import Any, Final, Literal
 
-from rlora.core.checks import check_choice
+from rlora.core.checks import check_choice, is_zero
 from rlora.core.decay import add_decayed_weights, decay_weights_after
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
@@ -164,7 +164,8 @@ def scaled_sgd(
     >>> import rlora
     >>> method = rlora.scaled_sgd(momentum=0.9, damping=1e-4, damping_mode="covariant")
     """
-    inner = momentum_link(momentum, nesterov=nesterov) if momentum or nesterov else None
+    plain = is_zero(momentum) and not nesterov
+    inner = None if plain else momentum_link(momentum, nesterov=nesterov)
     gram = scale_by_gram(
         inner,
         damping=damping,

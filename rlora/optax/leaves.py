@@ -1,0 +1,151 @@
+"""The leaves of a tree: their names, which of them are pairs, and what the others are."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlora.core.axes import View
+from rlora.core.errors import NamespaceError, PairingError, ShapeError
+from rlora.core.factors import Array, Factors
+from rlora.pairing import Pair, Source, find_pairs, nothing_paired
+
+Hold: TypeAlias = Collection[str] | Callable[[str], bool]
+"""Names of the leaves that stay, or what tells of a name whether its leaf does."""
+
+
+def is_absent(x: Any) -> bool:
+    """Whether this stands where a leaf was left out."""
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves by their names, keys joined by dots; those left out too."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_absent)
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def with_leaves(tree: Any, values: Mapping[str, Array]) -> Any:
+    """A tree with other leaves, by name; what is left out of it stays out."""
+    leaves = [x if is_absent(x) else values[name] for name, x in named_leaves(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_absent), leaves)
+
+
+class Leaves(NamedTuple):
+    """The leaves of a tree by what moves them."""
+
+    all: dict[str, Array]
+    pairs: Sequence[Pair]
+    alone: list[str]
+    """Names of those that another transformation has."""
+    frozen: set[str]
+
+    def factors(self, leaves: Mapping[str, Array]) -> list[Factors]:
+        """What `leaves` have for each pair, as a method takes it."""
+
+        def read(view: View, name: str) -> Array:
+            x = leaves.get(name)
+            return None if x is None else view.read(jnp.asarray(x))
+
+        return [
+            Factors(read(view_a, pair.a), read(view_b, pair.b))
+            for pair in self.pairs
+            for view_a, view_b in pair.views
+        ]
+
+    def written(self, factors: Sequence[Factors]) -> dict[str, Array]:
+        """The inverse of `factors`, in the dtypes of the leaves."""
+        supply, out = iter(factors), {}
+        for pair in self.pairs:
+            A, B = zip(*(next(supply) for _ in pair.views), strict=True)
+            views_a, views_b = zip(*pair.views, strict=True)
+            for name, views, parts in ((pair.a, views_a, A), (pair.b, views_b, B)):
+                if all(part is not None for part in parts):
+                    whole = [view.write(x) for view, x in zip(views, parts, strict=True)]
+                    out[name] = jnp.concatenate(whole).astype(self.all[name].dtype)
+        return out
+
+
+def sort_leaves(tree: Any, pairs: Source | None, hold: Hold, all_paired: bool) -> Leaves:
+    """The leaves of a tree by what moves them; an error if some have nothing that does."""
+    leaves = {name: x for name, x in named_leaves(tree).items() if not is_absent(x)}
+    still = set(filter(hold, leaves) if callable(hold) else hold)
+    if unknown := still - leaves.keys():
+        msg = f"hold={min(unknown)!r} is not among the parameters: {_some(leaves)}"
+        raise PairingError(msg)
+    report = find_pairs(leaves, pairs=pairs)
+    for name, why in report.refused.items():
+        msg = (
+            f"{name} has the name of a factor, but {why}; take it out with optax.masked, and to "
+            f"hold one of a pair still leave both in and name it in hold="
+        )
+        raise PairingError(msg)
+    if not report.pairs:
+        raise nothing_paired(leaves, report)
+    for pair in report:
+        _check_alike(pair, leaves[pair.a], leaves[pair.b])
+    paired = {name for pair in report for name in (pair.a, pair.b)}
+    alone = [name for name in leaves if name not in paired | still]
+    if alone and all_paired:
+        msg = (
+            f"{len(alone)} leaves are in no pair: {_some(alone)}; pass rest=optax.adamw(...) for "
+            f"them, or take them out with optax.masked"
+        )
+        raise PairingError(msg)
+    return Leaves(leaves, report.pairs, alone, still)
+
+
+def gradients(updates: Any, leaves: Leaves) -> dict[str, Array]:
+    """The gradients by name, without those of what is frozen."""
+    grads = {name: x for name, x in named_leaves(updates).items() if not is_absent(x)}
+    if strange := grads.keys() - leaves.all.keys():
+        msg = f"{min(strange)!r} has a gradient and is not among the parameters: pass one tree"
+        raise PairingError(msg)
+    for name, g in grads.items():
+        p = leaves.all[name]
+        if jnp.shape(g) != p.shape:
+            msg = f"the gradient of {name!r} has shape {jnp.shape(g)}, its parameter {p.shape}"
+            raise ShapeError(msg)
+        if jnp.iscomplexobj(g) and not jnp.iscomplexobj(p):
+            msg = f"the gradient of {name!r} is {g.dtype}, its parameter {p.dtype}"
+            raise NamespaceError(msg)
+    if idle := [name for name in leaves.alone if name not in grads]:
+        msg = f"{idle[0]!r}, in no pair, has no gradient: name it in hold="
+        raise PairingError(msg)
+    return {name: g for name, g in grads.items() if name not in leaves.frozen}
+
+
+def check_state(state: Any, expected: Any) -> None:
+    """Refuse the state of another tree or method before anything is made of it."""
+    shapes, wanted = ([*map(jnp.shape, jax.tree.leaves(x))] for x in (state, expected))
+    structures: list[Any] = [jax.tree.structure(x) for x in (state, expected)]
+    if structures[0] != structures[1] or shapes != wanted:
+        msg = (
+            "the state is not of this transformation and these parameters: its arrays have the "
+            f"shapes {_some(map(str, shapes))}, but {_some(map(str, wanted))} are expected; make "
+            f"it with init(params)"
+        )
+        raise ShapeError(msg)
+
+
+def _check_alike(pair: Pair, a: Array, b: Array) -> None:
+    if a.dtype != b.dtype:
+        msg = f"{pair.a!r} is {a.dtype} and {pair.b!r} {b.dtype}: bring both to one dtype"
+        raise NamespaceError(msg)
+    if pair.middle is not None:
+        msg = f"the diagonal {pair.middle} stands between {pair.a} and {pair.b}: no plain product"
+        raise PairingError(msg)
+
+
+def _name(path: Any) -> str:
+    words = [
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    ]
+    return ".".join(words[:-1] if words[-1:] == ["value"] else words)  # of a flax Variable
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,144 @@
+"""What is not finite stays in its pair; what is wrong is refused, and nothing has changed."""
+
+import numpy as np
+import pytest
+
+from rlora import NamespaceError, PairingError, ShapeError, methods
+
+jax = pytest.importorskip("jax")
+optax = pytest.importorskip("optax")
+import jax.numpy as jnp  # noqa: E402
+from trees import as_factors, assert_trees_close, draw, equal, make_tree  # noqa: E402
+
+import rlora.optax  # noqa: E402
+
+
+def changed(tree, path, value):
+    """A copy with another leaf in the layer q."""
+    return {**tree, "q": {**tree["q"], path: value}}
+
+
+@pytest.mark.parametrize("name", methods.__all__)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_bad_gradient_does_not_touch_another_pair(name, bad):
+    """Two steps: the second meets what the first has left in the state."""
+    optimizer = getattr(rlora.optax, name)(1e-2)
+    update = jax.jit(optimizer.update)
+
+    def run(spoil):
+        params = make_tree()
+        state = optimizer.init(params)
+        for t in range(2):
+            grads = spoil(make_tree(seed=10 + t))
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return as_factors(params)
+
+    spoilt = run(lambda grads: changed(grads, "lora_b", grads["q"]["lora_b"].at[0, 0].set(bad)))
+    peft, _, v = (*spoilt,)
+    good_peft, _, good_v = (*run(lambda grads: grads),)
+    assert_trees_close((peft, v), (good_peft, good_v), 0)
+
+
+WRONG_GRADIENTS = [
+    (lambda g: changed(g, "lora_a", draw(7, 3)), ShapeError, r"'q.lora_a' has shape \(7, 3\)"),
+    (lambda g: changed(g, "lora_a", draw(8)), ShapeError, r"'q.lora_a' has shape \(8,\)"),
+    (lambda g: changed(g, "lora_a", draw(8, 3) * 1j), NamespaceError, "'q.lora_a' is complex64"),
+    (lambda g: {**g, "extra": jnp.ones(3)}, PairingError, "'extra' has a gradient and is not"),
+]
+
+
+@pytest.mark.parametrize("change, error, match", WRONG_GRADIENTS)
+def test_wrong_gradients(change, error, match):
+    optimizer = rlora.optax.scaled_adamw(1e-2)
+    params = make_tree()
+    state = optimizer.init(params)
+    for update in (optimizer.update, jax.jit(optimizer.update)):
+        with pytest.raises(error, match=match):
+            update(change(make_tree(seed=10)), state, params)
+    assert equal(params, make_tree())
+    assert equal(state, optimizer.init(params))
+
+
+OTHER_STATES = {
+    "another rank": lambda: rlora.optax.scaled_adamw(1e-2).init(make_tree(r=2)),
+    "fewer pairs": lambda: rlora.optax.scaled_adamw(1e-2).init({"q": make_tree()["q"]}),
+    "another method": lambda: rlora.optax.lora_rite(1e-2).init(make_tree()),
+    "of optax": lambda: optax.adamw(1e-2).init(make_tree()),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_STATES)
+def test_the_state_of_another_tree_or_method(other):
+    optimizer = rlora.optax.scaled_adamw(1e-2)
+    params, state = make_tree(), OTHER_STATES[other]()
+    for update in (optimizer.update, jax.jit(optimizer.update)):
+        with pytest.raises(ShapeError, match=r"not of this transformation and these parameters"):
+            update(make_tree(seed=10), state, params)
+
+
+ONES = jnp.ones
+BAD_TREES = [
+    ({"w": ONES((3, 3))}, PairingError, "no LoRA pair among 1 parameters: w"),
+    ({"lora_a": ONES((8, 3))}, PairingError, "its partner, the B of lora_a, is not among"),
+    ({"lora_b": ONES((3, 8))}, PairingError, "its partner, the A of lora_b, is not among"),
+    ({"lora_a": ONES((8, 3)), "lora_b": ONES((4, 6))}, PairingError, "share no rank"),
+    ({"lora_a": ONES(8), "lora_b": ONES((8, 6))}, PairingError, "are not two matrices"),
+    ({"lora_a": ONES((8, 0)), "lora_b": ONES((0, 6))}, PairingError, "are not two matrices"),
+    (
+        {"lora_a": ONES((8, 3)), "lora_b": ONES((3, 6), jnp.bfloat16)},
+        NamespaceError,
+        "'lora_a' is float64 and 'lora_b' bfloat16: bring both to one dtype",
+    ),
+    (
+        {"lora_a": ONES((8, 3)) * 1j, "lora_b": ONES((3, 6)) * 1j},
+        NamespaceError,
+        "factors must be real floating-point arrays, got dtype complex128",
+    ),
+    (
+        {"x.lora_A": ONES((2, 8)), "x.lora_B": ONES((6, 2)), "x.lora_E": ONES((2, 1))},
+        PairingError,
+        "the diagonal x.lora_E stands between",
+    ),
+    (
+        {"q": make_tree()["q"], "vera_lambda_b": ONES(3)},
+        PairingError,
+        "VeRA trains vectors",
+    ),
+]
+
+
+@pytest.mark.parametrize("params, error, match", BAD_TREES)
+def test_bad_trees(params, error, match):
+    for rest in (None, optax.sgd(0.1)):
+        with pytest.raises(error, match=match):
+            rlora.optax.lora_rite(1e-2, rest=rest).init(params)
+
+
+def test_shapes_of_pairs_given_by_name():
+    params = {"x": ONES((8, 3)), "y": ONES((4, 6))}
+    with pytest.raises(ShapeError, match="the pair 'x' and 'y' does not fit"):
+        rlora.optax.lora_rite(1e-2, pairs=[("x", "y")]).init(params)
+    with pytest.raises(PairingError, match="'z', of the pair 'x' and 'z', is not among"):
+        rlora.optax.lora_rite(1e-2, pairs=[("x", "z")]).init(params)
+
+
+def test_a_leaf_of_no_pair_needs_a_gradient_or_is_held():
+    params = {**make_tree(), "bias": ONES(4)}
+    optimizer = rlora.optax.lora_rite(1e-2, rest=optax.sgd(0.1))
+    with pytest.raises(PairingError, match="'bias', in no pair, has no gradient: name it in hold="):
+        optimizer.update(params | {"bias": None}, optimizer.init(params), params)
+
+
+def test_missing_parameters():
+    optimizer = rlora.optax.lora_rite(1e-2)
+    tree = make_tree()
+    with pytest.raises(ValueError, match=r"call update\(grads, state, params\)"):
+        optimizer.update(tree, optimizer.init(tree))
+
+
+def test_bad_options_are_refused_when_made():
+    with pytest.raises(ValueError, match="b1"):
+        rlora.optax.lora_rite(1e-2, b1=2.0)
+    with pytest.raises(TypeError, match="nonsense"):
+        rlora.optax.lora_rite(1e-2, nonsense=2.0)
