@@ -1,0 +1,44 @@
+"""torchtune's layers: PEFT's shapes under other names."""
+
+import numpy as np
+import pytest
+import torch
+from layouts import Layer, batch, check, randomize, squares
+from torch import nn
+
+import rlora
+import rlora.torch
+
+try:
+    from torchtune.modules.peft import DoRALinear, LoRALinear, set_trainable_params
+    from torchtune.modules.peft import get_adapter_params
+except ImportError as error:  # its last release wants a torchao that is older than torch
+    pytest.skip(f"torchtune does not import here: {error}", allow_module_level=True)
+
+LAYERS = [Layer(f"{k}.lora_a.weight", f"{k}.lora_b.weight") for k in (0, 2)]
+
+
+def build(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        kind(6, 10, rank=3, alpha=3.0), nn.Tanh(), kind(10, 4, rank=2, alpha=2.0)
+    ).double()
+    for layer in model:
+        if kind is DoRALinear and isinstance(layer, kind):
+            layer.initialize_dora_magnitude()
+    set_trainable_params(model, get_adapter_params(model))
+    return randomize(model)
+
+
+def test_linear():
+    model = build(LoRALinear)
+    layer, x = model[0], batch(16, 6)
+    low_rank = (layer(x) - nn.functional.linear(x, layer.weight)).detach()
+    np.testing.assert_allclose(low_rank, x.numpy() @ LAYERS[0].products(model)[0].T, atol=1e-12)
+    check(model, squares(x), LAYERS)
+
+
+def test_dora():
+    model = build(DoRALinear)
+    assert set(rlora.torch.find_pairs(model).plain) == {"0.magnitude", "2.magnitude"}
+    check(model, squares(batch(16, 6)), LAYERS)
