@@ -48,7 +48,7 @@ def test_qkv(enabled, groups):
         for width, on in zip(widths, enabled, strict=True)
     ])  # fmt: skip
     np.testing.assert_allclose(model[0].get_lora_AB() / 3.0, dense, atol=1e-12)
-    check(model, squares(batch(16, 6)), [layer])
+    check(model, squares(batch(2, 8, 6)), [layer])
 
 
 def test_whole_model():

@@ -85,11 +85,7 @@ def test_tucker_is_refused_by_name():
     """Of the convolution with a kernel; the others remain pairs."""
     model = Adapted(use_tucker=True)
     layers = model.layers()
-    tucker = [
-        x
-        for x in layers
-        if x.a.replace("down", "mid") in values_of(model)
-    ]
+    tucker = [x for x in layers if x.a.replace("down", "mid") in values_of(model)]
     assert len(tucker) == 1
     others = [x for x in layers if x not in tucker]
     report = rlora.torch.find_pairs(model)

@@ -14,6 +14,7 @@ from layouts import (
     check,
     check_report,
     check_scaled_sgd,
+    columns,
     grads_of,
     interleaved,
     peft_layers,
@@ -276,6 +277,14 @@ def test_bias_of_b_and_saved_modules_are_plain():
 
 
 @pytest.mark.parametrize("frozen", ["a", "b"])
+def test_a_frozen_factor_of_experts(frozen):
+    model, stacks, others = mixture("Mixtral")
+    for layer in stacks:
+        model.get_parameter(getattr(layer, frozen)).requires_grad_(False)
+    check_scaled_sgd(model, language_loss, stacks + others)
+
+
+@pytest.mark.parametrize("frozen", ["a", "b"])
 def test_a_frozen_factor(frozen):
     """LoRA-FA trains B alone and MiCA A alone: the frozen one stays and preconditions the other."""
     base = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4))
@@ -339,7 +348,7 @@ def test_an_inactive_adapter_is_left_alone():
 def test_tied_embeddings_are_updated_once():
     """PEFT gives the head transposed views of the embedding's factors, as parameters of their own.
 
-    Each storage moves by one step, with the partner's Gram; the report says which name was left out.
+    The memory moves by one step, with the gradients that both have gathered, and the report says so.
     """
     import transformers
 
@@ -358,19 +367,70 @@ def test_tied_embeddings_are_updated_once():
     assert named[head.b].data_ptr() == named[embedding.a].data_ptr()
 
     optimizer = rlora.torch.ScaledSGD(model, lr=LR, damping=DAMPING, damping_mode="absolute")
-    check_report(
-        model,
-        optimizer.report,
-        [embedding, *peft_layers(f"{PREFIX}.model.layers.0.self_attn.q_proj")],
-        refused=head[:2],
-    )
-    assert "memory" in optimizer.report.refused[head.a]
+    others = peft_layers(f"{PREFIX}.model.layers.0.self_attn.q_proj")
+    check_report(model, optimizer.report, [embedding, *others], tied=head[:2])
+    assert optimizer.report.tied == {head.a: embedding.b, head.b: embedding.a}
     language_loss(model).backward()
     old, grads = values_of(model), grads_of(model)
     optimizer.step()
     new = values_of(model)
-    wanted = scaled_step(
-        old[embedding.a], old[embedding.b], grads[embedding.a], grads[embedding.b], "absolute"
-    )
-    for name, expected in zip(embedding[:2], wanted, strict=True):
+    total = grads[embedding.a] + grads[head.b].T, grads[embedding.b] + grads[head.a].T
+    wanted = scaled_step(old[embedding.a], old[embedding.b], *total, "absolute")
+    for name, twin, expected in zip(embedding[:2], (head.b, head.a), wanted, strict=True):
         np.testing.assert_allclose(new[name], expected, rtol=1e-9, atol=1e-12)
+        np.testing.assert_array_equal(new[twin], new[name].T)
+        assert np.abs(new[name] - old[name]).max() > 1e-6
+
+
+# --- other variants of LoRA in PEFT ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_block_diagonal_lora(side):
+    """BD-LoRA stores the blocks of one factor below each other: each is a pair with its part of
+    the other factor, which no shape tells."""
+    base = Net(nn.Linear(6, 8), 8)
+    blocks = peft.BdLoraConfig(nblocks=2, **{f"target_modules_bd_{side}": ["layer"]})
+    config = LoraConfig(r=4, target_modules=["layer"], use_bdlora=blocks, lora_alpha=4)
+    model = adapt(base, config)
+    (layer,) = layers = peft_layers(
+        f"{PREFIX}.layer", cut_a=rows(2), cut_b=columns(2) if side == "a" else rows(2)
+    )
+    products = layer.products(model)
+    dense = np.hstack(products) if side == "a" else np.vstack(products)
+    x, module = batch(16, 6), model.base_model.model.layer
+    low_rank = (module(x) - module.base_layer(x)).detach()
+    np.testing.assert_allclose(low_rank, x.numpy() @ dense.T, atol=1e-12)
+    check(model, squares(x), layers)
+
+
+def test_quantization_aware_lora():
+    """QALoRA pools the input: its A is (r, n / group), and B A a product as any other."""
+    base = Net(nn.Linear(6, 8), 8)
+    config = LoraConfig(r=2, target_modules=["layer"], use_qalora=True, qalora_group_size=2)
+    layers = peft_layers(f"{PREFIX}.layer")
+    try:
+        model = adapt(base, config)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    check(model, squares(batch(16, 6)), layers)
+
+
+def test_kasa_is_refused_by_name():
+    base = Net(nn.Linear(6, 8), 8)
+    config = LoraConfig(r=2, target_modules=["layer"], kasa_config=peft.KasaConfig())
+    model = adapt(base, config)
+    report = rlora.torch.find_pairs(model)
+    assert len(report) == 0
+    assert set(report.refused) == set(peft_layers(f"{PREFIX}.layer")[0][:2])
+    assert all("KaSA" in why for why in report.refused.values())
+
+
+def test_convolution_of_adalora():
+    base = Convolution(2, 3, 1)
+    model = adapt(base, AdaLoraConfig(init_r=3, target_modules=["layer"], total_step=100))
+    module = model.base_model.model.layer
+    nn.init.constant_(module.ranknum["default"].requires_grad_(False), 3)
+    names = [f"{PREFIX}.layer.lora_{letter}.default" for letter in "ABE"]
+    layer = Layer(*names[:2], middle=names[2])
+    check_scaled_sgd(model, squares(batch(2, 4, 5, 5)), [layer])

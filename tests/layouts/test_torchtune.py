@@ -10,8 +10,12 @@ import rlora
 import rlora.torch
 
 try:
-    from torchtune.modules.peft import DoRALinear, LoRALinear, set_trainable_params
-    from torchtune.modules.peft import get_adapter_params
+    from torchtune.modules.peft import (
+        DoRALinear,
+        LoRALinear,
+        get_adapter_params,
+        set_trainable_params,
+    )
 except ImportError as error:  # its last release wants a torchao that is older than torch
     pytest.skip(f"torchtune does not import here: {error}", allow_module_level=True)
 

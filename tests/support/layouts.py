@@ -115,7 +115,7 @@ def scaled_step(a, b, grad_a, grad_b, mode, middle=None):
     return new_a, new_b
 
 
-def check_report(model: nn.Module, report, layers: Sequence[Layer], refused=()) -> None:
+def check_report(model: nn.Module, report, layers: Sequence[Layer], refused=(), tied=()) -> None:
     """These layers, of these ranks, and everything else that is trained is plain."""
     named = dict(model.named_parameters())
     values = values_of(model)
@@ -127,7 +127,8 @@ def check_report(model: nn.Module, report, layers: Sequence[Layer], refused=()) 
     trained = {name for name, p in named.items() if p.requires_grad}
     factors = {name for x in layers for name in (x.a, x.b)}
     assert set(report.refused) == set(refused)
-    assert set(report.plain) == trained - factors - set(refused)
+    assert set(report.tied) == set(tied)
+    assert set(report.plain) == trained - factors - set(refused) - set(tied)
 
 
 def check_scaled_sgd(
