@@ -123,6 +123,7 @@ class Proposal(NamedTuple):
     """What a name says: whose factor a parameter is."""
 
     layer: str
+    """Its name, empty for the model itself."""
     adapter: str | None
     tail: str
     text: tuple[str, ...]
@@ -131,7 +132,7 @@ class Proposal(NamedTuple):
     @property
     def label(self) -> str:
         """The layer, and the adapter if it has a name."""
-        return f"{self.layer} ({self.adapter})" if self.adapter else self.layer
+        return f"{self.layer} ({self.adapter})".strip() if self.adapter else self.layer
 
 
 def propose(name: str, pattern: str) -> Proposal | None:
@@ -142,7 +143,7 @@ def propose(name: str, pattern: str) -> Proposal | None:
     head, tail = name[: found.start()], name[found.end() :]
     text = tuple(found.groupdict().values())
     parts = [part for part in tail.split(".") if part not in ("", "weight", "value")]
-    layer = ".".join(part for part in (head, *text) if part) or name
+    layer = ".".join(part for part in (head, *text) if part)
     return Proposal(layer, ".".join(parts) or None, tail, text)
 
 

@@ -201,15 +201,15 @@ def _fit(
     convention, proposal, names = candidate
     if len(names) < 2:
         (letter,) = names
-        partner = "B" if letter == "A" else "A"
-        return f"its partner, the {partner} of {proposal.label}, is not among the parameters"
+        partner = f"the {'B' if letter == 'A' else 'A'} of {proposal.label or names[letter]}"
+        return f"its partner, {partner}, is not among the parameters"
     told = (known or {}).get(proposal.layer)
     if isinstance(told, str):
         return told
     a, b = names["A"], names["B"]
     if isinstance(told, Layout):
         try:
-            return Pair(proposal.label, a, b, told.views(shapes[a], shapes[b]))
+            return Pair(proposal.label or a, a, b, told.views(shapes[a], shapes[b]))
         except ShapeError as error:
             return str(error)
     if 0 in (*shapes[a], *shapes[b]) or min(len(shapes[a]), len(shapes[b])) < 2:
@@ -219,7 +219,7 @@ def _fit(
             "it may be a stack of experts, whose number its shapes do not tell: give the model, "
             "not only its parameters, or known={layer: Layout('(e r) n', 'm (r e)', sizes=...)}"
         )
-    pair = _by_shape(convention, proposal.label, (a, shapes[a]), (b, shapes[b]))
+    pair = _by_shape(convention, proposal.label or a, (a, shapes[a]), (b, shapes[b]))
     if pair is None:
         return (
             f"shapes {shapes[a]} and {shapes[b]} share no rank: A must be (r, n) and B (m, r); "
