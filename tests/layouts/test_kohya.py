@@ -35,7 +35,11 @@ class Denoiser(nn.Module):
             )
         )  # fmt: skip
         self.requires_grad_(False).double()
-        network = kohya.create_network(1.0, 2, 2.0, None, self.text, self.unet, conv_dim=2)
+        blocks = ["Transformer2DModel", "ResnetBlock2D"]
+        kohya.LycorisNetworkKohya.apply_preset(
+            {"unet_target_module": blocks, "unet_target_name": ["conv_in", "conv_out"]}
+        )
+        network = kohya.LycorisNetworkKohya(self.text, self.unet, lora_dim=2, conv_lora_dim=2)
         network.apply_to(self.text, self.unet, True, True)
         self.network = randomize(network.double())
 
