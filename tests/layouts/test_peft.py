@@ -226,6 +226,33 @@ def test_one_pair_of_all_experts_is_wrong(kind):
             assert np.linalg.norm(step - other) > 0.1 * np.linalg.norm(step)
 
 
+@KINDS
+def test_experts_by_name_alone_are_refused(kind):
+    """Neither named parameters nor a saved file say how many experts there are."""
+    model, _, others = mixture(kind)
+    saved = peft.get_peft_model_state_dict(model)
+    for named, tail in ((dict(model.named_parameters()), ".default.weight"), (saved, ".weight")):
+        report = rlora.find_pairs(named)
+        assert [pair.a for pair in report] == [x.a.replace(".default.weight", tail) for x in others]
+        assert len(report.refused) == 4
+        assert all("experts" in why for why in report.refused.values())
+
+
+@KINDS
+def test_experts_of_several_adapters(kind):
+    model, stacks, others = mixture(kind)
+    config = model.peft_config["default"]
+    model.add_adapter("second", LoraConfig(
+        r=3, target_modules=config.target_modules, target_parameters=config.target_parameters,
+    ))  # fmt: skip
+    model.base_model.set_adapter(["default", "second"])
+    second = [
+        x._replace(a=x.a.replace("default", "second"), b=x.b.replace("default", "second"))
+        for x in stacks + others
+    ]
+    check(randomize(model.double()), language_loss, stacks + others + second)
+
+
 # --- a middle factor, one frozen factor, parameters beside the pairs ------------------------------
 
 
@@ -252,6 +279,9 @@ def test_adalora():
         atol=1e-10,
     )  # fmt: skip
     check_scaled_sgd(model, squares(batch(16, 6)), layers)
+    # A method's state knows no diagonal: refused by name, and trained plainly beside a head.
+    with pytest.raises(rlora.PairingError, match=r"lora_E\.default stands between"):
+        rlora.torch.LoRARite(model)
 
 
 def test_dora():
@@ -404,18 +434,6 @@ def test_block_diagonal_lora(side):
     check(model, squares(x), layers)
 
 
-def test_quantization_aware_lora():
-    """QALoRA pools the input: its A is (r, n / group), and B A a product as any other."""
-    base = Net(nn.Linear(6, 8), 8)
-    config = LoraConfig(r=2, target_modules=["layer"], use_qalora=True, qalora_group_size=2)
-    layers = peft_layers(f"{PREFIX}.layer")
-    try:
-        model = adapt(base, config)
-    except NotImplementedError as error:
-        pytest.skip(str(error))
-    check(model, squares(batch(16, 6)), layers)
-
-
 def test_kasa_is_refused_by_name():
     base = Net(nn.Linear(6, 8), 8)
     config = LoraConfig(r=2, target_modules=["layer"], kasa_config=peft.KasaConfig())
@@ -434,3 +452,28 @@ def test_convolution_of_adalora():
     names = [f"{PREFIX}.layer.lora_{letter}.default" for letter in "ABE"]
     layer = Layer(*names[:2], middle=names[2])
     check_scaled_sgd(model, squares(batch(2, 4, 5, 5)), [layer])
+
+
+# --- saved files ----------------------------------------------------------------------------------
+
+
+def test_saved_file():
+    """Without the adapter's name, all pairs are there with the shapes they had."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(11, 6)
+            self.conv = nn.Conv1d(6, 8, 3, groups=2)
+            self.linear = nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.linear(self.conv(self.embed(x).mT).mT)
+
+    with pytest.warns(UserWarning, match="groups > 1"):
+        model = adapt(Mixed(), LoraConfig(r=4, target_modules=["embed", "conv", "linear"]))
+    loaded = rlora.torch.find_pairs(model)
+    saved = rlora.find_pairs(peft.get_peft_model_state_dict(model))
+    assert len(saved) == 3
+    assert [(x.shape_a, x.shape_b) for x in saved] == [(x.shape_a, x.shape_b) for x in loaded]
+    assert not saved.refused

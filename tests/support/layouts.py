@@ -4,7 +4,6 @@ A test writes down how the library stores its pairs, proves it with the library'
 hands the layers to the checks here, which know nothing of how rlora finds or views them.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -91,6 +90,14 @@ def grads_of(model):
     }
 
 
+def set_back(model, values):
+    """The model as it was; no copy, as some modules hold what cannot be copied."""
+    model.zero_grad()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.from_numpy(values[name]))
+
+
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Every trainable parameter random, so that no factor is zero and no Gram singular."""
     generator = torch.Generator().manual_seed(seed)
@@ -135,17 +142,18 @@ def check_scaled_sgd(
     model: nn.Module, loss: Callable[[nn.Module], Tensor], layers: Sequence[Layer], refused=(), **kw
 ) -> None:
     """One step of ScaledSGD is one of each pair by itself, and the plain one of all the rest."""
+    old = values_of(model)
     for mode in ("absolute", "relative"):
-        moved = copy.deepcopy(model)
-        optimizer = ScaledSGD(moved, lr=LR, damping=DAMPING, damping_mode=mode, **kw)
-        check_report(moved, optimizer.report, layers, refused)
-        loss(moved).backward()
-        old, grads = values_of(moved), grads_of(moved)
+        optimizer = ScaledSGD(model, lr=LR, damping=DAMPING, damping_mode=mode, **kw)
+        check_report(model, optimizer.report, layers, refused)
+        loss(model).backward()
+        grads = grads_of(model)
         optimizer.step()
-        new = values_of(moved)
+        new = values_of(model)
+        set_back(model, old)
         for layer in layers:
             middle = old[layer.middle] if layer.middle else None
-            trained = [dict(moved.named_parameters())[p].requires_grad for p in layer[:2]]
+            trained = [model.get_parameter(name).requires_grad for name in layer[:2]]
             triples = zip(layer.cut(old), layer.cut(grads), layer.cut(new), strict=True)
             for pair, gradient, result in triples:
                 expected = scaled_step(*pair, *gradient, mode, middle)
@@ -163,9 +171,8 @@ def check_method(
     model: nn.Module, loss: Callable[[nn.Module], Tensor], layers: Sequence[Layer], steps: int = 3
 ) -> None:
     """LoRA-RITE moves the model as it moves ordinary pairs that lie in tensors of their own."""
-    moved = copy.deepcopy(model)
-    optimizer = LoRARite(moved, lr=LR)
-    start = values_of(moved)
+    optimizer = LoRARite(model, lr=LR)
+    start = values_of(model)
     pairs = [
         tuple(torch.tensor(x, requires_grad=True) for x in pair)
         for layer in layers
@@ -174,14 +181,15 @@ def check_method(
     alone = LoRARite([p for pair in pairs for p in pair], lr=LR, pairs=pairs)
     for _ in range(steps):
         optimizer.zero_grad()
-        loss(moved).backward()
-        grads = grads_of(moved)
+        loss(model).backward()
+        grads = grads_of(model)
         for pair, gradient in zip(pairs, (g for x in layers for g in x.cut(grads)), strict=True):
             for p, g in zip(pair, gradient, strict=True):
                 p.grad = torch.tensor(g)
         optimizer.step()
         alone.step()
-    end = values_of(moved)
+    end = values_of(model)
+    set_back(model, start)
     for pair, result in zip(pairs, (p for x in layers for p in x.cut(end)), strict=True):
         for p, got in zip(pair, result, strict=True):
             # float64, three steps through an eigendecomposition and two QR
