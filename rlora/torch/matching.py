@@ -101,9 +101,9 @@ def _of_module(module: Any) -> Layout | str | None:
         if isinstance(enabled, Sequence):  # loralib
             return Layout("(e r) n", "(e m) r", sizes={"e": sum(map(bool, enabled))})
     activation = getattr(module, "activation", None)
-    linear = not isinstance(activation, nn.Module) or isinstance(activation, nn.Identity)
-    if hasattr(module, "linear_in") and not linear:  # NeMo
-        return f"{type(activation).__name__} stands between its factors: no product"
+    if hasattr(module, "linear_in") and not isinstance(activation, nn.Identity | None):  # NeMo
+        word = getattr(activation, "__name__", type(activation).__name__)
+        return f"{word} stands between its factors: no product"
     return None
 
 
