@@ -1,4 +1,4 @@
-"""PEFT's other tuners, whose parameters look like LoRA's: never paired, never called sharded."""
+"""What looks like LoRA and is none: PEFT's other tuners, adapters with an activation."""
 
 import peft
 import pytest
@@ -63,3 +63,29 @@ def test_no_other_tuner_is_paired(kind):
         assert all("router" in name for name in trained - own)  # of Poly: which skills are mixed
     with pytest.raises(rlora.PairingError, match=REFUSED.get(kind, "no LoRA pair")):
         rlora.torch.ScaledAdamW(model)
+
+
+def test_lora_beside_another_tuner():
+    """A mixed model: the LoRA adapter is paired, the LoHa adapter of the same layers refused."""
+    base = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["0", "2"]), mixed=True)
+    model.add_adapter("other", peft.LoHaConfig(r=4, target_modules=["2"]))
+    model.set_adapter(["default", "other"])
+    report = rlora.torch.find_pairs(model)
+    assert len(report) == 2
+    assert {name for name, p in model.named_parameters() if "hada" in name} == set(report.refused)
+    assert all("LoHa" in why for why in report.refused.values())
+
+
+@pytest.mark.parametrize("activation, paired", [
+    (nn.Identity(), True), (None, True), (nn.SiLU(), False), (nn.functional.silu, False),
+])  # fmt: skip
+def test_bottleneck_adapters(activation, paired):
+    """NeMo's names; the real class, which needs Megatron, is in test_megatron.py."""
+    adapter = nn.Module()
+    adapter.linear_in, adapter.linear_out = nn.Linear(6, 3, False), nn.Linear(3, 8, False)
+    adapter.activation = activation
+    report = rlora.torch.find_pairs(nn.ModuleDict({"adapter": adapter}))
+    assert len(report) == paired
+    assert len(report.refused) == (0 if paired else 2)
+    assert paired or "silu" in report.refused["adapter.linear_in.weight"].lower()

@@ -145,6 +145,17 @@ def test_multihead_attention():
     check(model, squares(batch(3, 5, 8)), layers)
 
 
+def test_a_targeted_parameter_that_is_a_matrix():
+    """No experts: an ordinary pair."""
+    base = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4))
+    model = adapt(base, LoraConfig(r=2, target_modules=["2"], target_parameters=["0.weight"]))
+    layers = peft_layers(f"{PREFIX}.0", f"{PREFIX}.2")
+    np.testing.assert_allclose(
+        delta_of(model.base_model.model[0]), layers[0].products(model)[0], atol=1e-12
+    )
+    check(model, squares(batch(16, 6)), layers)
+
+
 # --- experts --------------------------------------------------------------------------------------
 
 
@@ -196,6 +207,7 @@ def test_experts(kind):
             stored = product if kind == "Mixtral" else product.T
             np.testing.assert_allclose(dense, stored, atol=1e-12)
     check(model, language_loss, stacks + others)
+    assert "3 of 24 x 8, rank 2: 1 times" in str(rlora.torch.find_pairs(model))
 
 
 @KINDS

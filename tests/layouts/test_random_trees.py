@@ -87,7 +87,7 @@ def found(report):
     return {(pair.a, pair.b) for pair in report}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(trees(), st.randoms(use_true_random=False))
 def test_pairs_never_cross(tree, random):
     """What is paired is a true pair, in any order of the parameters; what is not is in the report."""
@@ -101,7 +101,7 @@ def test_pairs_never_cross(tree, random):
     assert found(rlora.torch.find_pairs(named)) == found(report)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(trees())
 def test_all_are_found_under_names_that_read_one_way(tree):
     root, truth = tree
