@@ -36,8 +36,8 @@ class Convention:
         Of the library, for the report.
     a, b : str
         What stands for the factor A (fan-in) and B (fan-out) in a parameter's name: regular
-        expressions over whole components, dots included. The rest of the name, and the text of
-        groups such as ``(?P<owner>...)``, must agree.
+        expressions over whole components, dots included, without back-references. The rest of
+        the name, and the text of groups such as ``(?P<owner>...)``, must agree.
     layouts : tuple of Layout
         How the factors may lie; of those that fit, the first in which the rank is no larger than
         both outer sides.
@@ -148,6 +148,17 @@ def proposals(name: str, pattern: str) -> Iterator[tuple[int, Proposal]]:
         parts = [part for part in tail.split(".") if part not in ("", "weight", "value")]
         layer = ".".join(part for part in (head, *text) if part)
         yield found.start(), Proposal(layer, ".".join(parts) or None, tail, text)
+
+
+def has_any(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a name has one of these patterns: one search, as most names of a model have none."""
+    return _compiled(_any_of(patterns)).search(name) is not None
+
+
+@cache
+def _any_of(patterns: tuple[str, ...]) -> str:
+    nameless = (re.sub(r"\(\?P<\w+>", "(?:", pattern) for pattern in patterns)
+    return f"(?:{'|'.join(nameless)})"
 
 
 def registered() -> tuple[Convention, ...]:

@@ -16,6 +16,7 @@ from rlora.pairing.conventions import (
     Convention,
     Known,
     Proposal,
+    has_any,
     proposals,
     propose,
     registered,
@@ -168,9 +169,10 @@ def _search(
 
 def _sort(shapes: Mapping[str, Shape], conventions: Sequence[Convention]) -> _Sorted:
     found = _Sorted({}, {}, {}, {})
-    ways = {name: list(_ways(name, conventions)) for name in shapes}
-    there = {(way.place, way.letter) for name in shapes for way in ways[name]}
-    for name in shapes:
+    words = (MIDDLE, *(word for word, _ in (*NEAR_MISSES, *SIBLINGS)), *_patterns(conventions))
+    ways = {name: list(_ways(name, conventions)) for name in shapes if has_any(name, words)}
+    there = {(way.place, way.letter) for name in ways for way in ways[name]}
+    for name in ways:
         if near := _first(name, NEAR_MISSES):
             found.refused[name] = near[1]
         elif middle := propose(name, MIDDLE):
@@ -215,9 +217,13 @@ def _ways(name: str, conventions: Sequence[Convention]) -> Iterator[_Way]:
         yield from (way for _, way in sorted(found, key=itemgetter(0)))
 
 
+def _patterns(conventions: Sequence[Convention]) -> Iterator[str]:
+    return (pattern for convention in conventions for pattern in (convention.a, convention.b))
+
+
 def is_factor(name: str) -> bool:
     """Whether a name is that of a LoRA factor under a known convention."""
-    return any(_ways(name, registered()))
+    return not name.endswith(".bias") and has_any(name, tuple(_patterns(registered())))
 
 
 def _fit(

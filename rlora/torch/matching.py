@@ -110,11 +110,11 @@ def _of_module(module: Any) -> Layout | str | None:
 def _of_adapters(name: str, module: Any) -> dict[str, Layout]:
     """BD-LoRA (PEFT): one factor is block-diagonal, its blocks stored below each other."""
     return {
-        f"{name} ({adapter})": Layout("(e r) n", b, sizes={"e": factor.nblocks})
+        f"{name} ({adapter})": Layout("(e r) n", b, sizes={"e": count})
         for word, b in (("lora_A", "m (e r)"), ("lora_B", "(e m) r"))
         if isinstance(factors := getattr(module, word, None), nn.ModuleDict)
         for adapter, factor in factors.items()
-        if hasattr(factor, "nblocks")
+        if isinstance(count := getattr(factor, "nblocks", None), int)
     }
 
 
@@ -127,7 +127,7 @@ def _shared(model: nn.Module) -> dict[str, str]:
         partners.setdefault(a, {})[b] = partners.setdefault(b, {})[a] = pair.name
     tied = [sorted(layers.values()) for layers in partners.values() if len(layers) > 1]
     return {
-        layer.partition(" (")[0]: f"{' and '.join(layers)} share a factor: it has no single partner"
+        layer: f"{' and '.join(layers)} share a factor: it has no single partner"
         for layers in tied
         for layer in layers
     }
