@@ -387,11 +387,8 @@ def test_an_inactive_adapter_is_left_alone():
     check(model, squares(batch(16, 6)), layers)
 
 
-def test_tied_embeddings_are_updated_once():
-    """PEFT gives the head transposed views of the embedding's factors, as parameters of their own.
-
-    The memory moves by one step, with the gradients that both have gathered, and the report says so.
-    """
+def tied():
+    """PEFT gives the head transposed views of the embedding's factors, as parameters of their own."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -404,24 +401,59 @@ def test_tied_embeddings_are_updated_once():
     owner = f"{PREFIX}.model.embed_tokens.lora_embedding"
     embedding = Layer(f"{owner}_A.default", f"{owner}_B.default")
     head = peft_layers(f"{PREFIX}.lm_head")[0]
-    named = dict(model.named_parameters())
-    assert named[head.a].data_ptr() == named[embedding.b].data_ptr()
-    assert named[head.b].data_ptr() == named[embedding.a].data_ptr()
+    for one, other in ((head.a, embedding.b), (head.b, embedding.a)):
+        assert model.get_parameter(one).data_ptr() == model.get_parameter(other).data_ptr()
+    return model, embedding, head, peft_layers(f"{PREFIX}.model.layers.0.self_attn.q_proj")
 
+
+def both_gradients(model, embedding, head):
+    """What the memory of the factors gathers as embedding and as head."""
+    grads = grads_of(model)
+    return grads[embedding.a] + grads[head.b].T, grads[embedding.b] + grads[head.a].T
+
+
+def test_tied_embeddings_are_updated_once():
+    """The memory moves by one step with the gradients of both, and the report says so."""
+    model, embedding, head, others = tied()
     optimizer = rlora.torch.ScaledSGD(model, lr=LR, damping=DAMPING, damping_mode="absolute")
-    others = peft_layers(f"{PREFIX}.model.layers.0.self_attn.q_proj")
     check_report(model, optimizer.report, [embedding, *others], tied=head[:2])
     assert optimizer.report.tied == {head.a: embedding.b, head.b: embedding.a}
     language_loss(model).backward()
-    old, grads = values_of(model), grads_of(model)
+    old, total = values_of(model), both_gradients(model, embedding, head)
     optimizer.step()
     new = values_of(model)
-    total = grads[embedding.a] + grads[head.b].T, grads[embedding.b] + grads[head.a].T
     wanted = scaled_step(old[embedding.a], old[embedding.b], *total, "absolute")
     for name, twin, expected in zip(embedding[:2], (head.b, head.a), wanted, strict=True):
         np.testing.assert_allclose(new[name], expected, rtol=1e-9, atol=1e-12)
         np.testing.assert_array_equal(new[twin], new[name].T)
         assert np.abs(new[name] - old[name]).max() > 1e-6
+
+
+def test_tied_embeddings_under_a_method():
+    """LoRA-RITE, against itself on ordinary pairs that get the sums of the gradients."""
+    model, embedding, head, others = tied()
+    optimizer = rlora.torch.LoRARite(model, lr=LR)
+    old = values_of(model)
+    pairs = [
+        tuple(torch.tensor(old[name], requires_grad=True) for name in layer[:2])
+        for layer in (embedding, *others)
+    ]
+    alone = rlora.torch.LoRARite([p for pair in pairs for p in pair], lr=LR, pairs=pairs)
+    for _ in range(3):
+        optimizer.zero_grad()
+        language_loss(model).backward()
+        grads = grads_of(model)
+        totals = both_gradients(model, embedding, head), (grads[x] for x in others[0][:2])
+        for pair, total in zip(pairs, totals, strict=True):
+            for p, g in zip(pair, total, strict=True):
+                p.grad = torch.tensor(g)
+        optimizer.step()
+        alone.step()
+    new = values_of(model)
+    for pair, layer in zip(pairs, (embedding, *others), strict=True):
+        for p, name in zip(pair, layer[:2], strict=True):
+            np.testing.assert_allclose(new[name], p.detach(), rtol=1e-7, atol=1e-9)
+            assert np.abs(new[name] - old[name]).max() > 1e-6
 
 
 # --- other variants of LoRA in PEFT ---------------------------------------------------------------
