@@ -1,13 +1,14 @@
 """What looks like LoRA and is none: PEFT's other tuners, adapters with an activation."""
 
-import peft
 import pytest
 import torch
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 import rlora
 import rlora.torch
+
+peft = pytest.importorskip("peft")
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 OPTIONS = {
     "BOFT": {"boft_block_size": 4},

@@ -3,7 +3,6 @@
 import copy
 
 import numpy as np
-import peft
 import pytest
 import torch
 from layouts import (
@@ -24,11 +23,13 @@ from layouts import (
     squares,
     values_of,
 )
-from peft import AdaLoraConfig, LoraConfig
 from torch import nn
 
 import rlora
 import rlora.torch
+
+peft = pytest.importorskip("peft")
+from peft import AdaLoraConfig, LoraConfig
 
 PREFIX = "base_model.model"
 pytestmark = pytest.mark.filterwarnings(
