@@ -7,7 +7,8 @@ from torch import nn
 import rlora
 import rlora.torch
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
+import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 OPTIONS = {

@@ -28,7 +28,8 @@ from torch import nn
 import rlora
 import rlora.torch
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
+import peft
 from peft import AdaLoraConfig, LoraConfig
 
 PREFIX = "base_model.model"
