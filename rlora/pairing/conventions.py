@@ -5,7 +5,7 @@ Plug-ins add to it by the entry points ``rlora.conventions``: a `Convention`, or
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -36,8 +36,8 @@ class Convention:
         Of the library, for the report.
     a, b : str
         What stands for the factor A (fan-in) and B (fan-out) in a parameter's name: regular
-        expressions over whole components, dots included. The rest of the name, and the text of
-        groups such as ``(?P<owner>...)``, must agree.
+        expressions over whole components, dots included, without back-references. The rest of
+        the name, and the text of groups such as ``(?P<owner>...)``, must agree.
     layouts : tuple of Layout
         How the factors may lie; of those that fit, the first in which the rank is no larger than
         both outer sides.
@@ -58,7 +58,7 @@ class Convention:
     name: str
     a: str
     b: str
-    layouts: tuple[Layout, ...] = (LINEAR, STACK, GROUPED)
+    layouts: tuple[Layout, ...] = (LINEAR, GROUPED, STACK)
 
     def fit(self, shape_a: Shape, shape_b: Shape) -> tuple[Views, ...] | None:
         """The views of the best of the layouts that fit these shapes."""
@@ -137,14 +137,28 @@ class Proposal(NamedTuple):
 
 def propose(name: str, pattern: str) -> Proposal | None:
     """Whose factor a parameter is if its name has this pattern in whole components."""
-    found = _compiled(pattern).search(name)
-    if found is None:
-        return None
-    head, tail = name[: found.start()], name[found.end() :]
-    text = tuple(found.groupdict().values())
-    parts = [part for part in tail.split(".") if part not in ("", "weight", "value")]
-    layer = ".".join(part for part in (head, *text) if part)
-    return Proposal(layer, ".".join(parts) or None, tail, text)
+    return next((proposal for _, proposal in proposals(name, pattern)), None)
+
+
+def proposals(name: str, pattern: str) -> Iterator[tuple[int, Proposal]]:
+    """The same for every place in the name that has the pattern, with the place."""
+    for found in _compiled(pattern).finditer(name):
+        head, tail = name[: found.start()], name[found.end() :]
+        text = tuple(found.groupdict().values())
+        parts = [part for part in tail.split(".") if part not in ("", "weight", "value")]
+        layer = ".".join(part for part in (head, *text) if part)
+        yield found.start(), Proposal(layer, ".".join(parts) or None, tail, text)
+
+
+def has_any(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a name has one of these patterns: one search, as most names of a model have none."""
+    return _compiled(_any_of(patterns)).search(name) is not None
+
+
+@cache
+def _any_of(patterns: tuple[str, ...]) -> str:
+    nameless = (re.sub(r"\(\?P<\w+>", "(?:", pattern) for pattern in patterns)
+    return f"(?:{'|'.join(nameless)})"
 
 
 def registered() -> tuple[Convention, ...]:

@@ -1,9 +1,10 @@
 """Names propose pairs, shapes decide."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
 from rlora.core.axes import Layout, Shape
@@ -15,6 +16,8 @@ from rlora.pairing.conventions import (
     Convention,
     Known,
     Proposal,
+    has_any,
+    proposals,
     propose,
     registered,
 )
@@ -54,8 +57,8 @@ def find_pairs(
         Conventions come before the known ones. Names of pairs, or a callable that gives them for
         the mapping of names to tensors, replace them.
     known : mapping of str to Layout or str, optional
-        Of layers by name: how their factors lie where the shapes do not tell, or why they are no
-        pair.
+        Of layers by name, or by ``"layer (adapter)"``: how their factors lie where the shapes do
+        not tell, or why they are no pair.
 
     Returns
     -------
@@ -147,7 +150,7 @@ def _search(
     pairs: list[Pair] = []
     for candidate in candidates.values():
         proposal = candidate.proposal
-        place = (proposal.layer, proposal.tail)
+        place = (proposal.layer, proposal.adapter)
         found: Pair | str
         if adapter is not None and proposal.adapter != adapter:
             found = f"belongs to adapter {proposal.adapter!r}, not {adapter!r}"
@@ -166,20 +169,22 @@ def _search(
 
 def _sort(shapes: Mapping[str, Shape], conventions: Sequence[Convention]) -> _Sorted:
     found = _Sorted({}, {}, {}, {})
-    for name in shapes:
+    words = (MIDDLE, *(word for word, _ in (*NEAR_MISSES, *SIBLINGS)), *_patterns(conventions))
+    ways = {name: list(_ways(name, conventions)) for name in shapes if has_any(name, words)}
+    there = {(way.place, way.letter) for name in ways for way in ways[name]}
+    for name in ways:
         if near := _first(name, NEAR_MISSES):
             found.refused[name] = near[1]
         elif middle := propose(name, MIDDLE):
-            found.middles[middle.layer, middle.tail] = name
+            found.middles[middle.layer, middle.adapter] = name
         elif sibling := _first(name, SIBLINGS):
-            found.others[sibling[0].layer, sibling[0].tail] = sibling[1]
-        else:
-            for i, convention in enumerate(conventions):
-                if role := _role(name, convention):
-                    letter, proposal = role
-                    new = _Candidate(convention, proposal, {})
-                    found.candidates.setdefault((i, proposal), new).names[letter] = name
-                    break
+            found.others[sibling[0].layer, sibling[0].adapter] = sibling[1]
+        elif ways[name]:
+            whole = (way for way in ways[name] if (way.place, way.other) in there)
+            way = next(whole, ways[name][0])
+            i, proposal = way.place
+            new = _Candidate(conventions[i], proposal, {})
+            found.candidates.setdefault(way.place, new).names[way.letter] = name
     return found
 
 
@@ -187,11 +192,38 @@ def _first(name: str, words: Iterable[tuple[str, str]]) -> tuple[Proposal, str] 
     return next(((found, why) for word, why in words if (found := propose(name, word))), None)
 
 
-def _role(name: str, convention: Convention) -> tuple[str, Proposal] | None:
-    for letter, pattern in (("A", convention.a), ("B", convention.b)):
-        if proposal := propose(name, pattern):
-            return letter, proposal
-    return None
+class _Way(NamedTuple):
+    """One way to read a name: of which convention, whose factor, and which."""
+
+    place: tuple[int, Proposal]
+    letter: str
+
+    @property
+    def other(self) -> str:
+        """The letter of the partner."""
+        return "B" if self.letter == "A" else "A"
+
+
+def _ways(name: str, conventions: Sequence[Convention]) -> Iterator[_Way]:
+    """Every way to read a name, as layers and adapters may be called like factors."""
+    if name.endswith(".bias"):
+        return
+    for i, convention in enumerate(conventions):
+        found = [
+            (start, _Way((i, proposal), letter))
+            for letter, pattern in (("A", convention.a), ("B", convention.b))
+            for start, proposal in proposals(name, pattern)
+        ]
+        yield from (way for _, way in sorted(found, key=itemgetter(0)))
+
+
+def _patterns(conventions: Sequence[Convention]) -> Iterator[str]:
+    return (pattern for convention in conventions for pattern in (convention.a, convention.b))
+
+
+def is_factor(name: str) -> bool:
+    """Whether a name is that of a LoRA factor under a known convention."""
+    return not name.endswith(".bias") and has_any(name, tuple(_patterns(registered())))
 
 
 def _fit(
@@ -203,7 +235,7 @@ def _fit(
         (letter,) = names
         partner = f"the {'B' if letter == 'A' else 'A'} of {proposal.label or names[letter]}"
         return f"its partner, {partner}, is not among the parameters"
-    told = (known or {}).get(proposal.layer)
+    told = known and (known.get(proposal.label) or known.get(proposal.layer))
     if isinstance(told, str):
         return told
     a, b = names["A"], names["B"]

@@ -64,8 +64,9 @@ def find_pairs(
     >>> len(rlora.torch.find_pairs(layer))
     1
     """
-    named = trainable(params, pairs) if isinstance(params, nn.Module) else list(params)
-    return match(named, what_modules_know(params), adapter, pairs)[1]
+    known = what_modules_know(params)
+    named = trainable(params, pairs, known) if isinstance(params, nn.Module) else list(params)
+    return match(named, known, adapter, pairs)[1]
 
 
 def split_source(pairs: Pairs) -> tuple[list[Any], Source | None]:
@@ -81,7 +82,11 @@ def what_modules_know(params: Any) -> Known | None:
     """Of a model's layers how factors lie where shapes do not tell, or why they are no pair."""
     if not isinstance(params, nn.Module):
         return None
-    known = {name: k for name, module in params.named_modules() if (k := _of_module(module))}
+    known: dict[str, Layout | str] = {}
+    for name, module in params.named_modules():
+        known |= _of_adapters(name, module)
+        if told := _of_module(module):
+            known[name] = told
     return {**known, **_shared(params)}
 
 
@@ -96,10 +101,21 @@ def _of_module(module: Any) -> Layout | str | None:
         if isinstance(enabled, Sequence):  # loralib
             return Layout("(e r) n", "(e m) r", sizes={"e": sum(map(bool, enabled))})
     activation = getattr(module, "activation", None)
-    linear = not isinstance(activation, nn.Module) or isinstance(activation, nn.Identity)
-    if hasattr(module, "linear_in") and not linear:  # NeMo
-        return f"{type(activation).__name__} stands between its factors: no product"
+    if hasattr(module, "linear_in") and not isinstance(activation, nn.Identity | None):  # NeMo
+        word = getattr(activation, "__name__", type(activation).__name__)
+        return f"{word} stands between its factors: no product"
     return None
+
+
+def _of_adapters(name: str, module: Any) -> dict[str, Layout]:
+    """BD-LoRA (PEFT): one factor is block-diagonal, its blocks stored below each other."""
+    return {
+        f"{name} ({adapter})": Layout("(e r) n", b, sizes={"e": count})
+        for word, b in (("lora_A", "m (e r)"), ("lora_B", "(e m) r"))
+        if isinstance(factors := getattr(module, word, None), nn.ModuleDict)
+        for adapter, factor in factors.items()
+        if isinstance(count := getattr(factor, "nblocks", None), int)
+    }
 
 
 def _shared(model: nn.Module) -> dict[str, str]:
@@ -111,7 +127,7 @@ def _shared(model: nn.Module) -> dict[str, str]:
         partners.setdefault(a, {})[b] = partners.setdefault(b, {})[a] = pair.name
     tied = [sorted(layers.values()) for layers in partners.values() if len(layers) > 1]
     return {
-        layer.partition(" (")[0]: f"{' and '.join(layers)} share a factor: it has no single partner"
+        layer: f"{' and '.join(layers)} share a factor: it has no single partner"
         for layers in tied
         for layer in layers
     }

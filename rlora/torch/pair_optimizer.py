@@ -53,7 +53,7 @@ class PairOptimizer(Optimizer, ABC):
         self._by_hand, self._source = split_source(pairs)
         self._by_name = not self._by_hand
         self._known = what_modules_know(params)
-        super().__init__(as_groups(params, self._source), *args, **kwargs)
+        super().__init__(as_groups(params, self._source, self._known), *args, **kwargs)
         self.defaults.update(own)
         for group in self.param_groups:
             for name, value in own.items():

@@ -1,6 +1,5 @@
 """From what people hand to a torch optimizer to named groups, and what a factor must be."""
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,17 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from rlora.core.errors import NamespaceError, ShardingError
-from rlora.pairing import Source, find_pairs as find_named_pairs
+from rlora.pairing import Known, Source, find_pairs as find_named_pairs, is_factor
 
 
-def trainable(model: nn.Module, pairs: Source | None = None) -> list[tuple[str, Tensor]]:
+def trainable(
+    model: nn.Module, pairs: Source | None = None, known: Known | None = None
+) -> list[tuple[str, Tensor]]:
     """Named trainable parameters, and the frozen partners of trainable LoRA factors.
 
     A frozen factor never gets a gradient and never moves, but its Gram preconditions the other.
     """
     named = dict(model.named_parameters())
     wanted = {name for name, p in named.items() if p.requires_grad}
-    for pair in find_named_pairs(named, pairs=pairs):
+    for pair in find_named_pairs(named, pairs=pairs, known=known):
         factors = {name for name in (pair.a, pair.b, pair.middle) if name is not None}
         if wanted & factors:
             wanted |= factors
@@ -28,13 +29,13 @@ def trainable(model: nn.Module, pairs: Source | None = None) -> list[tuple[str, 
 def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
     """ShardingError when a LoRA factor is a flat, empty or distributed piece of itself."""
     for name, p in named:
-        if not re.search(r"lora_|_lora\b", name):
+        if not is_factor(name):
             continue
         if is_distributed(p):
             msg = f"{name} is a DTensor; sharded factors are not supported yet, use DDP"
         elif hasattr(p, "ds_id"):
             msg = f"{name} is partitioned by DeepSpeed ZeRO; use stage 0 (plain data parallel)"
-        elif p.ndim == 1 and not re.search(r"bias$|magnitude|alpha$|scal", name):
+        elif p.ndim == 1:
             msg = (
                 f"{name} has shape {tuple(p.shape)}: a LoRA factor that FSDP or ZeRO has "
                 f"flattened; build the optimizer before sharding, or use DDP"
@@ -49,10 +50,12 @@ def is_distributed(p: Tensor) -> bool:
     return hasattr(p, "device_mesh")
 
 
-def as_groups(params: Any, pairs: Source | None = None) -> list[dict[str, Any]]:
+def as_groups(
+    params: Any, pairs: Source | None = None, known: Known | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups as torch takes them, with names where there are any."""
     if isinstance(params, nn.Module):
-        params = trainable(params, pairs)
+        params = trainable(params, pairs, known)
     if isinstance(params, Tensor):
         msg = "params must be a model, named_parameters(), tensors or groups, got one Tensor"
         raise TypeError(msg)
