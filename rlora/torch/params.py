@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rlora.core.errors import NamespaceError, PairingError, ShapeError, ShardingError
 from rlora.pairing import Pair, PairReport, find_pairs as find_named_pairs, flatten_kernel
+from rlora.torch.sharding import is_distributed, local
 
 TensorPair = tuple[Tensor, Tensor]
 
@@ -68,9 +69,7 @@ def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
     for name, p in named:
         if not re.search(r"lora_|_lora\b", name):
             continue
-        if is_distributed(p):
-            msg = f"{name} is a DTensor; sharded factors are not supported yet, use DDP"
-        elif hasattr(p, "ds_id"):
+        if hasattr(p, "ds_id"):
             msg = f"{name} is partitioned by DeepSpeed ZeRO; use stage 0 (plain data parallel)"
         elif p.ndim == 1 and not re.search(r"bias$|magnitude|alpha$|scal", name):
             msg = (
@@ -80,11 +79,6 @@ def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
         else:
             continue
         raise ShardingError(msg)
-
-
-def is_distributed(p: Tensor) -> bool:
-    """Whether a tensor is a DTensor, without importing the distributed package."""
-    return hasattr(p, "device_mesh")
 
 
 def expert_stacks(params: Any) -> set[str]:
@@ -145,7 +139,7 @@ def match(
         a, b = tensors[pair.a], tensors[pair.b]
         why = misfit(a, b)
         for name, p in ((pair.a, a), (pair.b, b)):
-            twin = storages.setdefault(p.data_ptr(), name) if p.data_ptr() else name
+            twin = storages.setdefault(local(p).data_ptr(), name) if local(p).data_ptr() else name
             if twin != name:
                 why = f"shares its memory with {twin}, which is updated once already"
         if why:
@@ -217,6 +211,6 @@ def check_grad(p: Tensor) -> None:
             f"needed (for an embedding, build it with sparse=False)"
         )
         raise NamespaceError(msg)
-    if is_distributed(grad) or is_distributed(p):
+    if is_distributed(grad) != is_distributed(p):
         msg = "a LoRA factor has become a DTensor; sharded factors are not supported yet, use DDP"
         raise ShardingError(msg)

@@ -14,10 +14,11 @@ from torch import Tensor
 from rlora.core.backend import Backend, Workspace
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors
-from rlora.core.linalg import DampingMode, preconditioners
+from rlora.core.linalg import DampingMode, RankGrams, gram_powers, rank_grams
 from rlora.methods.scaled import Placement
 from rlora.pairing import flatten_kernel
 from rlora.torch.params import TensorPair
+from rlora.torch.sharding import is_distributed, local
 
 Groups = list[dict[str, Any]]
 
@@ -37,6 +38,8 @@ class Job(NamedTuple):
     param: Tensor
     stand_in: Tensor
     group: dict[str, Any]
+    live: bool = True
+    """False for a factor without gradient that takes part in what processes do together."""
 
 
 class Batch:
@@ -64,32 +67,50 @@ class Batch:
         self.left, self.right = [i for i, _ in left], [i for i, _ in right]
         self.A, self.B = [job for _, job in left], [job for _, job in right]
         self.jobs = self.A + self.B
-        self.copied = recipe.placement == "before" and not _is_alias(*self.jobs[0][:2])
-        self.keeps_directions = self.jobs[0].param.device.type == "cpu"  # in the workspace
+        self.copied = recipe.placement == "before" and not all(_is_alias(*j[:2]) for j in self.jobs)
+        self.keeps_directions = pairs[0][0].device.type == "cpu"  # in the workspace
         self.workspace: Workspace = {}
         # Matrices are views of the factors, but for kernels whose strides do not let them be.
         self.views = all(p.ndim == 2 for pair in pairs for p in pair)
-        self.params = self.matrices()
+        self.params: list[Factors] = []
 
     def matrices(self) -> list[Factors]:
         """Both factors of every pair as matrices."""
         return [Factors(*map(matrix, pair)) for pair in self.pairs]
 
+    def grads(self) -> list[Tensor]:
+        """The gradients of the factors to be moved."""
+        return [cast("Tensor", job.param.grad) for job in self.jobs]
+
     def prepare(self) -> list[Factors]:
         """Give every stand-in its value and its gradient; return the preconditioners."""
-        backend = get_backend(self.params[0].A)
-        if not self.views:
+        return self.direct(self.grams())
+
+    def grams(self) -> list[RankGrams]:
+        """The Grams of both factors of every pair."""
+        if not (self.views and self.params):
             self.params = self.matrices()
-        grads = [matrix(cast("Tensor", job.param.grad)) for job in self.jobs]
-        with backend.exact(self.params[0].A):
-            P = preconditioners(
+        like = self.params[0].A
+        backend = get_backend(like)
+        with backend.exact(like):
+            return rank_grams(
                 backend,
                 self.params,
+                compute_dtype=self.recipe.compute_dtype,
+                workspace=self.workspace,
+            )
+
+    def direct(self, grams: list[RankGrams]) -> list[Factors]:
+        """Of `prepare` what comes after the Grams."""
+        backend = get_backend(self.params[0].A)
+        grads = [matrix(grad) for grad in self.grads()]
+        with backend.exact(self.params[0].A):
+            P = gram_powers(
+                self.params,
+                grams,
                 damping=self.recipe.damping,
                 damping_mode=self.recipe.damping_mode,
                 exponent=-0.5 if self.recipe.placement == "both" else -1.0,
-                compute_dtype=self.recipe.compute_dtype,
-                workspace=self.workspace,
             )
             if self.recipe.placement != "after":
                 grads = self._precondition(backend, P, grads)
@@ -123,6 +144,8 @@ class Batch:
             moves = self._precondition(backend, P, moves)
         by_group: dict[int, list[tuple[Job, Tensor]]] = {}
         for job, move in zip(self.jobs, moves, strict=True):
+            if not job.live:
+                continue
             by_group.setdefault(id(job.group), []).append((job, move.view(job.param.shape)))
         for members in by_group.values():
             group, dtype = members[0][0].group, members[0][1].dtype
@@ -203,19 +226,20 @@ def signature(
     for pair in pairs:
         for p in pair:
             grad = p.grad
-            seen.append((p.data_ptr(), p.dtype, type(grad), grad.layout if grad is not None else 0))
+            seen.append((local(p).data_ptr(), p.dtype, type(grad), grad.layout if grad is not None else 0))
     return seen, choices, [(id(group), len(group["params"])) for group in groups]
 
 
 def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain: bool) -> Plan:
     """The plan for the factors in `sides` ("A", "B", "AB"), and for plain parameters or not."""
     group_of = {id(p): group for group in groups for p in group["params"]}
+    cut = [pair for pair in pairs if is_distributed(pair[0])]
     work: dict[Any, tuple[list[TensorPair], list[Any], list[Any]]] = {}
     stand_ins: dict[int, Tensor] = {}
     place: dict[Any, int] = {}  # of a pair in its batch
     for k, pair in enumerate(pairs):
         for side, (letter, p) in enumerate(zip("AB", pair, strict=True)):
-            if letter not in sides or p.grad is None:
+            if letter not in sides or p.grad is None or is_distributed(p):
                 continue
             group = group_of[id(p)]
             recipe = recipe_of(group)
@@ -226,7 +250,12 @@ def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain:
             if i == len(batch):
                 batch.append(pair)
             jobs[side].append((i, Job(p, stand_in, group)))
-    batches = [Batch(key[0], *parts) for key, parts in work.items()]
+    batches: list[Work] = [Batch(key[0], *parts) for key, parts in work.items()]
+    if cut:
+        from rlora.torch.sharded import sharded_work  # DTensors take half a second to import
+
+        theirs, pieces = sharded_work(cut, group_of, sides)
+        batches, stand_ins = [*batches, *theirs], {**stand_ins, **pieces}
     paired = {id(p) for pair in pairs for p in pair}
     params = [
         [
