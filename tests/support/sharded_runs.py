@@ -1,0 +1,224 @@
+"""What the processes of tests/distributed run: one training, sharded in many ways."""
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from models import LoRALinear
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rlora.torch
+from rlora.torch import ScaledAdamW, ScaledSGD
+
+STEPS = 20
+MAKERS = {
+    "adamw": lambda m: ScaledAdamW(m, lr=1e-2),
+    "fused": lambda m: ScaledAdamW(m, lr=1e-2, fused=True),
+    "foreach": lambda m: ScaledAdamW(m, lr=1e-2, foreach=True),
+    "after": lambda m: ScaledAdamW(m, lr=1e-2, placement="after", damping=1e-2),
+    "both": lambda m: ScaledAdamW(m, lr=1e-2, placement="both", damping_mode="absolute"),
+    "covariant": lambda m: ScaledAdamW(m, lr=1e-2, damping_mode="covariant", damping=1e-3),
+    "gauss-seidel": lambda m: ScaledAdamW(m, lr=1e-2, order="gauss_seidel", amsgrad=True),
+    "sgd": lambda m: ScaledSGD(m, lr=1e-2, momentum=0.9, nesterov=True, damping=1e-2),
+    "nadam": lambda m: rlora.torch.precondition(torch.optim.NAdam)(m, lr=1e-2),
+    "groups": lambda m: ScaledAdamW(
+        [
+            {"params": list(m[0].named_parameters(prefix="0")), "damping": 1e-3},
+            {"params": list(m[2:].named_parameters()), "lr": 3e-2, "compute_dtype": "float64"},
+        ],
+        lr=1e-2,
+    ),
+}
+
+
+def make_model(dtype=torch.float32, seed=0):
+    """Two ranks; over 4 processes 10 is uneven, and of the 3 rows of an A one process has none."""
+    torch.manual_seed(seed)
+    layers = [LoRALinear(8, 10, 3, dtype), LoRALinear(10, 12, 4, dtype), LoRALinear(12, 8, 3, dtype)]
+    model = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+    model.append(nn.Linear(8, 8, dtype=dtype))  # a head outside the pairs
+    for layer in layers:
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
+    return model
+
+
+def shard(model, layout):
+    """The model as DDP, FSDP2 or HSDP has it; as it is with None."""
+    if layout is None:
+        return model
+    if layout == "ddp":
+        return DistributedDataParallel(model)
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, world // 2) if layout == "hsdp" else (world,))
+    placement = rlora.torch.shard_placement(model, mesh) if layout == "columns" else None
+    for module in [m for m in model if isinstance(m, LoRALinear)] + [model]:
+        fully_shard(module, mesh=mesh, shard_placement_fn=placement)
+    return model
+
+
+def share_of_batch(t, dtype):
+    """This process's rows of a batch of 16."""
+    g = torch.Generator().manual_seed(t % 3)
+    x, y = (torch.randn(16, 8, generator=g).to(dtype) for _ in range(2))
+    parts = dist.get_world_size() if dist.is_initialized() else 1
+    mine = slice(None) if parts == 1 else slice(*(16 // parts * (dist.get_rank() + i) for i in (0, 1)))
+    return x[mine], y[mine]
+
+
+def backward(model, t):
+    dtype = next(model.parameters()).dtype
+    x, y = share_of_batch(t, dtype)
+    loss = (model(x) - y).float().square().mean() if dtype is torch.bfloat16 else (model(x) - y).square().mean()
+    loss.backward()
+
+
+def train(model, optimizer, start=0, stop=STEPS):
+    for t in range(start, stop):
+        optimizer.zero_grad()
+        backward(model, t)
+        optimizer.step()
+
+
+def whole(x):
+    x = x.detach()
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).double().numpy()
+
+
+def values(model):
+    return {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}
+
+
+def trained(maker, layout, dtype=torch.float64):
+    model = shard(make_model(dtype), layout)
+    optimizer = MAKERS[maker](model)
+    train(model, optimizer)
+    return values(model)
+
+
+# --- gradients that are missing ------------------------------------------------------------------
+
+
+def trained_frozen(layout):
+    """The first layer's A is frozen from the start, and in odd steps the second B has no gradient."""
+    model = make_model(torch.float64)
+    model[0].lora_A["default"].weight.requires_grad_(False)
+    model = shard(model, layout)
+    optimizer = MAKERS["adamw"](model)
+    for t in range(STEPS):
+        optimizer.zero_grad()
+        backward(model, t)
+        if t % 2:
+            model[2].lora_B["default"].weight.grad = None
+        optimizer.step()
+    return values(model)
+
+
+def step_with_none_on_one():
+    """Process 0 alone has lost the gradients of its factors."""
+    model = shard(make_model(torch.float64), "default")
+    optimizer = MAKERS["both"](model)
+    train(model, optimizer, stop=2)
+    before = {name: p.detach().to_local().clone() for name, p in model.named_parameters()}
+    backward(model, 2)
+    if dist.get_rank() == 0:
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.grad = None
+    optimizer.step()
+    after = {name: p.detach().to_local() for name, p in model.named_parameters()}
+    return {name: bool((x != before[name]).any()) for name, x in after.items() if x.numel()}
+
+
+# --- what is sent --------------------------------------------------------------------------------
+
+
+class Traffic(TorchDispatchMode):
+    """Name and bytes of what this process hands to each collective."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            given = args[1] if "alltoall" in func.__name__ else args[0]
+            tensors = given if isinstance(given, (list, tuple)) else [given]
+            name = func.__name__.split(".")[0].strip("_")
+            self.sent.append((name, sum(x.numel() * x.element_size() for x in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def traffic(layout, dtype, shapes):
+    """What one step sends after the first; `shapes` are (n, m, r)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(LoRALinear(n, m, r, dtype) for n, m, r in shapes))
+    model = shard(model, layout)
+    optimizer = MAKERS["adamw"](model)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+    with Traffic() as traffic:
+        optimizer.step()
+    return traffic.sent
+
+
+# --- replicas ------------------------------------------------------------------------------------
+
+
+def replicas(layout, dtype):
+    """The bits of this process's pieces."""
+    model = shard(make_model(dtype), layout)
+    optimizer = MAKERS["adamw"](model)
+    train(model, optimizer)
+    pieces = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    bits = b"".join(x.detach().double().numpy().tobytes() for x in pieces)
+    return dist.get_rank(), bits
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def options(flat):
+    return StateDictOptions(flatten_optimizer_state_dict=flat)
+
+
+def save(maker, layout, directory, flat, dtype):
+    """Train half of the steps, save, and go on to the end."""
+    model = shard(make_model(dtype), layout)
+    optimizer = MAKERS[maker](model)
+    train(model, optimizer, stop=STEPS // 2)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=options(flat))
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=directory)
+    train(model, optimizer, start=STEPS // 2)
+    return values(model)
+
+
+def resume(maker, layout, directory, flat, dtype):
+    """The other half of the steps, from a model that was made otherwise."""
+    model = shard(make_model(dtype, seed=1), layout)
+    optimizer = MAKERS[maker](model)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=options(flat))
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=directory)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=options(flat),
+    )
+    for p in (p for pair in optimizer._pairs for p in pair):
+        assert {x.dtype for k, x in optimizer.state[p].items() if k != "step"} <= {
+            torch.promote_types(dtype, torch.float32)
+        }
+    train(model, optimizer, start=STEPS // 2)
+    return values(model)
