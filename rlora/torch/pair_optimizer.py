@@ -6,7 +6,7 @@ saved.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,19 +15,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rlora.core.checks import check_nonnegative
-from rlora.core.errors import NamespaceError, ShapeError
+from rlora.core.errors import NamespaceError, ShapeError, ShardingError
 from rlora.pairing import PairReport, nothing_paired
-from rlora.torch.params import (
-    TensorPair,
-    as_groups,
-    as_list,
-    check_explicit,
-    check_grad,
-    expert_stacks,
-    match,
-    misfit,
-)
+from rlora.torch.matching import Pairs, check_explicit, match, split_source, what_modules_know
+from rlora.torch.pairs import TensorPair
+from rlora.torch.params import as_groups, as_list, check_grad, misfit
 from rlora.torch.plan import Plan, signature
+from rlora.torch.sharding import check_layout, is_distributed
 
 NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
 ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -40,8 +34,8 @@ class PairOptimizer(Optimizer, ABC):
     report: PairReport
     """What was paired, what is updated plainly, what was refused and why."""
 
-    _extra: tuple[str, ...] = ("report", "_adapter", "_by_hand", "_by_name", "_members", "_names")
-    _extra += ("_own", "_pairs", "_stacks")
+    _extra: tuple[str, ...] = ("report", "_adapter", "_by_hand", "_by_name", "_known", "_members")
+    _extra += ("_names", "_own", "_pairs", "_source")
     """Attributes that a copy or a pickle takes along."""
 
     def __init__(
@@ -49,7 +43,7 @@ class PairOptimizer(Optimizer, ABC):
         params: Any,
         *args: Any,
         own: dict[str, Any],
-        pairs: Iterable[TensorPair] | None,
+        pairs: Pairs,
         adapter: str | None,
         **kwargs: Any,
     ) -> None:
@@ -57,10 +51,10 @@ class PairOptimizer(Optimizer, ABC):
             msg = "differentiable=True is not supported: the step of a pair is not differentiated"
             raise ValueError(msg)
         self._adapter, self._own = adapter, tuple(own)
-        self._by_hand = list(pairs or ())
-        self._by_name = pairs is None
-        self._stacks = expert_stacks(params)
-        super().__init__(as_groups(params), *args, **kwargs)
+        self._by_hand, self._source = split_source(pairs)
+        self._by_name = not self._by_hand
+        self._known = what_modules_know(params)
+        super().__init__(as_groups(params, self._source), *args, **kwargs)
         self.defaults.update(own)
         for group in self.param_groups:
             for name, value in own.items():
@@ -87,6 +81,9 @@ class PairOptimizer(Optimizer, ABC):
     def _check_own(self, group: dict[str, Any]) -> None:
         """Refuse values of the subclass's own options that make no sense."""
 
+    _steps_pieces = False
+    """Whether the factors may be sharded."""
+
     def _choices(self, group: dict[str, Any]) -> list[Any]:
         """The options of a group that a plan is made for."""
         return [group[name] for name in self._own]
@@ -106,10 +103,23 @@ class PairOptimizer(Optimizer, ABC):
         pairs, report = check_explicit(self._by_hand, self._members)
         named = [(n, p) for n, p in zip(self._names, self._members, strict=True) if n is not None]
         if self._by_name and named:
-            found, by_name = match(named, self._stacks, self._adapter)
+            found, by_name = match(named, self._known, self._adapter, self._source)
             pairs = pairs + found
             report = replace(by_name, pairs=report.pairs + by_name.pairs)
+        self._check_layouts(pairs)
         self._pairs, self.report = pairs, report
+
+    def _check_layouts(self, pairs: list[TensorPair]) -> None:
+        """ShardingError for pairs that have been cut beyond what can be stepped."""
+        for pair in pairs:
+            check_layout(pair)
+            if is_distributed(pair.A) and not self._steps_pieces:
+                msg = (
+                    f"{type(self).__name__} needs whole factors, but those of shapes "
+                    f"{tuple(pair.A.shape)} and {tuple(pair.B.shape)} are DTensors; with FSDP2 use "
+                    f"ScaledAdamW or ScaledSGD, or {type(self).__name__} with DDP"
+                )
+                raise ShardingError(msg)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its LoRA factors are paired by name, or by a key ``pairs`` of the group.
@@ -156,18 +166,28 @@ class PairOptimizer(Optimizer, ABC):
             return self._pairs
         place = {id(p): i for i, p in enumerate(self._members)}
         successor = {id(p): p for p in now}
-        if len(now) == len(self._members) and not successor.keys() & place.keys():
+        if len(now) == len(self._members) and all(
+            p is q or id(p) not in place for p, q in zip(now, self._members, strict=True)
+        ):
             successor = {old: now[i] for old, i in place.items()}
         else:
             self._names = [self._names[place[id(p)]] if id(p) in place else None for p in now]
-        self._pairs, self._by_hand = (
-            [
-                (successor[id(a)], successor[id(b)])
-                for a, b in pairs
-                if {id(a), id(b)} <= successor.keys()
-            ]
-            for pairs in (self._pairs, self._by_hand)
-        )
+        replaced = [pair.replaced(lambda p: successor.get(id(p))) for pair in self._pairs]
+        strangers = len(successor.keys() - place.keys())
+        if strangers and None in replaced:
+            msg = (
+                f"{strangers} parameters of the groups are not those that the optimizer was built "
+                f"with, and {replaced.count(None)} pairs are gone: a training library such as "
+                f"DeepSpeed ZeRO has put others in their place; use DDP or FSDP2, or build the "
+                f"optimizer anew (new parameters are added by add_param_group)"
+            )
+            raise ShardingError(msg)
+        self._pairs = [pair for pair in replaced if pair is not None]
+        self._by_hand = [
+            (successor[id(a)], successor[id(b)], *layout)
+            for a, b, *layout in self._by_hand
+            if {id(a), id(b)} <= successor.keys()
+        ]
         self._members, self._plans = now, None
         return self._pairs
 
@@ -201,10 +221,11 @@ class PairOptimizer(Optimizer, ABC):
         choices = [self._choices(group) for group in self.param_groups]
         now = signature(pairs, self.param_groups, choices)
         if self._plans is None or self._plans[0] != now:
-            for a, b in pairs:
-                check_grad(a)
-                check_grad(b)
-                if why := misfit(a, b):
+            self._check_layouts(pairs)
+            for pair in pairs:
+                for p in pair.params:
+                    check_grad(p)
+                if why := misfit(pair.A, pair.B):
                     raise NamespaceError(why)
             self._plans = (now, self._make_plans(pairs))
         return self._plans[1]
@@ -272,7 +293,7 @@ class PairOptimizer(Optimizer, ABC):
 
     def _restore_dtypes(self, saved: dict[str, Any]) -> None:
         """Undo torch's cast of every state to its parameter's dtype."""
-        paired = {id(p) for pair in self._current_pairs() for p in pair}
+        paired = {id(p) for pair in self._current_pairs() for p in pair.moved}
         for i, p in self._owners(saved):
             for key, value in saved["state"].get(i, {}).items():
                 if isinstance(value, Tensor) and value.is_floating_point() and key != "step":

@@ -6,6 +6,7 @@ made once and serves until parameters, gradients' presence or hyperparameters ch
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -16,8 +17,7 @@ from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors
 from rlora.core.linalg import DampingMode, RankGrams, gram_powers, rank_grams
 from rlora.methods.scaled import Placement
-from rlora.pairing import flatten_kernel
-from rlora.torch.params import TensorPair
+from rlora.torch.pairs import TensorPair
 from rlora.torch.sharding import is_distributed, local
 
 Groups = list[dict[str, Any]]
@@ -33,13 +33,24 @@ class Recipe(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A factor to be moved, the tensor that stands in for it, and the factor's group."""
+    """A factor to be moved, the tensor that stands in for it, its group, and where it belongs."""
 
     param: Tensor
     stand_in: Tensor
     group: dict[str, Any]
+    pair: TensorPair
+    side: int
     live: bool = True
     """False for a factor without gradient that takes part in what processes do together."""
+
+    def read(self, stored: Tensor) -> list[Tensor]:
+        """The factors in what has the shape of the parameter."""
+        return [views[self.side].read(stored) for views in self.pair.views]
+
+    def write(self, factors: Sequence[Tensor]) -> Tensor:
+        """The inverse of `read`."""
+        parts = [v[self.side].write(x) for v, x in zip(self.pair.views, factors, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Batch:
@@ -49,7 +60,7 @@ class Batch:
     ----------
     recipe : Recipe
         Of the factors to be moved.
-    pairs : list of (Tensor, Tensor)
+    pairs : list of TensorPair
         Both factors of every pair.
     left, right : list of (int, Job)
         The A and the B factors to be moved, with the position of their pair.
@@ -64,23 +75,28 @@ class Batch:
     ) -> None:
         self.recipe = recipe
         self.pairs = pairs
-        self.left, self.right = [i for i, _ in left], [i for i, _ in right]
         self.A, self.B = [job for _, job in left], [job for _, job in right]
         self.jobs = self.A + self.B
+        ends = [*accumulate((len(pair.views) for pair in pairs), initial=0)]
+        self.left, self.right = (
+            [k for i, _ in side for k in range(ends[i], ends[i + 1])] for side in (left, right)
+        )
         self.copied = recipe.placement == "before" and not all(_is_alias(*j[:2]) for j in self.jobs)
-        self.keeps_directions = pairs[0][0].device.type == "cpu"  # in the workspace
+        self.keeps_directions = pairs[0].A.device.type == "cpu"  # in the workspace
         self.workspace: Workspace = {}
-        # Matrices are views of the factors, but for kernels whose strides do not let them be.
-        self.views = all(p.ndim == 2 for pair in pairs for p in pair)
+        self.plain = all(view.is_plain for pair in pairs for both in pair.views for view in both)
+        # Of dense parameters every reading is a view, which stays true.
+        dense = all(p.is_contiguous() for pair in pairs for p in (pair.A, pair.B))
+        self.stays = (self.plain or dense) and all(pair.middle is None for pair in pairs)
         self.params: list[Factors] = []
 
-    def matrices(self) -> list[Factors]:
-        """Both factors of every pair as matrices."""
-        return [Factors(*map(matrix, pair)) for pair in self.pairs]
+    def factors(self) -> list[Factors]:
+        """Both factors of every pair."""
+        return [factors for pair in self.pairs for factors in pair.factors()]
 
     def grads(self) -> list[Tensor]:
-        """The gradients of the factors to be moved."""
-        return [cast("Tensor", job.param.grad) for job in self.jobs]
+        """What the factors to be moved have gathered."""
+        return [cast("Tensor", job.pair.gradient(job.side)) for job in self.jobs]
 
     def prepare(self) -> list[Factors]:
         """Give every stand-in its value and its gradient; return the preconditioners."""
@@ -88,22 +104,19 @@ class Batch:
 
     def grams(self) -> list[RankGrams]:
         """The Grams of both factors of every pair."""
-        if not (self.views and self.params):
-            self.params = self.matrices()
-        like = self.params[0].A
+        if not (self.stays and self.params):
+            self.params = self.factors()
+        like, dtype = self.params[0].A, self.recipe.compute_dtype
         backend = get_backend(like)
         with backend.exact(like):
             return rank_grams(
-                backend,
-                self.params,
-                compute_dtype=self.recipe.compute_dtype,
-                workspace=self.workspace,
+                backend, self.params, compute_dtype=dtype, workspace=self.workspace
             )
 
     def direct(self, grams: list[RankGrams]) -> list[Factors]:
-        """Of `prepare` what comes after the Grams."""
+        """What `prepare` does after the Grams."""
         backend = get_backend(self.params[0].A)
-        grads = [matrix(grad) for grad in self.grads()]
+        grads = self.grads()
         with backend.exact(self.params[0].A):
             P = gram_powers(
                 self.params,
@@ -139,14 +152,12 @@ class Batch:
     def _move(self, P: list[Factors]) -> None:
         # The parent has written its whole move into zeros. Its decay has seen a zero parameter.
         backend = get_backend(self.params[0].A)
-        moves = [matrix(job.stand_in) for job in self.jobs]
         with backend.exact(self.params[0].A):
-            moves = self._precondition(backend, P, moves)
+            moves = self._precondition(backend, P, [job.stand_in for job in self.jobs])
         by_group: dict[int, list[tuple[Job, Tensor]]] = {}
         for job, move in zip(self.jobs, moves, strict=True):
-            if not job.live:
-                continue
-            by_group.setdefault(id(job.group), []).append((job, move.view(job.param.shape)))
+            if job.live:
+                by_group.setdefault(id(job.group), []).append((job, move))
         for members in by_group.values():
             group, dtype = members[0][0].group, members[0][1].dtype
             params, steps = [job.param for job, _ in members], [move for _, move in members]
@@ -157,12 +168,21 @@ class Batch:
                 torch._foreach_copy_(params, wide)
 
     def _precondition(
-        self, backend: Backend, P: list[Factors], matrices: list[Tensor]
+        self, backend: Backend, P: list[Factors], stored: list[Tensor]
     ) -> list[Tensor]:
         """``P_A G`` for the A factors and ``G P_B`` for the B factors, in the order of the jobs."""
-        of_A, of_B = matrices[: len(self.A)], matrices[len(self.A) :]
+        seen = (
+            stored
+            if self.plain
+            else [x for job, G in zip(self.jobs, stored, strict=True) for x in job.read(G)]
+        )
+        of_A, of_B = seen[: len(self.left)], seen[len(self.left) :]
         left = backend.apply_left([P[i].A for i in self.left], of_A, self.workspace)
-        return left + backend.apply_right(of_B, [P[i].B for i in self.right], self.workspace)
+        right = backend.apply_right(of_B, [P[i].B for i in self.right], self.workspace)
+        if self.plain:
+            return left + right
+        done = iter(left + right)
+        return [job.write([next(done) for _ in job.pair.views]) for job in self.jobs]
 
 
 class Work(Protocol):
@@ -224,7 +244,7 @@ def signature(
     """What a plan depends on: it is made anew when this changes."""
     seen = []
     for pair in pairs:
-        for p in pair:
+        for p in pair.params:
             grad = p.grad
             seen.append((local(p).data_ptr(), p.dtype, type(grad), grad.layout if grad is not None else 0))
     return seen, choices, [(id(group), len(group["params"])) for group in groups]
@@ -233,13 +253,13 @@ def signature(
 def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain: bool) -> Plan:
     """The plan for the factors in `sides` ("A", "B", "AB"), and for plain parameters or not."""
     group_of = {id(p): group for group in groups for p in group["params"]}
-    cut = [pair for pair in pairs if is_distributed(pair[0])]
+    cut = [pair for pair in pairs if is_distributed(pair.A)]
     work: dict[Any, tuple[list[TensorPair], list[Any], list[Any]]] = {}
     stand_ins: dict[int, Tensor] = {}
     place: dict[Any, int] = {}  # of a pair in its batch
     for k, pair in enumerate(pairs):
-        for side, (letter, p) in enumerate(zip("AB", pair, strict=True)):
-            if letter not in sides or p.grad is None or is_distributed(p):
+        for side, (letter, p) in enumerate(zip("AB", pair[:2], strict=True)):
+            if letter not in sides or is_distributed(p) or pair.gradient(side) is None:
                 continue
             group = group_of[id(p)]
             recipe = recipe_of(group)
@@ -249,14 +269,14 @@ def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain:
             i = place.setdefault((key, k), len(batch))
             if i == len(batch):
                 batch.append(pair)
-            jobs[side].append((i, Job(p, stand_in, group)))
+            jobs[side].append((i, Job(p, stand_in, group, pair, side)))
     batches: list[Work] = [Batch(key[0], *parts) for key, parts in work.items()]
     if cut:
         from rlora.torch.sharded import sharded_work  # DTensors take half a second to import
 
         theirs, pieces = sharded_work(cut, group_of, sides)
         batches, stand_ins = [*batches, *theirs], {**stand_ins, **pieces}
-    paired = {id(p) for pair in pairs for p in pair}
+    paired = {id(p) for pair in pairs for p in pair.moved}
     params = [
         [
             (p, stand_ins.get(id(p), p))
@@ -266,13 +286,6 @@ def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain:
         for group in groups
     ]
     return Plan(batches, params)
-
-
-def matrix(p: Tensor) -> Tensor:
-    """A factor or gradient as a matrix; a convolution's kernel belongs to its input side."""
-    if p.requires_grad:
-        p = p.detach()
-    return p if p.ndim == 2 else p.reshape(cast("tuple[int, int]", flatten_kernel(tuple(p.shape))))
 
 
 def _stand_in(p: Tensor, placement: Placement) -> Tensor:

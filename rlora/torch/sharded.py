@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 from rlora.core.backend import Backend
 from rlora.core.factors import Factors
 from rlora.core.linalg import RankGrams
-from rlora.torch.params import TensorPair
+from rlora.torch.pairs import TensorPair
 from rlora.torch.plan import Batch, Job, Recipe, recipe_of
-from rlora.torch.sharding import cut_dims, local
+from rlora.torch.sharding import cut_dims, local, mesh_of
 
 
 class Exchange:
@@ -109,8 +109,8 @@ class ShardedBatch(Batch):
     ----------
     recipe : Recipe
         Of the factors to be moved.
-    pairs : list of (DTensor, DTensor)
-        Both factors of every pair.
+    pairs : list of TensorPair
+        Of DTensors.
     moving : list of Moving
         The factors to be moved.
     summed : list of int
@@ -118,14 +118,14 @@ class ShardedBatch(Batch):
     """
 
     def __init__(
-        self, recipe: Recipe, pairs: list[Any], moving: list[Moving], summed: list[int]
+        self, recipe: Recipe, pairs: list[TensorPair], moving: list[Moving], summed: list[int]
     ) -> None:
         self.moving = sorted(moving, key=lambda factor: factor.side)
-        factors = [(pair[side], side) for side in (0, 1) for pair in pairs]
+        factors: list[tuple[Any, int]] = [(pair[side], side) for side in (0, 1) for pair in pairs]
         self.of_factors = Exchange(factors)
         self.of_jobs = Exchange([(f.param, f.side) for f in self.moving])
         # What several processes have is counted once, where the coordinates are 0.
-        mesh = pairs[0][0].device_mesh
+        mesh = mesh_of(pairs[0].A)
         self.copies = [
             any(mesh.get_local_rank(d) and p.placements[d].is_replicate() for d in summed)
             for p, _ in factors
@@ -133,12 +133,12 @@ class ShardedBatch(Batch):
         sides: tuple[list[tuple[int, Job]], list[tuple[int, Job]]] = ([], [])
         for f in self.moving:
             live = f.param.grad is not None
-            job = Job(local(f.param), local(f.stand_in), f.group, live)
+            job = Job(local(f.param), local(f.stand_in), f.group, pairs[f.pair], f.side, live)
             sides[f.side].append((f.pair, job))
         super().__init__(recipe, pairs, *sides)
-        self.views = not self.of_factors.places
+        self.stays = not self.of_factors.places
 
-    def matrices(self) -> list[Factors]:
+    def factors(self) -> list[Factors]:
         """The pieces, of which each has whole columns of A or whole rows of B."""
         pieces = [local(pair[side]) for side in (0, 1) for pair in self.pairs]
         pieces = self.of_factors.to_columns(pieces)
@@ -172,9 +172,9 @@ class ShardedBatch(Batch):
             factor.stand_in.grad = None
 
     def _precondition(
-        self, backend: Backend, P: list[Factors], matrices: list[Tensor]
+        self, backend: Backend, P: list[Factors], stored: list[Tensor]
     ) -> list[Tensor]:
-        columns = self.of_jobs.to_columns(matrices)
+        columns = self.of_jobs.to_columns(stored)
         return self.of_jobs.to_rows(super()._precondition(backend, P, columns))
 
 
@@ -218,8 +218,8 @@ def sharded_work(
 
     Parameters
     ----------
-    pairs : iterable of (DTensor, DTensor)
-        Each with both factors on one mesh.
+    pairs : iterable of TensorPair
+        Of DTensors, each with both factors on one mesh.
     group_of : dict of int to group
         By the id of a parameter.
     sides : {"A", "B", "AB"}
@@ -227,7 +227,7 @@ def sharded_work(
     """
     by_mesh: dict[Any, list[TensorPair]] = {}
     for pair in pairs:
-        by_mesh.setdefault(getattr(pair[0], "device_mesh"), []).append(pair)
+        by_mesh.setdefault(mesh_of(pair.A), []).append(pair)
     work, stand_ins = [], {}
     for mesh, members in by_mesh.items():
         batches, summed = _batches(members, group_of, sides)
@@ -244,8 +244,8 @@ def _batches(
     parts: dict[Any, tuple[list[TensorPair], list[Moving]]] = {}
     place: dict[Any, int] = {}
     for k, pair in enumerate(pairs):
-        exchanged = [d for side, p in enumerate(pair) for d in cut_dims(p, side)]
-        for side, (letter, p) in enumerate(zip("AB", pair, strict=True)):
+        exchanged = [d for side in (0, 1) for d in cut_dims(pair[side], side)]
+        for side, (letter, p) in enumerate(zip("AB", pair[:2], strict=True)):
             if letter not in sides or not p.requires_grad:
                 continue
             group = group_of[id(p)]
@@ -256,7 +256,7 @@ def _batches(
             if i == len(members):
                 members.append(pair)
             moving.append(Moving(i, side, p, _stand_in(p, recipe.placement), group))
-    factors = [p for pair in pairs for p in pair]
+    factors = [p for pair in pairs for p in pair[:2]]
     summed = sorted({d for p in factors for axis in (0, 1) for d in cut_dims(p, axis)})
     return [ShardedBatch(key[0], *part, summed) for key, part in parts.items()], summed
 

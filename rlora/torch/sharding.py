@@ -1,4 +1,4 @@
-"""What a sharding scheme may have done to the factors, and what can be stepped of it."""
+"""What a sharding scheme may have done to the factors: what can be stepped, and what is refused."""
 
 import re
 import sys
@@ -6,14 +6,27 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlora.core.errors import ShardingError
+from rlora.pairing import find_pairs
+from rlora.torch.pairs import TensorPair
+
+FACTOR = re.compile(r"lora_|_lora\b|\.linear_(in|out)\b")
+"""In the names of factors."""
+
+PARTNERS = (("lora_A", "lora_B"), ("lora_a", "lora_b"), ("linear_in", "linear_out"))
 
 
 def is_distributed(p: Any) -> bool:
     """Whether a tensor is a DTensor, without importing the distributed package."""
     return hasattr(p, "device_mesh")
+
+
+def mesh_of(p: Any) -> Any:
+    """The device mesh of a DTensor."""
+    return p.device_mesh
 
 
 def local(p: Any) -> Tensor:
@@ -26,6 +39,112 @@ def local(p: Any) -> Tensor:
 def cut_dims(p: Any, axis: int) -> list[int]:
     """The dimensions of the mesh along which an axis of a DTensor is cut."""
     return [d for d, place in enumerate(p.placements) if getattr(place, "dim", None) == axis]
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
+    """ShardingError when a LoRA factor is a piece of itself that does not say so as a DTensor."""
+    tensors = dict(named)
+    for name, p in tensors.items():
+        if why := _flattened(name, p) or (FACTOR.search(name) and _cut(name, p, tensors)):
+            raise ShardingError(f"{name} {why}")
+
+
+def _flattened(name: str, p: Tensor) -> str | None:
+    flat = p.ndim == 1 and not re.search(r"bias$|magnitude|alpha$|scal", name)
+    if "_flat_param" in name or (flat and FACTOR.search(name)):
+        return (
+            f"has shape {tuple(p.shape)}: FSDP or ZeRO has flattened what it is made of, and no "
+            f"Gram can be taken of that; shard with fully_shard (FSDP2), or use DDP"
+        )
+    return None
+
+
+def _cut(name: str, p: Any, tensors: dict[str, Tensor]) -> str | None:
+    if hasattr(p, "ds_id"):
+        return (
+            "is partitioned by DeepSpeed ZeRO; use its stage 0, which is plain data parallel, or "
+            "fully_shard (FSDP2)"
+        )
+    if getattr(p, "tensor_model_parallel", False) and _tensor_parallel():
+        return (
+            f"has the rows or columns of one tensor-parallel process only (partition_dim = "
+            f"{getattr(p, 'partition_dim', None)}), as a plain tensor; use a tensor-parallel size "
+            f"of 1 with DDP or FSDP2, or DTensors (torch.distributed.tensor.parallel)"
+        )
+    for a, b in PARTNERS:
+        partner = tensors.get(name.replace(a, b)) if a in name else None
+        if partner is None or not p.ndim == partner.ndim == 2 or is_distributed(p):
+            continue
+        parts, rest = divmod(partner.shape[1], max(p.shape[0], 1))
+        if parts > 1 and not rest and _processes() % parts == 0:
+            return (
+                f"has {p.shape[0]} rows and its partner {partner.shape[1]} columns, with "
+                f"{_processes()} processes: it seems cut along the rank by tensor parallelism; "
+                f"keep the adapters whole, with DDP or FSDP2"
+            )
+    return None
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _tensor_parallel() -> bool:
+    """Whether Megatron cuts tensors; its attributes are there with a single process too."""
+    megatron: Any = sys.modules.get("megatron.core.parallel_state")
+    size = megatron.get_tensor_model_parallel_world_size() if megatron else _processes()
+    return bool(size > 1)
+
+
+def check_layout(pair: TensorPair) -> None:
+    """ShardingError for a pair whose pieces cannot be stepped."""
+    for p, views in zip(pair[:2], zip(*pair.views, strict=True), strict=True):
+        stored = views[0].stored
+        if len(views) == 1 and tuple(p.shape) != stored:
+            msg = (
+                f"a factor of shape {stored} has become one of {tuple(p.shape)}: it has been "
+                f"flattened or cut after the optimizer was built; shard with fully_shard (FSDP2), "
+                f"or use DDP"
+            )
+            raise ShardingError(msg)
+    distributed = [is_distributed(p) for p in pair.params]
+    if not any(distributed):
+        return
+    shapes = f"A {tuple(pair.A.shape)} and B {tuple(pair.B.shape)}"
+    if not all(distributed) or len({mesh_of(p) for p in pair.params}) > 1:
+        msg = (
+            f"the factors {shapes} are not on one device mesh; shard both by one call of "
+            f"fully_shard, or none"
+        )
+        raise ShardingError(msg)
+    plain = all(view.is_plain and len(view.stored) == 2 for both in pair.views for view in both)
+    if not plain or pair.middle is not None or any(pair.twins):
+        msg = (
+            f"the factors {shapes} are sharded, and no plain matrices (r, n) and (m, r) of one "
+            f"product; keep these layers whole: ignored_params of fully_shard, or DDP"
+        )
+        raise ShardingError(msg)
+    _check_placements(pair, shapes)
+
+
+def _check_placements(pair: TensorPair, shapes: str) -> None:
+    placements = [getattr(p, "placements") for p in pair[:2]]
+    ranks = [d for side in (0, 1) for d in cut_dims(pair[side], side)]
+    strided = any(hasattr(placements[0][d], "split_factor") for d in ranks)
+    partial = any(place.is_partial() for places in placements for place in places)
+    if partial or strided or len(set(ranks)) > 1:
+        msg = (
+            f"the factors {shapes} have placements {placements[0]} and {placements[1]}, but the "
+            f"rank axis may be cut along one dimension of the mesh, in contiguous pieces, and none "
+            f"may be partial; see rlora.torch.shard_placement"
+        )
+        raise ShardingError(msg)
+
+
+# --- how to shard ---------------------------------------------------------------------------------
 
 
 def shard_placement(model: nn.Module, mesh: Any = None) -> Callable[[nn.Parameter], Any]:
@@ -56,14 +175,12 @@ def shard_placement(model: nn.Module, mesh: Any = None) -> Callable[[nn.Paramete
     ...         fully_shard(block, shard_placement_fn=placement)
     ...     fully_shard(model, shard_placement_fn=placement)
     """
-    from torch.distributed import get_world_size
     from torch.distributed.tensor import Shard  # half a second
 
-    from rlora.torch.params import find_pairs
-
-    parts = get_world_size() if mesh is None else mesh.size(-1)
+    parts = dist.get_world_size() if mesh is None else mesh.size(-1)
     named = dict(model.named_parameters())
-    wide = {id(named[pair.a]) for pair in find_pairs(model)}
+    plain = [pair for pair in find_pairs(named) if all(v.is_plain for v in pair.views[0])]
+    wide = {id(named[pair.a]) for pair in plain}
 
     def placement(param: nn.Parameter) -> Any:
         return Shard(1) if id(param) in wide and param.shape[1] % parts == 0 else None

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,7 +58,8 @@ def shard(model, layout):
     if layout == "ddp":
         return DistributedDataParallel(model)
     world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (2, world // 2) if layout == "hsdp" else (world,))
+    sizes = (2, world // 2) if layout == "hsdp" else (world,)
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :])
     placement = rlora.torch.shard_placement(model, mesh) if layout == "columns" else None
     for module in [m for m in model if isinstance(m, LoRALinear)] + [model]:
         fully_shard(module, mesh=mesh, shard_placement_fn=placement)
@@ -94,6 +96,20 @@ def whole(x):
 
 def values(model):
     return {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}
+
+
+def trained_on_given_gradients(layout, dtype):
+    """The same gradients for all processes, so that only the optimizer can differ."""
+    model = shard(make_model(dtype), layout)
+    optimizer = MAKERS["adamw"](model)
+    g = torch.Generator().manual_seed(5)
+    for _ in range(STEPS):
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.grad = torch.randn(p.shape, generator=g).to(dtype)
+            if layout is not None:
+                p.grad = distribute_tensor(p.grad, p.device_mesh, p.placements)
+        optimizer.step()
+    return values(model)
 
 
 def trained(maker, layout, dtype=torch.float64):
