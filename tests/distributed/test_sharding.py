@@ -16,9 +16,14 @@ def assert_equal(found, expected, atol):
             np.testing.assert_allclose(x, expected[name], rtol=0, atol=atol, err_msg=name)
 
 
-@world
-@pytest.mark.parametrize("layout", ["default", "columns"])
-@pytest.mark.parametrize("maker", runs.MAKERS)
+@pytest.mark.parametrize(
+    ("maker", "layout", "world"),
+    [
+        *((maker, "default", 4) for maker in runs.MAKERS),
+        *((maker, "columns", 4) for maker in ("adamw", "both", "groups")),
+        *((maker, layout, 2) for maker in ("fused", "sgd") for layout in ("default", "columns")),
+    ],
+)
 def test_equals_one_process(groups, maker, layout, world):
     """20 steps in float64, so that only the order of sums differs: a few eps, grown by the steps."""
     found = groups(world).run(runs.trained, maker, layout)
@@ -101,3 +106,13 @@ def test_resume_on_other_numbers_of_processes(groups, tmp_path, maker, layout, f
     atol = 1e-12 if dtype is torch.float64 else 0.02  # bfloat16 gradients: as above
     assert_equal(groups(4).run(runs.resume, maker, layout, *there), expected, atol)
     assert_equal(groups(1).run(runs.resume, maker, None, *there), expected, atol)
+
+
+@pytest.mark.parametrize("loads_on_one", [False, True])
+@pytest.mark.parametrize(("maker", "world"), [("adamw", 2), ("both", 4)])
+def test_accelerate_runs_the_same_job(groups, tmp_path, maker, world, loads_on_one):
+    """It swaps the parameters of an optimizer that is there already, and resumes in the middle."""
+    pytest.importorskip("accelerate")
+    there = (torch.float64, str(tmp_path), loads_on_one)
+    found = groups(world).run(runs.trained_with_accelerate, maker, *there)
+    assert_equal(found, runs.trained(maker, None), atol=1e-12)

@@ -238,3 +238,46 @@ def resume(maker, layout, directory, flat, dtype):
         }
     train(model, optimizer, start=STEPS // 2)
     return values(model)
+
+
+# --- accelerate ----------------------------------------------------------------------------------
+
+
+def trained_with_accelerate(maker, dtype, directory, loads_on_one):
+    """A loop as accelerate has it, interrupted by a checkpoint and another accelerator."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    def prepared(seed):
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LoRALinear"],
+            cpu_ram_efficient_loading=loads_on_one,
+        )
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState(cpu=True)
+        # accelerate shards on what it takes for accelerators only; all that follows is its own.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        accelerator = Accelerator(fsdp_plugin=plugin)
+        assert accelerator.is_fsdp2
+        model = make_model(dtype, seed)
+        model, optimizer = accelerator.prepare(model, MAKERS[maker](model))
+        return accelerator, model, optimizer
+
+    def go_on(start, stop):
+        for t in range(start, stop):
+            x, y = share_of_batch(t, dtype)
+            loss = (model(x) - y).square().mean()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    accelerator, model, optimizer = prepared(seed=0)
+    go_on(0, STEPS // 2)
+    accelerator.save_state(directory)
+    accelerator, model, optimizer = prepared(seed=1)
+    accelerator.load_state(directory)
+    go_on(STEPS // 2, STEPS)
+    return values(model)
