@@ -54,7 +54,9 @@ class Processes:
 
 
 def _serve(end, rank, world, store):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    # What torchrun would set; the store is a file, so nothing listens at the address.
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", MASTER_ADDR="localhost")
+    os.environ.update(WORLD_SIZE=f"{world}", LOCAL_WORLD_SIZE=f"{world}", MASTER_PORT="29500")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of torch.distributed's own code
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
