@@ -60,9 +60,7 @@ def preconditioners(
         the right.
     """
     grams = rank_grams(backend, params, compute_dtype=compute_dtype, workspace=workspace)
-    return gram_powers(
-        params, grams, exponent=exponent, damping=damping, damping_mode=damping_mode
-    )
+    return gram_powers(params, grams, exponent=exponent, damping=damping, damping_mode=damping_mode)
 
 
 class RankGrams(NamedTuple):

@@ -25,8 +25,8 @@ from rlora.torch.offsets import (
     save_offsets,
 )
 from rlora.torch.scaled import ScaledAdamW, ScaledSGD
-from rlora.torch.sharding import shard_placement
 from rlora.torch.sd_lora import SDLoRALinear, add_sd_lora, parameter_groups
+from rlora.torch.sharding import shard_placement
 from rlora.torch.wrap import class_name, optimizer_class, precondition
 
 __all__ = [

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rlora.core.errors import PairingError, ShardingError
-from rlora.torch.sharding import check_whole, is_distributed
+from rlora.torch.pairs import is_distributed
+from rlora.torch.sharding import check_whole
 
 FACTORS = (("lora_A", "lora_B"), ("lora_a", "lora_b"))
 """Names of the two factors on the module that holds them; torchtune writes them small."""

@@ -26,7 +26,7 @@ class GramPreconditioned(PairOptimizer):
     """Whether both factors move at once, or B after A."""
 
     _extra = (*PairOptimizer._extra, "order")
-    _steps_pieces = True
+    steps_pieces = True
 
     def __init__(
         self,

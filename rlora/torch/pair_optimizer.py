@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rlora.core.checks import check_nonnegative
-from rlora.core.errors import NamespaceError, ShapeError, ShardingError
+from rlora.core.errors import NamespaceError, ShapeError
 from rlora.pairing import PairReport, nothing_paired
 from rlora.torch.matching import Pairs, check_explicit, match, split_source, what_modules_know
-from rlora.torch.pairs import TensorPair
+from rlora.torch.pairs import TensorPair, signature
 from rlora.torch.params import as_groups, as_list, check_grad, misfit
-from rlora.torch.plan import Plan, signature
-from rlora.torch.sharding import check_layout, is_distributed
+from rlora.torch.plan import Plan
+from rlora.torch.sharding import check_layouts, check_saved, check_swap
 
 NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
 ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -81,7 +81,7 @@ class PairOptimizer(Optimizer, ABC):
     def _check_own(self, group: dict[str, Any]) -> None:
         """Refuse values of the subclass's own options that make no sense."""
 
-    _steps_pieces = False
+    steps_pieces = False
     """Whether the factors may be sharded."""
 
     def _choices(self, group: dict[str, Any]) -> list[Any]:
@@ -106,20 +106,8 @@ class PairOptimizer(Optimizer, ABC):
             found, by_name = match(named, self._known, self._adapter, self._source)
             pairs = pairs + found
             report = replace(by_name, pairs=report.pairs + by_name.pairs)
-        self._check_layouts(pairs)
+        check_layouts(pairs, self)
         self._pairs, self.report = pairs, report
-
-    def _check_layouts(self, pairs: list[TensorPair]) -> None:
-        """ShardingError for pairs that have been cut beyond what can be stepped."""
-        for pair in pairs:
-            check_layout(pair)
-            if is_distributed(pair.A) and not self._steps_pieces:
-                msg = (
-                    f"{type(self).__name__} needs whole factors, but those of shapes "
-                    f"{tuple(pair.A.shape)} and {tuple(pair.B.shape)} are DTensors; with FSDP2 use "
-                    f"ScaledAdamW or ScaledSGD, or {type(self).__name__} with DDP"
-                )
-                raise ShardingError(msg)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its LoRA factors are paired by name, or by a key ``pairs`` of the group.
@@ -173,15 +161,7 @@ class PairOptimizer(Optimizer, ABC):
         else:
             self._names = [self._names[place[id(p)]] if id(p) in place else None for p in now]
         replaced = [pair.replaced(lambda p: successor.get(id(p))) for pair in self._pairs]
-        strangers = len(successor.keys() - place.keys())
-        if strangers and None in replaced:
-            msg = (
-                f"{strangers} parameters of the groups are not those that the optimizer was built "
-                f"with, and {replaced.count(None)} pairs are gone: a training library such as "
-                f"DeepSpeed ZeRO has put others in their place; use DDP or FSDP2, or build the "
-                f"optimizer anew (new parameters are added by add_param_group)"
-            )
-            raise ShardingError(msg)
+        check_swap(strangers=len(successor.keys() - place.keys()), gone=replaced.count(None))
         self._pairs = [pair for pair in replaced if pair is not None]
         self._by_hand = [
             (successor[id(a)], successor[id(b)], *layout)
@@ -221,7 +201,7 @@ class PairOptimizer(Optimizer, ABC):
         choices = [self._choices(group) for group in self.param_groups]
         now = signature(pairs, self.param_groups, choices)
         if self._plans is None or self._plans[0] != now:
-            self._check_layouts(pairs)
+            check_layouts(pairs, self)
             for pair in pairs:
                 for p in pair.params:
                     check_grad(p)
@@ -246,8 +226,9 @@ class PairOptimizer(Optimizer, ABC):
 
         Raises
         ------
-        ShapeError
-            When a saved moment has another shape than its parameter; nothing has been loaded then.
+        ShapeError, ShardingError
+            When a saved moment has another shape than its parameter, or is whole and the parameter
+            is sharded, or the other way round; nothing has been loaded then.
         """
         incoming: list[dict[str, Any]] = []
 
@@ -278,6 +259,7 @@ class PairOptimizer(Optimizer, ABC):
         for i, p in self._owners(saved):
             for key, shape in self._state_shapes(p).items():
                 value = saved["state"].get(i, {}).get(key)
+                check_saved(f"{key} of parameter {i}", value, p)
                 if isinstance(value, Tensor) and value.shape != shape:
                     msg = (
                         f"saved {key} of parameter {i} has shape {tuple(value.shape)}, but that of "

@@ -1,6 +1,5 @@
 """From what people hand to a torch optimizer to named groups, and what a factor must be."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 
 from rlora.core.errors import NamespaceError, ShardingError
 from rlora.pairing import Source, find_pairs as find_named_pairs
-from rlora.torch.sharding import is_distributed
+from rlora.torch.pairs import is_distributed
 
 
 def trainable(model: nn.Module, pairs: Source | None = None) -> list[tuple[str, Tensor]]:

@@ -5,7 +5,7 @@ made once and serves until parameters, gradients' presence or hyperparameters ch
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -17,8 +17,7 @@ from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors
 from rlora.core.linalg import DampingMode, RankGrams, gram_powers, rank_grams
 from rlora.methods.scaled import Placement
-from rlora.torch.pairs import TensorPair
-from rlora.torch.sharding import is_distributed, local
+from rlora.torch.pairs import TensorPair, is_distributed
 
 Groups = list[dict[str, Any]]
 
@@ -109,9 +108,7 @@ class Batch:
         like, dtype = self.params[0].A, self.recipe.compute_dtype
         backend = get_backend(like)
         with backend.exact(like):
-            return rank_grams(
-                backend, self.params, compute_dtype=dtype, workspace=self.workspace
-            )
+            return rank_grams(backend, self.params, compute_dtype=dtype, workspace=self.workspace)
 
     def direct(self, grams: list[RankGrams]) -> list[Factors]:
         """What `prepare` does after the Grams."""
@@ -236,18 +233,6 @@ class Plan(NamedTuple):
 def recipe_of(group: dict[str, Any]) -> Recipe:
     """The preconditioner's hyperparameters of a parameter group."""
     return Recipe(*(group[name] for name in Recipe._fields))
-
-
-def signature(
-    pairs: Iterable[TensorPair], groups: Groups, choices: Sequence[Any]
-) -> tuple[Any, ...]:
-    """What a plan depends on: it is made anew when this changes."""
-    seen = []
-    for pair in pairs:
-        for p in pair.params:
-            grad = p.grad
-            seen.append((local(p).data_ptr(), p.dtype, type(grad), grad.layout if grad is not None else 0))
-    return seen, choices, [(id(group), len(group["params"])) for group in groups]
 
 
 def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain: bool) -> Plan:

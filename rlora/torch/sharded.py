@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 from rlora.core.backend import Backend
 from rlora.core.factors import Factors
 from rlora.core.linalg import RankGrams
-from rlora.torch.pairs import TensorPair
+from rlora.torch.pairs import TensorPair, local
 from rlora.torch.plan import Batch, Job, Recipe, recipe_of
-from rlora.torch.sharding import cut_dims, local, mesh_of
+from rlora.torch.sharding import cut_dims, mesh_of
 
 
 class Exchange:
@@ -59,7 +59,7 @@ class Exchange:
         self, pieces: list[Tensor], cut: list[list[int]], joined: list[list[int]], axis: int
     ) -> list[Tensor]:
         """Each matrix cut along `axis`, sent, and what came joined along the other one."""
-        turned = [pieces[k].mT if side else pieces[k] for k, side in self.places]
+        turned: list[Any] = [pieces[k].mT if side else pieces[k] for k, side in self.places]
         blocks = [x.split(sizes, axis) for x, sizes in zip(turned, cut, strict=True)]
         to_each = [torch.cat([b.reshape(-1) for b in row]) for row in zip(*blocks, strict=True)]
         shapes = [
@@ -67,7 +67,7 @@ class Exchange:
             for sizes, mine in zip(joined, cut, strict=True)
         ]
         from_each = [[prod(shape) for shape in row] for row in zip(*shapes, strict=True)]
-        inbox = to_each[0].new_empty(sum(map(sum, from_each)))
+        inbox: Any = to_each[0].new_empty(sum(map(sum, from_each)))
         dist.all_to_all_single(
             inbox,
             torch.cat(to_each),
@@ -79,7 +79,9 @@ class Exchange:
         parts = zip(*([next(came) for _ in shapes] for _ in from_each), strict=True)
         result = list(pieces)
         for (k, side), each, sizes in zip(self.places, parts, shapes, strict=True):
-            x = torch.cat([part.view(size) for part, size in zip(each, sizes, strict=True)], 1 - axis)
+            x = torch.cat(
+                [part.view(size) for part, size in zip(each, sizes, strict=True)], 1 - axis
+            )
             result[k] = x.mT if side else x
         return result
 
@@ -198,7 +200,9 @@ class ShardedWork:
     def _sum(self, stacks: list[Tensor]) -> None:
         """Over all processes, in place, the upper halves in one message."""
         halves = [torch.triu_indices(*S.shape[1:], device=S.device) for S in stacks]
-        message = torch.cat([S[:, i, j].reshape(-1) for S, (i, j) in zip(stacks, halves, strict=True)])
+        message: Any = torch.cat(
+            [S[:, i, j].reshape(-1) for S, (i, j) in zip(stacks, halves, strict=True)]
+        )
         for group in self.groups:
             dist.all_reduce(message, group=group)
         sizes = [len(S) * half.shape[1] for S, half in zip(stacks, halves, strict=True)]
@@ -271,7 +275,7 @@ def _stand_in(p: Any, placement: str) -> DTensor:
     return _like(p, torch.empty(piece.shape, dtype=wide, device=piece.device))
 
 
-def _like(p: Any, piece: Tensor) -> DTensor:
+def _like(p: Any, piece: Any) -> DTensor:
     """A DTensor laid out as another is."""
     return DTensor.from_local(
         piece, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
@@ -283,4 +287,6 @@ def _piece_of_grad(p: Any) -> Tensor:
     if p.grad is None:
         return torch.zeros_like(local(p))
     grad = p.grad
-    return local(grad if grad.placements == p.placements else grad.redistribute(placements=p.placements))
+    return local(
+        grad if grad.placements == p.placements else grad.redistribute(placements=p.placements)
+    )

@@ -5,13 +5,12 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlora.core.errors import ShardingError
 from rlora.pairing import find_pairs
-from rlora.torch.pairs import TensorPair
+from rlora.torch.pairs import TensorPair, is_distributed
 
 FACTOR = re.compile(r"lora_|_lora\b|\.linear_(in|out)\b")
 """In the names of factors."""
@@ -19,21 +18,9 @@ FACTOR = re.compile(r"lora_|_lora\b|\.linear_(in|out)\b")
 PARTNERS = (("lora_A", "lora_B"), ("lora_a", "lora_b"), ("linear_in", "linear_out"))
 
 
-def is_distributed(p: Any) -> bool:
-    """Whether a tensor is a DTensor, without importing the distributed package."""
-    return hasattr(p, "device_mesh")
-
-
 def mesh_of(p: Any) -> Any:
     """The device mesh of a DTensor."""
     return p.device_mesh
-
-
-def local(p: Any) -> Tensor:
-    """The piece of a DTensor that this process has; another tensor itself."""
-    with torch.no_grad():
-        piece: Tensor = p.to_local() if is_distributed(p) else p
-    return piece
 
 
 def cut_dims(p: Any, axis: int) -> list[int]:
@@ -49,12 +36,13 @@ def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
     tensors = dict(named)
     for name, p in tensors.items():
         if why := _flattened(name, p) or (FACTOR.search(name) and _cut(name, p, tensors)):
-            raise ShardingError(f"{name} {why}")
+            msg = f"{name} {why}"
+            raise ShardingError(msg)
 
 
 def _flattened(name: str, p: Tensor) -> str | None:
     flat = p.ndim == 1 and not re.search(r"bias$|magnitude|alpha$|scal", name)
-    if "_flat_param" in name or (flat and FACTOR.search(name)):
+    if ("_flat_param" in name and p.requires_grad) or (flat and FACTOR.search(name)):
         return (
             f"has shape {tuple(p.shape)}: FSDP or ZeRO has flattened what it is made of, and no "
             f"Gram can be taken of that; shard with fully_shard (FSDP2), or use DDP"
@@ -99,8 +87,43 @@ def _tensor_parallel() -> bool:
     return bool(size > 1)
 
 
-def check_layout(pair: TensorPair) -> None:
-    """ShardingError for a pair whose pieces cannot be stepped."""
+def check_layouts(pairs: Iterable[TensorPair], optimizer: Any) -> None:
+    """ShardingError for pairs that have been cut beyond what an optimizer can step."""
+    for pair in pairs:
+        _check_layout(pair)
+        if is_distributed(pair.A) and not optimizer.steps_pieces:
+            name = type(optimizer).__name__
+            msg = (
+                f"{name} needs whole factors, but those of shapes {tuple(pair.A.shape)} and "
+                f"{tuple(pair.B.shape)} are DTensors; with FSDP2 use ScaledAdamW or ScaledSGD, or "
+                f"{name} with DDP"
+            )
+            raise ShardingError(msg)
+
+
+def check_swap(strangers: int, gone: int) -> None:
+    """ShardingError when pairs have vanished as unknown parameters came into the groups."""
+    if strangers and gone:
+        msg = (
+            f"{strangers} parameters of the groups are not those that the optimizer was built "
+            f"with, and {gone} pairs are gone: a training library such as DeepSpeed ZeRO has put "
+            f"others in their place; use DDP or FSDP2, or build the optimizer anew (new parameters "
+            f"are added by add_param_group)"
+        )
+        raise ShardingError(msg)
+
+
+def check_saved(what: str, value: Any, p: Tensor) -> None:
+    """ShardingError when a saved tensor is whole and its parameter sharded, or the other way."""
+    if isinstance(value, Tensor) and is_distributed(value) != is_distributed(p):
+        msg = (
+            f"saved {what} is a {type(value).__name__}, the parameter a {type(p).__name__}; load "
+            f"with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )
+        raise ShardingError(msg)
+
+
+def _check_layout(pair: TensorPair) -> None:
     for p, views in zip(pair[:2], zip(*pair.views, strict=True), strict=True):
         stored = views[0].stored
         if len(views) == 1 and tuple(p.shape) != stored:
@@ -131,11 +154,12 @@ def check_layout(pair: TensorPair) -> None:
 
 
 def _check_placements(pair: TensorPair, shapes: str) -> None:
-    placements = [getattr(p, "placements") for p in pair[:2]]
-    ranks = [d for side in (0, 1) for d in cut_dims(pair[side], side)]
-    strided = any(hasattr(placements[0][d], "split_factor") for d in ranks)
+    factors: tuple[Any, Any] = pair[:2]
+    placements = [p.placements for p in factors]
+    ranks = [(side, d) for side, p in enumerate(factors) for d in cut_dims(p, side)]
+    strided = any(hasattr(placements[side][d], "split_factor") for side, d in ranks)
     partial = any(place.is_partial() for places in placements for place in places)
-    if partial or strided or len(set(ranks)) > 1:
+    if partial or strided or len({d for _, d in ranks}) > 1:
         msg = (
             f"the factors {shapes} have placements {placements[0]} and {placements[1]}, but the "
             f"rank axis may be cut along one dimension of the mesh, in contiguous pieces, and none "

@@ -37,6 +37,12 @@ def test_hsdp_equals_one_process(groups, maker):
     assert_equal(found, runs.trained(maker, None), atol=1e-12)
 
 
+@pytest.mark.parametrize("maker", ["adamw", "both", "gauss-seidel"])
+def test_any_layout_on_a_mesh_of_two_dimensions(groups, maker):
+    expected = runs.trained_in_any_layout(maker, sharded=False)
+    assert_equal(groups(4).run(runs.trained_in_any_layout, maker, True), expected, atol=1e-12)
+
+
 @world
 @pytest.mark.parametrize("layout", ["default", "columns"])
 def test_single_precision_equals_one_process(groups, layout, world):
@@ -93,11 +99,21 @@ def test_replicas_keep_the_same_bits(groups, dtype):
 
 @world
 def test_ddp_equals_one_process(groups, world):
-    assert_equal(groups(world).run(runs.trained, "adamw", "ddp"), runs.trained("adamw", None), 1e-12)
+    assert_equal(
+        groups(world).run(runs.trained, "adamw", "ddp"), runs.trained("adamw", None), 1e-12
+    )
 
 
 @pytest.mark.parametrize(("layout", "flat"), [("default", False), ("columns", True)])
-@pytest.mark.parametrize(("maker", "dtype"), [("adamw", torch.float64), ("groups", torch.float64), ("sgd", torch.float64), ("fused", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("maker", "dtype"),
+    [
+        ("adamw", torch.float64),
+        ("groups", torch.float64),
+        ("sgd", torch.float64),
+        ("fused", torch.bfloat16),
+    ],
+)
 def test_resume_on_other_numbers_of_processes(groups, tmp_path, maker, layout, flat, dtype):
     there = (str(tmp_path), flat, dtype)
     expected = groups(2).run(runs.save, maker, layout, *there)[0]

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,7 +43,11 @@ MAKERS = {
 def make_model(dtype=torch.float32, seed=0):
     """Two ranks; over 4 processes 10 is uneven, and of the 3 rows of an A one process has none."""
     torch.manual_seed(seed)
-    layers = [LoRALinear(8, 10, 3, dtype), LoRALinear(10, 12, 4, dtype), LoRALinear(12, 8, 3, dtype)]
+    layers = [
+        LoRALinear(8, 10, 3, dtype),
+        LoRALinear(10, 12, 4, dtype),
+        LoRALinear(12, 8, 3, dtype),
+    ]
     model = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
     model.append(nn.Linear(8, 8, dtype=dtype))  # a head outside the pairs
     for layer in layers:
@@ -71,14 +75,20 @@ def share_of_batch(t, dtype):
     g = torch.Generator().manual_seed(t % 3)
     x, y = (torch.randn(16, 8, generator=g).to(dtype) for _ in range(2))
     parts = dist.get_world_size() if dist.is_initialized() else 1
-    mine = slice(None) if parts == 1 else slice(*(16 // parts * (dist.get_rank() + i) for i in (0, 1)))
+    mine = (
+        slice(None) if parts == 1 else slice(*(16 // parts * (dist.get_rank() + i) for i in (0, 1)))
+    )
     return x[mine], y[mine]
 
 
 def backward(model, t):
     dtype = next(model.parameters()).dtype
     x, y = share_of_batch(t, dtype)
-    loss = (model(x) - y).float().square().mean() if dtype is torch.bfloat16 else (model(x) - y).square().mean()
+    loss = (
+        (model(x) - y).float().square().mean()
+        if dtype is torch.bfloat16
+        else (model(x) - y).square().mean()
+    )
     loss.backward()
 
 
@@ -110,6 +120,35 @@ def trained_on_given_gradients(layout, dtype):
                 p.grad = distribute_tensor(p.grad, p.device_mesh, p.placements)
         optimizer.step()
     return values(model)
+
+
+def trained_in_any_layout(maker, sharded):
+    """Pairs cut in all ways along two dimensions of a mesh, as tensor parallelism would too."""
+    cut_0, cut_1, whole_here = Shard(0), Shard(1), Replicate()
+    placements = [
+        ([cut_0, cut_1], [cut_0, whole_here]),
+        ([whole_here, cut_0], [cut_0, cut_1]),  # the rank axis of both
+        ([whole_here, whole_here], [whole_here, cut_0]),
+        ([cut_1, cut_1], [cut_0, cut_0]),
+    ]
+    mesh = init_device_mesh("cpu", (2, 2)) if sharded else None
+    g = torch.Generator().manual_seed(3)
+
+    def spread(x, places):
+        return distribute_tensor(x, mesh, places) if sharded else x
+
+    named = []
+    for i, pair in enumerate(placements):
+        for letter, shape, places in zip("AB", ((3, 5), (7, 3)), pair, strict=True):
+            x = torch.randn(shape, generator=g, dtype=torch.float64)
+            named.append((f"{i}.lora_{letter}.weight", nn.Parameter(spread(x, places))))
+    optimizer = MAKERS[maker](named)
+    for _ in range(STEPS):
+        for _, p in named:
+            G = torch.randn(p.shape, generator=g, dtype=torch.float64)
+            p.grad = spread(G, p.placements if sharded else None)
+        optimizer.step()
+    return {name: whole(p) for name, p in named}
 
 
 def trained(maker, layout, dtype=torch.float64):
