@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 from rlora.core.backend import Backend
 from rlora.core.factors import Factors
 from rlora.core.linalg import RankGrams
+from rlora.torch.batch import Batch, Job, Recipe, recipe_of
 from rlora.torch.pairs import TensorPair, local
-from rlora.torch.plan import Batch, Job, Recipe, recipe_of
 from rlora.torch.sharding import cut_dims, mesh_of
 
 
