@@ -131,7 +131,8 @@ def signature(
     seen = []
     for p in (p for pair in pairs for p in pair.params):
         layout = 0 if p.grad is None else p.grad.layout
-        seen.append((local(p).data_ptr(), p.dtype, type(p.grad), layout))
+        memory = p.data_ptr() or local(p).data_ptr()  # a DTensor says 0
+        seen.append((memory, p.dtype, type(p.grad), layout))
     return seen, choices, [(id(group), len(group["params"])) for group in groups]
 
 
@@ -142,9 +143,10 @@ def is_distributed(p: Any) -> bool:
 
 def local(p: Any) -> Tensor:
     """The piece of a DTensor that this process has; another tensor itself."""
+    if not is_distributed(p):
+        return cast("Tensor", p)
     with torch.no_grad():
-        piece: Tensor = p.to_local() if is_distributed(p) else p
-    return piece
+        return cast("Tensor", p.to_local())
 
 
 def _lies_as(p: Tensor, other: Tensor) -> bool:

@@ -45,7 +45,7 @@ class Exchange:
         self.group = p.device_mesh.get_group(cut_dims(p, side)[0])
         self.me, parts = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.rows = [_chunks(p.shape[side], parts) for _, p, side in cut]
-        self.columns = [_chunks(local(p).shape[1 - side], parts) for _, p, side in cut]
+        self.columns = [_chunks(local(p).flatten(1).shape[1 - side], parts) for _, p, side in cut]
 
     def to_columns(self, pieces: list[Tensor]) -> list[Tensor]:
         """From (r_i, N), the rows that this process has, to (r, N_i); a B the other way round."""
@@ -138,11 +138,11 @@ class ShardedBatch(Batch):
             job = Job(local(f.param), local(f.stand_in), f.group, pairs[f.pair], f.side, live)
             sides[f.side].append((f.pair, job))
         super().__init__(recipe, pairs, *sides)
-        self.stays = not self.of_factors.places
+        self.stays, self.plain = not self.of_factors.places, True
 
     def factors(self) -> list[Factors]:
         """The pieces, of which each has whole columns of A or whole rows of B."""
-        pieces = [local(pair[side]) for side in (0, 1) for pair in self.pairs]
+        pieces = [local(pair[side]).flatten(1) for side in (0, 1) for pair in self.pairs]
         pieces = self.of_factors.to_columns(pieces)
         count = len(self.pairs)
         return [Factors(*pair) for pair in zip(pieces[:count], pieces[count:], strict=True)]
@@ -176,8 +176,9 @@ class ShardedBatch(Batch):
     def _precondition(
         self, backend: Backend, P: list[Factors], stored: list[Tensor]
     ) -> list[Tensor]:
-        columns = self.of_jobs.to_columns(stored)
-        return self.of_jobs.to_rows(super()._precondition(backend, P, columns))
+        columns = self.of_jobs.to_columns([x.flatten(1) for x in stored])  # kernels as matrices
+        done = self.of_jobs.to_rows(super()._precondition(backend, P, columns))
+        return [x.reshape(job.param.shape) for x, job in zip(done, self.jobs, strict=True)]
 
 
 class ShardedWork:

@@ -143,11 +143,11 @@ def _check_layout(pair: TensorPair) -> None:
             f"fully_shard, or none"
         )
         raise ShardingError(msg)
-    plain = all(view.is_plain and len(view.stored) == 2 for both in pair.views for view in both)
-    if not plain or pair.middle is not None or any(pair.twins):
+    matrices = all(view.rows is None and view.order == (0, 1) for v in pair.views for view in v)
+    if not matrices or len(pair.views) > 1 or pair.middle is not None or any(pair.twins):
         msg = (
-            f"the factors {shapes} are sharded, and no plain matrices (r, n) and (m, r) of one "
-            f"product; keep these layers whole: ignored_params of fully_shard, or DDP"
+            f"the factors {shapes} are sharded, and they are not two matrices (r, n) and (m, r), "
+            f"or kernels, of one product; use DDP for such a model"
         )
         raise ShardingError(msg)
     _check_placements(pair, shapes)
@@ -159,11 +159,13 @@ def _check_placements(pair: TensorPair, shapes: str) -> None:
     ranks = [(side, d) for side, p in enumerate(factors) for d in cut_dims(p, side)]
     strided = any(hasattr(placements[side][d], "split_factor") for side, d in ranks)
     partial = any(place.is_partial() for places in placements for place in places)
-    if partial or strided or len({d for _, d in ranks}) > 1:
+    # Of a kernel only the first axis is one of the matrix.
+    inside = any(p.ndim > 2 and cut_dims(p, axis) for p in factors for axis in range(1, p.ndim))
+    if partial or strided or inside or len({d for _, d in ranks}) > 1:
         msg = (
             f"the factors {shapes} have placements {placements[0]} and {placements[1]}, but the "
-            f"rank axis may be cut along one dimension of the mesh, in contiguous pieces, and none "
-            f"may be partial; see rlora.torch.shard_placement"
+            f"rank axis may be cut along one dimension of the mesh, in contiguous pieces, kernels "
+            f"along their first axis, and none may be partial; see rlora.torch.shard_placement"
         )
         raise ShardingError(msg)
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import sharded_checkpoints as checkpoints
 import sharded_runs as runs
 import torch
 
@@ -116,12 +117,12 @@ def test_ddp_equals_one_process(groups, world):
 )
 def test_resume_on_other_numbers_of_processes(groups, tmp_path, maker, layout, flat, dtype):
     there = (str(tmp_path), flat, dtype)
-    expected = groups(2).run(runs.save, maker, layout, *there)[0]
-    same = groups(2).run(runs.resume, maker, layout, *there)
+    expected = groups(2).run(checkpoints.save, maker, layout, *there)[0]
+    same = groups(2).run(checkpoints.resume, maker, layout, *there)
     assert_equal(same, expected, atol=0)
     atol = 1e-12 if dtype is torch.float64 else 0.02  # bfloat16 gradients: as above
-    assert_equal(groups(4).run(runs.resume, maker, layout, *there), expected, atol)
-    assert_equal(groups(1).run(runs.resume, maker, None, *there), expected, atol)
+    assert_equal(groups(4).run(checkpoints.resume, maker, layout, *there), expected, atol)
+    assert_equal(groups(1).run(checkpoints.resume, maker, None, *there), expected, atol)
 
 
 @pytest.mark.parametrize("loads_on_one", [False, True])
@@ -130,5 +131,5 @@ def test_accelerate_runs_the_same_job(groups, tmp_path, maker, world, loads_on_o
     """It swaps the parameters of an optimizer that is there already, and resumes in the middle."""
     pytest.importorskip("accelerate")
     there = (torch.float64, str(tmp_path), loads_on_one)
-    found = groups(world).run(runs.trained_with_accelerate, maker, *there)
+    found = groups(world).run(checkpoints.trained_with_accelerate, maker, *there)
     assert_equal(found, runs.trained(maker, None), atol=1e-12)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import rlora.torch
 from rlora import ShardingError
+from rlora.pairing import Layout
 from rlora.torch import LoRARite, ScaledAdamW
 
 
@@ -66,11 +67,21 @@ def layouts():
         "one whole": (A, on(B, mesh, cut[0])),
         "two meshes": (on(A, grid, [Shard(1), Replicate()]), on(B, mesh, cut[0])),
         "kernels": (on(A.view(4, 2, 2, 2), mesh, cut[0]), on(B.view(8, 4, 1, 1), mesh, cut[0])),
+        "inside a kernel": (
+            on(A.view(4, 8, 1, 1), mesh, cut[1]),
+            on(B.view(8, 4, 1, 1), mesh, cut[0]),
+        ),
+        "transposed": (on(A.mT.contiguous(), mesh, cut[0]), on(B, mesh, cut[0]), Layout("n r")),
         "partial": (DTensor.from_local(A, mesh, [Partial()]), on(B, mesh, cut[0])),
         "rank cut twice": (on(A, grid, [Shard(0), Shard(0)]), on(B, grid, [Shard(0), Shard(0)])),
         "fine": (on(A, mesh, cut[1]), on(B, mesh, cut[0])),
     }
-    return {name: refusal(ScaledAdamW, pair_of(*pair)) for name, pair in pairs.items()}
+    said = {}
+    for name, (*pair, layout) in ((n, p if len(p) == 3 else (*p, None)) for n, p in pairs.items()):
+        named = pair_of(*pair)
+        by_hand = layout and [(named[0][1], named[1][1], layout)]
+        said[name] = refusal(lambda: ScaledAdamW(named, pairs=by_hand))  # noqa: B023
+    return said
 
 
 def methods():

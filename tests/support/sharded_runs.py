@@ -2,14 +2,8 @@
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from models import LoRALinear
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -130,6 +124,7 @@ def trained_in_any_layout(maker, sharded):
         ([whole_here, cut_0], [cut_0, cut_1]),  # the rank axis of both
         ([whole_here, whole_here], [whole_here, cut_0]),
         ([cut_1, cut_1], [cut_0, cut_0]),
+        ([cut_0, whole_here], [cut_0, cut_0]),  # kernels
     ]
     mesh = init_device_mesh("cpu", (2, 2)) if sharded else None
     g = torch.Generator().manual_seed(3)
@@ -139,7 +134,8 @@ def trained_in_any_layout(maker, sharded):
 
     named = []
     for i, pair in enumerate(placements):
-        for letter, shape, places in zip("AB", ((3, 5), (7, 3)), pair, strict=True):
+        shapes = ((3, 5), (7, 3)) if i < 4 else ((3, 2, 2, 2), (7, 3, 1, 1))
+        for letter, shape, places in zip("AB", shapes, pair, strict=True):
             x = torch.randn(shape, generator=g, dtype=torch.float64)
             named.append((f"{i}.lora_{letter}.weight", nn.Parameter(spread(x, places))))
     optimizer = MAKERS[maker](named)
@@ -237,86 +233,3 @@ def replicas(layout, dtype):
     pieces = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
     bits = b"".join(x.detach().double().numpy().tobytes() for x in pieces)
     return dist.get_rank(), bits
-
-
-# --- checkpoints ---------------------------------------------------------------------------------
-
-
-def options(flat):
-    return StateDictOptions(flatten_optimizer_state_dict=flat)
-
-
-def save(maker, layout, directory, flat, dtype):
-    """Train half of the steps, save, and go on to the end."""
-    model = shard(make_model(dtype), layout)
-    optimizer = MAKERS[maker](model)
-    train(model, optimizer, stop=STEPS // 2)
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=options(flat))
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=directory)
-    train(model, optimizer, start=STEPS // 2)
-    return values(model)
-
-
-def resume(maker, layout, directory, flat, dtype):
-    """The other half of the steps, from a model that was made otherwise."""
-    model = shard(make_model(dtype, seed=1), layout)
-    optimizer = MAKERS[maker](model)
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=options(flat))
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=directory)
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-        options=options(flat),
-    )
-    for p in (p for pair in optimizer._pairs for p in pair):
-        assert {x.dtype for k, x in optimizer.state[p].items() if k != "step"} <= {
-            torch.promote_types(dtype, torch.float32)
-        }
-    train(model, optimizer, start=STEPS // 2)
-    return values(model)
-
-
-# --- accelerate ----------------------------------------------------------------------------------
-
-
-def trained_with_accelerate(maker, dtype, directory, loads_on_one):
-    """A loop as accelerate has it, interrupted by a checkpoint and another accelerator."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
-
-    def prepared(seed):
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["LoRALinear"],
-            cpu_ram_efficient_loading=loads_on_one,
-        )
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState(cpu=True)
-        # accelerate shards on what it takes for accelerators only; all that follows is its own.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        accelerator = Accelerator(fsdp_plugin=plugin)
-        assert accelerator.is_fsdp2
-        model = make_model(dtype, seed)
-        model, optimizer = accelerator.prepare(model, MAKERS[maker](model))
-        return accelerator, model, optimizer
-
-    def go_on(start, stop):
-        for t in range(start, stop):
-            x, y = share_of_batch(t, dtype)
-            loss = (model(x) - y).square().mean()
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    accelerator, model, optimizer = prepared(seed=0)
-    go_on(0, STEPS // 2)
-    accelerator.save_state(directory)
-    accelerator, model, optimizer = prepared(seed=1)
-    accelerator.load_state(directory)
-    go_on(STEPS // 2, STEPS)
-    return values(model)
