@@ -67,9 +67,10 @@ def test_methods_and_initializers(groups):
 
 
 def test_state_of_whole_parameters(groups):
-    for said, untouched in groups(2).run(refusals.whole_state):
+    for said, untouched, spread in groups(2).run(refusals.whole_state):
         assert "set_optimizer_state_dict" in said
         assert untouched
+        assert spread
 
 
 def test_zero_stage_3():

@@ -105,6 +105,13 @@ def test_ddp_equals_one_process(groups, world):
     )
 
 
+def test_other_methods_under_ddp(groups):
+    """Replicas equal bit for bit; some methods divide by small numbers, so 1e-12 may grow."""
+    found = groups(2).run(runs.trained_by_methods, "ddp")
+    assert_equal(found[1:], found[0], atol=0)
+    assert_equal(found, runs.trained_by_methods(None), atol=1e-9)
+
+
 @pytest.mark.parametrize(("layout", "flat"), [("default", False), ("columns", True)])
 @pytest.mark.parametrize(
     ("maker", "dtype"),

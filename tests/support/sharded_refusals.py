@@ -6,6 +6,11 @@ import torch
 import torch.distributed as dist
 from sharded_runs import MAKERS, backward, make_model, shard, train
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -98,16 +103,26 @@ def methods():
 
 
 def whole_state():
-    """The state of one process, for an optimizer of sharded parameters."""
+    """The state of one process for an optimizer of sharded parameters: refused, then spread."""
     model = make_model(torch.float64)
-    whole = MAKERS["adamw"](copy.deepcopy(model))
-    train_whole = [p for group in whole.param_groups for p in group["params"]]
-    for p in train_whole:
-        p.grad = torch.ones_like(p)
+    alone = copy.deepcopy(model)
+    whole = MAKERS["adamw"](alone)
+    for p in (p for p in alone.parameters() if p.requires_grad):
+        p.grad = torch.ones_like(p)  # the same in all processes
     whole.step()
     sharded = shard(model, "default")
     optimizer = MAKERS["adamw"](sharded)
     train(sharded, optimizer, stop=1)
     before = copy.deepcopy(optimizer.state_dict()["state"][0]["step"])
     said = refusal(optimizer.load_state_dict, whole.state_dict())
-    return said, bool(optimizer.state_dict()["state"][0]["step"] == before)
+    untouched = bool(optimizer.state_dict()["state"][0]["step"] == before)
+    state = get_optimizer_state_dict(alone, whole)
+    as_whole = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(sharded, optimizer, state, options=as_whole)
+    both = zip(alone.parameters(), sharded.parameters(), strict=True)
+    moments = [
+        (whole.state[p]["exp_avg_sq"], optimizer.state[q]["exp_avg_sq"].full_tensor())
+        for p, q in both
+        if p.requires_grad
+    ]
+    return said, untouched, all(torch.equal(x, y) for x, y in moments)

@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed as dist
-from models import LoRALinear
+from models import METHODS, LoRALinear
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -145,6 +145,17 @@ def trained_in_any_layout(maker, sharded):
             p.grad = spread(G, p.placements if sharded else None)
         optimizer.step()
     return {name: whole(p) for name, p in named}
+
+
+def trained_by_methods(layout):
+    """A few steps of every other method."""
+    result = {}
+    for name, kind in METHODS.items():
+        model = shard(make_model(torch.float64), layout)
+        optimizer = kind(model, lr=1e-3)
+        train(model, optimizer, stop=5)
+        result |= {f"{name}: {key}": x for key, x in values(model).items()}
+    return result
 
 
 def trained(maker, layout, dtype=torch.float64):
