@@ -142,11 +142,8 @@ def is_distributed(p: Any) -> bool:
 
 
 def local(p: Any) -> Tensor:
-    """The piece of a DTensor that this process has; another tensor itself."""
-    if not is_distributed(p):
-        return cast("Tensor", p)
-    with torch.no_grad():
-        return cast("Tensor", p.to_local())
+    """The piece of a DTensor that this process has, another tensor itself: inside a step."""
+    return cast("Tensor", p.to_local() if is_distributed(p) else p)
 
 
 def _lies_as(p: Tensor, other: Tensor) -> bool:

@@ -11,7 +11,7 @@ piece: all processes call the same ones in the same order.
 
 from collections.abc import Iterable, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -165,13 +165,17 @@ class ShardedBatch(Batch):
     def direct(self, grams: list[RankGrams]) -> list[Factors]:
         P = super().direct(grams)
         for factor, job in zip(self.moving, self.jobs, strict=True):
-            factor.stand_in.grad = _like(factor.param, job.stand_in.grad)
+            held, direction = factor.stand_in.grad, cast("Tensor", job.stand_in.grad)
+            # To wrap takes longer than to see that it is there.
+            if held is None or local(held).data_ptr() != direction.data_ptr():
+                factor.stand_in.grad = _like(factor.param, direction)
         return P
 
     def finish(self, P: list[Factors]) -> None:
         super().finish(P)
-        for factor in self.moving:
-            factor.stand_in.grad = None
+        if not self.keeps_directions:
+            for factor in self.moving:
+                factor.stand_in.grad = None
 
     def _precondition(
         self, backend: Backend, P: list[Factors], stored: list[Tensor]
@@ -276,7 +280,7 @@ def _stand_in(p: Any, placement: str) -> DTensor:
     return _like(p, torch.empty(piece.shape, dtype=wide, device=piece.device))
 
 
-def _like(p: Any, piece: Any) -> DTensor:
+def _like(p: Any, piece: Tensor) -> DTensor:
     """A DTensor laid out as another is."""
     return DTensor.from_local(
         piece, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
