@@ -83,8 +83,9 @@ def _processes() -> int:
 def _tensor_parallel() -> bool:
     """Whether Megatron cuts tensors; its attributes are there with a single process too."""
     megatron: Any = sys.modules.get("megatron.core.parallel_state")
-    size = megatron.get_tensor_model_parallel_world_size() if megatron else _processes()
-    return bool(size > 1)
+    if megatron and megatron.model_parallel_is_initialized():
+        return bool(megatron.get_tensor_model_parallel_world_size() > 1)
+    return _processes() > 1
 
 
 def check_layouts(pairs: Iterable[TensorPair], optimizer: Any) -> None:
@@ -205,8 +206,8 @@ def shard_placement(model: nn.Module, mesh: Any = None) -> Callable[[nn.Paramete
 
     parts = dist.get_world_size() if mesh is None else mesh.size(-1)
     named = dict(model.named_parameters())
-    plain = [pair for pair in find_pairs(named) if all(v.is_plain for v in pair.views[0])]
-    wide = {id(named[pair.a]) for pair in plain}
+    pairs = [pair for pair in find_pairs(named) if named[pair.a].ndim == 2]
+    wide = {id(named[pair.a]) for pair in pairs if all(v.is_plain for v in pair.views[0])}
 
     def placement(param: nn.Parameter) -> Any:
         return Shard(1) if id(param) in wide and param.shape[1] % parts == 0 else None

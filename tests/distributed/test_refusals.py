@@ -27,12 +27,13 @@ def test_tensor_parallel(groups):
 
 
 def test_megatron_with_one_process_is_whole(monkeypatch):
-    """It marks its parameters then too, and says so itself where it is loaded."""
+    """It marks its parameters then too, and says how many there are where it is loaded."""
     named = refusals.pair_of(torch.ones(4, 8), torch.ones(6, 4))
     for _, p in named:
         p.tensor_model_parallel = True
     assert len(find_pairs(named)) == 1
     state = types.ModuleType("megatron.core.parallel_state")
+    state.model_parallel_is_initialized = lambda: True
     state.get_tensor_model_parallel_world_size = lambda: 2
     monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", state)
     with pytest.raises(ShardingError, match="tensor-parallel"):
