@@ -44,6 +44,16 @@ def test_any_layout_on_a_mesh_of_two_dimensions(groups, maker):
     assert_equal(groups(4).run(runs.trained_in_any_layout, maker, True), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("poison", ["0.lora_A.weight", "1.lora_B.weight", "3.lora_A.weight"])
+def test_nan_in_one_pair_does_not_touch_another(groups, poison):
+    expected = runs.trained_in_any_layout("both", sharded=False)
+    for found in groups(4).run(runs.trained_in_any_layout, "both", True, poison):
+        assert np.isnan(found[poison]).any()
+        others = {name: x for name, x in found.items() if name[0] != poison[0]}
+        assert len(others) == 8
+        assert_equal([others], {name: expected[name] for name in others}, atol=1e-12)
+
+
 @world
 @pytest.mark.parametrize("layout", ["default", "columns"])
 def test_single_precision_equals_one_process(groups, layout, world):

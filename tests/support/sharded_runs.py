@@ -116,8 +116,11 @@ def trained_on_given_gradients(layout, dtype):
     return values(model)
 
 
-def trained_in_any_layout(maker, sharded):
-    """Pairs cut in all ways along two dimensions of a mesh, as tensor parallelism would too."""
+def trained_in_any_layout(maker, sharded, poison=None):
+    """Pairs cut in all ways along two dimensions of a mesh, as tensor parallelism would too.
+
+    From the fifth step on one entry of the gradient of the parameter `poison` is NaN.
+    """
     cut_0, cut_1, whole_here = Shard(0), Shard(1), Replicate()
     placements = [
         ([cut_0, cut_1], [cut_0, whole_here]),
@@ -139,9 +142,11 @@ def trained_in_any_layout(maker, sharded):
             x = torch.randn(shape, generator=g, dtype=torch.float64)
             named.append((f"{i}.lora_{letter}.weight", nn.Parameter(spread(x, places))))
     optimizer = MAKERS[maker](named)
-    for _ in range(STEPS):
-        for _, p in named:
+    for t in range(STEPS):
+        for name, p in named:
             G = torch.randn(p.shape, generator=g, dtype=torch.float64)
+            if t >= 4 and name == poison:
+                G[-1, -1] = torch.nan
             p.grad = spread(G, p.placements if sharded else None)
         optimizer.step()
     return {name: whole(p) for name, p in named}
