@@ -26,7 +26,7 @@ def buckets_of(tall: Tall, workspace: Workspace | None, slot: str) -> dict[Any, 
         buckets = {}
         for key, members in alike.items():
             F = tall[members[0]]
-            most = len(members) if F.device.type != "cpu" else max(1, STACK // F.numel())
+            most = len(members) if F.device.type != "cpu" else max(1, STACK // max(1, F.numel()))
             for start in range(0, len(members), most):
                 buckets[*key, start] = members[start : start + most]
         if workspace is not None:
@@ -38,7 +38,7 @@ def fold_of(tall: Array) -> int:
     """How many rows of a thin (k, m, r) to read as one, so that a CPU's kernels have work."""
     m, r = tall.shape[-2:]
     fold = 16 // r if tall.device.type == "cpu" and tall.is_contiguous() else 1
-    return fold if fold > 1 and m % fold == 0 else 1
+    return fold if fold > 1 and m % fold == 0 and m else 1
 
 
 def rows_times(X: Array, Y: Array) -> Array:
@@ -71,14 +71,15 @@ def is_stacked(F: Array) -> bool:
 def stacked(tall: list[Array], dtype: Any, workspace: Workspace | None) -> Array:
     """Factors of one shape as (K, ., .) in `dtype`; good until the next call."""
     F = tall[0]
+    shape = (len(tall) * math.prod(F.shape[:-2]), *F.shape[-2:])  # -1 says nothing when empty
     if len(tall) == 1:
-        return F.to(dtype).reshape(-1, *F.shape[-2:])
+        return F.to(dtype).reshape(shape)
     if F.dtype != dtype:
-        return torch.stack(tall).to(dtype).view(-1, *F.shape[-2:])
+        return torch.stack(tall).to(dtype).view(shape)
     # One flat buffer for every bucket: it stays in the cache.
     size = len(tall) * F.numel()
     flat = take(workspace, ("stack", dtype), (size,), dtype, F.device)
-    return torch.stack(tall, out=flat.view(len(tall), *F.shape)).view(-1, *F.shape[-2:])
+    return torch.stack(tall, out=flat.view(len(tall), *F.shape)).view(shape)
 
 
 def take(

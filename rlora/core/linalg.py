@@ -5,7 +5,7 @@ everything here comes as ``Factors``: first the member that acts on A, then the 
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rlora.core.backend import ROUNDING, Backend, Workspace, mT
 from rlora.core.bundle import Bundle, Stack, by_rank
@@ -59,13 +59,53 @@ def preconditioners(
         First the one that multiplies G_A from the left, then the one that multiplies G_B from
         the right.
     """
-    result: list[Factors] = list(params)
+    grams = rank_grams(backend, params, compute_dtype=compute_dtype, workspace=workspace)
+    return gram_powers(params, grams, exponent=exponent, damping=damping, damping_mode=damping_mode)
+
+
+class RankGrams(NamedTuple):
+    """The Grams of all pairs of one rank."""
+
+    members: list[int]
+    """Positions of the pairs."""
+    bundle: Bundle
+    S: Stack
+
+
+def rank_grams(
+    backend: Backend,
+    params: Sequence[Factors],
+    *,
+    compute_dtype: str | None = None,
+    workspace: Workspace | None = None,
+) -> list[RankGrams]:
+    """``A Aᵀ`` and ``Bᵀ B`` of every pair, rank by rank: the first half of `preconditioners`.
+
+    Of pieces of a factor along its outer axis the Grams add up, so whoever has the pieces apart
+    sums the stacks before the second half.
+    """
+    grams = []
     for members in by_rank(params, workspace):
         pairs = [params[i] for i in members]
         memory = None if workspace is None else workspace.setdefault(pairs[0].A.shape[-2], {})
         dtype = backend.compute_dtype(pairs[0].A.dtype, compute_dtype)
         bundle = Bundle(backend, pairs, dtype=dtype, workspace=memory)
-        P = metric_power(bundle, bundle.gram(pairs), exponent, damping, damping_mode)
+        grams.append(RankGrams(members, bundle, bundle.gram(pairs)))
+    return grams
+
+
+def gram_powers(
+    params: Sequence[Factors],
+    grams: Sequence[RankGrams],
+    *,
+    damping: float,
+    damping_mode: DampingMode,
+    exponent: float = -1.0,
+) -> list[Factors]:
+    """The second half of `preconditioners`."""
+    result: list[Factors] = list(params)
+    for members, bundle, S in grams:
+        P = metric_power(bundle, S, exponent, damping, damping_mode)
         for i, pair in zip(members, bundle.unstack(P), strict=True):
             result[i] = pair
     return result

@@ -26,6 +26,7 @@ from rlora.torch.offsets import (
 )
 from rlora.torch.scaled import ScaledAdamW, ScaledSGD
 from rlora.torch.sd_lora import SDLoRALinear, add_sd_lora, parameter_groups
+from rlora.torch.sharding import shard_placement
 from rlora.torch.wrap import class_name, optimizer_class, precondition
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "precondition",
     "restore_offsets",
     "save_offsets",
+    "shard_placement",
 ]
 
 _METHODS = {

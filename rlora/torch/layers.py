@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlora.core.errors import PairingError
-from rlora.torch.params import check_whole
+from rlora.core.errors import PairingError, ShardingError
+from rlora.torch.pairs import is_distributed
+from rlora.torch.sharding import check_whole
 
 FACTORS = (("lora_A", "lora_B"), ("lora_a", "lora_b"))
 """Names of the two factors on the module that holds them; torchtune writes them small."""
@@ -93,6 +94,9 @@ def find_layers(
 ) -> tuple[list[LoraLayer], dict[str, str]]:
     """The adapted linear layers of a model, and of its other adapted modules why they are none."""
     check_whole(model.named_parameters())
+    if any(map(is_distributed, model.parameters())):
+        msg = "the model is sharded already; initialize it before fully_shard"
+        raise ShardingError(msg)
     held = {name: pairs for name, module in model.named_modules() if (pairs := _held(module))}
     owners: dict[int, list[str]] = {}
     for name, pairs in held.items():

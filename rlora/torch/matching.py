@@ -17,7 +17,8 @@ from rlora.pairing import (
     find_pairs as find_named_pairs,
 )
 from rlora.torch.pairs import TensorPair
-from rlora.torch.params import check_whole, misfit, trainable
+from rlora.torch.params import misfit, trainable
+from rlora.torch.sharding import check_whole
 
 ByHand: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Layout]
 """A and B, and how they lie where that is not (r, n) and (m, r)."""

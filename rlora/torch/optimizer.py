@@ -13,10 +13,11 @@ from rlora.core.checks import check_choice
 from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.transform import Order
 from rlora.methods.scaled import Placement
+from rlora.torch.batch import Recipe
 from rlora.torch.matching import Pairs
 from rlora.torch.pair_optimizer import PairOptimizer
 from rlora.torch.pairs import TensorPair
-from rlora.torch.plan import Plan, Recipe, make_plan
+from rlora.torch.plan import Plan, make_plan
 
 
 class GramPreconditioned(PairOptimizer):
@@ -26,6 +27,7 @@ class GramPreconditioned(PairOptimizer):
     """Whether both factors move at once, or B after A."""
 
     _extra = (*PairOptimizer._extra, "order")
+    steps_pieces = True
 
     def __init__(
         self,

@@ -18,9 +18,10 @@ from rlora.core.checks import check_nonnegative
 from rlora.core.errors import NamespaceError, ShapeError
 from rlora.pairing import PairReport, nothing_paired
 from rlora.torch.matching import Pairs, check_explicit, match, split_source, what_modules_know
-from rlora.torch.pairs import TensorPair
+from rlora.torch.pairs import TensorPair, signature
 from rlora.torch.params import as_groups, as_list, check_grad, misfit
-from rlora.torch.plan import Plan, signature
+from rlora.torch.plan import Plan
+from rlora.torch.sharding import check_layouts, check_saved, check_swap
 
 NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
 ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -80,6 +81,9 @@ class PairOptimizer(Optimizer, ABC):
     def _check_own(self, group: dict[str, Any]) -> None:
         """Refuse values of the subclass's own options that make no sense."""
 
+    steps_pieces = False
+    """Whether the factors may be sharded."""
+
     def _choices(self, group: dict[str, Any]) -> list[Any]:
         """The options of a group that a plan is made for."""
         return [group[name] for name in self._own]
@@ -102,6 +106,7 @@ class PairOptimizer(Optimizer, ABC):
             found, by_name = match(named, self._known, self._adapter, self._source)
             pairs = pairs + found
             report = replace(by_name, pairs=report.pairs + by_name.pairs)
+        check_layouts(pairs, self)
         self._pairs, self.report = pairs, report
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -149,11 +154,14 @@ class PairOptimizer(Optimizer, ABC):
             return self._pairs
         place = {id(p): i for i, p in enumerate(self._members)}
         successor = {id(p): p for p in now}
-        if len(now) == len(self._members) and not successor.keys() & place.keys():
+        if len(now) == len(self._members) and all(
+            p is q or id(p) not in place for p, q in zip(now, self._members, strict=True)
+        ):
             successor = {old: now[i] for old, i in place.items()}
         else:
             self._names = [self._names[place[id(p)]] if id(p) in place else None for p in now]
-        replaced = (pair.replaced(lambda p: successor.get(id(p))) for pair in self._pairs)
+        replaced = [pair.replaced(lambda p: successor.get(id(p))) for pair in self._pairs]
+        check_swap(strangers=len(successor.keys() - place.keys()), gone=replaced.count(None))
         self._pairs = [pair for pair in replaced if pair is not None]
         self._by_hand = [
             (successor[id(a)], successor[id(b)], *layout)
@@ -193,6 +201,7 @@ class PairOptimizer(Optimizer, ABC):
         choices = [self._choices(group) for group in self.param_groups]
         now = signature(pairs, self.param_groups, choices)
         if self._plans is None or self._plans[0] != now:
+            check_layouts(pairs, self)
             for pair in pairs:
                 for p in pair.params:
                     check_grad(p)
@@ -217,8 +226,9 @@ class PairOptimizer(Optimizer, ABC):
 
         Raises
         ------
-        ShapeError
-            When a saved moment has another shape than its parameter; nothing has been loaded then.
+        ShapeError, ShardingError
+            When a saved moment has another shape than its parameter, or is whole and the parameter
+            is sharded, or the other way round; nothing has been loaded then.
         """
         incoming: list[dict[str, Any]] = []
 
@@ -249,6 +259,7 @@ class PairOptimizer(Optimizer, ABC):
         for i, p in self._owners(saved):
             for key, shape in self._state_shapes(p).items():
                 value = saved["state"].get(i, {}).get(key)
+                check_saved(f"{key} of parameter {i}", value, p)
                 if isinstance(value, Tensor) and value.shape != shape:
                     msg = (
                         f"saved {key} of parameter {i} has shape {tuple(value.shape)}, but that of "

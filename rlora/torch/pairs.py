@@ -1,7 +1,7 @@
 """Pairs of torch parameters, and how they are seen as factors."""
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -122,6 +122,28 @@ class Member(NamedTuple):
         """The gradient of one of its factors."""
         grad = self.pair.gradient(side)
         return None if grad is None else self.views[side].read(grad.detach())
+
+
+def signature(
+    pairs: Iterable[TensorPair], groups: Iterable[dict[str, Any]], choices: Sequence[Any]
+) -> tuple[Any, ...]:
+    """What a plan depends on: it is made anew when this changes."""
+    seen = []
+    for p in (p for pair in pairs for p in pair.params):
+        layout = 0 if p.grad is None else p.grad.layout
+        memory = p.data_ptr() or local(p).data_ptr()  # a DTensor says 0
+        seen.append((memory, p.dtype, type(p.grad), layout))
+    return seen, choices, [(id(group), len(group["params"])) for group in groups]
+
+
+def is_distributed(p: Any) -> bool:
+    """Whether a tensor is a DTensor, without importing the distributed package."""
+    return hasattr(p, "device_mesh")
+
+
+def local(p: Any) -> Tensor:
+    """The piece of a DTensor that this process has, another tensor itself: inside a step."""
+    return cast("Tensor", p.to_local() if is_distributed(p) else p)
 
 
 def _lies_as(p: Tensor, other: Tensor) -> bool:

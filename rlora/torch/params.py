@@ -1,13 +1,13 @@
 """From what people hand to a torch optimizer to named groups, and what a factor must be."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlora.core.errors import NamespaceError, ShardingError
-from rlora.pairing import Known, Source, find_pairs as find_named_pairs, is_factor
+from rlora.pairing import Known, Source, find_pairs as find_named_pairs
+from rlora.torch.pairs import is_distributed
 
 
 def trainable(
@@ -24,30 +24,6 @@ def trainable(
         if wanted & factors:
             wanted |= factors
     return [(name, p) for name, p in named.items() if name in wanted]
-
-
-def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
-    """ShardingError when a LoRA factor is a flat, empty or distributed piece of itself."""
-    for name, p in named:
-        if not is_factor(name):
-            continue
-        if is_distributed(p):
-            msg = f"{name} is a DTensor; sharded factors are not supported yet, use DDP"
-        elif hasattr(p, "ds_id"):
-            msg = f"{name} is partitioned by DeepSpeed ZeRO; use stage 0 (plain data parallel)"
-        elif p.ndim == 1:
-            msg = (
-                f"{name} has shape {tuple(p.shape)}: a LoRA factor that FSDP or ZeRO has "
-                f"flattened; build the optimizer before sharding, or use DDP"
-            )
-        else:
-            continue
-        raise ShardingError(msg)
-
-
-def is_distributed(p: Tensor) -> bool:
-    """Whether a tensor is a DTensor, without importing the distributed package."""
-    return hasattr(p, "device_mesh")
 
 
 def as_groups(
@@ -99,6 +75,7 @@ def check_grad(p: Tensor) -> None:
             f"needed (for an embedding, build it with sparse=False)"
         )
         raise NamespaceError(msg)
-    if is_distributed(grad) or is_distributed(p):
-        msg = "a LoRA factor has become a DTensor; sharded factors are not supported yet, use DDP"
+    if is_distributed(grad) != is_distributed(p):
+        kinds = [type(x).__name__ for x in (p, grad)]
+        msg = f"a LoRA factor is a {kinds[0]}, but its gradient a {kinds[1]}; both must be DTensors"
         raise ShardingError(msg)

@@ -1,0 +1,297 @@
+"""The step of pairs whose factors are DTensors, as FSDP2 makes them.
+
+Of pieces of A along n, and of B along m, the Grams ``A Aᵀ`` and ``Bᵀ B`` add up. So every process
+forms the Grams of its pieces, one all-reduce sums those of all pairs, and the directions ``P G``
+are made of pieces again. FSDP2 cuts A along its rank axis unless told otherwise: then pieces of
+rows are exchanged for pieces of columns first, and the directions go back.
+
+Which collectives run depends on layouts and options alone, never on who has a gradient or an empty
+piece: all processes call the same ones in the same order.
+"""
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from rlora.core.backend import Backend
+from rlora.core.factors import Factors
+from rlora.core.linalg import RankGrams
+from rlora.torch.batch import Batch, Job, Recipe, recipe_of
+from rlora.torch.pairs import TensorPair, local
+from rlora.torch.sharding import cut_dims, mesh_of
+
+
+class Exchange:
+    """Pieces of rows for pieces of columns and back, in one all-to-all for many matrices.
+
+    Parameters
+    ----------
+    factors : sequence of (DTensor, int)
+        Each with 0 for an A or 1 for a B. Only those that are cut along their rank axis are
+        exchanged, and all of these along the same dimension of the mesh.
+    """
+
+    def __init__(self, factors: Sequence[tuple[Any, int]]) -> None:
+        cut = [(k, p, side) for k, (p, side) in enumerate(factors) if cut_dims(p, side)]
+        self.places = [(k, side) for k, _, side in cut]
+        if not cut:
+            return
+        _, p, side = cut[0]
+        self.group = p.device_mesh.get_group(cut_dims(p, side)[0])
+        self.me, parts = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.rows = [_chunks(p.shape[side], parts) for _, p, side in cut]
+        self.columns = [_chunks(local(p).flatten(1).shape[1 - side], parts) for _, p, side in cut]
+
+    def to_columns(self, pieces: list[Tensor]) -> list[Tensor]:
+        """From (r_i, N), the rows that this process has, to (r, N_i); a B the other way round."""
+        return self._replaced(pieces, self.columns, self.rows, axis=1) if self.places else pieces
+
+    def to_rows(self, pieces: list[Tensor]) -> list[Tensor]:
+        """The way back."""
+        return self._replaced(pieces, self.rows, self.columns, axis=0) if self.places else pieces
+
+    def _replaced(
+        self, pieces: list[Tensor], cut: list[list[int]], joined: list[list[int]], axis: int
+    ) -> list[Tensor]:
+        """Each matrix cut along `axis`, sent, and what came joined along the other one."""
+        turned: list[Any] = [pieces[k].mT if side else pieces[k] for k, side in self.places]
+        blocks = [x.split(sizes, axis) for x, sizes in zip(turned, cut, strict=True)]
+        to_each = [torch.cat([b.reshape(-1) for b in row]) for row in zip(*blocks, strict=True)]
+        shapes = [
+            [(size, mine[self.me]) if axis else (mine[self.me], size) for size in sizes]
+            for sizes, mine in zip(joined, cut, strict=True)
+        ]
+        from_each = [[prod(shape) for shape in row] for row in zip(*shapes, strict=True)]
+        inbox: Any = to_each[0].new_empty(sum(map(sum, from_each)))
+        dist.all_to_all_single(
+            inbox,
+            torch.cat(to_each),
+            [sum(sizes) for sizes in from_each],
+            [len(x) for x in to_each],
+            group=self.group,
+        )
+        came = iter(inbox.split([size for sizes in from_each for size in sizes]))
+        parts = zip(*([next(came) for _ in shapes] for _ in from_each), strict=True)
+        result = list(pieces)
+        for (k, side), each, sizes in zip(self.places, parts, shapes, strict=True):
+            x = torch.cat(
+                [part.view(size) for part, size in zip(each, sizes, strict=True)], 1 - axis
+            )
+            result[k] = x.mT if side else x
+        return result
+
+
+def _chunks(size: int, parts: int) -> list[int]:
+    """Sizes of the pieces as DTensor cuts, the last ones smaller or empty."""
+    step = -(-size // parts)
+    return [max(0, min(step, size - i * step)) for i in range(parts)]
+
+
+class Moving(NamedTuple):
+    """A factor that a plan is for."""
+
+    pair: int
+    """The position of its pair in the batch."""
+    side: int
+    """0 for A, 1 for B."""
+    param: Any
+    stand_in: Any
+    group: dict[str, Any]
+
+
+class ShardedBatch(Batch):
+    """Pairs of one recipe, dtype and layout, stepped on this process's pieces of them.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Of the factors to be moved.
+    pairs : list of TensorPair
+        Of DTensors.
+    moving : list of Moving
+        The factors to be moved.
+    summed : list of int
+        The dimensions of the mesh over which the Grams are summed.
+    """
+
+    def __init__(
+        self, recipe: Recipe, pairs: list[TensorPair], moving: list[Moving], summed: list[int]
+    ) -> None:
+        self.moving = sorted(moving, key=lambda factor: factor.side)
+        factors: list[tuple[Any, int]] = [(pair[side], side) for side in (0, 1) for pair in pairs]
+        self.of_factors = Exchange(factors)
+        self.of_jobs = Exchange([(f.param, f.side) for f in self.moving])
+        # What several processes have is counted once, where the coordinates are 0.
+        mesh = mesh_of(pairs[0].A)
+        self.copies = [
+            any(mesh.get_local_rank(d) and p.placements[d].is_replicate() for d in summed)
+            for p, _ in factors
+        ]
+        sides: tuple[list[tuple[int, Job]], list[tuple[int, Job]]] = ([], [])
+        for f in self.moving:
+            live = f.param.grad is not None
+            job = Job(local(f.param), local(f.stand_in), f.group, pairs[f.pair], f.side, live)
+            sides[f.side].append((f.pair, job))
+        super().__init__(recipe, pairs, *sides)
+        self.stays, self.plain = not self.of_factors.places, True
+
+    def factors(self) -> list[Factors]:
+        """The pieces, of which each has whole columns of A or whole rows of B."""
+        pieces = [local(pair[side]).flatten(1) for side in (0, 1) for pair in self.pairs]
+        pieces = self.of_factors.to_columns(pieces)
+        count = len(self.pairs)
+        return [Factors(*pair) for pair in zip(pieces[:count], pieces[count:], strict=True)]
+
+    def grads(self) -> list[Tensor]:
+        """The pieces of the gradients; zeros where this process has none, to be dropped later."""
+        return [_piece_of_grad(f.param) for f in self.moving]
+
+    def grams(self) -> list[RankGrams]:
+        """The Grams of the pieces, to be summed."""
+        grams = super().grams()
+        count = len(self.pairs)
+        for members, _, S in grams:
+            places = [*members, *(i + count for i in members)]
+            for k, place in enumerate(places):
+                if self.copies[place]:
+                    S[k] = 0.0
+        return grams
+
+    def direct(self, grams: list[RankGrams]) -> list[Factors]:
+        P = super().direct(grams)
+        for factor, job in zip(self.moving, self.jobs, strict=True):
+            held, direction = factor.stand_in.grad, cast("Tensor", job.stand_in.grad)
+            # To wrap takes longer than to see that it is there.
+            if held is None or local(held).data_ptr() != direction.data_ptr():
+                factor.stand_in.grad = _like(factor.param, direction)
+        return P
+
+    def finish(self, P: list[Factors]) -> None:
+        super().finish(P)
+        if not self.keeps_directions:
+            for factor in self.moving:
+                factor.stand_in.grad = None
+
+    def _precondition(
+        self, backend: Backend, P: list[Factors], stored: list[Tensor]
+    ) -> list[Tensor]:
+        columns = self.of_jobs.to_columns([x.flatten(1) for x in stored])  # kernels as matrices
+        done = self.of_jobs.to_rows(super()._precondition(backend, P, columns))
+        return [x.reshape(job.param.shape) for x, job in zip(done, self.jobs, strict=True)]
+
+
+class ShardedWork:
+    """All pairs on one mesh: their Grams are summed together."""
+
+    def __init__(self, batches: list[ShardedBatch], groups: list[Any]) -> None:
+        self.batches, self.groups = batches, groups
+
+    def prepare(self) -> list[list[Factors]]:
+        """Directions for all stand-ins."""
+        grams = [batch.grams() for batch in self.batches]
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for part in grams:
+            for gram in part:
+                by_dtype.setdefault(gram.S.dtype, []).append(gram.S)
+        for stacks in by_dtype.values():
+            self._sum(stacks)
+        return [batch.direct(part) for batch, part in zip(self.batches, grams, strict=True)]
+
+    def _sum(self, stacks: list[Tensor]) -> None:
+        """Over all processes, in place, the upper halves in one message."""
+        halves = [torch.triu_indices(*S.shape[1:], device=S.device) for S in stacks]
+        message: Any = torch.cat(
+            [S[:, i, j].reshape(-1) for S, (i, j) in zip(stacks, halves, strict=True)]
+        )
+        for group in self.groups:
+            dist.all_reduce(message, group=group)
+        sizes = [len(S) * half.shape[1] for S, half in zip(stacks, halves, strict=True)]
+        for S, (i, j), sums in zip(stacks, halves, message.split(sizes), strict=True):
+            S[:, i, j] = S[:, j, i] = sums.view(len(S), -1)
+
+    def finish(self, halves: list[list[Factors]]) -> None:
+        """The rest of every batch."""
+        for batch, P in zip(self.batches, halves, strict=True):
+            batch.finish(P)
+
+
+def sharded_work(
+    pairs: Iterable[TensorPair], group_of: dict[int, dict[str, Any]], sides: str
+) -> tuple[list[ShardedWork], dict[int, Tensor]]:
+    """For each mesh its work on the factors in `sides`, and the stand-ins of those with a gradient.
+
+    Parameters
+    ----------
+    pairs : iterable of TensorPair
+        Of DTensors, each with both factors on one mesh.
+    group_of : dict of int to group
+        By the id of a parameter.
+    sides : {"A", "B", "AB"}
+        Which factors are to be moved.
+    """
+    by_mesh: dict[Any, list[TensorPair]] = {}
+    for pair in pairs:
+        by_mesh.setdefault(mesh_of(pair.A), []).append(pair)
+    work, stand_ins = [], {}
+    for mesh, members in by_mesh.items():
+        batches, summed = _batches(members, group_of, sides)
+        for f in (f for batch in batches for f in batch.moving if f.param.grad is not None):
+            stand_ins[id(f.param)] = f.stand_in
+        work.append(ShardedWork(batches, [mesh.get_group(d) for d in summed]))
+    return work, stand_ins
+
+
+def _batches(
+    pairs: list[TensorPair], group_of: dict[int, dict[str, Any]], sides: str
+) -> tuple[list[ShardedBatch], list[int]]:
+    """The pairs of one mesh, and the dimensions of it along which any of their factors is cut."""
+    parts: dict[Any, tuple[list[TensorPair], list[Moving]]] = {}
+    place: dict[Any, int] = {}
+    for k, pair in enumerate(pairs):
+        exchanged = [d for side in (0, 1) for d in cut_dims(pair[side], side)]
+        for side, (letter, p) in enumerate(zip("AB", pair[:2], strict=True)):
+            if letter not in sides or not p.requires_grad:
+                continue
+            group = group_of[id(p)]
+            recipe = recipe_of(group)
+            key = (recipe, p.dtype, *exchanged[:1])
+            members, moving = parts.setdefault(key, ([], []))
+            i = place.setdefault((key, k), len(members))
+            if i == len(members):
+                members.append(pair)
+            moving.append(Moving(i, side, p, _stand_in(p, recipe.placement), group))
+    factors = [p for pair in pairs for p in pair[:2]]
+    summed = sorted({d for p in factors for axis in (0, 1) for d in cut_dims(p, axis)})
+    return [ShardedBatch(key[0], *part, summed) for key, part in parts.items()], summed
+
+
+def _stand_in(p: Any, placement: str) -> DTensor:
+    """The parameter's own memory where the parent may write its result there, else scratch."""
+    piece = local(p)
+    wide = torch.promote_types(p.dtype, torch.float32)
+    if placement == "before" and p.dtype == wide and piece.is_contiguous():
+        own: DTensor = p.detach()
+        return own
+    return _like(p, torch.empty(piece.shape, dtype=wide, device=piece.device))
+
+
+def _like(p: Any, piece: Tensor) -> DTensor:
+    """A DTensor laid out as another is."""
+    return DTensor.from_local(
+        piece, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
+
+
+def _piece_of_grad(p: Any) -> Tensor:
+    """Of the gradient what belongs to this process's piece of the parameter; zeros for none."""
+    if p.grad is None:
+        return torch.zeros_like(local(p))
+    grad = p.grad
+    return local(
+        grad if grad.placements == p.placements else grad.redistribute(placements=p.placements)
+    )

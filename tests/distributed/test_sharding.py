@@ -1,0 +1,152 @@
+"""DDP, FSDP2 and HSDP against one process, in groups of 2 and 4 real processes."""
+
+import numpy as np
+import pytest
+import sharded_checkpoints as checkpoints
+import sharded_runs as runs
+import torch
+
+world = pytest.mark.parametrize("world", [2, 4])
+
+
+def assert_equal(found, expected, atol):
+    """Of every process; `found` is a list of dicts."""
+    for one in found:
+        assert one.keys() == expected.keys()
+        for name, x in one.items():
+            np.testing.assert_allclose(x, expected[name], rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("maker", "layout", "world"),
+    [
+        *((maker, "default", 4) for maker in runs.MAKERS),
+        *((maker, "columns", 4) for maker in ("adamw", "both", "groups")),
+        *((maker, layout, 2) for maker in ("fused", "sgd") for layout in ("default", "columns")),
+    ],
+)
+def test_equals_one_process(groups, maker, layout, world):
+    """20 steps in float64, so that only the order of sums differs: a few eps, grown by the steps."""
+    found = groups(world).run(runs.trained, maker, layout)
+    assert_equal(found, runs.trained(maker, None), atol=1e-12)
+
+
+@pytest.mark.parametrize("maker", ["adamw", "both"])
+def test_hsdp_equals_one_process(groups, maker):
+    """2 replicas of 2 pieces."""
+    found = groups(4).run(runs.trained, maker, "hsdp")
+    assert_equal(found, runs.trained(maker, None), atol=1e-12)
+
+
+@pytest.mark.parametrize("maker", ["adamw", "both", "gauss-seidel"])
+def test_any_layout_on_a_mesh_of_two_dimensions(groups, maker):
+    expected = runs.trained_in_any_layout(maker, sharded=False)
+    assert_equal(groups(4).run(runs.trained_in_any_layout, maker, True), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("poison", ["0.lora_A.weight", "1.lora_B.weight", "3.lora_A.weight"])
+def test_nan_in_one_pair_does_not_touch_another(groups, poison):
+    expected = runs.trained_in_any_layout("both", sharded=False)
+    for found in groups(4).run(runs.trained_in_any_layout, "both", True, poison):
+        assert np.isnan(found[poison]).any()
+        others = {name: x for name, x in found.items() if name[0] != poison[0]}
+        assert len(others) == 8
+        assert_equal([others], {name: expected[name] for name in others}, atol=1e-12)
+
+
+@world
+@pytest.mark.parametrize("layout", ["default", "columns"])
+def test_single_precision_equals_one_process(groups, layout, world):
+    found = groups(world).run(runs.trained, "adamw", layout, torch.float32)
+    assert_equal(found, runs.trained("adamw", None, torch.float32), atol=1e-6)
+
+
+@world
+@pytest.mark.parametrize("layout", ["default", "columns"])
+def test_bfloat16_equals_one_process(groups, layout, world):
+    """A Gram's last float32 bit may turn a rounding: two bits of bfloat16 at 1."""
+    found = groups(world).run(runs.trained_on_given_gradients, layout, torch.bfloat16)
+    expected = runs.trained_on_given_gradients(None, torch.bfloat16)
+    assert_equal(found, expected, atol=2**-7)
+
+
+@pytest.mark.parametrize("layout", ["default", "columns", "hsdp"])
+def test_frozen_factors_and_missing_gradients(groups, layout):
+    assert_equal(groups(4).run(runs.trained_frozen, layout), runs.trained_frozen(None), atol=1e-12)
+
+
+def test_a_gradient_missing_on_one_process_does_not_hang_the_others(groups):
+    moved = groups(4).run(runs.step_with_none_on_one)
+    for rank, pieces in enumerate(moved):
+        for name, changed in pieces.items():
+            assert changed == (name.startswith("5.") or ("lora_" in name and rank > 0)), name
+
+
+SHAPES = [(16, 20, 4), (32, 16, 4), (64, 10, 8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_step_sends(groups, dtype):
+    """The upper halves of two Grams a pair; in the default layout A, its gradient and its direction."""
+    grams = sum(4 * r * (r + 1) for _, _, r in SHAPES)
+    for sent in groups(4).run(runs.traffic, "columns", dtype, SHAPES):
+        assert sent == [("allreduce", grams)]
+    rows = sum(r // 4 * n for n, _, r in SHAPES)
+    width = torch.finfo(dtype).bits // 8
+    for sent in groups(4).run(runs.traffic, "default", dtype, SHAPES):
+        moved = [("alltoall_base", rows * size) for size in (width, width, 4)]
+        assert sent == [moved[0], ("allreduce", grams), *moved[1:]]
+    assert groups(4).run(runs.traffic, "ddp", dtype, SHAPES) == [[]] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replicas_keep_the_same_bits(groups, dtype):
+    """All of DDP; of HSDP processes 0 and 2, and 1 and 3."""
+    assert len({bits for _, bits in groups(4).run(runs.replicas, "ddp", dtype)}) == 1
+    pieces = dict(groups(4).run(runs.replicas, "hsdp", dtype))
+    assert pieces[0] == pieces[2]
+    assert pieces[1] == pieces[3]
+
+
+@world
+def test_ddp_equals_one_process(groups, world):
+    assert_equal(
+        groups(world).run(runs.trained, "adamw", "ddp"), runs.trained("adamw", None), 1e-12
+    )
+
+
+def test_other_methods_under_ddp(groups):
+    """Replicas equal bit for bit; some methods divide by small numbers, so 1e-12 may grow."""
+    found = groups(2).run(runs.trained_by_methods, "ddp")
+    assert_equal(found[1:], found[0], atol=0)
+    assert_equal(found, runs.trained_by_methods(None), atol=1e-9)
+
+
+@pytest.mark.parametrize(("layout", "flat"), [("default", False), ("columns", True)])
+@pytest.mark.parametrize(
+    ("maker", "dtype"),
+    [
+        ("adamw", torch.float64),
+        ("groups", torch.float64),
+        ("sgd", torch.float64),
+        ("fused", torch.bfloat16),
+    ],
+)
+def test_resume_on_other_numbers_of_processes(groups, tmp_path, maker, layout, flat, dtype):
+    there = (str(tmp_path), flat, dtype)
+    expected = groups(2).run(checkpoints.save, maker, layout, *there)[0]
+    same = groups(2).run(checkpoints.resume, maker, layout, *there)
+    assert_equal(same, expected, atol=0)
+    atol = 1e-12 if dtype is torch.float64 else 0.02  # bfloat16 gradients: as above
+    assert_equal(groups(4).run(checkpoints.resume, maker, layout, *there), expected, atol)
+    assert_equal(groups(1).run(checkpoints.resume, maker, None, *there), expected, atol)
+
+
+@pytest.mark.parametrize("loads_on_one", [False, True])
+@pytest.mark.parametrize(("maker", "world"), [("adamw", 2), ("both", 4)])
+def test_accelerate_runs_the_same_job(groups, tmp_path, maker, world, loads_on_one):
+    """It swaps the parameters of an optimizer that is there already, and resumes in the middle."""
+    pytest.importorskip("accelerate")
+    there = (torch.float64, str(tmp_path), loads_on_one)
+    found = groups(world).run(checkpoints.trained_with_accelerate, maker, *there)
+    assert_equal(found, runs.trained(maker, None), atol=1e-12)

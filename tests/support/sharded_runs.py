@@ -1,0 +1,251 @@
+"""What the processes of tests/distributed run: one training, sharded in many ways."""
+
+import torch
+import torch.distributed as dist
+from models import METHODS, LoRALinear
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rlora.torch
+from rlora.torch import ScaledAdamW, ScaledSGD
+
+STEPS = 20
+MAKERS = {
+    "adamw": lambda m: ScaledAdamW(m, lr=1e-2),
+    "fused": lambda m: ScaledAdamW(m, lr=1e-2, fused=True),
+    "foreach": lambda m: ScaledAdamW(m, lr=1e-2, foreach=True),
+    "after": lambda m: ScaledAdamW(m, lr=1e-2, placement="after", damping=1e-2),
+    "both": lambda m: ScaledAdamW(m, lr=1e-2, placement="both", damping_mode="absolute"),
+    "covariant": lambda m: ScaledAdamW(m, lr=1e-2, damping_mode="covariant", damping=1e-3),
+    "gauss-seidel": lambda m: ScaledAdamW(m, lr=1e-2, order="gauss_seidel", amsgrad=True),
+    "sgd": lambda m: ScaledSGD(m, lr=1e-2, momentum=0.9, nesterov=True, damping=1e-2),
+    "nadam": lambda m: rlora.torch.precondition(torch.optim.NAdam)(m, lr=1e-2),
+    "groups": lambda m: ScaledAdamW(
+        [
+            {"params": list(m[0].named_parameters(prefix="0")), "damping": 1e-3},
+            {"params": list(m[2:].named_parameters()), "lr": 3e-2, "compute_dtype": "float64"},
+        ],
+        lr=1e-2,
+    ),
+}
+
+
+def make_model(dtype=torch.float32, seed=0):
+    """Two ranks; over 4 processes 10 is uneven, and of the 3 rows of an A one process has none."""
+    torch.manual_seed(seed)
+    layers = [
+        LoRALinear(8, 10, 3, dtype),
+        LoRALinear(10, 12, 4, dtype),
+        LoRALinear(12, 8, 3, dtype),
+    ]
+    model = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+    model.append(nn.Linear(8, 8, dtype=dtype))  # a head outside the pairs
+    for layer in layers:
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
+    return model
+
+
+def shard(model, layout):
+    """The model as DDP, FSDP2 or HSDP has it; as it is with None."""
+    if layout is None:
+        return model
+    if layout == "ddp":
+        return DistributedDataParallel(model)
+    world = dist.get_world_size()
+    sizes = (2, world // 2) if layout == "hsdp" else (world,)
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :])
+    placement = rlora.torch.shard_placement(model, mesh) if layout == "columns" else None
+    for module in [m for m in model if isinstance(m, LoRALinear)] + [model]:
+        fully_shard(module, mesh=mesh, shard_placement_fn=placement)
+    return model
+
+
+def share_of_batch(t, dtype):
+    """This process's rows of a batch of 16."""
+    g = torch.Generator().manual_seed(t % 3)
+    x, y = (torch.randn(16, 8, generator=g).to(dtype) for _ in range(2))
+    parts = dist.get_world_size() if dist.is_initialized() else 1
+    mine = (
+        slice(None) if parts == 1 else slice(*(16 // parts * (dist.get_rank() + i) for i in (0, 1)))
+    )
+    return x[mine], y[mine]
+
+
+def backward(model, t):
+    dtype = next(model.parameters()).dtype
+    x, y = share_of_batch(t, dtype)
+    loss = (
+        (model(x) - y).float().square().mean()
+        if dtype is torch.bfloat16
+        else (model(x) - y).square().mean()
+    )
+    loss.backward()
+
+
+def train(model, optimizer, start=0, stop=STEPS):
+    for t in range(start, stop):
+        optimizer.zero_grad()
+        backward(model, t)
+        optimizer.step()
+
+
+def whole(x):
+    x = x.detach()
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).double().numpy()
+
+
+def values(model):
+    return {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}
+
+
+def trained_on_given_gradients(layout, dtype):
+    """The same gradients for all processes, so that only the optimizer can differ."""
+    model = shard(make_model(dtype), layout)
+    optimizer = MAKERS["adamw"](model)
+    g = torch.Generator().manual_seed(5)
+    for _ in range(STEPS):
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.grad = torch.randn(p.shape, generator=g).to(dtype)
+            if layout is not None:
+                p.grad = distribute_tensor(p.grad, p.device_mesh, p.placements)
+        optimizer.step()
+    return values(model)
+
+
+def trained_in_any_layout(maker, sharded, poison=None):
+    """Pairs cut in all ways along two dimensions of a mesh, as tensor parallelism would too.
+
+    From the fifth step on one entry of the gradient of the parameter `poison` is NaN.
+    """
+    cut_0, cut_1, whole_here = Shard(0), Shard(1), Replicate()
+    placements = [
+        ([cut_0, cut_1], [cut_0, whole_here]),
+        ([whole_here, cut_0], [cut_0, cut_1]),  # the rank axis of both
+        ([whole_here, whole_here], [whole_here, cut_0]),
+        ([cut_1, cut_1], [cut_0, cut_0]),
+        ([cut_0, whole_here], [cut_0, cut_0]),  # kernels
+    ]
+    mesh = init_device_mesh("cpu", (2, 2)) if sharded else None
+    g = torch.Generator().manual_seed(3)
+
+    def spread(x, places):
+        return distribute_tensor(x, mesh, places) if sharded else x
+
+    named = []
+    for i, pair in enumerate(placements):
+        shapes = ((3, 5), (7, 3)) if i < 4 else ((3, 2, 2, 2), (7, 3, 1, 1))
+        for letter, shape, places in zip("AB", shapes, pair, strict=True):
+            x = torch.randn(shape, generator=g, dtype=torch.float64)
+            named.append((f"{i}.lora_{letter}.weight", nn.Parameter(spread(x, places))))
+    optimizer = MAKERS[maker](named)
+    for t in range(STEPS):
+        for name, p in named:
+            G = torch.randn(p.shape, generator=g, dtype=torch.float64)
+            if t >= 4 and name == poison:
+                G[-1, -1] = torch.nan
+            p.grad = spread(G, p.placements if sharded else None)
+        optimizer.step()
+    return {name: whole(p) for name, p in named}
+
+
+def trained_by_methods(layout):
+    """A few steps of every other method."""
+    result = {}
+    for name, kind in METHODS.items():
+        model = shard(make_model(torch.float64), layout)
+        optimizer = kind(model, lr=1e-3)
+        train(model, optimizer, stop=5)
+        result |= {f"{name}: {key}": x for key, x in values(model).items()}
+    return result
+
+
+def trained(maker, layout, dtype=torch.float64):
+    model = shard(make_model(dtype), layout)
+    optimizer = MAKERS[maker](model)
+    train(model, optimizer)
+    return values(model)
+
+
+# --- gradients that are missing ------------------------------------------------------------------
+
+
+def trained_frozen(layout):
+    """The first layer's A is frozen from the start, and in odd steps the second B has no gradient."""
+    model = make_model(torch.float64)
+    model[0].lora_A["default"].weight.requires_grad_(False)
+    model = shard(model, layout)
+    optimizer = MAKERS["adamw"](model)
+    for t in range(STEPS):
+        optimizer.zero_grad()
+        backward(model, t)
+        if t % 2:
+            model[2].lora_B["default"].weight.grad = None
+        optimizer.step()
+    return values(model)
+
+
+def step_with_none_on_one():
+    """Process 0 alone has lost the gradients of its factors."""
+    model = shard(make_model(torch.float64), "default")
+    optimizer = MAKERS["both"](model)
+    train(model, optimizer, stop=2)
+    before = {name: p.detach().to_local().clone() for name, p in model.named_parameters()}
+    backward(model, 2)
+    if dist.get_rank() == 0:
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.grad = None
+    optimizer.step()
+    after = {name: p.detach().to_local() for name, p in model.named_parameters()}
+    return {name: bool((x != before[name]).any()) for name, x in after.items() if x.numel()}
+
+
+# --- what is sent --------------------------------------------------------------------------------
+
+
+class Traffic(TorchDispatchMode):
+    """Name and bytes of what this process hands to each collective."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            given = args[1] if "alltoall" in func.__name__ else args[0]
+            tensors = given if isinstance(given, (list, tuple)) else [given]
+            name = func.__name__.split(".")[0].strip("_")
+            self.sent.append((name, sum(x.numel() * x.element_size() for x in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def traffic(layout, dtype, shapes):
+    """What one step sends after the first; `shapes` are (n, m, r)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(LoRALinear(n, m, r, dtype) for n, m, r in shapes))
+    model = shard(model, layout)
+    optimizer = MAKERS["adamw"](model)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+    with Traffic() as traffic:
+        optimizer.step()
+    return traffic.sent
+
+
+# --- replicas ------------------------------------------------------------------------------------
+
+
+def replicas(layout, dtype):
+    """The bits of this process's pieces."""
+    model = shard(make_model(dtype), layout)
+    optimizer = MAKERS["adamw"](model)
+    train(model, optimizer)
+    pieces = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    bits = b"".join(x.detach().double().numpy().tobytes() for x in pieces)
+    return dist.get_rank(), bits
