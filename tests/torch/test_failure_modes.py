@@ -408,7 +408,7 @@ def test_methods_refuse_distributed_tensors(tmp_path):
             (name, nn.Parameter(distribute_tensor(torch.randn(*shape), mesh, [Shard(0)])))
             for name, shape in (("x.lora_A.weight", (2, 5)), ("x.lora_B.weight", (4, 2)))
         ]
-        with pytest.raises(rlora.ShardingError, match="LoRARite needs whole factors.*ScaledAdamW"):
+        with pytest.raises(rlora.ShardingError, match=r"LoRARite needs whole factors.*ScaledAdamW"):
             rlora.torch.LoRARite(named)
     finally:
         dist.destroy_process_group()
