@@ -15,6 +15,7 @@ from rlora.core.errors import PairingError
 from rlora.core.factors import Factors
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.transform import State, Transform, step
+from rlora.torch.loading import ELEMENTWISE
 from rlora.torch.pair_optimizer import PairOptimizer
 from rlora.torch.params import TensorPair
 from rlora.torch.plan import Plan, matrix
@@ -112,7 +113,7 @@ class MethodOptimizer(PairOptimizer):
         ]
         return [Plan(batches, plain)]
 
-    def _state_shapes(self, p: Tensor) -> dict[str, torch.Size]:
+    def _state_shapes(self, p: Tensor) -> dict[str, torch.Size | None]:
         for pair in self._current_pairs():
             if p is pair[0] or p is pair[1]:
                 group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
@@ -120,7 +121,8 @@ class MethodOptimizer(PairOptimizer):
                 places = _places(flatten_state(like))
                 side = 0 if p is pair[0] else 1
                 flat = flatten_state(like)
-                return {key: flat[n].shape[1:] for n, (_, s, key) in places.items() if s == side}
+                own = {key: flat[n].shape[1:] for n, (_, s, key) in places.items() if s == side}
+                return {**dict.fromkeys(ELEMENTWISE), **own}
         return super()._state_shapes(p)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rlora.core.checks import check_nonnegative
-from rlora.core.errors import NamespaceError, ShapeError
-from rlora.pairing import PairReport, nothing_paired
+from rlora.core.errors import NamespaceError
+from rlora.pairing import PairReport
+from rlora.torch.loading import ELEMENTWISE, check_saved
 from rlora.torch.params import (
     TensorPair,
     as_groups,
@@ -26,12 +27,11 @@ from rlora.torch.params import (
     expert_stacks,
     match,
     misfit,
+    no_pair,
 )
 from rlora.torch.plan import Plan, signature
 
 NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
-ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-"""State of torch's own optimizers that has the shape of its parameter."""
 
 
 class PairOptimizer(Optimizer, ABC):
@@ -75,7 +75,7 @@ class PairOptimizer(Optimizer, ABC):
             self._enroll(group)
         self._pair_up()
         if not self._pairs:
-            raise nothing_paired((name for name in self._names if name), self.report)
+            raise no_pair(self._names, self.report, type(self).__name__)
 
     # --- what a subclass says -------------------------------------------------------------------
 
@@ -91,8 +91,8 @@ class PairOptimizer(Optimizer, ABC):
         """The options of a group that a plan is made for."""
         return [group[name] for name in self._own]
 
-    def _state_shapes(self, p: Tensor) -> dict[str, torch.Size]:
-        """Shapes that saved state of a parameter must have."""
+    def _state_shapes(self, p: Tensor) -> dict[str, torch.Size | None]:
+        """Shapes of a parameter's saved state; None is a state that it may not have."""
         return dict.fromkeys(ELEMENTWISE, p.shape)
 
     # --- pairs ----------------------------------------------------------------------------------
@@ -226,21 +226,24 @@ class PairOptimizer(Optimizer, ABC):
         Raises
         ------
         ShapeError
-            When a saved moment has another shape than its parameter; nothing has been loaded then.
+            When a saved moment has another shape than its parameter, or is one of an optimizer that
+            keeps others; nothing has been loaded then.
         """
         incoming: list[dict[str, Any]] = []
 
         def take(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             incoming.append(self._completed(saved))
-            return incoming[0]
+            return incoming[-1]
 
         def restore(_: Optimizer) -> None:
-            self._restore_dtypes(incoming[0])
+            self._restore_dtypes(incoming[-1])
 
         handles = [
             self.register_load_state_dict_pre_hook(take),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
+        if parent_of(type(self)).load_state_dict is not Optimizer.load_state_dict:
+            state_dict = take(self, state_dict)  # a parent's own loading may run no hooks
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -254,16 +257,9 @@ class PairOptimizer(Optimizer, ABC):
         return list(zip(ids, params, strict=False))
 
     def _completed(self, saved: dict[str, Any]) -> dict[str, Any]:
-        for i, p in self._owners(saved):
-            for key, shape in self._state_shapes(p).items():
-                value = saved["state"].get(i, {}).get(key)
-                if isinstance(value, Tensor) and value.shape != shape:
-                    msg = (
-                        f"saved {key} of parameter {i} has shape {tuple(value.shape)}, but that of "
-                        f"a parameter of shape {tuple(p.shape)} has {tuple(shape)}; was the rank "
-                        f"changed?"
-                    )
-                    raise ShapeError(msg)
+        check_saved(
+            (i, saved["state"].get(i, {}), self._state_shapes(p)) for i, p in self._owners(saved)
+        )
         groups = [
             {**{name: mine[name] for name in self._own}, **theirs}
             for mine, theirs in zip(self.param_groups, saved["param_groups"], strict=False)
@@ -289,9 +285,16 @@ class PairOptimizer(Optimizer, ABC):
         self._plans = None
 
 
+def parent_of(kind: type) -> Any:
+    """The optimizer class in front of which a class here stands."""
+    return next(
+        parent
+        for parent in kind.__mro__
+        if issubclass(parent, Optimizer) and not issubclass(parent, PairOptimizer)
+    )
+
+
 def _parent_step(kind: type) -> Callable[[Any], Any]:
     """The parent's step without its hooks, which run around ours already."""
-    behind = (parent for parent in kind.__mro__ if not issubclass(parent, PairOptimizer))
-    parent: Any = next(parent for parent in behind if "step" in vars(parent))
-    step = parent.step
+    step = parent_of(kind).step
     return cast("Callable[[Any], Any]", step.__wrapped__ if hasattr(step, "hooked") else step)

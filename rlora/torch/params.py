@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from rlora.core.errors import NamespaceError, PairingError, ShapeError, ShardingError
-from rlora.pairing import Pair, PairReport, find_pairs as find_named_pairs, flatten_kernel
+from rlora.pairing import (
+    Pair,
+    PairReport,
+    find_pairs as find_named_pairs,
+    flatten_kernel,
+    nothing_paired,
+)
 
 TensorPair = tuple[Tensor, Tensor]
 
@@ -122,7 +128,12 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
         raise ValueError(msg)
     if not isinstance(items[0], dict):
         return [{"params": items}]
-    return [{**group, "params": as_list(group["params"])} for group in items]
+    groups = [{**group, "params": as_list(group["params"])} for group in items]
+    if any(isinstance(p, tuple) for group in groups for p in group["params"]):
+        for group in groups:  # torch takes groups with names or without; an empty one has none
+            if not group["params"]:
+                group["param_names"] = []
+    return groups
 
 
 def as_list(params: Any) -> list[Any]:
@@ -191,6 +202,18 @@ def check_explicit(
         report.append(Pair(name, f"{name}[0]", f"{name}[1]", shape_a, shape_b))
     plain = [f"parameter {i}" for i, p in enumerate(members) if id(p) not in used]
     return checked, PairReport(tuple(report), tuple(plain))
+
+
+def no_pair(names: Sequence[str | None], report: PairReport, kind: str) -> PairingError:
+    """The error for parameters among which there is no pair, or that have no names."""
+    if report.refused or not names or any(name is not None for name in names):
+        return nothing_paired((name for name in names if name is not None), report)
+    msg = (
+        f"no LoRA pair: the {len(names)} parameters have no names; give the model, its "
+        f"named_parameters(), groups of (name, tensor), or pairs=[(A, B), ...]; in transformers' "
+        f"Trainer optimizer_cls_and_kwargs=(lambda: {kind}, {{...}}) hands over the model"
+    )
+    return PairingError(msg)
 
 
 def misfit(a: Tensor, b: Tensor) -> str | None:
