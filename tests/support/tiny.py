@@ -6,14 +6,14 @@ VOCABULARY = 16
 PAIRS = 14  # every linear layer of the two decoder layers
 
 
-def base(seed=0):
+def base(seed=0, width=16):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
