@@ -24,9 +24,14 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(autouse=True)
 def a_state_of_its_own():
     """accelerate keeps precision and devices in a state that the whole process shares."""
+
+    def forget():
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+
+    forget()
     yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+    forget()
 
 
 def rows(size):
