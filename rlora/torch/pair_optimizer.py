@@ -240,10 +240,11 @@ class PairOptimizer(Optimizer, ABC):
             self.register_load_state_dict_pre_hook(take),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
-        if parent_of(type(self)).load_state_dict is not Optimizer.load_state_dict:
+        load = super().load_state_dict
+        if getattr(load, "__func__", None) is not Optimizer.load_state_dict:
             state_dict = take(self, state_dict)  # a parent's own loading may run no hooks
         try:
-            super().load_state_dict(state_dict)
+            load(state_dict)
         finally:
             for handle in handles:
                 handle.remove()
@@ -283,16 +284,9 @@ class PairOptimizer(Optimizer, ABC):
         self._plans = None
 
 
-def parent_of(kind: type) -> Any:
-    """The optimizer class in front of which a class here stands."""
-    return next(
-        parent
-        for parent in kind.__mro__
-        if issubclass(parent, Optimizer) and not issubclass(parent, PairOptimizer)
-    )
-
-
 def _parent_step(kind: type) -> Callable[[Any], Any]:
     """The parent's step without its hooks, which run around ours already."""
-    step = parent_of(kind).step
+    behind = (parent for parent in kind.__mro__ if not issubclass(parent, PairOptimizer))
+    parent: Any = next(parent for parent in behind if "step" in vars(parent))
+    step = parent.step
     return cast("Callable[[Any], Any]", step.__wrapped__ if hasattr(step, "hooked") else step)
