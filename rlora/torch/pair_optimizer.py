@@ -29,6 +29,7 @@ from rlora.torch.matching import (
 from rlora.torch.pairs import TensorPair
 from rlora.torch.params import as_groups, as_list, check_grad, misfit
 from rlora.torch.plan import Plan, signature
+from rlora.torch.rounding import check_rounding
 
 NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
 
@@ -140,6 +141,7 @@ class PairOptimizer(Optimizer, ABC):
         for name in NONNEGATIVE & group.keys():
             if not isinstance(group[name], Tensor):
                 check_nonnegative(name, group[name])
+        check_rounding(group["stochastic_rounding"])
         self._check_own(group)
 
     def _current_pairs(self) -> list[TensorPair]:

@@ -18,6 +18,7 @@ from rlora.core.factors import Factors
 from rlora.core.linalg import DampingMode, preconditioners
 from rlora.methods.scaled import Placement
 from rlora.torch.pairs import TensorPair
+from rlora.torch.rounding import store
 
 Groups = list[dict[str, Any]]
 
@@ -29,6 +30,7 @@ class Recipe(NamedTuple):
     damping_mode: DampingMode
     placement: Placement
     compute_dtype: str | None
+    stochastic_rounding: bool
 
 
 class Job(NamedTuple):
@@ -127,9 +129,8 @@ class Batch:
         if self.recipe.placement != "before":
             self._move(P)
         elif self.copied:
-            torch._foreach_copy_(
-                [job.param for job in self.jobs], [job.stand_in for job in self.jobs]
-            )
+            params, results = zip(*(job[:2] for job in self.jobs), strict=True)
+            store(params, results, self.jobs[0].group)
 
     def _move(self, P: list[Factors]) -> None:
         # The parent has written its whole move into zeros. Its decay has seen a zero parameter.
@@ -146,7 +147,7 @@ class Batch:
             torch._foreach_mul_(wide, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(wide, steps)
             if wide[0] is not params[0]:
-                torch._foreach_copy_(params, wide)
+                store(params, wide, group)
 
     def _precondition(
         self, backend: Backend, P: list[Factors], stored: list[Tensor]
