@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from models import CLASSES, METHODS, batch, loss_of, make_model, pairs_in, train, values
-from pages import run
+from pages import run, sections
 from tiny import PAIRS, adapted, batches, lora, loss_on_all, same, trained
 from torch import nn
 
@@ -33,10 +33,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def loop(kind="ScaledAdamW", model=None, size=8, **space):
+def loop(kind, model):
     """The loop of the page, once through the batches."""
-    model = adapted() if model is None else model
-    return run(PAGE, LOOP, {"model": model, "loader": batches(size), **space}, kind)
+    return run(PAGE, LOOP, {"model": model, "loader": batches()}, kind)
 
 
 def grads_of(model, seed=0):
@@ -61,14 +60,10 @@ def equal(one, other):
 @pytest.mark.parametrize("kind", ["ScaledAdamW", "ScaledSGD", *sorted(METHODS.keys() - {"LoRASB"})])
 def test_the_loop(kind):
     """Every class: the loss falls, on the schedule. LoRASB moves nothing from PEFT's own start."""
-    start = loss_on_all(adapted())
-    space = {"model": adapted()}
-    for _ in range(3):
-        run(PAGE, LOOP, space | {"loader": batches()}, kind)
-    model, optimizer = (
-        space["model"],
-        run(PAGE, LOOP, space | {"loader": batches()}, kind)["optimizer"],
-    )
+    model = adapted()
+    start = loss_on_all(model)
+    for _ in range(4):
+        optimizer = loop(kind, model)["optimizer"]
     assert len(optimizer.report) == PAIRS
     assert not optimizer.report.refused
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * (1 - 0.9 * EPOCH / 20))
@@ -79,17 +74,13 @@ def test_the_loop(kind):
 @kinds
 def test_accumulated_micro_batches_are_one_batch(kind):
     """In float64: Adam's first steps enlarge the rounding of gradients that are almost zero."""
-    model, twin = adapted().double(), adapted().double()
-    for m, size in ((model, 2), (twin, 8)):
-        optimizer = getattr(rlora.torch, kind)(m, lr=1e-2)
-        m.train()
-        if size == 2:
-            run(PAGE, ACCUMULATE, {"model": m, "optimizer": optimizer, "loader": batches(2)})
-            continue
-        for rows in batches(8):
-            m(**rows).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    model, twin = (adapted().double().train() for _ in range(2))
+    optimizer, whole = (getattr(rlora.torch, kind)(m, lr=1e-2) for m in (model, twin))
+    run(PAGE, ACCUMULATE, {"model": model, "optimizer": optimizer, "loader": batches(2)})
+    for rows in batches(8):
+        twin(**rows).loss.backward()
+        whole.step()
+        whole.zero_grad()
     for name, p in trained(twin).items():
         torch.testing.assert_close(trained(model)[name], p, rtol=1e-7, atol=1e-9, msg=name)
 
@@ -118,10 +109,8 @@ def test_half_precision_whose_first_steps_are_skipped(kind):
 
 @kinds
 def test_a_saved_run_goes_on_bit_for_bit(kind, tmp_path):
-    from pages import sections
-
     save, load = sections(PAGE)[SAVE].split("\nsaved = ")
-    space = loop(kind) | {"path": tmp_path / "run.pt"}
+    space = loop(kind, adapted()) | {"path": tmp_path / "run.pt"}
     exec(save, space)
 
     def rest(space):
@@ -194,11 +183,11 @@ def test_adapters_come_and_go(kind):
     """The second adapter moves as it would alone, the first as if there had been no second."""
     model = adapted()
     space = loop(kind, model)
-    optimizer, code = space["optimizer"], {"config": lora()}
+    optimizer = space["optimizer"]
     first = {n: p for n, p in trained(model).items() if ".default." in n}
     state = held(optimizer)
     torch.manual_seed(1)
-    run(PAGE, COME, space | code)
+    run(PAGE, COME, space | {"config": lora()})
     assert len(optimizer.report) == 2 * PAIRS
     assert [len(g["params"]) for g in optimizer.param_groups] == [2 * PAIRS, 2 * PAIRS]
 
