@@ -29,7 +29,7 @@ from rlora.torch.matching import (
 from rlora.torch.pairs import TensorPair
 from rlora.torch.params import as_groups, as_list, check_grad, misfit
 from rlora.torch.plan import Plan, signature
-from rlora.torch.rounding import check_rounding
+from rlora.torch.rounding import check_rounding, count_roundings
 
 NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
 
@@ -191,6 +191,7 @@ class PairOptimizer(Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         plans = self._current_plans()
+        count_roundings(self.param_groups)
         for plan in plans:
             plan.run(self, _parent_step(type(self)))
         return loss

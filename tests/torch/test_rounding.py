@@ -6,16 +6,17 @@ from models import CLASSES, loss_of, make_model, pairs_in, same, train, values
 
 import rlora.torch
 from rlora.torch import ScaledAdamW
-from rlora.torch.rounding import store
+from rlora.torch.rounding import count_roundings, store
 
 make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
 
 
-def rounded(x, times=1, start=0):
+def rounded(x, times=1):
     """What `store` makes of float32 numbers, several times over."""
-    group = {"stochastic_rounding": True, "rounded": start}
+    group = {"stochastic_rounding": True}
     results = []
     for _ in range(times):
+        count_roundings([group])
         p = torch.empty_like(x, dtype=torch.bfloat16)
         store([p], [x], group)
         results.append(p)
@@ -47,10 +48,19 @@ def test_what_needs_no_rounding_stays():
 def test_only_bfloat16_is_rounded_at_random():
     x = torch.randn(1000, dtype=torch.float32)
     for dtype in (torch.float16, torch.float32):
-        p, group = torch.empty_like(x, dtype=dtype), {"stochastic_rounding": True}
-        store([p], [x], group)
+        p = torch.empty_like(x, dtype=dtype)
+        store([p], [x], {"stochastic_rounding": True, "rounded": 1})
         assert torch.equal(p, x.to(dtype))
-        assert "rounded" not in group
+
+
+def test_a_tensor_is_rounded_alike_whatever_stands_beside_it():
+    """So a factor that several processes hold stays equal where their other shards are not."""
+    x, y = torch.randn(40, 4), torch.randn(7, 4)
+    group = {"stochastic_rounding": True, "rounded": 3}
+    alone, beside, other = (torch.empty_like(z, dtype=torch.bfloat16) for z in (x, x, y))
+    store([alone], [x], group)
+    store([other, beside], [y, x], group)
+    assert torch.equal(alone, beside)
 
 
 @pytest.mark.parametrize("name", ["ScaledAdamW", "LoRARite", "LoRAPlus", "ScaledSGD"])
