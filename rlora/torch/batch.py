@@ -13,6 +13,7 @@ from rlora.core.factors import Factors
 from rlora.core.linalg import DampingMode, RankGrams, gram_powers, rank_grams
 from rlora.methods.scaled import Placement
 from rlora.torch.pairs import TensorPair
+from rlora.torch.rounding import store
 
 
 class Recipe(NamedTuple):
@@ -22,6 +23,7 @@ class Recipe(NamedTuple):
     damping_mode: DampingMode
     placement: Placement
     compute_dtype: str | None
+    stochastic_rounding: bool
 
 
 def recipe_of(group: dict[str, Any]) -> Recipe:
@@ -140,9 +142,8 @@ class Batch:
         if self.recipe.placement != "before":
             self._move(P)
         elif self.copied:
-            torch._foreach_copy_(
-                [job.param for job in self.jobs], [job.stand_in for job in self.jobs]
-            )
+            params, results = zip(*(job[:2] for job in self.jobs), strict=True)
+            store(params, results, self.jobs[0].group)
 
     def _move(self, P: list[Factors]) -> None:
         # The parent has written its whole move into zeros. Its decay has seen a zero parameter.
@@ -160,7 +161,7 @@ class Batch:
             torch._foreach_mul_(wide, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(wide, steps)
             if wide[0] is not params[0]:
-                torch._foreach_copy_(params, wide)
+                store(params, wide, group)
 
     def _precondition(
         self, backend: Backend, P: list[Factors], stored: list[Tensor]

@@ -15,6 +15,7 @@ from rlora.pairing import (
     PairReport,
     Source,
     find_pairs as find_named_pairs,
+    nothing_paired,
 )
 from rlora.torch.pairs import TensorPair
 from rlora.torch.params import misfit, trainable
@@ -220,6 +221,18 @@ def check_explicit(
         report.append(Pair(where, f"{where}[0]", f"{where}[1]", views))
     plain = [f"parameter {i}" for i, p in enumerate(members) if id(p) not in used]
     return checked, PairReport(tuple(report), tuple(plain))
+
+
+def no_pair(names: Sequence[str | None], report: PairReport, kind: str) -> PairingError:
+    """The error for parameters among which there is no pair, or that have no names."""
+    if report.refused or not names or any(name is not None for name in names):
+        return nothing_paired((name for name in names if name is not None), report)
+    msg = (
+        f"no LoRA pair: the {len(names)} parameters have no names; give the model, its "
+        f"named_parameters(), groups of (name, tensor), or pairs=[(A, B), ...]; in transformers' "
+        f"Trainer optimizer_cls_and_kwargs=(lambda: {kind}, {{...}}) hands over the model"
+    )
+    return PairingError(msg)
 
 
 def without_middles(

@@ -15,10 +15,12 @@ from rlora.core.errors import PairingError
 from rlora.core.factors import Factors
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.transform import State, Transform, step
+from rlora.torch.loading import ELEMENTWISE
 from rlora.torch.matching import Pairs, without_middles
 from rlora.torch.pair_optimizer import PairOptimizer
 from rlora.torch.pairs import Member, TensorPair
 from rlora.torch.plan import Plan
+from rlora.torch.rounding import store
 
 Method = Callable[..., Transform]
 
@@ -43,6 +45,7 @@ class MethodOptimizer(PairOptimizer):
         pairs: Pairs = None,
         adapter: str | None = None,
         scaling: float = 1.0,
+        stochastic_rounding: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -57,7 +60,7 @@ class MethodOptimizer(PairOptimizer):
         super().__init__(
             params,
             lr=lr,
-            own={**options, "scaling": scaling},
+            own={**options, "scaling": scaling, "stochastic_rounding": stochastic_rounding},
             pairs=pairs,
             adapter=adapter,
             maximize=maximize,
@@ -102,9 +105,8 @@ class MethodOptimizer(PairOptimizer):
             if len(groups := {owner[id(p)] for p in pair.moved}) > 1:
                 msg = (
                     f"the factors of a pair of shapes {tuple(pair.A.shape)} and "
-                    f"{tuple(pair.B.shape)} are in "
-                    f"two parameter groups; {type(self).__name__} moves them together: put both in "
-                    f"one group (for two learning rates there is LoRAPlus)"
+                    f"{tuple(pair.B.shape)} are in two parameter groups; {type(self).__name__} "
+                    f"moves them together: put both in one (for two learning rates: LoRAPlus)"
                 )
                 raise PairingError(msg)
             if pair.gradient(0) is not None or pair.gradient(1) is not None:
@@ -118,7 +120,7 @@ class MethodOptimizer(PairOptimizer):
         ]
         return [Plan(batches, plain)]
 
-    def _state_shapes(self, p: Tensor) -> dict[str, torch.Size]:
+    def _state_shapes(self, p: Tensor) -> dict[str, torch.Size | None]:
         shapes: dict[str, torch.Size] = {}
         pairs = [pair for pair in self._current_pairs() if pair.A is p or pair.B is p]
         members = [member for pair in pairs for member in pair.members()]
@@ -128,7 +130,7 @@ class MethodOptimizer(PairOptimizer):
             for name, (_, side, key) in _places(flat).items():
                 if member.params[side] is p:
                     shapes[key + member.suffix] = flat[name].shape[1:]
-        return shapes if members else super()._state_shapes(p)
+        return {**dict.fromkeys(ELEMENTWISE), **shapes} if members else super()._state_shapes(p)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The parent would look for its own entries in the state of the pairs.
@@ -199,15 +201,11 @@ class MethodBatch:
             self._chosen, self._transform = chosen, self._optimizer._transform(group)
         params, grads = {}, {}
         for i, bucket in enumerate(self._buckets):
-            A, B = ([member.read(side) for member in bucket] for side in (0, 1))
-            params[f"{i}"] = Factors(self._stack(A, (i, 0)), self._stack(B, (i, 1)))
-            G = [[member.gradient(side) for member in bucket] for side in (0, 1)]
-            grads[f"{i}"] = Factors(
-                *(
-                    None if g[0] is None else self._stack(g, (i, side))
-                    for side, g in enumerate(G, 2)
-                )
-            )
+            readers = (Member.read, Member.gradient)
+            values = [[read(m, side) for m in bucket] for read in readers for side in (0, 1)]
+            wide = group["stochastic_rounding"]
+            A, B, G_A, G_B = (self._stack(x, (i, k), wide) for k, x in enumerate(values))
+            params[f"{i}"], grads[f"{i}"] = Factors(A, B), Factors(G_A, G_B)
         if group["maximize"]:
             torch._foreach_neg_([g for pair in grads.values() for g in pair if g is not None])
         like = self._buckets[0][0].params[0]
@@ -218,16 +216,18 @@ class MethodBatch:
             )
         return moved
 
-    def _stack(self, tensors: list[Any], slot: Any) -> Tensor:
+    def _stack(self, tensors: list[Any], slot: Any, wide: bool) -> Tensor | None:
         """Matrices on a stack of this step; on a CPU in memory of the last one."""
+        if tensors[0] is None:
+            return None
+        dtype = torch.float32 if wide and tensors[0].itemsize == 2 else tensors[0].dtype
         if tensors[0].device.type != "cpu":
-            return torch.stack(tensors)
-        shape, dtype = (len(tensors), *tensors[0].shape), tensors[0].dtype
-        size = prod(shape)
+            return torch.stack(tensors).to(dtype)
+        shape = torch.Size((len(tensors), *tensors[0].shape))
         held = self._memory.get(slot)
-        if held is None or held.numel() < size or held.dtype != dtype:
-            held = self._memory[slot] = torch.empty(size, dtype=dtype)
-        return torch.stack(tensors, out=held[:size].view(shape))
+        if held is None or held.numel() < shape.numel() or held.dtype != dtype:
+            held = self._memory[slot] = torch.empty(shape.numel(), dtype=dtype)
+        return torch.stack(tensors, out=held[: shape.numel()].view(shape))
 
     def finish(self, moved: tuple[dict[str, Factors], State]) -> None:
         """Write both where they belong."""
@@ -239,7 +239,7 @@ class MethodBatch:
                     old += [member.part(side) for member in bucket]
                     layers = zip(bucket, stacks[side].unbind(0), strict=True)
                     new += [member.views[side].write(layer) for member, layer in layers]
-        torch._foreach_copy_(old, new)
+        store(old, new, self._optimizer.param_groups[self._group])
         mine, theirs = flatten_state(self._state), flatten_state(state)
         changed = [name for name, x in mine.items() if x is not theirs[name]]
         if changed:

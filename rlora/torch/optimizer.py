@@ -40,12 +40,13 @@ class GramPreconditioned(PairOptimizer):
         placement: Placement = "before",
         order: Order = "jacobi",
         compute_dtype: str | None = None,
+        stochastic_rounding: bool = False,
         **kwargs: Any,
     ) -> None:
         check_choice("order", order, Order)
         self.order = order
-        own = Recipe(damping, damping_mode, placement, compute_dtype)._asdict()
-        super().__init__(params, *args, own=own, pairs=pairs, adapter=adapter, **kwargs)
+        own = Recipe(damping, damping_mode, placement, compute_dtype, stochastic_rounding)
+        super().__init__(params, *args, own=own._asdict(), pairs=pairs, adapter=adapter, **kwargs)
 
     def _check_own(self, group: dict[str, Any]) -> None:
         check_damping(group["damping"], group["damping_mode"], group["compute_dtype"])

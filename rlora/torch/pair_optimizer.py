@@ -15,17 +15,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rlora.core.checks import check_nonnegative
-from rlora.core.errors import NamespaceError, ShapeError
-from rlora.pairing import PairReport, nothing_paired
-from rlora.torch.matching import Pairs, check_explicit, match, split_source, what_modules_know
+from rlora.core.errors import NamespaceError
+from rlora.pairing import PairReport
+from rlora.torch.loading import ELEMENTWISE, check_saved
+from rlora.torch.matching import (
+    Pairs,
+    check_explicit,
+    match,
+    no_pair,
+    split_source,
+    what_modules_know,
+)
 from rlora.torch.pairs import TensorPair, signature
 from rlora.torch.params import as_groups, as_list, check_grad, misfit
 from rlora.torch.plan import Plan
-from rlora.torch.sharding import check_layouts, check_saved, check_swap
+from rlora.torch.rounding import check_rounding, count_roundings
+from rlora.torch.sharding import check_kind, check_layouts, check_swap
 
 NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
-ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-"""State of torch's own optimizers that has the shape of its parameter."""
 
 
 class PairOptimizer(Optimizer, ABC):
@@ -69,7 +76,7 @@ class PairOptimizer(Optimizer, ABC):
             self._enroll(group)
         self._pair_up()
         if not self._pairs:
-            raise nothing_paired((name for name in self._names if name), self.report)
+            raise no_pair(self._names, self.report, type(self).__name__)
 
     # --- what a subclass says -------------------------------------------------------------------
 
@@ -88,8 +95,8 @@ class PairOptimizer(Optimizer, ABC):
         """The options of a group that a plan is made for."""
         return [group[name] for name in self._own]
 
-    def _state_shapes(self, p: Tensor) -> dict[str, torch.Size]:
-        """Shapes that saved state of a parameter must have."""
+    def _state_shapes(self, p: Tensor) -> dict[str, torch.Size | None]:
+        """Shapes of a parameter's saved state; None is a state that it may not have."""
         return dict.fromkeys(ELEMENTWISE, p.shape)
 
     # --- pairs ----------------------------------------------------------------------------------
@@ -139,6 +146,7 @@ class PairOptimizer(Optimizer, ABC):
         for name in NONNEGATIVE & group.keys():
             if not isinstance(group[name], Tensor):
                 check_nonnegative(name, group[name])
+        check_rounding(group["stochastic_rounding"])
         self._check_own(group)
 
     def _current_pairs(self) -> list[TensorPair]:
@@ -191,6 +199,7 @@ class PairOptimizer(Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         plans = self._current_plans()
+        count_roundings(self.param_groups)
         for plan in plans:
             plan.run(self, _parent_step(type(self)))
         return loss
@@ -227,24 +236,28 @@ class PairOptimizer(Optimizer, ABC):
         Raises
         ------
         ShapeError, ShardingError
-            When a saved moment has another shape than its parameter, or is whole and the parameter
-            is sharded, or the other way round; nothing has been loaded then.
+            When a saved moment has another shape than its parameter, is one of an optimizer that
+            keeps others, or is whole and the parameter is sharded, or the other way round; nothing
+            has been loaded then.
         """
         incoming: list[dict[str, Any]] = []
 
         def take(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             incoming.append(self._completed(saved))
-            return incoming[0]
+            return incoming[-1]
 
         def restore(_: Optimizer) -> None:
-            self._restore_dtypes(incoming[0])
+            self._restore_dtypes(incoming[-1])
 
         handles = [
             self.register_load_state_dict_pre_hook(take),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
+        load = super().load_state_dict
+        if getattr(load, "__func__", None) is not Optimizer.load_state_dict:
+            state_dict = take(self, state_dict)  # a parent's own loading may run no hooks
         try:
-            super().load_state_dict(state_dict)
+            load(state_dict)
         finally:
             for handle in handles:
                 handle.remove()
@@ -256,17 +269,11 @@ class PairOptimizer(Optimizer, ABC):
         return list(zip(ids, params, strict=False))
 
     def _completed(self, saved: dict[str, Any]) -> dict[str, Any]:
-        for i, p in self._owners(saved):
-            for key, shape in self._state_shapes(p).items():
-                value = saved["state"].get(i, {}).get(key)
-                check_saved(f"{key} of parameter {i}", value, p)
-                if isinstance(value, Tensor) and value.shape != shape:
-                    msg = (
-                        f"saved {key} of parameter {i} has shape {tuple(value.shape)}, but that of "
-                        f"a parameter of shape {tuple(p.shape)} has {tuple(shape)}; was the rank "
-                        f"changed?"
-                    )
-                    raise ShapeError(msg)
+        owned = [(i, saved["state"].get(i, {}), p) for i, p in self._owners(saved)]
+        for i, held, p in owned:
+            for key in self._state_shapes(p):
+                check_kind(f"{key} of parameter {i}", held.get(key), p)
+        check_saved((i, held, self._state_shapes(p)) for i, held, p in owned)
         groups = [
             {**{name: mine[name] for name in self._own}, **theirs}
             for mine, theirs in zip(self.param_groups, saved["param_groups"], strict=False)

@@ -41,7 +41,12 @@ def as_groups(
         raise ValueError(msg)
     if not isinstance(items[0], dict):
         return [{"params": items}]
-    return [{**group, "params": as_list(group["params"])} for group in items]
+    groups = [{**group, "params": as_list(group["params"])} for group in items]
+    if any(isinstance(p, tuple) for group in groups for p in group["params"]):
+        for group in groups:  # torch takes groups with names or without; an empty one has none
+            if not group["params"]:
+                group["param_names"] = []
+    return groups
 
 
 def as_list(params: Any) -> list[Any]:

@@ -45,6 +45,9 @@ class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):
     compute_dtype : {None, "float32", "float64"}
         Precision of the Gram matrices and their inverses; None is the parameters' own, at least
         float32.
+    stochastic_rounding : bool
+        Round bfloat16 factors up or down at random, so that steps smaller than their last bit
+        count in the mean. Not within torch.compile.
     pairs : iterable of (Tensor, Tensor), optional
         The pairs (A, B) by hand, A (r, n) and B (m, r), instead of by name; (A, B, Layout) where
         they lie otherwise. Or a `rlora.pairing.Convention`, names of pairs, or a callable that
@@ -101,6 +104,7 @@ class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):
         placement: Placement = "before",
         order: Order = "jacobi",
         compute_dtype: str | None = None,
+        stochastic_rounding: bool = False,
         pairs: Pairs = None,
         adapter: str | None = None,
         maximize: bool = False,
@@ -120,6 +124,7 @@ class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):
             placement=placement,
             order=order,
             compute_dtype=compute_dtype,
+            stochastic_rounding=stochastic_rounding,
             pairs=pairs,
             adapter=adapter,
             maximize=maximize,
@@ -143,7 +148,7 @@ class ScaledSGD(GramPreconditioned, torch.optim.SGD):
         Learning rate, at least 0.
     momentum, dampening, weight_decay, nesterov, maximize, foreach, fused
         As in torch's SGD; the decay is added to the preconditioned gradient.
-    damping, damping_mode, order, compute_dtype, pairs, adapter
+    damping, damping_mode, order, compute_dtype, stochastic_rounding, pairs, adapter
         As in `ScaledAdamW`.
 
     Raises
@@ -182,6 +187,7 @@ class ScaledSGD(GramPreconditioned, torch.optim.SGD):
         damping_mode: DampingMode = "relative",
         order: Order = "jacobi",
         compute_dtype: str | None = None,
+        stochastic_rounding: bool = False,
         pairs: Pairs = None,
         adapter: str | None = None,
         maximize: bool = False,
@@ -199,6 +205,7 @@ class ScaledSGD(GramPreconditioned, torch.optim.SGD):
             damping_mode=damping_mode,
             order=order,
             compute_dtype=compute_dtype,
+            stochastic_rounding=stochastic_rounding,
             pairs=pairs,
             adapter=adapter,
             maximize=maximize,

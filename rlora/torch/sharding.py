@@ -110,7 +110,7 @@ def check_swap(strangers: int, gone: int) -> None:
         raise ShardingError(msg)
 
 
-def check_saved(what: str, value: Any, p: Tensor) -> None:
+def check_kind(what: str, value: Any, p: Tensor) -> None:
     """ShardingError when a saved tensor is whole and its parameter sharded, or the other way."""
     if isinstance(value, Tensor) and is_distributed(value) != is_distributed(p):
         msg = (

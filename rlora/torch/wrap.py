@@ -25,8 +25,8 @@ def precondition(optimizer: Any) -> type[Optimizer]:
     type
         A subclass of it. Its constructor takes a model, ``named_parameters()``, groups with names,
         or tensors with ``pairs=[(A, B), ...]``, then the parent's arguments and ``damping``,
-        ``damping_mode``, ``placement``, ``order``, ``compute_dtype`` and ``adapter`` as
-        `ScaledAdamW` has them.
+        ``damping_mode``, ``placement``, ``order``, ``compute_dtype``, ``stochastic_rounding`` and
+        ``adapter`` as `ScaledAdamW` has them.
 
     Raises
     ------
@@ -89,8 +89,9 @@ def optimizer_class(method: Method, parent: type[Optimizer] | None = None) -> ty
     type
         An optimizer class with the method's name in capitals. Its constructor takes a model,
         ``named_parameters()``, groups with names, or tensors with ``pairs=[(A, B), ...]``; ``lr``;
-        the method's hyperparameters; ``scaling``, the s of ``W0 + s B A``; ``adapter``; and
-        ``maximize``, ``foreach`` and ``fused`` for the parent.
+        the method's hyperparameters; ``scaling``, the s of ``W0 + s B A``; ``stochastic_rounding``
+        and ``adapter`` as `ScaledAdamW` has them; and ``maximize``, ``foreach`` and ``fused`` for
+        the parent.
 
     Examples
     --------

@@ -1,0 +1,120 @@
+"""accelerate around a loop, as docs/how-to/accelerate.md shows it, on a tiny Llama."""
+
+import pickle
+
+import pytest
+import torch
+from pages import run
+from tiny import PAIRS, adapted, batches, loss_on_all, same, trained
+from torch.utils.data import DataLoader
+
+import rlora.torch
+
+accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("peft")
+
+PAGE = "accelerate.md"
+kinds = pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRARite"])
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* is deprecated and will be removed in v6:FutureWarning",
+)
+
+
+@pytest.fixture(autouse=True)
+def a_state_of_its_own():
+    """accelerate keeps precision and devices in a state that the whole process shares."""
+
+    def forget():
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+
+    forget()
+    yield
+    forget()
+
+
+def rows(size):
+    """A loader of the sequences in their order."""
+    return DataLoader([{k: v[0] for k, v in b.items()} for b in batches(1)], batch_size=size)
+
+
+def prepared(kind, model=None, size=4, **options):
+    space = {
+        "model": adapted() if model is None else model,
+        "loader": rows(size),
+        "options": {"cpu": True, **options},
+    }
+    return run(PAGE, "Prepare", space, kind)
+
+
+@kinds
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_loss_falls_on_the_schedule(kind, precision):
+    start = loss_on_all(adapted())
+    space = prepared(kind, mixed_precision=precision)
+    assert len(space["optimizer"].optimizer.report) == PAIRS
+    for _ in range(3):
+        run(PAGE, "Train", space)
+    space["model"].eval()
+    assert loss_on_all(space["model"]) < 0.8 * start
+    assert {p.dtype for p in trained(space["model"]).values()} == {torch.float32}
+    # 16 micro-batches are 8 steps an epoch: after 24 the schedule has reached its end.
+    assert space["optimizer"].param_groups[0]["lr"] == pytest.approx(1e-3)
+
+
+@kinds
+def test_it_is_the_loop_without_accelerate(kind):
+    """Bit for bit: two micro-batches a step, the mean of their losses, clipped, on the schedule."""
+    space = run(PAGE, "Train", prepared(kind))
+    model = adapted()
+    model.train()
+    optimizer = getattr(rlora.torch, kind)(model, lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=20)
+    for i, batch in enumerate(rows(4)):
+        (model(**batch).loss / 2).backward()
+        if i % 2:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    assert same(trained(space["model"]), trained(model))
+
+
+@kinds
+def test_two_micro_batches_are_one_batch(kind):
+    """In float64: Adam's first steps enlarge the rounding of gradients that are almost zero."""
+    parts = run(PAGE, "Train", prepared(kind, adapted().double(), size=4))["model"]
+    twin = adapted().double()
+    twin.train()
+    optimizer = getattr(rlora.torch, kind)(twin, lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=20)
+    for batch in rows(8):
+        twin(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    for name, p in trained(twin).items():
+        torch.testing.assert_close(trained(parts)[name], p, rtol=1e-7, atol=1e-9, msg=name)
+
+
+@kinds
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_saved_state_resumes_bit_for_bit(kind, precision, tmp_path):
+    space = run(PAGE, "Train", prepared(kind, mixed_precision=precision))
+    run(PAGE, "Save", space | {"folder": tmp_path})
+    expected = trained(run(PAGE, "Train", space)["model"])
+    a_later_process = prepared(kind, adapted(seed=1), mixed_precision=precision)
+    run(PAGE, "Go on", a_later_process | {"folder": tmp_path})
+    rate = a_later_process["optimizer"].param_groups[0]["lr"]
+    assert rate == pytest.approx(1e-2 * (1 - 0.9 * 8 / 20))
+    assert same(trained(run(PAGE, "Train", a_later_process)["model"]), expected)
+
+
+@kinds
+def test_a_prepared_optimizer_can_be_pickled(kind):
+    space = run(PAGE, "Train", prepared(kind))
+    optimizer = pickle.loads(pickle.dumps(space["optimizer"]))
+    assert type(optimizer.optimizer) is getattr(rlora.torch, kind)
+    assert len(optimizer.optimizer.report) == PAIRS

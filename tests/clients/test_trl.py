@@ -1,0 +1,132 @@
+"""TRL's SFTTrainer, by the ways that docs/how-to/trl.md shows, on a tiny Llama and made-up text."""
+
+import pytest
+import torch
+from pages import run, sections
+from tiny import PAIRS, adapted, base, lora, same, trained
+
+import rlora.torch
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+pytest.importorskip("peft")
+
+PAGE = "trl.md"
+RESUME = "Train and resume"
+WAYS = [title for title in sections(PAGE) if title != RESUME]
+STEPS = 20
+MOMENTS = ("exp_avg", "mu", "nu")
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* is deprecated and will be removed in v6:FutureWarning",
+)
+
+
+def tokenizer():
+    """A word for each of twelve numbers, and the special tokens of the tiny model."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(12))]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+def dataset():
+    lines = [" ".join(f"w{(i + j * (1 + i % 3)) % 12}" for j in range(10)) for i in range(64)]
+    return datasets.Dataset.from_list([{"text": line} for line in lines])
+
+
+def arguments_of(folder, **changes):
+    options = {
+        "max_steps": STEPS,
+        "save_steps": 10,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 8,
+        "use_cpu": True,
+        "bf16": False,
+        "dataloader_pin_memory": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "lr_scheduler_type": "cosine",
+    }
+    return trl.SFTConfig(folder, **(options | changes))
+
+
+def train(way, kind, folder, checkpoint=None, model=None, **changes):
+    space = {
+        "model": base() if model is None else model,
+        "adapted": adapted(),
+        "peft_config": lora(),
+        "arguments": arguments_of(folder, **changes),
+        "dataset": dataset(),
+        "tokenizer": tokenizer(),
+        "checkpoint": checkpoint,
+    }
+    run(PAGE, way, space, kind)
+    return run(PAGE, RESUME, space, kind)["trainer"]
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRARite"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_loss_falls_on_the_schedule_and_a_checkpoint_resumes_bit_for_bit(way, kind, tmp_path):
+    trainer = train(way, kind, tmp_path)
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is getattr(rlora.torch, kind)
+    assert len(optimizer.report) == PAIRS
+    assert sum(losses(trainer)[-5:]) < 0.9 * sum(losses(trainer)[:5])
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    half = [1e-2 * (1 + torch.cos(torch.tensor(torch.pi * t / STEPS))) / 2 for t in range(STEPS)]
+    assert rates == pytest.approx([float(x) for x in half], abs=1e-8)  # the log rounds
+    resumed = train(way, kind, tmp_path, str(tmp_path / "checkpoint-10"))
+    assert resumed.state.global_step == STEPS
+    assert same(trained(resumed.model), trained(trainer.model))
+
+
+@pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRARite"])
+def test_trls_own_defaults(kind, tmp_path):
+    """bfloat16 autocast, packed sequences, accumulated gradients."""
+    trainer = train(
+        WAYS[0],
+        kind,
+        tmp_path,
+        bf16=True,
+        packing=True,
+        packing_strategy="wrapped",
+        max_length=16,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    )
+    assert sum(losses(trainer)[-5:]) < 0.9 * sum(losses(trainer)[:5])
+
+
+@pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRARite"])
+def test_a_base_in_four_bits(kind, tmp_path):
+    """TRL's adapter of it is bfloat16, the moments are float32; PEFT loads it back as float32."""
+    pytest.importorskip("bitsandbytes", minversion="0.50")  # from then on it runs on a CPU
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    base(width=64).save_pretrained(tmp_path / "base")
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    dtypes = [torch.bfloat16, torch.float32]
+    for checkpoint, dtype in zip((None, str(tmp_path / "checkpoint-10")), dtypes, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=bits)
+        trainer = train(WAYS[0], kind, tmp_path, checkpoint, model=model, bf16=True)
+        assert len(trainer.optimizer.optimizer.report) == PAIRS
+        assert {p.dtype for p in trained(trainer.model).values()} == {dtype}
+        assert losses(trainer)[-1] < 0.7 * losses(trainer)[0]
+        for state in trainer.optimizer.state_dict()["state"].values():
+            assert all(x.dtype == torch.float32 for k, x in state.items() if k.startswith(MOMENTS))
