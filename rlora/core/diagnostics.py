@@ -1,0 +1,164 @@
+"""What a step does to a pair, in a few numbers, from r x r matrices alone.
+
+A figure of the Gram ``A Aᵀ`` carries A's letter although it preconditions B, and the other way
+round: the question it answers is what is wrong with A.
+"""
+
+from typing import NamedTuple
+
+from rlora.core.backend import ROUNDING, Backend, device_of
+from rlora.core.bundle import Bundle, Stack
+from rlora.core.factors import Array, Factors
+
+
+class Damping(NamedTuple):
+    """What a step adds to Grams before it inverts them, and the dtype in which it does.
+
+    Parameters
+    ----------
+    relative, absolute, covariant : array of shape (2K,)
+        The damping in the place of its mode; the other two are 0.
+    eps, smallest, largest : array of shape (2K,)
+        Of that dtype: the distance from 1 to the next number, and its range.
+    """
+
+    relative: Array
+    absolute: Array
+    covariant: Array
+    eps: Array
+    smallest: Array
+    largest: Array
+
+
+class GramFigures(NamedTuple):
+    """Figures of Gram matrices, each of shape (2K,).
+
+    Parameters
+    ----------
+    cond : array
+        The condition number of the Gram; inf where an eigenvalue is lost in rounding, NaN for 0.
+    damped_cond : array
+        The same of what is inverted; NaN where nothing is.
+    anisotropy : array
+        How far the inverse P is from a multiple of the identity, ``|P - tr(P)/r I| / |P|`` in the
+        Frobenius norm: 0 for a multiple of the identity, and never 1.
+    skipped : array
+        1 where the Gram is too small or too large for the step's dtype: the partner stays.
+    nan : array
+        1 where the Gram has a NaN.
+    damped : array
+        1 where damping has more than doubled the smallest eigenvalue.
+    """
+
+    cond: Array
+    damped_cond: Array
+    anisotropy: Array
+    skipped: Array
+    nan: Array
+    damped: Array
+
+
+def gram_figures(backend: Backend, S: Stack, damping: Damping) -> GramFigures:
+    """Figures of the Grams of K pairs, and of what a step of theirs inverts.
+
+    Parameters
+    ----------
+    backend : Backend
+        Of the arrays.
+    S : array of shape (2K, r, r)
+        ``A Aᵀ`` of every pair, then ``Bᵀ B``; in float64 condition numbers are right up to 1e12.
+    damping : Damping
+        Of each of them, that is of the group of the partner, which it preconditions.
+    """
+    xp, half = backend.xp, S.shape[0] // 2
+    nothing, nan = xp.zeros_like(damping.eps), xp.isnan(xp.linalg.trace(S))
+    shift, live = _shift(backend, S, damping._replace(relative=nothing, absolute=nothing))
+    inverse = backend.damped_power(_shifted(backend, S, shift), -1.0)
+    inverse = xp.where(_small(live | nan), inverse, xp.zeros_like(S))
+    inverse = xp.concat([inverse[half:, ...], inverse[:half, ...]])  # of the partner
+    covariant = _small(damping.covariant)
+    H = xp.where(covariant > 0, S + covariant * inverse, S)
+    shift, live = _shift(backend, H, damping)
+    w, _ = backend.eigh(xp.concat([S, H]))  # (4K, r), ascending
+    w, h = w[: 2 * half, :], w[2 * half :, :] + xp.expand_dims(shift, axis=-1)
+    return GramFigures(
+        _condition(backend, w),
+        xp.where(live, _condition(backend, h), xp.full_like(shift, float("nan"))),
+        xp.where(live, _anisotropy(backend, h), xp.full_like(shift, float("nan"))),
+        xp.astype(~live & ~nan, S.dtype),
+        xp.astype(nan, S.dtype),
+        xp.astype(live & (h[:, 0] > 2 * w[:, 0]), S.dtype),
+    )
+
+
+def product_norm(bundle: Bundle, S: Stack) -> Array:
+    """``|B A|_F`` of every layer (K,), from the Grams of both factors."""
+    S_A, S_B = bundle.halves(S)
+    return _root(bundle, S_A * S_B)
+
+
+def change_norms(bundle: Bundle, old: list[Factors]) -> Array:
+    """``|B A - B0 A0|``, ``|A - A0|`` and ``|B - B0|`` in the Frobenius norm, as (3, K).
+
+    The change of the product is ``dB A + B0 dA``, whose norm needs nothing larger than r x r, and
+    a small change is not the difference of two large numbers.
+    """
+    backend, dtype, new = bundle.backend, bundle.dtype, bundle.params
+    wide = [Factors(*(backend.cast(x, dtype) for x in pair)) for pair in new]
+    move = [
+        Factors(*(x - backend.cast(x0, dtype) for x, x0 in zip(pair, before, strict=True)))
+        for pair, before in zip(wide, old, strict=True)
+    ]
+    moved_A, moved_B = bundle.halves(bundle.gram(move))
+    S_A = backend.gram_rows([pair.A for pair in new], dtype)
+    S_B = backend.gram_columns([pair.B for pair in old], dtype)
+    cross = bundle.cross(
+        [Factors(pair.A, D.B) for pair, D in zip(wide, move, strict=True)],
+        [Factors(D.A, pair.B) for pair, D in zip(old, move, strict=True)],
+    )
+    C_A, C_B = bundle.halves(cross)  # A dAᵀ and dBᵀ B0
+    change = _root(bundle, moved_B * S_A + 2 * C_A * C_B + S_B * moved_A)
+    eye = bundle.xp.eye(bundle.rank, dtype=dtype, device=device_of(S_A))
+    return bundle.xp.stack([change, _root(bundle, moved_A * eye), _root(bundle, moved_B * eye)])
+
+
+def _root(bundle: Bundle, S: Array) -> Array:
+    """The root of the sum of entries (K, r, r), which rounding may have left below 0."""
+    return bundle.xp.sqrt(bundle.xp.clip(bundle.xp.sum(S, axis=(-2, -1)), min=0.0))
+
+
+def _shift(backend: Backend, S: Stack, damping: Damping) -> tuple[Array, Array]:
+    """What `Backend.damped_power` adds in the step's dtype, and whether it inverts at all."""
+    xp, r = backend.xp, S.shape[-1]
+    rounding = ROUNDING * r * damping.eps
+    mean = xp.linalg.trace(S) / r
+    shift = xp.maximum(damping.relative * mean + damping.absolute, rounding * mean)
+    scale = mean + shift
+    return shift, (scale > damping.smallest / rounding) & (scale < damping.largest)
+
+
+def _shifted(backend: Backend, S: Stack, shift: Array) -> Stack:
+    eye = backend.xp.eye(S.shape[-1], dtype=S.dtype, device=device_of(S))
+    return S + _small(shift) * eye
+
+
+def _small(x: Array) -> Array:
+    """(2K,) as (2K, 1, 1)."""
+    return x[:, None, None]
+
+
+def _condition(backend: Backend, w: Array) -> Array:
+    """Of ascending eigenvalues (2K, r)."""
+    xp, (low, top) = backend.xp, (w[:, 0], w[:, -1])
+    lost = low <= ROUNDING * w.shape[-1] * float(xp.finfo(w.dtype).eps) * top
+    ratio = xp.where(lost, xp.full_like(top, float("inf")), top / xp.where(lost, 1 + 0 * low, low))
+    return xp.where(top > 0, ratio, xp.full_like(top, float("nan")))
+
+
+def _anisotropy(backend: Backend, h: Array) -> Array:
+    """Of the inverse of matrices with these ascending eigenvalues (2K, r)."""
+    xp = backend.xp
+    p = xp.where(h > 0, h[:, :1] / xp.where(h > 0, h, xp.ones_like(h)), xp.zeros_like(h))
+    spread = p - xp.mean(p, axis=-1, keepdims=True)
+    size = xp.sum(p * p, axis=-1)
+    return xp.sqrt(xp.sum(spread * spread, axis=-1) / xp.where(size > 0, size, xp.ones_like(size)))
