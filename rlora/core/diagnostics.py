@@ -91,10 +91,12 @@ def gram_figures(backend: Backend, S: Stack, damping: Damping) -> GramFigures:
     )
 
 
-def product_norm(bundle: Bundle, S: Stack) -> Array:
-    """``|B A|_F`` of every layer (K,), from the Grams of both factors."""
-    S_A, S_B = bundle.halves(S)
-    return _root(bundle, S_A * S_B)
+def norms(backend: Backend, S: Stack) -> Array:
+    """``|B A|``, ``|A|`` and ``|B|`` of every layer (3, K), in the Frobenius norm, by its Grams."""
+    half = S.shape[0] // 2
+    size = backend.xp.sqrt(backend.xp.linalg.trace(S))
+    product = _root(backend, S[:half, ...] * S[half:, ...])
+    return backend.xp.stack([product, size[:half], size[half:]])
 
 
 def change_norms(bundle: Bundle, old: list[Factors]) -> Array:
@@ -117,14 +119,14 @@ def change_norms(bundle: Bundle, old: list[Factors]) -> Array:
         [Factors(D.A, pair.B) for pair, D in zip(old, move, strict=True)],
     )
     C_A, C_B = bundle.halves(cross)  # A dAᵀ and dBᵀ B0
-    change = _root(bundle, moved_B * S_A + 2 * C_A * C_B + S_B * moved_A)
-    eye = bundle.xp.eye(bundle.rank, dtype=dtype, device=device_of(S_A))
-    return bundle.xp.stack([change, _root(bundle, moved_A * eye), _root(bundle, moved_B * eye)])
+    change = _root(backend, moved_B * S_A + 2 * C_A * C_B + S_B * moved_A)
+    sizes = [backend.xp.sqrt(backend.xp.linalg.trace(D)) for D in (moved_A, moved_B)]
+    return backend.xp.stack([change, *sizes])
 
 
-def _root(bundle: Bundle, S: Array) -> Array:
-    """The root of the sum of entries (K, r, r), which rounding may have left below 0."""
-    return bundle.xp.sqrt(bundle.xp.clip(bundle.xp.sum(S, axis=(-2, -1)), min=0.0))
+def _root(backend: Backend, S: Array) -> Array:
+    """The root of the sum of the entries of (K, r, r), which rounding may have left below 0."""
+    return backend.xp.sqrt(backend.xp.clip(backend.xp.sum(S, axis=(-2, -1)), min=0.0))
 
 
 def _shift(backend: Backend, S: Stack, damping: Damping) -> tuple[Array, Array]:

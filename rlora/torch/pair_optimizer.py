@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from rlora.core.checks import check_nonnegative
 from rlora.core.errors import NamespaceError, ShapeError
 from rlora.pairing import PairReport, nothing_paired
+from rlora.torch.diagnostics import Watched
 from rlora.torch.params import (
     TensorPair,
     as_groups,
@@ -34,7 +35,7 @@ ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """State of torch's own optimizers that has the shape of its parameter."""
 
 
-class PairOptimizer(Optimizer, ABC):
+class PairOptimizer(Watched, Optimizer, ABC):
     """A torch optimizer that knows the pairs among its parameters. Not to be used by itself."""
 
     report: PairReport
@@ -191,6 +192,8 @@ class PairOptimizer(Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         plans = self._current_plans()
+        if self._watch is not None:
+            self._watch.note(self._pairs)
         for plan in plans:
             plan.run(self, _parent_step(type(self)))
         return loss

@@ -5,7 +5,7 @@ import pytest
 
 from rlora import Factors
 from rlora.core.bundle import Bundle
-from rlora.core.diagnostics import Damping, change_norms, gram_figures, product_norm
+from rlora.core.diagnostics import Damping, change_norms, gram_figures, norms
 from rlora.testing import assert_close
 
 FLOAT32 = np.finfo("float32")
@@ -139,9 +139,9 @@ def test_norms_of_a_step(backend, size):
         for pair, move in zip(old, pairs(1), strict=True)
     ]
     bundle, start = bundle_of(backend, old)
-    norms = backend.to_numpy(product_norm(bundle, bundle.gram(start)))
-    expected = [np.linalg.norm(B @ A) for A, B in layers(old)]
-    assert_close(norms, expected, rtol=1e-13)
+    sizes = backend.to_numpy(norms(backend, bundle.gram(start)))
+    expected = [[np.linalg.norm(x) for x in (B @ A, A, B)] for A, B in layers(old)]
+    assert_close(sizes, np.array(expected).T, rtol=1e-13)
     moved = backend.to_numpy(change_norms(bundle_of(backend, new)[0], start))
     expected = [
         [np.linalg.norm((B - B0) @ A + B0 @ (A - A0)), np.linalg.norm(A - A0), np.linalg.norm(B - B0)]

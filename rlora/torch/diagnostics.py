@@ -1,0 +1,266 @@
+"""Seeing what a step does: figures of every pair, for a logger, a table or a Trainer.
+
+A step that nobody watches does nothing for this. A watched one copies the factors first. When the
+figures are asked for, the device forms r x r Grams and a few norms of every pair, all of them come
+to the host in one read, and the rest is done there, in float64.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from rlora.core.bundle import Bundle, by_rank
+from rlora.core.diagnostics import Damping, change_norms, gram_figures, norms
+from rlora.core.dispatch import get_backend
+from rlora.core.errors import PairingError, ShardingError
+from rlora.core.factors import Factors
+from rlora.core.linalg import DampingMode
+from rlora.torch.layers import find_layers, plain_weight
+from rlora.torch.params import TensorPair, is_distributed
+from rlora.torch.plan import matrix
+
+MEASURES = ("cond_A", "cond_B", "damped_cond_A", "damped_cond_B", "anisotropy_A", "anisotropy_B")
+MEASURES += ("step", "step_A", "step_B", "step_in_weight")
+"""Figures that the summary gives the least, the median and the largest of."""
+
+MARKS = ("skipped_A", "skipped_B", "nan_A", "nan_B", "damped_A", "damped_B")
+MARKS += ("no_grad_A", "no_grad_B")
+"""Figures that are 0 or 1, of which the summary counts the ones."""
+
+Rows = dict[str, dict[str, float]]
+"""The figures of every layer, by its name."""
+
+
+@dataclass
+class Watch:
+    """What a watched optimizer keeps: its pairs as the last step found them.
+
+    Parameters
+    ----------
+    weights : dict of Tensor to float
+        For factors A the size of a change of B A that is as large as the base weight, ``|W0| / s``.
+    """
+
+    weights: Mapping[Tensor, float] = field(default_factory=dict)
+    pairs: list[TensorPair] = field(default_factory=list)
+    before: list[Factors] = field(default_factory=list)
+    moving: list[tuple[bool, bool]] = field(default_factory=list)
+
+    def note(self, pairs: list[TensorPair]) -> None:
+        """Copy the factors, and see which of them have gradients."""
+        now = [matrices(pair) for pair in pairs]
+        if pairs is not self.pairs:
+            self.before = [Factors(*map(torch.empty_like, pair)) for pair in now]
+            self.pairs = pairs
+        torch._foreach_copy_([x for pair in self.before for x in pair], [x for p in now for x in p])
+        self.moving = [(a.grad is not None, b.grad is not None) for a, b in pairs]
+
+
+class Watched:
+    """The part of an optimizer for LoRA pairs that lets one see what it does."""
+
+    _watch: Watch | None = None
+
+    def watch(self, model: nn.Module | None = None) -> None:
+        """Keep what `diagnostics` needs of every step from now on: a copy of the factors.
+
+        Parameters
+        ----------
+        model : Module, optional
+            The model of the factors. Where its base weights are plain linear ones, steps are
+            compared with them too.
+
+        Raises
+        ------
+        ShardingError
+            When a factor is a DTensor.
+        """
+        pairs = cast("Any", self)._current_pairs()
+        refuse_shards(pairs)
+        self._watch = Watch(
+            {} if model is None else weights_under(model, cast("Any", self)._adapter)
+        )
+
+    def unwatch(self) -> None:
+        """Forget it. Copies and pickles of an optimizer do not watch either."""
+        self._watch = None
+
+    def diagnostics(self, *, per_pair: bool = True) -> dict[str, float]:
+        """Figures of the last watched step, or if none has been, of the factors as they are.
+
+        Parameters
+        ----------
+        per_pair : bool
+            With the figures of every pair, or only their summary.
+
+        Returns
+        -------
+        dict of str to float
+            ``rlora/<pair>/<figure>``, and for all pairs ``rlora/pairs``, their number,
+            ``rlora/<figure>/min``, ``/median`` and ``/max``, and ``/count`` for figures that are 0
+            or 1. A figure of A is about ``A Aᵀ``, which preconditions B, and one of B about
+            ``Bᵀ B``, which preconditions A:
+
+            - ``cond_A``, ``cond_B``: condition number; inf where rank is lost, NaN for zero.
+            - ``damped_cond_A``, ..: with the damping of the group, what a Gram method inverts.
+            - ``anisotropy_A``, ..: how far the inverse of that is from a multiple of the identity,
+              from 0 to below 1. At 0 the preconditioner is a number, which Adam cancels.
+            - ``damped_A``, ..: 1 where damping has more than doubled the smallest eigenvalue.
+            - ``skipped_A``, ..: 1 where it is too small or large to be inverted: the partner stays.
+            - ``nan_A``, ..: 1 where it has a NaN.
+
+            Of the factors themselves, against what they were before a watched step:
+
+            - ``step``: ``|B A - B0 A0| / |B0 A0|``; inf from zero.
+            - ``step_A``, ``step_B``: ``|A - A0| / |A0|`` and the same of B.
+            - ``step_in_weight``: ``s |B A - B0 A0| / |W0|`` where `watch` has found W0.
+            - ``no_grad_A``, ``no_grad_B``: 1 where there was no gradient.
+
+        Raises
+        ------
+        ShardingError
+            When a factor is a DTensor.
+
+        Notes
+        -----
+        Methods without damping, and those that precondition by something else, are shown what
+        `ScaledAdamW` would make of their Grams, with their damping or with none. With
+        ``order="gauss_seidel"`` B has seen the Gram of the new A, and the figures are of the old.
+
+        Examples
+        --------
+        >>> import torch, rlora.torch
+        >>> A, B = torch.eye(2, 3, requires_grad=True), torch.eye(4, 2, requires_grad=True)
+        >>> optimizer = rlora.torch.ScaledSGD([A, B], lr=0.1, pairs=[(A, B)])
+        >>> optimizer.watch()
+        >>> (B @ A).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.diagnostics()["rlora/cond_A/max"]
+        1.0
+        """
+        rows = rows_of(cast("Any", self))
+        pairs = {f"rlora/{name}/{key}": x for name, row in rows.items() for key, x in row.items()}
+        return summary(rows) | (pairs if per_pair else {})
+
+
+def rows_of(optimizer: Any) -> Rows:
+    """The figures of every layer of an optimizer's pairs."""
+    watch = optimizer._watch or Watch()
+    stepped = bool(watch.pairs)
+    if not stepped:
+        watch = Watch(watch.weights)
+        watch.note(optimizer._current_pairs())
+    refuse_shards(watch.pairs)
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    names = [pair.name for pair in optimizer.report.pairs]
+    ranks = by_rank(watch.before)
+    rows: Rows = {}
+    for members, (S, moved) in zip(ranks, read(watch, ranks), strict=True):
+        owners = [i for i in members for _ in range(math.prod(watch.before[i].A.shape[:-2]))]
+        damping = dampings([watch.pairs[i] for i in owners], groups)
+        figures = gram_figures(get_backend(S), S, damping)._asdict()
+        columns = {
+            f"{key}_{letter}": half
+            for key, x in figures.items()
+            for letter, half in zip("AB", x.view(2, -1).tolist(), strict=True)
+        }
+        changes = moved[0].tolist()
+        if stepped:
+            # Nothing from nothing is nothing.
+            ratios = torch.where(moved == 0, moved, moved / norms(get_backend(S), S))
+            columns |= dict(zip(("step", "step_A", "step_B"), ratios.tolist(), strict=True))
+        for k, i in enumerate(owners):
+            row = {key: values[k] for key, values in columns.items()}
+            if stepped and (weight := watch.weights.get(watch.pairs[i][0])):
+                row["step_in_weight"] = changes[k] / weight
+            row["no_grad_A"], row["no_grad_B"] = (float(not x) for x in watch.moving[i])
+            rows[names[i]] = row
+    return rows
+
+
+def read(watch: Watch, ranks: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
+    """For the pairs of every rank their Grams (2K, r, r) and norms of the step (3, K).
+
+    The one place where the host waits for the device, and once.
+    """
+    parts: list[Tensor] = []
+    for members in ranks:
+        before = [watch.before[i] for i in members]
+        now = [matrices(watch.pairs[i]) for i in members]
+        backend, like = get_backend(before[0].A), before[0].A
+        dtype = torch.float32 if like.device.type == "mps" else torch.float64
+        with backend.exact(like):
+            old, new = (Bundle(backend, pairs, dtype=dtype) for pairs in (before, now))
+            parts += [old.gram(before), change_norms(new, before)]
+    flat = torch.cat([x.reshape(-1).to(parts[0].device) for x in parts]).cpu().double()
+    pieces = flat.split([x.numel() for x in parts])
+    whole = [x.view(like.shape) for x, like in zip(pieces, parts, strict=True)]
+    return list(zip(whole[::2], whole[1::2], strict=True))
+
+
+def dampings(pairs: list[TensorPair], groups: Mapping[Tensor, dict[str, Any]]) -> Damping:
+    """Of the Grams of the A factors, for which B's group has it, then of those of the B factors."""
+    rows = []
+    for side, partner in ((0, 1), (1, 0)):
+        for pair in pairs:
+            group = groups[pair[partner]]
+            mode, damping = group.get("damping_mode", "relative"), float(group.get("damping", 0.0))
+            # Covariant damping is for the metric of A alone.
+            size = 0.0 if mode == "covariant" and side == 0 else damping
+            backend = get_backend(pair[side])
+            info = torch.finfo(backend.compute_dtype(pair[side].dtype, group.get("compute_dtype")))
+            by_mode = [size if mode == name else 0.0 for name in get_args(DampingMode)]
+            rows.append([*by_mode, info.eps, info.smallest_normal, info.max])
+    return Damping(*torch.tensor(rows, dtype=torch.float64).unbind(1))
+
+
+def summary(rows: Rows) -> dict[str, float]:
+    """Figures of all rows together."""
+    found = {"rlora/pairs": float(len(rows))}
+    for key in MEASURES:
+        values = [row[key] for row in rows.values() if key in row]
+        if values:
+            known = [x for x in values if not math.isnan(x)] or [math.nan]
+            found[f"rlora/{key}/min"] = min(known)
+            found[f"rlora/{key}/median"] = statistics.median(known)
+            found[f"rlora/{key}/max"] = max(known)
+    for key in MARKS:
+        found[f"rlora/{key}/count"] = sum(row[key] for row in rows.values())
+    return found
+
+
+def matrices(pair: TensorPair) -> Factors:
+    """Both factors as matrices."""
+    return Factors(*map(matrix, pair))
+
+
+def refuse_shards(pairs: list[TensorPair]) -> None:
+    """ShardingError for DTensors: a Gram of one shard says nothing of the factor."""
+    for a, b in pairs:
+        if is_distributed(a) or is_distributed(b):
+            msg = (
+                f"diagnostics need whole factors, got a DTensor of shape {tuple(a.shape)} or "
+                f"{tuple(b.shape)}; look at them in a run without sharding"
+            )
+            raise ShardingError(msg)
+
+
+def weights_under(model: nn.Module, adapter: str | None) -> dict[Tensor, float]:
+    """``|W0| / s`` for the A of every linear layer whose base weight is a plain one."""
+    try:
+        layers, _ = find_layers(model, adapter or "default")
+    except PairingError:
+        return {}
+    found = {}
+    for layer in layers:
+        weight = plain_weight(layer.name, layer.module, {})
+        if isinstance(weight, Tensor) and not is_distributed(weight):
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            size = torch.linalg.vector_norm(weight.detach(), dtype=wide)
+            found[layer.A] = size / (layer.scaling or 1.0)
+    return {A: float(size) for A, size in found.items()}
