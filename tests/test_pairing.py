@@ -86,7 +86,7 @@ def test_adapters_never_cross():
         ((20, 5), (4, 30), "share no rank"),
         ((20,), (30, 4), "not two matrices"),
         ((0, 20), (30, 0), "not two matrices"),
-        ((2, 4, 20), (2, 30, 4), "share no rank"),
+        ((2, 4, 20), (3, 30, 4), "share no rank"),
     ],
 )
 def test_refusals_say_why(a, b, why):
@@ -99,7 +99,7 @@ def test_refusals_say_why(a, b, why):
     assert why in str(report)
 
 
-@pytest.mark.parametrize("sibling", ["lora_E", "lora_mid", "lora_diag"])
+@pytest.mark.parametrize("sibling", ["lora_mid", "lora_diag"])
 def test_three_factor_variants_are_refused_by_name(sibling):
     down, up = ("lora_down", "lora_up") if sibling == "lora_mid" else ("lora_A", "lora_B")
     shapes = {f"q.{down}.weight": (4, 20), f"q.{up}.weight": (30, 4), f"q.{sibling}.weight": (4, 1)}
@@ -125,7 +125,7 @@ def test_convolutions():
     grouped = find_pairs(
         {"c.lora_A.weight": np.zeros((4, 3, 5, 5)), "c.lora_B.weight": np.zeros((8, 2, 1, 1))}
     )
-    assert "grouped" in grouped.refused["c.lora_A.weight"]
+    assert (grouped.pairs[0].shape_a, grouped.pairs[0].shape_b) == ((2, 2, 75), (2, 4, 2))
 
 
 def test_two_tensors_of_one_name():
@@ -205,6 +205,9 @@ def test_real_loralib():
     model = nn.Sequential(loralib.Linear(6, 10, r=2), loralib.Embedding(9, 6, r=2))
     merged = loralib.MergedLinear(6, 12, r=2, enable_lora=[True, False, True])
     report = rlora.torch.find_pairs(nn.ModuleDict({"plain": model, "merged": merged}))
-    assert sorted((p.shape_b[0], p.shape_a[1]) for p in report) == [(6, 9), (10, 6)]
-    assert "share no rank" in str(report)
+    assert sorted((p.shape_b, p.shape_a) for p in report) == [
+        ((2, 4, 2), (2, 2, 6)),
+        ((6, 2), (2, 9)),
+        ((10, 2), (2, 6)),
+    ]
     assert rlora.torch.ScaledAdamW(model).report.pairs

@@ -4,7 +4,8 @@ A figure of the Gram ``A Aᵀ`` carries A's letter although it preconditions B, 
 round: the question it answers is what is wrong with A.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from rlora.core.backend import ROUNDING, Backend, device_of
 from rlora.core.bundle import Bundle, Stack
@@ -91,37 +92,31 @@ def gram_figures(backend: Backend, S: Stack, damping: Damping) -> GramFigures:
     )
 
 
-def norms(backend: Backend, S: Stack) -> Array:
-    """``|B A|``, ``|A|`` and ``|B|`` of every layer (3, K), in the Frobenius norm, by its Grams."""
-    half = S.shape[0] // 2
-    size = backend.xp.sqrt(backend.xp.linalg.trace(S))
-    product = _root(backend, S[:half, ...] * S[half:, ...])
-    return backend.xp.stack([product, size[:half], size[half:]])
+def step_norms(bundle: Bundle, old: Sequence[Factors]) -> Array:
+    """What has moved since `old`, and how large it was, as (6, K).
 
-
-def change_norms(bundle: Bundle, old: list[Factors]) -> Array:
-    """``|B A - B0 A0|``, ``|A - A0|`` and ``|B - B0|`` in the Frobenius norm, as (3, K).
-
-    The change of the product is ``dB A + B0 dA``, whose norm needs nothing larger than r x r, and
-    a small change is not the difference of two large numbers.
+    ``|B A - B0 A0|, |A - A0|, |B - B0|`` and ``|B0 A0|, |A0|, |B0|`` in the Frobenius norm. The
+    change of the product is ``dB A + B0 dA``: its norm needs nothing larger than r x r, and a small
+    change is not the difference of two large numbers.
     """
-    backend, dtype, new = bundle.backend, bundle.dtype, bundle.params
-    wide = [Factors(*(backend.cast(x, dtype) for x in pair)) for pair in new]
-    move = [
-        Factors(*(x - backend.cast(x0, dtype) for x, x0 in zip(pair, before, strict=True)))
-        for pair, before in zip(wide, old, strict=True)
-    ]
-    moved_A, moved_B = bundle.halves(bundle.gram(move))
-    S_A = backend.gram_rows([pair.A for pair in new], dtype)
-    S_B = backend.gram_columns([pair.B for pair in old], dtype)
+    backend, dtype = bundle.backend, bundle.dtype
+    new, old = ([_cast(backend, pair, dtype) for pair in pairs] for pairs in (bundle.params, old))
+    move = [Factors(x.A - x0.A, x.B - x0.B) for x, x0 in zip(new, old, strict=True)]
+    D_A, D_B = bundle.halves(bundle.gram(move))
+    S_A, S_B = bundle.halves(bundle.gram(old))
     cross = bundle.cross(
-        [Factors(pair.A, D.B) for pair, D in zip(wide, move, strict=True)],
-        [Factors(D.A, pair.B) for pair, D in zip(old, move, strict=True)],
+        [Factors(x.A, D.B) for x, D in zip(new, move, strict=True)],
+        [Factors(D.A, x0.B) for x0, D in zip(old, move, strict=True)],
     )
     C_A, C_B = bundle.halves(cross)  # A dAᵀ and dBᵀ B0
-    change = _root(backend, moved_B * S_A + 2 * C_A * C_B + S_B * moved_A)
-    sizes = [backend.xp.sqrt(backend.xp.linalg.trace(D)) for D in (moved_A, moved_B)]
-    return backend.xp.stack([change, *sizes])
+    new_A = backend.gram_rows([x.A for x in new], dtype)
+    change = _root(backend, D_B * new_A + 2 * C_A * C_B + S_B * D_A)
+    sizes = [backend.xp.sqrt(backend.xp.linalg.trace(S)) for S in (D_A, D_B, S_A, S_B)]
+    return backend.xp.stack([change, *sizes[:2], _root(backend, S_A * S_B), *sizes[2:]])
+
+
+def _cast(backend: Backend, pair: Factors, dtype: Any) -> Factors:
+    return Factors(backend.cast(pair.A, dtype), backend.cast(pair.B, dtype))
 
 
 def _root(backend: Backend, S: Array) -> Array:

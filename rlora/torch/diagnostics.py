@@ -7,22 +7,25 @@ to the host in one read, and the rest is done there, in float64.
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from rlora.core.axes import read_pairs
 from rlora.core.bundle import Bundle, by_rank
-from rlora.core.diagnostics import Damping, change_norms, gram_figures, norms
+from rlora.core.diagnostics import Damping, gram_figures, step_norms
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError, ShardingError
 from rlora.core.factors import Factors
 from rlora.core.linalg import DampingMode
+from rlora.pairing import PairReport
 from rlora.torch.layers import find_layers, plain_weight
-from rlora.torch.params import TensorPair, is_distributed
-from rlora.torch.plan import matrix
+from rlora.torch.pairs import TensorPair
+from rlora.torch.params import is_distributed
 
 MEASURES = ("cond_A", "cond_B", "damped_cond_A", "damped_cond_B", "anisotropy_A", "anisotropy_B")
 MEASURES += ("step", "step_A", "step_B", "step_in_weight")
@@ -48,17 +51,18 @@ class Watch:
 
     weights: Mapping[Tensor, float] = field(default_factory=dict)
     pairs: list[TensorPair] = field(default_factory=list)
-    before: list[Factors] = field(default_factory=list)
+    before: list[TensorPair] = field(default_factory=list)
     moving: list[tuple[bool, bool]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
-    def note(self, pairs: list[TensorPair]) -> None:
-        """Copy the factors, and see which of them have gradients."""
-        now = [matrices(pair) for pair in pairs]
+    def note(self, pairs: list[TensorPair], report: PairReport) -> None:
+        """Copy the parameters, and see which factors have gradients."""
         if pairs is not self.pairs:
-            self.before = [Factors(*map(torch.empty_like, pair)) for pair in now]
-            self.pairs = pairs
-        torch._foreach_copy_([x for pair in self.before for x in pair], [x for p in now for x in p])
-        self.moving = [(a.grad is not None, b.grad is not None) for a, b in pairs]
+            self.before = [blank(pair) for pair in pairs]
+            self.pairs, self.names = pairs, [pair.name for pair in report]
+        copies, now = ([p for pair in x for p in stored(pair)] for x in (self.before, pairs))
+        torch._foreach_copy_(copies, now)
+        self.moving = [(moves(pair, 0), moves(pair, 1)) for pair in pairs]
 
 
 class Watched:
@@ -154,53 +158,61 @@ def rows_of(optimizer: Any) -> Rows:
     stepped = bool(watch.pairs)
     if not stepped:
         watch = Watch(watch.weights)
-        watch.note(optimizer._current_pairs())
+        watch.note(optimizer._current_pairs(), optimizer.report)
     refuse_shards(watch.pairs)
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    names = [pair.name for pair in optimizer.report.pairs]
-    ranks = by_rank(watch.before)
     rows: Rows = {}
-    for members, (S, moved) in zip(ranks, read(watch, ranks), strict=True):
-        owners = [i for i in members for _ in range(math.prod(watch.before[i].A.shape[:-2]))]
+    for owners, S, sizes in read(watch):
         damping = dampings([watch.pairs[i] for i in owners], groups)
-        figures = gram_figures(get_backend(S), S, damping)._asdict()
-        columns = {
-            f"{key}_{letter}": half
-            for key, x in figures.items()
-            for letter, half in zip("AB", x.view(2, -1).tolist(), strict=True)
-        }
-        changes = moved[0].tolist()
-        if stepped:
-            # Nothing from nothing is nothing.
-            ratios = torch.where(moved == 0, moved, moved / norms(get_backend(S), S))
-            columns |= dict(zip(("step", "step_A", "step_B"), ratios.tolist(), strict=True))
+        columns = columns_of(S, damping) | (ratios_of(sizes) if stepped else {})
+        changes = sizes[0].tolist()
+        layers, count = Counter(owners), Counter[int]()
         for k, i in enumerate(owners):
             row = {key: values[k] for key, values in columns.items()}
-            if stepped and (weight := watch.weights.get(watch.pairs[i][0])):
+            weight = watch.weights.get(watch.pairs[i].A)
+            if stepped and weight and layers[i] == 1:
                 row["step_in_weight"] = changes[k] / weight
             row["no_grad_A"], row["no_grad_B"] = (float(not x) for x in watch.moving[i])
-            rows[names[i]] = row
+            rows[watch.names[i] + (f"[{count[i]}]" if layers[i] > 1 else "")] = row
+            count[i] += 1
     return rows
 
 
-def read(watch: Watch, ranks: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
-    """For the pairs of every rank their Grams (2K, r, r) and norms of the step (3, K).
+def read(watch: Watch) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """For all layers of one rank: whose they are, their Grams (2K, r, r), norms of the step (6, K).
 
     The one place where the host waits for the device, and once.
     """
-    parts: list[Tensor] = []
+    owners = [i for i, pair in enumerate(watch.before) for _ in pair.views]
+    metric = [factors for pair in watch.before for factors in pair.factors()]
+    old, new = ([x for pair in xs for x in products(pair)] for xs in (watch.before, watch.pairs))
+    ranks, parts = by_rank(metric), list[Tensor]()
     for members in ranks:
-        before = [watch.before[i] for i in members]
-        now = [matrices(watch.pairs[i]) for i in members]
-        backend, like = get_backend(before[0].A), before[0].A
+        like = metric[members[0]].A
+        backend = get_backend(like)
         dtype = torch.float32 if like.device.type == "mps" else torch.float64
+        grams, start, now = ([x[i] for i in members] for x in (metric, old, new))
         with backend.exact(like):
-            old, new = (Bundle(backend, pairs, dtype=dtype) for pairs in (before, now))
-            parts += [old.gram(before), change_norms(new, before)]
+            parts.append(Bundle(backend, grams, dtype=dtype).gram(grams))
+            parts.append(step_norms(Bundle(backend, now, dtype=dtype), start))
     flat = torch.cat([x.reshape(-1).to(parts[0].device) for x in parts]).cpu().double()
-    pieces = flat.split([x.numel() for x in parts])
-    whole = [x.view(like.shape) for x, like in zip(pieces, parts, strict=True)]
-    return list(zip(whole[::2], whole[1::2], strict=True))
+    pieces = iter(flat.split([x.numel() for x in parts]))
+    for members, like in zip(ranks, parts[::2], strict=True):
+        layers = [i for k in members for i in [owners[k]] * math.prod(metric[k].A.shape[:-2])]
+        yield layers, next(pieces).view(like.shape), next(pieces).view(6, -1)
+
+
+def columns_of(S: Tensor, damping: Damping) -> dict[str, list[float]]:
+    """The figures of Grams, one column for each letter."""
+    figures = gram_figures(get_backend(S), S, damping)._asdict()
+    halves = {key: x.view(2, -1).tolist() for key, x in figures.items()}
+    return {f"{key}_{x}": both[k] for key, both in halves.items() for k, x in enumerate("AB")}
+
+
+def ratios_of(sizes: Tensor) -> dict[str, list[float]]:
+    """The step against what was there before; nothing from nothing is nothing."""
+    ratios = torch.where(sizes[:3] == 0, 0.0, sizes[:3] / sizes[3:]).tolist()
+    return dict(zip(("step", "step_A", "step_B"), ratios, strict=True))
 
 
 def dampings(pairs: list[TensorPair], groups: Mapping[Tensor, dict[str, Any]]) -> Damping:
@@ -208,12 +220,12 @@ def dampings(pairs: list[TensorPair], groups: Mapping[Tensor, dict[str, Any]]) -
     rows = []
     for side, partner in ((0, 1), (1, 0)):
         for pair in pairs:
-            group = groups[pair[partner]]
+            group = groups[(pair.A, pair.B)[partner]]
             mode, damping = group.get("damping_mode", "relative"), float(group.get("damping", 0.0))
             # Covariant damping is for the metric of A alone.
             size = 0.0 if mode == "covariant" and side == 0 else damping
-            backend = get_backend(pair[side])
-            info = torch.finfo(backend.compute_dtype(pair[side].dtype, group.get("compute_dtype")))
+            wide = get_backend(pair.A).compute_dtype(pair.A.dtype, group.get("compute_dtype"))
+            info = torch.finfo(wide)
             by_mode = [size if mode == name else 0.0 for name in get_args(DampingMode)]
             rows.append([*by_mode, info.eps, info.smallest_normal, info.max])
     return Damping(*torch.tensor(rows, dtype=torch.float64).unbind(1))
@@ -234,20 +246,41 @@ def summary(rows: Rows) -> dict[str, float]:
     return found
 
 
-def matrices(pair: TensorPair) -> Factors:
-    """Both factors as matrices."""
-    return Factors(*map(matrix, pair))
+def stored(pair: TensorPair) -> list[Tensor]:
+    """The tensors in which a pair lies."""
+    return [p.detach() for p in (pair.A, pair.B, pair.middle) if p is not None]
+
+
+def blank(pair: TensorPair) -> TensorPair:
+    """A pair of the same kind in new memory."""
+    A, B, *middle = map(torch.empty_like, stored(pair))
+    return TensorPair(A, B, pair.views, *middle)
+
+
+def products(pair: TensorPair) -> list[Factors]:
+    """The factors whose products are what the layer adds; a diagonal counts once, with B."""
+    A, B = pair.A.detach(), pair.B.detach()
+    return read_pairs(
+        pair.views, A, B if pair.middle is None else B * pair.middle.detach().view(-1)
+    )
+
+
+def moves(pair: TensorPair, side: int) -> bool:
+    """Whether a factor, or a twin of it, has a gradient."""
+    p = (pair.A, pair.B)[side]
+    return any(q.grad is not None for q in (p, *pair.twins[side]))
 
 
 def refuse_shards(pairs: list[TensorPair]) -> None:
     """ShardingError for DTensors: a Gram of one shard says nothing of the factor."""
-    for a, b in pairs:
-        if is_distributed(a) or is_distributed(b):
-            msg = (
-                f"diagnostics need whole factors, got a DTensor of shape {tuple(a.shape)} or "
-                f"{tuple(b.shape)}; look at them in a run without sharding"
-            )
-            raise ShardingError(msg)
+    for pair in pairs:
+        for p in pair.params:
+            if is_distributed(p):
+                msg = (
+                    f"diagnostics need whole factors, got a DTensor of shape {tuple(p.shape)}; "
+                    f"look at them in a run without sharding"
+                )
+                raise ShardingError(msg)
 
 
 def weights_under(model: nn.Module, adapter: str | None) -> dict[Tensor, float]:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rlora.torch
 from rlora.torch import ScaledAdamW, ScaledSGD, diagnostics_table, findings
 from rlora.torch.diagnostics import MARKS, MEASURES, Watch, read
+from rlora.torch.matching import check_explicit
 from rlora.torch.pair_optimizer import PairOptimizer, _parent_step
 
 make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
@@ -230,14 +231,15 @@ def test_the_host_reads_once():
     from rlora.cli import launches
 
     with FakeTensorMode(), launches._without_guards():
-        factors = [
+        watch = Watch()
+        pairs = [
             tuple(torch.empty(shape, device="cuda") for shape in ((r, 12), (9, r)))
             for r in (3, 5, 3)
         ]
-        watch = Watch()
-        watch.note(factors)
+        pairs, report = check_explicit(pairs, [p for pair in pairs for p in pair])
+        watch.note(pairs, report)
         with Counting() as counting:
-            read(watch, [[0, 2], [1]])
+            list(read(watch))
     assert counting.reads == ["_to_copy"]
     assert len(counting.operations) > 20
 
