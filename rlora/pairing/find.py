@@ -201,8 +201,8 @@ def _fit(
     convention, proposal, names = candidate
     if len(names) < 2:
         (letter,) = names
-        partner = "B" if letter == "A" else "A"
-        return f"its partner, the {partner} of {proposal.label or names[letter]}, is not among the parameters"
+        partner = f"the {'B' if letter == 'A' else 'A'} of {proposal.label or names[letter]}"
+        return f"its partner, {partner}, is not among the parameters"
     told = (known or {}).get(proposal.layer)
     if isinstance(told, str):
         return told
