@@ -8,61 +8,30 @@ to the host in one read, and the rest is done there, in float64.
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from rlora.core.axes import read_pairs
-from rlora.core.bundle import Bundle, by_rank
-from rlora.core.diagnostics import Damping, gram_figures, step_norms
+from rlora.core.diagnostics import Damping, gram_figures
 from rlora.core.dispatch import get_backend
-from rlora.core.errors import PairingError, ShardingError
-from rlora.core.factors import Factors
+from rlora.core.errors import PairingError
 from rlora.core.linalg import DampingMode
-from rlora.pairing import PairReport
 from rlora.torch.layers import find_layers, plain_weight
 from rlora.torch.pairs import TensorPair
 from rlora.torch.params import is_distributed
+from rlora.torch.watch import Watch, read, refuse_shards
 
-MEASURES = ("cond_A", "cond_B", "damped_cond_A", "damped_cond_B", "anisotropy_A", "anisotropy_B")
-MEASURES += ("step", "step_A", "step_B", "step_in_weight")
+MEASURES: tuple[str, ...] = ("cond_A", "cond_B", "damped_cond_A", "damped_cond_B")
+MEASURES += ("anisotropy_A", "anisotropy_B", "step", "step_A", "step_B", "step_in_weight")
 """Figures that the summary gives the least, the median and the largest of."""
 
-MARKS = ("skipped_A", "skipped_B", "nan_A", "nan_B", "damped_A", "damped_B")
+MARKS: tuple[str, ...] = ("skipped_A", "skipped_B", "nan_A", "nan_B", "damped_A", "damped_B")
 MARKS += ("no_grad_A", "no_grad_B")
 """Figures that are 0 or 1, of which the summary counts the ones."""
 
 Rows = dict[str, dict[str, float]]
 """The figures of every layer, by its name."""
-
-
-@dataclass
-class Watch:
-    """What a watched optimizer keeps: its pairs as the last step found them.
-
-    Parameters
-    ----------
-    weights : dict of Tensor to float
-        For factors A the size of a change of B A that is as large as the base weight, ``|W0| / s``.
-    """
-
-    weights: Mapping[Tensor, float] = field(default_factory=dict)
-    pairs: list[TensorPair] = field(default_factory=list)
-    before: list[TensorPair] = field(default_factory=list)
-    moving: list[tuple[bool, bool]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-
-    def note(self, pairs: list[TensorPair], report: PairReport) -> None:
-        """Copy the parameters, and see which factors have gradients."""
-        if pairs is not self.pairs:
-            self.before = [blank(pair) for pair in pairs]
-            self.pairs, self.names = pairs, [pair.name for pair in report]
-        copies, now = ([p for pair in x for p in stored(pair)] for x in (self.before, pairs))
-        torch._foreach_copy_(copies, now)
-        self.moving = [(moves(pair, 0), moves(pair, 1)) for pair in pairs]
 
 
 class Watched:
@@ -84,11 +53,9 @@ class Watched:
         ShardingError
             When a factor is a DTensor.
         """
-        pairs = cast("Any", self)._current_pairs()
-        refuse_shards(pairs)
-        self._watch = Watch(
-            {} if model is None else weights_under(model, cast("Any", self)._adapter)
-        )
+        optimizer = cast("Any", self)
+        refuse_shards(optimizer._current_pairs())
+        self._watch = Watch({} if model is None else weights_under(model, optimizer))
 
     def unwatch(self) -> None:
         """Forget it. Copies and pickles of an optimizer do not watch either."""
@@ -122,7 +89,8 @@ class Watched:
 
             - ``step``: ``|B A - B0 A0| / |B0 A0|``; inf from zero.
             - ``step_A``, ``step_B``: ``|A - A0| / |A0|`` and the same of B.
-            - ``step_in_weight``: ``s |B A - B0 A0| / |W0|`` where `watch` has found W0.
+            - ``step_in_weight``: ``s |B A - B0 A0| / |W0|`` where `watch` has found W0; s is 1
+              unless the layer or the optimizer says it.
             - ``no_grad_A``, ``no_grad_B``: 1 where there was no gradient.
 
         Raises
@@ -159,11 +127,9 @@ def rows_of(optimizer: Any) -> Rows:
     if not stepped:
         watch = Watch(watch.weights)
         watch.note(optimizer._current_pairs(), optimizer.report)
-    refuse_shards(watch.pairs)
-    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     rows: Rows = {}
     for owners, S, sizes in read(watch):
-        damping = dampings([watch.pairs[i] for i in owners], groups)
+        damping = dampings([watch.pairs[i] for i in owners], optimizer)
         columns = columns_of(S, damping) | (ratios_of(sizes) if stepped else {})
         changes = sizes[0].tolist()
         layers, count = Counter(owners), Counter[int]()
@@ -176,30 +142,6 @@ def rows_of(optimizer: Any) -> Rows:
             rows[watch.names[i] + (f"[{count[i]}]" if layers[i] > 1 else "")] = row
             count[i] += 1
     return rows
-
-
-def read(watch: Watch) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """For all layers of one rank: whose they are, their Grams (2K, r, r), norms of the step (6, K).
-
-    The one place where the host waits for the device, and once.
-    """
-    owners = [i for i, pair in enumerate(watch.before) for _ in pair.views]
-    metric = [factors for pair in watch.before for factors in pair.factors()]
-    old, new = ([x for pair in xs for x in products(pair)] for xs in (watch.before, watch.pairs))
-    ranks, parts = by_rank(metric), list[Tensor]()
-    for members in ranks:
-        like = metric[members[0]].A
-        backend = get_backend(like)
-        dtype = torch.float32 if like.device.type == "mps" else torch.float64
-        grams, start, now = ([x[i] for i in members] for x in (metric, old, new))
-        with backend.exact(like):
-            parts.append(Bundle(backend, grams, dtype=dtype).gram(grams))
-            parts.append(step_norms(Bundle(backend, now, dtype=dtype), start))
-    flat = torch.cat([x.reshape(-1).to(parts[0].device) for x in parts]).cpu().double()
-    pieces = iter(flat.split([x.numel() for x in parts]))
-    for members, like in zip(ranks, parts[::2], strict=True):
-        layers = [i for k in members for i in [owners[k]] * math.prod(metric[k].A.shape[:-2])]
-        yield layers, next(pieces).view(like.shape), next(pieces).view(6, -1)
 
 
 def columns_of(S: Tensor, damping: Damping) -> dict[str, list[float]]:
@@ -215,12 +157,14 @@ def ratios_of(sizes: Tensor) -> dict[str, list[float]]:
     return dict(zip(("step", "step_A", "step_B"), ratios, strict=True))
 
 
-def dampings(pairs: list[TensorPair], groups: Mapping[Tensor, dict[str, Any]]) -> Damping:
+def dampings(pairs: list[TensorPair], optimizer: Any) -> Damping:
     """Of the Grams of the A factors, for which B's group has it, then of those of the B factors."""
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     rows = []
     for side, partner in ((0, 1), (1, 0)):
         for pair in pairs:
-            group = groups[(pair.A, pair.B)[partner]]
+            # Parameters may have left the groups since the step.
+            group = groups.get((pair.A, pair.B)[partner], optimizer.defaults)
             mode, damping = group.get("damping_mode", "relative"), float(group.get("damping", 0.0))
             # Covariant damping is for the metric of A alone.
             size = 0.0 if mode == "covariant" and side == 0 else damping
@@ -246,47 +190,11 @@ def summary(rows: Rows) -> dict[str, float]:
     return found
 
 
-def stored(pair: TensorPair) -> list[Tensor]:
-    """The tensors in which a pair lies."""
-    return [p.detach() for p in (pair.A, pair.B, pair.middle) if p is not None]
-
-
-def blank(pair: TensorPair) -> TensorPair:
-    """A pair of the same kind in new memory."""
-    A, B, *middle = map(torch.empty_like, stored(pair))
-    return TensorPair(A, B, pair.views, *middle)
-
-
-def products(pair: TensorPair) -> list[Factors]:
-    """The factors whose products are what the layer adds; a diagonal counts once, with B."""
-    A, B = pair.A.detach(), pair.B.detach()
-    return read_pairs(
-        pair.views, A, B if pair.middle is None else B * pair.middle.detach().view(-1)
-    )
-
-
-def moves(pair: TensorPair, side: int) -> bool:
-    """Whether a factor, or a twin of it, has a gradient."""
-    p = (pair.A, pair.B)[side]
-    return any(q.grad is not None for q in (p, *pair.twins[side]))
-
-
-def refuse_shards(pairs: list[TensorPair]) -> None:
-    """ShardingError for DTensors: a Gram of one shard says nothing of the factor."""
-    for pair in pairs:
-        for p in pair.params:
-            if is_distributed(p):
-                msg = (
-                    f"diagnostics need whole factors, got a DTensor of shape {tuple(p.shape)}; "
-                    f"look at them in a run without sharding"
-                )
-                raise ShardingError(msg)
-
-
-def weights_under(model: nn.Module, adapter: str | None) -> dict[Tensor, float]:
+def weights_under(model: nn.Module, optimizer: Any) -> dict[Tensor, float]:
     """``|W0| / s`` for the A of every linear layer whose base weight is a plain one."""
+    scaling = optimizer.defaults.get("scaling", 1.0)
     try:
-        layers, _ = find_layers(model, adapter or "default")
+        layers, _ = find_layers(model, optimizer._adapter or "default")
     except PairingError:
         return {}
     found = {}
@@ -295,5 +203,5 @@ def weights_under(model: nn.Module, adapter: str | None) -> dict[Tensor, float]:
         if isinstance(weight, Tensor) and not is_distributed(weight):
             wide = torch.promote_types(weight.dtype, torch.float32)
             size = torch.linalg.vector_norm(weight.detach(), dtype=wide)
-            found[layer.A] = size / (layer.scaling or 1.0)
+            found[layer.A] = size / (layer.scaling or scaling)
     return {A: float(size) for A, size in found.items()}

@@ -103,8 +103,8 @@ def _findings(numbers: Mapping[str, float]) -> Iterator[str]:
                 yield f"{sentence} ({count:.0f} of {numbers['rlora/pairs']:.0f} pairs)"
         if numbers[f"rlora/anisotropy_{mine}/max"] < NO_EFFECT:
             yield (
-                f"what preconditions {other} is a multiple of the identity in all pairs: under "
-                f"Adam {other} moves as with plain AdamW"
+                f"the damped Gram of {mine} is a multiple of the identity in all pairs: before "
+                f"Adam it has no effect on {other}"
             )
         if THROWN < (most := numbers.get(f"rlora/step_{mine}/max", 0.0)) < math.inf:
             yield f"a step has moved {mine} by {most:.2g} times its own size"
