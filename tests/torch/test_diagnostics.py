@@ -227,6 +227,36 @@ def test_looking_changes_no_bit(make):
     assert str(optimizer.state_dict()) == str(other.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo", "ignore:`torch.jit.script_method`")
+def test_a_compiled_step_is_as_it_was_when_nobody_watches():
+    """As many graphs and calls in them as before anybody did; a watched one moves no bit else."""
+    from torch._dynamo.utils import counters
+
+    seen, weights = {}, {}
+    for watching in ("never", "no more", "now"):
+        torch._dynamo.reset()
+        model = make_model()
+        optimizer = ScaledAdamW(model, lr=1e-2)
+        if watching != "never":
+            optimizer.watch()
+        train(model, optimizer, 1)
+        if watching == "no more":
+            optimizer.unwatch()
+        counters.clear()
+        step = torch.compile(lambda o=optimizer: o.step(), backend="eager")
+        for t in range(3):
+            optimizer.zero_grad()
+            loss_of(model, t).backward()
+            step()
+        seen[watching], weights[watching] = dict(counters["stats"]), values(model)
+        if watching == "now":
+            assert 0 < optimizer.diagnostics()["rlora/step/max"] < 1
+    assert seen["never"]["calls_captured"] > 0
+    assert seen["never"] == seen["no more"]
+    assert same(weights["never"], weights["no more"])
+    assert same(weights["never"], weights["now"])
+
+
 def test_the_host_reads_once():
     """On fake CUDA tensors of two ranks: one copy to the host, and no decomposition there."""
     from torch._subclasses.fake_tensor import FakeTensorMode
