@@ -81,11 +81,14 @@ def gram_figures(backend: Backend, S: Stack, damping: Damping) -> GramFigures:
     H = xp.where(covariant > 0, S + covariant * inverse, S)
     shift, live = _shift(backend, H, damping)
     w, _ = backend.eigh(xp.concat([S, H]))  # (4K, r), ascending
-    w, h = w[: 2 * half, :], w[2 * half :, :] + xp.expand_dims(shift, axis=-1)
+    # What rounding has left below zero is zero.
+    w, h = w[: 2 * half, :], xp.clip(w[2 * half :, :], min=0.0) + xp.expand_dims(shift, axis=-1)
+    h = xp.where(live[:, None], h, xp.ones_like(h))
+    unknown = xp.full_like(shift, float("nan"))
     return GramFigures(
         _condition(backend, w),
-        xp.where(live, _condition(backend, h), xp.full_like(shift, float("nan"))),
-        xp.where(live, _anisotropy(backend, h), xp.full_like(shift, float("nan"))),
+        xp.where(live, h[:, -1] / h[:, 0], unknown),
+        xp.where(live, _anisotropy(backend, h), unknown),
         xp.astype(~live & ~nan, S.dtype),
         xp.astype(nan, S.dtype),
         xp.astype(live & (h[:, 0] > 2 * w[:, 0]), S.dtype),
@@ -153,9 +156,8 @@ def _condition(backend: Backend, w: Array) -> Array:
 
 
 def _anisotropy(backend: Backend, h: Array) -> Array:
-    """Of the inverse of matrices with these ascending eigenvalues (2K, r)."""
+    """Of the inverse of definite matrices with these ascending eigenvalues (2K, r)."""
     xp = backend.xp
-    p = xp.where(h > 0, h[:, :1] / xp.where(h > 0, h, xp.ones_like(h)), xp.zeros_like(h))
+    p = h[:, :1] / h
     spread = p - xp.mean(p, axis=-1, keepdims=True)
-    size = xp.sum(p * p, axis=-1)
-    return xp.sqrt(xp.sum(spread * spread, axis=-1) / xp.where(size > 0, size, xp.ones_like(size)))
+    return xp.sqrt(xp.sum(spread * spread, axis=-1) / xp.sum(p * p, axis=-1))

@@ -33,15 +33,17 @@ class Watch:
     before: list[TensorPair] = field(default_factory=list)
     moving: list[tuple[bool, bool]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    kinds: list[tuple[torch.dtype, torch.device]] = field(default_factory=list)
 
     def note(self, pairs: list[TensorPair], report: PairReport) -> None:
         """Copy the parameters, and see which factors have gradients."""
-        if pairs is not self.pairs:
+        now = [p for pair in pairs for p in stored(pair)]
+        kinds = [(p.dtype, p.device) for p in now]  # a model may be moved
+        if pairs is not self.pairs or kinds != self.kinds:
             refuse_shards(pairs)
             self.before = [blank(pair) for pair in pairs]
-            self.pairs, self.names = pairs, [pair.name for pair in report]
-        copies, now = ([p for pair in x for p in stored(pair)] for x in (self.before, pairs))
-        torch._foreach_copy_(copies, now)
+            self.pairs, self.kinds, self.names = pairs, kinds, [pair.name for pair in report]
+        torch._foreach_copy_([p for pair in self.before for p in stored(pair)], now)
         self.moving = [(moves(pair, 0), moves(pair, 1)) for pair in pairs]
 
 

@@ -115,6 +115,10 @@ def test_hard_grams(backend):
     floor = 10 * 3 * float(FLOAT32.eps)  # above 1e-6: what the rounding of float32 can carry
     assert_close(found["damped_cond"][1], (3 + floor) / floor, rtol=1e-6)
     assert np.isnan(found["anisotropy"][[0, 2, 3, 4, 5]]).all()
+    floor = 10 * 3 * float(np.finfo("float64").eps)
+    wide = figures(backend, hard, info=np.finfo("float64"))
+    assert_close(wide["damped_cond"][1], (3 + floor) / floor, rtol=1e-3)
+    assert wide["skipped"].tolist() == [1, 0, 0, 0, 0, 1, 0, 0]
     absolute = figures(backend, hard, absolute=1e-2)
     assert absolute["skipped"].tolist() == [0, 0, 0, 1, 0, 1, 0, 0]
     assert_close(absolute["damped_cond"][[0, 1]], [1, (3 + 1e-2) / 1e-2], rtol=1e-12)

@@ -389,6 +389,21 @@ def test_pairs_may_come_and_go():
     assert numbers["rlora/new.0 (default)/no_grad_A"] == 1
 
 
+def test_a_model_may_be_moved_to_another_dtype():
+    """Afterwards figures are of the new dtype: its rounding is what bounds the damped Gram."""
+    model = make_model(bias=False, r=8)  # more than the 6 inputs of the first layer
+    optimizer = ScaledSGD(model, lr=1e-3, damping=0.0)
+    optimizer.watch(model)
+    train(model, optimizer, 1)
+    single = optimizer.diagnostics()
+    model.double()
+    optimizer.zero_grad()
+    train(model, optimizer, 1)
+    double = optimizer.diagnostics()
+    for numbers, eps in ((single, 2**-23), (double, 2**-52)):
+        assert 1 < numbers[f"rlora/{NAMES[0]}/damped_cond_A"] * 10 * 8 * eps < 8
+
+
 def test_pairs_by_hand_and_kernels_have_names_and_figures():
     A, B = torch.randn(2, 3, 3, 3), torch.randn(5, 2, 1, 1)
     parameters = [A.requires_grad_(), B.requires_grad_()]
