@@ -27,6 +27,7 @@ from rlora.torch.offsets import (
 from rlora.torch.scaled import ScaledAdamW, ScaledSGD
 from rlora.torch.sd_lora import SDLoRALinear, add_sd_lora, parameter_groups
 from rlora.torch.sharding import shard_placement
+from rlora.torch.show import diagnostics_table, findings, log_diagnostics
 from rlora.torch.wrap import class_name, optimizer_class, precondition
 
 __all__ = [
@@ -38,10 +39,13 @@ __all__ = [
     "ScaledSGD",
     "add_sd_lora",
     "as_plain_lora",
+    "diagnostics_table",
     "find_pairs",
+    "findings",
     "full_gradients",
     "initialize",
     "load_offsets",
+    "log_diagnostics",
     "optimizer_class",
     "parameter_groups",
     "precondition",

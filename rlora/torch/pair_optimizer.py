@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from rlora.core.checks import check_nonnegative
 from rlora.core.errors import NamespaceError
 from rlora.pairing import PairReport
+from rlora.torch.diagnostics import Watched
 from rlora.torch.loading import ELEMENTWISE, check_saved
 from rlora.torch.matching import (
     Pairs,
@@ -35,7 +36,7 @@ from rlora.torch.sharding import check_kind, check_layouts, check_swap
 NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
 
 
-class PairOptimizer(Optimizer, ABC):
+class PairOptimizer(Watched, Optimizer, ABC):
     """A torch optimizer that knows the pairs among its parameters. Not to be used by itself."""
 
     report: PairReport
@@ -170,6 +171,8 @@ class PairOptimizer(Optimizer, ABC):
             self._names = [self._names[place[id(p)]] if id(p) in place else None for p in now]
         replaced = [pair.replaced(lambda p: successor.get(id(p))) for pair in self._pairs]
         check_swap(strangers=len(successor.keys() - place.keys()), gone=replaced.count(None))
+        kept = zip(self.report, replaced, strict=True)
+        self.report = replace(self.report, pairs=tuple(n for n, pair in kept if pair is not None))
         self._pairs = [pair for pair in replaced if pair is not None]
         self._by_hand = [
             (successor[id(a)], successor[id(b)], *layout)
@@ -200,6 +203,8 @@ class PairOptimizer(Optimizer, ABC):
                 loss = closure()
         plans = self._current_plans()
         count_roundings(self.param_groups)
+        if self._watch is not None:
+            self._watch.note(self._pairs, self.report)
         for plan in plans:
             plan.run(self, _parent_step(type(self)))
         return loss

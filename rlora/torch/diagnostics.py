@@ -1,0 +1,207 @@
+"""Seeing what a step does: figures of every pair, for a logger, a table or a Trainer.
+
+A step that nobody watches does nothing for this. A watched one copies the factors first. When the
+figures are asked for, the device forms r x r Grams and a few norms of every pair, all of them come
+to the host in one read, and the rest is done there, in float64.
+"""
+
+import math
+import statistics
+from collections import Counter
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from rlora.core.diagnostics import Damping, gram_figures
+from rlora.core.dispatch import get_backend
+from rlora.core.errors import PairingError
+from rlora.core.linalg import DampingMode
+from rlora.torch.layers import find_layers, plain_weight
+from rlora.torch.pairs import TensorPair
+from rlora.torch.params import is_distributed
+from rlora.torch.watch import Watch, read, refuse_shards
+
+MEASURES: tuple[str, ...] = ("cond_A", "cond_B", "damped_cond_A", "damped_cond_B")
+MEASURES += ("anisotropy_A", "anisotropy_B", "step", "step_A", "step_B", "step_in_weight")
+"""Figures that the summary gives the least, the median and the largest of."""
+
+MARKS: tuple[str, ...] = ("skipped_A", "skipped_B", "nan_A", "nan_B", "damped_A", "damped_B")
+MARKS += ("no_grad_A", "no_grad_B")
+"""Figures that are 0 or 1, of which the summary counts the ones."""
+
+Rows = dict[str, dict[str, float]]
+"""The figures of every layer, by its name."""
+
+
+class Watched:
+    """The part of an optimizer for LoRA pairs that lets one see what it does."""
+
+    _watch: Watch | None = None
+
+    def watch(self, model: nn.Module | None = None) -> None:
+        """Keep what `diagnostics` needs of every step from now on: a copy of the factors.
+
+        Parameters
+        ----------
+        model : Module, optional
+            The model of the factors. Where its base weights are plain linear ones, steps are
+            compared with them too.
+
+        Raises
+        ------
+        ShardingError
+            When a factor is a DTensor.
+        """
+        optimizer = cast("Any", self)
+        refuse_shards(optimizer._current_pairs())
+        self._watch = Watch({} if model is None else weights_under(model, optimizer))
+
+    def unwatch(self) -> None:
+        """Forget it. Copies and pickles of an optimizer do not watch either."""
+        self._watch = None
+
+    def diagnostics(self, *, per_pair: bool = True) -> dict[str, float]:
+        """Figures of the last watched step, or if none has been, of the factors as they are.
+
+        Parameters
+        ----------
+        per_pair : bool
+            With the figures of every pair, or only their summary.
+
+        Returns
+        -------
+        dict of str to float
+            ``rlora/<pair>/<figure>``, and for all pairs ``rlora/pairs``, their number,
+            ``rlora/<figure>/min``, ``/median`` and ``/max``, and ``/count`` for figures that are 0
+            or 1. A figure of A is about ``A Aᵀ``, which preconditions B, and one of B about
+            ``Bᵀ B``, which preconditions A:
+
+            - ``cond_A``, ``cond_B``: condition number; inf where rank is lost, NaN for zero.
+            - ``damped_cond_A``, ..: with the damping of the group, what a Gram method inverts.
+            - ``anisotropy_A``, ..: how far the inverse of that is from a multiple of the identity,
+              from 0 to below 1. At 0 the preconditioner is a number, which Adam cancels.
+            - ``damped_A``, ..: 1 where damping has more than doubled the smallest eigenvalue.
+            - ``skipped_A``, ..: 1 where it is too small or large to be inverted: the partner stays.
+            - ``nan_A``, ..: 1 where it has a NaN.
+
+            Of the factors themselves, against what they were before a watched step:
+
+            - ``step``: ``|B A - B0 A0| / |B0 A0|``; inf from zero.
+            - ``step_A``, ``step_B``: ``|A - A0| / |A0|`` and the same of B.
+            - ``step_in_weight``: ``s |B A - B0 A0| / |W0|`` where `watch` has found W0; s is 1
+              unless the layer or the optimizer says it.
+            - ``no_grad_A``, ``no_grad_B``: 1 where there was no gradient.
+
+        Raises
+        ------
+        ShardingError
+            When a factor is a DTensor.
+
+        Notes
+        -----
+        Methods without damping, and those that precondition by something else, are shown what
+        `ScaledAdamW` would make of their Grams, with their damping or with none. With
+        ``order="gauss_seidel"`` B has seen the Gram of the new A, and the figures are of the old.
+
+        Examples
+        --------
+        >>> import torch, rlora.torch
+        >>> A, B = torch.eye(2, 3, requires_grad=True), torch.eye(4, 2, requires_grad=True)
+        >>> optimizer = rlora.torch.ScaledSGD([A, B], lr=0.1, pairs=[(A, B)])
+        >>> optimizer.watch()
+        >>> (B @ A).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.diagnostics()["rlora/cond_A/max"]
+        1.0
+        """
+        rows = rows_of(cast("Any", self))
+        pairs = {f"rlora/{name}/{key}": x for name, row in rows.items() for key, x in row.items()}
+        return summary(rows) | (pairs if per_pair else {})
+
+
+def rows_of(optimizer: Any) -> Rows:
+    """The figures of every layer of an optimizer's pairs."""
+    watch = optimizer._watch or Watch()
+    stepped = bool(watch.pairs)
+    if not stepped:
+        watch = Watch(watch.weights)
+        watch.note(optimizer._current_pairs(), optimizer.report)
+    rows: Rows = {}
+    for owners, S, sizes in read(watch):
+        damping = dampings([watch.pairs[i] for i in owners], optimizer)
+        columns = columns_of(S, damping) | (ratios_of(sizes) if stepped else {})
+        changes = sizes[0].tolist()
+        layers, count = Counter(owners), Counter[int]()
+        for k, i in enumerate(owners):
+            row = {key: values[k] for key, values in columns.items()}
+            weight = watch.weights.get(watch.pairs[i].A)
+            if stepped and weight and layers[i] == 1:
+                row["step_in_weight"] = changes[k] / weight
+            row["no_grad_A"], row["no_grad_B"] = (float(not x) for x in watch.moving[i])
+            rows[watch.names[i] + (f"[{count[i]}]" if layers[i] > 1 else "")] = row
+            count[i] += 1
+    return rows
+
+
+def columns_of(S: Tensor, damping: Damping) -> dict[str, list[float]]:
+    """The figures of Grams, one column for each letter."""
+    figures = gram_figures(get_backend(S), S, damping)._asdict()
+    halves = {key: x.view(2, -1).tolist() for key, x in figures.items()}
+    return {f"{key}_{x}": both[k] for key, both in halves.items() for k, x in enumerate("AB")}
+
+
+def ratios_of(sizes: Tensor) -> dict[str, list[float]]:
+    """The step against what was there before; nothing from nothing is nothing."""
+    ratios = torch.where(sizes[:3] == 0, 0.0, sizes[:3] / sizes[3:]).tolist()
+    return dict(zip(("step", "step_A", "step_B"), ratios, strict=True))
+
+
+def dampings(pairs: list[TensorPair], optimizer: Any) -> Damping:
+    """Of the Grams of the A factors, for which B's group has it, then of those of the B factors."""
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    rows = []
+    for side, partner in ((0, 1), (1, 0)):
+        for pair in pairs:
+            # Parameters may have left the groups since the step.
+            group = groups.get((pair.A, pair.B)[partner], optimizer.defaults)
+            mode, damping = group.get("damping_mode", "relative"), float(group.get("damping", 0.0))
+            # Covariant damping is for the metric of A alone.
+            size = 0.0 if mode == "covariant" and side == 0 else damping
+            wide = get_backend(pair.A).compute_dtype(pair.A.dtype, group.get("compute_dtype"))
+            info = torch.finfo(wide)
+            by_mode = [size if mode == name else 0.0 for name in get_args(DampingMode)]
+            rows.append([*by_mode, info.eps, info.smallest_normal, info.max])
+    return Damping(*torch.tensor(rows, dtype=torch.float64).unbind(1))
+
+
+def summary(rows: Rows) -> dict[str, float]:
+    """Figures of all rows together."""
+    found = {"rlora/pairs": float(len(rows))}
+    for key in MEASURES:
+        values = [row[key] for row in rows.values() if key in row]
+        if values:
+            known = [x for x in values if not math.isnan(x)] or [math.nan]
+            found[f"rlora/{key}/min"] = min(known)
+            found[f"rlora/{key}/median"] = statistics.median(known)
+            found[f"rlora/{key}/max"] = max(known)
+    for key in MARKS:
+        found[f"rlora/{key}/count"] = sum(row[key] for row in rows.values())
+    return found
+
+
+def weights_under(model: nn.Module, optimizer: Any) -> dict[Tensor, float]:
+    """``|W0| / s`` for the A of every linear layer whose base weight is a plain one."""
+    scaling = optimizer.defaults.get("scaling", 1.0)
+    try:
+        layers, _ = find_layers(model, optimizer._adapter or "default")
+    except PairingError:
+        return {}
+    found = {}
+    for layer in layers:
+        weight = plain_weight(layer.name, layer.module, {})
+        if isinstance(weight, Tensor) and not is_distributed(weight):
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            size = torch.linalg.vector_norm(weight.detach(), dtype=wide)
+            found[layer.A] = size / (layer.scaling or scaling)
+    return {A: float(size) for A, size in found.items()}

@@ -1,0 +1,182 @@
+"""Figures of `optimizer.diagnostics()` for people: a table, what they mean, and a Trainer's log."""
+
+import importlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rlora.torch.diagnostics import MARKS, MEASURES
+from rlora.torch.pair_optimizer import PairOptimizer
+
+NO_EFFECT = 0.01
+"""An anisotropy below which a preconditioner counts as a multiple of the identity."""
+
+THROWN = 2.0
+"""How many times its own size a factor may move before it counts as thrown away. From zero, the
+second step of Adam is as long as the first: one time."""
+
+
+def diagnostics_table(numbers: Mapping[str, float]) -> Any:
+    """Figures as a table for a terminal, with `findings` below it.
+
+    Parameters
+    ----------
+    numbers : mapping of str to float
+        From ``optimizer.diagnostics()``.
+
+    Returns
+    -------
+    rich.table.Table
+        To be printed by ``rich.print``: a line for each factor, in the first line of a pair the
+        step of the product.
+
+    Examples
+    --------
+    >>> import rich, torch, rlora.torch
+    >>> A, B = torch.eye(2, 3, requires_grad=True), torch.eye(4, 2, requires_grad=True)
+    >>> optimizer = rlora.torch.ScaledSGD([A, B], lr=0.1, pairs=[(A, B)])
+    >>> table = rlora.torch.diagnostics_table(optimizer.diagnostics())
+    >>> table.row_count  # of the pair, and medians
+    4
+    """
+    rich, box = (importlib.import_module(f"rich.{name}") for name in ("table", "box"))
+    table = rich.Table(box=box.SIMPLE_HEAD, caption_justify="left")
+    table.add_column("pair", overflow="fold")
+    table.add_column("")
+    for name in ("cond", "damped", "anisotropy", "step", "of B A"):
+        table.add_column(name, justify="right")
+    table.add_column("marks")
+    for name, row in pairs_in(numbers).items():
+        _add(table, name, row)
+    table.add_section()
+    medians = {key: numbers.get(f"rlora/{key}/median", math.nan) for key in MEASURES}
+    _add(table, f"median of {numbers['rlora/pairs']:.0f}", medians)
+    table.caption = "\n".join(findings(numbers)) or None
+    return table
+
+
+def _add(table: Any, name: str, row: Mapping[str, float]) -> None:
+    """A line for each factor, and the step of the product in the first."""
+    for letter in "AB":
+        keys = [f"{key}_{letter}" for key in ("cond", "damped_cond", "anisotropy", "step")]
+        keys.append("step" if letter == "A" else "")
+        values = [row.get(key, math.nan) for key in keys]
+        marks = [mark[:-2] for mark in MARKS if mark.endswith(letter) and row.get(mark)]
+        cells = ["-" if math.isnan(x) else f"{x:.2g}" for x in values]
+        table.add_row(name if letter == "A" else "", letter, *cells, ", ".join(marks))
+
+
+def findings(numbers: Mapping[str, float]) -> list[str]:
+    """What is out of the ordinary, in words.
+
+    Parameters
+    ----------
+    numbers : mapping of str to float
+        From ``optimizer.diagnostics()``; the summary is enough.
+
+    Returns
+    -------
+    list of str
+        One sentence for each finding; none is a good sign.
+
+    Examples
+    --------
+    >>> import torch, rlora.torch
+    >>> A, B = torch.eye(2, 3, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
+    >>> optimizer = rlora.torch.ScaledSGD([A, B], lr=0.1, pairs=[(A, B)])
+    >>> rlora.torch.findings(optimizer.diagnostics())[0]
+    'B is zero or out of range: A stands still (1 of 1 pairs)'
+    """
+    return list(_findings(numbers))
+
+
+def _findings(numbers: Mapping[str, float]) -> Iterator[str]:
+    for mine, other in (("B", "A"), ("A", "B")):
+        marks = {
+            "nan": f"{mine} has NaN: {other} has it too after a step",
+            "skipped": f"{mine} is zero or out of range: {other} stands still",
+            "damped": f"damping outweighs the smallest eigenvalue of the Gram of {mine}",
+            "no_grad": f"{mine} has no gradient: it stands still",
+        }
+        for mark, sentence in marks.items():
+            if count := numbers[f"rlora/{mark}_{mine}/count"]:
+                yield f"{sentence} ({count:.0f} of {numbers['rlora/pairs']:.0f} pairs)"
+        if numbers[f"rlora/anisotropy_{mine}/max"] < NO_EFFECT:
+            yield (
+                f"the damped Gram of {mine} is a multiple of the identity in all pairs: before "
+                f"Adam it has no effect on {other}"
+            )
+        if THROWN < (most := numbers.get(f"rlora/step_{mine}/max", 0.0)) < math.inf:
+            yield f"a step has moved {mine} by {most:.2g} times its own size"
+
+
+def pairs_in(numbers: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The figures of each pair, by its name."""
+    rows: dict[str, dict[str, float]] = {}
+    for key, value in numbers.items():
+        name, _, figure = key.removeprefix("rlora/").rpartition("/")
+        if figure in (*MEASURES, *MARKS):
+            rows.setdefault(name, {})[figure] = value
+    return rows
+
+
+def log_diagnostics(trainer: Any, *, per_pair: bool = False) -> Any:
+    """Let a transformers Trainer log the figures of its optimizer whenever it logs the loss.
+
+    Parameters
+    ----------
+    trainer : transformers.Trainer
+        Whose optimizer is one of `rlora.torch`. Its steps are watched while it trains.
+    per_pair : bool
+        With the figures of every pair, or only their summary.
+
+    Returns
+    -------
+    transformers.TrainerCallback
+        It has been added; ``trainer.remove_callback`` takes it out.
+
+    Raises
+    ------
+    TypeError
+        When training begins with an optimizer of another kind.
+
+    Examples
+    --------
+    >>> import rlora.torch
+    >>> def train(trainer):
+    ...     rlora.torch.log_diagnostics(trainer)
+    ...     trainer.train()
+    """
+    base = importlib.import_module("transformers").TrainerCallback
+    callback = type("DiagnosticsCallback", (Events, base), {})(trainer, per_pair)
+    trainer.add_callback(callback)
+    return callback
+
+
+class Events:
+    """What happens at the events of a Trainer; all others are those of transformers' own class."""
+
+    def __init__(self, trainer: Any, per_pair: bool) -> None:
+        self.trainer, self.per_pair = trainer, per_pair
+        self.optimizer: Any = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any
+    ) -> None:
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        if not isinstance(inner, PairOptimizer):
+            msg = (
+                f"log_diagnostics needs a Trainer with an optimizer of rlora.torch, got "
+                f"{type(inner).__name__}; give it by optimizers= or optimizer_cls_and_kwargs="
+            )
+            raise TypeError(msg)
+        self.optimizer = inner
+        inner.watch(model)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self.optimizer is not None:  # not of our own, nor of an evaluation
+            self.trainer.log(self.optimizer.diagnostics(per_pair=self.per_pair))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.optimizer.unwatch()
+        self.optimizer = None

@@ -1,0 +1,108 @@
+"""What a watched optimizer keeps of a step, and how its figures come to the host."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlora.core.axes import read_pairs
+from rlora.core.bundle import Bundle, by_rank
+from rlora.core.diagnostics import step_norms
+from rlora.core.dispatch import get_backend
+from rlora.core.errors import ShardingError
+from rlora.core.factors import Factors
+from rlora.pairing import PairReport
+from rlora.torch.pairs import TensorPair
+from rlora.torch.params import is_distributed
+
+
+@dataclass
+class Watch:
+    """What a watched optimizer keeps: its pairs as the last step found them.
+
+    Parameters
+    ----------
+    weights : dict of Tensor to float
+        For factors A the size of a change of B A that is as large as the base weight, ``|W0| / s``.
+    """
+
+    weights: Mapping[Tensor, float] = field(default_factory=dict)
+    pairs: list[TensorPair] = field(default_factory=list)
+    before: list[TensorPair] = field(default_factory=list)
+    moving: list[tuple[bool, bool]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    kinds: list[tuple[torch.dtype, torch.device]] = field(default_factory=list)
+
+    def note(self, pairs: list[TensorPair], report: PairReport) -> None:
+        """Copy the parameters, and see which factors have gradients."""
+        now = [p for pair in pairs for p in stored(pair)]
+        kinds = [(p.dtype, p.device) for p in now]  # a model may be moved
+        if pairs is not self.pairs or kinds != self.kinds:
+            refuse_shards(pairs)
+            self.before = [blank(pair) for pair in pairs]
+            self.pairs, self.kinds, self.names = pairs, kinds, [pair.name for pair in report]
+        torch._foreach_copy_([p for pair in self.before for p in stored(pair)], now)
+        self.moving = [(moves(pair, 0), moves(pair, 1)) for pair in pairs]
+
+
+def read(watch: Watch) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """For all layers of one rank: whose they are, their Grams (2K, r, r), norms of the step (6, K).
+
+    The one place where the host waits for the device, and once.
+    """
+    owners = [i for i, pair in enumerate(watch.before) for _ in pair.views]
+    metric = [factors for pair in watch.before for factors in pair.factors()]
+    old, new = ([x for pair in xs for x in products(pair)] for xs in (watch.before, watch.pairs))
+    ranks, parts = by_rank(metric), list[Tensor]()
+    for members in ranks:
+        like = metric[members[0]].A
+        backend = get_backend(like)
+        dtype = torch.float32 if like.device.type == "mps" else torch.float64
+        grams, start, now = ([x[i] for i in members] for x in (metric, old, new))
+        with backend.exact(like):
+            parts.append(Bundle(backend, grams, dtype=dtype).gram(grams))
+            parts.append(step_norms(Bundle(backend, now, dtype=dtype), start))
+    flat = torch.cat([x.reshape(-1).to(parts[0].device) for x in parts]).cpu().double()
+    pieces = iter(torch.split(flat, [x.numel() for x in parts]))
+    for members, like in zip(ranks, parts[::2], strict=True):
+        layers = [i for k in members for i in [owners[k]] * math.prod(metric[k].A.shape[:-2])]
+        yield layers, next(pieces).view(like.shape), next(pieces).view(6, -1)
+
+
+def stored(pair: TensorPair) -> list[Tensor]:
+    """The tensors in which a pair lies."""
+    return [p.detach() for p in (pair.A, pair.B, pair.middle) if p is not None]
+
+
+def blank(pair: TensorPair) -> TensorPair:
+    """A pair of the same kind in new memory."""
+    A, B, *middle = map(torch.empty_like, stored(pair))
+    return TensorPair(A, B, pair.views, middle[0] if middle else None)
+
+
+def products(pair: TensorPair) -> list[Factors]:
+    """The factors whose products are what the layer adds; a diagonal counts once, with B."""
+    A, B = pair.A.detach(), pair.B.detach()
+    return read_pairs(
+        pair.views, A, B if pair.middle is None else B * pair.middle.detach().view(-1)
+    )
+
+
+def moves(pair: TensorPair, side: int) -> bool:
+    """Whether a factor, or a twin of it, has a gradient."""
+    p = (pair.A, pair.B)[side]
+    return any(q.grad is not None for q in (p, *pair.twins[side]))
+
+
+def refuse_shards(pairs: list[TensorPair]) -> None:
+    """ShardingError for DTensors: a Gram of one shard says nothing of the factor."""
+    for pair in pairs:
+        for p in pair.params:
+            if is_distributed(p):
+                msg = (
+                    f"diagnostics need whole factors, got a DTensor of shape {tuple(p.shape)}; "
+                    f"look at them in a run without sharding"
+                )
+                raise ShardingError(msg)
