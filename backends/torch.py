@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from rlora.core.backend import ROUNDING, Backend, Tall, Workspace
+from rlora.core.errors import NumericsError
 from rlora.core.factors import Array
 
 from ._torch_cpu import empty, fused_adam, is_plain, reusing
@@ -188,7 +189,7 @@ class TorchBackend(Backend):
         return torch.sub(param, d, alpha=lr, out=out)
 
     def reusing(self, workspace: Workspace) -> AbstractContextManager[None]:
-        return reusing(workspace)
+        return nullcontext() if torch.compiler.is_compiling() else reusing(workspace)
 
     def unstack(self, P: Array, tall: Sequence[Array]) -> Iterator[Array]:
         if all(F.ndim == 2 for F in tall):
@@ -215,9 +216,17 @@ class TorchBackend(Backend):
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
-    parts = (torch.backends.cuda, torch.backends.mkldnn)
-    matmuls: list[Any] = [getattr(part, "matmul", None) for part in parts]
-    if not all(hasattr(matmul, "fp32_precision") for matmul in matmuls):  # before torch 2.9
+    if torch.compiler.is_compiling():
+        if _lowered():
+            msg = (
+                "a compiled step has no products of full precision under this setting; call "
+                'torch.set_float32_matmul_precision("highest"), or do not compile the step'
+            )
+            raise NumericsError(msg)
+        yield
+        return
+    matmuls = _matmuls()
+    if not matmuls:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
@@ -233,6 +242,21 @@ def _ieee_products() -> Iterator[None]:
     finally:
         for matmul, precision in zip(matmuls, saved, strict=True):
             matmul.fp32_precision = precision
+
+
+def _matmuls() -> list[Any]:
+    """Where torch keeps the precision of its products; nowhere before torch 2.9."""
+    parts = (torch.backends.cuda, torch.backends.mkldnn)
+    matmuls: list[Any] = [getattr(part, "matmul", None) for part in parts]
+    return matmuls if all(hasattr(matmul, "fp32_precision") for matmul in matmuls) else []
+
+
+@torch.compiler.assume_constant_result  # a compiled graph is made anew when the setting changes
+def _lowered() -> bool:
+    """Whether torch may round the inputs of a float32 product."""
+    if matmuls := _matmuls():
+        return any(matmul.fp32_precision not in ("ieee", "none") for matmul in matmuls)
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def eigh_waits(S: Array) -> bool:

@@ -242,10 +242,18 @@ class MethodBatch:
             self._register(mine)
 
     def _register(self, flat: Mapping[str, Tensor]) -> None:
+        old, new = [], []
         for name, x in flat.items():
             bucket, side, key = self._places[name]
             for layer, pair in zip(x.unbind(0), self._buckets[bucket], strict=True):
-                self._optimizer.state[pair[side]][key] = layer
+                held = self._optimizer.state[pair[side]]
+                if torch.compiler.is_compiling() and key in held:
+                    old.append(held[key])
+                    new.append(layer)
+                else:
+                    held[key] = layer
+        if old:
+            torch._foreach_copy_(old, new)
         self._registered = True
 
 
@@ -286,9 +294,9 @@ def _places(flat: Mapping[str, Tensor]) -> dict[str, tuple[int, int, str]]:
     places = {}
     for name in flat:
         parts = name.split(".")
-        letter = parts.pop() if parts[-1] in ("A", "B") else "A"
-        bucket = parts.pop()
-        places[name] = (int(bucket), "AB".index(letter), ".".join(parts))
+        letter = parts[-1] if parts[-1] in ("A", "B") else "A"
+        *path, bucket = parts[:-1] if parts[-1] in ("A", "B") else parts
+        places[name] = (int(bucket), "AB".index(letter), ".".join(path))
     keys = {key for _, _, key in places.values()}
     short = {key: key.rpartition(".")[2] for key in keys}
     if len(set(short.values())) < len(keys):

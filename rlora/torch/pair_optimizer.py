@@ -195,9 +195,16 @@ class PairOptimizer(Optimizer, ABC):
             plan.run(self, _parent_step(type(self)))
         return loss
 
+    def _init_group(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return _unwrapped(_inherited(type(self), "_init_group"))(self, *args)
+        return super()._init_group(*args)
+
     def _current_plans(self) -> list[Plan]:
         """The plans, made anew when what they rest on has changed."""
         pairs = self._current_pairs()
+        if torch.compiler.is_compiling():
+            return self._make_plans(pairs)
         choices = [self._choices(group) for group in self.param_groups]
         now = signature(pairs, self.param_groups, choices)
         if self._plans is None or self._plans[0] != now:
@@ -291,7 +298,20 @@ class PairOptimizer(Optimizer, ABC):
 
 def _parent_step(kind: type) -> Callable[[Any], Any]:
     """The parent's step without its hooks, which run around ours already."""
-    behind = (parent for parent in kind.__mro__ if not issubclass(parent, PairOptimizer))
-    parent: Any = next(parent for parent in behind if "step" in vars(parent))
-    step = parent.step
+    step = _inherited(kind, "step")
+    if torch.compiler.is_compiling():
+        return _unwrapped(step)
     return cast("Callable[[Any], Any]", step.__wrapped__ if hasattr(step, "hooked") else step)
+
+
+def _inherited(kind: type, name: str) -> Any:
+    behind = (parent for parent in kind.__mro__ if not issubclass(parent, PairOptimizer))
+    parent: Any = next(parent for parent in behind if name in vars(parent))
+    return getattr(parent, name)
+
+
+def _unwrapped(function: Any) -> Any:
+    """Without what torch puts around it, such as a break in the graph of a compiled step."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function

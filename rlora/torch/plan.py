@@ -64,7 +64,7 @@ class Batch:
         self.left, self.right = [i for i, _ in left], [i for i, _ in right]
         self.A, self.B = [job for _, job in left], [job for _, job in right]
         self.jobs = self.A + self.B
-        self.copied = recipe.placement == "before" and not _is_alias(*self.jobs[0][:2])
+        self.copied = recipe.placement == "before" and not _in_place(self.jobs[0].param, recipe.placement)
         self.keeps_directions = self.jobs[0].param.device.type == "cpu"  # in the workspace
         self.workspace: Workspace = {}
         # Matrices are views of the factors, but for kernels whose strides do not let them be.
@@ -171,11 +171,14 @@ class Plan(NamedTuple):
         state: dict[Any, Any] = defaultdict(dict)
         state.update((key, v) for key, v in real_state.items() if not isinstance(key, Tensor))
         groups = []
+        compiling = torch.compiler.is_compiling()
         for group, members in zip(real_groups, self.params, strict=True):
             for p, stand_in in members:
                 if held := real_state.get(p):
                     state[stand_in] = held
             groups.append({**group, "params": [stand_in for _, stand_in in members]})
+            if compiling and "fused" in group:
+                groups[-1]["fused"] = None  # the compiler's business
         optimizer.param_groups = [group for group in groups if group["params"]]
         optimizer.state = state
         try:
@@ -183,7 +186,8 @@ class Plan(NamedTuple):
         finally:
             optimizer.param_groups, optimizer.state = real_groups, real_state
             for real, group, members in zip(real_groups, groups, self.params, strict=True):
-                real.update((key, v) for key, v in group.items() if key != "params")
+                if not compiling:
+                    real.update((key, v) for key, v in group.items() if key != "params")
                 for p, stand_in in members:
                     if stand_in in state:
                         real_state[p] = state[stand_in]
@@ -220,7 +224,7 @@ def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain:
             group = group_of[id(p)]
             recipe = recipe_of(group)
             stand_in = stand_ins[id(p)] = _stand_in(p, recipe.placement)
-            key = (recipe, p.dtype, p.device, _is_alias(p, stand_in))
+            key = (recipe, p.dtype, p.device, _in_place(p, recipe.placement))
             batch, *jobs = work.setdefault(key, ([], [], []))
             i = place.setdefault((key, k), len(batch))
             if i == len(batch):
@@ -247,19 +251,23 @@ def matrix(p: Tensor) -> Tensor:
 
 
 def _stand_in(p: Tensor, placement: Placement) -> Tensor:
-    """The parameter's own memory where the parent may write its result there, else scratch.
+    """The parameter's own memory where the parent may write its result there, else scratch."""
+    return p.detach() if _in_place(p, placement) else _scratch(p)
+
+
+def _in_place(p: Tensor, placement: Placement) -> bool:
+    """Whether the parent may write its result into the parameter.
 
     Fused kernels run through memory without a look at strides: scratch has the strides that the
     parent's moments will have, and a parameter with gaps in its memory needs scratch.
     """
+    scratch = _scratch(p)
+    return placement == "before" and p.dtype == scratch.dtype and p.stride() == scratch.stride()
+
+
+def _scratch(p: Tensor) -> Tensor:
     wide = torch.promote_types(p.dtype, torch.float32)
-    scratch = torch.empty_like(p, dtype=wide, requires_grad=False)  # gaps are not preserved
-    dense = scratch.stride() == p.stride()
-    return p.detach() if placement == "before" and p.dtype == wide and dense else scratch
-
-
-def _is_alias(p: Tensor, stand_in: Tensor) -> bool:
-    return p.data_ptr() == stand_in.data_ptr()
+    return torch.empty_like(p, dtype=wide, requires_grad=False)  # gaps are not preserved
 
 
 def _set_grad(stand_in: Tensor, direction: Tensor) -> None:
