@@ -217,7 +217,7 @@ class TorchBackend(Backend):
 @contextmanager
 def _ieee_products() -> Iterator[None]:
     if torch.compiler.is_compiling():
-        if _lowered():
+        if _compiled_rounds_inputs():
             msg = (
                 "a compiled step has no products of full precision under this setting; call "
                 'torch.set_float32_matmul_precision("highest"), or do not compile the step'
@@ -251,12 +251,15 @@ def _matmuls() -> list[Any]:
     return matmuls if all(hasattr(matmul, "fp32_precision") for matmul in matmuls) else []
 
 
-@torch.compiler.assume_constant_result  # a compiled graph is made anew when the setting changes
-def _lowered() -> bool:
+def _rounds_inputs() -> bool:
     """Whether torch may round the inputs of a float32 product."""
     if matmuls := _matmuls():
         return any(matmul.fp32_precision not in ("ieee", "none") for matmul in matmuls)
     return torch.get_float32_matmul_precision() != "highest"
+
+
+# Asked when a graph is made; torch makes it anew when the setting changes.
+_compiled_rounds_inputs: Any = torch.compiler.assume_constant_result(_rounds_inputs)
 
 
 def eigh_waits(S: Array) -> bool:

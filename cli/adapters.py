@@ -73,13 +73,13 @@ def read_adapter(path: Path) -> list[rlora.Factors]:
         if not report.pairs:
             raise nothing_paired(entries, report)
 
-        def load(name: str, shape: tuple[int, int]) -> NDArray[Any]:
+        def load(name: str) -> NDArray[Any]:
             entry = entries[name]
             file.seek(start + entry.begin)
             raw = file.read(entry.end - entry.begin)
-            return _decode(raw, entry.dtype, f"tensor {name!r} of {path.name}").reshape(shape)
+            return _decode(raw, entry.dtype, f"tensor {name!r} of {path.name}").reshape(entry.shape)
 
-        return [rlora.Factors(load(p.a, p.shape_a), load(p.b, p.shape_b)) for p in report.pairs]
+        return [factors for p in report for factors in p.read(load(p.a), load(p.b))]
 
 
 def locate(path: Path) -> Path:

@@ -18,7 +18,7 @@ ALLOWED = {
     "testing": {"core"},
     "initializers": {"core"},
     "backends": {"core"},
-    "optax": {"core", "methods", "layouts", "__init__"},
+    "optax": {"core", "methods", "layouts", "pairing", "__init__"},
     "layouts": {"core"},
     "torch": {"core", "methods", "pairing", "initializers"},  # the shell around them
     "__init__": {"core", "methods", "pairing", "initializers"},

@@ -1,10 +1,15 @@
 """Names propose, shapes decide; layouts come from the real libraries where they install."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from rlora import PairingError, find_pairs
+from rlora import PairingError, ShapeError, find_pairs
+from rlora.pairing import Layout
 
 NAMES = {
     "PEFT": ("{}.lora_A.default.weight", "{}.lora_B.default.weight"),
@@ -16,6 +21,27 @@ NAMES = {
     "diffusers": ("unet.{}.lora.down.weight", "unet.{}.lora.up.weight"),
     "diffusers, old": ("{}.to_q_lora.down.weight", "{}.to_q_lora.up.weight"),
     "torchtune": ("{}.lora_a.weight", "{}.lora_b.weight"),
+    "NeMo": ("{}.adapter.linear_in.weight", "{}.adapter.linear_out.weight"),
+    "NeMo, canonical": (
+        "{}.adapter.adapter_q.linear_in.weight",
+        "{}.adapter.adapter_q.linear_out.weight",
+    ),
+}
+TURNED = {
+    "flax, mlx": ("{}.lora_a", "{}.lora_b"),
+    "flax variables": ("{}.lora_a.value", "{}.lora_b.value"),
+    "Keras": ("{}.lora_kernel_a", "{}.lora_kernel_b"),
+    "Keras embedding": ("{}.lora_embeddings_a", "{}.lora_embeddings_b"),
+    "qwix": ("{}.kernel_lora_a", "{}.kernel_lora_b"),
+}
+STACKED = {
+    "torchtune experts": (
+        ("{}.lora_up_a", (3, 20, 4)),
+        ("{}.lora_up_b", (3, 4, 30)),
+    ),
+    "mlx switch": (("{}.lora_a", (3, 4, 20)), ("{}.lora_b", (3, 30, 4))),
+    "levanter": (("{}.lora_A.weight", (3, 4, 20)), ("{}.lora_B.weight", (3, 30, 4))),
+    "qwix, batched": (("{}.w_lora_a", (3, 20, 4)), ("{}.w_lora_b", (3, 4, 30))),
 }
 
 
@@ -40,6 +66,110 @@ def test_layouts(library):
     ]
     for pair in report:
         assert (pair.shape_a, pair.shape_b, pair.rank) == ((4, 20), (30, 4), 4)
+
+
+@pytest.mark.parametrize("library", TURNED)
+def test_turned_layouts(library):
+    names = [pattern.format("layers.0.q") for pattern in TURNED[library]]
+    (pair,) = find_pairs(dict(zip(names, tensors((20, 4), (4, 30)), strict=True)))
+    assert (pair.shape_a, pair.shape_b) == ((4, 20), (30, 4))
+    a, b = np.random.default_rng(0).normal(size=(20, 4)), np.eye(4, 30)
+    ((A, B),) = pair.read(a, b)
+    assert np.array_equal(B @ A, (a @ b).T)
+
+
+@pytest.mark.parametrize("library", STACKED)
+def test_stacked_layouts(library):
+    (pair,) = find_pairs({name.format("layers.0"): np.zeros(s) for name, s in STACKED[library]})
+    assert (pair.shape_a, pair.shape_b) == ((3, 4, 20), (3, 30, 4))
+    assert "3 of 30 x 20, rank 4" in str(find_pairs({
+        name.format("layers.0"): np.zeros(s) for name, s in STACKED[library]
+    }))  # fmt: skip
+
+
+def test_a_square_pair_is_read_as_its_library_writes_it():
+    """Where both ways fit, the smaller side is the rank; where none is, the name tells."""
+    for a, b in (((4, 20), (20, 4)), ((20, 4), (4, 20))):
+        (pair,) = find_pairs(dict(zip(("q.lora_a", "q.lora_b"), tensors(a, b), strict=True)))
+        assert pair.rank == 4
+    square = tensors((6, 6), (6, 6))
+    (turned,) = find_pairs(dict(zip(("q.lora_a", "q.lora_b"), square, strict=True)))
+    (plain,) = find_pairs(dict(zip(("q.lora_A", "q.lora_B"), square, strict=True)))
+    assert not turned.views[0][0].is_plain
+    assert plain.views[0][0].is_plain
+
+
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("q.hada_w1_a", "LoHa"),
+        ("q.lokr_w2_b", "LoKr"),
+        ("q.vera_lambda_d.default", "VeRA"),
+        ("q.poly_lora_A.default", "Poly"),
+        ("q.randlora_lambda.default", "RandLoRA"),
+    ],
+)
+def test_other_adapters_are_refused_by_name(name, why):
+    report = find_pairs({name: np.zeros((4, 4)), "q.weight": np.zeros((4, 4))})
+    assert why in report.refused[name]
+    assert report.plain == ("q.weight",)
+
+
+def test_adalora_has_a_middle():
+    named = {
+        f"q.lora_{x}.default": np.zeros(s)
+        for x, s in zip("AEB", ((4, 20), (4, 1), (30, 4)), strict=True)
+    }
+    report = find_pairs(named)
+    assert [pair.middle for pair in report] == ["q.lora_E.default"]
+    assert report.plain == ("q.lora_E.default",)
+    named["q.lora_E.default"] = np.zeros((3, 1))
+    assert "does not fit rank 4" in find_pairs(named).refused["q.lora_A.default"]
+
+
+def test_known_layers_and_names_of_ones_own():
+    named = {"q.lora_A": np.zeros((8, 20)), "q.lora_B": np.zeros((30, 8)), "x": np.zeros(3)}
+    experts = Layout("(e r) n", "m (r e)", sizes={"e": 2})
+    (pair,) = find_pairs(named, known={"q": experts})
+    assert (pair.shape_a, pair.shape_b) == ((2, 4, 20), (2, 30, 4))
+    refused = find_pairs(named, known={"q": "a ReLU stands between"}).refused
+    assert refused["q.lora_A"] == "a ReLU stands between"
+    unsolved = find_pairs(named, known={"q": Layout("(e r) n", "m (r e)")}).refused
+    assert "size of e or r is not known" in unsolved["q.lora_A"]
+    (given,) = find_pairs(named, pairs=[("q.lora_A", "q.lora_B", experts)])
+    assert given.views == pair.views
+    with pytest.raises(PairingError, match="'y', of the pair 'x' and 'y', is not among"):
+        find_pairs(named, pairs=[("x", "y")])
+    with pytest.raises(ShapeError, match=r"'x' and 'q\.lora_B' does not fit"):
+        find_pairs(named, pairs=[("x", "q.lora_B")])
+
+
+@pytest.mark.parametrize(
+    "body, warns",
+    [
+        ("from rlora.pairing import Convention\nOURS = Convention('x', 'reduce', 'expand')", False),
+        ("OURS = 3", True),
+        ("1 / 0", True),
+    ],
+)
+def test_plug_ins_bring_conventions(tmp_path, body, warns):
+    """By an entry point, in a process of its own; a broken one is left out with a warning."""
+    (tmp_path / "theirs.py").write_text(body)
+    info = tmp_path / "theirs-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[rlora.conventions]\nx = theirs:OURS\n")
+    code = (
+        "import numpy as np, rlora\n"
+        "named = {'q.reduce': np.zeros((4, 20)), 'q.expand': np.zeros((30, 4))}\n"
+        "print(len(rlora.find_pairs(named)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert run.stdout.strip() == ("0" if warns else "1")
+    assert ("plug-in x = theirs:OURS is left out" in run.stderr) == warns
 
 
 @pytest.mark.parametrize("name", [
@@ -86,7 +216,7 @@ def test_adapters_never_cross():
         ((20, 5), (4, 30), "share no rank"),
         ((20,), (30, 4), "not two matrices"),
         ((0, 20), (30, 0), "not two matrices"),
-        ((2, 4, 20), (2, 30, 4), "share no rank"),
+        ((2, 4, 20), (3, 30, 4), "share no rank"),
     ],
 )
 def test_refusals_say_why(a, b, why):
@@ -99,7 +229,7 @@ def test_refusals_say_why(a, b, why):
     assert why in str(report)
 
 
-@pytest.mark.parametrize("sibling", ["lora_E", "lora_mid", "lora_diag"])
+@pytest.mark.parametrize("sibling", ["lora_mid", "lora_diag"])
 def test_three_factor_variants_are_refused_by_name(sibling):
     down, up = ("lora_down", "lora_up") if sibling == "lora_mid" else ("lora_A", "lora_B")
     shapes = {f"q.{down}.weight": (4, 20), f"q.{up}.weight": (30, 4), f"q.{sibling}.weight": (4, 1)}
@@ -125,7 +255,7 @@ def test_convolutions():
     grouped = find_pairs(
         {"c.lora_A.weight": np.zeros((4, 3, 5, 5)), "c.lora_B.weight": np.zeros((8, 2, 1, 1))}
     )
-    assert "grouped" in grouped.refused["c.lora_A.weight"]
+    assert (grouped.pairs[0].shape_a, grouped.pairs[0].shape_b) == ((2, 2, 75), (2, 4, 2))
 
 
 def test_two_tensors_of_one_name():
@@ -205,6 +335,9 @@ def test_real_loralib():
     model = nn.Sequential(loralib.Linear(6, 10, r=2), loralib.Embedding(9, 6, r=2))
     merged = loralib.MergedLinear(6, 12, r=2, enable_lora=[True, False, True])
     report = rlora.torch.find_pairs(nn.ModuleDict({"plain": model, "merged": merged}))
-    assert sorted((p.shape_b[0], p.shape_a[1]) for p in report) == [(6, 9), (10, 6)]
-    assert "share no rank" in str(report)
+    assert sorted((p.shape_b, p.shape_a) for p in report) == [
+        ((2, 4, 2), (2, 2, 6)),
+        ((6, 2), (2, 9)),
+        ((10, 2), (2, 6)),
+    ]
     assert rlora.torch.ScaledAdamW(model).report.pairs

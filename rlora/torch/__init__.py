@@ -15,6 +15,7 @@ from rlora import methods
 from rlora.pairing import PairReport
 from rlora.torch.gradients import full_gradients
 from rlora.torch.initialize import InitReport, initialize
+from rlora.torch.matching import find_pairs
 from rlora.torch.method_optimizer import MethodOptimizer
 from rlora.torch.offsets import (
     Offset,
@@ -23,7 +24,6 @@ from rlora.torch.offsets import (
     restore_offsets,
     save_offsets,
 )
-from rlora.torch.params import find_pairs
 from rlora.torch.scaled import ScaledAdamW, ScaledSGD
 from rlora.torch.sd_lora import SDLoRALinear, add_sd_lora, parameter_groups
 from rlora.torch.wrap import class_name, optimizer_class, precondition

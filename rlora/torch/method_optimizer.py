@@ -2,7 +2,7 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -15,9 +15,10 @@ from rlora.core.errors import PairingError
 from rlora.core.factors import Factors
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.transform import State, Transform, step
+from rlora.torch.matching import Pairs, without_middles
 from rlora.torch.pair_optimizer import PairOptimizer
-from rlora.torch.params import TensorPair
-from rlora.torch.plan import Plan, matrix
+from rlora.torch.pairs import Member, TensorPair
+from rlora.torch.plan import Plan
 
 Method = Callable[..., Transform]
 
@@ -39,7 +40,7 @@ class MethodOptimizer(PairOptimizer):
         params: Any,
         lr: float | Tensor = 1e-3,
         *,
-        pairs: Iterable[TensorPair] | None = None,
+        pairs: Pairs = None,
         adapter: str | None = None,
         scaling: float = 1.0,
         maximize: bool = False,
@@ -90,43 +91,49 @@ class MethodOptimizer(PairOptimizer):
     def _check_own(self, group: dict[str, Any]) -> None:
         self._transform(group)
 
+    def _pair_up(self) -> None:
+        super()._pair_up()
+        self._pairs, self.report = without_middles(self._pairs, self.report)
+
     def _make_plans(self, pairs: list[TensorPair]) -> list[Plan]:
         owner = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        work: dict[Any, list[TensorPair]] = {}
-        for a, b in pairs:
-            if len(groups := {owner[id(p)] for p in (a, b)}) > 1:
+        work: dict[Any, list[Member]] = {}
+        for pair in pairs:
+            if len(groups := {owner[id(p)] for p in pair.moved}) > 1:
                 msg = (
-                    f"the factors of a pair of shapes {tuple(a.shape)} and {tuple(b.shape)} are in "
+                    f"the factors of a pair of shapes {tuple(pair.A.shape)} and "
+                    f"{tuple(pair.B.shape)} are in "
                     f"two parameter groups; {type(self).__name__} moves them together: put both in "
                     f"one group (for two learning rates there is LoRAPlus)"
                 )
                 raise PairingError(msg)
-            if a.grad is not None or b.grad is not None:
-                work.setdefault((groups.pop(), a.device), []).append((a, b))
+            if pair.gradient(0) is not None or pair.gradient(1) is not None:
+                work.setdefault((groups.pop(), pair.A.device), []).extend(pair.members())
         batches = [
             Portions(self, i, portions(members, device)) for (i, device), members in work.items()
         ]
-        paired = {id(p) for pair in pairs for p in pair}
+        paired = {id(p) for pair in pairs for p in pair.moved}
         plain = [
             [(p, p) for p in group["params"] if id(p) not in paired] for group in self.param_groups
         ]
         return [Plan(batches, plain)]
 
     def _state_shapes(self, p: Tensor) -> dict[str, torch.Size]:
-        for pair in self._current_pairs():
-            if p is pair[0] or p is pair[1]:
-                group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
-                like = self._transform(group).init(_stacks([[pair]]), group["scaling"])
-                places = _places(flatten_state(like))
-                side = 0 if p is pair[0] else 1
-                flat = flatten_state(like)
-                return {key: flat[n].shape[1:] for n, (_, s, key) in places.items() if s == side}
-        return super()._state_shapes(p)
+        shapes: dict[str, torch.Size] = {}
+        pairs = [pair for pair in self._current_pairs() if pair.A is p or pair.B is p]
+        members = [member for pair in pairs for member in pair.members()]
+        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
+        for member in members:
+            flat = flatten_state(self._transform(group).init(_stacks([[member]]), group["scaling"]))
+            for name, (_, side, key) in _places(flat).items():
+                if member.params[side] is p:
+                    shapes[key + member.suffix] = flat[name].shape[1:]
+        return shapes if members else super()._state_shapes(p)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The parent would look for its own entries in the state of the pairs.
         pairs = state.get("_pairs") or self._current_pairs()
-        paired = {id(p) for pair in pairs for p in pair}
+        paired = {id(p) for pair in pairs for p in pair.moved}
         everything = state["state"]
         plain = {p: held for p, held in everything.items() if id(p) not in paired}
         super().__setstate__({**state, "state": plain})
@@ -136,9 +143,7 @@ class MethodOptimizer(PairOptimizer):
 class Portions:
     """Batches that are stepped and written back one after the other, in the same memory."""
 
-    def __init__(
-        self, optimizer: MethodOptimizer, group: int, parts: list[list[TensorPair]]
-    ) -> None:
+    def __init__(self, optimizer: MethodOptimizer, group: int, parts: list[list[Member]]) -> None:
         memory: Workspace = {}
         self._batches = [MethodBatch(optimizer, group, part, memory) for part in parts]
 
@@ -159,13 +164,13 @@ class MethodBatch:
     """
 
     def __init__(
-        self, optimizer: MethodOptimizer, group: int, pairs: list[TensorPair], memory: Workspace
+        self, optimizer: MethodOptimizer, group: int, members: list[Member], memory: Workspace
     ) -> None:
         self._optimizer, self._group, self._memory = optimizer, group, memory
-        alike: dict[Any, list[TensorPair]] = {}
-        for a, b in pairs:
-            key = (a.shape, b.shape, a.dtype, a.grad is None, b.grad is None)
-            alike.setdefault(key, []).append((a, b))
+        alike: dict[Any, list[Member]] = {}
+        for member in members:
+            still = [member.gradient(side) is None for side in (0, 1)]
+            alike.setdefault((*member.shapes, member.params[0].dtype, *still), []).append(member)
         self._buckets = list(alike.values())
         options = optimizer.param_groups[group]
         self._chosen = optimizer._chosen(options)
@@ -182,8 +187,9 @@ class MethodBatch:
         """Take over what the optimizer knows of these parameters."""
         for name, x in flatten_state(self._state).items():
             bucket, side, key = self._places[name]
-            for layer, pair in zip(x.unbind(0), self._buckets[bucket], strict=True):
-                if (known := self._optimizer.state.get(pair[side], {}).get(key)) is not None:
+            for layer, member in zip(x.unbind(0), self._buckets[bucket], strict=True):
+                held = self._optimizer.state.get(member.params[side], {})
+                if (known := held.get(key + member.suffix)) is not None:
                     layer.copy_(known)
 
     def prepare(self) -> tuple[dict[str, Factors], State]:
@@ -193,15 +199,18 @@ class MethodBatch:
             self._chosen, self._transform = chosen, self._optimizer._transform(group)
         params, grads = {}, {}
         for i, bucket in enumerate(self._buckets):
-            A, B = ([pair[side] for pair in bucket] for side in (0, 1))
+            A, B = ([member.read(side) for member in bucket] for side in (0, 1))
             params[f"{i}"] = Factors(self._stack(A, (i, 0)), self._stack(B, (i, 1)))
-            G = [None if x[0].grad is None else [p.grad for p in x] for x in (A, B)]
+            G = [[member.gradient(side) for member in bucket] for side in (0, 1)]
             grads[f"{i}"] = Factors(
-                *(None if g is None else self._stack(g, (i, side)) for side, g in enumerate(G, 2))
+                *(
+                    None if g[0] is None else self._stack(g, (i, side))
+                    for side, g in enumerate(G, 2)
+                )
             )
         if group["maximize"]:
             torch._foreach_neg_([g for pair in grads.values() for g in pair if g is not None])
-        like = self._buckets[0][0][0]
+        like = self._buckets[0][0].params[0]
         backend = get_backend(like)
         with backend.exact(like), backend.reusing(self._memory):
             moved: tuple[dict[str, Factors], State] = step(
@@ -211,8 +220,6 @@ class MethodBatch:
 
     def _stack(self, tensors: list[Any], slot: Any) -> Tensor:
         """Matrices on a stack of this step; on a CPU in memory of the last one."""
-        if any(x.ndim != 2 for x in tensors):
-            tensors = [matrix(x) for x in tensors]
         if tensors[0].device.type != "cpu":
             return torch.stack(tensors)
         shape, dtype = (len(tensors), *tensors[0].shape), tensors[0].dtype
@@ -228,11 +235,10 @@ class MethodBatch:
         old, new = [], []
         for bucket, stacks in zip(self._buckets, params.values(), strict=True):
             for side in (0, 1):
-                if bucket[0][side].grad is not None:
-                    old += [pair[side] for pair in bucket]
-                    new += stacks[side].unbind(0)
-        if any(x.shape != p.shape for p, x in zip(old, new, strict=True)):  # kernels
-            new = [x.view(p.shape) for p, x in zip(old, new, strict=True)]
+                if bucket[0].gradient(side) is not None:
+                    old += [member.part(side) for member in bucket]
+                    layers = zip(bucket, stacks[side].unbind(0), strict=True)
+                    new += [member.views[side].write(layer) for member, layer in layers]
         torch._foreach_copy_(old, new)
         mine, theirs = flatten_state(self._state), flatten_state(state)
         changed = [name for name, x in mine.items() if x is not theirs[name]]
@@ -242,45 +248,40 @@ class MethodBatch:
             self._register(mine)
 
     def _register(self, flat: Mapping[str, Tensor]) -> None:
-        old, new = [], []
-        for name, x in flat.items():
-            bucket, side, key = self._places[name]
-            for layer, pair in zip(x.unbind(0), self._buckets[bucket], strict=True):
-                held = self._optimizer.state[pair[side]]
-                if torch.compiler.is_compiling() and key in held:
-                    old.append(held[key])
-                    new.append(layer)
+        for place, x in flat.items():
+            bucket, side, key = self._places[place]
+            for layer, member in zip(x.unbind(0), self._buckets[bucket], strict=True):
+                held, name = self._optimizer.state[member.params[side]], key + member.suffix
+                if torch.compiler.is_compiling() and name in held:
+                    # A compiled `copy_` to a float64 number would be lost (torch 2.13).
+                    torch._foreach_copy_([held[name]], [layer])
                 else:
-                    held[key] = layer
-        if old:
-            torch._foreach_copy_(old, new)
+                    held[name] = layer
         self._registered = True
 
 
-def portions(pairs: list[TensorPair], device: torch.device) -> list[list[TensorPair]]:
+def portions(members: list[Member], device: torch.device) -> list[list[Member]]:
     """On a CPU a few layers at a time, equal shapes together, in memory that all portions share.
 
     On an accelerator all at once, so that the number of launches does not depend on the layers.
     """
     if device.type != "cpu":
-        return [pairs]
-    parts: list[list[TensorPair]] = []
+        return [members]
+    parts: list[list[Member]] = []
     room = 0
-    for a, b in sorted(pairs, key=lambda pair: [tuple(p.shape) for p in pair]):
-        size = a.numel() + b.numel()
+    for member in sorted(members, key=lambda member: member.shapes):
+        size = sum(map(prod, member.shapes))
         if size > room:
             parts.append([])
             room = PORTION
-        parts[-1].append((a, b))
+        parts[-1].append(member)
         room -= size
     return parts
 
 
-def _stacks(buckets: list[list[TensorPair]]) -> dict[str, Factors]:
+def _stacks(buckets: list[list[Member]]) -> dict[str, Factors]:
     return {
-        f"{i}": Factors(
-            *(torch.stack([matrix(p) for p in side]) for side in zip(*bucket, strict=True))
-        )
+        f"{i}": Factors(*(torch.stack([m.read(side) for m in bucket]) for side in (0, 1)))
         for i, bucket in enumerate(buckets)
     }
 

@@ -5,7 +5,6 @@ memory and has the direction as its gradient. So every flag of the parent keeps 
 stays where ``state_dict`` looks for it, and the ``.grad`` of the parameter is never touched.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from rlora.core.checks import check_choice
 from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.transform import Order
 from rlora.methods.scaled import Placement
+from rlora.torch.matching import Pairs
 from rlora.torch.pair_optimizer import PairOptimizer
-from rlora.torch.params import TensorPair
+from rlora.torch.pairs import TensorPair
 from rlora.torch.plan import Plan, Recipe, make_plan
 
 
@@ -31,7 +31,7 @@ class GramPreconditioned(PairOptimizer):
         self,
         params: Any,
         *args: Any,
-        pairs: Iterable[TensorPair] | None = None,
+        pairs: Pairs = None,
         adapter: str | None = None,
         damping: float = 1e-6,
         damping_mode: DampingMode = "relative",

@@ -6,9 +6,9 @@ saved.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +17,10 @@ from torch.optim import Optimizer
 from rlora.core.checks import check_nonnegative
 from rlora.core.errors import NamespaceError, ShapeError
 from rlora.pairing import PairReport, nothing_paired
-from rlora.torch.params import (
-    TensorPair,
-    as_groups,
-    as_list,
-    check_explicit,
-    check_grad,
-    expert_stacks,
-    match,
-    misfit,
-)
+from rlora.torch.matching import Pairs, check_explicit, match, split_source, what_modules_know
+from rlora.torch.pairs import TensorPair
+from rlora.torch.params import as_groups, as_list, check_grad, misfit
+from rlora.torch.parent import inherited
 from rlora.torch.plan import Plan, signature
 
 NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
@@ -40,8 +34,8 @@ class PairOptimizer(Optimizer, ABC):
     report: PairReport
     """What was paired, what is updated plainly, what was refused and why."""
 
-    _extra: tuple[str, ...] = ("report", "_adapter", "_by_hand", "_by_name", "_members", "_names")
-    _extra += ("_own", "_pairs", "_stacks")
+    _extra: tuple[str, ...] = ("report", "_adapter", "_by_hand", "_by_name", "_known", "_members")
+    _extra += ("_names", "_own", "_pairs", "_source")
     """Attributes that a copy or a pickle takes along."""
 
     def __init__(
@@ -49,7 +43,7 @@ class PairOptimizer(Optimizer, ABC):
         params: Any,
         *args: Any,
         own: dict[str, Any],
-        pairs: Iterable[TensorPair] | None,
+        pairs: Pairs,
         adapter: str | None,
         **kwargs: Any,
     ) -> None:
@@ -57,10 +51,10 @@ class PairOptimizer(Optimizer, ABC):
             msg = "differentiable=True is not supported: the step of a pair is not differentiated"
             raise ValueError(msg)
         self._adapter, self._own = adapter, tuple(own)
-        self._by_hand = list(pairs or ())
-        self._by_name = pairs is None
-        self._stacks = expert_stacks(params)
-        super().__init__(as_groups(params), *args, **kwargs)
+        self._by_hand, self._source = split_source(pairs)
+        self._by_name = not self._by_hand
+        self._known = what_modules_know(params)
+        super().__init__(as_groups(params, self._source), *args, **kwargs)
         self.defaults.update(own)
         for group in self.param_groups:
             for name, value in own.items():
@@ -106,7 +100,7 @@ class PairOptimizer(Optimizer, ABC):
         pairs, report = check_explicit(self._by_hand, self._members)
         named = [(n, p) for n, p in zip(self._names, self._members, strict=True) if n is not None]
         if self._by_name and named:
-            found, by_name = match(named, self._stacks, self._adapter)
+            found, by_name = match(named, self._known, self._adapter, self._source)
             pairs = pairs + found
             report = replace(by_name, pairs=report.pairs + by_name.pairs)
         self._pairs, self.report = pairs, report
@@ -160,14 +154,13 @@ class PairOptimizer(Optimizer, ABC):
             successor = {old: now[i] for old, i in place.items()}
         else:
             self._names = [self._names[place[id(p)]] if id(p) in place else None for p in now]
-        self._pairs, self._by_hand = (
-            [
-                (successor[id(a)], successor[id(b)])
-                for a, b in pairs
-                if {id(a), id(b)} <= successor.keys()
-            ]
-            for pairs in (self._pairs, self._by_hand)
-        )
+        replaced = (pair.replaced(lambda p: successor.get(id(p))) for pair in self._pairs)
+        self._pairs = [pair for pair in replaced if pair is not None]
+        self._by_hand = [
+            (successor[id(a)], successor[id(b)], *layout)
+            for a, b, *layout in self._by_hand
+            if {id(a), id(b)} <= successor.keys()
+        ]
         self._members, self._plans = now, None
         return self._pairs
 
@@ -190,31 +183,33 @@ class PairOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plans = self._current_plans()
-        for plan in plans:
-            plan.run(self, _parent_step(type(self)))
+        parent_step = inherited(type(self), "step", PairOptimizer)
+        for plan in self._current_plans():
+            plan.run(self, parent_step)
         return loss
 
     def _init_group(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return _unwrapped(_inherited(type(self), "_init_group"))(self, *args)
-        return super()._init_group(*args)
+        """Called by the steps of torch's own optimizers."""
+        return inherited(type(self), "_init_group", PairOptimizer)(self, *args)
 
     def _current_plans(self) -> list[Plan]:
         """The plans, made anew when what they rest on has changed."""
         pairs = self._current_pairs()
-        if torch.compiler.is_compiling():
-            return self._make_plans(pairs)
+        if torch.compiler.is_compiling():  # the graph is what is kept, and torch guards it
+            return self._new_plans(pairs)
         choices = [self._choices(group) for group in self.param_groups]
         now = signature(pairs, self.param_groups, choices)
         if self._plans is None or self._plans[0] != now:
-            for a, b in pairs:
-                check_grad(a)
-                check_grad(b)
-                if why := misfit(a, b):
-                    raise NamespaceError(why)
-            self._plans = (now, self._make_plans(pairs))
+            self._plans = (now, self._new_plans(pairs))
         return self._plans[1]
+
+    def _new_plans(self, pairs: list[TensorPair]) -> list[Plan]:
+        for pair in pairs:
+            for p in pair.params:
+                check_grad(p)
+            if why := misfit(pair.A, pair.B):
+                raise NamespaceError(why)
+        return self._make_plans(pairs)
 
     # --- state ----------------------------------------------------------------------------------
 
@@ -279,7 +274,7 @@ class PairOptimizer(Optimizer, ABC):
 
     def _restore_dtypes(self, saved: dict[str, Any]) -> None:
         """Undo torch's cast of every state to its parameter's dtype."""
-        paired = {id(p) for pair in self._current_pairs() for p in pair}
+        paired = {id(p) for pair in self._current_pairs() for p in pair.moved}
         for i, p in self._owners(saved):
             for key, value in saved["state"].get(i, {}).items():
                 if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
@@ -294,24 +289,3 @@ class PairOptimizer(Optimizer, ABC):
         super().__setstate__(state)
         self._step_supports_amp_scaling = False
         self._plans = None
-
-
-def _parent_step(kind: type) -> Callable[[Any], Any]:
-    """The parent's step without its hooks, which run around ours already."""
-    step = _inherited(kind, "step")
-    if torch.compiler.is_compiling():
-        return _unwrapped(step)
-    return cast("Callable[[Any], Any]", step.__wrapped__ if hasattr(step, "hooked") else step)
-
-
-def _inherited(kind: type, name: str) -> Any:
-    behind = (parent for parent in kind.__mro__ if not issubclass(parent, PairOptimizer))
-    parent: Any = next(parent for parent in behind if name in vars(parent))
-    return getattr(parent, name)
-
-
-def _unwrapped(function: Any) -> Any:
-    """Without what torch puts around it, such as a break in the graph of a compiled step."""
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return function

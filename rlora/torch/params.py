@@ -1,65 +1,27 @@
-"""From what people hand to a torch optimizer to named groups, and from names to pairs."""
+"""From what people hand to a torch optimizer to named groups, and what a factor must be."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlora.core.errors import NamespaceError, PairingError, ShapeError, ShardingError
-from rlora.pairing import Pair, PairReport, find_pairs as find_named_pairs, flatten_kernel
-
-TensorPair = tuple[Tensor, Tensor]
+from rlora.core.errors import NamespaceError, ShardingError
+from rlora.pairing import Source, find_pairs as find_named_pairs
 
 
-def find_pairs(
-    params: nn.Module | Iterable[tuple[str, Tensor]], *, adapter: str | None = None
-) -> PairReport:
-    """What an optimizer of `rlora.torch` would pair, without building it.
-
-    Parameters
-    ----------
-    params : Module or iterable of (str, Tensor)
-        A model, or its ``named_parameters()``. Of a model, only trainable parameters count, and
-        the frozen partners of trainable factors.
-    adapter : str, optional
-        Only pairs of this adapter.
-
-    Returns
-    -------
-    PairReport
-        Print it to see what was found.
-
-    Raises
-    ------
-    ShardingError
-        When factors have been flattened or cut by a sharding scheme.
-
-    Examples
-    --------
-    >>> import torch, rlora.torch
-    >>> layer = torch.nn.Module()
-    >>> layer.lora_A = torch.nn.Parameter(torch.ones(4, 16))
-    >>> layer.lora_B = torch.nn.Parameter(torch.zeros(32, 4))
-    >>> len(rlora.torch.find_pairs(layer))
-    1
-    """
-    named = trainable(params) if isinstance(params, nn.Module) else list(params)
-    check_whole(named)
-    return without_experts(find_named_pairs(named, adapter=adapter), expert_stacks(params))
-
-
-def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
+def trainable(model: nn.Module, pairs: Source | None = None) -> list[tuple[str, Tensor]]:
     """Named trainable parameters, and the frozen partners of trainable LoRA factors.
 
     A frozen factor never gets a gradient and never moves, but its Gram preconditions the other.
     """
     named = dict(model.named_parameters())
     wanted = {name for name, p in named.items() if p.requires_grad}
-    for pair in find_named_pairs(named):
-        if wanted & {pair.a, pair.b}:
-            wanted |= {pair.a, pair.b}
+    for pair in find_named_pairs(named, pairs=pairs):
+        factors = {name for name in (pair.a, pair.b, pair.middle) if name is not None}
+        if wanted & factors:
+            wanted |= factors
     return [(name, p) for name, p in named.items() if name in wanted]
 
 
@@ -87,32 +49,10 @@ def is_distributed(p: Tensor) -> bool:
     return hasattr(p, "device_mesh")
 
 
-def expert_stacks(params: Any) -> set[str]:
-    """Names of the modules of a model in which PEFT has stacked the factors of several experts."""
-    if not isinstance(params, nn.Module):
-        return set()
-    return {
-        name
-        for name, module in params.named_modules()
-        if hasattr(module, "lora_A") and getattr(module, "num_experts", 1) not in (1, None)
-    }
-
-
-def without_experts(report: PairReport, stacks: set[str]) -> PairReport:
-    """The report without stacked experts: A is stored by expert, B by rank.
-
-    Shapes cannot tell them from one large pair, but the wrapper module knows its experts.
-    """
-    why = "stacked experts: one pair for each expert, which this version does not take apart"
-    bad = [pair for pair in report if any(pair.a.startswith(f"{name}.lora_") for name in stacks)]
-    refused = dict(report.refused) | {name: why for pair in bad for name in (pair.a, pair.b)}
-    return PairReport(tuple(p for p in report if p not in bad), report.plain, refused)
-
-
-def as_groups(params: Any) -> list[dict[str, Any]]:
+def as_groups(params: Any, pairs: Source | None = None) -> list[dict[str, Any]]:
     """Parameter groups as torch takes them, with names where there are any."""
     if isinstance(params, nn.Module):
-        params = trainable(params)
+        params = trainable(params, pairs)
     if isinstance(params, Tensor):
         msg = "params must be a model, named_parameters(), tensors or groups, got one Tensor"
         raise TypeError(msg)
@@ -130,67 +70,6 @@ def as_list(params: Any) -> list[Any]:
     if isinstance(params, nn.Module):
         return trainable(params)
     return [params] if isinstance(params, Tensor) else list(params)
-
-
-def match(
-    named: Sequence[tuple[str, Tensor]], stacks: set[str], adapter: str | None
-) -> tuple[list[TensorPair], PairReport]:
-    """The pairs among named tensors; of those that cannot work together, the reason."""
-    check_whole(named)
-    report = without_experts(find_named_pairs(named, adapter=adapter), stacks)
-    tensors = dict(named)
-    pairs, kept, refused = [], [], dict(report.refused)
-    storages: dict[int, str] = {}
-    for pair in report:
-        a, b = tensors[pair.a], tensors[pair.b]
-        why = misfit(a, b)
-        for name, p in ((pair.a, a), (pair.b, b)):
-            twin = storages.setdefault(p.data_ptr(), name) if p.data_ptr() else name
-            if twin != name:
-                why = f"shares its memory with {twin}, which is updated once already"
-        if why:
-            refused |= {pair.a: why, pair.b: why}
-        else:
-            pairs.append((a, b))
-            kept.append(pair)
-    return pairs, PairReport(tuple(kept), report.plain, refused)
-
-
-def check_explicit(
-    pairs: Iterable[Any], members: Sequence[Tensor]
-) -> tuple[list[TensorPair], PairReport]:
-    """Pairs given by hand: every one must be right, and among the parameters, and there once."""
-    known = {id(p) for p in members}
-    used: set[int] = set()
-    checked: list[TensorPair] = []
-    report: list[Pair] = []
-    for i, pair in enumerate(pairs):
-        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-            msg = f"pairs[{i}] must be a tuple (A, B) of two tensors, got {type(pair).__name__}"
-            raise PairingError(msg)
-        a, b = pair
-        if missing := [letter for letter, p in (("A", a), ("B", b)) if id(p) not in known]:
-            msg = f"{' and '.join(missing)} of pairs[{i}] is not among the optimizer's parameters"
-            raise PairingError(msg)
-        if used & {id(a), id(b)} or a is b:
-            msg = f"pairs[{i}] has a factor of another pair; a tied factor has no single partner"
-            raise PairingError(msg)
-        used |= {id(a), id(b)}
-        shape_a, shape_b = flatten_kernel(tuple(a.shape)), flatten_kernel(tuple(b.shape))
-        if shape_a is None or shape_b is None or shape_a[0] != shape_b[1]:
-            msg = (
-                f"pairs[{i}] does not fit: A is {tuple(a.shape)} and B is {tuple(b.shape)}, but A "
-                f"must be (r, n) and B (m, r) with the same r"
-            )
-            raise ShapeError(msg)
-        if why := misfit(a, b):
-            msg = f"pairs[{i}]: {why}"
-            raise NamespaceError(msg)
-        checked.append((a, b))
-        name = f"pairs[{i}]"
-        report.append(Pair(name, f"{name}[0]", f"{name}[1]", shape_a, shape_b))
-    plain = [f"parameter {i}" for i, p in enumerate(members) if id(p) not in used]
-    return checked, PairReport(tuple(report), tuple(plain))
 
 
 def misfit(a: Tensor, b: Tensor) -> str | None:

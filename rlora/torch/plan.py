@@ -6,6 +6,7 @@ made once and serves until parameters, gradients' presence or hyperparameters ch
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -16,8 +17,7 @@ from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors
 from rlora.core.linalg import DampingMode, preconditioners
 from rlora.methods.scaled import Placement
-from rlora.pairing import flatten_kernel
-from rlora.torch.params import TensorPair
+from rlora.torch.pairs import TensorPair
 
 Groups = list[dict[str, Any]]
 
@@ -32,11 +32,22 @@ class Recipe(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A factor to be moved, the tensor that stands in for it, and the factor's group."""
+    """A factor to be moved, the tensor that stands in for it, its group, and where it belongs."""
 
     param: Tensor
     stand_in: Tensor
     group: dict[str, Any]
+    pair: TensorPair
+    side: int
+
+    def read(self, stored: Tensor) -> list[Tensor]:
+        """The factors in what has the shape of the parameter."""
+        return [views[self.side].read(stored) for views in self.pair.views]
+
+    def write(self, factors: Sequence[Tensor]) -> Tensor:
+        """The inverse of `read`."""
+        parts = [v[self.side].write(x) for v, x in zip(self.pair.views, factors, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Batch:
@@ -46,7 +57,7 @@ class Batch:
     ----------
     recipe : Recipe
         Of the factors to be moved.
-    pairs : list of (Tensor, Tensor)
+    pairs : list of TensorPair
         Both factors of every pair.
     left, right : list of (int, Job)
         The A and the B factors to be moved, with the position of their pair.
@@ -61,26 +72,32 @@ class Batch:
     ) -> None:
         self.recipe = recipe
         self.pairs = pairs
-        self.left, self.right = [i for i, _ in left], [i for i, _ in right]
         self.A, self.B = [job for _, job in left], [job for _, job in right]
         self.jobs = self.A + self.B
-        self.copied = recipe.placement == "before" and not _in_place(self.jobs[0].param, recipe.placement)
+        ends = [*accumulate((len(pair.views) for pair in pairs), initial=0)]
+        self.left, self.right = (
+            [k for i, _ in side for k in range(ends[i], ends[i + 1])] for side in (left, right)
+        )
+        in_place = _in_place(self.jobs[0].param, recipe.placement)
+        self.copied = recipe.placement == "before" and not in_place
         self.keeps_directions = self.jobs[0].param.device.type == "cpu"  # in the workspace
         self.workspace: Workspace = {}
-        # Matrices are views of the factors, but for kernels whose strides do not let them be.
-        self.views = all(p.ndim == 2 for pair in pairs for p in pair)
-        self.params = self.matrices()
+        self.plain = all(view.is_plain for pair in pairs for both in pair.views for view in both)
+        # Of dense parameters every reading is a view, which stays true.
+        dense = all(p.is_contiguous() for pair in pairs for p in (pair.A, pair.B))
+        self.stays = (self.plain or dense) and all(pair.middle is None for pair in pairs)
+        self.params = self.factors()
 
-    def matrices(self) -> list[Factors]:
-        """Both factors of every pair as matrices."""
-        return [Factors(*map(matrix, pair)) for pair in self.pairs]
+    def factors(self) -> list[Factors]:
+        """Both factors of every pair."""
+        return [factors for pair in self.pairs for factors in pair.factors()]
 
     def prepare(self) -> list[Factors]:
         """Give every stand-in its value and its gradient; return the preconditioners."""
         backend = get_backend(self.params[0].A)
-        if not self.views:
-            self.params = self.matrices()
-        grads = [matrix(cast("Tensor", job.param.grad)) for job in self.jobs]
+        if not self.stays:
+            self.params = self.factors()
+        grads = [cast("Tensor", job.pair.gradient(job.side)) for job in self.jobs]
         with backend.exact(self.params[0].A):
             P = preconditioners(
                 backend,
@@ -118,12 +135,11 @@ class Batch:
     def _move(self, P: list[Factors]) -> None:
         # The parent has written its whole move into zeros. Its decay has seen a zero parameter.
         backend = get_backend(self.params[0].A)
-        moves = [matrix(job.stand_in) for job in self.jobs]
         with backend.exact(self.params[0].A):
-            moves = self._precondition(backend, P, moves)
+            moves = self._precondition(backend, P, [job.stand_in for job in self.jobs])
         by_group: dict[int, list[tuple[Job, Tensor]]] = {}
         for job, move in zip(self.jobs, moves, strict=True):
-            by_group.setdefault(id(job.group), []).append((job, move.view(job.param.shape)))
+            by_group.setdefault(id(job.group), []).append((job, move))
         for members in by_group.values():
             group, dtype = members[0][0].group, members[0][1].dtype
             params, steps = [job.param for job, _ in members], [move for _, move in members]
@@ -134,12 +150,21 @@ class Batch:
                 torch._foreach_copy_(params, wide)
 
     def _precondition(
-        self, backend: Backend, P: list[Factors], matrices: list[Tensor]
+        self, backend: Backend, P: list[Factors], stored: list[Tensor]
     ) -> list[Tensor]:
         """``P_A G`` for the A factors and ``G P_B`` for the B factors, in the order of the jobs."""
-        of_A, of_B = matrices[: len(self.A)], matrices[len(self.A) :]
+        seen = (
+            stored
+            if self.plain
+            else [x for job, G in zip(self.jobs, stored, strict=True) for x in job.read(G)]
+        )
+        of_A, of_B = seen[: len(self.left)], seen[len(self.left) :]
         left = backend.apply_left([P[i].A for i in self.left], of_A, self.workspace)
-        return left + backend.apply_right(of_B, [P[i].B for i in self.right], self.workspace)
+        right = backend.apply_right(of_B, [P[i].B for i in self.right], self.workspace)
+        if self.plain:
+            return left + right
+        done = iter(left + right)
+        return [job.write([next(done) for _ in job.pair.views]) for job in self.jobs]
 
 
 class Work(Protocol):
@@ -171,14 +196,14 @@ class Plan(NamedTuple):
         state: dict[Any, Any] = defaultdict(dict)
         state.update((key, v) for key, v in real_state.items() if not isinstance(key, Tensor))
         groups = []
-        compiling = torch.compiler.is_compiling()
+        compiling = torch.compiler.is_compiling()  # then fusing is the compiler's business
         for group, members in zip(real_groups, self.params, strict=True):
             for p, stand_in in members:
                 if held := real_state.get(p):
                     state[stand_in] = held
-            groups.append({**group, "params": [stand_in for _, stand_in in members]})
-            if compiling and "fused" in group:
-                groups[-1]["fused"] = None  # the compiler's business
+            stand_ins = {"params": [stand_in for _, stand_in in members]}
+            unfused = {"fused": None} if compiling and "fused" in group else {}
+            groups.append({**group, **stand_ins, **unfused})
         optimizer.param_groups = [group for group in groups if group["params"]]
         optimizer.state = state
         try:
@@ -205,7 +230,7 @@ def signature(
     """What a plan depends on: it is made anew when this changes."""
     seen = []
     for pair in pairs:
-        for p in pair:
+        for p in pair.params:
             grad = p.grad
             seen.append((p.data_ptr(), p.dtype, type(grad), grad.layout if grad is not None else 0))
     return seen, choices, [(id(group), len(group["params"])) for group in groups]
@@ -218,8 +243,8 @@ def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain:
     stand_ins: dict[int, Tensor] = {}
     place: dict[Any, int] = {}  # of a pair in its batch
     for k, pair in enumerate(pairs):
-        for side, (letter, p) in enumerate(zip("AB", pair, strict=True)):
-            if letter not in sides or p.grad is None:
+        for side, (letter, p) in enumerate(zip("AB", pair[:2], strict=True)):
+            if letter not in sides or pair.gradient(side) is None:
                 continue
             group = group_of[id(p)]
             recipe = recipe_of(group)
@@ -229,9 +254,9 @@ def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain:
             i = place.setdefault((key, k), len(batch))
             if i == len(batch):
                 batch.append(pair)
-            jobs[side].append((i, Job(p, stand_in, group)))
+            jobs[side].append((i, Job(p, stand_in, group, pair, side)))
     batches = [Batch(key[0], *parts) for key, parts in work.items()]
-    paired = {id(p) for pair in pairs for p in pair}
+    paired = {id(p) for pair in pairs for p in pair.moved}
     params = [
         [
             (p, stand_ins.get(id(p), p))
@@ -241,13 +266,6 @@ def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain:
         for group in groups
     ]
     return Plan(batches, params)
-
-
-def matrix(p: Tensor) -> Tensor:
-    """A factor or gradient as a matrix; a convolution's kernel belongs to its input side."""
-    if p.requires_grad:
-        p = p.detach()
-    return p if p.ndim == 2 else p.reshape(cast("tuple[int, int]", flatten_kernel(tuple(p.shape))))
 
 
 def _stand_in(p: Tensor, placement: Placement) -> Tensor:

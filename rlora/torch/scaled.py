@@ -1,6 +1,5 @@
 """Scaled SGD and scaled AdamW: torch's own optimizers on preconditioned gradients."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,8 +8,8 @@ from torch import Tensor
 from rlora.core.linalg import DampingMode
 from rlora.core.transform import Order
 from rlora.methods.scaled import Placement
+from rlora.torch.matching import Pairs
 from rlora.torch.optimizer import GramPreconditioned
-from rlora.torch.params import TensorPair
 
 
 class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):
@@ -47,7 +46,9 @@ class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):
         Precision of the Gram matrices and their inverses; None is the parameters' own, at least
         float32.
     pairs : iterable of (Tensor, Tensor), optional
-        The pairs (A, B) by hand, A (r, n) and B (m, r), instead of by name.
+        The pairs (A, B) by hand, A (r, n) and B (m, r), instead of by name; (A, B, Layout) where
+        they lie otherwise. Or a `rlora.pairing.Convention`, names of pairs, or a callable that
+        gives names: see `rlora.find_pairs`.
     adapter : str, optional
         Pair only this adapter of a model with several.
 
@@ -100,7 +101,7 @@ class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):
         placement: Placement = "before",
         order: Order = "jacobi",
         compute_dtype: str | None = None,
-        pairs: Iterable[TensorPair] | None = None,
+        pairs: Pairs = None,
         adapter: str | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -181,7 +182,7 @@ class ScaledSGD(GramPreconditioned, torch.optim.SGD):
         damping_mode: DampingMode = "relative",
         order: Order = "jacobi",
         compute_dtype: str | None = None,
-        pairs: Iterable[TensorPair] | None = None,
+        pairs: Pairs = None,
         adapter: str | None = None,
         maximize: bool = False,
         foreach: bool | None = None,

@@ -1,0 +1,21 @@
+"""Which tensors form a pair: names propose, shapes decide. Knows no framework.
+
+Anything with a ``shape`` will do as a tensor: arrays, parameters, entries of a safetensors header.
+"""
+
+from rlora.core.axes import Layout, View
+from rlora.pairing.conventions import Convention, Known
+from rlora.pairing.find import Source, find_pairs
+from rlora.pairing.report import Pair, PairReport, nothing_paired
+
+__all__ = [
+    "Convention",
+    "Known",
+    "Layout",
+    "Pair",
+    "PairReport",
+    "Source",
+    "View",
+    "find_pairs",
+    "nothing_paired",
+]

@@ -1,0 +1,245 @@
+"""Names propose pairs, shapes decide."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any, NamedTuple, TypeAlias
+
+from rlora.core.axes import Layout, Shape
+from rlora.core.errors import PairingError, ShapeError
+from rlora.pairing.conventions import (
+    MIDDLE,
+    NEAR_MISSES,
+    SIBLINGS,
+    Convention,
+    Known,
+    Proposal,
+    propose,
+    registered,
+)
+from rlora.pairing.report import Pair, PairReport
+
+ByName: TypeAlias = tuple[str, str] | tuple[str, str, Layout]
+"""The names of A and B, and how they lie where that is not (r, n) and (m, r)."""
+
+Source: TypeAlias = (
+    Convention
+    | Sequence[Convention]
+    | Sequence[ByName]
+    | Callable[[Mapping[str, Any]], Iterable[ByName]]
+)
+"""Where pairs come from besides the registry: names of a library, or the pairs themselves."""
+
+
+def find_pairs(
+    named: Mapping[str, Any] | Iterable[tuple[str, Any]],
+    *,
+    adapter: str | None = None,
+    pairs: Source | None = None,
+    known: Known | None = None,
+) -> PairReport:
+    """Find the LoRA pairs among named tensors.
+
+    Known names: PEFT, loralib and litgpt; kohya, OneTrainer and LyCORIS; diffusers old and new;
+    torchtune; NeMo and Megatron; flax, mlx, Keras and qwix. The order of the names does not matter.
+
+    Parameters
+    ----------
+    named : mapping of str to array, or iterable of (str, array)
+        Names with anything that has a ``shape``.
+    adapter : str, optional
+        Only pairs of this adapter, where names carry one (``...lora_A.<adapter>.weight``).
+    pairs : Convention or several, sequence of (str, str) or (str, str, Layout), or callable
+        Conventions come before the known ones. Names of pairs, or a callable that gives them for
+        the mapping of names to tensors, replace them.
+    known : mapping of str to Layout or str, optional
+        Of layers by name: how their factors lie where the shapes do not tell, or why they are no
+        pair.
+
+    Returns
+    -------
+    PairReport
+        Print it to see what was found.
+
+    Raises
+    ------
+    PairingError
+        When two tensors have one name, or one of a pair given by name is missing.
+    ShapeError
+        When a pair given by name does not fit together.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import rlora
+    >>> q = "model.layers.0.self_attn.q_proj"
+    >>> report = rlora.find_pairs({
+    ...     f"{q}.lora_B.default.weight": np.zeros((576, 8)),
+    ...     f"{q}.lora_A.default.weight": np.ones((8, 576)),
+    ...     "score.weight": np.zeros((2, 576)),
+    ... })
+    >>> print(report)
+    1 pairs, 1 parameters updated plainly, 0 refused
+      pair 576 x 576, rank 8: 1 times, model.layers.0.self_attn.q_proj (default)
+      plain: score.weight
+    """
+    items = list(named.items() if isinstance(named, Mapping) else named)
+    tensors = dict(items)
+    if len(tensors) != len(items):
+        doubled = sorted({n for n, _ in items if sum(n == other for other, _ in items) > 1})
+        msg = f"two tensors have the name {doubled[0]!r}; give each its own"
+        raise PairingError(msg)
+    if callable(pairs):
+        return _given(tensors, pairs(tensors))
+    given = [pairs] if isinstance(pairs, Convention) else list(pairs or ())
+    extra = [convention for convention in given if isinstance(convention, Convention)]
+    if len(extra) < len(given):
+        return _given(tensors, given)
+    shapes = {name: tuple(tensor.shape) for name, tensor in items}
+    return _search(shapes, (*extra, *registered()), adapter, known)
+
+
+def _given(tensors: Mapping[str, Any], pairs: Iterable[Any]) -> PairReport:
+    """Pairs by their names: every one must be right."""
+    found: list[Pair] = []
+    for a, b, *layout in pairs:
+        if missing := [name for name in (a, b) if name not in tensors]:
+            msg = f"{missing[0]!r}, of the pair {a!r} and {b!r}, is not among the parameters"
+            raise PairingError(msg)
+        shapes = (tuple(tensors[name].shape) for name in (a, b))
+        try:
+            views = (layout[0] if layout else Layout()).views(*shapes)
+        except ShapeError as error:
+            msg = f"the pair {a!r} and {b!r} does not fit: {error}"
+            raise ShapeError(msg) from error
+        found.append(Pair(a, a, b, views))
+    used = {name for pair in found for name in (pair.a, pair.b)}
+    return PairReport(tuple(found), tuple(name for name in tensors if name not in used))
+
+
+class _Candidate(NamedTuple):
+    """A layer of one convention, and the names of its factors by their letters."""
+
+    convention: Convention
+    proposal: Proposal
+    names: dict[str, str]
+
+
+class _Sorted(NamedTuple):
+    """What the names say."""
+
+    candidates: dict[Any, _Candidate]
+    middles: dict[Any, str]
+    """Of layers the name of the diagonal between their factors."""
+    others: dict[Any, str]
+    """Of layers why they are no product."""
+    refused: dict[str, str]
+
+
+def _search(
+    shapes: Mapping[str, Shape],
+    conventions: Sequence[Convention],
+    adapter: str | None,
+    known: Known | None,
+) -> PairReport:
+    candidates, middles, others, refused = _sort(shapes, conventions)
+    pairs: list[Pair] = []
+    for candidate in candidates.values():
+        proposal = candidate.proposal
+        place = (proposal.layer, proposal.tail)
+        found: Pair | str
+        if adapter is not None and proposal.adapter != adapter:
+            found = f"belongs to adapter {proposal.adapter!r}, not {adapter!r}"
+        elif place in others:
+            found = others[place]
+        else:
+            found = _fit(candidate, shapes, known, middles.get(place))
+        if isinstance(found, Pair):
+            pairs.append(found)
+        else:
+            refused |= dict.fromkeys(candidate.names.values(), found)
+    factors = {name for candidate in candidates.values() for name in candidate.names.values()}
+    plain = tuple(name for name in shapes if name not in factors | refused.keys())
+    return PairReport(tuple(pairs), plain, refused)
+
+
+def _sort(shapes: Mapping[str, Shape], conventions: Sequence[Convention]) -> _Sorted:
+    found = _Sorted({}, {}, {}, {})
+    for name in shapes:
+        if near := _first(name, NEAR_MISSES):
+            found.refused[name] = near[1]
+        elif middle := propose(name, MIDDLE):
+            found.middles[middle.layer, middle.tail] = name
+        elif sibling := _first(name, SIBLINGS):
+            found.others[sibling[0].layer, sibling[0].tail] = sibling[1]
+        else:
+            for i, convention in enumerate(conventions):
+                if role := _role(name, convention):
+                    letter, proposal = role
+                    new = _Candidate(convention, proposal, {})
+                    found.candidates.setdefault((i, proposal), new).names[letter] = name
+                    break
+    return found
+
+
+def _first(name: str, words: Iterable[tuple[str, str]]) -> tuple[Proposal, str] | None:
+    return next(((found, why) for word, why in words if (found := propose(name, word))), None)
+
+
+def _role(name: str, convention: Convention) -> tuple[str, Proposal] | None:
+    for letter, pattern in (("A", convention.a), ("B", convention.b)):
+        if proposal := propose(name, pattern):
+            return letter, proposal
+    return None
+
+
+def _fit(
+    candidate: _Candidate, shapes: Mapping[str, Shape], known: Known | None, middle: str | None
+) -> Pair | str:
+    """The pair, or why the two are none."""
+    convention, proposal, names = candidate
+    if len(names) < 2:
+        (letter,) = names
+        partner = f"the {'B' if letter == 'A' else 'A'} of {proposal.label or names[letter]}"
+        return f"its partner, {partner}, is not among the parameters"
+    told = (known or {}).get(proposal.layer)
+    if isinstance(told, str):
+        return told
+    a, b = names["A"], names["B"]
+    if isinstance(told, Layout):
+        try:
+            return Pair(proposal.label or a, a, b, told.views(shapes[a], shapes[b]))
+        except ShapeError as error:
+            return str(error)
+    if 0 in (*shapes[a], *shapes[b]) or min(len(shapes[a]), len(shapes[b])) < 2:
+        return f"shapes {shapes[a]} and {shapes[b]} are not two matrices or convolution kernels"
+    if known is None and EXPERTS.search(proposal.layer) and len(shapes[a]) == 2:
+        return (
+            "it may be a stack of experts, whose number its shapes do not tell: give the model, "
+            "not only its parameters, or known={layer: Layout('(e r) n', 'm (r e)', sizes=...)}"
+        )
+    pair = _by_shape(convention, proposal.label or a, (a, shapes[a]), (b, shapes[b]))
+    if pair is None:
+        return (
+            f"shapes {shapes[a]} and {shapes[b]} share no rank: A must be (r, n) and B (m, r); "
+            f"for blocks and other layouts give known={{layer: Layout(...)}}, or to an optimizer "
+            f"pairs=[(A, B, Layout(...))]"
+        )
+    if middle is not None and prod(shapes[middle]) != pair.rank:
+        return f"the diagonal {middle} of shape {shapes[middle]} does not fit rank {pair.rank}"
+    return replace(pair, middle=middle)
+
+
+EXPERTS = re.compile(r"(?:^|\.)experts(?:\.base_layer)*$")
+"""Where PEFT has adapted the stacked weights of all experts at once."""
+
+Named = tuple[str, Shape]
+
+
+def _by_shape(convention: Convention, label: str, A: Named, B: Named) -> Pair | None:
+    """The pair by its shapes. The names' roles are turned where only that fits."""
+    for (a, shape_a), (b, shape_b) in ((A, B), (B, A)):
+        if views := convention.fit(shape_a, shape_b):
+            return Pair(label, a, b, views)
+    return None

@@ -1,0 +1,121 @@
+"""What a search for pairs has found, in names."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+from rlora.core.axes import Shape, Views, read_pairs
+from rlora.core.errors import PairingError
+from rlora.core.factors import Array, Factors
+from rlora.pairing.conventions import registered
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two parameters that form a product B A, or a stack of products.
+
+    Parameters
+    ----------
+    name : str
+        The layer, and the adapter if it has a name.
+    a, b : str
+        Names of the parameters in the roles of A and B.
+    views : tuple of (View, View)
+        Where the factors lie in them: one for most, several for blocks of unequal size.
+    middle : str, optional
+        Name of a diagonal between the factors (AdaLoRA): the product is ``B diag(e) A``.
+    """
+
+    name: str
+    a: str
+    b: str
+    views: tuple[Views, ...]
+    middle: str | None = None
+
+    @property
+    def shape_a(self) -> Shape:
+        """(..., r, n), of the first of several."""
+        return self.views[0][0].shape
+
+    @property
+    def shape_b(self) -> Shape:
+        """(..., m, r), of the first of several."""
+        return self.views[0][1].shape
+
+    @property
+    def rank(self) -> int:
+        """The r of both factors."""
+        return self.shape_a[-2]
+
+    def read(self, a: Array, b: Array) -> list[Factors]:
+        """The pairs that the two stored arrays hold, as a method takes them."""
+        return read_pairs(self.views, a, b)
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What was paired, what is left to the plain update, and what was refused and why.
+
+    Parameters
+    ----------
+    pairs : tuple of Pair
+        In the order in which the first of their names came.
+    plain : tuple of str
+        Names that belong to no LoRA layout.
+    refused : dict of str to str
+        Names that look like LoRA factors but are not a pair, with the reason. They get the plain
+        update too.
+    tied : dict of str to str
+        Names of tensors that share their memory with another one, which is updated for both.
+    """
+
+    pairs: tuple[Pair, ...] = ()
+    plain: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.pairs)} pairs, {len(self.plain)} parameters updated plainly, "
+            f"{len(self.refused)} refused"
+        ]
+        kinds: dict[str, list[str]] = {}
+        for pair in self.pairs:
+            kinds.setdefault(" + ".join(map(_kind, pair.views)), []).append(pair.name)
+        for kind, names in kinds.items():
+            lines.append(f"  pair {kind}: {len(names)} times, {_some(names)}")
+        if self.plain:
+            lines.append(f"  plain: {_some(self.plain)}")
+        lines += [f"  refused {name}: {why}" for name, why in self.refused.items()]
+        lines += [f"  tied {name}: updated with {twin}" for name, twin in self.tied.items()]
+        return "\n".join(lines)
+
+
+def nothing_paired(names: Iterable[str], report: PairReport) -> PairingError:
+    """The error for parameters among which there is no pair; it shows the names it saw."""
+    names = list(names)
+    words = (f"{c.a}/{c.b}".replace("\\", "") for c in registered() if "(" not in c.a)
+    why = "".join(f"\n  refused {name}: {w}" for name, w in list(report.refused.items())[:5])
+    msg = (
+        f"no LoRA pair among {len(names)} parameters: {_some(names) or 'none given'}; known names "
+        f"are {', '.join(words)}; give pairs=[(A, B), ...] for others, and check that the adapter "
+        f"is trainable{why}"
+    )
+    return PairingError(msg)
+
+
+def _kind(views: Views) -> str:
+    (*stack, r, n), (*_, m, _) = (view.shape for view in views)
+    return f"{f'{prod(stack)} of ' if stack else ''}{m} x {n}, rank {r}"
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    names = list(names)
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

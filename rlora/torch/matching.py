@@ -1,0 +1,220 @@
+"""Pairs of torch parameters: found by name, told by modules, or given by hand."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from rlora.core.axes import Layout
+from rlora.core.errors import NamespaceError, PairingError, ShapeError
+from rlora.pairing import (
+    Convention,
+    Known,
+    Pair,
+    PairReport,
+    Source,
+    find_pairs as find_named_pairs,
+)
+from rlora.torch.pairs import TensorPair
+from rlora.torch.params import check_whole, misfit, trainable
+
+ByHand: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Layout]
+"""A and B, and how they lie where that is not (r, n) and (m, r)."""
+
+Pairs: TypeAlias = Iterable[ByHand] | Source | None
+"""Pairs by hand, or where names of pairs come from; by default from the known conventions."""
+
+
+def find_pairs(
+    params: nn.Module | Iterable[tuple[str, Tensor]],
+    *,
+    adapter: str | None = None,
+    pairs: Source | None = None,
+) -> PairReport:
+    """What an optimizer of `rlora.torch` would pair, without building it.
+
+    Parameters
+    ----------
+    params : Module or iterable of (str, Tensor)
+        A model, or its ``named_parameters()``. Of a model, only trainable parameters count, and
+        the frozen partners of trainable factors; and its modules tell what shapes cannot: the
+        experts of PEFT, the blocks of loralib and litgpt, activations between the factors.
+    adapter : str, optional
+        Only pairs of this adapter.
+    pairs : Convention or several, sequence of names, or callable
+        See `rlora.find_pairs`.
+
+    Returns
+    -------
+    PairReport
+        Print it to see what was found.
+
+    Raises
+    ------
+    ShardingError
+        When factors have been flattened or cut by a sharding scheme.
+
+    Examples
+    --------
+    >>> import torch, rlora.torch
+    >>> layer = torch.nn.Module()
+    >>> layer.lora_A = torch.nn.Parameter(torch.ones(4, 16))
+    >>> layer.lora_B = torch.nn.Parameter(torch.zeros(32, 4))
+    >>> len(rlora.torch.find_pairs(layer))
+    1
+    """
+    named = trainable(params, pairs) if isinstance(params, nn.Module) else list(params)
+    return match(named, what_modules_know(params), adapter, pairs)[1]
+
+
+def split_source(pairs: Pairs) -> tuple[list[Any], Source | None]:
+    """Pairs by hand, or where their names come from."""
+    if pairs is None or callable(pairs) or isinstance(pairs, Convention):
+        return [], pairs
+    given: list[Any] = list(pairs)
+    names = [isinstance(x, Convention) or isinstance(x[0], str) for x in given]
+    return ([], given) if names and all(names) else (given, None)
+
+
+def what_modules_know(params: Any) -> Known | None:
+    """Of a model's layers how factors lie where shapes do not tell, or why they are no pair."""
+    if not isinstance(params, nn.Module):
+        return None
+    known = {name: k for name, module in params.named_modules() if (k := _of_module(module))}
+    return {**known, **_shared(params)}
+
+
+def _of_module(module: Any) -> Layout | str | None:
+    experts, blocks = getattr(module, "num_experts", None), getattr(module, "qkv_shapes", None)
+    enabled = getattr(module, "enable_lora", None)
+    if getattr(module, "lora_A", None) is not None:
+        if isinstance(experts, int) and experts > 1:  # PEFT
+            return Layout("(e r) n", "m (r e)", sizes={"e": experts})
+        if isinstance(blocks, Sequence):  # litgpt
+            return Layout(blocks=tuple(blocks))
+        if isinstance(enabled, Sequence):  # loralib
+            return Layout("(e r) n", "(e m) r", sizes={"e": sum(map(bool, enabled))})
+    activation = getattr(module, "activation", None)
+    linear = not isinstance(activation, nn.Module) or isinstance(activation, nn.Identity)
+    if hasattr(module, "linear_in") and not linear:  # NeMo
+        return f"{type(activation).__name__} stands between its factors: no product"
+    return None
+
+
+def _shared(model: nn.Module) -> dict[str, str]:
+    """Layers that have one factor in common, so that it has no single partner."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    partners: dict[int, dict[int, str]] = {}
+    for pair in find_named_pairs(named):
+        a, b = id(named[pair.a]), id(named[pair.b])
+        partners.setdefault(a, {})[b] = partners.setdefault(b, {})[a] = pair.name
+    tied = [sorted(layers.values()) for layers in partners.values() if len(layers) > 1]
+    return {
+        layer.partition(" (")[0]: f"{' and '.join(layers)} share a factor: it has no single partner"
+        for layers in tied
+        for layer in layers
+    }
+
+
+def match(
+    named: Sequence[tuple[str, Tensor]],
+    known: Known | None,
+    adapter: str | None = None,
+    source: Source | None = None,
+) -> tuple[list[TensorPair], PairReport]:
+    """The pairs among named tensors; of those that cannot work together, the reason."""
+    check_whole(named)
+    report = find_named_pairs(named, adapter=adapter, pairs=source, known=known)
+    tensors = dict(named)
+    pairs: dict[Pair, TensorPair] = {}
+    refused, tied = dict(report.refused), dict[str, str]()
+    owners: dict[int, tuple[Pair, int]] = {}  # of memory: the pair, and the side in it
+    for pair in report:
+        a, b = tensors[pair.a], tensors[pair.b]
+        middle = None if pair.middle is None else tensors[pair.middle]
+        known_a, known_b = owners.get(memory(a)), owners.get(memory(b))
+        if why := misfit(a, b):
+            refused |= {pair.a: why, pair.b: why}
+        elif known_a is None and known_b is None:
+            owners |= {memory(a): (pair, 0), memory(b): (pair, 1)}
+            pairs[pair] = TensorPair(a, b, pair.views, middle)
+        else:
+            first, turned = _owner_of_both(pair, known_a, known_b)
+            pairs[first] = pairs[first].with_twins(*((b, a) if turned else (a, b)))
+            names = (first.b, first.a) if turned else (first.a, first.b)
+            tied |= dict(zip((pair.a, pair.b), names, strict=True))
+    return list(pairs.values()), PairReport(tuple(pairs), report.plain, refused, tied)
+
+
+def memory(p: Tensor) -> int:
+    """What two parameters of one memory have in common."""
+    return p.data_ptr() or id(p)
+
+
+Owner: TypeAlias = tuple[Pair, int] | None
+"""The pair that has a memory already, and the side on which."""
+
+
+def _owner_of_both(pair: Pair, of_a: Owner, of_b: Owner) -> tuple[Pair, bool]:
+    """The pair that has the memory of both factors of another, and whether in turned roles."""
+    if of_a is None or of_b is None or of_a[0] is not of_b[0]:
+        msg = (
+            f"{pair.a} or {pair.b} shares its memory with a factor of another pair, but its "
+            f"partner does not: a tied factor has no single partner; leave one of the pairs out"
+        )
+        raise PairingError(msg)
+    return of_a[0], of_a[1] == 1
+
+
+def check_explicit(
+    pairs: Iterable[Any], members: Sequence[Tensor]
+) -> tuple[list[TensorPair], PairReport]:
+    """Pairs given by hand: every one must be right, and among the parameters, and there once."""
+    known = {id(p) for p in members}
+    used: set[int] = set()
+    checked: list[TensorPair] = []
+    report: list[Pair] = []
+    for i, pair in enumerate(pairs):
+        where = f"pairs[{i}]"
+        if not (isinstance(pair, (tuple, list)) and len(pair) in (2, 3)):
+            msg = f"{where} must be (A, B) or (A, B, Layout), got {type(pair).__name__}"
+            raise PairingError(msg)
+        a, b, layout = (*pair, Layout())[:3]
+        if missing := [letter for letter, p in (("A", a), ("B", b)) if id(p) not in known]:
+            msg = f"{' and '.join(missing)} of {where} is not among the optimizer's parameters"
+            raise PairingError(msg)
+        if used & {id(a), id(b)} or a is b:
+            msg = f"{where} has a factor of another pair; a tied factor has no single partner"
+            raise PairingError(msg)
+        used |= {id(a), id(b)}
+        try:
+            views = layout.views(tuple(a.shape), tuple(b.shape))
+        except ShapeError as error:
+            msg = (
+                f"{where} does not fit: A is {tuple(a.shape)} and B is {tuple(b.shape)}, but A "
+                f"must be (r, n) and B (m, r) with the same r, or lie as a Layout says ({error})"
+            )
+            raise ShapeError(msg) from error
+        if why := misfit(a, b):
+            msg = f"{where}: {why}"
+            raise NamespaceError(msg)
+        checked.append(TensorPair(a, b, views))
+        report.append(Pair(where, f"{where}[0]", f"{where}[1]", views))
+    plain = [f"parameter {i}" for i, p in enumerate(members) if id(p) not in used]
+    return checked, PairReport(tuple(report), tuple(plain))
+
+
+def without_middles(
+    pairs: Sequence[TensorPair], report: PairReport
+) -> tuple[list[TensorPair], PairReport]:
+    """Pairs that are plain products; of the others, which an optimizer cannot take, the reason."""
+    plain = tuple(pair for pair in report if pair.middle is None)
+    refused = {
+        name: f"the diagonal {pair.middle} stands between the factors; ScaledAdamW can take it"
+        for pair in report
+        if pair.middle is not None
+        for name in (pair.a, pair.b)
+    }
+    kept = [pair for pair in pairs if pair.middle is None]
+    return kept, replace(report, pairs=plain, refused={**report.refused, **refused})

@@ -1,0 +1,129 @@
+"""Pairs of torch parameters, and how they are seen as factors."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from rlora.core.axes import Shape, Views, read_pairs
+from rlora.core.errors import PairingError
+from rlora.core.factors import Factors
+
+
+class TensorPair(NamedTuple):
+    """Two parameters, and how they are seen as factors.
+
+    Parameters
+    ----------
+    A, B : Tensor
+        As they are stored.
+    views : tuple of (View, View)
+        Where the factors lie in them.
+    middle : Tensor, optional
+        AdaLoRA's diagonal: the product is ``B diag(e) A``.
+    twins : tuple of (Tensor, ...)
+        Of A and of B, parameters of the same memory: what they gather counts too.
+    """
+
+    A: Tensor
+    B: Tensor
+    views: tuple[Views, ...]
+    middle: Tensor | None = None
+    twins: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] = ((), ())
+
+    @property
+    def moved(self) -> Iterator[Tensor]:
+        """Every parameter that moves with the pair."""
+        yield from (self.A, self.B, *self.twins[0], *self.twins[1])
+
+    @property
+    def params(self) -> Iterator[Tensor]:
+        """Every parameter that the step reads."""
+        yield from self.moved
+        if self.middle is not None:
+            yield self.middle
+
+    def gradient(self, side: int) -> Tensor | None:
+        """Of A (0) or of B (1), with what its twins have gathered."""
+        p, twins = self[:2][side], self.twins[side]
+        if not twins:
+            return p.grad
+        grads = [q.grad if _lies_as(q, p) else q.grad.mT for q in (p, *twins) if q.grad is not None]
+        return torch.stack(grads).sum(0) if grads else None
+
+    def with_twins(self, A: Tensor, B: Tensor) -> "TensorPair":
+        """The pair with two more parameters of the memory of A and B."""
+        for p, twin in ((self.A, A), (self.B, B)):
+            if not (_lies_as(twin, p) or _lies_as(twin.mT, p)):
+                msg = (
+                    f"tied factors of shapes {tuple(p.shape)} and {tuple(twin.shape)} are neither "
+                    f"the same nor the transpose of each other"
+                )
+                raise PairingError(msg)
+        return self._replace(twins=((*self.twins[0], A), (*self.twins[1], B)))
+
+    def members(self) -> "Iterator[Member]":
+        """The pair's products one by one."""
+        several = len(self.views) > 1
+        for i, views in enumerate(self.views):
+            yield Member(self, views, f".{i}" if several else "")
+
+    def factors(self) -> list[Factors]:
+        """The factors, whose Grams are the partners' metrics; a diagonal counts with both."""
+        A, B = self.A.detach(), self.B.detach()
+        if self.middle is not None:
+            e = self.middle.detach().view(-1)
+            A, B = A * e[:, None], B * e  # (r, n), (m, r)
+        return read_pairs(self.views, A, B)
+
+    def replaced(self, successor: Callable[[Tensor], Tensor | None]) -> "TensorPair | None":
+        """The pair of the successors of its parameters; None where A, B or the diagonal has none.
+
+        Parameters
+        ----------
+        successor : callable
+            Gives what stands in a parameter's place now, or None.
+        """
+        core = [None if p is None else successor(p) for p in (self.A, self.B, self.middle)]
+        if core[0] is None or core[1] is None or (self.middle is not None and core[2] is None):
+            return None
+        twins = [tuple(q for p in side if (q := successor(p)) is not None) for side in self.twins]
+        return self._replace(A=core[0], B=core[1], middle=core[2], twins=(twins[0], twins[1]))
+
+
+class Member(NamedTuple):
+    """One product, or one stack of products, of a pair."""
+
+    pair: TensorPair
+    views: Views
+    suffix: str
+    """What tells it from others of its pair in the names of its state."""
+
+    @property
+    def params(self) -> tuple[Tensor, Tensor]:
+        """The parameters it lies in."""
+        return self.pair.A, self.pair.B
+
+    @property
+    def shapes(self) -> tuple[Shape, Shape]:
+        """Of its factors."""
+        return self.views[0].shape, self.views[1].shape
+
+    def read(self, side: int) -> Tensor:
+        """One of its factors."""
+        return cast("Tensor", self.views[side].read(self.params[side].detach()))
+
+    def part(self, side: int) -> Tensor:
+        """The rows of the parameter in which the factor lies."""
+        return cast("Tensor", self.views[side].part(self.params[side]))
+
+    def gradient(self, side: int) -> Tensor | None:
+        """The gradient of one of its factors."""
+        grad = self.pair.gradient(side)
+        return None if grad is None else self.views[side].read(grad.detach())
+
+
+def _lies_as(p: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same entries at the same places of one memory."""
+    return p.shape == other.shape and p.stride() == other.stride()

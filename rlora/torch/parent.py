@@ -1,0 +1,21 @@
+"""What the class behind `PairOptimizer` does, without what torch has put around it."""
+
+from typing import Any
+
+import torch
+
+
+def inherited(kind: type, name: str, front: type) -> Any:
+    """A function of the first class behind `front` and its subclasses that defines it.
+
+    Its hooks run around our own step already. While a step is compiled the rest goes too: torch
+    breaks the graph around its own steps, and keeps what they call out of it.
+    """
+    behind = (parent for parent in kind.__mro__ if not issubclass(parent, front))
+    parent: Any = next(parent for parent in behind if name in vars(parent))
+    function = getattr(parent, name)
+    if torch.compiler.is_compiling():
+        while hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        return function
+    return function.__wrapped__ if hasattr(function, "hooked") else function
