@@ -196,11 +196,11 @@ class TorchBackend(Backend):
             return iter(P.unbind(0))  # one call instead of one for each factor
         return super().unstack(P, tall)
 
-    @contextmanager
-    def exact(self, like: Array) -> Iterator[None]:
+    def exact(self, like: Array) -> AbstractContextManager[Any]:
         """No autocast and no TF32 or bfloat16 products inside."""
-        with torch.autocast(like.device.type, enabled=False), _ieee_products():
-            yield
+        if torch.compiler.is_compiling():
+            return _exact_graph(like)
+        return _exact(like)
 
     def devices(self) -> list[str]:
         names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -215,16 +215,23 @@ class TorchBackend(Backend):
 
 
 @contextmanager
-def _ieee_products() -> Iterator[None]:
-    if torch.compiler.is_compiling():
-        if _compiled_rounds_inputs():
-            msg = (
-                "a compiled step has no products of full precision under this setting; call "
-                'torch.set_float32_matmul_precision("highest"), or do not compile the step'
-            )
-            raise NumericsError(msg)
+def _exact(like: Array) -> Iterator[None]:
+    with torch.autocast(like.device.type, enabled=False), _ieee_products():
         yield
-        return
+
+
+def _exact_graph(like: Array) -> AbstractContextManager[Any]:
+    if _constant_rounds_inputs():
+        msg = (
+            "products of float32 are rounded under this setting, and a compiled step cannot change "
+            'it; call torch.set_float32_matmul_precision("highest"), or do not compile the step'
+        )
+        raise NumericsError(msg)
+    return torch.autocast(like.device.type, enabled=False)
+
+
+@contextmanager
+def _ieee_products() -> Iterator[None]:
     matmuls = _matmuls()
     if not matmuls:
         before = torch.get_float32_matmul_precision()
@@ -259,7 +266,8 @@ def _rounds_inputs() -> bool:
 
 
 # Asked when a graph is made; torch makes it anew when the setting changes.
-_compiled_rounds_inputs: Any = torch.compiler.assume_constant_result(_rounds_inputs)
+_constant: Any = torch.compiler.assume_constant_result
+_constant_rounds_inputs = _constant(_rounds_inputs)
 
 
 def eigh_waits(S: Array) -> bool:

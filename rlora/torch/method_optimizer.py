@@ -202,12 +202,8 @@ class MethodBatch:
             A, B = ([member.read(side) for member in bucket] for side in (0, 1))
             params[f"{i}"] = Factors(self._stack(A, (i, 0)), self._stack(B, (i, 1)))
             G = [[member.gradient(side) for member in bucket] for side in (0, 1)]
-            grads[f"{i}"] = Factors(
-                *(
-                    None if g[0] is None else self._stack(g, (i, side))
-                    for side, g in enumerate(G, 2)
-                )
-            )
+            stacks = (None if g[0] is None else self._stack(g, (i, k)) for k, g in enumerate(G, 2))
+            grads[f"{i}"] = Factors(*stacks)
         if group["maximize"]:
             torch._foreach_neg_([g for pair in grads.values() for g in pair if g is not None])
         like = self._buckets[0][0].params[0]
@@ -294,9 +290,7 @@ def _places(flat: Mapping[str, Tensor]) -> dict[str, tuple[int, int, str]]:
     """
     places = {}
     for name in flat:
-        parts = name.split(".")
-        letter = parts[-1] if parts[-1] in ("A", "B") else "A"
-        *path, bucket = parts[:-1] if parts[-1] in ("A", "B") else parts
+        *path, bucket, letter = (name if name[-2:] in (".A", ".B") else f"{name}.A").split(".")
         places[name] = (int(bucket), "AB".index(letter), ".".join(path))
     keys = {key for _, _, key in places.values()}
     short = {key: key.rpartition(".")[2] for key in keys}
