@@ -211,6 +211,7 @@ def test_lowered_precision_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch._prims_common.check:FutureWarning")  # in inductor
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # in inductor
 def test_the_how_to_runs(one_graph):
     """With inductor and a scheduler; the loss of an eager loop."""
     losses = []
