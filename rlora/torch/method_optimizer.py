@@ -202,8 +202,12 @@ class MethodBatch:
             A, B = ([member.read(side) for member in bucket] for side in (0, 1))
             params[f"{i}"] = Factors(self._stack(A, (i, 0)), self._stack(B, (i, 1)))
             G = [[member.gradient(side) for member in bucket] for side in (0, 1)]
-            stacks = (None if g[0] is None else self._stack(g, (i, k)) for k, g in enumerate(G, 2))
-            grads[f"{i}"] = Factors(*stacks)
+            grads[f"{i}"] = Factors(
+                *(
+                    None if g[0] is None else self._stack(g, (i, side))
+                    for side, g in enumerate(G, 2)
+                )
+            )
         if group["maximize"]:
             torch._foreach_neg_([g for pair in grads.values() for g in pair if g is not None])
         like = self._buckets[0][0].params[0]

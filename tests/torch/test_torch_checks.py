@@ -10,7 +10,7 @@ from rlora.torch import ScaledAdamW, ScaledSGD
 
 pytest.importorskip("expecttest")  # of which torch's own tests are made
 
-from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db  # noqa: E402
+from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 INFOS = {info.optim_cls: info for info in optim_db}
 OURS = {ScaledAdamW: INFOS[torch.optim.AdamW], ScaledSGD: INFOS[torch.optim.SGD]}
