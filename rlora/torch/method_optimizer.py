@@ -15,6 +15,7 @@ from rlora.core.errors import PairingError
 from rlora.core.factors import Factors
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.transform import State, Transform, step
+from rlora.torch.compiling import keep
 from rlora.torch.matching import Pairs, without_middles
 from rlora.torch.pair_optimizer import PairOptimizer
 from rlora.torch.pairs import Member, TensorPair
@@ -248,15 +249,10 @@ class MethodBatch:
             self._register(mine)
 
     def _register(self, flat: Mapping[str, Tensor]) -> None:
-        for place, x in flat.items():
-            bucket, side, key = self._places[place]
+        for name, x in flat.items():
+            bucket, side, key = self._places[name]
             for layer, member in zip(x.unbind(0), self._buckets[bucket], strict=True):
-                held, name = self._optimizer.state[member.params[side]], key + member.suffix
-                if torch.compiler.is_compiling() and name in held:
-                    # A compiled `copy_` to a float64 number would be lost (torch 2.13).
-                    torch._foreach_copy_([held[name]], [layer])
-                else:
-                    held[name] = layer
+                keep(self._optimizer.state[member.params[side]], key + member.suffix, layer)
         self._registered = True
 
 

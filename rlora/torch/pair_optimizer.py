@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 from rlora.core.checks import check_nonnegative
 from rlora.core.errors import NamespaceError, ShapeError
 from rlora.pairing import PairReport, nothing_paired
+from rlora.torch.compiling import inherited
 from rlora.torch.matching import Pairs, check_explicit, match, split_source, what_modules_know
 from rlora.torch.pairs import TensorPair
 from rlora.torch.params import as_groups, as_list, check_grad, misfit
-from rlora.torch.parent import inherited
 from rlora.torch.plan import Plan, signature
 
 NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}

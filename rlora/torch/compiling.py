@@ -1,8 +1,9 @@
-"""What the class behind `PairOptimizer` does, without what torch has put around it."""
+"""Where a compiled step does otherwise than an eager one."""
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def inherited(kind: type, name: str, front: type) -> Any:
@@ -19,3 +20,12 @@ def inherited(kind: type, name: str, front: type) -> Any:
             function = function.__wrapped__
         return function
     return function.__wrapped__ if hasattr(function, "hooked") else function
+
+
+def keep(held: dict[str, Any], name: str, value: Tensor) -> None:
+    """Put a tensor into a parameter's state; a graph writes into the one that is there."""
+    if torch.compiler.is_compiling() and name in held:
+        # Torch 2.13 loses a compiled `copy_` to a float64 number.
+        torch._foreach_copy_([held[name]], [value])
+    else:
+        held[name] = value
