@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from rlora.core.backend import ROUNDING, Backend, Tall, Workspace
+from rlora.core.errors import NumericsError
 from rlora.core.factors import Array
 
 from ._torch_cpu import empty, fused_adam, is_plain, reusing
@@ -188,18 +189,18 @@ class TorchBackend(Backend):
         return torch.sub(param, d, alpha=lr, out=out)
 
     def reusing(self, workspace: Workspace) -> AbstractContextManager[None]:
-        return reusing(workspace)
+        return nullcontext() if torch.compiler.is_compiling() else reusing(workspace)
 
     def unstack(self, P: Array, tall: Sequence[Array]) -> Iterator[Array]:
         if all(F.ndim == 2 for F in tall):
             return iter(P.unbind(0))  # one call instead of one for each factor
         return super().unstack(P, tall)
 
-    @contextmanager
-    def exact(self, like: Array) -> Iterator[None]:
+    def exact(self, like: Array) -> AbstractContextManager[Any]:
         """No autocast and no TF32 or bfloat16 products inside."""
-        with torch.autocast(like.device.type, enabled=False), _ieee_products():
-            yield
+        if torch.compiler.is_compiling():
+            return _exact_graph(like)
+        return _exact(like)
 
     def devices(self) -> list[str]:
         names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -214,10 +215,25 @@ class TorchBackend(Backend):
 
 
 @contextmanager
+def _exact(like: Array) -> Iterator[None]:
+    with torch.autocast(like.device.type, enabled=False), _ieee_products():
+        yield
+
+
+def _exact_graph(like: Array) -> AbstractContextManager[Any]:
+    if _constant_rounds_inputs():
+        msg = (
+            "products of float32 are rounded under this setting, and a compiled step cannot change "
+            'it; call torch.set_float32_matmul_precision("highest"), or do not compile the step'
+        )
+        raise NumericsError(msg)
+    return torch.autocast(like.device.type, enabled=False)
+
+
+@contextmanager
 def _ieee_products() -> Iterator[None]:
-    parts = (torch.backends.cuda, torch.backends.mkldnn)
-    matmuls: list[Any] = [getattr(part, "matmul", None) for part in parts]
-    if not all(hasattr(matmul, "fp32_precision") for matmul in matmuls):  # before torch 2.9
+    matmuls = _matmuls()
+    if not matmuls:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
@@ -233,6 +249,25 @@ def _ieee_products() -> Iterator[None]:
     finally:
         for matmul, precision in zip(matmuls, saved, strict=True):
             matmul.fp32_precision = precision
+
+
+def _matmuls() -> list[Any]:
+    """Where torch keeps the precision of its products; nowhere before torch 2.9."""
+    parts = (torch.backends.cuda, torch.backends.mkldnn)
+    matmuls: list[Any] = [getattr(part, "matmul", None) for part in parts]
+    return matmuls if all(hasattr(matmul, "fp32_precision") for matmul in matmuls) else []
+
+
+def _rounds_inputs() -> bool:
+    """Whether torch may round the inputs of a float32 product."""
+    if matmuls := _matmuls():
+        return any(matmul.fp32_precision not in ("ieee", "none") for matmul in matmuls)
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+# Asked when a graph is made; torch makes it anew when the setting changes.
+_constant: Any = torch.compiler.assume_constant_result
+_constant_rounds_inputs = _constant(_rounds_inputs)
 
 
 def eigh_waits(S: Array) -> bool:

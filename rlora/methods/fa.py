@@ -14,6 +14,8 @@ from rlora.core.linalg import DampingMode, check_damping, precondition, precondi
 from rlora.core.moments import EpsForm, only, scale_by_adam
 from rlora.core.transform import State, Transform, chain
 
+Decay = Literal["before", "after"]
+
 PEFT: Final[dict[str, Any]] = {
     "eps": 1e-6,
     "eps_form": "hf",
@@ -73,7 +75,7 @@ def lora_fa(
     damping_mode: DampingMode = "relative",
     compute_dtype: str | None = None,
     eps_form: EpsForm = "torch",
-    decay: Literal["before", "after"] = "before",
+    decay: Decay = "before",
 ) -> Transform:
     """LoRA-FA, frozen A.
 
@@ -117,7 +119,7 @@ def lora_fa(
     >>> from rlora.methods.fa import PEFT
     >>> same_as_peft = rlora.lora_fa(**PEFT)
     """
-    check_choice("decay", decay, Literal["before", "after"])
+    check_choice("decay", decay, Decay)
     decayed = add_decayed_weights if decay == "before" else decay_weights_after
     return chain(
         scale_by_frozen_gram(damping, damping_mode, compute_dtype),

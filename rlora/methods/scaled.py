@@ -17,6 +17,7 @@ from rlora.core.moments import EpsForm, momentum as momentum_link, scale_by_adam
 from rlora.core.transform import Order, State, Transform, chain, no_state, pass_on
 
 Placement = Literal["before", "after", "both"]
+Decay = Literal["before", "after"]
 
 PEFT: Final[dict[str, Any]] = {"damping": 1e-2, "damping_mode": "absolute"}
 """`scaled_sgd` and `scaled_adamw` as PEFT's ``create_riemannian_optimizer`` over SGD or AdamW."""
@@ -189,7 +190,7 @@ def scaled_adamw(
     compute_dtype: str | None = None,
     eps_form: EpsForm = "torch",
     bias_correction: bool = True,
-    decay: Literal["before", "after"] = "before",
+    decay: Decay = "before",
 ) -> Transform:
     """Scaled AdamW (Riemannian preconditioned AdamW).
 
@@ -252,7 +253,7 @@ def scaled_adamw(
     >>> from rlora.methods.scaled import PEFT
     >>> same_as_peft = rlora.scaled_adamw(**PEFT)
     """
-    check_choice("decay", decay, Literal["before", "after"])
+    check_choice("decay", decay, Decay)
     adam = scale_by_adam(b1, b2, eps, eps_form=eps_form, bias_correction=bias_correction)
     gram = scale_by_gram(
         adam,

@@ -59,6 +59,8 @@ class Batch:
     ----------
     recipe : Recipe
         Of the factors to be moved.
+    in_place : bool
+        Whether the stand-ins have the memory of their parameters.
     pairs : list of TensorPair
         Both factors of every pair.
     left, right : list of (int, Job)
@@ -68,6 +70,7 @@ class Batch:
     def __init__(
         self,
         recipe: Recipe,
+        in_place: bool,
         pairs: list[TensorPair],
         left: list[tuple[int, Job]],
         right: list[tuple[int, Job]],
@@ -80,7 +83,7 @@ class Batch:
         self.left, self.right = (
             [k for i, _ in side for k in range(ends[i], ends[i + 1])] for side in (left, right)
         )
-        self.copied = recipe.placement == "before" and not all(is_alias(*j[:2]) for j in self.jobs)
+        self.copied = recipe.placement == "before" and not in_place
         self.keeps_directions = pairs[0].A.device.type == "cpu"  # in the workspace
         self.workspace: Workspace = {}
         self.plain = all(view.is_plain for pair in pairs for both in pair.views for view in both)
@@ -179,10 +182,6 @@ class Batch:
             return left + right
         done = iter(left + right)
         return [job.write([next(done) for _ in job.pair.views]) for job in self.jobs]
-
-
-def is_alias(p: Tensor, stand_in: Tensor) -> bool:
-    return p.data_ptr() == stand_in.data_ptr()
 
 
 def _set_grad(stand_in: Tensor, direction: Tensor) -> None:

@@ -15,6 +15,7 @@ from rlora.core.errors import PairingError
 from rlora.core.factors import Factors
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.transform import State, Transform, step
+from rlora.torch.compiling import keep
 from rlora.torch.loading import ELEMENTWISE
 from rlora.torch.matching import Pairs, without_middles
 from rlora.torch.pair_optimizer import PairOptimizer
@@ -251,7 +252,7 @@ class MethodBatch:
         for name, x in flat.items():
             bucket, side, key = self._places[name]
             for layer, member in zip(x.unbind(0), self._buckets[bucket], strict=True):
-                self._optimizer.state[member.params[side]][key + member.suffix] = layer
+                keep(self._optimizer.state[member.params[side]], key + member.suffix, layer)
         self._registered = True
 
 
@@ -289,10 +290,8 @@ def _places(flat: Mapping[str, Tensor]) -> dict[str, tuple[int, int, str]]:
     """
     places = {}
     for name in flat:
-        parts = name.split(".")
-        letter = parts.pop() if parts[-1] in ("A", "B") else "A"
-        bucket = parts.pop()
-        places[name] = (int(bucket), "AB".index(letter), ".".join(parts))
+        *path, bucket, letter = (name if name[-2:] in (".A", ".B") else f"{name}.A").split(".")
+        places[name] = (int(bucket), "AB".index(letter), ".".join(path))
     keys = {key for _, _, key in places.values()}
     short = {key: key.rpartition(".")[2] for key in keys}
     if len(set(short.values())) < len(keys):

@@ -8,7 +8,7 @@ saved.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from rlora.core.checks import check_nonnegative
 from rlora.core.errors import NamespaceError
 from rlora.pairing import PairReport
+from rlora.torch.compiling import inherited
 from rlora.torch.diagnostics import Watched
 from rlora.torch.loading import ELEMENTWISE, check_saved
 from rlora.torch.matching import (
@@ -205,24 +206,34 @@ class PairOptimizer(Watched, Optimizer, ABC):
         count_roundings(self.param_groups)
         if self._watch is not None:
             self._watch.note(self._pairs, self.report)
+        parent_step = inherited(type(self), "step", PairOptimizer)
         for plan in plans:
-            plan.run(self, _parent_step(type(self)))
+            plan.run(self, parent_step)
         return loss
+
+    def _init_group(self, *args: Any) -> Any:
+        """Called by the steps of torch's own optimizers."""
+        return inherited(type(self), "_init_group", PairOptimizer)(self, *args)
 
     def _current_plans(self) -> list[Plan]:
         """The plans, made anew when what they rest on has changed."""
         pairs = self._current_pairs()
+        if torch.compiler.is_compiling():  # the graph is what is kept, and torch guards it
+            return self._new_plans(pairs)
         choices = [self._choices(group) for group in self.param_groups]
         now = signature(pairs, self.param_groups, choices)
         if self._plans is None or self._plans[0] != now:
-            check_layouts(pairs, self)
-            for pair in pairs:
-                for p in pair.params:
-                    check_grad(p)
-                if why := misfit(pair.A, pair.B):
-                    raise NamespaceError(why)
-            self._plans = (now, self._make_plans(pairs))
+            self._plans = (now, self._new_plans(pairs))
         return self._plans[1]
+
+    def _new_plans(self, pairs: list[TensorPair]) -> list[Plan]:
+        check_layouts(pairs, self)
+        for pair in pairs:
+            for p in pair.params:
+                check_grad(p)
+            if why := misfit(pair.A, pair.B):
+                raise NamespaceError(why)
+        return self._make_plans(pairs)
 
     # --- state ----------------------------------------------------------------------------------
 
@@ -302,11 +313,3 @@ class PairOptimizer(Watched, Optimizer, ABC):
         super().__setstate__(state)
         self._step_supports_amp_scaling = False
         self._plans = None
-
-
-def _parent_step(kind: type) -> Callable[[Any], Any]:
-    """The parent's step without its hooks, which run around ours already."""
-    behind = (parent for parent in kind.__mro__ if not issubclass(parent, PairOptimizer))
-    parent: Any = next(parent for parent in behind if "step" in vars(parent))
-    step = parent.step
-    return cast("Callable[[Any], Any]", step.__wrapped__ if hasattr(step, "hooked") else step)

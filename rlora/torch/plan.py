@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlora.methods.scaled import Placement
-from rlora.torch.batch import Batch, Job, is_alias, recipe_of
+from rlora.torch.batch import Batch, Job, recipe_of
 from rlora.torch.pairs import TensorPair, is_distributed
 
 Groups = list[dict[str, Any]]
@@ -47,11 +47,14 @@ class Plan(NamedTuple):
         state: dict[Any, Any] = defaultdict(dict)
         state.update((key, v) for key, v in real_state.items() if not isinstance(key, Tensor))
         groups = []
+        compiling = torch.compiler.is_compiling()  # then fusing is the compiler's business
         for group, members in zip(real_groups, self.params, strict=True):
             for p, stand_in in members:
                 if held := real_state.get(p):
                     state[stand_in] = held
-            groups.append({**group, "params": [stand_in for _, stand_in in members]})
+            stand_ins = {"params": [stand_in for _, stand_in in members]}
+            unfused = {"fused": None} if compiling and "fused" in group else {}
+            groups.append({**group, **stand_ins, **unfused})
         optimizer.param_groups = [group for group in groups if group["params"]]
         optimizer.state = state
         try:
@@ -59,7 +62,8 @@ class Plan(NamedTuple):
         finally:
             optimizer.param_groups, optimizer.state = real_groups, real_state
             for real, group, members in zip(real_groups, groups, self.params, strict=True):
-                real.update((key, v) for key, v in group.items() if key != "params")
+                if not compiling:
+                    real.update((key, v) for key, v in group.items() if key != "params")
                 for p, stand_in in members:
                     if stand_in in state:
                         real_state[p] = state[stand_in]
@@ -80,13 +84,13 @@ def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain:
             group = group_of[id(p)]
             recipe = recipe_of(group)
             stand_in = stand_ins[id(p)] = _stand_in(p, recipe.placement)
-            key = (recipe, p.dtype, p.device, is_alias(p, stand_in))
+            key = (recipe, _in_place(p, recipe.placement), p.dtype, p.device)
             batch, *jobs = work.setdefault(key, ([], [], []))
             i = place.setdefault((key, k), len(batch))
             if i == len(batch):
                 batch.append(pair)
             jobs[side].append((i, Job(p, stand_in, group, pair, side)))
-    batches: list[Work] = [Batch(key[0], *parts) for key, parts in work.items()]
+    batches: list[Work] = [Batch(*key[:2], *parts) for key, parts in work.items()]
     if cut:
         from rlora.torch.sharded import sharded_work  # DTensors take half a second to import
 
@@ -105,12 +109,20 @@ def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain:
 
 
 def _stand_in(p: Tensor, placement: Placement) -> Tensor:
-    """The parameter's own memory where the parent may write its result there, else scratch.
+    """The parameter's own memory where the parent may write its result there, else scratch."""
+    return p.detach() if _in_place(p, placement) else _scratch(p)
+
+
+def _in_place(p: Tensor, placement: Placement) -> bool:
+    """Whether the parent may write its result into the parameter.
 
     Fused kernels run through memory without a look at strides: scratch has the strides that the
     parent's moments will have, and a parameter with gaps in its memory needs scratch.
     """
+    scratch = _scratch(p)
+    return placement == "before" and p.dtype == scratch.dtype and p.stride() == scratch.stride()
+
+
+def _scratch(p: Tensor) -> Tensor:
     wide = torch.promote_types(p.dtype, torch.float32)
-    scratch = torch.empty_like(p, dtype=wide, requires_grad=False)  # gaps are not preserved
-    dense = scratch.stride() == p.stride()
-    return p.detach() if placement == "before" and p.dtype == wide and dense else scratch
+    return torch.empty_like(p, dtype=wide, requires_grad=False)  # gaps are not preserved

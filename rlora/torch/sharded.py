@@ -137,7 +137,10 @@ class ShardedBatch(Batch):
             live = f.param.grad is not None
             job = Job(local(f.param), local(f.stand_in), f.group, pairs[f.pair], f.side, live)
             sides[f.side].append((f.pair, job))
-        super().__init__(recipe, pairs, *sides)
+        in_place = all(
+            local(f.param).data_ptr() == local(f.stand_in).data_ptr() for f in self.moving
+        )
+        super().__init__(recipe, in_place, pairs, *sides)
         self.stays, self.plain = not self.of_factors.places, True
 
     def factors(self) -> list[Factors]:

@@ -1,0 +1,46 @@
+"""``capturable=True`` on a device that is not there: what a CUDA graph must not meet."""
+
+import pytest
+import torch
+
+from rlora.cli import launches
+from rlora.torch import ScaledAdamW, precondition
+
+EIGEN = {"_linalg_eigh"}  # torch's own wait, see docs/reference/promises.md
+KINDS = {
+    "before": (ScaledAdamW, {}),
+    "after": (ScaledAdamW, {"placement": "after"}),
+    "both": (ScaledAdamW, {"placement": "both"}),
+    "gauss_seidel": (ScaledAdamW, {"order": "gauss_seidel"}),
+    "amsgrad": (ScaledAdamW, {"amsgrad": True}),
+    "adam": (precondition(torch.optim.Adam), {}),
+    "nadam": (precondition(torch.optim.NAdam), {}),
+    "radam": (precondition(torch.optim.RAdam), {}),
+}
+
+
+def watch(kind, **options):
+    """What a step asks of the device, and where its counters are."""
+    made = []
+
+    def make(model):
+        made.append(kind(model, lr=1e-2, **options))
+        return made[0]
+
+    seen = launches.seen_in_a_step(make, 2)
+    counters = [held["step"].device.type for held in made[0].state.values()]
+    return seen, counters
+
+
+@pytest.mark.parametrize("kind, options", KINDS.values(), ids=KINDS)
+def test_a_capturable_step_reads_nothing_back(kind, options):
+    seen, counters = watch(kind, capturable=True, foreach=True, **options)
+    assert seen.finished
+    assert set(seen.waits) <= (EIGEN if options.get("placement") == "both" else set())
+    assert len(counters) == 8
+    assert set(counters) == {"cuda"}
+
+
+def test_without_it_the_counters_stay_on_the_host():
+    _, counters = watch(ScaledAdamW, foreach=True)
+    assert set(counters) == {"cpu"}
