@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rlora.core.errors import BackendError, NamespaceError
-from rlora.core.factors import Array
+from rlora.core.factors import Array, device_of
 
 ROUNDING = 10
 """A Gram formed in precision eps has eigenvalues uncertain by about eps * trace; ten times that
@@ -284,11 +284,6 @@ class Backend:
 def mT(x: Array) -> Array:
     """Transpose of the last two axes; a view where the library has views."""
     return x.mT if hasattr(x, "mT") else x.swapaxes(-1, -2)
-
-
-def device_of(x: Array) -> Any:
-    """The device to make an array on; under a JAX trace there is none to name, nor needed."""
-    return None if hasattr(x, "aval") else getattr(x, "device", None)
 
 
 def dtype_name(dtype: Any) -> str:

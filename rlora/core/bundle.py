@@ -11,7 +11,7 @@ from itertools import groupby
 from math import prod
 from typing import Any, TypeAlias
 
-from rlora.core.backend import Backend, Workspace, device_of, mT
+from rlora.core.backend import Backend, Workspace, mT
 from rlora.core.checks import ComputeDtype, check_choice
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import (
@@ -19,6 +19,7 @@ from rlora.core.factors import (
     Factors,
     Tree,
     counterparts,
+    device_of,
     leaves_of,
     map_pairs,
     pairs_of,

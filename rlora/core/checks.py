@@ -13,7 +13,7 @@ def is_traced(value: Any) -> bool:
 
     `optax.inject_hyperparams` makes them. Nothing asks what they are.
     """
-    return hasattr(value, "aval")
+    return not isinstance(value, (int, float)) and hasattr(value, "aval")
 
 
 def is_zero(value: Any) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from rlora.core.errors import PairingError, ShapeError
+from rlora.core.errors import NamespaceError, PairingError, ShapeError
 
 Array: TypeAlias = Any
 """Any array of a library that follows the Array API standard."""
@@ -118,6 +118,11 @@ def leaves_of(*trees: Tree) -> list[Array]:
     return [x for tree in trees for pair in pairs_of(tree) for x in pair if x is not None]
 
 
+def device_of(x: Array) -> Any:
+    """The device to make an array on; under a JAX trace there is none to name, nor needed."""
+    return None if hasattr(x, "aval") else getattr(x, "device", None)
+
+
 def check_pairs(params: Tree) -> None:
     """Raise a ShapeError that names the pair unless every A is (..., r, n) and B is (..., m, r)."""
     for path, pair in _walk(params, ""):
@@ -136,20 +141,32 @@ def check_pairs(params: Tree) -> None:
                 f"(..., r, n) and B (..., m, r) with the same r; transpose the one that is turned"
             )
             raise ShapeError(msg)
+        _check_device(f"the factors{where} are", pair.A, pair.B)
 
 
 def check_matches(grads: Tree, params: Tree) -> None:
     """Raise unless the gradients have the structure and the shapes of the parameters."""
 
     def same(param: Array, grad: Array) -> None:
-        if grad is not None and tuple(grad.shape) != tuple(param.shape):
+        if grad is None:
+            return
+        if tuple(grad.shape) != tuple(param.shape):
             msg = (
                 f"a gradient has shape {tuple(grad.shape)} where its parameter has "
                 f"{tuple(param.shape)}; pass the gradients in the order of the parameters"
             )
             raise ShapeError(msg)
+        _check_device("a parameter and its gradient are", param, grad)
 
     map_leaves(same, params, grads)
+
+
+def _check_device(what: str, x: Array, y: Array) -> None:
+    one, other = device_of(x), device_of(y)
+    # Devices of two kinds are those of two libraries, which `get_backend` refuses.
+    if type(one) is type(other) and one != other:
+        msg = f"{what} on the devices {one} and {other}; bring both to one"
+        raise NamespaceError(msg)
 
 
 def _mismatch(*trees: Tree) -> PairingError:

@@ -3,10 +3,18 @@
 import math
 from typing import Any, Literal, NamedTuple
 
-from rlora.core.backend import device_of
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, is_traced, is_zero
 from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs, unzip
+from rlora.core.factors import (
+    Array,
+    Factors,
+    Tree,
+    device_of,
+    leaves_of,
+    map_leaves,
+    map_pairs,
+    unzip,
+)
 from rlora.core.transform import State, Transform, no_state
 
 TINY = 1e-30

@@ -6,12 +6,12 @@ arXiv:2407.18242, 2024.
 
 from typing import Literal, NamedTuple
 
-from rlora.core.backend import device_of, mT
+from rlora.core.backend import mT
 from rlora.core.bundle import Bundle, Stack, rank_wise
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, is_zero
 from rlora.core.decay import add_decayed_weights, decay_product
 from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Factors, Tree, map_pairs
+from rlora.core.factors import Array, Factors, Tree, device_of, map_pairs
 from rlora.core.linalg import DampingMode, check_damping, metric_power, sylvester_spd, tangent
 from rlora.core.moments import (
     adam_step,

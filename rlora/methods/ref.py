@@ -6,11 +6,10 @@ of Large Models. arXiv:2505.18877, 2025.
 
 from typing import Literal
 
-from rlora.core.backend import device_of
 from rlora.core.bundle import Bundle, Stack, rank_wise
 from rlora.core.checks import check_choice, is_zero
 from rlora.core.decay import add_decayed_weights
-from rlora.core.factors import Factors
+from rlora.core.factors import Factors, device_of
 from rlora.core.linalg import geometric_mean
 from rlora.core.moments import momentum as momentum_link
 from rlora.core.transform import State, Transform, chain, no_state

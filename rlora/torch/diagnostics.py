@@ -18,8 +18,7 @@ from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
 from rlora.core.linalg import DampingMode
 from rlora.torch.layers import find_layers, plain_weight
-from rlora.torch.pairs import TensorPair
-from rlora.torch.params import is_distributed
+from rlora.torch.pairs import TensorPair, is_distributed
 from rlora.torch.watch import Watch, read, refuse_shards
 
 MEASURES: tuple[str, ...] = ("cond_A", "cond_B", "damped_cond_A", "damped_cond_B")

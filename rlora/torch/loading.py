@@ -1,40 +1,131 @@
-"""What a saved state must look like, before any of it is loaded."""
+"""How a saved state is loaded: checked before any of it is, and not narrowed."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Size, Tensor
+from torch.optim import Optimizer
 
 from rlora.core.errors import ShapeError
+from rlora.torch.pairs import TensorPair
+from rlora.torch.sharding import check_kind
 
 Shapes = Mapping[str, Size | None]
 
 ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "state1", "state2")
 """State of torch's own optimizers, and of bitsandbytes', that has the shape of its parameter."""
 
+OF_METHODS = {"mu", "count", "scaling", "inverse", "frame", "turn"}
+"""Words in the names of the state of method classes, each of which has one."""
 
-def check_saved(saved: Iterable[tuple[Any, Mapping[str, Any], Shapes]]) -> None:
-    """ShapeError for the first (id, state, shapes) whose tensors are not of these shapes.
 
-    None is a tensor that may not be there: it is of an optimizer that keeps others.
-    """
-    for i, state, shapes in saved:
-        for key, value in _tensors(state):
-            if key not in shapes or value.shape == shapes[key]:
-                continue
-            shape = shapes[key]
-            if shape is None:
-                wanted = ", ".join(name for name in shapes if shapes[name] is not None)
-                msg = (
-                    f"saved {key} of parameter {i} is the state of another optimizer; this one "
-                    f"keeps {wanted or 'nothing'} for it: begin without the saved state"
-                )
-            else:
-                msg = (
-                    f"saved {key} of parameter {i} has shape {tuple(value.shape)}, expected "
-                    f"{tuple(shape)}; was the rank changed?"
-                )
+class LoadsState(Optimizer, ABC):
+    """The loading of an optimizer that knows pairs. Not to be used by itself."""
+
+    _own: tuple[str, ...]
+
+    @abstractmethod
+    def _current_pairs(self) -> list[TensorPair]:
+        """The pairs as the groups hold them now."""
+
+    def _state_shapes(self, p: Tensor) -> Shapes:
+        """Shapes of a parameter's saved state; None is a state that it may not have."""
+        return dict.fromkeys(ELEMENTWISE, p.shape)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, of this optimizer or of the plain parent.
+
+        Moments of paired factors keep their dtype, at least float32, whatever the parameters have.
+        Where the saved groups lack ours, as those of the plain parent do, damping and placement
+        stay as constructed.
+
+        Parameters
+        ----------
+        state_dict : dict
+            From `state_dict`.
+
+        Raises
+        ------
+        ShapeError, ShardingError
+            When a saved moment has another shape than its parameter, is one of an optimizer that
+            keeps others, or is whole and the parameter is sharded, or the other way round; nothing
+            has been loaded then.
+        """
+        incoming: list[dict[str, Any]] = []
+
+        def take(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            incoming.append(self._completed(saved))
+            return incoming[-1]
+
+        def restore(_: Optimizer) -> None:
+            self._restore_dtypes(incoming[-1])
+
+        handles = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        load = super().load_state_dict
+        if getattr(load, "__func__", None) is not Optimizer.load_state_dict:
+            state_dict = take(self, state_dict)  # a parent's own loading may run no hooks
+        try:
+            load(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _owners(self, saved: dict[str, Any]) -> list[tuple[Any, Tensor]]:
+        """(id in the saved state, parameter); torch itself refuses groups of other lengths."""
+        ids = [i for group in saved["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        return list(zip(ids, params, strict=False))
+
+    def _completed(self, saved: dict[str, Any]) -> dict[str, Any]:
+        for i, p in self._owners(saved):
+            _check(i, saved["state"].get(i, {}), p, self._state_shapes(p))
+        groups = [
+            {**{name: mine[name] for name in self._own}, **theirs}
+            for mine, theirs in zip(self.param_groups, saved["param_groups"], strict=False)
+        ]
+        return {**saved, "param_groups": [*groups, *saved["param_groups"][len(groups) :]]}
+
+    def _restore_dtypes(self, saved: dict[str, Any]) -> None:
+        """Undo torch's cast of every state to its parameter's dtype."""
+        paired = {id(p) for pair in self._current_pairs() for p in pair.moved}
+        for i, p in self._owners(saved):
+            for key, value in saved["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
+                    least = torch.float32 if id(p) in paired else value.dtype
+                    dtype = torch.promote_types(value.dtype, least)
+                    self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
+
+
+def _check(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> None:
+    """ShapeError or ShardingError unless the saved tensors of a parameter are as they should be."""
+    for key, value in _tensors(state):
+        if key not in shapes and not _of_method(key, value):
+            continue
+        shape = shapes.get(key)
+        if shape is None:
+            wanted = ", ".join(name for name in shapes if shapes[name] is not None)
+            msg = (
+                f"saved {key} of parameter {i} is the state of another optimizer; this one "
+                f"keeps {wanted or 'nothing'} for it: begin without the saved state"
+            )
             raise ShapeError(msg)
+        check_kind(f"{key} of parameter {i}", value, p)
+        if value.shape != shape:
+            msg = (
+                f"saved {key} of parameter {i} has shape {tuple(value.shape)}, expected "
+                f"{tuple(shape)}; was the rank changed?"
+            )
+            raise ShapeError(msg)
+
+
+def _of_method(key: str, value: Tensor) -> bool:
+    words = OF_METHODS & {*key.split(".")}
+    return bool(words) and (words != {"mu"} or value.ndim > 1)  # torch's ASGD has a number mu
 
 
 def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from rlora.core.factors import Factors
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.transform import State, Transform, step
 from rlora.torch.compiling import keep
-from rlora.torch.loading import ELEMENTWISE
+from rlora.torch.loading import ELEMENTWISE, Shapes
 from rlora.torch.matching import Pairs, without_middles
 from rlora.torch.pair_optimizer import PairOptimizer
 from rlora.torch.pairs import Member, TensorPair
@@ -121,7 +121,7 @@ class MethodOptimizer(PairOptimizer):
         ]
         return [Plan(batches, plain)]
 
-    def _state_shapes(self, p: Tensor) -> dict[str, torch.Size | None]:
+    def _state_shapes(self, p: Tensor) -> Shapes:
         shapes: dict[str, torch.Size] = {}
         pairs = [pair for pair in self._current_pairs() if pair.A is p or pair.B is p]
         members = [member for pair in pairs for member in pair.members()]
@@ -131,7 +131,8 @@ class MethodOptimizer(PairOptimizer):
             for name, (_, side, key) in _places(flat).items():
                 if member.params[side] is p:
                     shapes[key + member.suffix] = flat[name].shape[1:]
-        return {**dict.fromkeys(ELEMENTWISE), **shapes} if members else super()._state_shapes(p)
+        others = dict.fromkeys(ELEMENTWISE)
+        return {**others, **shapes} if members else super()._state_shapes(p)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The parent would look for its own entries in the state of the pairs.

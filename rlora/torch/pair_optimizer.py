@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from rlora.core.checks import check_nonnegative
 from rlora.core.errors import NamespaceError
 from rlora.pairing import PairReport
 from rlora.torch.compiling import inherited
 from rlora.torch.diagnostics import Watched
-from rlora.torch.loading import ELEMENTWISE, check_saved
+from rlora.torch.loading import LoadsState
 from rlora.torch.matching import (
     Pairs,
     check_explicit,
@@ -32,12 +31,12 @@ from rlora.torch.pairs import TensorPair, signature
 from rlora.torch.params import as_groups, as_list, check_grad, misfit
 from rlora.torch.plan import Plan
 from rlora.torch.rounding import check_rounding, count_roundings
-from rlora.torch.sharding import check_kind, check_layouts, check_swap
+from rlora.torch.sharding import check_layouts, check_swap
 
 NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
 
 
-class PairOptimizer(Watched, Optimizer, ABC):
+class PairOptimizer(Watched, LoadsState, ABC):
     """A torch optimizer that knows the pairs among its parameters. Not to be used by itself."""
 
     report: PairReport
@@ -96,10 +95,6 @@ class PairOptimizer(Watched, Optimizer, ABC):
     def _choices(self, group: dict[str, Any]) -> list[Any]:
         """The options of a group that a plan is made for."""
         return [group[name] for name in self._own]
-
-    def _state_shapes(self, p: Tensor) -> dict[str, torch.Size | None]:
-        """Shapes of a parameter's saved state; None is a state that it may not have."""
-        return dict.fromkeys(ELEMENTWISE, p.shape)
 
     # --- pairs ----------------------------------------------------------------------------------
 
@@ -234,77 +229,6 @@ class PairOptimizer(Watched, Optimizer, ABC):
             if why := misfit(pair.A, pair.B):
                 raise NamespaceError(why)
         return self._make_plans(pairs)
-
-    # --- state ----------------------------------------------------------------------------------
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, of this optimizer or of the plain parent.
-
-        Moments of paired factors keep their dtype, at least float32, whatever the parameters have.
-        Where the saved groups lack ours, as those of the plain parent do, damping and placement
-        stay as constructed.
-
-        Parameters
-        ----------
-        state_dict : dict
-            From `state_dict`.
-
-        Raises
-        ------
-        ShapeError, ShardingError
-            When a saved moment has another shape than its parameter, is one of an optimizer that
-            keeps others, or is whole and the parameter is sharded, or the other way round; nothing
-            has been loaded then.
-        """
-        incoming: list[dict[str, Any]] = []
-
-        def take(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            incoming.append(self._completed(saved))
-            return incoming[-1]
-
-        def restore(_: Optimizer) -> None:
-            self._restore_dtypes(incoming[-1])
-
-        handles = [
-            self.register_load_state_dict_pre_hook(take),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        load = super().load_state_dict
-        if getattr(load, "__func__", None) is not Optimizer.load_state_dict:
-            state_dict = take(self, state_dict)  # a parent's own loading may run no hooks
-        try:
-            load(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _owners(self, saved: dict[str, Any]) -> list[tuple[Any, Tensor]]:
-        """(id in the saved state, parameter); torch itself refuses groups of other lengths."""
-        ids = [i for group in saved["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        return list(zip(ids, params, strict=False))
-
-    def _completed(self, saved: dict[str, Any]) -> dict[str, Any]:
-        owned = [(i, saved["state"].get(i, {}), p) for i, p in self._owners(saved)]
-        for i, held, p in owned:
-            for key in self._state_shapes(p):
-                check_kind(f"{key} of parameter {i}", held.get(key), p)
-        check_saved((i, held, self._state_shapes(p)) for i, held, p in owned)
-        groups = [
-            {**{name: mine[name] for name in self._own}, **theirs}
-            for mine, theirs in zip(self.param_groups, saved["param_groups"], strict=False)
-        ]
-        return {**saved, "param_groups": [*groups, *saved["param_groups"][len(groups) :]]}
-
-    def _restore_dtypes(self, saved: dict[str, Any]) -> None:
-        """Undo torch's cast of every state to its parameter's dtype."""
-        paired = {id(p) for pair in self._current_pairs() for p in pair.moved}
-        for i, p in self._owners(saved):
-            for key, value in saved["state"].get(i, {}).items():
-                if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
-                    least = torch.float32 if id(p) in paired else value.dtype
-                    dtype = torch.promote_types(value.dtype, least)
-                    self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._extra}}

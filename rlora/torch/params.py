@@ -70,6 +70,12 @@ def misfit(a: Tensor, b: Tensor) -> str | None:
 
 def check_grad(p: Tensor) -> None:
     """Refuse a gradient that the arithmetic is not made for, before anything has moved."""
+    if p.is_meta:
+        msg = (
+            f"a LoRA factor of shape {tuple(p.shape)} is on the meta device and has no values; "
+            f"load the model, or model.to_empty(device=...) and initialise it, before a step"
+        )
+        raise NamespaceError(msg)
     grad = p.grad
     if grad is None:
         return

@@ -90,7 +90,7 @@ def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain:
             if i == len(batch):
                 batch.append(pair)
             jobs[side].append((i, Job(p, stand_in, group, pair, side)))
-    batches: list[Work] = [Batch(*key[:2], *parts) for key, parts in work.items()]
+    batches: list[Work] = [Batch(key[0], key[1], *parts) for key, parts in work.items()]
     if cut:
         from rlora.torch.sharded import sharded_work  # DTensors take half a second to import
 

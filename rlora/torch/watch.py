@@ -14,8 +14,7 @@ from rlora.core.dispatch import get_backend
 from rlora.core.errors import ShardingError
 from rlora.core.factors import Factors
 from rlora.pairing import PairReport
-from rlora.torch.pairs import TensorPair
-from rlora.torch.params import is_distributed
+from rlora.torch.pairs import TensorPair, is_distributed
 
 
 @dataclass

@@ -1,0 +1,192 @@
+"""Bad input gives an error that says what came, and leaves parameters and state as they were."""
+
+import numpy as np
+import pytest
+import torch
+from models import CLASSES, METHODS, loss_of, make_model, pairs_in, train, values
+from torch import nn
+
+import rlora
+import rlora.torch
+from rlora import Factors, NamespaceError, PairingError, ShapeError
+from rlora.torch import LoRARite, ScaledAdamW
+
+every = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
+
+
+def everything(model, optimizer):
+    """Parameters and state, copied."""
+    state = optimizer.state_dict()["state"]
+    tensors = {(i, k): x for i, held in state.items() for k, x in held.items()}
+    return values(model), {
+        key: x.clone() if isinstance(x, torch.Tensor) else x for key, x in tensors.items()
+    }
+
+
+def assert_refused(model, optimizer, act, error, match):
+    before = everything(model, optimizer)
+    with pytest.raises(error, match=match):
+        act()
+    after = everything(model, optimizer)
+    for old, new in zip(before, after, strict=True):
+        assert old.keys() == new.keys()
+        for key in old:
+            torch.testing.assert_close(new[key], old[key], rtol=0, atol=0)
+
+
+@every
+def test_sparse_gradients(make):
+    model = make_model()
+    optimizer = make(model)
+    train(model, optimizer, 1)
+    a, _ = pairs_in(model)[1]
+    loss_of(model).backward()
+    a.grad = a.grad.to_sparse()
+    assert_refused(model, optimizer, optimizer.step, NamespaceError, "has a sparse gradient")
+
+
+@every
+def test_a_closure_that_raises(make):
+    model = make_model()
+    optimizer = make(model)
+    train(model, optimizer, 1)
+
+    def closure():
+        loss_of(model).backward()
+        msg = "out of data"
+        raise OSError(msg)
+
+    assert_refused(model, optimizer, lambda: optimizer.step(closure), OSError, "out of data")
+
+
+@every
+def test_state_of_a_model_with_other_ranks(make):
+    model, other = make_model(), make_model(r=3)
+    optimizer, saved = make(model), make(other)
+    train(model, optimizer, 1)
+    train(other, saved, 1)
+    if not any(k != "step" for held in saved.state.values() for k in held):
+        pytest.skip("keeps no state that has a shape")
+    state = saved.state_dict()
+    if not any(isinstance(x, torch.Tensor) and 3 in x.shape for x in _tensors(state["state"])):
+        pytest.skip("no tensor of the state has the rank in its shape")
+    assert_refused(
+        model, optimizer, lambda: optimizer.load_state_dict(state), ShapeError, "was the rank"
+    )
+
+
+def _tensors(state):
+    return [x for held in state.values() for x in held.values()]
+
+
+@every
+def test_state_of_another_model(make):
+    model, other = make_model(), make_model(bias=False)
+    optimizer, saved = make(model), make(other)
+    train(model, optimizer, 1)
+    train(other, saved, 1)
+    load = lambda: optimizer.load_state_dict(saved.state_dict())  # noqa: E731
+    assert_refused(model, optimizer, load, ValueError, "size of optimizer's group")
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_state_of_a_method_is_not_that_of_scaled_adamw(method):
+    model, other = make_model(), make_model()
+    optimizer, saved = ScaledAdamW(model), method(other, lr=1e-3)
+    train(model, optimizer, 1)
+    train(other, saved, 1)
+    if all(p not in saved.state or not saved.state[p] for pair in pairs_in(other) for p in pair):
+        pytest.skip("keeps no state of pairs")
+    load = lambda: optimizer.load_state_dict(saved.state_dict())  # noqa: E731
+    assert_refused(model, optimizer, load, ShapeError, "state of another optimizer")
+
+
+@pytest.mark.parametrize("kind", [ScaledAdamW, LoRARite])
+def test_meta_tensors(kind):
+    with torch.device("meta"):
+        model = make_model()
+    optimizer = kind(model, lr=1e-3)  # a model may be built before its values are loaded
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(NamespaceError, match="on the meta device and has no values"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("kind", [ScaledAdamW, LoRARite])
+def test_factors_on_two_devices(kind):
+    model = make_model()
+    layer = model[0].lora_A["default"]
+    layer.weight = nn.Parameter(torch.empty(4, 6, device="meta"))
+    report = kind(model, lr=1e-3).report
+    assert len(report) == 1
+    assert "on meta and torch.float32 on cpu" in report.refused["0.lora_A.default.weight"]
+    a, b = nn.Parameter(torch.ones(2, 5)), nn.Parameter(torch.ones(4, 2, device="meta"))
+    with pytest.raises(NamespaceError, match="bring both to one dtype and device"):
+        kind([a, b], lr=1e-3, pairs=[(a, b)])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@every
+def test_a_bad_gradient_does_not_touch_another_pair(make, value):
+    """The other pair moves as if alone: rtol for batches of another size, which round otherwise."""
+    model, alone = make_model(bias=False), make_model(bias=False)
+    optimizer = make(model)
+    reference = make(alone)
+    for m in (model, alone):
+        loss_of(m).backward()
+    pairs_in(model)[0][1].grad[0, 0] = value
+    optimizer.step()
+    reference.step()
+    for p, q in zip(pairs_in(model)[1], pairs_in(alone)[1], strict=True):
+        assert torch.isfinite(p).all()
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+# --- the functional methods -----------------------------------------------------------------------
+
+GOOD = Factors(np.ones((2, 5)), np.ones((4, 2)))
+BAD = {
+    "one-dimensional": (Factors(np.ones(5), np.ones((4, 2))), ShapeError, "must be a matrix"),
+    "mismatched": (Factors(np.ones((3, 5)), np.ones((4, 2))), ShapeError, "do not fit"),
+    "two libraries": (Factors(np.ones((2, 5)), torch.ones(4, 2)), NamespaceError, "two libraries"),
+    "complex": (
+        Factors(np.ones((2, 5), complex), np.ones((4, 2), complex)),
+        NamespaceError,
+        "real",
+    ),
+    "two devices": (
+        Factors(torch.ones(2, 5), torch.ones(4, 2, device="meta")),
+        NamespaceError,
+        "devices cpu and meta",
+    ),
+    "no arrays": (Factors([[1.0]], [[1.0]]), ShapeError, "must be a matrix"),
+    "no pair": (np.ones((2, 5)), PairingError, "expected Factors"),
+}
+
+
+@pytest.mark.parametrize("name", rlora.methods.__all__)
+@pytest.mark.parametrize("what", BAD)
+def test_bad_factors(name, what):
+    params, error, match = BAD[what]
+    with pytest.raises(error, match=match):
+        getattr(rlora, name)().init(params)
+
+
+@pytest.mark.parametrize("name", rlora.methods.__all__)
+@pytest.mark.parametrize(
+    "what", [k for k in BAD if k not in ("no arrays", "mismatched", "two devices")]
+)
+def test_bad_gradients(name, what):
+    grads, error, _ = BAD[what]
+    method = getattr(rlora, name)()
+    params = Factors(GOOD.A.copy(), GOOD.B.copy())
+    state = method.init(params)
+    kept = rlora.flatten_state(state)
+    copies = {key: np.array(x) for key, x in kept.items()}
+    with pytest.raises((error, rlora.ShapeError, PairingError)):
+        rlora.step(method, params, grads, state, 0.1)
+    assert np.array_equal(params.A, GOOD.A)
+    assert np.array_equal(params.B, GOOD.B)
+    for key, x in rlora.flatten_state(state).items():
+        assert np.array_equal(x, copies[key])
