@@ -1,4 +1,4 @@
-"""The table of clients in the README, made of the marks on the tests: python docs/reference/clients.py.
+"""The README's table of clients, made of the marks on tests: python docs/reference/clients.py.
 
 A test that shows something of a client says so: ``@pytest.mark.works(client, what)`` or
 ``@pytest.mark.refuses(client, what)``.
@@ -12,16 +12,32 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- clients: made by docs/reference/clients.py -->", "<!-- end of clients -->"
 MARKS = ("works", "refuses")
+HOW_TO = {
+    "a loop of one's own": "own_loop",
+    "accelerate": "accelerate",
+    "DDP": "distributed",
+    "flax nnx": "optax",
+    "FSDP2": "distributed",
+    "Lightning": "lightning",
+    "mlx-lm": "optax",
+    "optax": "optax",
+    "PEFT": "layouts",
+    "torch.compile": "compile",
+    "transformers Trainer": "transformers",
+    "TRL SFTTrainer": "trl",
+}
+"""Pages of docs/how-to, by client."""
 
 
 def marks() -> Iterator[tuple[str, str, str]]:
     """(client, mark, what) of every marked test, in the order of files and lines."""
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                if node.func.attr in MARKS and ast.unparse(node.func.value) == "pytest.mark":
-                    client, what = (ast.literal_eval(argument) for argument in node.args)
-                    yield client, node.func.attr, what
+            function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            mark = function.removeprefix("pytest.mark.")
+            if mark in MARKS and mark != function:
+                client, what = (ast.literal_eval(argument) for argument in node.args)
+                yield client, mark, what
 
 
 def table() -> str:
@@ -33,8 +49,9 @@ def table() -> str:
             said.append(what)
     lines = ["| client | works | is refused |", "| --- | --- | --- |"]
     for client in sorted(rows, key=str.lower):
-        cells = ["; ".join(rows[client][mark]) for mark in MARKS]
-        lines.append(f"| {client} | {' | '.join(cells)} |")
+        page = HOW_TO.get(client)
+        name = f"[{client}](docs/how-to/{page}.md)" if page else client
+        lines.append(f"| {name} | {' | '.join('; '.join(rows[client][mark]) for mark in MARKS)} |")
     return "\n".join(lines)
 
 

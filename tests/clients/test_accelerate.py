@@ -50,6 +50,7 @@ def prepared(kind, model=None, size=4, **options):
 
 @kinds
 @pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.works("accelerate", "prepare, accumulate, bf16")
 def test_the_loss_falls_on_the_schedule(kind, precision):
     start = loss_on_all(adapted())
     space = prepared(kind, mixed_precision=precision)
@@ -101,6 +102,7 @@ def test_two_micro_batches_are_one_batch(kind):
 
 @kinds
 @pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.works("accelerate", "save_state and load_state bit for bit")
 def test_a_saved_state_resumes_bit_for_bit(kind, precision, tmp_path):
     space = run(PAGE, "Train", prepared(kind, mixed_precision=precision))
     run(PAGE, "Save", space | {"folder": tmp_path})

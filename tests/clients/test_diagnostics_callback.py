@@ -61,6 +61,7 @@ class Seen(transformers.TrainerCallback):
 
 
 @pytest.mark.parametrize("make", [ScaledAdamW, LoRARite])
+@pytest.mark.works("transformers Trainer", "diagnostics in its log")
 def test_the_summary_stands_beside_every_loss(tmp_path, make):
     model = make_model()
     trainer = make_trainer(model, tmp_path, make, eval_strategy="steps", eval_steps=3)

@@ -75,6 +75,7 @@ def by_hand(kind, model, size=8, steps=24):
 
 @kinds
 @pytest.mark.parametrize("way", [AUTOMATIC, MANUAL])
+@pytest.mark.works("Lightning", "automatic and manual optimisation; resume bit for bit")
 def test_the_loss_falls_on_the_schedule_and_a_checkpoint_resumes_bit_for_bit(way, kind, tmp_path):
     start = loss_on_all(adapted())
     space = fit(way, kind, tmp_path)
@@ -109,6 +110,7 @@ def test_bfloat16(kind, tmp_path):
 
 @kinds
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
+@pytest.mark.works("Lightning", "fp16 with a GradScaler")
 def test_float16_with_a_scaler_whose_first_steps_are_skipped(kind, tmp_path):
     """A scale of 2^30 overflows float16; it is halved until the gradients fit."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)

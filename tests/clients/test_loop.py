@@ -58,6 +58,10 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("kind", ["ScaledAdamW", "ScaledSGD", *sorted(METHODS.keys() - {"LoRASB"})])
+@pytest.mark.works(
+    "a loop of one's own",
+    "schedules, clipping, accumulation, parameter groups, lr as a tensor, hooks",
+)
 def test_the_loop(kind):
     """Every class: the loss falls, on the schedule. LoRASB moves nothing from PEFT's own start."""
     model = adapted()
@@ -147,6 +151,7 @@ def test_from_plain_adamw_and_back():
 
 
 @method
+@pytest.mark.refuses("a loop of one's own", "AdamW's state for a method class")
 def test_methods_refuse_adamws_state_whole(make):
     model = make_model()
     plain = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -179,6 +184,7 @@ def test_groups(kind):
 
 
 @kinds
+@pytest.mark.works("a loop of one's own", "adapters that come and go")
 def test_adapters_come_and_go(kind):
     """The second adapter moves as it would alone, the first as if there had been no second."""
     model = adapted()
@@ -229,6 +235,7 @@ def test_an_optimizer_of_another_library_below():
 
 @make
 @pytest.mark.parametrize("when", [0, 2])
+@pytest.mark.works("a loop of one's own", "GradScaler")
 def test_a_step_that_the_scaler_skips_leaves_all_as_it_was(make, when):
     """From the first step, when there is no state yet, and later; then the run goes on."""
     model = make_model()

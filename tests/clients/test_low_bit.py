@@ -59,6 +59,7 @@ def eight_bit(state):
 
 
 @LIBRARIES
+@pytest.mark.works("8-bit optimizers", "bitsandbytes and torchao below `precondition`")
 def test_the_loss_falls_and_the_state_is_in_bytes(library):
     model = make_model()
     optimizer = precondition(library())(model, lr=1e-3)

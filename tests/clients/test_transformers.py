@@ -53,6 +53,10 @@ def train(way, kind, folder, checkpoint=None, model=None, **changes):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.works(
+    "transformers Trainer",
+    "`optimizers=`, `optimizer_cls_and_kwargs` and a factory that sees the model; resume bit for bit",
+)
 def test_the_loss_falls_on_the_schedule_and_a_checkpoint_resumes_bit_for_bit(way, kind, tmp_path):
     start = loss_on_all(adapted())
     trainer = train(way, kind, tmp_path)
@@ -120,6 +124,7 @@ def test_accumulated_micro_batches_are_one_batch(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.works("transformers Trainer", "bf16")
 def test_bfloat16_training(kind, tmp_path):
     """Autocast around the model; the factors stay float32 and the loss falls."""
     trainer = train(WAYS[1], kind, tmp_path, bf16=True)
@@ -127,6 +132,7 @@ def test_bfloat16_training(kind, tmp_path):
     assert {p.dtype for p in trained(trainer.model).values()} == {torch.float32}
 
 
+@pytest.mark.refuses("transformers Trainer", "the bare class, which gets parameters without names")
 def test_the_bare_class_is_refused_and_told_what_to_write(tmp_path):
     with pytest.raises(rlora.PairingError, match=r"no names.*\(lambda: LoRARite, "):
         transformers.Trainer(
@@ -158,6 +164,7 @@ def test_no_pair_is_split_by_the_trainers_weight_decay():
     assert all((pair.a in decayed) == (pair.b in decayed) for pair in report)
 
 
+@pytest.mark.works("transformers Trainer", "a run that AdamW began")
 def test_adamws_checkpoint(tmp_path):
     """ScaledAdamW goes on from it; a method that keeps other state says what is wrong."""
     model = adapted()

@@ -80,6 +80,7 @@ def losses(trainer):
 
 @pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRARite"])
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.works("TRL SFTTrainer", "with peft_config or an adapted model; resume bit for bit")
 def test_the_loss_falls_on_the_schedule_and_a_checkpoint_resumes_bit_for_bit(way, kind, tmp_path):
     trainer = train(way, kind, tmp_path)
     optimizer = trainer.optimizer.optimizer
@@ -112,6 +113,7 @@ def test_trls_own_defaults(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRARite"])
+@pytest.mark.works("TRL SFTTrainer", "a base in 4 bits")
 def test_a_base_in_four_bits(kind, tmp_path):
     """TRL's adapter of it is bfloat16, the moments are float32; PEFT loads it back as float32."""
     pytest.importorskip("bitsandbytes", minversion="0.50")  # from then on it runs on a CPU

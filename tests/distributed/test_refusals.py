@@ -13,11 +13,13 @@ from rlora.torch import LoRARite, ScaledAdamW, find_pairs
 
 
 @pytest.mark.parametrize("original", [False, True], ids=["flat", "use_orig_params"])
+@pytest.mark.refuses("FSDP1, ZeRO, tensor parallelism", "FSDP1")
 def test_fsdp1(groups, original):
     for said in groups(2).run(refusals.fsdp1, original):
         assert all("flattened" in message and "FSDP2" in message for message in said)
 
 
+@pytest.mark.refuses("FSDP1, ZeRO, tensor parallelism", "factors cut along the rank")
 def test_tensor_parallel(groups):
     for marked, cut in groups(2).run(refusals.tensor_parallel):
         assert "tensor-parallel" in marked
@@ -58,6 +60,7 @@ def test_layouts(groups):
         assert not said
 
 
+@pytest.mark.refuses("FSDP2", "the other method classes, `initialize`")
 def test_methods_and_initializers(groups):
     for early, late, initialized in groups(2).run(refusals.methods):
         for said in (early, late):
@@ -74,6 +77,7 @@ def test_state_of_whole_parameters(groups):
         assert spread
 
 
+@pytest.mark.refuses("FSDP1, ZeRO, tensor parallelism", "DeepSpeed ZeRO 1 to 3")
 def test_zero_stage_3():
     """DeepSpeed's mark; it leaves the parameter empty."""
     named = refusals.pair_of(torch.ones(4, 8), torch.ones(6, 4))

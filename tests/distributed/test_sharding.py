@@ -25,6 +25,7 @@ def assert_equal(found, expected, atol):
         *((maker, layout, 2) for maker in ("fused", "sgd") for layout in ("default", "columns")),
     ],
 )
+@pytest.mark.works("FSDP2", "ScaledAdamW, ScaledSGD, `precondition`; uneven shards")
 def test_equals_one_process(groups, maker, layout, world):
     """20 steps in float64, so that only the order of sums differs: a few eps, grown by the steps."""
     found = groups(world).run(runs.trained, maker, layout)
@@ -32,6 +33,7 @@ def test_equals_one_process(groups, maker, layout, world):
 
 
 @pytest.mark.parametrize("maker", ["adamw", "both"])
+@pytest.mark.works("FSDP2", "HSDP")
 def test_hsdp_equals_one_process(groups, maker):
     """2 replicas of 2 pieces."""
     found = groups(4).run(runs.trained, maker, "hsdp")
@@ -109,6 +111,7 @@ def test_replicas_keep_the_same_bits(groups, dtype):
 
 
 @world
+@pytest.mark.works("DDP", "every class; replicas bit-equal")
 def test_ddp_equals_one_process(groups, world):
     assert_equal(
         groups(world).run(runs.trained, "adamw", "ddp"), runs.trained("adamw", None), 1e-12
@@ -132,6 +135,7 @@ def test_other_methods_under_ddp(groups):
         ("fused", torch.bfloat16),
     ],
 )
+@pytest.mark.works("FSDP2", "checkpoints resumed on another number of processes")
 def test_resume_on_other_numbers_of_processes(groups, tmp_path, maker, layout, flat, dtype):
     there = (str(tmp_path), flat, dtype)
     expected = groups(2).run(checkpoints.save, maker, layout, *there)[0]
@@ -144,6 +148,7 @@ def test_resume_on_other_numbers_of_processes(groups, tmp_path, maker, layout, f
 
 @pytest.mark.parametrize("loads_on_one", [False, True])
 @pytest.mark.parametrize(("maker", "world"), [("adamw", 2), ("both", 4)])
+@pytest.mark.works("accelerate", "its FSDP2 plugin")
 def test_accelerate_runs_the_same_job(groups, tmp_path, maker, world, loads_on_one):
     """It swaps the parameters of an optimizer that is there already, and resumes in the middle."""
     pytest.importorskip("accelerate")

@@ -44,6 +44,7 @@ def adapted_layers(model):
                        adapter="style")  # fmt: skip
 
 
+@pytest.mark.works("diffusers", "UNet; saved files of every kind of names")
 def test_unet():
     """Attention, 1 x 1 and 3 x 3 convolutions of a real denoiser."""
     model = unet()

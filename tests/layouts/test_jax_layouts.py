@@ -73,6 +73,7 @@ def check_nnx(model, call, weight_of, scaling=1.0, stacked=False):
     return assert_steps_as_the_product(forward, weights, factors, weight_of, scaling, stacked)
 
 
+@pytest.mark.works("flax nnx", "layers, stacks of them")
 def test_flax_nnx():
     """LoRALinear, and LoRA around a layer."""
     nnx = pytest.importorskip("flax.nnx")
@@ -129,6 +130,7 @@ OLD_FLAX = pytest.mark.filterwarnings(  # qwix 0.1.8 calls flax 0.12 by old name
 
 
 @OLD_FLAX
+@pytest.mark.works("qwix", "linear, einsum, batched")
 def test_qwix():
     """Its provider on linear layers and on einsums with axes of heads and of experts."""
     nnx = pytest.importorskip("flax.nnx")
@@ -208,6 +210,7 @@ KERAS = {
 
 
 @pytest.mark.parametrize("name", KERAS)
+@pytest.mark.works("Keras", "Dense, EinsumDense, Conv2D, Embedding")
 def test_keras(name):
     keras = pytest.importorskip("keras")
     if keras.backend.backend() != "jax":

@@ -49,6 +49,7 @@ class Denoiser(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+@pytest.mark.works("kohya, OneTrainer", "networks, split projections")
 def test_network():
     """Linear layers and convolutions of both models, as a trainer hands them to an optimizer."""
     model = Denoiser()

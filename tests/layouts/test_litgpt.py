@@ -31,6 +31,7 @@ def test_linear():
 @pytest.mark.parametrize("enabled", [
     (True, True, True), (True, False, True), (False, True, True), (True, False, False),
 ])  # fmt: skip
+@pytest.mark.works("litgpt", "linear, QKV of unequal blocks")
 def test_qkv(enabled, groups):
     """Grouped queries: 4 heads of queries on 1, 2 or 4 of keys and of values."""
     widths = (4 * HEAD, groups * HEAD, groups * HEAD)

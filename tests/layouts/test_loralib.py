@@ -58,6 +58,7 @@ def test_embedding_starts_with_a_zero_factor_a():
 @pytest.mark.parametrize("enabled", [
     [True, False, True], [True, True, True], [False, True, False], [True, True],
 ])  # fmt: skip
+@pytest.mark.works("loralib", "linear, merged, embedding, convolution")
 def test_merged_linear(enabled, turned):
     """Each enabled projection is a pair of its own: the library multiplies them by groups."""
     count, width = sum(enabled), 12 // len(enabled)

@@ -47,6 +47,7 @@ class Adapted(nn.Module):
 IMAGES = batch(3, 4, 5, 5)
 
 
+@pytest.mark.works("LyCORIS", "LoCon")
 def test_locon():
     model = Adapted()
     layers = model.layers()
@@ -80,6 +81,7 @@ def test_scales_beside_the_pair_are_plain(option):
     check(model, squares(IMAGES), model.layers())
 
 
+@pytest.mark.refuses("LyCORIS", "Tucker, LoHa, LoKr")
 def test_tucker_is_refused_by_name():
     """Of the convolution with a kernel; the others remain pairs."""
     model = Adapted(use_tucker=True)

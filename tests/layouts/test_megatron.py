@@ -67,6 +67,7 @@ def layers(*owners):
 
 
 @pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.works("Megatron, NeMo", "adapters, not sharded (tested where it is installed)")
 def test_identity(adapter_class, parallel):
     """Both kinds of base layer, those cut by columns and those cut by rows."""
     torch.manual_seed(0)
@@ -86,6 +87,7 @@ def test_identity(adapter_class, parallel):
 
 
 @pytest.mark.parametrize("activation, name", [("swish", "SiLU"), ("relu", "ReLU")])
+@pytest.mark.refuses("Megatron, NeMo", "an activation between the factors")
 def test_an_activation_between_the_factors_is_refused_by_name(adapter_class, activation, name):
     model = nn.Sequential(
         Adapted(adapter_class, 6, 10, "identity"), Adapted(adapter_class, 10, 4, activation)

@@ -63,6 +63,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.works("mlx-lm", "linear, switch, embedding, through NumPy")
 def test_a_step_is_that_of_the_product(name):
     make, weight, (weight_turns, factors_turn), shapes = CASES[name]
     layer, call = make()

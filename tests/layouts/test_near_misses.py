@@ -53,6 +53,7 @@ def test_the_list_is_not_empty():
 
 @pytest.mark.parametrize("kind", TUNERS)
 @pytest.mark.filterwarnings("ignore")  # of PEFT, about its own options
+@pytest.mark.refuses("PEFT", "VeRA, LoHa, LoKr, Poly, RandLoRA, VB-LoRA")
 def test_no_other_tuner_is_paired(kind):
     model = tuned(kind)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -62,6 +62,7 @@ def delta_of(module, adapter="default"):
 # --- one pair a layer -----------------------------------------------------------------------------
 
 
+@pytest.mark.works("PEFT", "linear, embedding, convolution, multi-head attention")
 def test_linear_of_several_ranks():
     base = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 10), nn.Linear(10, 4))
     config = LoraConfig(r=2, target_modules=["0", "2", "3"], rank_pattern={"2": 4, "3": 1})
@@ -197,6 +198,7 @@ KINDS = pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
 
 
 @KINDS
+@pytest.mark.works("PEFT", "experts (`target_parameters`)")
 def test_experts(kind):
     """A is stored expert by expert and B rank by rank: the step is that of E pairs."""
     model, stacks, others = mixture(kind)
@@ -241,6 +243,7 @@ def test_one_pair_of_all_experts_is_wrong(kind):
 
 
 @KINDS
+@pytest.mark.refuses("PEFT", "experts without the model")
 def test_experts_by_name_alone_are_refused(kind):
     """Neither named parameters nor a saved file say how many experts there are."""
     model, _, others = mixture(kind)
@@ -270,6 +273,10 @@ def test_experts_of_several_adapters(kind):
 # --- a middle factor, one frozen factor, parameters beside the pairs ------------------------------
 
 
+@pytest.mark.works(
+    "PEFT",
+    "AdaLoRA (ScaledAdamW, ScaledSGD), DoRA, several adapters, tied embeddings, a frozen factor",
+)
 def test_adalora():
     """B diag(E) A: the Gram of a side includes the diagonal, and E itself is plain."""
     base = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4))
@@ -480,6 +487,7 @@ def test_block_diagonal_lora(side):
     check(model, squares(x), layers)
 
 
+@pytest.mark.refuses("PEFT", "KaSA")
 def test_kasa_is_refused_by_name():
     base = Net(nn.Linear(6, 8), 8)
     config = LoraConfig(r=2, target_modules=["layer"], kasa_config=peft.KasaConfig())

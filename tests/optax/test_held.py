@@ -78,6 +78,7 @@ def test_a_leaf_of_no_pair_is_held_too():
     assert not updates["bias"].any()
 
 
+@pytest.mark.refuses("optax", "a partner that is masked out")
 def test_a_masked_partner_is_refused_with_advice():
     mask = jax.tree_util.tree_map_with_path(lambda path, _: not is_a(str(path)), make_tree())
     for rest in (None, optax.sgd(0.1)):

@@ -34,6 +34,7 @@ def run(optimizer, steps=3):
 
 
 @EVERY
+@pytest.mark.works("optax", "inject_hyperparams of every numeric option")
 def test_injected_options_do_what_the_numbers_do(name):
     make = getattr(rlora.optax, name)
     plain, _, _ = run(make(1e-2))

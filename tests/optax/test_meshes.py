@@ -69,6 +69,7 @@ def on_four_devices(code, *arguments):
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.works("optax", "meshes with automatic and explicit axes")
 def test_every_method_moves_sharded_factors_as_whole_ones(kind):
     """Split along an outer axis, over the layers of a stack, over the ranks and over heads."""
     names = methods.__all__ if kind == "Explicit" else ["scaled_adamw", "lora_rite"]

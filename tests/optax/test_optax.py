@@ -18,6 +18,7 @@ EVERY = pytest.mark.parametrize("name", methods.__all__)
 
 
 @EVERY
+@pytest.mark.works("optax", "every method under jit, vmap, MultiSteps, masked, partition, donation")
 def test_equals_the_functional_method_under_jit(name):
     """Five steps with a schedule; compiled once, in step one."""
     schedule = optax.linear_schedule(1e-2, 1e-3, 5)

@@ -82,6 +82,7 @@ def graphs():
 
 
 @pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+@pytest.mark.works("torch.compile", "the step of every class in one graph, with a schedule")
 def test_one_graph_and_the_numbers_of_the_eager_step(make, one_graph):
     models, optimizers, step = twins(make)
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.95) for o in optimizers]
@@ -195,6 +196,7 @@ def test_convolutions(one_graph):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.refuses("torch.compile", "lowered precision of products")
 def test_lowered_precision_is_refused():
     models, _, step = twins(CLASSES["adamw"])
     loss_of(models[0], 1).backward()

@@ -1,0 +1,26 @@
+"""The README's table of clients is what the marks on the tests say."""
+
+import importlib.util
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def load():
+    script = ROOT / "docs" / "reference" / "clients.py"
+    spec = importlib.util.spec_from_file_location("clients", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_has_the_table_as_it_is_now():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert load().rewritten(readme) == readme
+
+
+def test_every_page_of_a_client_is_there():
+    clients = load()
+    assert clients.HOW_TO.keys() <= {client for client, _, _ in clients.marks()}
+    for page in clients.HOW_TO.values():
+        assert (ROOT / "docs" / "how-to" / f"{page}.md").is_file()
