@@ -18,9 +18,10 @@ import rlora.torch
 from rlora.core.axes import read_pairs
 from rlora.pairing import Layout
 from rlora.torch import ScaledAdamW, ScaledSGD, diagnostics_table, findings
+from rlora.torch.compiling import inherited
 from rlora.torch.diagnostics import MARKS, MEASURES
 from rlora.torch.matching import check_explicit
-from rlora.torch.pair_optimizer import PairOptimizer, _parent_step
+from rlora.torch.pair_optimizer import PairOptimizer
 from rlora.torch.watch import Watch, read
 
 make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
@@ -199,7 +200,7 @@ def test_off_costs_not_one_operation_and_keeps_nothing(make):
     def plans_alone():
         with torch.no_grad():
             for plan in optimizer._current_plans():
-                plan.run(optimizer, _parent_step(type(optimizer)))
+                plan.run(optimizer, inherited(type(optimizer), "step", PairOptimizer))
 
     alone, never = operations(plans_alone), operations(optimizer.step)
     assert never == alone
