@@ -152,7 +152,7 @@ class Layout:
             msg = f"{sizes}: {fits}"
             raise ShapeError(msg)
         a, b = _view(shape_a, axes_a, sizes, "rn"), _view(shape_b, axes_b, sizes, "mr")
-        if a.shape[:-2] != b.shape[:-2]:
+        if a.shape[:-2] != b.shape[:-2] or _front(self.a, shape_a) != _front(self.b, shape_b):
             msg = f"the stacks differ: {fits}"
             raise ShapeError(msg)
         return a, b
@@ -183,6 +183,12 @@ def _axes(pattern: str, shape: Shape) -> list[tuple[str, int]] | None:
             axes.append((letters, prod(shape[place : place + count])))
         place += count
     return axes
+
+
+def _front(pattern: str, shape: Shape) -> Shape:
+    """Lengths of the axes that a stack with a star takes at the front."""
+    first, *rest = pattern.split()
+    return shape[: len(shape) - len(rest)] if re.fullmatch(r"[^rnm1]\*", first) else ()
 
 
 def _solve(axes: Sequence[tuple[str, int]], known: Mapping[str, int]) -> dict[str, int] | str:

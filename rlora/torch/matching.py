@@ -66,8 +66,9 @@ def find_pairs(
     >>> len(rlora.torch.find_pairs(layer))
     1
     """
-    known = what_modules_know(params)
-    named = trainable(params, pairs, known) if isinstance(params, nn.Module) else list(params)
+    given = params if isinstance(params, nn.Module) else list(params)
+    known = what_modules_know(given)
+    named = trainable(given, pairs, known) if isinstance(given, nn.Module) else given
     return match(named, known, adapter, pairs)[1]
 
 
@@ -81,15 +82,18 @@ def split_source(pairs: Pairs) -> tuple[list[Any], Source | None]:
 
 
 def what_modules_know(params: Any) -> Known | None:
-    """Of a model's layers how factors lie where shapes do not tell, or why they are no pair."""
-    if not isinstance(params, nn.Module):
-        return None
+    """Of models' layers how factors lie where shapes do not tell, or why they are no pair."""
+    groups = () if isinstance(params, (nn.Module, Tensor)) else params
+    held = [params, *(group.get("params") for group in groups if isinstance(group, dict))]
+    models = [model for model in held if isinstance(model, nn.Module)]
     known: dict[str, Layout | str] = {}
-    for name, module in params.named_modules():
-        known |= _of_adapters(name, module)
-        if told := _of_module(module):
-            known[name] = told
-    return {**known, **_shared(params)}
+    for model in models:
+        for name, module in model.named_modules():
+            known |= _of_adapters(name, module)
+            if told := _of_module(module):
+                known[name] = told
+        known |= _shared(model)
+    return known if models else None
 
 
 def _of_module(module: Any) -> Layout | str | None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlora.core.checks import check_nonnegative
 from rlora.core.errors import NamespaceError
@@ -61,6 +61,7 @@ class PairOptimizer(Watched, LoadsState, ABC):
         self._adapter, self._own = adapter, tuple(own)
         self._by_hand, self._source = split_source(pairs)
         self._by_name = not self._by_hand
+        params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
         self._known = what_modules_know(params)
         super().__init__(as_groups(params, self._source, self._known), *args, **kwargs)
         self.defaults.update(own)

@@ -41,7 +41,7 @@ def as_groups(
         raise ValueError(msg)
     if not isinstance(items[0], dict):
         return [{"params": items}]
-    groups = [{**group, "params": as_list(group["params"])} for group in items]
+    groups = [{**group, "params": as_list(group["params"], pairs, known)} for group in items]
     if any(isinstance(p, tuple) for group in groups for p in group["params"]):
         for group in groups:  # torch takes groups with names or without; an empty one has none
             if not group["params"]:
@@ -49,10 +49,10 @@ def as_groups(
     return groups
 
 
-def as_list(params: Any) -> list[Any]:
+def as_list(params: Any, pairs: Source | None = None, known: Known | None = None) -> list[Any]:
     """A group's params as a list, of a model with names."""
     if isinstance(params, nn.Module):
-        return trainable(params)
+        return trainable(params, pairs, known)
     return [params] if isinstance(params, Tensor) else list(params)
 
 

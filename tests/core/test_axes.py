@@ -80,6 +80,7 @@ def test_any_order_and_any_grouping_of_axes(letters, joined):
         (Layout("(e r) n", "m (r e)"), (8, 5), (3, 8), "the size of e or r is not known"),
         (Layout("(e r) n", "m (r e)", sizes={"e": 3}), (8, 5), (3, 8), "an axis of 8 is not"),
         (Layout("e r n", "m r"), (4, 2, 5), (3, 2), "the stacks differ"),
+        (Layout("e* r n", "e* m r"), (2, 3, 2, 5), (3, 2, 4, 2), "the stacks differ"),
         (Layout(blocks=(3, 1)), (5, 5), (4, 2), "do not have 2 blocks"),
         (Layout(blocks=(3, 1)), (4, 5), (5, 2), "do not have 2 blocks"),
     ],

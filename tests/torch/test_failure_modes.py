@@ -484,6 +484,8 @@ def test_expert_stacks_need_the_model():
     assert [pair.shape_b for pair in optimizer.report] == [(10, 4), (2, 10, 2)]
     optimizer.add_param_group({"params": [("late.bias", nn.Parameter(torch.ones(3)))]})
     assert [pair.shape_b for pair in optimizer.report] == [(10, 4), (2, 10, 2)]
+    grouped = ScaledAdamW([{"params": model, "lr": 1e-2}])
+    assert [pair.shape_b for pair in grouped.report] == [(10, 4), (2, 10, 2)]
 
 
 def test_memory_is_not_leaked_by_a_copy():
