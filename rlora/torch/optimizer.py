@@ -27,7 +27,6 @@ class GramPreconditioned(PairOptimizer):
     """Whether both factors move at once, or B after A."""
 
     _extra = (*PairOptimizer._extra, "order")
-    steps_pieces = True
 
     def __init__(
         self,

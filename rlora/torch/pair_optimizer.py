@@ -90,9 +90,6 @@ class PairOptimizer(Watched, LoadsState, ABC):
     def _check_own(self, group: dict[str, Any]) -> None:
         """Refuse values of the subclass's own options that make no sense."""
 
-    steps_pieces = False
-    """Whether the factors may be sharded."""
-
     def _choices(self, group: dict[str, Any]) -> list[Any]:
         """The options of a group that a plan is made for."""
         return [group[name] for name in self._own]
@@ -111,7 +108,7 @@ class PairOptimizer(Watched, LoadsState, ABC):
             found, by_name = match(named, self._known, self._adapter, self._source)
             pairs = pairs + found
             report = replace(by_name, pairs=report.pairs + by_name.pairs)
-        check_layouts(pairs, self)
+        check_layouts(pairs)
         self._pairs, self.report = pairs, report
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -223,7 +220,7 @@ class PairOptimizer(Watched, LoadsState, ABC):
         return self._plans[1]
 
     def _new_plans(self, pairs: list[TensorPair]) -> list[Plan]:
-        check_layouts(pairs, self)
+        check_layouts(pairs)
         for pair in pairs:
             for p in pair.params:
                 check_grad(p)

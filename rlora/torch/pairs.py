@@ -24,6 +24,8 @@ class TensorPair(NamedTuple):
         AdaLoRA's diagonal: the product is ``B diag(e) A``.
     twins : tuple of (Tensor, ...)
         Of A and of B, parameters of the same memory: what they gather counts too.
+    owners : tuple of (Tensor, Tensor), optional
+        Whose the state is, where A and B are only copies.
     """
 
     A: Tensor
@@ -31,6 +33,7 @@ class TensorPair(NamedTuple):
     views: tuple[Views, ...]
     middle: Tensor | None = None
     twins: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] = ((), ())
+    owners: tuple[Tensor, Tensor] | None = None
 
     @property
     def moved(self) -> Iterator[Tensor]:
@@ -62,6 +65,11 @@ class TensorPair(NamedTuple):
                 )
                 raise PairingError(msg)
         return self._replace(twins=((*self.twins[0], A), (*self.twins[1], B)))
+
+    def whole(self) -> "TensorPair":
+        """The same of whole tensors, zero, whose state belongs to the parameters of this one."""
+        A, B = (torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in (self.A, self.B))
+        return TensorPair(A, B, self.views, owners=(self.A, self.B))
 
     def members(self) -> "Iterator[Member]":
         """The pair's products one by one."""
@@ -104,6 +112,11 @@ class Member(NamedTuple):
     def params(self) -> tuple[Tensor, Tensor]:
         """The parameters it lies in."""
         return self.pair.A, self.pair.B
+
+    @property
+    def owners(self) -> tuple[Tensor, Tensor]:
+        """The parameters whose state its is."""
+        return self.pair.owners or self.params
 
     @property
     def shapes(self) -> tuple[Shape, Shape]:

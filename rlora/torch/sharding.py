@@ -84,18 +84,10 @@ def _tensor_parallel() -> bool:
     return _processes() > 1
 
 
-def check_layouts(pairs: Iterable[TensorPair], optimizer: Any) -> None:
-    """ShardingError for pairs that have been cut beyond what an optimizer can step."""
+def check_layouts(pairs: Iterable[TensorPair]) -> None:
+    """ShardingError for pairs that have been cut beyond what can be stepped."""
     for pair in pairs:
         _check_layout(pair)
-        if is_distributed(pair.A) and not optimizer.steps_pieces:
-            name = type(optimizer).__name__
-            msg = (
-                f"{name} needs whole factors, but those of shapes {tuple(pair.A.shape)} and "
-                f"{tuple(pair.B.shape)} are DTensors; with FSDP2 use ScaledAdamW or ScaledSGD, or "
-                f"{name} with DDP"
-            )
-            raise ShardingError(msg)
 
 
 def check_swap(strangers: int, gone: int) -> None:

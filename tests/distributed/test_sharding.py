@@ -73,12 +73,21 @@ def test_bfloat16_equals_one_process(groups, layout, world):
 
 
 @pytest.mark.parametrize("layout", ["default", "columns", "hsdp"])
-def test_frozen_factors_and_missing_gradients(groups, layout):
-    assert_equal(groups(4).run(runs.trained_frozen, layout), runs.trained_frozen(None), atol=1e-12)
+@pytest.mark.parametrize("maker", ["adamw", "rite"])
+def test_frozen_factors_and_missing_gradients(groups, maker, layout):
+    found = groups(4).run(runs.trained_frozen, maker, layout)
+    assert_equal(found, runs.trained_frozen(maker, None), atol=1e-12)
+
+
+def test_a_gradient_missing_on_one_process_counts_as_zeros(groups):
+    """Method classes move what any process has a gradient of, in all its pieces."""
+    for pieces in groups(4).run(runs.step_with_none_on_one, "rite"):
+        for name, changed in pieces.items():
+            assert changed == (name.startswith("5.") or "lora_" in name), name
 
 
 def test_a_gradient_missing_on_one_process_does_not_hang_the_others(groups):
-    moved = groups(4).run(runs.step_with_none_on_one)
+    moved = groups(4).run(runs.step_with_none_on_one, "both")
     for rank, pieces in enumerate(moved):
         for name, changed in pieces.items():
             assert changed == (name.startswith("5.") or ("lora_" in name and rank > 0)), name
@@ -91,14 +100,27 @@ SHAPES = [(16, 20, 4), (32, 16, 4), (64, 10, 8)]
 def test_what_a_step_sends(groups, dtype):
     """The upper halves of two Grams a pair; in the default layout A, its gradient and its direction."""
     grams = sum(4 * r * (r + 1) for _, _, r in SHAPES)
-    for sent in groups(4).run(runs.traffic, "columns", dtype, SHAPES):
+    for sent in groups(4).run(runs.traffic, "adamw", "columns", dtype, SHAPES):
         assert sent == [("allreduce", grams)]
     rows = sum(r // 4 * n for n, _, r in SHAPES)
     width = torch.finfo(dtype).bits // 8
-    for sent in groups(4).run(runs.traffic, "default", dtype, SHAPES):
+    for sent in groups(4).run(runs.traffic, "adamw", "default", dtype, SHAPES):
         moved = [("alltoall_base", rows * size) for size in (width, width, 4)]
         assert sent == [moved[0], ("allreduce", grams), *moved[1:]]
-    assert groups(4).run(runs.traffic, "ddp", dtype, SHAPES) == [[]] * 4
+    assert groups(4).run(runs.traffic, "adamw", "ddp", dtype, SHAPES) == [[]] * 4
+
+
+@pytest.mark.parametrize("layout", ["columns", "default"])
+def test_what_a_step_of_a_method_class_sends(groups, layout):
+    """Its pieces of factors and gradients, and a number that says which have a gradient."""
+    pieces = sum(r * n // 4 + -(-m // 4) * r for n, m, r in SHAPES)  # padded to equal pieces
+    for sent in groups(4).run(runs.traffic, "rite", layout, torch.float32, SHAPES):
+        sizes = {name: [x for word, x in sent if word == name] for name, _ in sent}
+        assert not sizes.keys() - {
+            "allreduce", "all_gather_into_tensor", "wait_tensor", "wrap_tensor_autograd",
+        }  # fmt: skip
+        assert sizes["allreduce"] == [4 * 2 * len(SHAPES)]
+        assert sum(sizes["all_gather_into_tensor"]) == 4 * 2 * pieces
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -125,6 +147,14 @@ def test_other_methods_under_ddp(groups):
     assert_equal(found, runs.trained_by_methods(None), atol=1e-9)
 
 
+@pytest.mark.parametrize("layout", ["default", "columns", "hsdp"])
+@pytest.mark.works("FSDP2", "the other methods, whose factors are gathered")
+def test_other_methods_under_fsdp2(groups, layout):
+    """The gradients are averaged in another order; what that does, some methods divide by little."""
+    found = groups(4).run(runs.trained_by_methods, layout)
+    assert_equal(found, runs.trained_by_methods(None), atol=1e-9)
+
+
 @pytest.mark.parametrize(("layout", "flat"), [("default", False), ("columns", True)])
 @pytest.mark.parametrize(
     ("maker", "dtype"),
@@ -132,6 +162,7 @@ def test_other_methods_under_ddp(groups):
         ("adamw", torch.float64),
         ("groups", torch.float64),
         ("sgd", torch.float64),
+        ("rite", torch.float64),
         ("fused", torch.bfloat16),
     ],
 )
@@ -147,7 +178,7 @@ def test_resume_on_other_numbers_of_processes(groups, tmp_path, maker, layout, f
 
 
 @pytest.mark.parametrize("loads_on_one", [False, True])
-@pytest.mark.parametrize(("maker", "world"), [("adamw", 2), ("both", 4)])
+@pytest.mark.parametrize(("maker", "world"), [("adamw", 2), ("both", 4), ("rite", 2)])
 @pytest.mark.works("accelerate", "its FSDP2 plugin")
 def test_accelerate_runs_the_same_job(groups, tmp_path, maker, world, loads_on_one):
     """It swaps the parameters of an optimizer that is there already, and resumes in the middle."""

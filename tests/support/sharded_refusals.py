@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import rlora.torch
 from rlora import ShardingError
 from rlora.pairing import Layout
-from rlora.torch import LoRARite, ScaledAdamW
+from rlora.torch import ScaledAdamW
 
 
 def refusal(f, *args):
@@ -89,17 +89,9 @@ def layouts():
     return said
 
 
-def methods():
-    """A method's class before and after sharding; and starting values of sharded factors."""
-    model = make_model()
-    early = LoRARite(model)
-    sharded = shard(model, "default")
-    early.param_groups[0]["params"] = [
-        p for name, p in sharded.named_parameters() if "base" not in name
-    ]
-    backward(sharded, 0)
-    calls = [(LoRARite, sharded), (early.step,), (rlora.torch.initialize, sharded, None, "pissa")]
-    return [refusal(*call) for call in calls]
+def initialize():
+    """Starting values of sharded factors."""
+    return refusal(rlora.torch.initialize, shard(make_model(), "default"), None, "pissa")
 
 
 def whole_state():

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlora.torch
-from rlora.torch import ScaledAdamW, ScaledSGD
+from rlora.torch import LoRARite, ScaledAdamW, ScaledSGD
 
 STEPS = 20
 MAKERS = {
@@ -24,6 +24,7 @@ MAKERS = {
     "gauss-seidel": lambda m: ScaledAdamW(m, lr=1e-2, order="gauss_seidel", amsgrad=True),
     "sgd": lambda m: ScaledSGD(m, lr=1e-2, momentum=0.9, nesterov=True, damping=1e-2),
     "nadam": lambda m: rlora.torch.precondition(torch.optim.NAdam)(m, lr=1e-2),
+    "rite": lambda m: LoRARite(m, lr=1e-2),
     "groups": lambda m: ScaledAdamW(
         [
             {"params": list(m[0].named_parameters(prefix="0")), "damping": 1e-3},
@@ -173,12 +174,12 @@ def trained(maker, layout, dtype=torch.float64):
 # --- gradients that are missing ------------------------------------------------------------------
 
 
-def trained_frozen(layout):
+def trained_frozen(maker, layout):
     """The first layer's A is frozen from the start, and in odd steps the second B has no gradient."""
     model = make_model(torch.float64)
     model[0].lora_A["default"].weight.requires_grad_(False)
     model = shard(model, layout)
-    optimizer = MAKERS["adamw"](model)
+    optimizer = MAKERS[maker](model)
     for t in range(STEPS):
         optimizer.zero_grad()
         backward(model, t)
@@ -188,10 +189,10 @@ def trained_frozen(layout):
     return values(model)
 
 
-def step_with_none_on_one():
+def step_with_none_on_one(maker):
     """Process 0 alone has lost the gradients of its factors."""
     model = shard(make_model(torch.float64), "default")
-    optimizer = MAKERS["both"](model)
+    optimizer = MAKERS[maker](model)
     train(model, optimizer, stop=2)
     before = {name: p.detach().to_local().clone() for name, p in model.named_parameters()}
     backward(model, 2)
@@ -223,12 +224,12 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def traffic(layout, dtype, shapes):
+def traffic(maker, layout, dtype, shapes):
     """What one step sends after the first; `shapes` are (n, m, r)."""
     torch.manual_seed(0)
     model = nn.Sequential(*(LoRALinear(n, m, r, dtype) for n, m, r in shapes))
     model = shard(model, layout)
-    optimizer = MAKERS["adamw"](model)
+    optimizer = MAKERS[maker](model)
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.ones_like(p)

@@ -394,26 +394,6 @@ def test_sparse_complex_and_flat_are_refused_before_anything_moves():
         ScaledAdamW([*flat, ("x.lora_B.default.weight", nn.Parameter(torch.randn(8)))])
 
 
-@pytest.mark.filterwarnings("ignore:DTensor random operators")  # torch 2.6 says so
-def test_methods_refuse_distributed_tensors(tmp_path):
-    """Row 23: never a silent fall-back to plain AdamW."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        named = [
-            (name, nn.Parameter(distribute_tensor(torch.randn(*shape), mesh, [Shard(0)])))
-            for name, shape in (("x.lora_A.weight", (2, 5)), ("x.lora_B.weight", (4, 2)))
-        ]
-        with pytest.raises(rlora.ShardingError, match=r"LoRARite needs whole factors.*ScaledAdamW"):
-            rlora.torch.LoRARite(named)
-    finally:
-        dist.destroy_process_group()
-
-
 def test_replicas_stay_bit_equal():
     """Row 24: the same steps in two processes' worth of objects give the same bits."""
     runs = []

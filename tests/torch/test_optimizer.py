@@ -15,7 +15,7 @@ import rlora
 import rlora.torch
 from rlora import Factors
 from rlora.methods.scaled import PEFT
-from rlora.torch import ScaledAdamW, ScaledSGD, method_optimizer, precondition
+from rlora.torch import ScaledAdamW, ScaledSGD, method_batch, precondition
 
 make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
 
@@ -83,7 +83,7 @@ def test_scaled_sgd_equals_the_functional_method(flags):
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_layers_in_portions_equal_the_functional_method(name, monkeypatch):
     """Each pair a portion of its own, all in the same memory; the oracle has no such memory."""
-    monkeypatch.setattr(method_optimizer, "PORTION", 1)
+    monkeypatch.setattr(method_batch, "PORTION", 1)
     model = make_model(dtype=torch.float64, bias=False)
     optimizer = METHODS[name](model, lr=1e-2)
     options = optimizer._chosen(optimizer.param_groups[0])

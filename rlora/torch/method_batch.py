@@ -1,0 +1,180 @@
+"""The step of a method over the pairs of one group: its pure function on stacks of equal layers."""
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlora.core.backend import Workspace
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import Factors
+from rlora.core.state import flatten_state, unflatten_state
+from rlora.core.transform import State, step
+from rlora.torch.compiling import keep
+from rlora.torch.pairs import Member, TensorPair
+from rlora.torch.rounding import store
+
+PORTION = 1 << 22
+"""Numbers in the factors that are stepped at once on a CPU."""
+
+
+class MethodBatch:
+    """The pairs of one group on one device, layers of equal shapes on one stack.
+
+    So the number of operations in a step depends on the number of shapes, not of layers. The state
+    lives in stacks too, and the optimizer's state of a parameter is a view of its layer.
+    """
+
+    def __init__(
+        self, optimizer: Any, group: int, members: list[Member], memory: Workspace
+    ) -> None:
+        self._optimizer, self._group, self._memory = optimizer, group, memory
+        alike: dict[Any, list[Member]] = {}
+        for member in members:
+            still = [member.gradient(side) is None for side in (0, 1)]
+            alike.setdefault((*member.shapes, member.params[0].dtype, *still), []).append(member)
+        self._buckets = list(alike.values())
+        options = optimizer.param_groups[group]
+        self._chosen = optimizer._chosen(options)
+        self._transform = optimizer._transform(options)
+        start = self._transform.init(stacks_of(self._buckets), options["scaling"])
+        # Each array its own memory: it is written to after a step.
+        memory = {name: x.clone() for name, x in flatten_state(start).items()}
+        self._state = unflatten_state(memory, start)
+        self._places = places_in(flatten_state(self._state))
+        self._registered = False
+        self._recall()
+
+    def _recall(self) -> None:
+        """Take over what the optimizer knows of these parameters."""
+        for name, x in flatten_state(self._state).items():
+            bucket, side, key = self._places[name]
+            for layer, member in zip(x.unbind(0), self._buckets[bucket], strict=True):
+                held = self._optimizer.state.get(member.owners[side], {})
+                if (known := held.get(key + member.suffix)) is not None:
+                    layer.copy_(known)
+
+    def prepare(self) -> tuple[dict[str, Factors], State]:
+        """The pairs and their state after the step; nothing has moved yet."""
+        group = self._optimizer.param_groups[self._group]
+        if (chosen := self._optimizer._chosen(group)) != self._chosen:  # by a scheduler, say
+            self._chosen, self._transform = chosen, self._optimizer._transform(group)
+        params, grads = {}, {}
+        for i, bucket in enumerate(self._buckets):
+            readers = (Member.read, Member.gradient)
+            values = [[read(m, side) for m in bucket] for read in readers for side in (0, 1)]
+            wide = group["stochastic_rounding"]
+            A, B, G_A, G_B = (self._stack(x, (i, k), wide) for k, x in enumerate(values))
+            params[f"{i}"], grads[f"{i}"] = Factors(A, B), Factors(G_A, G_B)
+        if group["maximize"]:
+            torch._foreach_neg_([g for pair in grads.values() for g in pair if g is not None])
+        like = self._buckets[0][0].params[0]
+        backend = get_backend(like)
+        with backend.exact(like), backend.reusing(self._memory):
+            moved: tuple[dict[str, Factors], State] = step(
+                self._transform, params, grads, self._state, group["lr"]
+            )
+        return moved
+
+    def _stack(self, tensors: list[Any], slot: Any, wide: bool) -> Tensor | None:
+        """Matrices on a stack of this step; on a CPU in memory of the last one."""
+        if tensors[0] is None:
+            return None
+        dtype = torch.float32 if wide and tensors[0].itemsize == 2 else tensors[0].dtype
+        if tensors[0].device.type != "cpu":
+            return torch.stack(tensors).to(dtype)
+        shape = torch.Size((len(tensors), *tensors[0].shape))
+        held = self._memory.get(slot)
+        if held is None or held.numel() < shape.numel() or held.dtype != dtype:
+            held = self._memory[slot] = torch.empty(shape.numel(), dtype=dtype)
+        return torch.stack(tensors, out=held[: shape.numel()].view(shape))
+
+    def finish(self, moved: tuple[dict[str, Factors], State]) -> None:
+        """Write both where they belong."""
+        params, state = moved
+        old, new = [], []
+        for bucket, stacks in zip(self._buckets, params.values(), strict=True):
+            for side in (0, 1):
+                if bucket[0].gradient(side) is not None:
+                    old += [member.part(side) for member in bucket]
+                    layers = zip(bucket, stacks[side].unbind(0), strict=True)
+                    new += [member.views[side].write(layer) for member, layer in layers]
+        store(old, new, self._optimizer.param_groups[self._group])
+        mine, theirs = flatten_state(self._state), flatten_state(state)
+        changed = [name for name, x in mine.items() if x is not theirs[name]]
+        if changed:
+            torch._foreach_copy_([mine[n] for n in changed], [theirs[n] for n in changed])
+        if not self._registered:
+            self._register(mine)
+
+    def _register(self, flat: Mapping[str, Tensor]) -> None:
+        for name, x in flat.items():
+            bucket, side, key = self._places[name]
+            for layer, member in zip(x.unbind(0), self._buckets[bucket], strict=True):
+                keep(self._optimizer.state[member.owners[side]], key + member.suffix, layer)
+        self._registered = True
+
+
+class Portions:
+    """Batches that are stepped and written back one after the other, in the same memory.
+
+    On a CPU a few layers at a time, equal shapes together, in memory that all portions share. On an
+    accelerator all at once, so that the number of launches does not depend on the layers.
+    """
+
+    def __init__(self, optimizer: Any, group: int, members: list[Member]) -> None:
+        memory: Workspace = {}
+        parts: list[list[Member]] = []
+        room = 0
+        cpu = members[0].params[0].device.type == "cpu"
+        for member in sorted(members, key=lambda member: member.shapes):
+            size = sum(map(prod, member.shapes))
+            if not parts or (cpu and size > room):
+                parts.append([])
+                room = PORTION
+            parts[-1].append(member)
+            room -= size
+        self._batches = [MethodBatch(optimizer, group, part, memory) for part in parts]
+
+    def prepare(self) -> None:
+        """Nothing: what could be refused has been when the batches were made."""
+
+    def finish(self, _: None) -> None:
+        """Step every batch."""
+        for batch in self._batches:
+            batch.finish(batch.prepare())
+
+
+def portions(optimizer: Any, group: int, pairs: Iterable[TensorPair]) -> list[Portions]:
+    """For each device the portions of the pairs of a group that have a gradient."""
+    members: dict[torch.device, list[Member]] = {}
+    for pair in pairs:
+        if pair.gradient(0) is not None or pair.gradient(1) is not None:
+            members.setdefault(pair.A.device, []).extend(pair.members())
+    return [Portions(optimizer, group, some) for some in members.values()]
+
+
+def stacks_of(buckets: list[list[Member]]) -> dict[str, Factors]:
+    return {
+        f"{i}": Factors(*(torch.stack([m.read(side) for m in bucket]) for side in (0, 1)))
+        for i, bucket in enumerate(buckets)
+    }
+
+
+def places_in(flat: Mapping[str, Tensor]) -> dict[str, tuple[int, int, str]]:
+    """Of each array of a state over `stacks_of` the bucket, the side (0 or 1), and its name.
+
+    What a pair has once is kept with its A. A name is the field's own; where two links of a chain
+    have a field of one name, the place of the link comes first.
+    """
+    places = {}
+    for name in flat:
+        *path, bucket, letter = (name if name[-2:] in (".A", ".B") else f"{name}.A").split(".")
+        places[name] = (int(bucket), "AB".index(letter), ".".join(path))
+    keys = {key for _, _, key in places.values()}
+    short = {key: key.rpartition(".")[2] for key in keys}
+    if len(set(short.values())) < len(keys):
+        return places
+    return {name: (bucket, side, short[key]) for name, (bucket, side, key) in places.items()}
