@@ -1,4 +1,4 @@
-"""Names propose, shapes decide; layouts come from the real libraries where they install."""
+"""Names propose, shapes decide; tests/layouts/ has the real libraries."""
 
 import os
 import subprocess
@@ -261,83 +261,3 @@ def test_convolutions():
 def test_two_tensors_of_one_name():
     with pytest.raises(PairingError, match="two tensors have the name 'x'"):
         find_pairs([("x", np.zeros(2)), ("x", np.zeros(2))])
-
-
-# --- the real libraries ---------------------------------------------------------------------------
-
-
-def test_real_peft_model():
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from torch import nn
-
-    import rlora.torch
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = nn.Embedding(11, 6)
-            self.conv = nn.Conv1d(6, 8, 3, padding=1)
-            self.image = nn.Conv2d(1, 4, 3, padding=1)
-            self.q = nn.Linear(8, 10)
-            self.head = nn.Linear(10, 2)
-
-        def forward(self, x):
-            h = self.conv(self.embed(x).mT).mT
-            h = h + self.image(h[:, None]).mean(1)
-            return self.head(self.q(h))
-
-    config = LoraConfig(
-        r=3, target_modules=["embed", "conv", "image", "q"], modules_to_save=["head"],
-        use_dora=False, init_lora_weights=False,
-    )  # fmt: skip
-    model = get_peft_model(Net(), config)
-    report = rlora.torch.find_pairs(model)
-    assert sorted((p.shape_b[0], p.shape_a[1]) for p in report) == [
-        (4, 9),
-        (6, 11),
-        (8, 18),
-        (10, 8),
-    ]
-    assert len(report.plain) == 2
-    optimizer = rlora.torch.ScaledAdamW(model, lr=1e-2)
-    x = torch.arange(10).reshape(2, 5)
-    losses = []
-    for _ in range(10):
-        optimizer.zero_grad()
-        loss = model(x).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
-
-
-def test_real_peft_dora_and_several_adapters():
-    from peft import LoraConfig, get_peft_model
-    from torch import nn
-
-    import rlora.torch
-
-    base = nn.Sequential(nn.Linear(6, 10))
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], use_dora=True))
-    model.add_adapter("other", LoraConfig(r=3, target_modules=["0"]))
-    report = rlora.torch.find_pairs(model)
-    assert [(p.rank, p.name.split()[-1]) for p in report] == [(2, "(default)")]  # other is inactive
-    assert any("magnitude" in name for name in report.plain)
-
-
-def test_real_loralib():
-    import loralib
-    from torch import nn
-
-    import rlora.torch
-
-    model = nn.Sequential(loralib.Linear(6, 10, r=2), loralib.Embedding(9, 6, r=2))
-    merged = loralib.MergedLinear(6, 12, r=2, enable_lora=[True, False, True])
-    report = rlora.torch.find_pairs(nn.ModuleDict({"plain": model, "merged": merged}))
-    assert sorted((p.shape_b, p.shape_a) for p in report) == [
-        ((2, 4, 2), (2, 2, 6)),
-        ((6, 2), (2, 9)),
-        ((10, 2), (2, 6)),
-    ]
-    assert rlora.torch.ScaledAdamW(model).report.pairs

@@ -178,20 +178,6 @@ def test_blocks_of_one_parameter():
         assert_trees_close(cut(updates), expected, 1e-6)  # float32, sums in another order
 
 
-def test_missing_parameters_get_optax_own_message():
-    optimizer = rlora.optax.lora_rite(1e-2)
-    tree = make_tree()
-    with pytest.raises(ValueError, match="update\\(grads, state, params\\)"):
-        optimizer.update(tree, optimizer.init(tree))
-
-
-def test_bad_options_are_refused_when_made():
-    with pytest.raises(ValueError, match="b1"):
-        rlora.optax.lora_rite(1e-2, b1=2.0)
-    with pytest.raises(TypeError, match="nonsense"):
-        rlora.optax.lora_rite(1e-2, nonsense=2.0)
-
-
 def test_state_is_a_fixed_point_of_update():
     """Shapes, dtypes and structure, in bfloat16 too: a scan over steps compiles."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_tree())
