@@ -100,7 +100,7 @@ class MethodBatch:
                 if bucket[0].gradient(side) is not None:
                     old += [member.part(side) for member in bucket]
                     layers = zip(bucket, stacks[side].unbind(0), strict=True)
-                    new += [member.views[side].write(layer) for member, layer in layers]
+                    new += [member.write(side, layer) for member, layer in layers]
         store(old, new, self._optimizer.param_groups[self._group])
         mine, theirs = flatten_state(self._state), flatten_state(state)
         changed = [name for name, x in mine.items() if x is not theirs[name]]

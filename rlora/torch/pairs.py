@@ -36,16 +36,14 @@ class TensorPair(NamedTuple):
     owners: tuple[Tensor, Tensor] | None = None
 
     @property
-    def moved(self) -> Iterator[Tensor]:
+    def moved(self) -> tuple[Tensor, ...]:
         """Every parameter that moves with the pair."""
-        yield from (self.A, self.B, *self.twins[0], *self.twins[1])
+        return (self.A, self.B, *self.twins[0], *self.twins[1])
 
     @property
-    def params(self) -> Iterator[Tensor]:
+    def params(self) -> tuple[Tensor, ...]:
         """Every parameter that the step reads."""
-        yield from self.moved
-        if self.middle is not None:
-            yield self.middle
+        return self.moved if self.middle is None else (*self.moved, self.middle)
 
     def gradient(self, side: int) -> Tensor | None:
         """Of A (0) or of B (1), with what its twins have gathered."""
@@ -75,7 +73,8 @@ class TensorPair(NamedTuple):
         """The pair's products one by one."""
         several = len(self.views) > 1
         for i, views in enumerate(self.views):
-            yield Member(self, views, f".{i}" if several else "")
+            plain = (views[0].is_plain, views[1].is_plain)
+            yield Member(self, views, f".{i}" if several else "", plain)
 
     def factors(self) -> list[Factors]:
         """The factors, whose Grams are the partners' metrics; a diagonal counts with both."""
@@ -107,6 +106,8 @@ class Member(NamedTuple):
     views: Views
     suffix: str
     """What tells it from others of its pair in the names of its state."""
+    plain: tuple[bool, bool]
+    """Whether the parameters are the factors themselves."""
 
     @property
     def params(self) -> tuple[Tensor, Tensor]:
@@ -125,7 +126,12 @@ class Member(NamedTuple):
 
     def read(self, side: int) -> Tensor:
         """One of its factors."""
-        return cast("Tensor", self.views[side].read(self.params[side].detach()))
+        p = self.params[side].detach()
+        return p if self.plain[side] else cast("Tensor", self.views[side].read(p))
+
+    def write(self, side: int, factor: Tensor) -> Tensor:
+        """What `part` of the parameter is when `read` gives this factor."""
+        return factor if self.plain[side] else cast("Tensor", self.views[side].write(factor))
 
     def part(self, side: int) -> Tensor:
         """The rows of the parameter in which the factor lies."""
@@ -134,7 +140,9 @@ class Member(NamedTuple):
     def gradient(self, side: int) -> Tensor | None:
         """The gradient of one of its factors."""
         grad = self.pair.gradient(side)
-        return None if grad is None else self.views[side].read(grad.detach())
+        if grad is None or self.plain[side]:
+            return grad
+        return cast("Tensor", self.views[side].read(grad.detach()))
 
 
 def signature(
@@ -143,9 +151,10 @@ def signature(
     """What a plan depends on: it is made anew when this changes."""
     seen = []
     for p in (p for pair in pairs for p in pair.params):
-        layout = 0 if p.grad is None else p.grad.layout
+        grad = p.grad
+        layout = 0 if grad is None else grad.layout
         memory = p.data_ptr() or local(p).data_ptr()  # a DTensor says 0
-        seen.append((memory, p.dtype, type(p.grad), layout))
+        seen.append((memory, p.dtype, type(grad), layout))
     return seen, choices, [(id(group), len(group["params"])) for group in groups]
 
 
