@@ -10,7 +10,7 @@ from rlora import RLoraError
 
 from .lazy import Lazy
 
-COMMANDS: Final = {"bench": ".bench", "info": ".info"}
+COMMANDS: Final = {"bench": ".bench", "info": ".info", "study": ".study"}
 """Command -> the module that has it under the same name."""
 
 USAGE, INTERRUPTED = 2, 130
