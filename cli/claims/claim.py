@@ -96,6 +96,8 @@ class Panel(NamedTuple):
         Which axes are logarithmic.
     rows : tuple of str
         Names of y = 0, 1, 2, ..., from the top down; the curves are then dots in these rows.
+    threshold : float, optional
+        Where a line is drawn across: on the y axis, or on the x axis of a panel with rows.
     """
 
     title: str
@@ -105,6 +107,7 @@ class Panel(NamedTuple):
     log_x: bool = False
     log_y: bool = True
     rows: tuple[str, ...] = ()
+    threshold: float | None = None
 
 
 class Outcome(NamedTuple):

@@ -47,12 +47,13 @@ def panel(figures: Figures) -> Panel:
     columns = [[min(max(x, low), high) for x in column] for column in zip(*figures, strict=True)]
     places = range(len(ROWS))
     return Panel(
-        "Left of 1e-10 lies rounding",
+        "Left of the line lies rounding",
         "largest relative difference of the product",
         "",
         tuple(Curve(gauge, x, places) for gauge, x in zip(GAUGES, columns, strict=True)),
         log_x=True,
         rows=tuple(row.label for row in ROWS),
+        threshold=ROUNDING,
     )
 
 
