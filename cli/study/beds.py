@@ -16,7 +16,10 @@ def module_of(model: str) -> Any:
 
 
 def check_dataset(model: str, dataset: str) -> None:
-    """ValueError unless the model has it."""
+    """ValueError unless there is such a model, and it has the dataset."""
+    if model not in MODELS:
+        msg = f"there is no model {model!r}; there are {', '.join(MODELS)}"
+        raise ValueError(msg)
     known = module_of(model).DATASETS
     if dataset not in known:
         msg = f"{model} has no dataset {dataset!r}; it has {', '.join(known)}"

@@ -1,41 +1,19 @@
 """``rlora study``: optimizers for LoRA on a real model, each at its own best learning rate."""
 
-import os
 from pathlib import Path
-from typing import Final, NamedTuple
 
 import click
 
-from rlora.cli.table import console
-
-from .beds import MODELS, check_dataset
-from .methods import CONTENDERS
-from .plan import Entry, Record, Records, final, rounds
-from .train import Job
-from .work import Place, do
-
-
-class Size(NamedTuple):
-    """How long a run is, and how many seeds choose a learning rate and are reported."""
-
-    steps: int
-    sweep_seeds: int
-    seeds: int
-
-
-SIZES: Final = {"digits": Size(200, 4, 20), "smollm2": Size(160, 1, 3)}
-QUICK: Final = Size(8, 1, 1)
-QUICK_CONTENDERS: Final = ("adamw", "scaled-both-fast")
-
 
 @click.command()
-@click.option("--model", type=click.Choice(sorted(MODELS)), default="smollm2", show_default=True)
+@click.option("--model", default="smollm2", show_default=True, help="digits, smollm2, ...")
 @click.option("--dataset", default="chain_sum", show_default=True, help="One that the model has.")
 @click.option("--rank", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--contender", "names", multiple=True, type=click.Choice(list(CONTENDERS)))
+@click.option("--contender", "names", multiple=True, help="Only this one; may be repeated.")
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--output", type=Path, default=Path("build/study"), show_default=True)
 @click.option("--quick", is_flag=True, help="Two contenders, few steps: to see that it runs.")
+@click.option("--tables", is_flag=True, help="Train nothing: tables and plots of all records.")
 def study(
     model: str,
     dataset: str,
@@ -44,6 +22,7 @@ def study(
     processes: int,
     output: Path,
     quick: bool,
+    tables: bool,
 ) -> None:
     """Fine-tune a model with every contender, and write down what came out.
 
@@ -51,33 +30,9 @@ def study(
     the best by validation loss is then run on other seeds, and only those read the test part.
     Every run is written down when it is done: started again, the study goes on where it was.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    check_dataset(model, dataset)
-    names = names or (QUICK_CONTENDERS if quick else tuple(CONTENDERS))
-    size = QUICK if quick else SIZES[model]
-    entries = [
-        entry_of(Job(model, dataset, rank, name, 0.0, 0, size.steps, False), size) for name in names
-    ]
-    records = Records(output / f"{model}-{dataset}.jsonl")
-    place = Place(model, dataset, output / "kept", quick)
-    for jobs in rounds(records, entries):
-        console().print(f"{len(jobs)} runs to do")
-        for row in do(place, jobs, processes):
-            records.add(row)
-            console().print(line(row))
+    from .conduct import conduct  # torch, and more: not for `rlora --help`
+    from .tables import write_tables
 
-
-def entry_of(like: Job, size: Size) -> Entry:
-    """The sweep's seeds come first, those of the report after them."""
-    seeds = tuple(range(size.sweep_seeds + size.seeds))
-    rates = CONTENDERS[like.contender].rates
-    return Entry(like, rates, seeds[: size.sweep_seeds], seeds[size.sweep_seeds :])
-
-
-def line(row: Record) -> str:
-    """What is said of a run when it is done."""
-    tested = "".join(f", test {name} {x:.4g}" for name, x in row.get("test", {}).items())
-    return (
-        f"{row['contender']:26} rank {row['rank']:<3} lr {row['lr']:<9.3g} seed {row['seed']:<2} "
-        f"validation loss {final(row):.4f}{tested}"
-    )
+    if not tables:
+        conduct(model, dataset, rank, names, processes, output, quick)
+    write_tables(output)

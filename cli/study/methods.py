@@ -1,6 +1,6 @@
 """Who takes part in the study, and at which learning rates each is tried."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -97,3 +97,10 @@ CONTENDERS: Final[dict[str, Contender]] = {
     ),
 }
 """“fast” are the betas of `FAST`, otherwise they are (0.9, 0.999)."""
+
+
+def check_contenders(names: Iterable[str]) -> None:
+    """ValueError unless all take part."""
+    if unknown := sorted(set(names) - CONTENDERS.keys()):
+        msg = f"there is no contender {unknown[0]!r}; there are {', '.join(CONTENDERS)}"
+        raise ValueError(msg)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any, Final, NamedTuple
@@ -111,9 +111,3 @@ def rounds(records: Records, entries: Iterable[Entry]) -> Iterator[list[Job]]:
 def missing(records: Records, jobs: Iterable[Job]) -> list[Job]:
     """The jobs that are not done yet."""
     return [job for job in jobs if job not in records.rows]
-
-
-def reported(records: Records, entry: Entry) -> list[Record]:
-    """The finished confirmations of a contender."""
-    rows: Mapping[Job, Record] = records.rows
-    return [rows[job] for job in confirmations(records, entry) if job in rows]
