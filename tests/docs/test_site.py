@@ -11,7 +11,16 @@ from urllib.parse import urlsplit
 
 import pytest
 
-for package in ("sphinx", "furo", "myst_parser", "numpydoc", "sphinx_click", "torch", "jax", "optax"):
+for package in (
+    "sphinx",
+    "furo",
+    "myst_parser",
+    "numpydoc",
+    "sphinx_click",
+    "torch",
+    "jax",
+    "optax",
+):
     pytest.importorskip(package, reason=f"the site needs {package}")
 
 pytestmark = pytest.mark.timeout(900)  # the build is 20 s of one core, which others may want too
