@@ -67,6 +67,14 @@ CASES = {
         {},
         SIGN,
     ),
+    "graft": (rlora.graft_adamw, dense.Graft, {}, {}, ADAM),
+    "graft decay": (
+        rlora.graft_adamw,
+        dense.Graft,
+        {"b1": 0.5, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.1},
+        {},
+        ADAM,
+    ),
     "rac": (rlora.rac_lora, dense.Rac, {}, UNDAMPED, 0.5),
     "rac frozen B": (
         rlora.rac_lora,
