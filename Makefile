@@ -5,7 +5,7 @@ SPHINX = $(PYTHON) -m sphinx --fail-on-warning --keep-going
 .PHONY: docs linkcheck figures
 
 docs:
-	$(SPHINX) -b html docs build/site
+	$(SPHINX) -b html docs build/docs
 
 linkcheck:  # needs a network
 	$(SPHINX) -b linkcheck docs build/links

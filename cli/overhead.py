@@ -35,7 +35,7 @@ FLOPS: Final[Mapping[str, Count]] = {
     "graft_adamw": lambda m, n, r: 10 * (m + n) * r**2,
     "lora_fa": lambda m, n, r: 2 * m * r**2,
     "lora_plus": lambda m, n, r: 0,
-    "rac_lora": lambda m, n, r: (4 * m + 2 * n) * r**2,
+    "rac_lora": lambda m, n, r: 2 * (m + n) * r**2,
     "lora_sb": lambda m, n, r: 4 * n * r**2,
 }
 """For each pair. A method that is not here has no prediction, and is timed all the same."""

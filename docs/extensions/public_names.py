@@ -78,7 +78,8 @@ class PublicNames(SphinxDirective):
         """Write the page as one would by hand, and have it parsed."""
         (module,) = self.arguments
         names = public_names(import_module(module))
-        lines = [f".. automodule:: {module}", "", ".. autosummary::", ""]
+        table = [".. autosummary::", "   :nosignatures:", ""]
+        lines = [f".. automodule:: {module}", "", *table]
         lines += [f"   {name}" for name in names]
         lines += ["", *(line for name in names for line in entry(module, name))]
         return self.parse_text_to_nodes("\n".join(lines))
