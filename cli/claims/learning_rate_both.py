@@ -13,7 +13,7 @@ from .claim import Claim
 from .learning_rates import adamw_contest, compare
 
 CONTESTS: Final = tuple(
-    adamw_contest("scaled AdamW, both", partial(rlora.scaled_adamw, placement="both"), betas)
+    adamw_contest("scaled AdamW, both", rlora.scaled_adamw, betas)
     for betas in ((0.9, 0.999), (0.7, 0.8))
 )
 

@@ -15,7 +15,11 @@ Make = Callable[[nn.Module, float], torch.optim.Optimizer]
 FAST: Final = (0.7, 0.8)
 """The betas with which the paper trains scaled AdamW on GPT-2."""
 
+SLOW: Final = (0.9, 0.999)
+"""The usual ones."""
+
 COVARIANT: Final = {"damping": 1e-4, "damping_mode": "covariant"}
+RELATIVE: Final = {"damping": 1e-6, "damping_mode": "relative"}
 
 
 class Contender(NamedTuple):
@@ -29,7 +33,7 @@ class Contender(NamedTuple):
     """How the adapters begin: a method of `rlora.torch.initialize`, or "gaussian", as PEFT does."""
 
 
-def adamw(betas: tuple[float, float] = (0.9, 0.999)) -> Make:
+def adamw(betas: tuple[float, float] = SLOW) -> Make:
     """AdamW of torch on the adapters."""
 
     def make(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -75,16 +79,20 @@ CONTENDERS: Final[dict[str, Contender]] = {
     "adamw": Contender(adamw(), rates(2e-3)),
     "adamw-fast": Contender(adamw(FAST), rates(1e-3, 8)),
     "lora-plus-fast": Contender(of("LoRAPlus", ratio=16.0, betas=FAST), rates(1e-3)),
-    "scaled-before": Contender(scaled(), rates(4e-3)),
-    "scaled-before-fast": Contender(scaled(betas=FAST), rates(4e-3)),
+    "scaled-before": Contender(scaled(placement="before", betas=SLOW, **RELATIVE), rates(4e-3)),
+    "scaled-before-fast": Contender(
+        scaled(placement="before", betas=FAST, **RELATIVE), rates(4e-3)
+    ),
     "scaled-after-fast": Contender(
         scaled(placement="after", betas=FAST, **COVARIANT), rates(3.125e-5)
     ),
-    "scaled-both": Contender(scaled(placement="both", **COVARIANT), rates(2e-3)),
+    "scaled-both": Contender(scaled(placement="both", betas=SLOW, **COVARIANT), rates(2e-3)),
     "scaled-both-fast": Contender(
         scaled(placement="both", betas=FAST, **COVARIANT), rates(1e-3, 8)
     ),
-    "scaled-both-fast-relative": Contender(scaled(placement="both", betas=FAST), rates(2e-3)),
+    "scaled-both-fast-relative": Contender(
+        scaled(placement="both", betas=FAST, **RELATIVE), rates(2e-3)
+    ),
     "grafted-both-fast": Contender(
         grafted(b1=FAST[0], b2=FAST[1], placement="both", **COVARIANT), rates(1e-3, 7)
     ),
@@ -96,7 +104,7 @@ CONTENDERS: Final[dict[str, Contender]] = {
         scaled(placement="both", betas=FAST, **COVARIANT), rates(1e-3), start="lora_one"
     ),
 }
-"""“fast” are the betas of `FAST`, otherwise they are (0.9, 0.999)."""
+"""“fast” are the betas of `FAST`, otherwise they are those of `SLOW`."""
 
 
 def check_contenders(names: Iterable[str]) -> None:
