@@ -12,9 +12,6 @@ from .bed import Bed
 from .beds import load_bed
 from .train import Job, run
 
-_beds: Final[list[Bed]] = []
-"""The bed of this process: loaded once, for all runs that the process does."""
-
 
 class Place(NamedTuple):
     """What a process has to load before its first run."""
@@ -25,11 +22,15 @@ class Place(NamedTuple):
     quick: bool
 
 
+_beds: Final[dict[Place, Bed]] = {}
+"""The bed of this process: loaded once, for all runs that the process does."""
+
+
 def do(place: Place, jobs: list[Job], processes: int) -> Iterator[dict[str, Any]]:
     """Records of the jobs, in the order in which they are done."""
     prepare(place)  # first of all here: what it keeps in a file, the others find
     if processes == 1:
-        yield from map(work, jobs)
+        yield from (work(place, job) for job in jobs)
         return
     with ProcessPoolExecutor(
         processes,
@@ -37,17 +38,18 @@ def do(place: Place, jobs: list[Job], processes: int) -> Iterator[dict[str, Any]
         initializer=prepare,
         initargs=(place,),
     ) as pool:
-        for done in as_completed([pool.submit(work, job) for job in jobs]):
+        for done in as_completed([pool.submit(work, place, job) for job in jobs]):
             yield done.result()
 
 
 def prepare(place: Place) -> None:
     """Load the bed, with one thread for a process."""
     torch.set_num_threads(1)
-    if not _beds:
-        _beds.append(load_bed(*place))
+    if place not in _beds:
+        _beds.clear()
+        _beds[place] = load_bed(*place)
 
 
-def work(job: Job) -> dict[str, Any]:
+def work(place: Place, job: Job) -> dict[str, Any]:
     """One run on this process's bed."""
-    return run(_beds[0], job)
+    return run(_beds[place], job)
