@@ -1,0 +1,1 @@
+"""`rlora study`: beds to fine-tune on, what takes part, and what came of it."""
