@@ -9,7 +9,16 @@ import pytest
 
 import rlora
 
-PUBLIC = ["rlora", "rlora.methods", "rlora.torch", "rlora.backends"]
+PUBLIC = [
+    "rlora",
+    "rlora.backends",
+    "rlora.initializers",
+    "rlora.methods",
+    "rlora.optax",
+    "rlora.pairing",
+    "rlora.testing",
+    "rlora.torch",
+]
 MODULES = [
     info.name
     for info in pkgutil.walk_packages(rlora.__path__, "rlora.")

@@ -1,1 +1,5 @@
-"""`rlora study`: beds to fine-tune on, what takes part, and what came of it."""
+"""`rlora study`: which optimizer is best on real models, and at which learning rate."""
+
+from .command import study
+
+__all__ = ["study"]

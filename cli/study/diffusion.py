@@ -13,7 +13,7 @@ from .adapting import PeftBed, cut, set_mode, shuffled
 from .bed import Part
 from .pictures import Concept, Picture, concept_from_hub, concept_of, concepts_of
 from .preset import Preset
-from .tables import need
+from .sources import need
 
 DATASETS: Final = ("concept", "concepts")
 WEIGHTS: Final = "stable-diffusion-v1-5/stable-diffusion-v1-5"

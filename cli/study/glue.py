@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from .adapting import PeftBed, cut, set_mode, shuffled
 from .bed import Part
-from .tables import Row, columns
+from .sources import Row, columns
 
 
 class Task(NamedTuple):

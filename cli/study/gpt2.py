@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .bed import Part
 from .preset import Preset
-from .tables import Row, columns, from_folder, from_hub, need
+from .sources import Row, columns, from_folder, from_hub, need
 from .texts import Example, Recipe, TextBed
 
 DATASETS: Final = ("e2e",)

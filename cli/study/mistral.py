@@ -16,7 +16,7 @@ from transformers import (
 from .bed import Bed, Part
 from .glue import TASKS, GlueBed
 from .preset import Preset
-from .tables import Row, columns, from_folder, from_hub, hold_out, need
+from .sources import Row, columns, from_folder, from_hub, hold_out, need
 from .texts import Example, Recipe, TextBed
 
 DATASETS: Final = (*TASKS, "gsm8k")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from .tables import columns, from_folder, from_hub, need
+from .sources import columns, from_folder, from_hub, need
 
 LEAST: Final = 3
 """Pictures of a concept: the last one tests, the one before validates, the others train."""

@@ -237,6 +237,7 @@ def _shorthand(method: Callable[..., Transform]) -> Callable[..., Any]:
 adapre_lora = _shorthand(methods.adapre_lora)
 alt_lora = _shorthand(methods.alt_lora)
 alt_lora_plus = _shorthand(methods.alt_lora_plus)
+graft_adamw = _shorthand(methods.graft_adamw)
 lora_fa = _shorthand(methods.lora_fa)
 lora_muon = _shorthand(methods.lora_muon)
 lora_plus = _shorthand(methods.lora_plus)

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 import tiny_beds
 from transformers import AutoModelForCausalLM
 
-from rlora.cli.study import diffusion, glue, gpt2, mistral, pictures, tables, texts
+from rlora.cli.study import diffusion, glue, gpt2, mistral, pictures, sources, texts
 from rlora.torch import ScaledAdamW
 
 pytestmark = [
@@ -351,11 +351,11 @@ def test_published_figures_are_of_the_test_part(beds):
 def test_rows_held_out_are_a_tenth_and_no_others():
     rows = [{"x": i} for i in range(57)]
     for most, count in ((1000, 5), (3, 3)):
-        train, held = tables.hold_out(rows, most)
+        train, held = sources.hold_out(rows, most)
         assert len(held) == count
         assert sorted(train + held, key=lambda row: row["x"]) == rows
     with pytest.raises(ValueError, match="9 rows are too few"):
-        tables.hold_out(rows[:9], 1000)
+        sources.hold_out(rows[:9], 1000)
 
 
 def test_metrics_of_glue():
@@ -484,23 +484,23 @@ def test_too_few_pictures_are_refused(tmp_path):
 def test_tables_of_every_format(tmp_path, suffix):
     rows = [{"mr": "name[A], food[B]", "ref": "A, of course"}, {"mr": "name[Café]", "ref": "é"}]
     tiny_beds.write_table(tmp_path / f"x.{suffix}", rows)
-    assert tables.from_folder(tmp_path, "x") == rows
+    assert sources.from_folder(tmp_path, "x") == rows
 
 
 def test_data_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"expected one of x\.jsonl, x\.tsv, x\.csv .* no folder"):
-        tables.from_folder(tmp_path / "nowhere", "x")
+        sources.from_folder(tmp_path / "nowhere", "x")
     (tmp_path / "x.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="has no rows"):
-        tables.from_folder(tmp_path, "x")
+        sources.from_folder(tmp_path, "x")
     with pytest.raises(ValueError, match="row 2 lacks ref; it has mr"):
-        tables.columns([{"mr": "a", "ref": "b"}, {"mr": "c"}], "mr", "ref")
+        sources.columns([{"mr": "a", "ref": "b"}, {"mr": "c"}], "mr", "ref")
 
 
 def test_a_missing_package_is_named_with_a_remedy(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"datasets.*pip install 'rlora\[study-gpu\]'"):
-        tables.from_hub("csv", None, "train")
+        sources.from_hub("csv", None, "train")
 
 
 @pytest.fixture
@@ -524,7 +524,7 @@ def as_on_the_hub(folder, config, files):
 def test_without_data_the_hub_is_asked(hub, monkeypatch, folder):
     monkeypatch.setattr(gpt2, "ORIGIN", str(folder / "e2e"))
     for part, stem in gpt2.STEMS.items():
-        assert gpt2.rows_of(part, None) == tables.from_folder(folder / "e2e", stem)
+        assert gpt2.rows_of(part, None) == sources.from_folder(folder / "e2e", stem)
 
     for name in ("train", "validation"):
         tiny_beds.write_table(hub / f"{name}.jsonl", RTE if name == "train" else RTE[:4])
