@@ -14,6 +14,16 @@ CLAIMS: Final = {
     "feature-learning-published": ".feature_learning_published",
     "invariance": ".invariance",
     "rite-imbalance": ".rite_imbalance",
+    "lora-one-alignment": ".lora_one_alignment",
+    "lora-one-start": ".lora_one_start",
+    "lora-one-preconditioned": ".lora_one_preconditioned",
+    "lora-ga-first-step": ".lora_ga_first_step",
+    "lora-pro-optimality": ".lora_pro_optimality",
+    "lora-plus-gauge": ".lora_plus_gauge",
+    "rac-lora-rate": ".rac_lora_rate",
+    "learning-rate-sgd": ".learning_rate_sgd",
+    "learning-rate-adamw": ".learning_rate_adamw",
+    "learning-rate-both": ".learning_rate_both",
 }
 """Claim -> the module whose ``CLAIM`` it is, imported when it is asked for."""
 

@@ -111,6 +111,7 @@ ROWS: Final = (
         0.02,
         EVERY,
     ),
+    of(rlora.graft_adamw, ENTRIES),
     of(rlora.rac_lora, EVERY, damping=0.0),
     of(rlora.rac_lora, ENTRIES, adam=True),
     of(rlora.lora_sb, ENTRIES),

@@ -1,0 +1,31 @@
+"""Scaled AdamW with half powers of the preconditioner on both sides of Adam, against AdamW.
+
+Adam sees a gradient whose size does not depend on that of B, and what it makes of it is scaled
+back. The damping is the default one: nothing has been tuned for this task.
+"""
+
+from functools import partial
+from typing import Final
+
+import rlora
+
+from .claim import Claim
+from .learning_rates import adamw_contest, compare
+
+CONTESTS: Final = tuple(
+    adamw_contest("scaled AdamW, both", partial(rlora.scaled_adamw, placement="both"), betas)
+    for betas in ((0.9, 0.999), (0.7, 0.8))
+)
+
+CLAIM = Claim(
+    name="learning-rate-both",
+    statement=(
+        "Of scaled AdamW's learning rates, with half powers of the preconditioner on both sides of "
+        "Adam, a wider range is good than of AdamW's, on a small real task."
+    ),
+    source=(
+        "After F. Zhang, M. Pilanci. Riemannian Preconditioned LoRA for Fine-Tuning Foundation "
+        "Models. arXiv:2402.02347, 2024. This placement is not in the paper"
+    ),
+    run=partial(compare, contests=CONTESTS),
+)
