@@ -41,6 +41,8 @@ def test_equals_the_oracle(kind, options, mode, damping, dtype, tolerance, backe
     problem = make_problem(scaling=2.0, seed=3)
     lr, decay = (0.02, 0.01) if kind == "adamw" else (0.05, 0.0)
     shared = {"damping": damping, "damping_mode": mode, "weight_decay": decay, **options}
+    if kind == "adamw":
+        shared |= {"b1": 0.9, "b2": 0.999}
     expected = ScaledOracle(lr=lr, kind=kind, **shared).run(problem)
     method = (rlora.scaled_adamw if kind == "adamw" else rlora.scaled_sgd)(**shared)
     actual = products(method, problem.on(backend, dtype), backend, lr=lr)
@@ -493,7 +495,7 @@ def test_placements_agree_without_an_inner_transform():
 def test_large_absolute_damping_is_plain_adamw():
     """The no-op that users of a large absolute δ run without knowing (algorithms §1(4))."""
     problem = make_problem(seed=16)
-    huge = rlora.scaled_adamw(damping=1e8, damping_mode="absolute", eps=0.0, weight_decay=0.0)
+    huge = rlora.scaled_adamw(**PEFT | {"damping": 1e8}, eps=0.0, weight_decay=0.0)
     plain: Transform = chain(scale_by_adam(eps=0.0))
     numpy = get("numpy")
     assert_close(
