@@ -10,7 +10,12 @@ from rlora import RLoraError
 
 from .lazy import Lazy
 
-COMMANDS: Final = {"bench": ".bench", "info": ".info", "reproduce": ".reproduce"}
+COMMANDS: Final = {
+    "bench": ".bench",
+    "info": ".info",
+    "reproduce": ".reproduce",
+    "study": ".study",
+}
 """Command -> the module that has it under the same name."""
 
 USAGE, INTERRUPTED = 2, 130

@@ -13,49 +13,52 @@ import rlora
 
 from .claims.claim import Claim, Curve, Outcome, Panel, Setting
 from .environment import environment
-from .schema import fault
+from .schema import ENVIRONMENT, TEXT, TEXTS, closed, fault, optional
 
 NAME: Final = "rlora-claim/1"
 POINTS, DIGITS = 100, 6
 """Of a curve, and of its numbers: more than a figure shows."""
 
-_NUMBER: Final = {"anyOf": [{"type": "number"}, {"type": "null"}]}
+_NUMBER: Final = optional({"type": "number"})
 """None for what has flown away or never arrived."""
+_TRUTH: Final = {"type": "boolean"}
+_NUMBERS: Final = {"type": "array", "items": _NUMBER}
 
-
-def _list(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items}
-
-
-def _object(**properties: Any) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-_TEXT, _TRUTH = {"type": "string"}, {"type": "boolean"}
-_CURVE: Final = _object(label=_TEXT, x=_list(_NUMBER), y=_list(_NUMBER))
-_PANEL: Final = _object(
-    **dict.fromkeys(("title", "x", "y"), _TEXT),
-    curves=_list(_CURVE),
-    log_x=_TRUTH,
-    log_y=_TRUTH,
-    rows=_list(_TEXT),
-    threshold=_NUMBER,
+_CHECK: Final = closed(
+    {"what": TEXT, "value": _NUMBER, "bound": TEXT, "threshold": _NUMBER, "holds": _TRUTH}
 )
-SCHEMA: Final = _object(
-    schema={"const": NAME},
-    **dict.fromkeys(("claim", "statement", "source", "verdict"), _TEXT),
-    as_documented=_TRUTH,
-    checks=_list(_object(what=_TEXT, value=_NUMBER, bound=_TEXT, threshold=_NUMBER, holds=_TRUTH)),
-    panels=_list(_PANEL),
-    quick=_TRUTH,
-    **dict.fromkeys(("backend", "rlora", "created"), _TEXT),
-    seconds={"type": "number"},
-    environment={"type": "object"},
+_PANEL: Final = closed(
+    {
+        "title": TEXT,
+        "x": TEXT,
+        "y": TEXT,
+        "curves": {
+            "type": "array",
+            "items": closed({"label": TEXT, "x": _NUMBERS, "y": _NUMBERS}),
+        },
+        "log_x": _TRUTH,
+        "log_y": _TRUTH,
+        "rows": TEXTS,
+        "threshold": _NUMBER,
+    }
+)
+SCHEMA: Final = closed(
+    {
+        "schema": {"const": NAME},
+        "claim": TEXT,
+        "statement": TEXT,
+        "source": TEXT,
+        "verdict": TEXT,
+        "as_documented": _TRUTH,
+        "checks": {"type": "array", "items": _CHECK},
+        "panels": {"type": "array", "items": _PANEL},
+        "quick": _TRUTH,
+        "backend": TEXT,
+        "rlora": TEXT,
+        "created": TEXT,
+        "seconds": {"type": "number"},
+        "environment": ENVIRONMENT,
+    }
 )
 """JSON Schema of the record."""
 
@@ -129,6 +132,12 @@ def read_evidence(path: Path) -> dict[str, Any]:
         msg = f"{path.name} is no record of rlora reproduce: {found}"
         raise ValueError(msg)
     return record
+
+
+def title_of(record: dict[str, Any]) -> str:
+    """The statement, with the verdict before it unless it simply holds."""
+    found = record["verdict"]
+    return str(record["statement"] if found == "holds" else f"[{found}] {record['statement']}")
 
 
 def panels_of(record: dict[str, Any]) -> tuple[Panel, ...]:

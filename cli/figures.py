@@ -9,7 +9,7 @@ from typing import Any, Final
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, NullLocator
 
 from . import pictures
 from .claims.claim import Panel
@@ -17,14 +17,16 @@ from .pictures import COLORS, DASHES, INK, MARKERS, WIDTH
 
 LINE: Final = 0.185
 """Inches of a line of text."""
-ROW: Final = 0.215
+ROW: Final = 0.23
 """Inches of a row of dots: two lines of its small name."""
-NAMES: Final = 40
+NAMES: Final = 46
 """Letters of a row's name in a line."""
-LONGEST_OF_TWO: Final = 27
+LONGEST_OF_TWO: Final = 22
 """Letters of a label in a legend of two columns."""
 MARKED: Final = 12
-"""Points of a curve up to which each has a mark."""
+"""Marks on a curve, about."""
+SMALL, LARGE = 1e-2, 1e5
+"""Between them a tick is written out."""
 
 
 def as_svg(title: str, panels: Sequence[Panel]) -> str:
@@ -41,11 +43,13 @@ def draw(title: str, panels: Sequence[Panel]) -> Figure:
     """Draw panels under a title, a legend under each that has labels of its own."""
     looks = _looks(panels)
     legends = [_labels(panel) if _ends(panels, i) else [] for i, panel in enumerate(panels)]
-    heading = textwrap.wrap(title, 62)
+    heading = textwrap.wrap(title, 58)
     heights = [
         _tall(panel) + LINE * _lines(labels) for panel, labels in zip(panels, legends, strict=True)
     ]
-    figure = Figure(figsize=(WIDTH, sum(heights) + LINE * len(heading) + 0.1), layout="constrained")
+    figure = Figure(figsize=(WIDTH, sum(heights) + LINE * len(heading) + 0.1))
+    # On screens that cut at the edge, a tick's label at the end of an axis needs room.
+    figure.set_layout_engine("constrained", w_pad=0.09)
     figure.suptitle("\n".join(heading), fontsize=10.2)
     parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, panel, labels in zip(parts, panels, legends, strict=True):
@@ -127,7 +131,7 @@ def _draw_rows(axes: Axes, panel: Panel, looks: dict[str, dict[str, Any]]) -> No
         look = {**looks[curve.label], "linestyle": "none", "markersize": 3.4}
         axes.plot(curve.x, [y + aside for y in curve.y], **look)
     names = ["\n".join(textwrap.wrap(name, NAMES)) for name in panel.rows]
-    axes.set_yticks(range(len(names)), names, fontsize=6.2)
+    axes.set_yticks(range(len(names)), names, fontsize=5.9)
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
@@ -141,15 +145,32 @@ def _scale(axes: Axes, panel: Panel) -> None:
         scale("log")
         axis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
         axis.set_minor_locator(NullLocator())
-    xs = sorted({x for curve in panel.curves for x in curve.x})
-    if panel.log_x and not panel.rows and len(xs) <= MARKED:
-        axes.xaxis.set_major_locator(FixedLocator(xs[:: -(-len(xs) // 7)]))
-    elif panel.log_x:
-        axes.xaxis.set_major_locator(LogLocator(numticks=7))
+    if panel.log_x:
+        axes.xaxis.set_major_locator(_ticks(panel))
+    if panel.log_y and not panel.rows:
+        _at_least_a_decade(axes, panel)
+
+
+def _ticks(panel: Panel) -> Locator:
+    """At the points, if all curves have the same few; else at decades."""
+    xs = panel.curves[0].x
+    if panel.rows or len(xs) > MARKED or any(list(c.x) != list(xs) for c in panel.curves):
+        return LogLocator(numticks=5 if panel.rows else 7)
+    return FixedLocator(list(xs[:: -(-len(xs) // 7)]))
+
+
+def _at_least_a_decade(axes: Axes, panel: Panel) -> None:
+    """Or noise would look large, and no tick would have a number."""
+    ys = [y for curve in panel.curves for y in curve.y if y > 0 and math.isfinite(y)]
+    if ys and max(ys) < 10 * min(ys):
+        middle, half = math.sqrt(min(ys) * max(ys)), math.sqrt(10) * 1.2
+        axes.set_ylim(middle / half, middle * half)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
 def power(value: float) -> str:
-    """A tick of a logarithmic axis: short, and the same for all of a kind."""
-    if value > 0 and not 1e-2 <= value < 1e5:
-        return f"1e{math.log10(value):.0f}"
+    """A tick of a logarithmic axis: as short as it can be."""
+    if value > 0 and not SMALL <= value < LARGE:
+        digit, exponent = f"{value:.0e}".split("e")
+        return f"{digit}e{int(exponent)}"
     return f"{value:g}"

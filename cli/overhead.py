@@ -32,9 +32,10 @@ FLOPS: Final[Mapping[str, Count]] = {
     "adapre_lora": lambda m, n, r: 28 * (m + n) * r**2,
     "lora_muon": lambda m, n, r: 6 * (m + n) * r**2,
     "riemannion": lambda m, n, r: 78 * (m + n) * r**2,
+    "graft_adamw": lambda m, n, r: 10 * (m + n) * r**2,
     "lora_fa": lambda m, n, r: 2 * m * r**2,
     "lora_plus": lambda m, n, r: 0,
-    "rac_lora": lambda m, n, r: (4 * m + 2 * n) * r**2,
+    "rac_lora": lambda m, n, r: 2 * (m + n) * r**2,
     "lora_sb": lambda m, n, r: 4 * n * r**2,
 }
 """For each pair. A method that is not here has no prediction, and is timed all the same."""
@@ -51,6 +52,7 @@ STATE: Final[Mapping[str, Count]] = {
     "adapre_lora": lambda m, n, r: (m + n) * r + m + n + 5,
     "lora_muon": lambda m, n, r: (m + n) * r + 3,
     "riemannion": lambda m, n, r: (m + n) * r,
+    "graft_adamw": lambda m, n, r: 2 * (m + n) * r + 3,
     "lora_fa": lambda m, n, r: 2 * m * r + r**2 + 1,
     "lora_plus": lambda m, n, r: 2 * (m + n) * r + 2,
     "rac_lora": lambda m, n, r: 1,

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from .claims import CLAIMS, load
 from .claims.claim import Claim, Setting, Track
-from .evidence import make_evidence, panels_of
+from .evidence import make_evidence, panels_of, title_of
 from .plan import among, make_arena
 from .record import check_writable, make_folder, write_bytes, write_record, write_text
 from .report import drawing
@@ -99,9 +99,9 @@ def attempt(claim: Claim, setting: Setting, output: Path, draw: ModuleType) -> d
     outcome = claim.run(setting)
     record = make_evidence(claim, outcome, setting, time.perf_counter() - start)
     # What is drawn is what is kept.
-    panels = panels_of(record)
-    write_text(output / f"{claim.name}.svg", draw.as_svg(claim.statement, panels))
-    write_bytes(output / f"{claim.name}.png", draw.as_png(claim.statement, panels))
+    title, panels = title_of(record), panels_of(record)
+    write_text(output / f"{claim.name}.svg", draw.as_svg(title, panels))
+    write_bytes(output / f"{claim.name}.png", draw.as_png(title, panels))
     write_record(output / f"{claim.name}.json", record)
     show_checks(record)
     return record

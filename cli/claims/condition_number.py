@@ -46,10 +46,10 @@ def run(setting: Setting) -> Outcome:
         problem = factorisation(setting, condition)
         paths = {
             "GD": setting.path(GD, problem.spectral, problem.grads, LR),
-            "scaled GD": setting.path(SCALED, problem.spectral, problem.grads, LR),
-            "scaled GD from B = 0": setting.path(SCALED, problem.lora, problem.grads, LR),
+            "Scaled GD": setting.path(SCALED, problem.spectral, problem.grads, LR),
+            "Scaled GD from B = 0": setting.path(SCALED, problem.lora, problem.grads, LR),
             "GD from B = 0": setting.path(GD, problem.lora, problem.grads, LR),
-            "alternating, lr = 1": alternating(problem),
+            "Alternating, lr = 1": alternating(problem),
         }
         for name, path in paths.items():
             run_of = errors(setting.backend, path, problem.target, most)
@@ -60,15 +60,15 @@ def run(setting: Setting) -> Outcome:
 
 def checks(counts: dict[str, list[float]], conditions: tuple[int, ...]) -> tuple[Check, ...]:
     """Scaled GD within its bound everywhere; GD in proportion to the condition number."""
-    scaled, plain = counts["scaled GD"], counts["GD"]
+    scaled, plain = counts["Scaled GD"], counts["GD"]
     growth = math.log(plain[-1] / plain[0]) / math.log(conditions[-1] / conditions[0])
     worst = max(scaled)
-    from_zero = max(counts["scaled GD from B = 0"])
+    from_zero = max(counts["Scaled GD from B = 0"])
     return (
         Check("iterations of scaled GD, the most", worst, "<=", BOUND),
         Check("the same over those at condition number 1", worst / scaled[0], "<=", NARROW),
         Check("iterations of scaled GD from B = 0, the most", from_zero, "<=", FROM_LORA),
-        Check("iterations of alternation with lr = 1", max(counts["alternating, lr = 1"]), "<=", 1),
+        Check("iterations of alternation with lr = 1", max(counts["Alternating, lr = 1"]), "<=", 1),
         Check("GD: exponent of the condition number", growth, ">=", GROWTH),
     )
 
@@ -93,7 +93,7 @@ def panels(
         *(
             Panel(
                 f"{name} from a spectral start",
-                "iteration",
+                "iterate, from the start at 1",
                 "relative error",
                 tuple(
                     Curve(f"condition number {condition}", range(1, len(path) + 1), path)
@@ -101,7 +101,7 @@ def panels(
                 ),
                 log_x=name == "GD",
             )
-            for name in ("scaled GD", "GD")
+            for name in ("Scaled GD", "GD")
         ),
     )
 

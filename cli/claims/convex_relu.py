@@ -122,7 +122,7 @@ def panels(scaled: Paths, plain: Paths, data: Paths) -> tuple[Panel, ...]:
     return tuple(
         Panel(
             title,
-            "iteration",
+            "iterate, from the start at 1",
             "relative error",
             tuple(
                 Curve(f"{of} {condition}", range(1, len(path) + 1), path)
@@ -133,7 +133,7 @@ def panels(scaled: Paths, plain: Paths, data: Paths) -> tuple[Panel, ...]:
         for title, of, paths in (
             ("Scaled GD", "condition number", scaled),
             ("GD", "condition number", plain),
-            ("Scaled GD, ill-conditioned data", "X has condition number", data),
+            ("Scaled GD, ill-conditioned data", "X: condition number", data),
         )
     )
 

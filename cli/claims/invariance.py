@@ -48,7 +48,7 @@ def panel(figures: Figures) -> Panel:
     places = range(len(ROWS))
     return Panel(
         "Left of the line lies rounding",
-        "largest relative difference of the product",
+        "relative difference of products",
         "",
         tuple(Curve(gauge, x, places) for gauge, x in zip(GAUGES, columns, strict=True)),
         log_x=True,

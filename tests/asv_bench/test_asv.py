@@ -222,22 +222,3 @@ def test_page_is_made_to_load_from_beside_itself(tmp_path):
     assert '<script src="vendor/jquery.min.js"></script>' in text
     assert (html / "vendor" / "jquery.min.js").read_text() == "it"
     assert missing == ["https://b.example/other.min.css"]
-
-
-WORKFLOWS = sorted((ROOT / "docs" / "how-to" / "workflows").glob("*.yml"))
-
-
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_example_workflows_are_yaml_with_pinned_actions(path):
-    yaml = pytest.importorskip("yaml")
-    workflow = yaml.safe_load(path.read_text())
-    assert workflow["name"]
-    assert workflow[True]  # "on", which YAML 1.1 takes for a boolean
-    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
-    used = [step["uses"] for step in steps if "uses" in step]
-    assert used
-    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+(\.\d+)*", action) for action in used)
-
-
-def test_there_are_example_workflows():
-    assert len(WORKFLOWS) >= 3
