@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter
 
 import rlora
-from rlora.cli.charts import COLORS, FAINT, INK, PAPER, STYLE
+from rlora.cli.pictures import COLORS, FAINT, INK, WIDTH, as_svg
 
 FOLDER: Final = Path(__file__).with_suffix("")
 BLUE, ORANGE, GREEN, VIOLET = COLORS[:4]
@@ -30,6 +31,7 @@ TOY: Final[dict[str, tuple[rlora.Transform, float]]] = {
 }
 """Methods and their learning rates."""
 SINGULAR_VALUES: Final = np.geomspace(1e-3, 1.0, 61)
+PLAIN: Final = FuncFormatter(lambda x, _: f"{x:g}")
 
 
 def walk(method: rlora.Transform, lr: float, a: float, steps: int) -> list[tuple[float, float]]:
@@ -46,31 +48,29 @@ def walk(method: rlora.Transform, lr: float, a: float, steps: int) -> list[tuple
 
 def splits() -> Figure:
     """One product, three splits: where a step of each method takes them."""
-    figure = Figure((8.4, 3.7), layout="constrained")
-    for axes, (name, (method, lr)) in zip(
-        figure.subplots(1, 3, sharey=True), TOY.items(), strict=True
-    ):
-        a = np.linspace(0.05, LARGEST, 200)
-        error = np.multiply.outer(a, a) - 1
+    figure = Figure((WIDTH, 4.9), layout=ConstrainedLayoutEngine(h_pad=0.08))
+    *panels, corner = figure.subplots(2, 2).flat
+    a = np.linspace(0.05, LARGEST, 200)
+    error = np.multiply.outer(a, a) - 1
+    for axes, (name, (method, lr)) in zip(panels, TOY.items(), strict=True):
         axes.contour(a, a, error**2, [0.1, 0.36, 1, 4, 12], colors=FAINT)
         axes.plot(a, 1 / a, color=INK, label="a b = 1, the minimum")
         axes.plot(a, START / a, color=INK, linestyle=":", label="a b = 0.4, the start")
         for start, color in zip(SPLITS, (BLUE, ORANGE, GREEN), strict=True):
             way = walk(method, lr, start, 1)
-            axes.annotate(
-                "", way[1], way[0], arrowprops={"arrowstyle": "->", "color": color, "lw": 1.8}
-            )
-            axes.plot(*way[0], "o", color=color)
             product = way[1][0] * way[1][1]
+            axes.plot(*way[0], "o", color=color)
             axes.plot(a, product / a, "--", color=color, linewidth=0.9)
+            arrow = {"arrowstyle": "->", "color": color, "lw": 1.8}
+            axes.annotate("", way[1], way[0], arrowprops=arrow)
             axes.annotate(
                 f"{product:.2f}", way[1], xytext=(5, 5), textcoords="offset points", color=color
             )
-        axes.set(xlim=(0, LARGEST), ylim=(0, LARGEST), xlabel="a", title=name, aspect="equal")
-        axes.set(xticks=[0, 1, 2, 3], yticks=[0, 1, 2, 3])
-    figure.axes[0].set_ylabel("b")
-    lines, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=2)
+        axes.set(xlim=(0, LARGEST), ylim=(0, LARGEST), xlabel="a", ylabel="b", title=name)
+        axes.set(xticks=[0, 1, 2, 3], yticks=[0, 1, 2, 3], aspect="equal")
+    corner.axis("off")
+    axes.plot([], [], "--", color=FAINT, label="where each step ends")
+    corner.legend(*axes.get_legend_handles_labels(), loc="center")
     return figure
 
 
@@ -94,17 +94,19 @@ def damping() -> Figure:
         "covariant, δ = 1e-2, A = I / 10": (inverse(1e-2, "covariant", 0.1), VIOLET, "-."),
         "plain gradient descent": (np.ones_like(SINGULAR_VALUES), INK, ":"),
     }
-    figure = Figure((8.4, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure((WIDTH, 5.8), layout=ConstrainedLayoutEngine(h_pad=0.08))
+    upper, lower = figure.subplots(2, 1)
     for label, (gain, color, dashes) in curves.items():
-        left.loglog(SINGULAR_VALUES, gain, color=color, linestyle=dashes, label=label)
-        right.semilogx(SINGULAR_VALUES, SINGULAR_VALUES**2 * gain, color=color, linestyle=dashes)
-    left.set(title="the inverse: what the gradient of A is multiplied by", ylim=(0.5, 1e6))
-    right.set(title="what arrives in B A, of what was asked for", ylim=(-0.02, 1.05))
-    for axes in (left, right):
+        upper.loglog(SINGULAR_VALUES, gain, color=color, linestyle=dashes, label=label)
+        lower.semilogx(SINGULAR_VALUES, SINGULAR_VALUES**2 * gain, color=color, linestyle=dashes)
+    upper.set(title="the inverse: what the gradient of A is multiplied by", ylim=(0.5, 1e6))
+    lower.set(title="what arrives in B A, of what was asked for", ylim=(-0.02, 1.05))
+    for axes in (upper, lower):
         axes.set_xlabel("singular value of B")
+        axes.xaxis.set_major_formatter(PLAIN)
         axes.grid(visible=True)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    upper.yaxis.set_major_formatter(PLAIN)
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -125,7 +127,7 @@ TURNS: Final = (0.0, 30.0, 60.0)
 
 def adam() -> Figure:
     """One gradient, three bases of the rank axis, three steps."""
-    figure = Figure((4.2, 3.4), layout="constrained")
+    figure = Figure((WIDTH, 3.8), layout=ConstrainedLayoutEngine(h_pad=0.08))
     axes = figure.subplots()
     arrows = [("the gradient", GRADIENT, INK)]
     for turn, color in zip(TURNS, (BLUE, ORANGE, GREEN), strict=True):
@@ -154,12 +156,8 @@ DRAWINGS: Final[dict[str, Callable[[], Figure]]] = {
 def save(folder: Path) -> None:
     """Write every drawing, the same bytes every time."""
     folder.mkdir(exist_ok=True)
-    nothing = dict.fromkeys(("Date", "Format", "Type"))
     for name, draw in DRAWINGS.items():
-        with mpl.rc_context():
-            mpl.rcdefaults()
-            mpl.rcParams.update({**STYLE, "text.parse_math": True})
-            draw().savefig(folder / f"{name}.svg", facecolor=PAPER, metadata=nothing)
+        (folder / f"{name}.svg").write_text(as_svg(draw), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+
 import rlora
 from rlora import methods
 from rlora.core.backend import Backend
 from rlora.core.dispatch import get_backend
-from rlora.core.transform import apply_updates, stay
+from rlora.core.transform import apply_updates
 from rlora.testing import make_problem
 
 PAGE: Final = Path(__file__).with_suffix(".md")
@@ -21,9 +23,11 @@ START, END = "<!-- made by what_methods_share.py -->", "<!-- end of table -->"
 
 POWERS: Final = {-1.0: "S⁻¹", -0.5: "S^-½", 0.5: "S^½"}
 VERBS: Final[dict[str, Callable[..., str]]] = {
-    "gram_columns": lambda *_, **__: "gram",
+    "gram_rows": lambda *_, **__: "gram of rows",
+    "gram_columns": lambda *_, **__: "gram of columns",
     "cross_rows": lambda *_, **__: "cross",
-    "apply_left": lambda *_, **__: "apply",
+    "apply_left": lambda *_, **__: "apply to rows",
+    "apply_right": lambda *_, **__: "apply to columns",
     "damped_power": lambda S, exponent, *_, **__: POWERS[exponent],
     "pseudo_power": lambda S, exponent: POWERS[exponent],
     "inverse_root": lambda *_: "(V^½ + ε)⁻¹",
@@ -31,8 +35,7 @@ VERBS: Final[dict[str, Callable[..., str]]] = {
     "qr": lambda *_: "QR",
     "svd": lambda *_: "SVD",
 }
-"""What a backend can be asked for, and how the table calls it; a verb within another is not heard.
-Verbs for rows and for columns go together: one of them stands for both."""
+"""What a backend can be asked for, and its name here; a verb within another is not heard."""
 
 ALGEBRA: Final = (*POWERS.values(), "(V^½ + ε)⁻¹", "eigenvectors", "QR", "SVD")
 
@@ -70,6 +73,10 @@ class Heard(NamedTuple):
     once: Counter[str]
     step: Counter[str]
 
+    def both(self, word: str) -> int:
+        """How often something is done for rows and for columns, or for one of them."""
+        return max(self.step[f"{word} rows"], self.step[f"{word} columns"])
+
     def algebra(self) -> str:
         """The r x r part in words."""
         every = ", ".join(f"{self.step[word]} {word}" for word in ALGEBRA if self.step[word])
@@ -104,6 +111,16 @@ def moments(method: rlora.Transform) -> tuple[str, str]:
     return ("yes" if first else "-"), second
 
 
+def carries(method: rlora.Transform) -> bool:
+    """Whether the state changes when the factors have moved."""
+    problem = make_problem()
+    old = problem.params
+    direction, state = method.update(problem.grads(old), method.init(old), old)
+    after = method.transport(state, old, method.apply(old, direction, 1e-2))
+    pairs = zip(*(rlora.flatten_state(x).values() for x in (state, after)), strict=True)
+    return not all(np.array_equal(x, y) for x, y in pairs)
+
+
 def row(name: str) -> str:
     """The line of a method with its default options."""
     method = getattr(methods, name)()
@@ -111,12 +128,12 @@ def row(name: str) -> str:
     file = getattr(methods, name).__module__.rpartition(".")[2]
     cells = (
         f"[`{name}`](../../rlora/methods/{file}.py)",
-        heard.step["gram"],
+        heard.both("gram of"),
         heard.step["cross"] // 2,
         heard.algebra(),
-        heard.step["apply"],
+        heard.both("apply to"),
         *moments(method),
-        "-" if method.transport is stay else "yes",
+        "yes" if carries(method) else "-",
         "-" if method.apply is apply_updates else "yes",
     )
     return f"| {' | '.join(str(cell or '-') for cell in cells)} |"

@@ -13,7 +13,17 @@ import pytest
 from rlora import methods
 
 FOLDER = Path(__file__).parents[2] / "docs" / "explanation"
-PAGES = sorted(FOLDER.glob("*.md"))
+PAGES = [
+    FOLDER / name
+    for name in (
+        "damping.md",
+        "geometry.md",
+        "precision.md",
+        "what_methods_share.md",
+        "why_not_invariant.md",
+        "zero_start.md",
+    )
+]
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")
 
@@ -39,8 +49,8 @@ def compare(shown, printed, rel):
     assert numbers[0] == pytest.approx(numbers[1], rel=rel, abs=1e-4)
 
 
-def test_there_are_pages():
-    assert len(PAGES) == 6
+def test_these_are_all_pages():
+    assert {*PAGES, FOLDER / "index.md"} == {*FOLDER.glob("*.md")}
 
 
 @EVERY_PAGE
@@ -75,7 +85,6 @@ def test_the_table_of_what_methods_share_is_what_they_do():
     page = (FOLDER / "what_methods_share.md").read_text(encoding="utf-8")
     assert script("what_methods_share").rewritten(page) == page
     assert all(f"[`{name}`]" in page for name in methods.__all__)
-    assert (len(methods.__all__), "Fifteen methods" in page) == (15, True)
 
 
 def test_the_listener_leaves_the_backend_as_it_was():
@@ -84,7 +93,8 @@ def test_the_listener_leaves_the_backend_as_it_was():
     backend = get_backend(np.zeros(1))
     before = dict(vars(backend))
     heard = script("what_methods_share").ask(methods.scaled_sgd())
-    assert heard.step == {"gram": 1, "S⁻¹": 1, "apply": 1}
+    assert heard.step.keys() >= {"gram of rows", "gram of columns", "S⁻¹", "apply to rows"}
+    assert (heard.both("gram of"), heard.both("apply to"), heard.algebra()) == (1, 1, "1 S⁻¹")
     assert vars(backend) == before
 
 
@@ -144,14 +154,19 @@ def test_drawings_are_the_same_every_time(drawings, tmp_path):
 
 def test_the_drawings_in_the_repository_are_those_of_the_script(drawings, tmp_path):
     drawings.save(tmp_path)
-    version = re.compile("Matplotlib v[0-9.]+")
     for name in drawings.DRAWINGS:
-        shown, drawn = ((folder / f"{name}.svg").read_text(encoding="utf-8") for folder in (drawings.FOLDER, tmp_path))  # fmt: skip
-        assert re.findall("<!-- (.*?) -->", shown) == re.findall("<!-- (.*?) -->", drawn)  # text
-        if version.findall(shown) == version.findall(drawn):  # others lay out otherwise
-            assert NUMBER.sub("#", shown) == NUMBER.sub("#", drawn)
-            places = ([float(x) for x in NUMBER.findall(svg)] for svg in (shown, drawn))
-            np.testing.assert_allclose(*places, atol=0.01)
+        shown, drawn = (
+            (folder / f"{name}.svg").read_text(encoding="utf-8")
+            for folder in (drawings.FOLDER, tmp_path)
+        )
+        words = [re.findall("<text.*?>(.*?)</text>", svg, re.DOTALL) for svg in (shown, drawn)]
+        assert words[0] == words[1] != []
+        lines = [re.findall('<path d="(.*?)"', svg, re.DOTALL) for svg in (shown, drawn)]
+        assert len(lines[0]) == len(lines[1]) > 10
+        for one, other in zip(*lines, strict=True):
+            ends = [[float(x) for x in NUMBER.findall(path)] for path in (one, other)]
+            if len(ends[0]) == len(ends[1]):  # another matplotlib may simplify otherwise
+                np.testing.assert_allclose(*ends, atol=5)  # points: and lay out otherwise
 
 
 def test_every_drawing_is_on_a_page(drawings):
