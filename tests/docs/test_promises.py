@@ -5,10 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-import rlora.torch  # noqa: E402
+import rlora.torch
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 PAGE = (REFERENCE / "promises.md").read_text(encoding="utf-8")
@@ -51,10 +50,10 @@ def test_the_trials_tell_optimizers_apart(promises):
     gauss_seidel = type(
         "Turns",
         (rlora.torch.ScaledSGD,),
-        {"__init__": lambda self, *a, **k: rlora.torch.ScaledSGD.__init__(self, *a, order="gauss_seidel", **k)},
+        {"__init__": coupledda self, *a, **k: rlora.torch.ScaledSGD.__init__(self, *a, order="gauss_seidel", **k)},
     )  # fmt: skip
     assert promises.order(gauss_seidel) == "as one move"
     assert promises.order(rlora.torch.ScaledSGD) == "each from the old pair"
-    lamb = rlora.torch.precondition(torch.optim.Adam)  # decay through the gradient, a sign at first
-    assert promises.moments(lamb) == "of each entry, corrected, eps beside the root"
-    assert promises.decay(lamb) != promises.decay(rlora.torch.ScaledAdamW)
+    coupled = rlora.torch.precondition(torch.optim.Adam)  # decay through the gradient, a sign at first
+    assert promises.moments(coupled) == "of each entry, corrected, eps beside the root"
+    assert promises.decay(coupled) != promises.decay(rlora.torch.ScaledAdamW)
