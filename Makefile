@@ -12,4 +12,5 @@ linkcheck:  # needs a network
 
 figures:
 	rlora reproduce all --output docs/reference/claims
+	rlora study --tables --output docs/reference/study
 	$(PYTHON) docs/explanation/drawings.py

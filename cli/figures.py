@@ -1,5 +1,6 @@
 """The figure of a claim, by matplotlib: its panels one under another, as a telephone shows them."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 from functools import partial
@@ -8,7 +9,7 @@ from typing import Any, Final
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, NullLocator
 
 from . import pictures
 from .claims.claim import Panel
@@ -144,11 +145,27 @@ def _scale(axes: Axes, panel: Panel) -> None:
         scale("log")
         axis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
         axis.set_minor_locator(NullLocator())
-    if panel.log_x and not panel.rows and len({tuple(curve.x) for curve in panel.curves}) == 1:
-        xs = panel.curves[0].x
-        axes.xaxis.set_major_locator(FixedLocator(list(xs[:: -(-len(xs) // 7)])))
-    elif panel.log_x:
-        axes.xaxis.set_major_locator(LogLocator(numticks=5 if panel.rows else 7))
+    if panel.log_x:
+        axes.xaxis.set_major_locator(_ticks(panel))
+    if panel.log_y and not panel.rows:
+        _at_least_a_decade(axes, panel)
+
+
+def _ticks(panel: Panel) -> Locator:
+    """At the points, if all curves have the same few; else at decades."""
+    xs = panel.curves[0].x
+    if panel.rows or len(xs) > MARKED or any(list(c.x) != list(xs) for c in panel.curves):
+        return LogLocator(numticks=5 if panel.rows else 7)
+    return FixedLocator(list(xs[:: -(-len(xs) // 7)]))
+
+
+def _at_least_a_decade(axes: Axes, panel: Panel) -> None:
+    """Or noise would look large, and no tick would have a number."""
+    ys = [y for curve in panel.curves for y in curve.y if y > 0 and math.isfinite(y)]
+    if ys and max(ys) < 10 * min(ys):
+        middle, half = math.sqrt(min(ys) * max(ys)), math.sqrt(10) * 1.2
+        axes.set_ylim(middle / half, middle * half)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
 def power(value: float) -> str:

@@ -11,6 +11,7 @@ project, author = "rlora", "The rlora maintainers"
 version = release = rlora.__version__
 
 extensions = [
+    "mathml",
     "myst_parser",
     "numpydoc",
     "public_names",
@@ -22,6 +23,7 @@ extensions = [
 nitpicky = True
 default_role = "py:obj"
 
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
@@ -31,5 +33,8 @@ numpydoc_show_class_members = False  # autodoc shows them
 
 html_theme = "furo"
 html_title = "rlora"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
 html_show_copyright = html_show_sphinx = False
 html_copy_source = False

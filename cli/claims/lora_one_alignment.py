@@ -2,7 +2,7 @@
 
 A linear teacher of rank 2 and its samples; what turns is the angle between the singular vectors of
 the factors and those of the first full gradient. B has them after one step. A has them some time
-later, and only if it starts far smaller than LoRA starts it.
+later, and only if it starts far smaller than LoRA starts it; in the end it turns to the teacher.
 """
 
 from typing import Final
@@ -24,7 +24,7 @@ SIZES: Final = (1.0, 1e-1, 1e-3, 1e-5)
 """Of A at the start, whose entries are N(0, size² / n): LoRA's own start has about 1."""
 
 EXACT: Final = 1e-10
-"""B never leaves the space: what is seen is the rounding of its thin side, about 1e-14."""
+"""B never leaves the space: what is seen is the rounding of its small singular values, 1e-13."""
 ALIGNED: Final = 0.1
 """The gradient and the teacher themselves are about 0.1 apart with so few samples."""
 ASTRAY: Final = 0.9

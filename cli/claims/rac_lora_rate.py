@@ -82,7 +82,7 @@ def losses(setting: Setting, rank: int, steps: int, chains: int, *, fresh: bool)
 CLAIM = Claim(
     name="rac-lora-rate",
     statement=(
-        "RAC-LoRA with a fresh sketch each step falls at the rate 1 - r / n on a quadratic; with "
+        "RAC-LoRA with a fresh sketch each step falls at the rate 1 - r/n on a quadratic; with "
         "one sketch for ever it stops after its first step."
     ),
     source=(

@@ -63,7 +63,7 @@ def of(method: Callable[..., Transform], theory: Theory, lr: float = 0.05, **opt
     return Row(f"{method.__name__}({arguments})", lambda: method(**options), lr, theory)
 
 
-COVARIANT: Final = {"damping": 1e-2, "damping_mode": "covariant"}
+COVARIANT: Final[dict[str, Any]] = {"damping": 1e-2, "damping_mode": "covariant"}
 
 ROWS: Final = (
     Row("gradient descent", lambda: rlora.chain(add_decayed_weights(0.0)), 0.05, ROTATION),

@@ -12,7 +12,7 @@ from rlora.core.factors import Array
 
 from .claim import Curve, Panel, Setting
 
-PARTS: Final = ("step of A", "step of B", "output")
+PARTS: Final = ("Step of A", "Step of B", "Output")
 """``|B δA X|``, ``|δB A X|`` in the last step, and ``|B A X|`` after it."""
 
 STABLE: Final = 0.2

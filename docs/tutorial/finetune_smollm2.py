@@ -32,8 +32,6 @@ from smollm2 import (
     Batch,
     cache_lower_layers,
     evaluate,
-    load_model,
-    load_tokenizer,
     loss_of,
     make_batches,
     put_lower_layers,
@@ -42,6 +40,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import rlora
+from rlora.cli.study.smollm2 import load_model, load_tokenizer
 from rlora.torch import ScaledAdamW
 
 

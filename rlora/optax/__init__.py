@@ -7,7 +7,7 @@ method; `scaled_adamw`, `lora_rite` and the others are shorthand.
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from rlora.pairing import Source
 
 __all__ = ["scale_by_gram", "transformation"]
 __all__ += methods.__all__
+__all__.sort()
 
 Move: TypeAlias = Callable[[list[Factors], list[Factors], State, Array], tuple[Any, State]]
 
@@ -137,6 +138,11 @@ def scale_by_gram(
     damping, damping_mode, compute_dtype
         See `rlora.scaled_adamw`.
 
+    Returns
+    -------
+    GradientTransformationExtraArgs
+        Its state is a count of steps.
+
     Examples
     --------
     >>> import optax, rlora.optax
@@ -215,6 +221,22 @@ def _over_pairs(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+SHORTHAND: Final = """`rlora.{method}` as an optax transformation.
+
+Parameters
+----------
+{shared}
+    See `rlora.optax.transformation`.
+{own}
+    See `rlora.{method}`.
+
+Returns
+-------
+GradientTransformationExtraArgs
+    As `rlora.optax.transformation` makes it of a method.
+"""
+
+
 def _shorthand(method: Callable[..., Transform]) -> Callable[..., Any]:
     whole, own = (inspect.signature(f).parameters.values() for f in (transformation, method))
     shared = [p for p in whole if p.name != "method"]
@@ -228,8 +250,8 @@ def _shorthand(method: Callable[..., Transform]) -> Callable[..., Any]:
     # For `inject_hyperparams`, which makes arrays of the numbers among them.
     cast("Any", make).__signature__ = inspect.Signature([*shared, *options])
     make.__name__ = make.__qualname__ = method.__name__
-    make.__doc__ = (
-        f"`rlora.{method.__name__}`, with its options, as `transformation` makes it of a method."
+    make.__doc__ = SHORTHAND.format(
+        method=method.__name__, shared=", ".join(names), own=", ".join(p.name for p in own)
     )
     return make
 

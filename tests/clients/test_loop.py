@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 
 PAGE = "own_loop.md"
 LOOP, ACCUMULATE, HALF = "The loop", "Accumulate gradients", "Half precision"
+UNPICKLED, AGAIN = "Save without pickle", "Load it again"
 SAVE, PLAIN, GROUPS = "Save and go on", "From plain AdamW, and back", "Groups"
 COME, GO, BELOW = "Adapters that come", "Adapters that go", "Another optimizer below"
 EPOCH = 8
@@ -126,6 +127,22 @@ def test_a_saved_run_goes_on_bit_for_bit(kind, tmp_path):
     later = loop(kind, adapted(seed=1)) | {"path": space["path"]}
     exec("saved = " + load, later)
     assert same(rest(later), expected)
+
+
+@make
+def test_a_state_in_safetensors_goes_on_bit_for_bit(make, tmp_path):
+    model, path = make_model(), tmp_path / "state.safetensors"
+    optimizer = make(model)
+    train(model, optimizer, 3)
+    space = run(PAGE, UNPICKLED, {"optimizer": optimizer, "path": path})
+    later = copy.deepcopy(model)
+    resumed = make(later)
+    run(PAGE, AGAIN, {**space, "optimizer": resumed})
+    old, new = (o.state_dict()["state"] for o in (optimizer, resumed))
+    assert {i: x.keys() for i, x in old.items()} == {i: x.keys() for i, x in new.items()}
+    for m, o in ((model, optimizer), (later, resumed)):
+        train(m, o, 3, start=3)
+    assert same(values(later), values(model))
 
 
 def test_from_plain_adamw_and_back():

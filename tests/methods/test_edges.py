@@ -23,7 +23,7 @@ def method(name):
 def test_shapes_at_the_edge(name, r, n, m, dtype):
     """Rank one, one by one, a rank above the weight's own, and a large one: finite, and it moves."""
     problem = make_problem(m, n, r, seed=1).on(get("numpy"), dtype)
-    params, _ = run(method(name), problem, steps=3, lr=1e-2, dtype=dtype)
+    params, _ = run(method(name), problem, steps=3, lr=1e-2)
     for old, new in zip(problem.params, params, strict=True):
         assert new.shape == old.shape
         assert new.dtype == old.dtype
