@@ -50,10 +50,12 @@ def test_the_trials_tell_optimizers_apart(promises):
     gauss_seidel = type(
         "Turns",
         (rlora.torch.ScaledSGD,),
-        {"__init__": coupledda self, *a, **k: rlora.torch.ScaledSGD.__init__(self, *a, order="gauss_seidel", **k)},
+        {"__init__": lambda self, *a, **k: rlora.torch.ScaledSGD.__init__(self, *a, order="gauss_seidel", **k)},
     )  # fmt: skip
     assert promises.order(gauss_seidel) == "as one move"
     assert promises.order(rlora.torch.ScaledSGD) == "each from the old pair"
-    coupled = rlora.torch.precondition(torch.optim.Adam)  # decay through the gradient, a sign at first
+    coupled = rlora.torch.precondition(
+        torch.optim.Adam
+    )  # decay through the gradient, a sign at first
     assert promises.moments(coupled) == "of each entry, corrected, eps beside the root"
     assert promises.decay(coupled) != promises.decay(rlora.torch.ScaledAdamW)
