@@ -33,6 +33,12 @@ NOISE_SEED: Final = 0
 SAMPLING: Final[Mapping[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 7.0}
 
 PAPER: Final = "Zhang, Pilanci, arXiv:2402.02347, 2024, and their code, "
+BEFORE: Final = {
+    "betas": (0.9, 0.999),
+    "placement": "before",
+    "damping": 0.0,
+    "damping_mode": "relative",
+}
 PRESETS: Final[Mapping[str, Preset]] = {
     "concept": Preset(
         source=f"{PAPER}Object_Generation, the rate of the U-Net; 10 000 steps on 5 pictures",
@@ -41,11 +47,9 @@ PRESETS: Final[Mapping[str, Preset]] = {
         dropout=0.1,
         batch=1,
         epochs=2000,
-        schedule="constant",
-        warmup=0,
         optimizers={
             "AdamW": {"lr": 1e-4, "weight_decay": 0.01},
-            "ScaledAdamW": {"lr": 1e-4, "weight_decay": 0.01, "damping": 0.0},
+            "ScaledAdamW": {"lr": 1e-4, "weight_decay": 0.01, **BEFORE},
         },
     ),
     "concepts": Preset(
@@ -55,11 +59,9 @@ PRESETS: Final[Mapping[str, Preset]] = {
         dropout=0.0,
         batch=2,
         epochs=500,
-        schedule="linear",
-        warmup=0,
         optimizers={
             "AdamW": {"lr": 1e-4, "eps": 1e-6, "weight_decay": 0.01},
-            "ScaledAdamW": {"lr": 1e-4, "eps": 1e-6, "weight_decay": 0.01, "damping": 0.0},
+            "ScaledAdamW": {"lr": 1e-4, "eps": 1e-6, "weight_decay": 0.01, **BEFORE},
         },
     ),
 }
