@@ -11,6 +11,6 @@ linkcheck:  # needs a network
 	$(SPHINX) -b linkcheck docs build/links
 
 figures:
-	rlora reproduce all --output docs/reference/claims
+	$(PYTHON) docs/reference/claims.py
 	rlora study --tables --output docs/reference/study
 	$(PYTHON) docs/explanation/drawings.py
