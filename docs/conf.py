@@ -11,7 +11,7 @@ project, author = "rlora", "The rlora maintainers"
 version = release = rlora.__version__
 
 extensions = [
-    "mathml",
+    "formulas",
     "myst_parser",
     "numpydoc",
     "public_names",
@@ -35,6 +35,6 @@ html_theme = "furo"
 html_title = "rlora"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
-html_math_renderer = "mathml"
+html_math_renderer = "html"
 html_show_copyright = html_show_sphinx = False
 html_copy_source = False

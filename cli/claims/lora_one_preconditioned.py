@@ -25,9 +25,9 @@ LEARNING_RATES: Final = tuple(i / 10 for i in range(1, 11))
 """To beyond the best of every method."""
 
 ARRIVED: Final = 1e-5
-"""C has eigenvalues from 0.75² to 1.25², and the part of the error in both spaces moves twice. At the
-best learning rate a step leaves (k - 1) / (k + 1) = 0.7 of it at most, k = 2 * 2.8; 30 leave 2e-5 at
-most, and 7e-9 is seen."""
+"""C has eigenvalues from 0.75² to 1.25², and the part of the error in both spaces moves twice. At
+the best learning rate a step leaves (k - 1) / (k + 1) = 0.7 of it at most, k = 2 * 2.8; 30 leave
+2e-5 at most, and 7e-9 is seen."""
 ON_THE_WAY: Final = 1e-4
 """Gradient descent has the teacher's condition in k: of at least 5 * 2.8 the same gives 1e-2, and
 9e-4 is seen."""

@@ -6,9 +6,18 @@ import click
 
 
 @click.command()
-@click.option("--model", default="smollm2", show_default=True, help="digits, smollm2, ...")
+@click.option(
+    "--model",
+    default="smollm2",
+    show_default=True,
+    help="digits, smollm2; on a GPU gpt2, mistral, diffusion.",
+)
 @click.option("--dataset", default="chain_sum", show_default=True, help="One that the model has.")
-@click.option("--rank", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--weights", help="Of a large model: its name on the hub, or a folder.")
+@click.option("--data", type=Path, help="Of a large model: a folder; else they come from the hub.")
+@click.option("--device", default="cuda", show_default=True, help="Of a large model.")
+@click.option("--rank", type=click.IntRange(1), help="8, or what the paper has.")
+@click.option("--steps", type=click.IntRange(2), help="Of a run, instead of the usual ones.")
 @click.option("--contender", "names", multiple=True, help="Only this one; may be repeated.")
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--output", type=Path, default=Path("build/study"), show_default=True)
@@ -17,7 +26,11 @@ import click
 def study(
     model: str,
     dataset: str,
-    rank: int,
+    weights: str | None,
+    data: Path | None,
+    device: str,
+    rank: int | None,
+    steps: int | None,
     names: tuple[str, ...],
     processes: int,
     output: Path,
@@ -30,9 +43,11 @@ def study(
     the best by validation loss is then run on other seeds, and only those read the test part.
     Every run is written down when it is done: started again, the study goes on where it was.
     """
+    from .beds import Origin
     from .conduct import conduct  # torch, and more: not for `rlora --help`
     from .tables import write_tables
 
     if not tables:
-        conduct(model, dataset, rank, names, processes, output, quick)
+        origin = Origin(weights, data, device)
+        conduct(model, dataset, rank, steps, names, processes, output, quick, origin)
     write_tables(output)

@@ -41,8 +41,6 @@ PRESETS: Final[Mapping[str, Preset]] = {
         dropout=0.1,
         batch=1,
         epochs=2000,
-        schedule="constant",
-        warmup=0,
         optimizers={
             "AdamW": {"lr": 1e-4, "weight_decay": 0.01},
             "ScaledAdamW": {"lr": 1e-4, "weight_decay": 0.01, "damping": 0.0},
@@ -55,8 +53,6 @@ PRESETS: Final[Mapping[str, Preset]] = {
         dropout=0.0,
         batch=2,
         epochs=500,
-        schedule="linear",
-        warmup=0,
         optimizers={
             "AdamW": {"lr": 1e-4, "eps": 1e-6, "weight_decay": 0.01},
             "ScaledAdamW": {"lr": 1e-4, "eps": 1e-6, "weight_decay": 0.01, "damping": 0.0},

@@ -42,8 +42,6 @@ PRESETS: Final[Mapping[str, Preset]] = {
         dropout=0.1,
         batch=8,
         epochs=5,
-        schedule="linear",
-        warmup=500,
         optimizers={
             "AdamW": {"lr": 2e-4, "betas": (0.9, 0.999), "eps": 1e-6, **DECAY},
             "ScaledAdamW": {

@@ -99,8 +99,8 @@ CONTENDERS: Final[dict[str, Contender]] = {
 """“fast” are the betas of `FAST`, otherwise they are (0.9, 0.999)."""
 
 
-def check_contenders(names: Iterable[str]) -> None:
-    """ValueError unless all take part."""
-    if unknown := sorted(set(names) - CONTENDERS.keys()):
-        msg = f"there is no contender {unknown[0]!r}; there are {', '.join(CONTENDERS)}"
+def check_contenders(names: Iterable[str], known: Iterable[str]) -> None:
+    """ValueError unless all are known."""
+    if unknown := sorted(set(names) - set(known)):
+        msg = f"there is no contender {unknown[0]!r}; there are {', '.join(known)}"
         raise ValueError(msg)

@@ -51,8 +51,6 @@ def preset(
         dropout=0.05,
         batch=8,
         epochs=5,
-        schedule="linear",
-        warmup=0,
         optimizers={
             "AdamW": {"lr": lr, **DECAY},
             "ScaledAdamW": adamw,

@@ -1,12 +1,15 @@
-"""What a paper, or the code beside it, trained with."""
+"""What a paper, or the code beside it, trained with: contenders of its own for a large model."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 import rlora.torch
+
+from .beds import LARGE, module_of
+from .methods import CONTENDERS, Contender
 
 
 class Preset(NamedTuple):
@@ -20,22 +23,36 @@ class Preset(NamedTuple):
 
     batch: int
     epochs: int
-    schedule: Literal["linear", "constant"]
-    """What the learning rate does after the warm-up: fall to zero in a line, or stay."""
-
-    warmup: int
-    """Steps in which the learning rate rises."""
-
     optimizers: Mapping[str, Mapping[str, Any]]
     """Class of rlora.torch or torch.optim -> its arguments."""
 
-    def steps(self, batches: int) -> int:
-        """How many there are in all, with so many batches in an epoch."""
-        return self.epochs * batches
-
-    def optimizer(self, name: str, model: nn.Module) -> torch.optim.Optimizer:
+    def optimizer(self, name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         """One of the optimizers, over the trained parameters of a model."""
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         kind = getattr(rlora.torch, name, None) or getattr(torch.optim, name)
-        made: torch.optim.Optimizer = kind(trained, **self.optimizers[name])
+        made: torch.optim.Optimizer = kind(trained, **{**self.optimizers[name], "lr": lr})
         return made
+
+    def contenders(self) -> dict[str, Contender]:
+        """Its optimizers, each with a sweep around the published learning rate."""
+        return {f"paper-{name}": self._contender(name) for name in self.optimizers}
+
+    def _contender(self, name: str) -> Contender:
+        lr = self.optimizers[name]["lr"]
+        return Contender(
+            lambda model, rate: self.optimizer(name, model, rate), (lr / 2, lr, 2 * lr)
+        )
+
+
+def preset_of(model: str, dataset: str) -> Preset | None:
+    """What was published for a large model; None for the others."""
+    if model not in LARGE:
+        return None
+    preset: Preset = module_of(model).PRESETS[dataset]
+    return preset
+
+
+def contenders_of(model: str, dataset: str) -> dict[str, Contender]:
+    """Those of the study, and for a large model the paper's own."""
+    preset = preset_of(model, dataset)
+    return {**CONTENDERS, **(preset.contenders() if preset else {})}

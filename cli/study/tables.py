@@ -14,8 +14,8 @@ from rlora.cli.record import write_text
 from .methods import CONTENDERS
 from .plan import Record, Records, final
 
-BASELINES: Final = ("adamw", "adamw-fast")
-"""The better of them at its own best rate is what all others are held against."""
+BASELINES: Final = ("adamw", "adamw-fast", "paper-AdamW")
+"""The best of them at its own best rate is what all others are held against."""
 
 GOOD: Final = 1.02
 """A learning rate is good whose validation loss is at most this times the baseline's lowest."""
@@ -23,6 +23,7 @@ GOOD: Final = 1.02
 PLOTTED: Final = (
     *("adamw", "adamw-fast", "lora-plus-fast", "scaled-before-fast", "scaled-both-fast"),
     *("grafted-both-fast", "lora-rite-fast"),
+    *("paper-AdamW", "paper-ScaledAdamW", "paper-SGD", "paper-ScaledSGD"),
 )
 HEAD: Final = (
     ("contender", "best lr", "good rates", "validation loss", "test loss", "below the baseline"),
@@ -81,7 +82,8 @@ def groups_of(path: Path) -> Iterator[tuple[tuple[str, str, int, int], list[Resu
     rows = sorted(Records(path).rows.values(), key=kind)
     for key, group in groupby(rows, kind):
         mine = list(group)
-        results = [result(name, mine) for name in CONTENDERS]
+        names = dict.fromkeys((*CONTENDERS, *(row["contender"] for row in mine)))
+        results = [result(name, mine) for name in names]
         yield key, [x for x in results if x.sweep]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import rlora.torch
 
 from .bed import Bed, Part
-from .methods import CONTENDERS
+from .preset import contenders_of
 
 WARMUP: Final = 0.05
 """Share of the steps in which the learning rate rises; then it falls to zero in a line."""
@@ -40,7 +40,7 @@ class Job(NamedTuple):
 
 def run(bed: Bed, job: Job) -> dict[str, Any]:
     """Train once; everything but the optimizer depends on the seed alone."""
-    contender = CONTENDERS[job.contender]
+    contender = contenders_of(job.model, job.dataset)[job.contender]
     model = bed.adapted(job.rank, job.seed)
     batches = bed.batches("train")
     if contender.start != "gaussian":

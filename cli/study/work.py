@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from .bed import Bed
-from .beds import load_bed
+from .beds import Origin, load_bed
 from .train import Job, run
 
 
@@ -20,6 +20,7 @@ class Place(NamedTuple):
     dataset: str
     kept: Path
     quick: bool
+    origin: Origin
 
 
 _beds: Final[dict[Place, Bed]] = {}
@@ -42,12 +43,13 @@ def do(place: Place, jobs: list[Job], processes: int) -> Iterator[dict[str, Any]
             yield done.result()
 
 
-def prepare(place: Place) -> None:
+def prepare(place: Place) -> Bed:
     """Load the bed, with one thread for a process."""
     torch.set_num_threads(1)
     if place not in _beds:
         _beds.clear()
         _beds[place] = load_bed(*place)
+    return _beds[place]
 
 
 def work(place: Place, job: Job) -> dict[str, Any]:

@@ -62,6 +62,9 @@ def entry(module: str, name: str) -> Iterator[str]:
     elif inspect.isclass(thing):
         kind = "exception" if issubclass(thing, Exception) else "class"
         yield from (f".. auto{kind}:: {full}", "   :members:")
+        fields = getattr(thing, "_fields", ())
+        if fields and "Parameters\n" in thing.__doc__:  # which says what they are
+            yield f"   :exclude-members: {', '.join(fields)}"
     elif inspect.isfunction(thing):
         yield f".. autofunction:: {full}"
     else:
@@ -111,9 +114,18 @@ def leave_strangers(
     return content if strange else None
 
 
+def leave_out_numbers(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
+) -> None:
+    """Python's own words for the field of a tuple say nothing."""
+    if lines and lines[0].startswith("Alias for field number"):
+        lines.clear()
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.add_directive("public-names", PublicNames)
     app.add_transform(LinkCode)
+    app.connect("autodoc-process-docstring", leave_out_numbers)
     app.connect("missing-reference", leave_strangers)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -150,9 +150,13 @@ def check_matches(grads: Tree, params: Tree) -> None:
     def same(param: Array, grad: Array) -> None:
         if grad is None:
             return
-        if tuple(grad.shape) != tuple(param.shape):
+        shape = getattr(grad, "shape", None)
+        if shape is None:
+            msg = f"a gradient must be an array as its parameter is, got {type(grad).__name__}"
+            raise ShapeError(msg)
+        if tuple(shape) != tuple(param.shape):
             msg = (
-                f"a gradient has shape {tuple(grad.shape)} where its parameter has "
+                f"a gradient has shape {tuple(shape)} where its parameter has "
                 f"{tuple(param.shape)}; pass the gradients in the order of the parameters"
             )
             raise ShapeError(msg)

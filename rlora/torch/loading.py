@@ -35,7 +35,7 @@ class LoadsState(Optimizer, ABC):
         return dict.fromkeys(ELEMENTWISE, p.shape)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, of this optimizer or of the plain parent.
+        """Load a state, of this optimizer or of the plain parent; whole or not at all.
 
         Moments of paired factors keep their dtype, at least float32, whatever the parameters have.
         Where the saved groups lack ours, as those of the plain parent do, damping and placement
@@ -69,8 +69,12 @@ class LoadsState(Optimizer, ABC):
         load = super().load_state_dict
         if getattr(load, "__func__", None) is not Optimizer.load_state_dict:
             state_dict = take(self, state_dict)  # a parent's own loading may run no hooks
+        kept = self.state, self.param_groups
         try:
             load(state_dict)
+        except BaseException:  # torch may find out late, when both are those of the file already
+            self.state, self.param_groups = kept
+            raise
         finally:
             for handle in handles:
                 handle.remove()

@@ -15,7 +15,10 @@ pytest.importorskip("transformers")
 import tiny_beds
 from transformers import AutoModelForCausalLM
 
-from rlora.cli.study import diffusion, glue, gpt2, mistral, pictures, sources, texts
+from rlora.cli.study import conduct, diffusion, glue, gpt2, mistral, pictures, sources, texts
+from rlora.cli.study.beds import Origin
+from rlora.cli.study.plan import Records
+from rlora.cli.study.work import Place
 from rlora.torch import ScaledAdamW
 
 pytestmark = [
@@ -228,7 +231,7 @@ def lora_layer():
 def test_published_optimizers_can_be_made(preset):
     for name, arguments in preset.optimizers.items():
         layer = lora_layer()
-        optimizer = preset.optimizer(name, layer)
+        optimizer = preset.optimizer(name, layer, arguments["lr"])
         assert type(optimizer).__name__ == name
         group = optimizer.param_groups[0]
         assert {k: v for k, v in arguments.items() if k in group} == {
@@ -238,6 +241,40 @@ def test_published_optimizers_can_be_made(preset):
         (layer.lora_B @ layer.lora_A - 1).square().sum().backward()
         optimizer.step()
         assert layer.lora_B.any()
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_study_runs_the_papers_own_settings(rlora_cli, tmp_path, folder, weights):
+    pytest.importorskip("sacrebleu")
+    names = ("paper-AdamW", "paper-ScaledAdamW")
+    done = rlora_cli(
+        *("study", "--model", "gpt2", "--dataset", "e2e", "--device", "cpu", "--quick"),
+        *("--weights", weights("gpt2"), "--data", folder / "e2e", "--output", tmp_path),
+        *(x for name in names for x in ("--contender", name)),
+    )
+    assert done.exit_code == 0, done.output
+    rows = Records(tmp_path / "gpt2-e2e.jsonl").rows
+    assert {(job.contender, job.rank) for job in rows} == {(name, 4) for name in names}
+    assert {job.lr for job in rows} >= {1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3}
+    tested = [row for job, row in rows.items() if job.tested]
+    assert [set(row["test"]) for row in tested] == [{"loss", "bleu", "chrf"}] * 2
+    assert "| `paper-ScaledAdamW` |" in (tmp_path / "tables.md").read_text()
+
+
+def test_a_run_is_as_long_as_the_papers(tmp_path, folder, weights):
+    """Five epochs of the 14 rows in batches of 8, at rank 4."""
+    pytest.importorskip("sacrebleu")
+    origin = Origin(str(weights("gpt2")), folder / "e2e", "cpu")
+    place = Place("gpt2", "e2e", tmp_path, False, origin)
+    job, size = conduct.measure(place, rank=None, steps=None)
+    assert (job.rank, job.steps, size.steps) == (4, 10, 10)
+    job, _ = conduct.measure(place, rank=2, steps=3)
+    assert (job.rank, job.steps) == (2, 3)
+    assert conduct.usual("gpt2", "e2e", quick=False) == tuple(
+        f"paper-{name}" for name in ("AdamW", "ScaledAdamW", "SGD", "ScaledSGD")
+    )
 
 
 # ---------------------------------------------------------------- GPT-2 and E2E

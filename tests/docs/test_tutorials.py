@@ -89,17 +89,6 @@ def check_what_the_page_says(space):
             assert np.linalg.norm(pair.B @ D.A + D.B @ pair.A) <= bound * (1 + 1e-9)
             pair = rlora.apply_updates(pair, D, 0.3)
 
-    # "With the average in front of the Gram ... diverges as soon as the clipping allows it."
-    def front(max_norm):
-        links = (
-            space["average"](0.5, dampening=0.5),
-            space["scale_by_gram"](damping=1e-2, damping_mode="covariant"),
-        )
-        return rlora.chain(*links, space["clip_in_weight"](max_norm))
-
-    with np.errstate(all="ignore"):
-        ends = [loss(train(front(bound), start, lr=0.3, steps=200)[0]) for bound in (1.0, 100.0)]
-    assert not ends[1] < 1e3
     assert loss(train(space["careful_sgd"](max_norm=100.0), start, lr=0.3, steps=200)[0]) < 1e-3
 
 

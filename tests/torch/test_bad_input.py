@@ -1,5 +1,7 @@
 """Bad input gives an error that says what came, and leaves parameters and state as they were."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -89,6 +91,20 @@ def test_state_of_another_model(make):
     assert_refused(model, optimizer, load, ValueError, "size of optimizer's group")
 
 
+@pytest.mark.parametrize("kind", [ScaledAdamW, LoRARite])
+def test_a_state_that_torch_refuses_late(kind):
+    """It looks for the step when the old state is gone; the load puts that back."""
+    model = make_model()
+    optimizer = kind(model, lr=1e-2)
+    train(model, optimizer, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][5].pop("step")
+    assert_refused(model, optimizer, lambda: optimizer.load_state_dict(state), KeyError, "step")
+    state["state"][5]["step"] = "one"
+    assert_refused(model, optimizer, lambda: optimizer.load_state_dict(state), ValueError, "float")
+    train(model, optimizer, 1)
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_state_of_a_method_is_not_that_of_scaled_adamw(method):
     model, other = make_model(), make_model()
@@ -174,19 +190,28 @@ def test_bad_factors(name, what):
         getattr(rlora, name)().init(params)
 
 
+AS_GRADIENTS = {
+    "one-dimensional": (ShapeError, r"has shape \(5,\) where its parameter has \(2, 5\)"),
+    "mismatched": (ShapeError, r"has shape \(3, 5\) where its parameter has \(2, 5\)"),
+    "two libraries": (NamespaceError, "two libraries"),
+    "complex": (NamespaceError, "real"),
+    "two devices": (NamespaceError, "two libraries"),  # torch's, and the factors are NumPy's
+    "no arrays": (ShapeError, "must be an array as its parameter is, got list"),
+    "no pair": (PairingError, "must be collections of one structure"),
+}
+
+
 @pytest.mark.parametrize("name", rlora.methods.__all__)
-@pytest.mark.parametrize(
-    "what", [k for k in BAD if k not in ("no arrays", "mismatched", "two devices")]
-)
+@pytest.mark.parametrize("what", BAD)
 def test_bad_gradients(name, what):
-    grads, error, _ = BAD[what]
+    grads, (error, match) = BAD[what][0], AS_GRADIENTS[what]
     method = getattr(rlora, name)()
     params = Factors(GOOD.A.copy(), GOOD.B.copy())
     state = method.init(params)
-    kept = rlora.flatten_state(state)
-    copies = {key: np.array(x) for key, x in kept.items()}
-    with pytest.raises((error, rlora.ShapeError, PairingError)):
+    copies = {key: np.array(x) for key, x in rlora.flatten_state(state).items()}
+    with pytest.raises(rlora.RLoraError, match=match) as caught:
         rlora.step(method, params, grads, state, 0.1)
+    assert caught.type is error
     assert np.array_equal(params.A, GOOD.A)
     assert np.array_equal(params.B, GOOD.B)
     for key, x in rlora.flatten_state(state).items():
