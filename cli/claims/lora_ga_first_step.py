@@ -5,6 +5,7 @@ first and second r singular vectors of G, and of one scale, that is along ``[G]_
 makes of it, with the singular values in B alone, loses that.
 """
 
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -28,10 +29,10 @@ def run(setting: Setting) -> Outcome:
     """Sines of the angle between the first step and the best one of rank 2r."""
     backend = setting.backend
     G = setting.array(np.random.default_rng(0).standard_normal((OUTPUTS, INPUTS)))
-    exact = {"oversample": INPUTS}
+    lora_ga = partial(rlora.initializers.lora_ga, G, RANK, oversample=INPUTS)  # no randomness left
     starts = {
-        "LoRA-GA": rlora.initializers.lora_ga(G, RANK, **exact),
-        "LoRA-GA as in PEFT": rlora.initializers.lora_ga(G, RANK, form="peft", **exact),
+        "LoRA-GA": lora_ga(),
+        "LoRA-GA as in PEFT": lora_ga(form="peft"),
         "LoRA": rlora.initializers.gaussian(G, RANK),
     }
     U, S, Vt = backend.svd(G)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ def pretrained(known: Batch) -> nn.Module:
     for _ in range(PRETRAINING):
         drawn = torch.randint(len(known.digits), (BATCH,))
         loss = functional.cross_entropy(model(known.pictures[drawn]), known.digits[drawn])
-        loss.backward()
+        cast("Any", loss).backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.requires_grad_(False)
@@ -108,8 +108,10 @@ def pretrained(known: Batch) -> nn.Module:
 def cut(data: Batch) -> dict[Part, list[Batch]]:
     """The three parts, in batches."""
     sizes = [int(share * len(data.digits)) for share in SHARES.values()]
-    parts = zip(*(x[: sum(sizes)].split(sizes) for x in data), strict=True)
+    parts = zip(*(torch.split(x[: sum(sizes)], sizes) for x in data), strict=True)
     return {
-        part: [Batch(*pair) for pair in zip(x.split(BATCH), y.split(BATCH), strict=True)]
+        part: [
+            Batch(*pair) for pair in zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True)
+        ]
         for part, (x, y) in zip(SHARES, parts, strict=True)
     }

@@ -1,7 +1,7 @@
 """Who takes part in the study, and at which learning rates each is tried."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ import rlora
 import rlora.torch
 from rlora import Transform
 
+Start = Literal["gaussian", "lora_one"]
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
 
 USUAL: Final = (0.9, 0.999)
@@ -27,7 +28,7 @@ class Contender(NamedTuple):
     rates: tuple[float, ...]
     """Of the sweep, in rising order, a factor of two apart."""
 
-    start: str = "gaussian"
+    start: Start = "gaussian"
     """How the adapters begin: a method of `rlora.torch.initialize`, or "gaussian", as PEFT does."""
 
 

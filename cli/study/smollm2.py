@@ -8,7 +8,7 @@ The head has a row for each of 49,152 tokens; here only those that occur in answ
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class SmolLM2:
         self.parts = self._cached(kept)
         self._put([Skip()] * len(self.lower))
         targets = [b.targets[b.targets != IGNORE] for part in self.parts.values() for b in part]
-        self.spoken = torch.cat(targets).unique()  # ids of the tokens of answers, sorted
+        self.spoken = torch.unique(torch.cat(targets))  # ids of the tokens of answers, sorted
         self.head = self.base.lm_head.weight[self.spoken].detach()
 
     def adapted(self, rank: int, seed: int) -> nn.Module:
@@ -124,7 +124,7 @@ class SmolLM2:
         for i, layer in enumerate(lower):
             self.base.model.layers[i] = layer
 
-    def _cached(self, kept: Path | None) -> dict[str, list[Batch]]:
+    def _cached(self, kept: Path | None) -> dict[Part, list[Batch]]:
         """Batches as they enter the first adapted layer; from the file if there is one."""
         if kept is not None and kept.exists():
             stored = torch.load(kept, weights_only=True)
@@ -183,7 +183,7 @@ def load_model() -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(checkpoint_folder(), gguf_file=GGUF)
+    cast("Any", logging).disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint_folder(), gguf_file=GGUF)
     del model.config.quantization_config  # no longer true, and PEFT would believe it
     return model.eval()

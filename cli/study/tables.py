@@ -102,7 +102,7 @@ def result(name: str, rows: Sequence[Record]) -> Result:
 
 def table(results: Sequence[Result]) -> list[str]:
     """A Markdown table, the lowest test loss first."""
-    base = min((x for x in results if x.name in BASELINES), key=lambda x: x.loss)
+    base = baseline(results)
     head = [name for part in HEAD for name in part]
     rows = sorted(results, key=lambda x: mean(x.test_losses().values()) if x.tested else math.inf)
     return [
@@ -110,6 +110,12 @@ def table(results: Sequence[Result]) -> list[str]:
         line(["---"] * len(head)),
         *(line(cells(x, base)) for x in rows),
     ]
+
+
+def baseline(results: Sequence[Result]) -> Result:
+    """The best of the baselines; while none of them was run, the best of all."""
+    known = [x for x in results if x.name in BASELINES]
+    return min(known or results, key=lambda x: x.loss)
 
 
 def line(parts: Sequence[str]) -> str:
@@ -175,7 +181,7 @@ def _edge(
 
 def panel(results: Sequence[Result]) -> Panel:
     """Validation loss against learning rate; what diverged is left out."""
-    base = min(x.loss for x in results if x.name in BASELINES)
+    base = baseline(results).loss
     curves = []
     for x in results:
         points = [(lr, loss) for lr, loss in x.sweep.items() if loss < 1.5 * base]

@@ -4,7 +4,7 @@ import math
 import random
 import statistics
 import time
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -71,7 +71,7 @@ def train(bed: Bed, model: nn.Module, optimizer: torch.optim.Optimizer, job: Job
         bound = DIVERGED * value if step == 1 else bound
         if not value <= bound:  # also when NaN
             break
-        loss.backward()
+        cast("Any", loss).backward()
         start = time.perf_counter()
         optimizer.step()
         seconds.append(time.perf_counter() - start)

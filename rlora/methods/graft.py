@@ -98,7 +98,7 @@ def graft_adamw(
         return D, GraftState(inner_state, adam_state)
 
     def carry(state: State, old: Tree, new: Tree) -> GraftState:
-        return state._replace(inner=transport(state.inner, old, new))
+        return GraftState(transport(state.inner, old, new), state.adam)
 
     grafted = inner._replace(init=init, update=update, transport=carry)
     return chain(grafted, add_decayed_weights(weight_decay))

@@ -239,6 +239,13 @@ def test_wrong_names_are_told_from_right_ones(tmp_path, refused, arguments, mess
     assert not (tmp_path / "new").exists()
 
 
+def test_tables_need_no_baseline(tmp_path, rlora_cli):
+    options = ("--model", "digits", "--dataset", "even", "--quick", "--contender", "lora-rite")
+    done = rlora_cli("study", *options, "--processes", 1, "--output", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "| `lora-rite` |" in (tmp_path / "tables.md").read_text()
+
+
 def test_tables_of_nothing_are_refused(tmp_path, refused):
     assert "has no records of a study" in refused("study", "--tables", "--output", tmp_path)
 
