@@ -29,7 +29,7 @@ PLAIN: Final = 5.0
 """GD at condition number 10 over scaled GD there: theory says ten."""
 
 GD: Final = rlora.chain()
-SCALED: Final = rlora.scaled_sgd()
+SCALED: Final = rlora.scaled_sgd(damping=1e-6, damping_mode="relative")
 
 
 class Network(NamedTuple):

@@ -17,8 +17,12 @@ STILL: Final = -0.8
 SEEDS: Final = 64
 STEPS: Final = 3
 
+SCALED: Final = rlora.scaled_sgd(damping=1e-6, damping_mode="relative")
+"""The singular value of BA is here one over the root of the width: in a wide layer covariant
+damping would be felt."""
+
 LEARNERS: Final = {
-    "scaled GD": Learner(lambda n: rlora.scaled_sgd(), lambda n: LR / n),
+    "scaled GD": Learner(lambda n: SCALED, lambda n: LR / n),
     "GD": Learner(lambda n: rlora.chain(), lambda n: LR / n),
 }
 

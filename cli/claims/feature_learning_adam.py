@@ -5,7 +5,8 @@ from typing import Any, Final
 import numpy as np
 
 import rlora
-from rlora import Factors
+from rlora import Factors, Transform
+from rlora.methods.scaled import Placement
 
 from .claim import Check, Claim, Outcome, Setting
 from .widths import STABLE, Growth, Layer, Learner, exponent, grow, most, panels
@@ -21,6 +22,7 @@ GROWS: Final = 0.4
 
 SIGNS: Final[dict[str, Any]] = {"b1": 0.0, "b2": 0.0, "weight_decay": 0.0}
 """Adam without memory, so that a few steps show its normalisation and nothing else."""
+RELATIVE: Final[dict[str, Any]] = {"damping": 1e-6, "damping_mode": "relative"}
 
 
 def same(width: int) -> float:
@@ -28,10 +30,15 @@ def same(width: int) -> float:
     return LR
 
 
+def scaled(placement: Placement) -> Transform:
+    """Scaled AdamW without memory."""
+    return rlora.scaled_adamw(placement=placement, **SIGNS, **RELATIVE)
+
+
 ADAM: Final = Learner(lambda n: rlora.lora_plus(ratio=1.0, **SIGNS), same)
-BEFORE: Final = Learner(lambda n: rlora.scaled_adamw(placement="before", **SIGNS), same)
-AFTER: Final = Learner(lambda n: rlora.scaled_adamw(placement="after", **SIGNS), same)
-BOTH: Final = Learner(lambda n: rlora.scaled_adamw(placement="both", **SIGNS), same)
+BEFORE: Final = Learner(lambda n: scaled("before"), same)
+AFTER: Final = Learner(lambda n: scaled("after"), same)
+BOTH: Final = Learner(lambda n: scaled("both"), same)
 PLUS: Final = Learner(lambda n: rlora.lora_plus(ratio=float(n), **SIGNS), lambda n: LR / n)
 """LoRA+ as its theory has it: A's learning rate is n times smaller than B's."""
 RITE: Final = Learner(

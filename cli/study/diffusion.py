@@ -33,6 +33,12 @@ NOISE_SEED: Final = 0
 SAMPLING: Final[Mapping[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 7.0}
 
 PAPER: Final = "Zhang, Pilanci, arXiv:2402.02347, 2024, and their code, "
+BEFORE: Final = {
+    "betas": (0.9, 0.999),
+    "placement": "before",
+    "damping": 0.0,
+    "damping_mode": "relative",
+}
 PRESETS: Final[Mapping[str, Preset]] = {
     "concept": Preset(
         source=f"{PAPER}Object_Generation, the rate of the U-Net; 10 000 steps on 5 pictures",
@@ -43,7 +49,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
         epochs=2000,
         optimizers={
             "AdamW": {"lr": 1e-4, "weight_decay": 0.01},
-            "ScaledAdamW": {"lr": 1e-4, "weight_decay": 0.01, "damping": 0.0},
+            "ScaledAdamW": {"lr": 1e-4, "weight_decay": 0.01, **BEFORE},
         },
     ),
     "concepts": Preset(
@@ -55,7 +61,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
         epochs=500,
         optimizers={
             "AdamW": {"lr": 1e-4, "eps": 1e-6, "weight_decay": 0.01},
-            "ScaledAdamW": {"lr": 1e-4, "eps": 1e-6, "weight_decay": 0.01, "damping": 0.0},
+            "ScaledAdamW": {"lr": 1e-4, "eps": 1e-6, "weight_decay": 0.01, **BEFORE},
         },
     ),
 }

@@ -50,6 +50,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
                 "eps": 1e-6,
                 "damping": 1e-6,
                 "damping_mode": "absolute",
+                "placement": "before",
                 "order": "gauss_seidel",
                 **DECAY,
             },

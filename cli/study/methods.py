@@ -12,10 +12,12 @@ from rlora import Transform
 
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
 
+USUAL: Final = (0.9, 0.999)
 FAST: Final = (0.7, 0.8)
 """The betas with which the paper trains scaled AdamW on GPT-2."""
 
 COVARIANT: Final = {"damping": 1e-4, "damping_mode": "covariant"}
+PUBLISHED: Final = {"placement": "before", "damping": 1e-6, "damping_mode": "relative"}
 
 
 class Contender(NamedTuple):
@@ -29,7 +31,7 @@ class Contender(NamedTuple):
     """How the adapters begin: a method of `rlora.torch.initialize`, or "gaussian", as PEFT does."""
 
 
-def adamw(betas: tuple[float, float] = (0.9, 0.999)) -> Make:
+def adamw(betas: tuple[float, float]) -> Make:
     """AdamW of torch on the adapters."""
 
     def make(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -66,29 +68,49 @@ def grafted(**options: Any) -> Make:
     return lambda model, lr: kind(model, lr=lr)
 
 
+def favouring_b(ratio: float, **options: Any) -> Make:
+    """Scaled AdamW with a larger learning rate for B, as LoRA+ has."""
+
+    def method(*, weight_decay: float = 0.0) -> Transform:
+        return rlora.lora_plus(
+            rlora.scaled_adamw(weight_decay=weight_decay, **options), ratio=ratio
+        )
+
+    kind = rlora.torch.optimizer_class(method)
+    return lambda model, lr: kind(model, lr=lr)
+
+
 def rates(lowest: float, count: int = 4) -> tuple[float, ...]:
     """From the lowest up, each twice the one before."""
     return tuple(lowest * 2**k for k in range(count))
 
 
 CONTENDERS: Final[dict[str, Contender]] = {
-    "adamw": Contender(adamw(), rates(2e-3)),
+    "adamw": Contender(adamw(USUAL), rates(2e-3)),
     "adamw-fast": Contender(adamw(FAST), rates(1e-3, 8)),
     "lora-plus-fast": Contender(of("LoRAPlus", ratio=16.0, betas=FAST), rates(1e-3)),
-    "scaled-before": Contender(scaled(), rates(4e-3)),
-    "scaled-before-fast": Contender(scaled(betas=FAST), rates(4e-3)),
+    "lora-plus-before-fast": Contender(
+        favouring_b(16.0, b1=FAST[0], b2=FAST[1], **PUBLISHED), rates(1e-3)
+    ),
+    "lora-plus-both-fast": Contender(
+        favouring_b(4.0, b1=FAST[0], b2=FAST[1], placement="both", **COVARIANT), rates(1e-3)
+    ),
+    "scaled-before": Contender(scaled(betas=USUAL, **PUBLISHED), rates(4e-3)),
+    "scaled-before-fast": Contender(scaled(betas=FAST, **PUBLISHED), rates(4e-3)),
     "scaled-after-fast": Contender(
         scaled(placement="after", betas=FAST, **COVARIANT), rates(3.125e-5)
     ),
-    "scaled-both": Contender(scaled(placement="both", **COVARIANT), rates(2e-3)),
+    "scaled-both": Contender(scaled(placement="both", betas=USUAL, **COVARIANT), rates(2e-3)),
     "scaled-both-fast": Contender(
         scaled(placement="both", betas=FAST, **COVARIANT), rates(1e-3, 8)
     ),
-    "scaled-both-fast-relative": Contender(scaled(placement="both", betas=FAST), rates(2e-3)),
+    "scaled-both-fast-relative": Contender(
+        scaled(betas=FAST, **{**PUBLISHED, "placement": "both"}), rates(2e-3)
+    ),
     "grafted-both-fast": Contender(
         grafted(b1=FAST[0], b2=FAST[1], placement="both", **COVARIANT), rates(1e-3, 7)
     ),
-    "lora-rite": Contender(of("LoRARite"), rates(1e-3)),
+    "lora-rite": Contender(of("LoRARite", betas=USUAL), rates(1e-3)),
     "lora-rite-fast": Contender(of("LoRARite", betas=FAST), rates(1e-3)),
     "lora-pro-fast": Contender(of("LoRAProAdamW", betas=FAST), rates(4e-3)),
     "lora-one-adamw-fast": Contender(adamw(FAST), rates(1e-3), start="lora_one"),
@@ -96,7 +118,7 @@ CONTENDERS: Final[dict[str, Contender]] = {
         scaled(placement="both", betas=FAST, **COVARIANT), rates(1e-3), start="lora_one"
     ),
 }
-"""“fast” are the betas of `FAST`, otherwise they are (0.9, 0.999)."""
+"""Those called fast have the betas `FAST`, the others `USUAL`."""
 
 
 def check_contenders(names: Iterable[str], known: Iterable[str]) -> None:

@@ -43,7 +43,15 @@ def preset(
 ) -> Preset:  # fmt: skip
     """The paper's settings, which differ between tasks in learning rate and damping only."""
     absolute = {"damping_mode": "absolute"}
-    adamw = {"lr": scaled_lr, "damping": damping, "order": "gauss_seidel", **absolute, **DECAY}
+    adamw = {
+        "lr": scaled_lr,
+        "betas": (0.9, 0.999),
+        "damping": damping,
+        "placement": "before",
+        "order": "gauss_seidel",
+        **absolute,
+        **DECAY,
+    }
     return Preset(
         source=source,
         rank=16,

@@ -26,7 +26,7 @@ LARGEST: Final = 3.2
 """Where the axes end."""
 TOY: Final[dict[str, tuple[rlora.Transform, float]]] = {
     "gradient descent": (rlora.chain(), 0.25),
-    "scaled gradient descent": (rlora.scaled_sgd(), 0.25),
+    "scaled gradient descent": (rlora.scaled_sgd(damping=1e-6, damping_mode="relative"), 0.25),
     "AdamW": (rlora.lora_plus(ratio=1.0, weight_decay=0.0), 0.25),
 }
 """Methods and their learning rates."""

@@ -86,12 +86,20 @@ RATES: Final = (1e-3, 1e-4, 1e-5)
 
 
 def moved(lr: float, dtype: torch.dtype, *, stochastic: bool) -> Any:
-    """How far 200 steps of `ScaledAdamW` along one gradient move A."""
+    """How far 200 steps of `ScaledAdamW`, each as long as `lr` says, along one gradient move A."""
     torch.manual_seed(0)
     start = torch.randn(R, M) / M**0.5
     A, B = (torch.nn.Parameter(x.to(dtype)) for x in (start, torch.randn(N, R) / 4))
     optimizer = rlora.torch.ScaledAdamW(
-        [A, B], lr=lr, weight_decay=0.0, pairs=[(A, B)], stochastic_rounding=stochastic
+        [A, B],
+        lr=lr,
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
+        damping=1e-6,
+        damping_mode="relative",
+        placement="before",
+        pairs=[(A, B)],
+        stochastic_rounding=stochastic,
     )
     A.grad, before = torch.randn(R, M).to(dtype), A.detach().double()
     for _ in range(200):
@@ -114,7 +122,7 @@ def rounding_table() -> Iterator[str]:
 
 def moves(size: float, dtype: str) -> bool:
     """Whether a factor B of this norm lets its partner move."""
-    method = rlora.scaled_sgd()
+    method = rlora.scaled_sgd(damping=1e-6, damping_mode="relative")
     with np.errstate(over="ignore", invalid="ignore"):
         B = (size * factor(1.0).astype("float64") / R**0.5).astype(dtype)
         pair = rlora.Factors(np.eye(R, N, dtype=dtype), B)

@@ -54,8 +54,9 @@ TAIL = """
   permutations map entries to entries. Half powers of the Gram on both sides of Adam
   (`placement="both"`) win back common scalings.
 - **Damping.** `S + δ I` compares δ with a Gram whose size is a matter of the split; relative to the
-  trace it is free of scalings. The default, relative and 1e-6, is small and not nothing: see the
-  rows with default damping. Covariant damping changes with the split as the Gram does.
+  trace it is free of scalings. Relative and 1e-6, the default of most methods, is small and not
+  nothing: see the rows with it. Covariant damping, that of scaled SGD and AdamW, changes with the
+  split as the Gram does.
 - **A choice by raw norms.** LoRA-Pro's Sylvester gauge asks for factors' moves near to the raw
   gradients. The weight's move is the same to first order, so a finite step differs a little.
 - **What does not:** linear momentum, decoupled decay, orthogonal functions of gradients in

@@ -123,8 +123,8 @@ def scale_by_gram(
     *,
     pairs: Source | None = None,
     hold: Hold = (),
-    damping: float = 1e-6,
-    damping_mode: DampingMode = "relative",
+    damping: float = 1e-4,
+    damping_mode: DampingMode = "covariant",
     compute_dtype: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The preconditioned gradients ``H_A⁻¹ G_A`` and ``G_B H_B⁻¹``, to be chained with others.
@@ -146,7 +146,7 @@ def scale_by_gram(
     Examples
     --------
     >>> import optax, rlora.optax
-    >>> scaled = optax.chain(rlora.optax.scale_by_gram(damping=1e-4), optax.sgd(0.1, momentum=0.9))
+    >>> scaled = optax.chain(rlora.optax.scale_by_gram(), optax.sgd(0.1, momentum=0.9))
     """
     link = gram_link(damping=damping, damping_mode=damping_mode, compute_dtype=compute_dtype)
 

@@ -1,5 +1,6 @@
-import getpass
 import json
+import os
+import platform
 import re
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 import rlora.methods
 from rlora.cli import measure, record, schema
+from rlora.cli.export import FORMATS
 
 COLUMNS = ("method", "rank", "step", "spread", "ratio", "to", "state", "peak temporary", "verdict")
 
@@ -23,7 +25,7 @@ def load(path):
 
 def test_quick_prints_every_column_and_keeps_a_valid_record(rlora_cli, tmp_path):
     out = tmp_path / "out.json"
-    methods = ["lora_rite", "scaled_adamw:both", "scaled_sgd"]
+    methods = ["lora_rite", "scaled_adamw:before", "scaled_sgd"]
     args = ("--quick", "--preset", "roberta-base", "--method", ",".join(methods))
     result = rlora_cli("bench", *args, "--output", out)
     assert result.exit_code == 0, result.output
@@ -94,17 +96,31 @@ def test_jax(rlora_cli, adapter, tmp_path):
         assert row["peak_temporary_bytes"] > 0
 
 
-def test_the_record_does_not_say_whose_machine_it_was(rlora_cli, adapter, tmp_path, monkeypatch):
-    monkeypatch.setenv("SECRET_TOKEN", "hunter2hunter2")
+def test_no_result_says_whose_machine_it_was(rlora_cli, adapter, tmp_path, monkeypatch):
+    """The record, each export and the page; told a host, a home and variables to look for."""
+    pytest.importorskip("matplotlib")
+    told = {"SECRET_TOKEN": "hunter2hunter2", "HOME": "/home/quetzalcoatl", "USER": "xochipilli"}
+    for name, value in (told | {"LOGNAME": "xochipilli", "HOSTNAME": "popocatepetl"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(socket, "gethostname", lambda: "popocatepetl")
+    monkeypatch.setattr(platform, "node", lambda: "popocatepetl")
+    private = [*told, *told.values(), "popocatepetl", str(tmp_path), sys.prefix]
+    real = os.uname().nodename
     out = tmp_path / "out.json"
     args = ("--method", "scaled_sgd", "--repeat", 1, "--output", out)
-    rlora_cli("bench", "--adapter", adapter, *args)
-    text = out.read_text()
+    assert rlora_cli("bench", "--adapter", adapter, *args).exit_code == 0
+    for name in FORMATS:
+        export = ("--format", name, "--output", tmp_path / f"out.{name}")
+        assert rlora_cli("bench", "export", out, *export).exit_code == 0
+    assert rlora_cli("bench", "report", out, "--output", tmp_path / "out.html").exit_code == 0
+    written = sorted(tmp_path.glob("out.*"))
+    assert len(written) == 2 + len(FORMATS)
+    for path in written:
+        for word in (*private, real):
+            found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", path.read_text())
+            assert not found, (path.name, word)
     found = load(out)
     assert {row["adapter"] for row in found["rows"]} == {"tiny.safetensors"}
-    private = [socket.gethostname(), getpass.getuser(), str(Path.home()), str(tmp_path)]
-    for word in (*private, sys.prefix, "SECRET_TOKEN", "hunter2hunter2"):
-        assert not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text), word
     assert {"python", "cpu", "cpus", "blas"} <= found["environment"].keys()
     assert found["environment"]["versions"]["numpy"]
 
@@ -137,6 +153,32 @@ def test_wrong_options_are_refused_in_one_line(refused, monkeypatch, tmp_path, a
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measure, "timed", lambda contender: pytest.fail("it measured first"))
     assert why in refused("bench", *args)
+    assert list(tmp_path.iterdir()) == []
+
+
+NAMES = {
+    "a path": "../../etc/passwd",
+    "an absolute path": "/etc/passwd",
+    "two lines": "adamw\nadamw",
+    "control codes": "\x1b[31madamw\x07",
+    "a variable": "$HOME",
+    "a command": "$(touch made); touch made",
+    "a format": "{0.__class__.__init__.__globals__}%s%n",
+    "markup": "[red]adamw[/red]<script>",
+    "long": "a" * 10_000,
+    "a space": " ",
+    "code": "__import__('os').system('touch made')",
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("option", ["--method", "--preset", "--backend", "--against", "--dtype"])
+def test_hostile_names_are_names(refused, monkeypatch, tmp_path, option, kind):
+    """They are looked up, and neither opened, run nor printed raw."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measure, "timed", lambda contender: pytest.fail("it measured first"))
+    message = refused("bench", option, NAMES[kind], "--output", "out.json")
+    assert message[:-1].isprintable()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -82,17 +82,28 @@ BROKEN = {
     "a list": ("[]", "must be of type object"),
     "something else": ('{"schema": "pyperf"}', "lacks"),
     "an old one without rows": ('{"schema": "rlora-bench/1"}', "lacks"),
+    "nothing": ("", "not JSON"),
+    "no text": (b"\xff\xfe\x00", "not JSON"),
+    "a number of 400 digits": ("[" + "1" * 400 + "]", "400 digits"),
+    "null": ("null", "must be of type object"),
+    "code": ("__import__('os').system('touch out')", "not JSON"),
+    "a name with control codes": ('{"\\u001b[31m": 1}', "lacks"),
+    "a path for a schema": ('{"schema": "../../etc/passwd"}', "lacks"),
     "an old one of nonsense": ('{"schema": "rlora-bench/1", "rows": [{"method": []}]}', "lacks"),
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-@pytest.mark.parametrize("command", ["show", "compare", "export"])
+@pytest.mark.parametrize("command", ["show", "compare", "export", "report"])
 def test_broken_records_are_refused_in_one_line(refused, tmp_path, kind, command):
     text, why = BROKEN[kind]
-    (tmp_path / "x.json").write_text(text)
-    more = {"compare": [tmp_path / "x.json"], "export": ["--format", "csv"], "show": []}[command]
-    assert why in refused("bench", command, tmp_path / "x.json", *more)
+    path, out = tmp_path / "x.json", ("--output", tmp_path / "out")
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    more = {"show": (), "compare": (path,), "export": ("--format", "csv", *out), "report": out}
+    message = refused("bench", command, path, *more[command])
+    assert why in message
+    assert message[:-1].isprintable()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def broken_copies(record):
