@@ -183,9 +183,9 @@ def panel(results: Sequence[Result]) -> Panel:
     """Validation loss against learning rate; what diverged is left out."""
     base = baseline(results).loss
     curves = []
-    for x in results:
+    for x in [x for x in results if x.name in PLOTTED] or results:
         points = [(lr, loss) for lr, loss in x.sweep.items() if loss < 1.5 * base]
-        if x.name in PLOTTED and points:
+        if points:
             curves.append(Curve(x.name, *map(list, zip(*points, strict=True))))
     return Panel(
         "The line is what counts as good: 2 % above the best of AdamW",
