@@ -28,10 +28,10 @@ def run(setting: Setting) -> Outcome:
     """Sines of the angle between the first step and the best one of rank 2r."""
     backend = setting.backend
     G = setting.array(np.random.default_rng(0).standard_normal((OUTPUTS, INPUTS)))
-    exact = {"oversample": INPUTS}
+    # So much oversampling makes the decomposition exact.
     starts = {
-        "LoRA-GA": rlora.initializers.lora_ga(G, RANK, **exact),
-        "LoRA-GA as in PEFT": rlora.initializers.lora_ga(G, RANK, form="peft", **exact),
+        "LoRA-GA": rlora.initializers.lora_ga(G, RANK, oversample=INPUTS),
+        "LoRA-GA as in PEFT": rlora.initializers.lora_ga(G, RANK, form="peft", oversample=INPUTS),
         "LoRA": rlora.initializers.gaussian(G, RANK),
     }
     U, S, Vt = backend.svd(G)
