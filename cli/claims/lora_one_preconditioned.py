@@ -102,8 +102,8 @@ def errors(setting: Setting, contender: Contender, target: Array, covariance: Ar
     for _ in range(STEPS):
         pair, state, squares = move(pair, state)
         path.append(backend.to_numpy(squares))
-    errors: Matrix = np.sqrt(np.stack(path) / size)
-    return errors
+    relative: Matrix = np.sqrt(np.stack(path) / size)
+    return relative
 
 
 def along_the_path(found: dict[str, Matrix]) -> Panel:

@@ -168,7 +168,7 @@ CLAIM = Claim(
     ),
     source=(
         "Z. Wang, J. Liang, R. He, Z. Wang, T. Tan. LoRA-Pro: Are Low-Rank Adapters Properly "
-        "Optimized? arXiv:2407.18242, 2024. Theorems 2.1, 2.3"
+        "Optimized? arXiv:2407.18242, 2024"
     ),
     run=run,
 )

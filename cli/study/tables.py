@@ -1,8 +1,8 @@
 """Tables and plots of a study, from its records alone."""
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, groupby
 from pathlib import Path
 from statistics import mean, median
 from typing import Final, NamedTuple
@@ -29,6 +29,9 @@ HEAD: Final = (
     ("contender", "best lr", "good rates", "validation loss", "test loss", "below the baseline"),
     ("scores", "ms a step", "kB of state"),
 )
+
+Kind = tuple[str, str, int, int]
+"""Model, dataset, rank, steps."""
 
 
 class Result(NamedTuple):
@@ -62,21 +65,39 @@ def write_tables(folder: Path) -> None:
     if not paths:
         msg = f"{folder} has no records of a study (*.jsonl)"
         raise ValueError(msg)
+    groups = dict(group for path in paths for group in groups_of(path))
     lines = ["# Tables of the study", "", "Made by `rlora study --tables` from the records beside."]
-    for path in paths:
-        for (model, dataset, rank, steps), results in groups_of(path):
-            title = f"{model}, {dataset}, rank {rank}, {steps} steps"
-            file = f"{model}-{dataset}-r{rank}.svg"
-            lines += ["", f"## {title}", "", *table(results), "", f"![{title}]({file})"]
-            picture = figures.as_svg(title, [panel(results)])
-            write_text(folder / file, picture)
+    lines += ["", "## Test losses", "", *summary(groups)]
+    for (model, dataset, rank, steps), results in groups.items():
+        title = f"{model}, {dataset}, rank {rank}, {steps} steps"
+        file = f"{model}-{dataset}-r{rank}.svg"
+        lines += ["", f"## {title}", "", *table(results), "", f"![{title}]({file})"]
+        write_text(folder / file, figures.as_svg(title, [panel(results)]))
     write_text(folder / "tables.md", "\n".join(lines) + "\n")
 
 
-def groups_of(path: Path) -> Iterator[tuple[tuple[str, str, int, int], list[Result]]]:
+def summary(groups: Mapping[Kind, list[Result]]) -> list[str]:
+    """The mean test loss of everyone who was tested, task by task."""
+    columns = [
+        {x.name: mean(x.test_losses().values()) for x in group if x.tested}
+        for group in groups.values()
+    ]
+    names = [
+        name
+        for name in dict.fromkeys((*CONTENDERS, *chain(*columns)))
+        if any(name in c for c in columns)
+    ]
+    head = ["contender", *(f"{dataset}, rank {rank}" for _, dataset, rank, _ in groups)]
+    rows = [
+        [f"`{name}`", *(f"{c[name]:.3f}" if name in c else "-" for c in columns)] for name in names
+    ]
+    return [line(head), line(["---"] * len(head)), *map(line, rows)]
+
+
+def groups_of(path: Path) -> Iterator[tuple[Kind, list[Result]]]:
     """The results of a file, for each rank and length of runs in it."""
 
-    def kind(row: Record) -> tuple[str, str, int, int]:
+    def kind(row: Record) -> Kind:
         return row["model"], row["dataset"], row["rank"], row["steps"]
 
     rows = sorted(Records(path).rows.values(), key=kind)
@@ -183,9 +204,9 @@ def panel(results: Sequence[Result]) -> Panel:
     """Validation loss against learning rate; what diverged is left out."""
     base = baseline(results).loss
     curves = []
-    for x in results:
+    for x in [x for x in results if x.name in PLOTTED] or results:
         points = [(lr, loss) for lr, loss in x.sweep.items() if loss < 1.5 * base]
-        if x.name in PLOTTED and points:
+        if points:
             curves.append(Curve(x.name, *map(list, zip(*points, strict=True))))
     return Panel(
         "The line is what counts as good: 2 % above the best of AdamW",

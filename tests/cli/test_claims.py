@@ -137,6 +137,13 @@ def test_without_scikit_learn_the_message_says_what_to_install(monkeypatch, rng)
         digits.read_digits(0, 1, rng)
 
 
+def test_a_learning_rate_is_good_by_the_best_of_both_methods():
+    plain = np.array([[1.0, 9.0], [2.0, 0.4], [np.inf, 9.0]])  # (learning rates, seeds)
+    scaled = np.array([[1.2, 0.1], [1.1, 0.2], [1.0, 0.3]])
+    counts = learning_rates.good({"plain": plain, "scaled": scaled})
+    assert [x.tolist() for x in counts] == [[2, 0], [3, 2]]
+
+
 def test_curves_leave_out_what_diverged():
     losses = {"GD": np.array([[1.0, 2.0, 3.0], [np.inf, 1.0, np.inf]])}
     (curve,) = learning_rates.panel("", np.array([0.1, 1.0]), losses).curves
