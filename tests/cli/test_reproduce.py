@@ -60,7 +60,8 @@ def test_the_verdict_is_the_documented_one(name):
 @pytest.mark.parametrize("library", ["torch", "array_api_strict"])
 def test_backends_agree(name, library, monkeypatch):
     pytest.importorskip(library)
-    monkeypatch.setattr(invariance, "ROWS", invariance.ROWS[::7])
+    few = [r for r in invariance.ROWS if "sylvester" in r.label]  # an upper bound is theirs only
+    monkeypatch.setattr(invariance, "ROWS", [*invariance.ROWS[::8], *few])
     monkeypatch.setattr(damping, "MODES", damping.MODES[-1:])
     claim = claims.load(name)
     ours, theirs = (claim.run(setting(where)) for where in ("numpy", library))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlora.cli.claims import CLAIMS, load
+from rlora.cli.claims.theory import ROWS
 from rlora.cli.evidence import read_evidence
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "reference" / "claims.py"
@@ -31,6 +32,11 @@ def test_each_claim_has_a_record_of_today_and_a_figure(name):
     assert (record["claim"], record["statement"], record["source"]) == claim[:3]
     assert path.stat().st_size < 50_000
     assert "<svg" in path.with_suffix(".svg").read_text(encoding="utf-8")
+
+
+def test_the_figure_of_invariances_has_every_row_of_theory():
+    (panel,) = read_evidence(DOCS.FOLDER / "invariance.json")["panels"]
+    assert panel["rows"] == [row.label for row in ROWS]
 
 
 def test_the_page_is_made_of_the_records():
