@@ -10,7 +10,12 @@ from rlora import RLoraError
 
 from .lazy import Lazy
 
-COMMANDS: Final = {"bench": ".bench", "info": ".info"}
+COMMANDS: Final = {
+    "bench": ".bench",
+    "info": ".info",
+    "reproduce": ".reproduce",
+    "study": ".study",
+}
 """Command -> the module that has it under the same name."""
 
 USAGE, INTERRUPTED = 2, 130
@@ -54,6 +59,6 @@ def one_line(message: str) -> str:
 @click.version_option(rlora.__version__, prog_name="rlora")
 @click.pass_context
 def app(ctx: click.Context) -> None:
-    """Optimizers for LoRA factors: what they cost here, and what there is to run them on."""
+    """Optimizers for LoRA factors: what they cost here, and what is true of them."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

@@ -1,33 +1,22 @@
-"""Charts as pictures, by matplotlib: the same bytes from the same record every time."""
+"""Charts of records as pictures, by matplotlib."""
 
-import io
 import re
 import textwrap
-import warnings
 import zlib
 from collections.abc import Iterable, Sequence
+from functools import partial
 from html import escape
 from typing import Any, Final
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # not pyplot: this one never looks for a display
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from . import pictures
+from .pictures import COLORS, DASHES, FAINT, INK, MARKERS, PAPER, WIDTH
 from .series import KINDS, Chart, Curve, Panel, Point, Roof
 
-INK, FAINT, PAPER = "#1b1f24", "#d8dee3", "#fffffe"
-"""Of text and axes, of grids, of the background; a page puts its own in their place."""
-
-COLORS: Final = (
-    *("#0068a6", "#ff6000", "#5ba664", "#7826ff"),
-    *("#bf311d", "#36a3b2", "#22735f", "#4d8fff"),
-)
-"""Any two differ for colour-blind eyes too, and each stands out from white and from black."""
-
-MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
-DASHES: Final[tuple[Any, ...]] = ("-", (0, (5, 1.5)), (0, (3, 1, 1, 1)))
 VARIANT_DASHES: Final[dict[str, Any]] = {"after": (0, (2, 1.2)), "both": (0, (1, 1))}
 ORDER: Final = (
     *("scaled_adamw", "lora_rite", "lora_pro_adamw", "peft", "alt_lora_plus", "ref_lora"),
@@ -36,47 +25,18 @@ ORDER: Final = (
 )
 """Whose look is given by its place here; that of others by their names."""
 
-STYLE: Final[dict[Any, Any]] = {
-    "font.size": 9.3,
-    "axes.titlesize": 9.3,
-    "axes.facecolor": "none",
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 5.0,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "rlora",
-    # Names are from records: a dollar sign in them is no formula.
-    "text.parse_math": False,
-}
-WIDTH, DPI = 4.6, 200
-"""Inches; narrow, so that a telephone shows the text in its size."""
-
 LONGEST, LONGEST_OF_TWO = 40, 21
 """Letters of a name in a legend of one column and of two."""
 
 
 def as_svg(chart: Chart) -> str:
     """Draw a chart as a file of its own, its text as text."""
-    out = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    _save(chart, out, format="svg", metadata=nothing)
-    return out.getvalue()
+    return pictures.as_svg(partial(draw, chart))
 
 
 def as_png(chart: Chart) -> bytes:
     """Draw a chart as a bitmap."""
-    out = io.BytesIO()
-    _save(chart, out, format="png", dpi=DPI, metadata={"Software": None})
-    return out.getvalue()
+    return pictures.as_png(partial(draw, chart))
 
 
 def for_page(chart: Chart, name: str) -> str:
@@ -90,15 +50,6 @@ def for_page(chart: Chart, name: str) -> str:
         body = body.replace(ours, theirs)
     size, label = box[1] if box else "", escape(chart.words())
     return f'<svg viewBox="{size}" role="img" aria-label="{label}">{body}'
-
-
-def _save(chart: Chart, out: io.StringIO | io.BytesIO, **options: Any) -> None:
-    with mpl.rc_context(), warnings.catch_warnings():
-        mpl.rcdefaults()  # whatever style the user has
-        mpl.rcParams.update(STYLE)
-        # A name in a script that the font lacks: an SVG has it as text all the same.
-        warnings.filterwarnings("ignore", message="Glyph")
-        draw(chart).savefig(out, facecolor=PAPER, **options)
 
 
 def draw(chart: Chart) -> Figure:

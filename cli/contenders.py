@@ -90,8 +90,8 @@ class Arena(NamedTuple):
         return [Factors(self.array(A), self.array(B)) for A, B in pairs]
 
 
-VARIANTS: Final = ("after", "both")
-"""What may stand behind a method's colon: a placement of its preconditioner."""
+VARIANTS: Final = ("before", "after")
+"""What may stand behind a method's colon: a placement of its preconditioner other than its own."""
 
 
 def split_variant(method: str) -> tuple[str, dict[str, Any]]:

@@ -135,6 +135,14 @@ def check_writable(path: Path) -> None:
         raise OSError(msg) from error
 
 
+def make_folder(option: str, folder: Path) -> None:
+    """Make a folder with those that it lies in, unless it is there."""
+    if folder.exists() and not folder.is_dir():
+        msg = f"{option} {folder} is a file; give it a folder"
+        raise NotADirectoryError(msg)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record whole or not at all."""
     write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -1,5 +1,6 @@
 """``rlora bench report``: records as a page that anybody can open, and as pictures."""
 
+import importlib
 import re
 from pathlib import Path
 from types import ModuleType
@@ -7,7 +8,7 @@ from types import ModuleType
 import click
 
 from .page import page
-from .record import check_writable, read_record, write_bytes, write_text
+from .record import check_writable, make_folder, read_record, write_bytes, write_text
 from .series import Chart, charts
 
 
@@ -24,7 +25,7 @@ def report(records: tuple[Path, ...], output: Path, pictures: Path | None) -> No
     for i, path in enumerate(records):
         read[path.name if path.name not in read else f"{path.name} ({i + 1})"] = read_record(path)
     check_writable(output)
-    draw = drawing()
+    draw = drawing("charts")
     found = charts([*read.values()])
     drawn = [(chart, draw.for_page(chart, f"chart{i}")) for i, chart in enumerate(found)]
     made = page(read, drawn)
@@ -33,22 +34,18 @@ def report(records: tuple[Path, ...], output: Path, pictures: Path | None) -> No
     write_text(output, made)
 
 
-def drawing() -> ModuleType:
+def drawing(module: str) -> ModuleType:
     """Import what draws, or say how to get it."""
     try:
-        from . import charts as module
+        return importlib.import_module(f".{module}", __package__)
     except ModuleNotFoundError as error:
-        msg = "charts need matplotlib, which is not installed: pip install 'rlora[plot]'"
+        msg = "pictures need matplotlib, which is not installed: pip install 'rlora[plot]'"
         raise ImportError(msg) from error
-    return module
 
 
 def save(found: list[Chart], folder: Path, draw: ModuleType) -> None:
     """Write every chart twice into a folder, which is made if need be."""
-    if folder.exists() and not folder.is_dir():
-        msg = f"--pictures {folder} is a file; give it a folder"
-        raise NotADirectoryError(msg)
-    folder.mkdir(exist_ok=True)
+    make_folder("--pictures", folder)
     for name, chart in zip(file_names(found), found, strict=True):
         write_bytes(folder / f"{name}.svg", draw.as_svg(chart).encode())
         write_bytes(folder / f"{name}.png", draw.as_png(chart))

@@ -7,15 +7,17 @@ NAME: Final = "rlora-bench/2"
 
 _NUMBER: Final = {"type": "number", "minimum": 0}
 _COUNT: Final = {"type": "integer", "minimum": 0}
-_TEXT: Final = {"type": "string"}
-_TEXTS: Final = {"type": "array", "items": _TEXT}
+TEXT: Final = {"type": "string"}
+TEXTS: Final = {"type": "array", "items": TEXT}
 
 
-def _optional(schema: Mapping[str, Any]) -> dict[str, Any]:
+def optional(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Allow null too."""
     return {"anyOf": [schema, {"type": "null"}]}
 
 
-def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
+def closed(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Ask for an object of exactly these keys."""
     return {
         "type": "object",
         "properties": dict(properties),
@@ -27,94 +29,92 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
 _RANK: Final = {"type": "integer", "minimum": 1}
 _RANKS: Final = {"type": "array", "items": _RANK, "minItems": 1}
 
-_COMMAND: Final = _object(
+_COMMAND: Final = closed(
     {
-        "backends": _TEXTS,
-        "methods": _TEXTS,
-        "ranks": _optional(_RANKS),
-        "preset": _optional(_TEXT),
-        "adapter": _optional(_TEXT),
-        "dtype": _TEXT,
-        "device": _optional(_TEXT),
-        "against": _TEXTS,
-        "rounds": _object(
+        "backends": TEXTS,
+        "methods": TEXTS,
+        "ranks": optional(_RANKS),
+        "preset": optional(TEXT),
+        "adapter": optional(TEXT),
+        "dtype": TEXT,
+        "device": optional(TEXT),
+        "against": TEXTS,
+        "rounds": closed(
             {
                 "least": _COUNT,
                 "most": _COUNT,
-                "seconds": _optional(_NUMBER),
-                "precision": _optional(_NUMBER),
+                "seconds": optional(_NUMBER),
+                "precision": optional(_NUMBER),
             }
         ),
         "seed": _COUNT,
-        "threads": _optional(_COUNT),
-        "suite": _optional(_TEXT),
+        "threads": optional(_COUNT),
+        "suite": optional(TEXT),
     }
 )
 
-_BLAS: Final = _object(
-    {"library": _TEXT, "version": _optional(_TEXT), "threads": _optional(_COUNT)}
-)
+_BLAS: Final = closed({"library": TEXT, "version": optional(TEXT), "threads": optional(_COUNT)})
 
-_ENVIRONMENT: Final = _object(
+ENVIRONMENT: Final = closed(
     {
-        "python": _TEXT,
-        "system": _TEXT,
-        "machine": _TEXT,
-        "cpu": _TEXT,
+        "python": TEXT,
+        "system": TEXT,
+        "machine": TEXT,
+        "cpu": TEXT,
         "cpus": _COUNT,
-        "memory_bytes": _optional(_COUNT),
-        "versions": {"type": "object", "additionalProperties": _TEXT},
-        "accelerators": _TEXTS,
+        "memory_bytes": optional(_COUNT),
+        "versions": {"type": "object", "additionalProperties": TEXT},
+        "accelerators": TEXTS,
         "blas": {"type": "array", "items": _BLAS},
-        "load_average": _optional({"type": "array", "items": _NUMBER}),
+        "load_average": optional({"type": "array", "items": _NUMBER}),
     }
 )
 
-_ROW: Final = _object(
+_ROW: Final = closed(
     {
-        "method": _TEXT,
-        "backend": _TEXT,
-        "device": _TEXT,
-        "dtype": _TEXT,
-        "preset": _optional(_TEXT),
-        "adapter": _optional(_TEXT),
+        "method": TEXT,
+        "backend": TEXT,
+        "device": TEXT,
+        "dtype": TEXT,
+        "preset": optional(TEXT),
+        "adapter": optional(TEXT),
         # A list for an adapter whose pairs have several.
         "rank": {"anyOf": [_RANK, _RANKS]},
         "pairs": _COUNT,
         "parameters": _COUNT,
         "samples_s": {"type": "array", "items": _NUMBER, "minItems": 1},
-        "build_s": _optional(_NUMBER),
-        "compile_s": _optional(_NUMBER),
+        "build_s": optional(_NUMBER),
+        "compile_s": optional(_NUMBER),
         "first_call_s": _NUMBER,
         "median_s": _NUMBER,
-        "spread": _optional(_NUMBER),
-        "outliers": _optional(_COUNT),
-        "ratio": _optional(_NUMBER),
-        "ratio_interval": _optional(
+        "spread": optional(_NUMBER),
+        "outliers": optional(_COUNT),
+        "ratio": optional(_NUMBER),
+        "ratio_interval": optional(
             {"type": "array", "items": _NUMBER, "minItems": 2, "maxItems": 2}
         ),
-        "ratio_to": _TEXT,
-        "ratio_to_backend": _TEXT,
+        "ratio_to": TEXT,
+        "ratio_to_backend": TEXT,
         "state_bytes": _COUNT,
-        "peak_temporary_bytes": _optional(_COUNT),
-        "operations": _optional(_COUNT),
-        "flops": _optional(_COUNT),
-        "bytes_moved": _optional(_COUNT),
-        "model_s": _optional(_NUMBER),
-        "forward_backward_s": _optional(_NUMBER),
-        "verdict": _TEXT,
+        "peak_temporary_bytes": optional(_COUNT),
+        "operations": optional(_COUNT),
+        "flops": optional(_COUNT),
+        "bytes_moved": optional(_COUNT),
+        "model_s": optional(_NUMBER),
+        "forward_backward_s": optional(_NUMBER),
+        "verdict": TEXT,
     }
 )
 
-_PEAKS: Final = _object(
-    {"backend": _TEXT, "device": _TEXT, "bytes_per_s": _NUMBER, "flops_per_s": _NUMBER}
+_PEAKS: Final = closed(
+    {"backend": TEXT, "device": TEXT, "bytes_per_s": _NUMBER, "flops_per_s": _NUMBER}
 )
 
-_CHECK: Final = _object(
+_CHECK: Final = closed(
     {
-        "what": _TEXT,
-        "preset": _TEXT,
-        "rank": _optional(_RANK),
+        "what": TEXT,
+        "preset": TEXT,
+        "rank": optional(_RANK),
         "sense": {"anyOf": [{"const": x} for x in ("at most", "at least", "exactly")]},
         "limit": _NUMBER,
         "measured": _NUMBER,
@@ -127,14 +127,14 @@ _CHECK["properties"]["stable"] = {"type": "boolean"}
 SCHEMA: Final[dict[str, Any]] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "rlora bench",
-    **_object(
+    **closed(
         {
             "schema": {"const": NAME},
-            "rlora": _TEXT,
+            "rlora": TEXT,
             "created": {"type": "string", "format": "date-time"},
             "partial": {"type": "boolean"},
             "command": _COMMAND,
-            "environment": _ENVIRONMENT,
+            "environment": ENVIRONMENT,
             "rows": {"type": "array", "items": _ROW},
             "peaks": {"type": "array", "items": _PEAKS},
             "checks": {"type": "array", "items": _CHECK},

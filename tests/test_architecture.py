@@ -29,6 +29,7 @@ FRAMEWORKS = {
         "rlora.backends.torch",
         "rlora.backends._torch_cpu",
         "rlora.backends._torch_stacks",
+        "rlora.cli.study",
     },
     "jax": {
         "rlora.optax",

@@ -6,9 +6,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from rlora.methods.scaled import PEFT
-from rlora.torch import ScaledAdamW, ScaledSGD, diagnostics_table
+from rlora.torch import ScaledSGD, diagnostics_table, precondition
 
+PUBLISHED = precondition(torch.optim.AdamW)  # the preconditioner before Adam, as PEFT has it
+ABSOLUTE = {"damping": 1e-2, "damping_mode": "absolute"}  # PEFT's
+RELATIVE = {"damping": 1e-6, "damping_mode": "relative"}
 N, M, RANK = 64, 48, 8
 
 
@@ -82,9 +84,12 @@ def run(kind: Any, lr: float, steps: int, **options: Any) -> tuple[dict[str, flo
 
 
 def no_effect(console: Console) -> None:
-    """PEFT's damping over a B that is still small, and the default."""
-    for title, damping in (("damping=1e-2, absolute", PEFT), ("damping=1e-6, relative", {})):
-        numbers, distance = run(ScaledAdamW, 1e-4, 10, **damping)
+    """PEFT's damping over a B that is still small, and one that shrinks with B."""
+    for title, damping in (
+        ("damping=1e-2, absolute", ABSOLUTE),
+        ("damping=1e-6, relative", RELATIVE),
+    ):
+        numbers, distance = run(PUBLISHED, 1e-4, 10, **damping)
         console.print(f"{title}: A is {distance:.1%} off AdamW's way")
         console.print(diagnostics_table(numbers))
 
@@ -92,7 +97,7 @@ def no_effect(console: Console) -> None:
 def thrown_away(console: Console) -> None:
     """The second step from B = 0: with relative damping at any rate, and with covariant."""
     for lr in (1e-1, 1e-2, 1e-3, 1e-4):
-        numbers, _ = run(ScaledSGD, lr, 2)
+        numbers, _ = run(ScaledSGD, lr, 2, **RELATIVE)
         A, W = (numbers[f"rlora/{key}/max"] for key in ("step_A", "step_in_weight"))
         console.print(f"lr {lr:g}: A moves by {A:.2g} times its size, W by {W:.2g}")
     console.print(diagnostics_table(numbers))

@@ -1,4 +1,4 @@
-"""The README's table of clients, made of the marks on tests: python docs/reference/clients.py.
+"""The table of clients, made of the marks on tests: python docs/reference/clients.py.
 
 A test that shows something of a client says so: ``@pytest.mark.works(client, what)`` or
 ``@pytest.mark.refuses(client, what)``.
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PAGE = Path(__file__).with_suffix(".md")
 BEGIN, END = "<!-- clients: made by docs/reference/clients.py -->", "<!-- end of clients -->"
 MARKS = ("works", "refuses")
 HOW_TO = {
@@ -50,7 +51,7 @@ def table() -> str:
     lines = ["| client | works | is refused |", "| --- | --- | --- |"]
     for client in sorted(rows, key=str.lower):
         page = HOW_TO.get(client)
-        name = f"[{client}](docs/how-to/{page}.md)" if page else client
+        name = f"[{client}](../how-to/{page}.md)" if page else client
         lines.append(f"| {name} | {' | '.join('; '.join(rows[client][mark]) for mark in MARKS)} |")
     return "\n".join(lines)
 
@@ -63,6 +64,5 @@ def rewritten(text: str) -> str:
 
 
 if __name__ == "__main__":
-    page = ROOT / "README.md"
-    page.write_text(rewritten(page.read_text()))
+    PAGE.write_text(rewritten(PAGE.read_text()))
     sys.stdout.write(table() + "\n")

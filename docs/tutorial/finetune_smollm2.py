@@ -32,8 +32,6 @@ from smollm2 import (
     Batch,
     cache_lower_layers,
     evaluate,
-    load_model,
-    load_tokenizer,
     loss_of,
     make_batches,
     put_lower_layers,
@@ -42,6 +40,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import rlora
+from rlora.cli.study.smollm2 import load_model, load_tokenizer
 from rlora.torch import ScaledAdamW
 
 
@@ -49,8 +48,16 @@ def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, fused=True)
 
 
+PUBLISHED: dict[str, Any] = {
+    "betas": (0.9, 0.999),
+    "placement": "before",
+    "damping": 1e-6,
+    "damping_mode": "relative",
+}
+
+
 def scaled_adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return ScaledAdamW(model, lr=lr, fused=True)  # the one line that changes
+    return ScaledAdamW(model, lr=lr, fused=True, **PUBLISHED)  # the one line that changes
 
 
 OPTIMIZERS = {"AdamW": adamw, "ScaledAdamW": scaled_adamw}

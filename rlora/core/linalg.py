@@ -13,6 +13,7 @@ from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative
 from rlora.core.factors import Array, Factors
 
 DampingMode = Literal["relative", "absolute", "covariant"]
+Side = Literal["A", "B"]
 
 
 def check_damping(damping: Any, damping_mode: Any, compute_dtype: Any = None) -> None:
@@ -124,6 +125,34 @@ def precondition(
     B = backend.apply_right([grads[i].B for i in right], [P[i].B for i in right], workspace)
     of_A, of_B = dict(zip(left, A, strict=True)), dict(zip(right, B, strict=True))
     return [Factors(of_A.get(i), of_B.get(i)) for i in range(len(grads))]
+
+
+def frozen_inverses(
+    backend: Backend,
+    params: Sequence[Factors],
+    frozen: Side,
+    *,
+    damping: float,
+    damping_mode: DampingMode,
+    compute_dtype: str | None = None,
+) -> list[Array]:
+    """``S⁻¹`` of the factor that stays in every pair, which preconditions its partner.
+
+    As `preconditioners`, with one Gram where that has two. The Gram of a frozen factor is no
+    worse than its start: covariant damping leaves it as it is, whichever factor it is.
+    """
+    gram = backend.gram_rows if frozen == "A" else backend.gram_columns
+    factors = [getattr(pair, frozen) for pair in params]
+    inverses = list(factors)
+    for members in by_rank(params):
+        alike = [factors[i] for i in members]
+        S = gram(alike, backend.compute_dtype(alike[0].dtype, compute_dtype))
+        shift = 0.0 if damping_mode == "covariant" else damping
+        P = backend.damped_power(S, -1.0, shift, relative=damping_mode == "relative")
+        P = backend.cast(P, backend.compute_dtype(alike[0].dtype))
+        for i, inverse in zip(members, backend.unstack(P, alike), strict=True):
+            inverses[i] = inverse
+    return inverses
 
 
 def metric_power(

@@ -3,6 +3,7 @@
 from rlora.methods.adapre import adapre_lora
 from rlora.methods.alt import alt_lora, alt_lora_plus
 from rlora.methods.fa import lora_fa
+from rlora.methods.graft import graft_adamw
 from rlora.methods.muon import lora_muon
 from rlora.methods.plus import lora_plus
 from rlora.methods.pro import lora_pro_adamw, lora_pro_sgd
@@ -17,6 +18,7 @@ __all__ = [
     "adapre_lora",
     "alt_lora",
     "alt_lora_plus",
+    "graft_adamw",
     "lora_fa",
     "lora_muon",
     "lora_plus",

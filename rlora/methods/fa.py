@@ -10,7 +10,7 @@ from rlora.core.checks import check_choice
 from rlora.core.decay import add_decayed_weights, decay_weights_after
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
-from rlora.core.linalg import DampingMode, check_damping, precondition, preconditioners
+from rlora.core.linalg import DampingMode, check_damping, frozen_inverses, precondition
 from rlora.core.moments import EpsForm, only, scale_by_adam
 from rlora.core.transform import State, Transform, chain
 
@@ -45,14 +45,15 @@ def scale_by_frozen_gram(
         leaves = leaves_of(params)
         backend = get_backend(*leaves)
         with backend.exact(leaves[0]):
-            P = preconditioners(
+            inverses = frozen_inverses(
                 backend,
                 pairs_of(params),
+                "A",
                 damping=damping,
                 damping_mode=damping_mode,
                 compute_dtype=compute_dtype,
             )
-        return FrozenState(rebuild(params, [pair.B / scaling**2 for pair in P]))
+        return FrozenState(rebuild(params, [inverse / scaling**2 for inverse in inverses]))
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         leaves = leaves_of(params)

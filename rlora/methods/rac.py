@@ -5,8 +5,6 @@ Randomized Asymmetric Chain of LoRA: The First Meaningful Theoretical Framework 
 Adaptation. arXiv:2410.08305, 2024.
 """
 
-from typing import Literal
-
 import numpy as np
 
 from rlora.core.checks import check_choice
@@ -21,11 +19,15 @@ from rlora.core.factors import (
     pairs_of,
     rebuild,
 )
-from rlora.core.linalg import DampingMode, check_damping, precondition, preconditioners
+from rlora.core.linalg import (
+    DampingMode,
+    Side,
+    check_damping,
+    frozen_inverses,
+    precondition,
+)
 from rlora.core.moments import keep_scaling, only, over, scale_by_adam
 from rlora.core.transform import State, Transform, chain
-
-Side = Literal["A", "B"]
 
 
 def scale_by_sketch(
@@ -48,13 +50,15 @@ def scale_by_sketch(
         backend = get_backend(*leaves)
         scalings = counterparts(params, state.scaling)
         with backend.exact(leaves[0]):
-            P = preconditioners(
+            inverses = frozen_inverses(
                 backend,
                 pairs_of(params),
+                frozen,
                 damping=damping,
                 damping_mode=damping_mode,
                 compute_dtype=compute_dtype,
             )
+            P = [Factors(None, S) if frozen == "A" else Factors(S, None) for S in inverses]
             G = [pair._replace(**rest) for pair in pairs_of(grads)]
             D = precondition(backend, P, G)
         D = [over(d, s**2) for d, s in zip(D, scalings, strict=True)]
@@ -92,7 +96,7 @@ def rac_lora(
     weight_decay : float
         At least 0; decoupled, of the factor that moves.
     damping, damping_mode, compute_dtype
-        As in `rlora.scaled_adamw`.
+        As in `rlora.scaled_adamw`; "covariant" leaves the Gram of the sketch as it is.
 
     Returns
     -------

@@ -7,7 +7,7 @@ method; `scaled_adamw`, `lora_rite` and the others are shorthand.
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from rlora.pairing import Source
 
 __all__ = ["scale_by_gram", "transformation"]
 __all__ += methods.__all__
+__all__.sort()
 
 Move: TypeAlias = Callable[[list[Factors], list[Factors], State, Array], tuple[Any, State]]
 
@@ -122,8 +123,8 @@ def scale_by_gram(
     *,
     pairs: Source | None = None,
     hold: Hold = (),
-    damping: float = 1e-6,
-    damping_mode: DampingMode = "relative",
+    damping: float = 1e-4,
+    damping_mode: DampingMode = "covariant",
     compute_dtype: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The preconditioned gradients ``H_A⁻¹ G_A`` and ``G_B H_B⁻¹``, to be chained with others.
@@ -137,10 +138,15 @@ def scale_by_gram(
     damping, damping_mode, compute_dtype
         See `rlora.scaled_adamw`.
 
+    Returns
+    -------
+    GradientTransformationExtraArgs
+        Its state is a count of steps.
+
     Examples
     --------
     >>> import optax, rlora.optax
-    >>> scaled = optax.chain(rlora.optax.scale_by_gram(damping=1e-4), optax.sgd(0.1, momentum=0.9))
+    >>> scaled = optax.chain(rlora.optax.scale_by_gram(), optax.sgd(0.1, momentum=0.9))
     """
     link = gram_link(damping=damping, damping_mode=damping_mode, compute_dtype=compute_dtype)
 
@@ -215,6 +221,22 @@ def _over_pairs(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+SHORTHAND: Final = """`rlora.{method}` as an optax transformation.
+
+Parameters
+----------
+{shared}
+    See `rlora.optax.transformation`.
+{own}
+    See `rlora.{method}`.
+
+Returns
+-------
+GradientTransformationExtraArgs
+    As `rlora.optax.transformation` makes it of a method.
+"""
+
+
 def _shorthand(method: Callable[..., Transform]) -> Callable[..., Any]:
     whole, own = (inspect.signature(f).parameters.values() for f in (transformation, method))
     shared = [p for p in whole if p.name != "method"]
@@ -228,8 +250,8 @@ def _shorthand(method: Callable[..., Transform]) -> Callable[..., Any]:
     # For `inject_hyperparams`, which makes arrays of the numbers among them.
     cast("Any", make).__signature__ = inspect.Signature([*shared, *options])
     make.__name__ = make.__qualname__ = method.__name__
-    make.__doc__ = (
-        f"`rlora.{method.__name__}`, with its options, as `transformation` makes it of a method."
+    make.__doc__ = SHORTHAND.format(
+        method=method.__name__, shared=", ".join(names), own=", ".join(p.name for p in own)
     )
     return make
 
@@ -237,6 +259,7 @@ def _shorthand(method: Callable[..., Transform]) -> Callable[..., Any]:
 adapre_lora = _shorthand(methods.adapre_lora)
 alt_lora = _shorthand(methods.alt_lora)
 alt_lora_plus = _shorthand(methods.alt_lora_plus)
+graft_adamw = _shorthand(methods.graft_adamw)
 lora_fa = _shorthand(methods.lora_fa)
 lora_muon = _shorthand(methods.lora_muon)
 lora_plus = _shorthand(methods.lora_plus)

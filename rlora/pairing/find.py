@@ -222,7 +222,18 @@ def _patterns(conventions: Sequence[Convention]) -> Iterator[str]:
 
 
 def is_factor(name: str) -> bool:
-    """Whether a name is that of a LoRA factor under a known convention."""
+    """Whether a name is that of a LoRA factor under a known convention.
+
+    Parameters
+    ----------
+    name : str
+        Of a parameter, its parts joined by dots.
+
+    Returns
+    -------
+    bool
+        What the name says; whether it has a partner that fits is another question.
+    """
     return not name.endswith(".bias") and has_any(name, tuple(_patterns(registered())))
 
 

@@ -98,7 +98,20 @@ class PairReport:
 
 
 def nothing_paired(names: Iterable[str], report: PairReport) -> PairingError:
-    """The error for parameters among which there is no pair; it shows the names it saw."""
+    """The error for parameters among which there is no pair; it shows the names it saw.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Of all parameters.
+    report : PairReport
+        What was refused, and why.
+
+    Returns
+    -------
+    PairingError
+        To be raised by the caller.
+    """
     names = list(names)
     words = (f"{c.a}/{c.b}".replace("\\", "") for c in registered() if "(" not in c.a)
     why = "".join(f"\n  refused {name}: {w}" for name, w in list(report.refused.items())[:5])

@@ -12,6 +12,7 @@ from rlora.core.transform import Transform, step
 from rlora.testing.problems import Problem, assert_close, make_problem, run
 
 MethodFactory = Callable[[], Transform]
+"""Gives a method, fresh."""
 
 
 def check_method(make: MethodFactory, backend: Backend) -> None:

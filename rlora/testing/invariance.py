@@ -4,6 +4,8 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
+from rlora.core.backend import Backend
+from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors
 from rlora.core.transform import Transform, step
 from rlora.testing.problems import make_problem
@@ -49,7 +51,13 @@ def change_of_basis(gauge: Gauge, r: int = 3, *, seed: int = 0) -> Any:
 
 
 def invariance(
-    method: Transform, gauge: Gauge, *, lr: float = 0.05, steps: int = 50, seed: int = 0
+    method: Transform,
+    gauge: Gauge,
+    *,
+    lr: float = 0.05,
+    steps: int = 50,
+    seed: int = 0,
+    backend: Backend | None = None,
 ) -> float:
     """The worst relative difference of the product between two splits of the same start.
 
@@ -66,6 +74,8 @@ def invariance(
     seed : int
         Of the problem, a factorisation of shape (20, 16) and rank 3 in float64, and of the change
         of basis.
+    backend : Backend, optional
+        Whose arrays the method steps; NumPy's by default.
 
     Returns
     -------
@@ -75,14 +85,18 @@ def invariance(
     problem = make_problem(20, 16, 3, seed=seed)
     R = change_of_basis(gauge, seed=seed)
     pair = problem.params
-    pairs = [pair, Factors(R @ pair.A, pair.B @ np.linalg.inv(R))]
+    split = Factors(R @ pair.A, pair.B @ np.linalg.inv(R))
+    backend = backend or get_backend(pair.A)
+    problem = problem.on(backend)
+    pairs = [problem.params, Factors(*(backend.asarray(x, "float64") for x in split))]
     states = [method.init(p, problem.scaling) for p in pairs]
+    norm = backend.xp.linalg.vector_norm
     worst = 0.0
     with np.errstate(all="ignore"):
         for _ in range(steps):
             for k, (p, state) in enumerate(zip(pairs, states, strict=True)):
                 pairs[k], states[k] = step(method, p, problem.grads(p), state, lr)
             X, Y = (p.B @ p.A for p in pairs)
-            distance = float(np.linalg.norm(Y - X) / np.linalg.norm(X))
+            distance = float(norm(Y - X) / norm(X))
             worst = max(worst, distance) if np.isfinite(distance) else float("inf")
     return worst

@@ -82,8 +82,21 @@ def assert_close(
 ) -> None:
     """AssertionError unless shapes agree and ``|actual - desired| <= atol + rtol max|desired|``.
 
-    The relative part is against the largest entry, as rounding of products is. Arrays of any
-    library on the CPU will do.
+    The relative part is against the largest entry, as rounding of products is.
+
+    Parameters
+    ----------
+    actual, desired : array
+        Of any library, on the CPU.
+    rtol, atol : float
+        The tolerances; both 0 asks for equality.
+    what : str
+        For the message.
+
+    Raises
+    ------
+    AssertionError
+        Otherwise; also for NaN.
     """
     x = np.asarray(actual, dtype=np.float64)
     y = np.asarray(desired, dtype=np.float64)
@@ -98,14 +111,26 @@ def assert_close(
 
 
 def run(
-    method: Transform,
-    problem: Problem,
-    *,
-    steps: int = 20,
-    lr: float = 0.05,
-    dtype: str = "float64",
+    method: Transform, problem: Problem, *, steps: int = 20, lr: float = 0.05
 ) -> tuple[Factors, Any]:
-    """Parameters and state after some steps on a problem."""
+    """Parameters and state after some steps on a problem.
+
+    Parameters
+    ----------
+    method : Transform
+        Fresh or used: it keeps nothing.
+    problem : Problem
+        From `make_problem`.
+    steps : int
+        How many.
+    lr : float
+        Learning rate.
+
+    Returns
+    -------
+    params, state
+        As `rlora.step` gives them.
+    """
     params: Factors = problem.params
     state = method.init(params, problem.scaling)
     for _ in range(steps):

@@ -26,7 +26,8 @@ def precondition(optimizer: Any) -> type[Optimizer]:
         A subclass of it. Its constructor takes a model, ``named_parameters()``, groups with names,
         or tensors with ``pairs=[(A, B), ...]``, then the parent's arguments and ``damping``,
         ``damping_mode``, ``placement``, ``order``, ``compute_dtype``, ``stochastic_rounding`` and
-        ``adapter`` as `ScaledAdamW` has them.
+        ``adapter`` as `ScaledAdamW` has them, but with ``placement="before"`` by default, the only
+        one that any optimizer can have.
 
     Raises
     ------

@@ -14,10 +14,10 @@ WAITS = {
     "lora_pro_sgd": EIGEN,
     "lora_pro_adamw": EIGEN,
     "ref_lora": EIGEN,
-    "scaled_adamw:both": EIGEN,
+    "scaled_adamw": EIGEN,
     "riemannion": {"_linalg_svd"},
 }
-PLACED = ["scaled_adamw:after", "scaled_adamw:both"]
+PLACED = ["scaled_adamw:before", "scaled_adamw:after"]
 
 
 @pytest.mark.parametrize("method", [*rlora.methods.__all__, *PLACED])
@@ -73,7 +73,7 @@ def test_a_copy_from_the_host_is_a_wait():
 
 
 def test_checks_say_so(monkeypatch, capsys):
-    growth, waits = launches.launch_checks("scaled_adamw")
+    growth, waits = launches.launch_checks("scaled_adamw:before")
     assert (growth["measured"], growth["passed"], waits["measured"]) == (1.0, True, 0)
     monkeypatch.setattr(
         launches, "optimizer_of", lambda method: lambda model: Curious(model.parameters())

@@ -14,4 +14,4 @@ def test_every_name_has_a_line(rlora_cli):
         assert names.count(name) == 1, name
         assert len(lines[names.index(name)]) > 1
     assert {name.partition(":")[0] for name in KNOWN} < RIVALS.keys()
-    assert "scaled_adamw:both" in result.stdout
+    assert "scaled_adamw:before" in result.stdout

@@ -319,7 +319,7 @@ def test_names_of_pictures_are_never_the_same():
 
 
 def test_twenty_methods_look_different():
-    known = [*drawing.ORDER, "scaled_adamw:after", "scaled_adamw:both"]
+    known = [*drawing.ORDER, "scaled_adamw:before", "scaled_adamw:after"]
     looks = [repr(drawing._look(name)) for name in known]
     assert len(set(looks)) == len(known)
     assert drawing._look("of.another:Optimizer") == drawing._look("of.another:Optimizer")

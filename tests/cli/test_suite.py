@@ -31,15 +31,15 @@ def verdicts(what, rows):
 def test_ratios_are_of_the_same_rounds_and_held_against_their_limit():
     rows = [
         row("torch", "adamw", 1.0, 2.0, 4.0),
-        row("torch", "scaled_adamw", 1.5, 3.0, 6.0),
+        row("torch", "scaled_adamw:before", 1.5, 3.0, 6.0),
         row("torch", "scaled_adamw:after", 2.4, 4.8, 9.6),
         row("torch", "peft", 6.0, 12.0, 24.0),
     ]
     found = {check["what"]: check for check in ratios(rows)[:-1]}
-    assert found["torch scaled_adamw / torch adamw"]["measured"] == 1.5
-    assert found["torch scaled_adamw / torch adamw"]["passed"]
-    assert not found["torch scaled_adamw:after / torch scaled_adamw"]["passed"]
-    assert found["torch peft / torch scaled_adamw"]["passed"]
+    assert found["torch scaled_adamw:before / torch adamw"]["measured"] == 1.5
+    assert found["torch scaled_adamw:before / torch adamw"]["passed"]
+    assert not found["torch scaled_adamw:after / torch scaled_adamw:before"]["passed"]
+    assert found["torch peft / torch scaled_adamw:before"]["passed"]
     assert len(found) == 3  # the rest was not measured
     mean = ratios(rows)[-1]
     assert (mean["preset"], mean["measured"]) == ("geometric mean", pytest.approx(4.0))
@@ -47,12 +47,12 @@ def test_ratios_are_of_the_same_rounds_and_held_against_their_limit():
 
 def test_a_check_is_no_surer_than_its_timings():
     rows = [row("torch", "adamw", 1.0), row("torch", "lora_rite", 2.0, verdict="unstable: load")]
-    rows += [row("torch", "scaled_adamw", 1.5), row("torch", "peft", 4.0, rank=16)]
-    rows += [row("torch", "scaled_adamw", 1.0, rank=16, verdict="unstable: spread")]
+    rows += [row("torch", "scaled_adamw:before", 1.5), row("torch", "peft", 4.0, rank=16)]
+    rows += [row("torch", "scaled_adamw:before", 1.0, rank=16, verdict="unstable: spread")]
     found = {(check["what"], check["preset"]): check["stable"] for check in suite.judge(rows)}
-    assert found["torch scaled_adamw / torch adamw", "small"]
+    assert found["torch scaled_adamw:before / torch adamw", "small"]
     assert not found["torch lora_rite / torch adamw", "small"]
-    assert not found["torch peft / torch scaled_adamw", "geometric mean"]
+    assert not found["torch peft / torch scaled_adamw:before", "geometric mean"]
     assert found["torch lora_rite, state bytes", "small"]  # bytes are exact
 
 
@@ -82,7 +82,7 @@ def test_the_others_may_take_twice_what_their_work_predicts():
 
 def test_temporaries_are_the_directions_once_and_small_matrices():
     def passed(peak, **more):
-        rows = [row("torch", "scaled_adamw", 1.0, peak_temporary_bytes=peak, **more)]
+        rows = [row("torch", "scaled_adamw:before", 1.0, peak_temporary_bytes=peak, **more)]
         return verdicts("temporary bytes", rows)
 
     # 2 pairs of 150 x 4 numbers, and 16 matrices of 4 x 4 for each pair

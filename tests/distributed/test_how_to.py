@@ -26,7 +26,7 @@ def test_the_how_to_trains_and_resumes():
     assert run.returncode == 0, run.stderr
     said = run.stdout
     pairs, n, r = 8, 1024, 16
-    grams, pieces = 4 * r * (r + 1) * pairs, 12 * r * n // 2 * pairs
+    grams, pieces = 4 * r * (r + 1) * pairs, 20 * r * n // 2 * pairs
     assert f"with shard_placement: a step sends {{'allreduce': {grams}}} bytes" in said
     assert f"{{'alltoall_base': {pieces}, 'allreduce': {grams}}} bytes" in said
     first, last, again = (

@@ -41,7 +41,7 @@ def test_hsdp_equals_one_process(groups, maker):
     assert_equal(found, runs.trained(maker, None), atol=1e-12)
 
 
-@pytest.mark.parametrize("maker", ["adamw", "both", "gauss-seidel"])
+@pytest.mark.parametrize("maker", ["default", "adamw", "both", "gauss-seidel"])
 def test_any_layout_on_a_mesh_of_two_dimensions(groups, maker):
     expected = runs.trained_in_any_layout(maker, sharded=False)
     assert_equal(groups(4).run(runs.trained_in_any_layout, maker, True), expected, atol=1e-12)

@@ -23,7 +23,7 @@ def method(name):
 def test_shapes_at_the_edge(name, r, n, m, dtype):
     """Rank one, one by one, a rank above the weight's own, and a large one: finite, and it moves."""
     problem = make_problem(m, n, r, seed=1).on(get("numpy"), dtype)
-    params, _ = run(method(name), problem, steps=3, lr=1e-2, dtype=dtype)
+    params, _ = run(method(name), problem, steps=3, lr=1e-2)
     for old, new in zip(problem.params, params, strict=True):
         assert new.shape == old.shape
         assert new.dtype == old.dtype
@@ -50,10 +50,13 @@ def test_first_steps_from_zero(name, lr, backend):
 
 # What ``|A2 - A| / |A|`` from B = 0 is bounded by. Once B = O(lr), S_B⁻¹ G_A is O(1): gradient
 # descent under relative damping moves A by an amount that lr does not control (the docstrings say
-# so, covariant damping holds it back); methods that normalise move it by about as much as it is
-# large; entrywise Adam by lr times the root of its size.
+# so, covariant damping holds it back); methods that normalise, and half powers behind Adam, move it
+# by about as much as it is large; entrywise Adam by lr times the root of its size. Grafting moves
+# the product as far as AdamW does, but may go along directions in which B is short, and then A goes
+# further.
 SECOND_STEP = {"scaled_sgd": 50.0, "lora_pro_sgd": 50.0, "alt_lora": 50.0}
-SECOND_STEP |= dict.fromkeys(["lora_muon", "lora_rite", "adapre_lora"], 1.01)
+SECOND_STEP["graft_adamw"] = 10.0
+SECOND_STEP |= dict.fromkeys(["lora_muon", "lora_rite", "adapre_lora", "scaled_adamw"], 1.01)
 
 
 @pytest.mark.parametrize("name", [name for name in MOVES_B if name != "riemannion"])
@@ -65,6 +68,17 @@ def test_second_step_of_A_is_bounded(name, lr):
         params, _ = run(method(name), problem, steps=2, lr=lr)
         moved = np.linalg.norm(params.A - problem.params.A) / np.linalg.norm(problem.params.A)
         assert moved <= SECOND_STEP.get(name, 40 * lr), (seed, moved)
+
+
+@pytest.mark.parametrize("lr", [1e-1, 1e-3])
+def test_all_of_the_preconditioner_before_adam_leaves_the_second_step_to_the_rate(lr):
+    """The bound of entrywise Adam, under any damping."""
+    for seed, mode in enumerate(("relative", "absolute", "covariant")):
+        problem = make_problem(64, 48, 4, zero_B=True, seed=seed)
+        before = methods.scaled_adamw(placement="before", damping_mode=mode)
+        params, _ = run(before, problem, steps=2, lr=lr)
+        moved = np.linalg.norm(params.A - problem.params.A) / np.linalg.norm(problem.params.A)
+        assert moved <= 40 * lr, mode
 
 
 def test_covariant_damping_holds_back_the_second_step():
@@ -105,7 +119,11 @@ def test_a_twin_column_does_not_change_what_A_does_to_the_weight(name):
     moves = []
     for params in (twin, Factors(merged[rest], b[:, rest])):
         full = Problem(params, problem.target, 1.0)
-        m = methods.scaled_sgd(damping=1e-9) if name == "scaled_sgd" else method(name)
+        m = (
+            methods.scaled_sgd(damping=1e-9, damping_mode="relative")
+            if name == "scaled_sgd"
+            else method(name)
+        )
         grads = full.grads(params)._replace(B=None)
         moved, _ = rlora.step(m, params, grads, m.init(params), 1e-2)
         moves.append(params.B @ (moved.A - params.A))

@@ -67,6 +67,14 @@ CASES = {
         {},
         SIGN,
     ),
+    "graft": (rlora.graft_adamw, dense.Graft, {}, {}, ADAM),
+    "graft decay": (
+        rlora.graft_adamw,
+        dense.Graft,
+        {"b1": 0.5, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.1},
+        {},
+        ADAM,
+    ),
     "rac": (rlora.rac_lora, dense.Rac, {}, UNDAMPED, 0.5),
     "rac frozen B": (
         rlora.rac_lora,
@@ -178,6 +186,7 @@ def formulas(A, B, G, s, mode, damping):
         "alt": (0 * A, g_B @ P_B / s),
         "fa": (None, g_B @ P_B / s),
         "rac": (None, g_B @ P_B / s),
+        "rac B": ((np.linalg.inv(B.T @ B) if mode == "covariant" else P_A) @ g_A / s, None),
         "sb": (P_A @ g_A @ np.linalg.pinv(A) @ A / s, None),
         "adapre": (
             Q_A @ (g_A / R - 0.5 * g_A @ A.T @ Q_B @ A) / s,
@@ -191,6 +200,7 @@ LINKS = {
     "alt": lambda **d: rlora.alt_lora(b1=0.0, **d),
     "fa": lambda **d: rlora.chain(scale_by_frozen_gram(**d)),
     "rac": lambda **d: rlora.rac_lora(**d),
+    "rac B": lambda **d: rlora.rac_lora(frozen="B", **d),
     "sb": lambda **d: rlora.chain(scale_by_core(**d)),
     "adapre": lambda **d: rlora.adapre_lora(b1=0.0, eps=0.0, **d),
 }
@@ -215,4 +225,4 @@ def test_damping_is_where_the_formula_has_it(name, mode, damping):
         if d is not None:
             assert_close(d, x, rtol=1e-12)
             seen |= bool(np.abs(x - free).max() > 1e-2 * np.abs(x).max())
-    assert seen or (mode == "covariant" and name in ("alt", "fa", "rac"))  # of A alone
+    assert seen or (mode == "covariant" and name in ("alt", "fa", "rac", "rac B"))  # of one Gram

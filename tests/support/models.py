@@ -72,10 +72,13 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+BEFORE = {"placement": "before", "damping": 1e-6, "damping_mode": "relative"}
 CLASSES = {
     "adamw": lambda m, **k: rlora.torch.ScaledAdamW(m, lr=1e-2, **k),
-    "adamw-both": lambda m, **k: rlora.torch.ScaledAdamW(m, lr=1e-2, placement="both", **k),
-    "adamw-gs": lambda m, **k: rlora.torch.ScaledAdamW(m, lr=1e-2, order="gauss_seidel", **k),
+    "adamw-before": lambda m, **k: rlora.torch.ScaledAdamW(m, lr=1e-2, **BEFORE, **k),
+    "adamw-gs": lambda m, **k: rlora.torch.ScaledAdamW(
+        m, lr=1e-2, order="gauss_seidel", **BEFORE, **k
+    ),
     "sgd": lambda m, **k: rlora.torch.ScaledSGD(
         m, lr=1e-2, momentum=0.9, damping_mode="absolute", damping=1e-1, **k
     ),

@@ -146,6 +146,29 @@ class Rac:
 
 
 @dataclass
+class Graft:
+    """Scaled gradients, each factor's move of the product as long as AdamW's."""
+
+    lr: float
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        self.of_A, self.of_B = (Moments(self.b1, self.b2, self.eps) for _ in "AB")
+
+    def step(self, A, B, G, s):
+        D_A = np.linalg.solve(B.T @ B + 1e-4 * np.linalg.inv(A @ A.T), s * B.T @ G)
+        D_B = s * G @ np.linalg.pinv(A)
+        U_A, U_B = self.of_A.adam(s * B.T @ G), self.of_B.adam(s * G @ A.T)
+        a = np.linalg.norm(B @ U_A) / np.linalg.norm(B @ D_A)
+        b = np.linalg.norm(U_B @ A) / np.linalg.norm(D_B @ A)
+        decay = self.weight_decay
+        return A - self.lr * (a * D_A + decay * A), B - self.lr * (b * D_B + decay * B)
+
+
+@dataclass
 class Core:
     """LoRA-SB with its core: B R A₀, of which R moves. The pair it shows is (R A₀, B)."""
 

@@ -14,15 +14,21 @@ import rlora.torch
 from rlora.torch import AltLoRAPlus, LoRAProAdamW, LoRARite, Riemannion, ScaledAdamW, ScaledSGD
 
 STEPS = 20
+BEFORE = {"placement": "before", "damping": 1e-6, "damping_mode": "relative"}
+RELATIVE = {"damping": 1e-2, "damping_mode": "relative"}
+ABSOLUTE = {"damping": 1e-6, "damping_mode": "absolute"}
+COVARIANT = {"damping": 1e-3, "damping_mode": "covariant"}
 MAKERS = {
-    "adamw": lambda m: ScaledAdamW(m, lr=1e-2),
-    "fused": lambda m: ScaledAdamW(m, lr=1e-2, fused=True),
-    "foreach": lambda m: ScaledAdamW(m, lr=1e-2, foreach=True),
-    "after": lambda m: ScaledAdamW(m, lr=1e-2, placement="after", damping=1e-2),
-    "both": lambda m: ScaledAdamW(m, lr=1e-2, placement="both", damping_mode="absolute"),
-    "covariant": lambda m: ScaledAdamW(m, lr=1e-2, damping_mode="covariant", damping=1e-3),
-    "gauss-seidel": lambda m: ScaledAdamW(m, lr=1e-2, order="gauss_seidel", amsgrad=True),
-    "sgd": lambda m: ScaledSGD(m, lr=1e-2, momentum=0.9, nesterov=True, damping=1e-2),
+    "default": lambda m: ScaledAdamW(m, lr=1e-2),
+    "default-gs": lambda m: ScaledAdamW(m, lr=1e-2, order="gauss_seidel"),
+    "adamw": lambda m: ScaledAdamW(m, lr=1e-2, **BEFORE),
+    "fused": lambda m: ScaledAdamW(m, lr=1e-2, fused=True, **BEFORE),
+    "foreach": lambda m: ScaledAdamW(m, lr=1e-2, foreach=True, **BEFORE),
+    "after": lambda m: ScaledAdamW(m, lr=1e-2, placement="after", **RELATIVE),
+    "both": lambda m: ScaledAdamW(m, lr=1e-2, placement="both", **ABSOLUTE),
+    "covariant": lambda m: ScaledAdamW(m, lr=1e-2, placement="before", **COVARIANT),
+    "gauss-seidel": lambda m: ScaledAdamW(m, lr=1e-2, order="gauss_seidel", amsgrad=True, **BEFORE),
+    "sgd": lambda m: ScaledSGD(m, lr=1e-2, momentum=0.9, nesterov=True, **RELATIVE),
     "nadam": lambda m: rlora.torch.precondition(torch.optim.NAdam)(m, lr=1e-2),
     "rite": lambda m: LoRARite(m, lr=1e-2),
     "pro": lambda m: LoRAProAdamW(m, lr=1e-3),
@@ -34,6 +40,7 @@ MAKERS = {
             {"params": list(m[2:].named_parameters()), "lr": 3e-2, "compute_dtype": "float64"},
         ],
         lr=1e-2,
+        **BEFORE,
     ),
 }
 

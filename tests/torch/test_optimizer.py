@@ -31,7 +31,7 @@ def test_equals_the_functional_method(mode, placement, order, flags):
     plain = copy.deepcopy(model)
     optimizer = ScaledAdamW(model, lr=1e-2, weight_decay=0.1, **options, **flags)
     head = [p for name, p in plain.named_parameters() if name.startswith("3.")]
-    reference = torch.optim.AdamW(head, lr=1e-2, weight_decay=0.1)
+    reference = torch.optim.AdamW(head, lr=1e-2, betas=(0.7, 0.8), weight_decay=0.1)
     method = rlora.scaled_adamw(weight_decay=0.1, **options)
     params = [Factors(a.detach().clone(), b.detach().clone()) for a, b in pairs_in(model)]
     state = method.init(params)
@@ -151,8 +151,12 @@ def test_agrees_with_pefts_wrapper(base, options, dtype, tolerance):
     theirs, ours = peft_model(dtype), peft_model(dtype)
     ours.load_state_dict(theirs.state_dict())
     a = create_riemannian_optimizer(theirs, base, **options)
-    kind = ScaledAdamW if base is torch.optim.AdamW else ScaledSGD
-    b = kind(ours, **options, **PEFT)
+    damping = {name: PEFT[name] for name in ("damping", "damping_mode")}
+    if base is torch.optim.AdamW:
+        betas, placement = (PEFT["b1"], PEFT["b2"]), PEFT["placement"]
+        b = ScaledAdamW(ours, betas=betas, placement=placement, **options, **damping)
+    else:
+        b = ScaledSGD(ours, **options, **damping)
     assert len(b.report) == 2
     for t in range(20):
         for model, optimizer in ((theirs, a), (ours, b)):
@@ -295,7 +299,7 @@ def test_state_dict_is_the_parents():
         k for s in theirs["state"].values() for k in s
     }
     assert set(theirs["param_groups"][0]) <= set(mine["param_groups"][0])
-    assert mine["param_groups"][0]["damping"] == 1e-6
+    assert mine["param_groups"][0]["damping"] == 1e-4
 
 
 def test_load_from_and_to_plain_adamw():
@@ -456,8 +460,9 @@ def test_flags_of_adamw(options, placement):
     """The parent's own arithmetic on hand-made directions, and ours, agree."""
     model = make_model(dtype=torch.float64, bias=False)
     twin = copy.deepcopy(model)
-    settings = {"lr": 1e-2, "weight_decay": 0.0, **options}
-    ours = ScaledAdamW(model, placement=placement, **settings)
+    settings = {"lr": 1e-2, "betas": (0.7, 0.8), "weight_decay": 0.0, **options}
+    relative = {"damping": 1e-6, "damping_mode": "relative"}
+    ours = ScaledAdamW(model, placement=placement, **settings, **relative)
     # Adam on zeros, fed with preconditioned gradients, gives the moves.
     moves = [torch.zeros_like(p, requires_grad=True) for pair in pairs_in(twin) for p in pair]
     parent = torch.optim.AdamW(moves, **settings)

@@ -1,0 +1,151 @@
+"""What a claim is, and what its experiment gives back."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+
+from rlora import Factors, Transform, step
+from rlora.core.backend import Backend
+from rlora.core.factors import Array
+
+T = TypeVar("T")
+
+
+class Track(Protocol):
+    """Passes items on, with a bar that says how many are done."""
+
+    def __call__(self, items: Iterable[T], label: str) -> Iterable[T]: ...
+
+
+class Setting(NamedTuple):
+    """Where an experiment is done, and how thoroughly.
+
+    Parameters
+    ----------
+    backend : Backend
+        Whose arrays the method under test steps, in float64.
+    quick : bool
+        Whether a smaller experiment with the same verdict will do.
+    track : callable
+        ``for x in track(items, "what they are")`` shows a bar.
+    """
+
+    backend: Backend
+    quick: bool
+    track: Track
+
+    def array(self, x: Any) -> Array:
+        """A NumPy array as one of the backend, in float64."""
+        return self.backend.asarray(x, "float64")
+
+    def path(
+        self,
+        method: Transform,
+        start: Factors,
+        grads: Callable[[Factors], Factors],
+        lr: float,
+        *,
+        scaling: float = 1.0,
+    ) -> Iterator[Factors]:
+        """The pairs that a method goes through, from the start on, without end."""
+
+        def move(pair: Factors, state: Any) -> Any:
+            return step(method, pair, grads(pair), state, lr)
+
+        move = self.backend.compile(move)
+        pair, state = start, method.init(start, scaling)
+        while True:
+            yield pair
+            pair, state = move(pair, state)
+
+
+class Check(NamedTuple):
+    """A measured value beside the threshold that it must keep."""
+
+    what: str
+    value: float
+    bound: Literal["<=", ">="]
+    threshold: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it does; a NaN never does."""
+        if self.bound == "<=":
+            return self.value <= self.threshold
+        return self.value >= self.threshold
+
+
+class Curve(NamedTuple):
+    """A line of a figure."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+class Panel(NamedTuple):
+    """Curves that share their axes.
+
+    Parameters
+    ----------
+    title, x, y : str
+        Over the panel, and of its axes.
+    curves : tuple of Curve
+        In the order of the legend. The same label has the same look in every panel.
+    log_x, log_y : bool
+        Which axes are logarithmic.
+    rows : tuple of str
+        Names of y = 0, 1, 2, ..., from the top down; the curves are then dots in these rows.
+    threshold : float, optional
+        Where a line is drawn across: on the y axis, or on the x axis of a panel with rows.
+    """
+
+    title: str
+    x: str
+    y: str
+    curves: tuple[Curve, ...]
+    log_x: bool = False
+    log_y: bool = True
+    rows: tuple[str, ...] = ()
+    threshold: float | None = None
+
+
+class Outcome(NamedTuple):
+    """What an experiment found."""
+
+    checks: tuple[Check, ...]
+    panels: tuple[Panel, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the claim does: every check."""
+        return all(check.holds for check in self.checks)
+
+
+class Claim(NamedTuple):
+    """A statement of a paper, and the experiment that tries it.
+
+    Parameters
+    ----------
+    name : str
+        In kebab-case; of the command line and of the files.
+    statement : str
+        One sentence.
+    source : str
+        Authors, title, arXiv, year, theorem.
+    run : callable
+        The experiment: seeded, of CPU size.
+    holds : bool
+        The documented verdict; False for a claim that is documented as failing.
+    """
+
+    name: str
+    statement: str
+    source: str
+    run: Callable[[Setting], Outcome]
+    holds: bool = True
+
+    def as_documented(self, outcome: Outcome) -> bool:
+        """Whether the outcome is the documented one. A value that is no number never is."""
+        measured = not any(math.isnan(check.value) for check in outcome.checks)
+        return measured and outcome.holds == self.holds

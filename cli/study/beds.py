@@ -1,0 +1,47 @@
+"""Which models there are, and where each of them is loaded."""
+
+import importlib
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from .bed import Bed
+
+LARGE: Final = {"gpt2": ".gpt2", "mistral": ".mistral", "diffusion": ".diffusion"}
+"""Those that want a GPU, and weights and data from elsewhere; they have `PRESETS` too."""
+
+MODELS: Final = {"digits": ".digits", "smollm2": ".smollm2", **LARGE}
+"""Model -> the module with its `load` and its `DATASETS`; imported when it is asked for."""
+
+
+class Origin(NamedTuple):
+    """Where a large model and its data are; what is not said comes from the hub."""
+
+    weights: str | None = None
+    data: Path | None = None
+    device: str = "cuda"
+
+
+def module_of(model: str) -> Any:
+    """Import the module of a model."""
+    return importlib.import_module(MODELS[model], __package__)
+
+
+def check_dataset(model: str, dataset: str) -> None:
+    """ValueError unless there is such a model, and it has the dataset."""
+    if model not in MODELS:
+        msg = f"there is no model {model!r}; there are {', '.join(MODELS)}"
+        raise ValueError(msg)
+    known = module_of(model).DATASETS
+    if dataset not in known:
+        msg = f"{model} has no dataset {dataset!r}; it has {', '.join(known)}"
+        raise ValueError(msg)
+
+
+def load_bed(model: str, dataset: str, kept: Path, quick: bool, origin: Origin) -> Bed:
+    """Load a model with a task; `kept` is a folder for what takes long to compute."""
+    if model in LARGE:
+        large: Bed = module_of(model).load(dataset, quick=quick, **origin._asdict())
+        return large
+    file = kept / f"{model}-{dataset}{'-quick' if quick else ''}.pt"
+    bed: Bed = module_of(model).load(dataset, kept=file, quick=quick)
+    return bed

@@ -1,0 +1,53 @@
+"""``rlora study``: optimizers for LoRA on a real model, each at its own best learning rate."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option(
+    "--model",
+    default="smollm2",
+    show_default=True,
+    help="digits, smollm2; on a GPU gpt2, mistral, diffusion.",
+)
+@click.option("--dataset", default="chain_sum", show_default=True, help="One that the model has.")
+@click.option("--weights", help="Of a large model: its name on the hub, or a folder.")
+@click.option("--data", type=Path, help="Of a large model: a folder; else they come from the hub.")
+@click.option("--device", default="cuda", show_default=True, help="Of a large model.")
+@click.option("--rank", type=click.IntRange(1), help="8, or what the paper has.")
+@click.option("--steps", type=click.IntRange(2), help="Of a run, instead of the usual ones.")
+@click.option("--contender", "names", multiple=True, help="Only this one; may be repeated.")
+@click.option("--processes", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--output", type=Path, default=Path("build/study"), show_default=True)
+@click.option("--quick", is_flag=True, help="Two contenders, few steps: to see that it runs.")
+@click.option("--tables", is_flag=True, help="Train nothing: tables and plots of all records.")
+def study(
+    model: str,
+    dataset: str,
+    weights: str | None,
+    data: Path | None,
+    device: str,
+    rank: int | None,
+    steps: int | None,
+    names: tuple[str, ...],
+    processes: int,
+    output: Path,
+    quick: bool,
+    tables: bool,
+) -> None:
+    """Fine-tune a model with every contender, and write down what came out.
+
+    Each contender has its own sweep of learning rates, which grows while the best lies at an end;
+    the best by validation loss is then run on other seeds, and only those read the test part.
+    Every run is written down when it is done: started again, the study goes on where it was.
+    """
+    from .beds import Origin
+    from .conduct import conduct  # torch, and more: not for `rlora --help`
+    from .tables import write_tables
+
+    if not tables:
+        origin = Origin(weights, data, device)
+        conduct(model, dataset, rank, steps, names, processes, output, quick, origin)
+    write_tables(output)

@@ -1,0 +1,97 @@
+"""All runs of a study, one after the other, into a file of records."""
+
+import os
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from rlora.cli.table import console
+
+from .beds import LARGE, Origin, check_dataset
+from .methods import CONTENDERS, check_contenders
+from .plan import Entry, Record, Records, final, rounds
+from .preset import contenders_of, preset_of
+from .train import Job
+from .work import Place, do, prepare
+
+
+class Size(NamedTuple):
+    """How long a run is, and how many seeds choose a learning rate and are reported."""
+
+    steps: int
+    sweep_seeds: int
+    seeds: int
+
+
+SIZES: Final = {"digits": Size(200, 4, 20), "smollm2": Size(160, 1, 3)}
+QUICK: Final = Size(8, 1, 1)
+QUICK_CONTENDERS: Final = ("adamw", "scaled-both-fast")
+RANK: Final = 8
+
+
+def conduct(
+    model: str,
+    dataset: str,
+    rank: int | None,
+    steps: int | None,
+    names: tuple[str, ...],
+    processes: int,
+    output: Path,
+    quick: bool,
+    origin: Origin,
+) -> None:
+    """Do what is not done yet, and say each run when it is."""
+    if model not in LARGE:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    check_dataset(model, dataset)
+    check_contenders(names, contenders_of(model, dataset))
+    place = Place(model, dataset, output / "kept", quick, origin)
+    like, size = measure(place, rank, steps)
+    entries = [
+        entry_of(like._replace(contender=x), size) for x in names or usual(model, dataset, quick)
+    ]
+    records = Records(output / f"{model}-{dataset}.jsonl")
+    processes = 1 if model in LARGE else processes  # one model fills a GPU
+    for jobs in rounds(records, entries):
+        console().print(f"{len(jobs)} runs to do")
+        for row in do(place, jobs, processes):
+            records.add(row)
+            console().print(line(row))
+
+
+def measure(place: Place, rank: int | None, steps: int | None) -> tuple[Job, Size]:
+    """What all runs have in common; of a large model that is the paper's rank and epochs."""
+    preset = preset_of(place.model, place.dataset)
+    if place.quick:
+        size = QUICK
+    elif preset is None:
+        size = SIZES[place.model]
+    else:
+        count = steps or preset.epochs * len(prepare(place).batches("train"))
+        size = Size(count, sweep_seeds=1, seeds=3)
+    size = size._replace(steps=steps or size.steps)
+    rank = rank or (preset.rank if preset else RANK)
+    return Job(place.model, place.dataset, rank, "", 0.0, 0, size.steps, tested=False), size
+
+
+def usual(model: str, dataset: str, quick: bool) -> tuple[str, ...]:
+    """Who takes part if nobody is named: of a large model, the paper's own."""
+    preset = preset_of(model, dataset)
+    if preset:
+        return tuple(preset.contenders())
+    return QUICK_CONTENDERS if quick else tuple(CONTENDERS)
+
+
+def entry_of(like: Job, size: Size) -> Entry:
+    """The sweep's seeds come first, those of the report after them."""
+    seeds = tuple(range(size.sweep_seeds + size.seeds))
+    rates = contenders_of(like.model, like.dataset)[like.contender].rates
+    return Entry(like, rates, seeds[: size.sweep_seeds], seeds[size.sweep_seeds :])
+
+
+def line(row: Record) -> str:
+    """What is said of a run when it is done."""
+    tested = "".join(f", test {name} {x:.4g}" for name, x in row.get("test", {}).items())
+    return (
+        f"{row['contender']:26} rank {row['rank']:<3} lr {row['lr']:<9.3g} seed {row['seed']:<2} "
+        f"validation loss {final(row):.4f}{tested}"
+    )

@@ -1,0 +1,117 @@
+"""A small network on pictures of digits: runs of a second, for studies with many seeds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .bed import Part
+
+DATASETS: Final = ("even", "rotated")
+WIDTH: Final = 256
+BATCH: Final = 64
+PRETRAINING: Final = 300
+"""Steps of the base."""
+
+SHARES: Final[dict[Part, float]] = {"train": 0.5, "validation": 0.25, "test": 0.25}
+
+
+class Batch(NamedTuple):
+    """Pictures (batch, 64), from 0 to 1, and their digits."""
+
+    pictures: Tensor
+    digits: Tensor
+
+
+class Digits:
+    """Two hidden layers, taught some pictures; the adapters are taught others."""
+
+    def __init__(self, known: Batch, new: Batch) -> None:
+        self.base = pretrained(known)
+        self.parts = cut(new)
+
+    def adapted(self, rank: int, seed: int) -> nn.Module:
+        """Adapters with alpha = 2 r on both hidden layers and the output."""
+        import peft
+
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["0", "2", "4"])
+        torch.manual_seed(seed)
+        return peft.get_peft_model(self.base, config)
+
+    def release(self, model: Any) -> None:
+        """The base is left as it was."""
+        model.unload()
+
+    def batches(self, part: Part) -> Sequence[Batch]:
+        """`BATCH` pictures at a time."""
+        return self.parts[part]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy over ten digits."""
+        return functional.cross_entropy(model(batch.pictures), batch.digits)
+
+    def weight(self, batch: Batch) -> int:
+        """Pictures."""
+        return len(batch.digits)
+
+    @torch.no_grad()
+    def scores(self, model: nn.Module, part: Part) -> dict[str, float]:
+        """Accuracy."""
+        batches = self.parts[part]
+        right = sum(int((model(x).argmax(-1) == digits).sum()) for x, digits in batches)
+        return {"accuracy": right / sum(map(self.weight, batches))}
+
+
+def load(dataset: str, *, kept: Path | None = None, quick: bool = False) -> Digits:
+    """The base knows odd digits and is taught even ones, or upright ones and is taught turned ones.
+
+    Nothing is slow enough to be kept in a file or to need a quick version.
+    """
+    pictures, digits = read()
+    if dataset == "rotated":
+        turned = pictures.reshape(-1, 8, 8).rot90(1, (1, 2)).reshape(-1, 64)
+        return Digits(Batch(pictures, digits), Batch(turned, digits))
+    odd = digits % 2 == 1
+    return Digits(Batch(pictures[odd], digits[odd]), Batch(pictures[~odd], digits[~odd]))
+
+
+def read() -> tuple[Tensor, Tensor]:
+    """The 1797 pictures that come with scikit-learn, in an order of their own."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    pictures = torch.tensor(data.data, dtype=torch.float32)[order] / 16
+    return pictures, torch.tensor(data.target)[order]
+
+
+def pretrained(known: Batch) -> nn.Module:
+    """The base, always the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()),
+        nn.Linear(WIDTH, 10),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    for _ in range(PRETRAINING):
+        drawn = torch.randint(len(known.digits), (BATCH,))
+        loss = functional.cross_entropy(model(known.pictures[drawn]), known.digits[drawn])
+        cast("Any", loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.requires_grad_(False)
+
+
+def cut(data: Batch) -> dict[Part, list[Batch]]:
+    """The three parts, in batches."""
+    sizes = [int(share * len(data.digits)) for share in SHARES.values()]
+    parts = zip(*(torch.split(x[: sum(sizes)], sizes) for x in data), strict=True)
+    return {
+        part: [
+            Batch(*pair) for pair in zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True)
+        ]
+        for part, (x, y) in zip(SHARES, parts, strict=True)
+    }

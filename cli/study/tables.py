@@ -1,0 +1,219 @@
+"""Tables and plots of a study, from its records alone."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, groupby
+from pathlib import Path
+from statistics import mean, median
+from typing import Final, NamedTuple
+
+from rlora.cli import figures
+from rlora.cli.claims.claim import Curve, Panel
+from rlora.cli.record import write_text
+
+from .methods import CONTENDERS
+from .plan import Record, Records, final
+
+BASELINES: Final = ("adamw", "adamw-fast", "paper-AdamW")
+"""The best of them at its own best rate is what all others are held against."""
+
+GOOD: Final = 1.02
+"""A learning rate is good whose validation loss is at most this times the baseline's lowest."""
+
+PLOTTED: Final = (
+    *("adamw", "adamw-fast", "lora-plus-fast", "scaled-before-fast", "scaled-both-fast"),
+    *("grafted-both-fast", "lora-rite-fast"),
+    *("paper-AdamW", "paper-ScaledAdamW", "paper-SGD", "paper-ScaledSGD"),
+)
+HEAD: Final = (
+    ("contender", "best lr", "good rates", "validation loss", "test loss", "below the baseline"),
+    ("scores", "ms a step", "kB of state"),
+)
+
+Kind = tuple[str, str, int, int]
+"""Model, dataset, rank, steps."""
+
+
+class Result(NamedTuple):
+    """What a contender came to."""
+
+    name: str
+    sweep: dict[float, float]
+    """Learning rate -> validation loss, in rising order."""
+
+    tested: list[Record]
+    """One a seed, at the best rate."""
+
+    @property
+    def best(self) -> float:
+        """The learning rate with the lowest validation loss."""
+        return min(self.sweep, key=lambda lr: self.sweep[lr])
+
+    @property
+    def loss(self) -> float:
+        """That loss."""
+        return self.sweep[self.best]
+
+    def test_losses(self) -> dict[int, float]:
+        """Seed -> test loss; inf where the run diverged."""
+        return {row["seed"]: row.get("test", {"loss": math.inf})["loss"] for row in self.tested}
+
+
+def write_tables(folder: Path) -> None:
+    """Write ``tables.md`` and the plots of all records in a folder."""
+    paths = sorted(folder.glob("*.jsonl"))
+    if not paths:
+        msg = f"{folder} has no records of a study (*.jsonl)"
+        raise ValueError(msg)
+    groups = dict(group for path in paths for group in groups_of(path))
+    lines = ["# Tables of the study", "", "Made by `rlora study --tables` from the records beside."]
+    lines += ["", "## Test losses", "", *summary(groups)]
+    for (model, dataset, rank, steps), results in groups.items():
+        title = f"{model}, {dataset}, rank {rank}, {steps} steps"
+        file = f"{model}-{dataset}-r{rank}.svg"
+        lines += ["", f"## {title}", "", *table(results), "", f"![{title}]({file})"]
+        write_text(folder / file, figures.as_svg(title, [panel(results)]))
+    write_text(folder / "tables.md", "\n".join(lines) + "\n")
+
+
+def summary(groups: Mapping[Kind, list[Result]]) -> list[str]:
+    """The mean test loss of everyone who was tested, task by task."""
+    columns = [
+        {x.name: mean(x.test_losses().values()) for x in group if x.tested}
+        for group in groups.values()
+    ]
+    names = [
+        name
+        for name in dict.fromkeys((*CONTENDERS, *chain(*columns)))
+        if any(name in c for c in columns)
+    ]
+    head = ["contender", *(f"{dataset}, rank {rank}" for _, dataset, rank, _ in groups)]
+    rows = [
+        [f"`{name}`", *(f"{c[name]:.3f}" if name in c else "-" for c in columns)] for name in names
+    ]
+    return [line(head), line(["---"] * len(head)), *map(line, rows)]
+
+
+def groups_of(path: Path) -> Iterator[tuple[Kind, list[Result]]]:
+    """The results of a file, for each rank and length of runs in it."""
+
+    def kind(row: Record) -> Kind:
+        return row["model"], row["dataset"], row["rank"], row["steps"]
+
+    rows = sorted(Records(path).rows.values(), key=kind)
+    for key, group in groupby(rows, kind):
+        mine = list(group)
+        names = dict.fromkeys((*CONTENDERS, *(row["contender"] for row in mine)))
+        results = [result(name, mine) for name in names]
+        yield key, [x for x in results if x.sweep]
+
+
+def result(name: str, rows: Sequence[Record]) -> Result:
+    """The runs of one contender."""
+    mine = [row for row in rows if row["contender"] == name]
+    losses: dict[float, list[float]] = {}
+    for row in sorted(mine, key=lambda row: row["lr"]):
+        if not row["tested"]:
+            losses.setdefault(row["lr"], []).append(final(row))
+    sweep = {lr: mean(values) for lr, values in losses.items()}
+    best = min(sweep, key=lambda lr: sweep[lr], default=None)
+    tested = [row for row in mine if row["tested"] and row["lr"] == best]
+    return Result(name, sweep, sorted(tested, key=lambda row: row["seed"]))
+
+
+def table(results: Sequence[Result]) -> list[str]:
+    """A Markdown table, the lowest test loss first."""
+    base = baseline(results)
+    head = [name for part in HEAD for name in part]
+    rows = sorted(results, key=lambda x: mean(x.test_losses().values()) if x.tested else math.inf)
+    return [
+        line(head),
+        line(["---"] * len(head)),
+        *(line(cells(x, base)) for x in rows),
+    ]
+
+
+def baseline(results: Sequence[Result]) -> Result:
+    """The best of the baselines; while none of them was run, the best of all."""
+    known = [x for x in results if x.name in BASELINES]
+    return min(known or results, key=lambda x: x.loss)
+
+
+def line(parts: Sequence[str]) -> str:
+    """One line of a table."""
+    return f"| {' | '.join(parts)} |"
+
+
+def cells(x: Result, base: Result) -> list[str]:
+    """What the table says of a contender."""
+    losses, theirs = x.test_losses(), base.test_losses()
+    gains = [theirs[seed] - loss for seed, loss in losses.items() if seed in theirs]
+    scores: dict[str, list[float]] = {}
+    for row in x.tested:
+        for name, value in row.get("test", {}).items():
+            scores.setdefault(name, []).append(value)
+    width = good_rates(x.sweep, GOOD * base.loss)
+    return [
+        f"`{x.name}`",
+        f"{x.best:.2g}",
+        f"{width:.1f}x" if width else "none",
+        f"{x.loss:.3f}",
+        spread(list(losses.values())),
+        "the baseline" if x is base else spread(gains),
+        ", ".join(f"{k} {mean(v):.3f}" for k, v in scores.items() if k != "loss") or "-",
+        f"{median(row['step_ms'] for row in x.tested):.1f}" if x.tested else "-",
+        f"{x.tested[0]['state_bytes'] / 1e3:.0f}" if x.tested else "-",
+    ]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and the lowest and highest over seeds."""
+    if not values:
+        return "-"
+    return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def good_rates(sweep: dict[float, float], bound: float) -> float:
+    """How many times the lowest good learning rate the highest is; 0 if none is good.
+
+    Around the best rate; between two rates of the sweep the loss is taken as a line in log(lr).
+    """
+    rates = list(sweep)
+    best = min(range(len(rates)), key=lambda i: sweep[rates[i]])
+    if sweep[rates[best]] > bound:
+        return 0.0
+    ends = [_edge(rates, sweep, best, step, bound) for step in (-1, 1)]
+    return ends[1] / ends[0]
+
+
+def _edge(
+    rates: Sequence[float], sweep: dict[float, float], best: int, step: int, bound: float
+) -> float:
+    """Where the loss passes the bound on one side of the best rate; the last rate if nowhere."""
+    i = best
+    while 0 <= i + step < len(rates):
+        here, there = sweep[rates[i]], sweep[rates[i + step]]
+        if there > bound:
+            share = (bound - here) / (there - here)  # 0 beside a run that diverged
+            return float(rates[i] * (rates[i + step] / rates[i]) ** share)
+        i += step
+    return rates[i]
+
+
+def panel(results: Sequence[Result]) -> Panel:
+    """Validation loss against learning rate; what diverged is left out."""
+    base = baseline(results).loss
+    curves = []
+    for x in [x for x in results if x.name in PLOTTED] or results:
+        points = [(lr, loss) for lr, loss in x.sweep.items() if loss < 1.5 * base]
+        if points:
+            curves.append(Curve(x.name, *map(list, zip(*points, strict=True))))
+    return Panel(
+        "The line is what counts as good: 2 % above the best of AdamW",
+        "learning rate",
+        "validation loss",
+        tuple(curves),
+        log_x=True,
+        log_y=False,
+        threshold=GOOD * base,
+    )

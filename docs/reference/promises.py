@@ -1,0 +1,315 @@
+"""What does each torch optimizer do in detail? Tries it, and writes the tables of promises.md.
+
+python docs/reference/promises.py
+"""
+
+from collections.abc import Callable, Iterator
+from inspect import signature
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+import rlora.torch
+from rlora import methods
+from rlora.torch.wrap import class_name
+
+PAGE: Final = Path(__file__).with_suffix(".md")
+M, N, R = 12, 10, 3
+BASE: Final = {
+    "ScaledAdamW": rlora.torch.ScaledAdamW,
+    "ScaledSGD": rlora.torch.ScaledSGD,
+    "precondition(NAdam)": rlora.torch.precondition(torch.optim.NAdam),
+}
+CLASSES: Final[dict[str, Any]] = BASE | {
+    name: getattr(rlora.torch, name)
+    for name in map(class_name, methods.__all__)
+    if name not in BASE
+}
+
+Pair = tuple[nn.Parameter, nn.Parameter]
+
+
+def make_pair(dtype: torch.dtype = torch.float64) -> Pair:
+    """A with orthonormal rows and B with orthonormal columns: metrics are the identity."""
+    torch.manual_seed(0)
+    A, B = (torch.linalg.qr(torch.randn(k, R, dtype=torch.float64))[0] for k in (N, M))
+    return nn.Parameter(A.T.contiguous().to(dtype)), nn.Parameter(B.to(dtype))
+
+
+def gradients(pair: Pair) -> tuple[Tensor, Tensor]:
+    """Those of one full gradient."""
+    torch.manual_seed(1)
+    G = torch.randn(M, N, dtype=torch.float64)
+    A, B = (p.detach().double() for p in pair)
+    return (B.T @ G).to(pair[0].dtype), (G @ A.T).to(pair[1].dtype)
+
+
+def options_of(kind: Any) -> set[str]:
+    """What a constructor takes."""
+    made_of = (kind, kind.method) if hasattr(kind, "method") else kind.__mro__[:-1]
+    return {name for part in made_of for name in signature(part).parameters}
+
+
+def make(kind: Any, pair: Pair, lr: float | Tensor = 0.1, **options: Any) -> Any:
+    """An optimizer of the pair; it decays and damps nothing unless told."""
+    plain = {"weight_decay": 0.0, "damping": 0.0} | options
+    chosen = {name: value for name, value in plain.items() if name in options_of(kind)}
+    return kind([*pair], lr=lr, pairs=[pair], **chosen)
+
+
+def moves(kind: Any, *, of: str = "AB", steps: int = 1, **options: Any) -> list[Tensor]:
+    """How far steps move A and B, with the gradients of these factors only."""
+    pair = make_pair()
+    optimizer = make(kind, pair, **options)
+    for _ in range(steps):
+        for letter, p, g in zip("AB", pair, gradients(pair), strict=True):
+            p.grad = g if letter in of else None
+        before = [p.detach().clone() for p in pair]
+        optimizer.step()
+    return [p.detach() - old for p, old in zip(pair, before, strict=True)]
+
+
+# --- one row a class ------------------------------------------------------------------------------
+
+
+def order(kind: Any) -> str:
+    """Which factors move in a step, and whether they see each other do it."""
+    both, moved = moves(kind), [bool(move.any()) for move in moves(kind)]
+    if moved != [True, True]:
+        later = [bool(move.any()) for move in moves(kind, steps=2)]
+        name = "AB"[moved.index(True)]
+        return f"{name} alone" if later == moved else f"in turns, {name} first"
+    alone = moves(kind, of="A")[0], moves(kind, of="B")[1]
+    apart = all(torch.allclose(x, y) for x, y in zip(both, alone, strict=True))
+    return "each from the old pair" if apart else "as one move"
+
+
+def moments(kind: Any) -> str:
+    """Whether entries are divided by roots, with a corrected first step, and where eps stands."""
+    if "eps" not in options_of(kind):
+        return "-"
+    start, letter = make_pair(), 0 if moves(kind)[0].any() else 1
+    size, with_eps = (moves(kind, eps=eps, lr=1.0)[letter].abs() for eps in (0.0, 0.1))
+    core = (moves(kind, eps=0.0, lr=1.0)[0] @ start[0].detach().T).abs()
+    if torch.equal(size, with_eps):
+        return "-"
+    if torch.allclose(core, torch.ones_like(core)):
+        return "of each entry of the core, corrected"
+    if not torch.allclose(size, size.mean().expand_as(size)):
+        return "of no single entry"
+    if not torch.isclose(size.mean(), torch.ones_like(size.mean())):
+        return "of each entry, not corrected"
+    g = gradients(start)[letter].abs()
+    beside = torch.allclose(with_eps, g / (g + 0.1))
+    return "of each entry, corrected" + (", eps beside the root" if beside else "")
+
+
+def decay(kind: Any) -> str:
+    """What two steps with gradients of zero do to the factors, with a decay of 0.1 and lr 0.5."""
+    if "weight_decay" not in options_of(kind):
+        return "none"
+    pair = make_pair()
+    optimizer = make(kind, pair, lr=0.5, weight_decay=0.1, momentum=0.5)
+    before = [float(p.detach().norm()) for p in pair]
+    for p in pair:
+        p.grad = torch.zeros_like(p)
+    left = []
+    for _ in range(2):
+        optimizer.step()
+        left.append([float(p.detach().norm()) / old for p, old in zip(pair, before, strict=True)])
+    words = {1.0: None, 0.95: "1 - lr λ", 0.95**0.5: "√(1 - lr λ)"}
+    found = {
+        next((word for x, word in words.items() if abs(share - x) < 1e-6), "B: 1 - its lr λ")
+        for share in left[0]
+    }
+    faster = any(one < 0.999 and two < one**2 - 1e-3 for one, two in zip(*left, strict=True))
+    return "; ".join(sorted(filter(None, found))) + (", through the momentum" if faster else "")
+
+
+def state(kind: Any) -> str:
+    """What is kept for the factors of a bfloat16 pair, and in which dtypes."""
+    pair = make_pair(torch.bfloat16)
+    optimizer = make(kind, pair, momentum=0.9)
+    for p, g in zip(pair, gradients(pair), strict=True):
+        p.grad = g
+    optimizer.step()
+    found = {
+        key: value
+        for p in pair
+        for key, value in optimizer.state[p].items()
+        if isinstance(value, Tensor)
+    }
+    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in found.values()})
+    names = ", ".join(f"`{key}`" for key in found)
+    return f"{names}: {', '.join(dtypes)}" if found else "none"
+
+
+ASPECTS: Final[dict[str, Callable[[Any], str]]] = {
+    "a step moves": order,
+    "root of squares": moments,
+    "decay": decay,
+    "state for bfloat16 factors": state,
+    "other parameters": lambda kind: (
+        "AdamW"
+        if issubclass(kind, torch.optim.AdamW)
+        else next(
+            base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch.optim")
+        )
+    ),
+}
+
+
+def class_table() -> Iterator[str]:
+    """A row for each class."""
+    yield f"| class | {' | '.join(ASPECTS)} |"
+    yield f"| --- |{' --- |' * len(ASPECTS)}"
+    for name, kind in CLASSES.items():
+        if name.isidentifier():  # what stands behind `precondition` does as ever
+            yield f"| `{name}` | {' | '.join(aspect(kind) for aspect in ASPECTS.values())} |"
+
+
+# --- one row a circumstance -----------------------------------------------------------------------
+
+
+def untouched(kind: Any) -> bool:
+    pair = make_pair()
+    optimizer = make(kind, pair)
+    given = gradients(pair)
+    for p, g in zip(pair, given, strict=True):
+        p.grad = g.clone()
+    optimizer.step()
+    return all(bool((p.grad == g).all()) for p, g in zip(pair, given, strict=True))
+
+
+def closure(kind: Any) -> bool:
+    pair = make_pair()
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = (pair[1] @ pair[0]).square().sum()
+        value.backward()
+        return value
+
+    optimizer = make(kind, pair)
+    return bool(optimizer.step(loss) > 0)
+
+
+def tensor_lr(kind: Any) -> bool:
+    optimizer = make(kind, pair := make_pair(), lr=torch.tensor(0.1))
+    for p, g in zip(pair, gradients(pair), strict=True):
+        p.grad = g
+    before = [p.detach().clone() for p in pair]
+    optimizer.step()
+    return any(bool((p != old).any()) for p, old in zip(pair, before, strict=True))
+
+
+def with_gradient(change: Callable[[Tensor], Tensor]) -> Callable[[Any], bool]:
+    def tried(kind: Any) -> bool:
+        optimizer = make(kind, pair := make_pair())
+        for p, g in zip(pair, gradients(pair), strict=True):
+            p.grad = change(g)
+        optimizer.step()
+        return True
+
+    return tried
+
+
+def with_shapes(A: tuple[int, ...], B: tuple[int, ...], dtype: Any = None) -> Callable[[Any], bool]:
+    def tried(kind: Any) -> bool:
+        pair = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in (A, B)]
+        kind(pair, pairs=[tuple(pair)])
+        return True
+
+    return tried
+
+
+def frozen(letter: str) -> Callable[[Any], bool]:
+    def tried(kind: Any) -> bool:
+        pair = make_pair()
+        pair["AB".index(letter)].requires_grad_(requires_grad=False)
+        optimizer = make(kind, pair)
+        other = pair["BA".index(letter)]
+        before, still = other.detach().clone(), pair["AB".index(letter)].detach().clone()
+        for _ in range(2):
+            other.grad = gradients(pair)["BA".index(letter)]
+            optimizer.step()
+        if not torch.equal(still, pair["AB".index(letter)]):
+            msg = f"{letter} moved"
+            raise RuntimeError(msg)
+        return bool((other != before).any())
+
+    return tried
+
+
+def tied(kind: Any) -> bool:
+    A, B = make_pair()
+    C = nn.Parameter(B.detach().clone())
+    kind([A, B, C], pairs=[(A, B), (A, C)])
+    return True
+
+
+def option(name: str) -> Callable[[Any], bool]:
+    return lambda kind: name in options_of(kind)
+
+
+WHEN: Final[dict[str, Callable[[Any], bool]]] = {
+    "leaves `.grad` as it was": untouched,
+    "takes a closure, and gives its loss back": closure,
+    "takes lr as a tensor": tensor_lr,
+    "moves B where A is frozen": frozen("A"),
+    "moves A where B is frozen": frozen("B"),
+    "takes kernels of convolutions (4-D)": with_shapes((R, N, 3, 3), (M, R, 1, 1)),
+    "takes a stack of pairs (3-D)": with_shapes((2, R, N), (2, M, R)),
+    "takes one factor in two pairs": tied,
+    "takes one-dimensional factors": with_shapes((R * N,), (M * R,)),
+    "takes complex factors": with_shapes((R, N), (M, R), torch.complex64),
+    "takes sparse gradients": with_gradient(lambda g: g.to_sparse()),
+    "has `capturable`": option("capturable"),
+    "has `maximize`": option("maximize"),
+    "has `amsgrad`": option("amsgrad"),
+    "has `momentum`": option("momentum"),
+}
+
+
+def answer(question: Callable[[Any], bool], kind: Any) -> str:
+    """Yes, no, or refused with one of our errors."""
+    try:
+        return "yes" if question(kind) else "no"
+    except (rlora.RLoraError, ValueError, TypeError) as error:
+        return f"refused, {type(error).__name__}"
+
+
+def when_table() -> Iterator[str]:
+    """A row for each circumstance: what all classes answer, or which answers what."""
+    yield "| a class | answer |"
+    yield "| --- | --- |"
+    for words, question in WHEN.items():
+        answers: dict[str, list[str]] = {}
+        for name, kind in CLASSES.items():
+            answers.setdefault(answer(question, kind), []).append(name)
+        if len(answers) == 1:
+            yield f"| {words} | {next(iter(answers))} |"
+            continue
+        rare = sorted(answers.items(), key=lambda item: len(item[1]))
+        *named, (usual, _) = rare
+        lists = (f"{a}: {', '.join(f'`{name}`' for name in names)}" for a, names in named)
+        yield f"| {words} | {'; '.join(chain(lists, [f'all others: {usual}']))} |"
+
+
+TABLES: Final = {"classes": class_table, "when": when_table}
+
+
+def rewritten(page: str) -> str:
+    """The page with each table between its marks made anew."""
+    for name, rows in TABLES.items():
+        head, mark, rest = page.partition(f"<!-- {name}: made by promises.py -->\n")
+        _, end, tail = rest.partition(f"<!-- end of {name} -->")
+        page = "".join((head, mark, "\n", *(f"{row}\n" for row in rows()), "\n", end, tail))
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

