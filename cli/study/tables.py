@@ -20,6 +20,9 @@ BASELINES: Final = ("adamw", "adamw-fast", "paper-AdamW")
 GOOD: Final = 1.02
 """A learning rate is good whose validation loss is at most this times the baseline's lowest."""
 
+SHOWN: Final = 1.7
+"""A plot leaves out losses above this times the baseline's lowest."""
+
 PLOTTED: Final = (
     *("adamw", "adamw-fast", "lora-plus-fast", "scaled-before-fast", "scaled-both-fast"),
     *("grafted-both-fast", "lora-rite-fast"),
@@ -205,11 +208,11 @@ def panel(results: Sequence[Result]) -> Panel:
     base = baseline(results).loss
     curves = []
     for x in [x for x in results if x.name in PLOTTED] or results:
-        points = [(lr, loss) for lr, loss in x.sweep.items() if loss < 1.5 * base]
+        points = [(lr, loss) for lr, loss in x.sweep.items() if loss < SHOWN * base]
         if points:
             curves.append(Curve(x.name, *map(list, zip(*points, strict=True))))
     return Panel(
-        "The line is what counts as good: 2 % above the best of AdamW",
+        "Good is below the line: at most 2 % above AdamW's best",
         "learning rate",
         "validation loss",
         tuple(curves),

@@ -247,9 +247,10 @@ def scaled_adamw(
 
     Notes
     -----
-    The defaults are those of the project's study, docs/reference/study.md: betas of (0.7, 0.8) and
-    half powers had the lowest held-out loss and the widest range of good learning rates. `OFFICIAL`
-    and `PEFT` in `rlora.methods.scaled` are the published methods.
+    The defaults are those of the project's study, docs/reference/study.md: betas of (0.7, 0.8) had
+    a lower loss than (0.9, 0.999) everywhere, and half powers mostly the widest range of good
+    learning rates. `rlora.methods.scaled.OFFICIAL` and `rlora.methods.scaled.PEFT` are the
+    published methods.
 
     Adam's entrywise normalisation breaks the invariance of scaled gradient descent: only signed
     permutations of the rank axis are left, with ``placement="both"`` also common scalings. Before

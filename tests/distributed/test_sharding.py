@@ -5,6 +5,7 @@ import pytest
 import sharded_checkpoints as checkpoints
 import sharded_runs as runs
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 world = pytest.mark.parametrize("world", [2, 4])
 
@@ -163,6 +164,9 @@ def test_other_methods_under_fsdp2(groups, layout):
         ("groups", torch.float64),
         ("sgd", torch.float64),
         ("rite", torch.float64),
+        ("pro", torch.float64),
+        ("riemannion", torch.float64),
+        ("alt", torch.float64),
         ("fused", torch.bfloat16),
     ],
 )
@@ -175,6 +179,18 @@ def test_resume_on_other_numbers_of_processes(groups, tmp_path, maker, layout, f
     atol = 1e-12 if dtype is torch.float64 else 0.02  # bfloat16 gradients: as above
     assert_equal(groups(4).run(checkpoints.resume, maker, layout, *there), expected, atol)
     assert_equal(groups(1).run(checkpoints.resume, maker, None, *there), expected, atol)
+
+
+@pytest.mark.parametrize("maker", ["adamw", "rite", "riemannion"])
+def test_a_checkpoint_has_every_number_once(groups, tmp_path, maker):
+    """Also the state of a method class, which is whole on every process: files hold no second copy."""
+    groups(2).run(checkpoints.save, maker, "default", str(tmp_path), False, torch.float64)
+    listed = FileSystemReader(tmp_path).read_metadata().storage_data
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.distcp")) == sum(
+        entry.length for entry in listed.values()
+    )
+    held = [index.fqn for index in listed if index.fqn.startswith("optimizer.state.")]
+    assert any("lora_A" in name for name in held)
 
 
 @pytest.mark.parametrize("loads_on_one", [False, True])

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlora.torch
-from rlora.torch import LoRARite, ScaledAdamW, ScaledSGD
+from rlora.torch import AltLoRAPlus, LoRAProAdamW, LoRARite, Riemannion, ScaledAdamW, ScaledSGD
 
 STEPS = 20
 BEFORE = {"placement": "before", "damping": 1e-6, "damping_mode": "relative"}
@@ -31,6 +31,9 @@ MAKERS = {
     "sgd": lambda m: ScaledSGD(m, lr=1e-2, momentum=0.9, nesterov=True, **RELATIVE),
     "nadam": lambda m: rlora.torch.precondition(torch.optim.NAdam)(m, lr=1e-2),
     "rite": lambda m: LoRARite(m, lr=1e-2),
+    "pro": lambda m: LoRAProAdamW(m, lr=1e-3),
+    "riemannion": lambda m: Riemannion(m, lr=1e-3),
+    "alt": lambda m: AltLoRAPlus(m, lr=1e-3),
     "groups": lambda m: ScaledAdamW(
         [
             {"params": list(m[0].named_parameters(prefix="0")), "damping": 1e-3},
