@@ -17,7 +17,7 @@ from . import pictures
 from .pictures import COLORS, DASHES, FAINT, INK, MARKERS, PAPER, WIDTH
 from .series import KINDS, Chart, Curve, Panel, Point, Roof
 
-VARIANT_DASHES: Final[dict[str, Any]] = {"after": (0, (2, 1.2)), "both": (0, (1, 1))}
+VARIANT_DASHES: Final[dict[str, Any]] = {"before": (0, (1, 1)), "after": (0, (2, 1.2))}
 ORDER: Final = (
     *("scaled_adamw", "lora_rite", "lora_pro_adamw", "peft", "alt_lora_plus", "ref_lora"),
     *("lora_muon", "adapre_lora", "alt_lora", "riemannion", "lora_fa", "lora_plus", "rac_lora"),
