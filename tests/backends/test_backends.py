@@ -95,7 +95,7 @@ def test_plugin_is_found_by_the_type_of_the_arrays(plugin):
         import array_api_strict as xp, rlora, rlora.backends
         pair = rlora.Factors(xp.ones((2, 3)), xp.ones((4, 2)))
         assert "tinyplugin" not in sys.modules
-        method = rlora.scaled_sgd()
+        method = rlora.scaled_sgd(damping_mode="relative")  # one inverse
         method.update(pair, method.init(pair), pair)
         import tinyplugin
         print(tinyplugin.Tiny.calls, rlora.backends.available()["array_api_strict"].usable)

@@ -92,7 +92,7 @@ def test_the_listener_leaves_the_backend_as_it_was():
 
     backend = get_backend(np.zeros(1))
     before = dict(vars(backend))
-    heard = script("what_methods_share").ask(methods.scaled_sgd())
+    heard = script("what_methods_share").ask(methods.scaled_sgd(damping_mode="relative"))
     assert heard.step.keys() >= {"gram of rows", "gram of columns", "S⁻¹", "apply to rows"}
     assert (heard.both("gram of"), heard.both("apply to"), heard.algebra()) == (1, 1, "1 S⁻¹")
     assert vars(backend) == before

@@ -547,7 +547,7 @@ def test_the_scaling_and_the_base_of_a_peft_layer():
 
 def test_the_table_shows_every_pair_whole():
     model = make_model(zero_B=True)
-    optimizer = ScaledAdamW(model, lr=1e-2)
+    optimizer = ScaledAdamW(model, lr=1e-2, damping_mode="relative")
     optimizer.watch(model)
     train(model, optimizer, 1)
     numbers = optimizer.diagnostics()
