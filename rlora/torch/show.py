@@ -83,7 +83,9 @@ def findings(numbers: Mapping[str, float]) -> list[str]:
     --------
     >>> import torch, rlora.torch
     >>> A, B = torch.eye(2, 3, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
-    >>> optimizer = rlora.torch.ScaledSGD([A, B], lr=0.1, pairs=[(A, B)])
+    >>> optimizer = rlora.torch.ScaledSGD(
+    ...     [A, B], lr=0.1, pairs=[(A, B)], damping_mode="relative"
+    ... )
     >>> rlora.torch.findings(optimizer.diagnostics())[0]
     'B is zero or out of range: A stands still (1 of 1 pairs)'
     """
