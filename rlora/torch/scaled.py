@@ -72,8 +72,9 @@ class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):
     -----
     The defaults of `betas`, `damping` and `placement` are those of the project's study,
     docs/reference/study.md: betas of (0.7, 0.8) had a lower loss than (0.9, 0.999) everywhere, and
-    half powers mostly the widest range of good learning rates. ``rlora.torch.precondition(torch.optim.AdamW)`` has
-    AdamW's betas and the preconditioner before Adam, as published code has it.
+    half powers mostly the widest range of good learning rates.
+    ``rlora.torch.precondition(torch.optim.AdamW)`` has AdamW's betas and the preconditioner before
+    Adam, as published code has it.
 
     ``.grad`` is after a step what it was before. Moments of pairs are float32 or wider and stay so
     through ``load_state_dict``. A pair with NaN or inf in it does not touch the others. A frozen
