@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .bed import Part
 from .preset import Preset
 from .sources import Row, columns, from_folder, from_hub, need
-from .texts import Example, Recipe, TextBed
+from .tasks import Example
+from .texts import Recipe, TextBed
 
 DATASETS: Final = ("e2e",)
 WEIGHTS: Final = "openai-community/gpt2-medium"

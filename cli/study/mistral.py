@@ -17,7 +17,8 @@ from .bed import Bed, Part
 from .glue import TASKS, GlueBed
 from .preset import Preset
 from .sources import Row, columns, from_folder, from_hub, hold_out, need
-from .texts import Example, Recipe, TextBed
+from .tasks import Example
+from .texts import Recipe, TextBed
 
 DATASETS: Final = (*TASKS, "gsm8k")
 WEIGHTS: Final = "mistralai/Mistral-7B-v0.1"

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from .bed import Part
 from .tasks import Example, Task, load_task
+from .texts import IGNORE, right_padded
 
 GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATASETS: Final = ("chain_sum", "spell_backward", "pronounce")
@@ -25,7 +26,6 @@ BATCH: Final = 16
 ADAPTED: Final = 3
 """How many layers have adapters: the last ones."""
 
-IGNORE: Final = -100
 TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -142,17 +142,10 @@ class SmolLM2:
 
     @torch.no_grad()
     def _batch(self, examples: list[Example]) -> Batch:
-        """Pad on the right, where a causal model's real tokens never look: no mask is needed."""
         end = [self.tokenizer.eos_token_id]
         prompts = [self.tokenizer(x.prompt).input_ids for x in examples]
         answers = [self.tokenizer(x.answer).input_ids + end for x in examples]
-        longest = max(len(p + a) for p, a in zip(prompts, answers, strict=True))
-        ids = torch.zeros(len(examples), longest, dtype=torch.long)
-        targets = torch.full_like(ids, IGNORE)
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            stop = len(prompt) + len(answer)
-            ids[row, :stop] = torch.tensor(prompt + answer)
-            targets[row, len(prompt) - 1 : stop - 1] = torch.tensor(answer)
+        ids, targets = right_padded(list(zip(prompts, answers, strict=True)))
         states = self.base.model(ids, output_hidden_states=True, use_cache=False).hidden_states
         return Batch(states[len(self.lower)].clone(), targets)
 

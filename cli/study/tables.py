@@ -29,8 +29,8 @@ PLOTTED: Final = (
     *("paper-AdamW", "paper-ScaledAdamW", "paper-SGD", "paper-ScaledSGD"),
 )
 HEAD: Final = (
-    ("contender", "best lr", "good rates", "validation loss", "test loss", "below the baseline"),
-    ("scores", "ms a step", "kB of state"),
+    *("contender", "best lr", "good rates", "validation loss", "test loss", "below the baseline"),
+    *("scores", "ms a step", "kB of state"),
 )
 
 Kind = tuple[str, str, int, int]
@@ -73,7 +73,7 @@ def write_tables(folder: Path) -> None:
     lines += ["", "## Test losses", "", *summary(groups)]
     for (model, dataset, rank, steps), results in groups.items():
         title = f"{model}, {dataset}, rank {rank}, {steps} steps"
-        file = f"{model}-{dataset}-r{rank}.svg"
+        file = f"{model}-{dataset}-r{rank}-{steps}.svg"
         lines += ["", f"## {title}", "", *table(results), "", f"![{title}]({file})"]
         write_text(folder / file, figures.as_svg(title, [panel(results)]))
     write_text(folder / "tables.md", "\n".join(lines) + "\n")
@@ -90,7 +90,10 @@ def summary(groups: Mapping[Kind, list[Result]]) -> list[str]:
         for name in dict.fromkeys((*CONTENDERS, *chain(*columns)))
         if any(name in c for c in columns)
     ]
-    head = ["contender", *(f"{dataset}, rank {rank}" for _, dataset, rank, _ in groups)]
+    head = [
+        "contender",
+        *(f"{dataset}, rank {rank}, {steps} steps" for _, dataset, rank, steps in groups),
+    ]
     rows = [
         [f"`{name}`", *(f"{c[name]:.3f}" if name in c else "-" for c in columns)] for name in names
     ]
@@ -127,11 +130,10 @@ def result(name: str, rows: Sequence[Record]) -> Result:
 def table(results: Sequence[Result]) -> list[str]:
     """A Markdown table, the lowest test loss first."""
     base = baseline(results)
-    head = [name for part in HEAD for name in part]
     rows = sorted(results, key=lambda x: mean(x.test_losses().values()) if x.tested else math.inf)
     return [
-        line(head),
-        line(["---"] * len(head)),
+        line(HEAD),
+        line(["---"] * len(HEAD)),
         *(line(cells(x, base)) for x in rows),
     ]
 
@@ -155,11 +157,10 @@ def cells(x: Result, base: Result) -> list[str]:
     for row in x.tested:
         for name, value in row.get("test", {}).items():
             scores.setdefault(name, []).append(value)
-    width = good_rates(x.sweep, GOOD * base.loss)
     return [
         f"`{x.name}`",
         f"{x.best:.2g}",
-        f"{width:.1f}x" if width else "none",
+        good_rates(x.sweep, GOOD * base.loss),
         f"{x.loss:.3f}",
         spread(list(losses.values())),
         "the baseline" if x is base else spread(gains),
@@ -176,31 +177,34 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def good_rates(sweep: dict[float, float], bound: float) -> float:
-    """How many times the lowest good learning rate the highest is; 0 if none is good.
+def good_rates(sweep: dict[float, float], bound: float) -> str:
+    """How many times the lowest good learning rate the highest is, as "3.5x".
 
     Around the best rate; between two rates of the sweep the loss is taken as a line in log(lr).
+    With ">" in front where the sweep ends before the loss is bad.
     """
     rates = list(sweep)
     best = min(range(len(rates)), key=lambda i: sweep[rates[i]])
     if sweep[rates[best]] > bound:
-        return 0.0
-    ends = [_edge(rates, sweep, best, step, bound) for step in (-1, 1)]
-    return ends[1] / ends[0]
+        return "none"
+    (low, low_open), (high, high_open) = (
+        _edge(rates, sweep, best, step, bound) for step in (-1, 1)
+    )
+    return f"{'>' * (low_open or high_open)}{high / low:.1f}x"
 
 
 def _edge(
     rates: Sequence[float], sweep: dict[float, float], best: int, step: int, bound: float
-) -> float:
-    """Where the loss passes the bound on one side of the best rate; the last rate if nowhere."""
+) -> tuple[float, bool]:
+    """Where the loss passes the bound on one side of the best rate; whether it does not."""
     i = best
     while 0 <= i + step < len(rates):
         here, there = sweep[rates[i]], sweep[rates[i + step]]
         if there > bound:
             share = (bound - here) / (there - here)  # 0 beside a run that diverged
-            return float(rates[i] * (rates[i + step] / rates[i]) ** share)
+            return float(rates[i] * (rates[i + step] / rates[i]) ** share), False
         i += step
-    return rates[i]
+    return rates[i], True
 
 
 def panel(results: Sequence[Result]) -> Panel:

@@ -10,19 +10,13 @@ from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogi
 
 from .adapting import PeftBed, cut, set_mode, shuffled
 from .bed import Part
+from .tasks import Example
 
 IGNORE: Final = -100
 """The target of a token that does not count."""
 
 Judge = Callable[[list[str], list[list[str]]], dict[str, float]]
 """Answers, and for each all right ones -> scores."""
-
-
-class Example(NamedTuple):
-    """A prompt and one of its right answers."""
-
-    prompt: str
-    answer: str
 
 
 class Batch(NamedTuple):
@@ -84,8 +78,8 @@ class TextBed(PeftBed[Batch]):
     def scores(self, model: Any, part: Part) -> dict[str, float]:
         """Ask each different prompt once and judge the answers by all right ones."""
         right: dict[str, list[str]] = {}
-        for prompt, answer in self.parts[part]:
-            right.setdefault(prompt, []).append(answer)
+        for example in self.parts[part]:
+            right.setdefault(example.prompt, []).append(example.answer)
         return self.judge(self.answers(model, list(right)), list(right.values()))
 
     @torch.no_grad()
@@ -138,7 +132,9 @@ class NoRepeats(LogitsProcessor):
         return self.rule(ids[:, self.start :], scores)
 
 
-def right_padded(examples: Sequence[tuple[list[int], list[int]]], device: torch.device) -> Batch:
+def right_padded(
+    examples: Sequence[tuple[list[int], list[int]]], device: torch.device | str = "cpu"
+) -> Batch:
     """Prompts and answers in a row; a token never looks at the padding behind it: no mask."""
     longest = max(len(prompt) + len(answer) for prompt, answer in examples)
     ids = torch.zeros(len(examples), longest, dtype=torch.long)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from rlora.cli.study.smollm2 import IGNORE, Skip
+from rlora.cli.study.smollm2 import Skip
+from rlora.cli.study.texts import IGNORE, right_padded
 
 MAX_TOKENS = 96
 ADAPTED_LAYERS = 6  # the last ones; the backward pass ends below them
@@ -36,19 +37,7 @@ def make_batches(pairs: list[Pair], tokenizer: Any, size: int) -> list[Batch]:
         if len(prompt) + len(answer) <= MAX_TOKENS:
             examples.append((prompt, answer))
     examples.sort(key=lambda example: len(example[0] + example[1]))
-    return [make_batch(examples[i : i + size]) for i in range(0, len(examples), size)]
-
-
-def make_batch(examples: list[tuple[list[int], list[int]]]) -> Batch:
-    """Pad on the right, where a causal model's real tokens never look: no mask is needed."""
-    longest = max(len(prompt) + len(answer) for prompt, answer in examples)
-    ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    targets = torch.full_like(ids, IGNORE)
-    for row, (prompt, answer) in enumerate(examples):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor(prompt + answer)
-        targets[row, len(prompt) - 1 : end - 1] = torch.tensor(answer)
-    return Batch(ids, targets)
+    return [Batch(*right_padded(examples[i : i + size])) for i in range(0, len(examples), size)]
 
 
 @torch.no_grad()

@@ -97,13 +97,15 @@ def test_a_line_that_is_no_run_is_named(tmp_path):
 def test_good_rates_are_where_the_line_crosses_the_bound():
     """A loss that is linear in log2(lr) on both sides: the crossings are known."""
     sweep = {2.0**k: abs(k) for k in range(-3, 5)}
-    assert good_rates(sweep, 1.5) == pytest.approx(2.0**3)
-    assert good_rates(sweep, 0.25) == pytest.approx(2.0**0.5)
-    assert good_rates(sweep, -0.1) == 0.0
+    assert good_rates(sweep, 1.5) == "8.0x"
+    assert good_rates(sweep, 0.25) == "1.4x"  # the root of 2
+    assert good_rates(sweep, -0.1) == "none"
 
 
-def test_good_rates_end_at_the_last_run_and_beside_a_divergence():
-    assert good_rates({1.0: 1.0, 2.0: 0.0, 4.0: math.inf}, 5.0) == 2.0
+def test_good_rates_end_beside_a_divergence_and_say_where_the_sweep_ends_first():
+    assert good_rates({1.0: 9.0, 2.0: 1.0, 4.0: 0.0, 8.0: math.inf}, 5.0) == "2.8x"
+    assert good_rates({1.0: 1.0, 2.0: 0.0, 4.0: math.inf}, 5.0) == ">2.0x"
+    assert good_rates({1.0: 9.0, 2.0: 1.0}, 5.0) == ">1.4x"
 
 
 def test_spread_is_mean_and_ends():
@@ -206,12 +208,12 @@ def test_a_quick_study_its_tables_and_its_resumption(tmp_path, rlora_cli):
     assert {job.contender for job in rows} == {"adamw", "scaled-both-fast"}
     tables = (tmp_path / "tables.md").read_text()
     assert "| `scaled-both-fast` |" in tables
-    picture = (tmp_path / "digits-even-r8.svg").read_bytes()
+    picture = (tmp_path / "digits-even-r8-8.svg").read_bytes()
     again = rlora_cli(*arguments, "--output", tmp_path)
     assert "runs to do" in done.output
     assert "runs to do" not in again.output
     assert (tmp_path / "tables.md").read_text() == tables
-    assert (tmp_path / "digits-even-r8.svg").read_bytes() == picture
+    assert (tmp_path / "digits-even-r8-8.svg").read_bytes() == picture
 
 
 def test_two_processes_give_what_one_gives(tmp_path, rlora_cli):
@@ -270,9 +272,10 @@ def test_smollm2_learns_a_little_from_cached_layers(tmp_path):
     assert kept.exists()
     job = Job("smollm2", "pronounce", 4, "scaled-both-fast", 4e-3, 0, 6, tested=True)
     model = bed.adapted(4, 0)
-    start = evaluate(bed, model, "validation")
+    start, untaught = evaluate(bed, model, "validation"), bed.scores(model, "test")
     bed.release(model)
     result = run(bed, job)
+    assert untaught["exact"] == 0  # B = 0: what the base itself can do
     assert result["validation"][-1][1] < start
     assert 0 <= result["test"]["score"] <= 1
     again = run(smollm2.load("pronounce", kept=kept, quick=True), job)
