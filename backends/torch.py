@@ -127,13 +127,20 @@ class TorchBackend(Backend):
         return result
 
     def damped_power(
-        self, S: Array, exponent: float, damping: float = 0.0, *, relative: bool = True
+        self,
+        S: Array,
+        exponent: float,
+        damping: float = 0.0,
+        *,
+        relative: bool = True,
+        least: float = 0.0,
     ) -> Array:
         """As the generic one, in fewer kernels: for small adapters they are what a step costs."""
         r, info = S.shape[-1], torch.finfo(S.dtype)
         rounding = ROUNDING * r * info.eps
         mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)  # (K, 1, 1)
-        shift = mean * max(damping, rounding) if relative else (mean * rounding).clamp_(min=damping)
+        floor = max(rounding, least)
+        shift = mean * max(damping, floor) if relative else (mean * floor).clamp_(min=damping)
         scale = mean + shift
         live = (scale > info.smallest_normal / rounding) & (scale < info.max)
         unit = torch.where(live, scale, 1.0)

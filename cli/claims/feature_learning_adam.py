@@ -6,7 +6,7 @@ import numpy as np
 
 import rlora
 from rlora import Factors, Transform
-from rlora.methods.scaled import Placement
+from rlora.core.placement import Placement
 
 from .claim import Check, Claim, Outcome, Setting
 from .widths import STABLE, Growth, Layer, Learner, exponent, grow, most, panels

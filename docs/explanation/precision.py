@@ -13,7 +13,7 @@ import torch
 
 import rlora.torch
 from rlora.core.backend import ROUNDING, Backend, mT
-from rlora.core.linalg import precondition, preconditioners
+from rlora.core.placement import precondition, preconditioners
 
 PAGE: Final = Path(__file__).with_suffix(".md")
 CONDITIONS: Final = (1e0, 1e1, 1e2, 1e3, 1e4)
@@ -63,10 +63,10 @@ def error(backend: Backend, dtype: str | None, condition: float) -> float:
     B = factor(condition)
     G = np.random.default_rng(1).normal(size=(M, N)).astype(np.float32)
     pair = rlora.Factors(np.eye(R, N, dtype=np.float32), B)
-    (P,) = preconditioners(
+    P = preconditioners(
         backend, [pair], damping=0.0, damping_mode="relative", compute_dtype=dtype
-    )
-    (direction,) = precondition(backend, [P], [rlora.Factors(B.T @ G, None)])
+    ).first
+    (direction,) = precondition(backend, P or [], [rlora.Factors(B.T @ G, None)])
     Q, _ = np.linalg.qr(B.astype(np.float64))
     wanted = Q @ (Q.T @ G.astype(np.float64))
     got = B.astype(np.float64) @ direction.A

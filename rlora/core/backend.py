@@ -112,12 +112,18 @@ class Backend:
         return Q, R
 
     def damped_power(
-        self, S: Array, exponent: float, damping: float = 0.0, *, relative: bool = True
+        self,
+        S: Array,
+        exponent: float,
+        damping: float = 0.0,
+        *,
+        relative: bool = True,
+        least: float = 0.0,
     ) -> Array:
         """``(S + shift I)^exponent`` for a stack (K, r, r) of Grams, each member by itself.
 
-        The shift is ``damping tr(S)/r`` or ``damping``, and never below ``10 eps tr(S)``, what the
-        rounding of the Gram itself can carry.
+        The shift is ``damping tr(S)/r`` or ``damping``, and never below ``least tr(S)/r`` nor
+        ``10 eps tr(S)``, what the rounding of the Gram itself can carry.
 
         Each member is scaled to trace r first, so that neither tiny nor huge factors leave the
         range of the dtype. A member whose trace is zero or too small to be inverted gives 0: a
@@ -127,8 +133,9 @@ class Backend:
         xp, r, info = self.xp, S.shape[-1], self.xp.finfo(S.dtype)
         rounding = ROUNDING * r * float(info.eps)
         mean = xp.reshape(xp.linalg.trace(S), (-1, 1, 1)) / r  # (K, 1, 1), the mean eigenvalue
-        ratio = xp.clip(damping * xp.ones_like(mean), min=rounding)
-        shift = ratio * mean if relative else xp.clip(rounding * mean, min=damping)
+        floor = max(rounding, least)
+        ratio = xp.clip(damping * xp.ones_like(mean), min=floor)
+        shift = ratio * mean if relative else xp.clip(floor * mean, min=damping)
         scale = mean + shift
         live = (scale > float(info.smallest_normal) / rounding) & (scale < float(info.max))
         unit = xp.where(live, scale, xp.ones_like(scale))

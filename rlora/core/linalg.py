@@ -1,13 +1,13 @@
-"""The r x r algebra: Gram matrices of both factors, their damping, and powers of the result.
+"""The r x r algebra: damped Gram matrices, their powers, and what is made of them.
 
-``S_A = A Aᵀ`` and ``S_B = Bᵀ B``. The metric of A is made of S_B and the other way round, so
-everything here comes as ``Factors``: first the member that acts on A, then the one that acts on B.
+``S_A = A Aᵀ`` and ``S_B = Bᵀ B``. The metric of A is made of S_B and the other way round.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal
 
-from rlora.core.backend import ROUNDING, Backend, Workspace, mT
+from rlora.core.backend import ROUNDING, Backend, mT
 from rlora.core.bundle import Bundle, Stack, by_rank
 from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative
 from rlora.core.factors import Array, Factors
@@ -21,110 +21,6 @@ def check_damping(damping: Any, damping_mode: Any, compute_dtype: Any = None) ->
     check_nonnegative("damping", damping)
     check_choice("damping_mode", damping_mode, DampingMode)
     check_choice("compute_dtype", compute_dtype, ComputeDtype)
-
-
-def preconditioners(
-    backend: Backend,
-    params: Sequence[Factors],
-    *,
-    damping: float,
-    damping_mode: DampingMode,
-    exponent: float = -1.0,
-    compute_dtype: str | None = None,
-    workspace: Workspace | None = None,
-) -> list[Factors]:
-    """``H_A^exponent`` and ``H_B^exponent`` of every pair: one batch for all pairs of one rank.
-
-    Parameters
-    ----------
-    backend : Backend
-        Of the parameters.
-    params : sequence of Factors
-        A (..., r, n) and B (..., m, r), of any shapes.
-    damping : float
-        δ, at least 0.
-    damping_mode : {"relative", "absolute", "covariant"}
-        ``S + δ tr(S)/r I`` on both sides; ``S + δ I`` on both sides; or ``S_B + δ S_A⁻¹`` for A
-        and S_A as it is for B, which transforms as S_B does and so keeps the invariance: δ is then
-        compared with the squared singular values of BA.
-    exponent : float
-        -1, or -1/2 for one half of a preconditioner that stands on both sides of Adam.
-    compute_dtype : {None, "float32", "float64"}
-        Precision of Grams and powers; the result comes in the parameters' own, at least float32.
-    workspace : dict, optional
-        Memory to use again at the next call with factors of the same shapes.
-
-    Returns
-    -------
-    list of Factors of (..., r, r)
-        First the one that multiplies G_A from the left, then the one that multiplies G_B from
-        the right.
-    """
-    grams = rank_grams(backend, params, compute_dtype=compute_dtype, workspace=workspace)
-    return gram_powers(params, grams, exponent=exponent, damping=damping, damping_mode=damping_mode)
-
-
-class RankGrams(NamedTuple):
-    """The Grams of all pairs of one rank."""
-
-    members: list[int]
-    """Positions of the pairs."""
-    bundle: Bundle
-    S: Stack
-
-
-def rank_grams(
-    backend: Backend,
-    params: Sequence[Factors],
-    *,
-    compute_dtype: str | None = None,
-    workspace: Workspace | None = None,
-) -> list[RankGrams]:
-    """``A Aᵀ`` and ``Bᵀ B`` of every pair, rank by rank: the first half of `preconditioners`.
-
-    Of pieces of a factor along its outer axis the Grams add up, so whoever has the pieces apart
-    sums the stacks before the second half.
-    """
-    grams = []
-    for members in by_rank(params, workspace):
-        pairs = [params[i] for i in members]
-        memory = None if workspace is None else workspace.setdefault(pairs[0].A.shape[-2], {})
-        dtype = backend.compute_dtype(pairs[0].A.dtype, compute_dtype)
-        bundle = Bundle(backend, pairs, dtype=dtype, workspace=memory)
-        grams.append(RankGrams(members, bundle, bundle.gram(pairs)))
-    return grams
-
-
-def gram_powers(
-    params: Sequence[Factors],
-    grams: Sequence[RankGrams],
-    *,
-    damping: float,
-    damping_mode: DampingMode,
-    exponent: float = -1.0,
-) -> list[Factors]:
-    """The second half of `preconditioners`."""
-    result: list[Factors] = list(params)
-    for members, bundle, S in grams:
-        P = metric_power(bundle, S, exponent, damping, damping_mode)
-        for i, pair in zip(members, bundle.unstack(P), strict=True):
-            result[i] = pair
-    return result
-
-
-def precondition(
-    backend: Backend,
-    P: Sequence[Factors],
-    grads: Sequence[Factors],
-    workspace: Workspace | None = None,
-) -> list[Factors]:
-    """``P_A G_A`` and ``G_B P_B`` for every pair; None stays None."""
-    left = [i for i, G in enumerate(grads) if G.A is not None]
-    right = [i for i, G in enumerate(grads) if G.B is not None]
-    A = backend.apply_left([P[i].A for i in left], [grads[i].A for i in left], workspace)
-    B = backend.apply_right([grads[i].B for i in right], [P[i].B for i in right], workspace)
-    of_A, of_B = dict(zip(left, A, strict=True)), dict(zip(right, B, strict=True))
-    return [Factors(of_A.get(i), of_B.get(i)) for i in range(len(grads))]
 
 
 def frozen_inverses(
@@ -161,12 +57,14 @@ def metric_power(
     exponent: float = -1.0,
     damping: float = 0.0,
     damping_mode: DampingMode = "relative",
+    least: float = 0.0,
 ) -> Stack:
     """``H^exponent``, where the H of a factor is the damped Gram of its partner.
 
-    `S` are the Grams of the factors themselves. A factor whose partner is zero gets 0.
+    `S` are the Grams of the factors themselves. A factor whose partner is zero gets 0. The shift is
+    at least `least` times the mean eigenvalue, in every mode.
     """
-    power, concat = bundle.backend.damped_power, bundle.xp.concat
+    power, concat = partial(bundle.backend.damped_power, least=least), bundle.xp.concat
     if damping_mode != "covariant":
         return power(bundle.partner(S), exponent, damping, relative=damping_mode == "relative")
     S_A, S_B = bundle.halves(S)

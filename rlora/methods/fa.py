@@ -10,8 +10,9 @@ from rlora.core.checks import check_choice
 from rlora.core.decay import add_decayed_weights, decay_weights_after
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
-from rlora.core.linalg import DampingMode, check_damping, frozen_inverses, precondition
+from rlora.core.linalg import DampingMode, check_damping, frozen_inverses
 from rlora.core.moments import EpsForm, only, scale_by_adam
+from rlora.core.placement import precondition
 from rlora.core.transform import State, Transform, chain
 
 Decay = Literal["before", "after"]

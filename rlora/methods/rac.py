@@ -24,9 +24,9 @@ from rlora.core.linalg import (
     Side,
     check_damping,
     frozen_inverses,
-    precondition,
 )
 from rlora.core.moments import keep_scaling, only, over, scale_by_adam
+from rlora.core.placement import precondition
 from rlora.core.transform import State, Transform, chain
 
 

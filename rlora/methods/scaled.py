@@ -11,12 +11,12 @@ from rlora.core.checks import check_choice, is_zero
 from rlora.core.decay import add_decayed_weights, decay_weights_after
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
-from rlora.core.factors import Tree, leaves_of, pairs_of, rebuild
-from rlora.core.linalg import DampingMode, check_damping, precondition, preconditioners
+from rlora.core.factors import Factors, Tree, leaves_of, pairs_of, rebuild
+from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.moments import EpsForm, momentum as momentum_link, scale_by_adam
+from rlora.core.placement import Placement, precondition, preconditioners
 from rlora.core.transform import Order, State, Transform, chain, no_state, pass_on
 
-Placement = Literal["before", "after", "both"]
 Decay = Literal["before", "after"]
 
 PEFT: Final[dict[str, Any]] = {
@@ -84,8 +84,8 @@ def scale_by_gram(
     check_damping(damping, damping_mode, compute_dtype)
     check_choice("placement", placement, Placement)
     check_choice("order", order, Order)
-    exponent = -0.5 if placement == "both" else -1.0
-    inner = inner or Transform(no_state, pass_on)
+    if inner is None:  # nothing entrywise that a second half would have to filter
+        inner, placement = Transform(no_state, pass_on), "before"
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         if order == "gauss_seidel":
@@ -98,16 +98,17 @@ def scale_by_gram(
                 pairs_of(params),
                 damping=damping,
                 damping_mode=damping_mode,
-                exponent=exponent,
+                placement=placement,
                 compute_dtype=compute_dtype,
             )
 
-            def by_gram(tree: Tree) -> Tree:
-                return rebuild(tree, precondition(backend, P, pairs_of(tree)))
+            def times(matrices: list[Factors] | None, tree: Tree) -> Tree:
+                if matrices is None:
+                    return tree
+                return rebuild(tree, precondition(backend, matrices, pairs_of(tree)))
 
-            direction = grads if placement == "after" else by_gram(grads)
-            direction, state = inner.update(direction, state, params)
-            return (direction if placement == "before" else by_gram(direction)), state
+            direction, state = inner.update(times(P.first, grads), state, params)
+            return times(P.second, direction), state
 
     return Transform(inner.init, update, inner.apply, order, inner.transport)
 
@@ -193,7 +194,7 @@ def scaled_adamw(
     b2: float = 0.8,
     eps: float = 1e-8,
     weight_decay: float = 0.01,
-    damping: float = 1e-4,
+    damping: float = 1e-2,
     damping_mode: DampingMode = "covariant",
     placement: Placement = "both",
     order: Order = "jacobi",

@@ -10,8 +10,14 @@ from torch import Tensor
 from rlora.core.backend import Backend, Workspace
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors
-from rlora.core.linalg import DampingMode, RankGrams, gram_powers, rank_grams
-from rlora.methods.scaled import Placement
+from rlora.core.linalg import DampingMode
+from rlora.core.placement import (
+    Placement,
+    Preconditioners,
+    RankGrams,
+    gram_powers,
+    rank_grams,
+)
 from rlora.torch.pairs import TensorPair
 from rlora.torch.rounding import store
 
@@ -100,9 +106,13 @@ class Batch:
         """What the factors to be moved have gathered."""
         return [cast("Tensor", job.pair.gradient(job.side)) for job in self.jobs]
 
-    def prepare(self) -> list[Factors]:
+    def prepare(self) -> Preconditioners:
         """Give every stand-in its value and its gradient; return the preconditioners."""
         return self.direct(self.grams())
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """The m and n of every pair."""
+        return [(pair.B.shape[-2], pair.A.shape[-1]) for pair in self.params]
 
     def grams(self) -> list[RankGrams]:
         """The Grams of both factors of every pair."""
@@ -113,20 +123,20 @@ class Batch:
         with backend.exact(like):
             return rank_grams(backend, self.params, compute_dtype=dtype, workspace=self.workspace)
 
-    def direct(self, grams: list[RankGrams]) -> list[Factors]:
+    def direct(self, grams: list[RankGrams]) -> Preconditioners:
         """What `prepare` does after the Grams."""
         backend = get_backend(self.params[0].A)
         grads = self.grads()
         with backend.exact(self.params[0].A):
             P = gram_powers(
-                self.params,
                 grams,
+                self.sizes(),
+                placement=self.recipe.placement,
                 damping=self.recipe.damping,
                 damping_mode=self.recipe.damping_mode,
-                exponent=-0.5 if self.recipe.placement == "both" else -1.0,
             )
-            if self.recipe.placement != "after":
-                grads = self._precondition(backend, P, grads)
+            if P.first is not None:
+                grads = self._precondition(backend, P.first, grads)
         for job, direction in zip(self.jobs, grads, strict=True):
             _set_grad(job.stand_in, direction)
         if self.recipe.placement != "before":
@@ -137,13 +147,13 @@ class Batch:
             )
         return P
 
-    def finish(self, P: list[Factors]) -> None:
+    def finish(self, P: Preconditioners) -> None:
         """What is left to do after the parent: the second half, or copying the result back."""
         if not self.keeps_directions:
             for job in self.jobs:
                 job.stand_in.grad = None
-        if self.recipe.placement != "before":
-            self._move(P)
+        if P.second is not None:
+            self._move(P.second)
         elif self.copied:
             params, results = zip(*(job[:2] for job in self.jobs), strict=True)
             store(params, results, self.jobs[0].group)

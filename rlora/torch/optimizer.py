@@ -11,8 +11,8 @@ import torch
 
 from rlora.core.checks import check_choice
 from rlora.core.linalg import DampingMode, check_damping
+from rlora.core.placement import Placement
 from rlora.core.transform import Order
-from rlora.methods.scaled import Placement
 from rlora.torch.batch import Recipe
 from rlora.torch.matching import Pairs
 from rlora.torch.pair_optimizer import PairOptimizer

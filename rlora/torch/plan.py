@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rlora.methods.scaled import Placement
+from rlora.core.placement import Placement
 from rlora.torch.batch import Batch, Job, recipe_of
 from rlora.torch.pairs import TensorPair, is_distributed
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from rlora.core.linalg import DampingMode
+from rlora.core.placement import Placement
 from rlora.core.transform import Order
-from rlora.methods.scaled import Placement
 from rlora.torch.matching import Pairs
 from rlora.torch.optimizer import GramPreconditioned
 
@@ -107,7 +107,7 @@ class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
-        damping: float = 1e-4,
+        damping: float = 1e-2,
         damping_mode: DampingMode = "covariant",
         placement: Placement = "both",
         order: Order = "jacobi",

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from rlora.core.backend import Backend
 from rlora.core.factors import Factors
-from rlora.core.linalg import RankGrams
+from rlora.core.placement import Preconditioners, RankGrams
 from rlora.torch.batch import Batch, Job, Recipe, recipe_of
 from rlora.torch.pairs import TensorPair, local
 from rlora.torch.sharding import cut_dims, mesh_of
@@ -150,6 +150,9 @@ class ShardedBatch(Batch):
         count = len(self.pairs)
         return [Factors(*pair) for pair in zip(pieces[:count], pieces[count:], strict=True)]
 
+    def sizes(self) -> list[tuple[int, int]]:
+        return [(pair.B.shape[0], prod(pair.A.shape[1:])) for pair in self.pairs]
+
     def grads(self) -> list[Tensor]:
         """The pieces of the gradients; zeros where this process has none, to be dropped later."""
         return [_piece_of_grad(f.param) for f in self.moving]
@@ -165,7 +168,7 @@ class ShardedBatch(Batch):
                     S[k] = 0.0
         return grams
 
-    def direct(self, grams: list[RankGrams]) -> list[Factors]:
+    def direct(self, grams: list[RankGrams]) -> Preconditioners:
         P = super().direct(grams)
         for factor, job in zip(self.moving, self.jobs, strict=True):
             held, direction = factor.stand_in.grad, cast("Tensor", job.stand_in.grad)
@@ -174,7 +177,7 @@ class ShardedBatch(Batch):
                 factor.stand_in.grad = _like(factor.param, direction)
         return P
 
-    def finish(self, P: list[Factors]) -> None:
+    def finish(self, P: Preconditioners) -> None:
         super().finish(P)
         if not self.keeps_directions:
             for factor in self.moving:
@@ -194,7 +197,7 @@ class ShardedWork:
     def __init__(self, batches: list[ShardedBatch], groups: list[Any]) -> None:
         self.batches, self.groups = batches, groups
 
-    def prepare(self) -> list[list[Factors]]:
+    def prepare(self) -> list[Preconditioners]:
         """Directions for all stand-ins."""
         grams = [batch.grams() for batch in self.batches]
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -217,7 +220,7 @@ class ShardedWork:
         for S, (i, j), sums in zip(stacks, halves, message.split(sizes), strict=True):
             S[:, i, j] = S[:, j, i] = sums.view(len(S), -1)
 
-    def finish(self, halves: list[list[Factors]]) -> None:
+    def finish(self, halves: list[Preconditioners]) -> None:
         """The rest of every batch."""
         for batch, P in zip(self.batches, halves, strict=True):
             batch.finish(P)

@@ -5,7 +5,7 @@ import pytest
 
 from rlora import Factors
 from rlora.core.backend import Backend, mT
-from rlora.core.linalg import preconditioners
+from rlora.core.placement import preconditioners
 from rlora.testing import assert_close
 
 
@@ -159,7 +159,7 @@ def test_ranks_and_dtypes_in_one_call(backend):
     rng = np.random.default_rng(4)
     arrays = [(rng.normal(size=(r, n)), rng.normal(size=(m, r))) for r, m, n in shapes]
     pairs = [Factors(*(backend.asarray(x, "float64") for x in pair)) for pair in arrays]
-    P = preconditioners(backend, pairs, damping=0.1, damping_mode="absolute")
+    P = preconditioners(backend, pairs, damping=0.1, damping_mode="absolute").first
     for (A, B), p in zip(arrays, P, strict=True):
         eye = np.eye(A.shape[0])
         assert_close(p.A, np.linalg.inv(B.T @ B + 0.1 * eye), rtol=1e-11)

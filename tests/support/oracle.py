@@ -37,13 +37,18 @@ class ScaledOracle:
         """The power of the damped Gram that acts on `side`."""
         own, partner = (A, B) if side == "A" else (B.T, A.T)
         r = A.shape[0]
+        least = (0.0 if self.placement == "before" else 1e-6) / r
+        floor = least * (partner**2).sum()
         if self.damping_mode == "absolute":
-            return powers_by_svd(partner, self.damping, p)
+            return powers_by_svd(partner, max(self.damping, floor), p)
         if self.damping_mode == "relative":
-            return powers_by_svd(partner, self.damping * (partner**2).sum() / r, p)
+            return powers_by_svd(partner, max(self.damping / r * (partner**2).sum(), floor), p)
         if side == "B":
-            return powers_by_svd(partner, 0.0, p)
-        S = partner.T @ partner + self.damping * np.linalg.inv(own @ own.T)
+            return powers_by_svd(partner, floor, p)
+        S_A = own @ own.T
+        S = partner.T @ partner
+        S = S + self.damping * np.linalg.inv(S_A + least * np.trace(S_A) * np.eye(r))
+        S = S + least * np.trace(S) * np.eye(r)
         w, Q = np.linalg.eigh(S)
         return (Q * w**p) @ Q.T
 
@@ -59,13 +64,28 @@ class ScaledOracle:
         v_hat = s["v"] / (1 - self.b2 ** s["t"])
         return m_hat / (np.sqrt(v_hat) + self.eps)
 
+    def second(self, side, A, B):
+        """What stands behind the moments: a power of the Gram, without what it has no mass in."""
+        m, n = B.shape[0], A.shape[1]
+        partner, c = (B, (m / n) ** 0.25) if side == "A" else (A.T, (n / m) ** 0.25)
+        S = partner.T @ partner
+        if self.placement == "after":
+            H = self.metric_power(side, A, B, -1.0)
+            return c * H @ np.linalg.matrix_power(S @ H, 4)
+        P = self.metric_power(side, A, B, -0.5)
+        Q = c * P @ np.linalg.matrix_power(P @ S @ P, 4)
+        return Q if side == "A" else Q.T
+
     def direction(self, side, A, B, G):
-        p = -0.5 if self.placement == "both" else -1.0
-        P = self.metric_power(side, A, B, p)
-        times = (lambda X: P @ X) if side == "A" else (lambda X: X @ P)
-        d = G if self.placement == "after" else times(G)
-        d = self.moments(side, d)
-        d = d if self.placement == "before" else times(d)
+        def times(P, X):
+            return P @ X if side == "A" else X @ P
+
+        if self.placement != "after":
+            p = -0.5 if self.placement == "both" else -1.0
+            G = times(self.metric_power(side, A, B, p), G)
+        d = self.moments(side, G)
+        if self.placement != "before":
+            d = times(self.second(side, A, B), d)
         return d + self.weight_decay * (A if side == "A" else B)
 
     def step(self, A, B, G_A, G_B):

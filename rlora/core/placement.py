@@ -1,0 +1,202 @@
+"""Preconditioning by damped Grams: before an entrywise method, after it, or in halves around it.
+
+The metric of A is made of ``Bᵀ B`` and the other way round, so everything here comes as
+``Factors``: first the member that acts on A, then the one that acts on B.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from rlora.core.backend import Backend, Workspace, mT
+from rlora.core.bundle import Bundle, Stack, by_rank
+from rlora.core.factors import Factors
+from rlora.core.linalg import DampingMode, metric_power
+
+Placement = Literal["before", "after", "both"]
+
+Sizes: TypeAlias = Sequence[tuple[int, int]]
+"""(m, n) of every pair."""
+
+
+class Preconditioners(NamedTuple):
+    """What stands before and after an entrywise method such as Adam; None for the identity.
+
+    Lists of Factors of (..., r, r): the A member multiplies from the left what belongs to A, the B
+    member from the right what belongs to B.
+    """
+
+    first: list[Factors] | None
+    second: list[Factors] | None
+
+
+def preconditioners(
+    backend: Backend,
+    params: Sequence[Factors],
+    *,
+    damping: float,
+    damping_mode: DampingMode,
+    placement: Placement = "before",
+    compute_dtype: str | None = None,
+    workspace: Workspace | None = None,
+) -> Preconditioners:
+    """Preconditioners of every pair by the damped Grams: one batch for all pairs of one rank.
+
+    Parameters
+    ----------
+    backend : Backend
+        Of the parameters.
+    params : sequence of Factors
+        A (..., r, n) and B (..., m, r), of any shapes.
+    damping : float
+        δ, at least 0.
+    damping_mode : {"relative", "absolute", "covariant"}
+        ``S + δ tr(S)/r I`` on both sides; ``S + δ I`` on both sides; or ``S_B + δ S_A⁻¹`` for A
+        and S_A as it is for B, which transforms as S_B does and so keeps the invariance: δ is then
+        compared with the squared singular values of BA.
+    placement : {"before", "after", "both"}
+        See `split_power`.
+    compute_dtype : {None, "float32", "float64"}
+        Precision of Grams and powers; the result comes in the parameters' own, at least float32.
+    workspace : dict, optional
+        Memory to use again at the next call with factors of the same shapes.
+    """
+    grams = rank_grams(backend, params, compute_dtype=compute_dtype, workspace=workspace)
+    sizes = [(pair.B.shape[-2], pair.A.shape[-1]) for pair in params]
+    return gram_powers(
+        grams, sizes, placement=placement, damping=damping, damping_mode=damping_mode
+    )
+
+
+class RankGrams(NamedTuple):
+    """The Grams of all pairs of one rank."""
+
+    members: list[int]
+    """Positions of the pairs."""
+    bundle: Bundle
+    S: Stack
+
+
+def rank_grams(
+    backend: Backend,
+    params: Sequence[Factors],
+    *,
+    compute_dtype: str | None = None,
+    workspace: Workspace | None = None,
+) -> list[RankGrams]:
+    """``A Aᵀ`` and ``Bᵀ B`` of every pair, rank by rank: the first half of `preconditioners`.
+
+    Of pieces of a factor along its outer axis the Grams add up, so whoever has the pieces apart
+    sums the stacks before the second half.
+    """
+    grams = []
+    for members in by_rank(params, workspace):
+        pairs = [params[i] for i in members]
+        memory = None if workspace is None else workspace.setdefault(pairs[0].A.shape[-2], {})
+        dtype = backend.compute_dtype(pairs[0].A.dtype, compute_dtype)
+        bundle = Bundle(backend, pairs, dtype=dtype, workspace=memory)
+        grams.append(RankGrams(members, bundle, bundle.gram(pairs)))
+    return grams
+
+
+def gram_powers(
+    grams: Sequence[RankGrams],
+    sizes: Sizes,
+    *,
+    placement: Placement,
+    damping: float,
+    damping_mode: DampingMode,
+) -> Preconditioners:
+    """The second half of `preconditioners`.
+
+    Parameters
+    ----------
+    grams : sequence of RankGrams
+        Of whole factors, from `rank_grams`.
+    sizes : sequence of (int, int)
+        The m and n of all pairs, of whole factors too.
+    placement, damping, damping_mode
+        As `preconditioners` has them.
+    """
+    lists: tuple[list[Any], list[Any]] = ([None] * len(sizes), [None] * len(sizes))
+    for members, bundle, S in grams:
+        own = [sizes[i] for i in members]
+        powers = split_power(bundle, S, own, placement, damping, damping_mode)
+        for P, result in zip(powers, lists, strict=True):
+            if P is not None:
+                for i, pair in zip(members, bundle.unstack(P), strict=True):
+                    result[i] = Factors(pair.A, mT(pair.B))
+    first, second = lists
+    return Preconditioners(
+        None if placement == "after" else first, None if placement == "before" else second
+    )
+
+
+LEAST = 1e-6
+"""The least relative damping behind an entrywise method: it keeps what rounding leaves of a null
+space far below the damping, so that the filter finds it."""
+
+
+def split_power(
+    bundle: Bundle,
+    S: Stack,
+    sizes: Sizes,
+    placement: Placement,
+    damping: float,
+    damping_mode: DampingMode,
+) -> tuple[Stack | None, Stack | None]:
+    """``H⁻¹`` before an entrywise method, after it, or in halves on both sides of it.
+
+    With ``P = H^-½`` on both sides the second half is ``c P F⁴``, ``F = P S P``, where S is the
+    undamped Gram of the partner: its eigenvalues are ``s / (s + damping)``, with covariant damping
+    ``σ² / (σ² + δ)`` for the singular values σ of BA. An entrywise method fills directions in
+    which the partner has no mass, and P would multiply what has no effect on the product by
+    ``damping^-½`` at each step; F leaves it out. After it alone, ``c H⁻¹ (S H⁻¹)⁴``.
+
+    The number ``c = (m / n)^¼`` for A and its inverse for B: an entrywise direction has about one
+    unit in each entry, so that the halves would move BA by ``√n`` and ``√m`` in each direction of
+    rank, and the larger factor would drift away under noise. With c both move it by ``(m n)^¼``.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        The pairs.
+    S : Stack
+        Grams of the factors themselves.
+    sizes : sequence of (int, int)
+        The m and n of the bundle's pairs.
+    placement, damping, damping_mode
+        As `preconditioners` has them.
+
+    Returns
+    -------
+    first, second : Stack or None
+        None for the identity.
+    """
+    both = placement == "both"
+    if placement == "before":
+        return metric_power(bundle, S, -1.0, damping, damping_mode), None
+    P = metric_power(bundle, S, -0.5 if both else -1.0, damping, damping_mode, LEAST)
+    xp, matmul = bundle.xp, bundle.backend.matmul
+    # A Gram that is zero or has overflowed has P = 0, and 0 times inf would be NaN.
+    live = xp.any(P != 0, axis=(-2, -1), keepdims=True)
+    F = matmul(xp.where(live, bundle.partner(S), xp.zeros_like(P)), P)
+    F = matmul(P, F) if both else F
+    F = matmul(F, F)
+    second = matmul(P, matmul(F, F))
+    c = bundle.constant([((m / n) ** 0.25, (n / m) ** 0.25) for m, n in sizes])
+    return (P if both else None), c * second
+
+
+def precondition(
+    backend: Backend,
+    P: Sequence[Factors],
+    grads: Sequence[Factors],
+    workspace: Workspace | None = None,
+) -> list[Factors]:
+    """``P_A G_A`` and ``G_B P_B`` for every pair; None stays None."""
+    left = [i for i, G in enumerate(grads) if G.A is not None]
+    right = [i for i, G in enumerate(grads) if G.B is not None]
+    A = backend.apply_left([P[i].A for i in left], [grads[i].A for i in left], workspace)
+    B = backend.apply_right([grads[i].B for i in right], [P[i].B for i in right], workspace)
+    of_A, of_B = dict(zip(left, A, strict=True)), dict(zip(right, B, strict=True))
+    return [Factors(of_A.get(i), of_B.get(i)) for i in range(len(grads))]
