@@ -23,32 +23,33 @@ def check_damping(damping: Any, damping_mode: Any, compute_dtype: Any = None) ->
     check_choice("compute_dtype", compute_dtype, ComputeDtype)
 
 
-def frozen_inverses(
+def frozen_powers(
     backend: Backend,
     params: Sequence[Factors],
     frozen: Side,
     *,
     damping: float,
     damping_mode: DampingMode,
+    exponent: float = -1.0,
     compute_dtype: str | None = None,
 ) -> list[Array]:
-    """``S⁻¹`` of the factor that stays in every pair, which preconditions its partner.
+    """``S^exponent`` of the factor that stays in every pair; S⁻¹ preconditions its partner.
 
     As `preconditioners`, with one Gram where that has two. The Gram of a frozen factor is no
     worse than its start: covariant damping leaves it as it is, whichever factor it is.
     """
     gram = backend.gram_rows if frozen == "A" else backend.gram_columns
     factors = [getattr(pair, frozen) for pair in params]
-    inverses = list(factors)
+    powers = list(factors)
     for members in by_rank(params):
         alike = [factors[i] for i in members]
         S = gram(alike, backend.compute_dtype(alike[0].dtype, compute_dtype))
         shift = 0.0 if damping_mode == "covariant" else damping
-        P = backend.damped_power(S, -1.0, shift, relative=damping_mode == "relative")
+        P = backend.damped_power(S, exponent, shift, relative=damping_mode == "relative")
         P = backend.cast(P, backend.compute_dtype(alike[0].dtype))
-        for i, inverse in zip(members, backend.unstack(P, alike), strict=True):
-            inverses[i] = inverse
-    return inverses
+        for i, power in zip(members, backend.unstack(P, alike), strict=True):
+            powers[i] = power
+    return powers
 
 
 def metric_power(

@@ -10,7 +10,7 @@ from rlora.core.checks import check_choice
 from rlora.core.decay import add_decayed_weights, decay_weights_after
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
-from rlora.core.linalg import DampingMode, check_damping, frozen_inverses
+from rlora.core.linalg import DampingMode, check_damping, frozen_powers
 from rlora.core.moments import EpsForm, only, scale_by_adam
 from rlora.core.placement import precondition
 from rlora.core.transform import State, Transform, chain
@@ -46,7 +46,7 @@ def scale_by_frozen_gram(
         leaves = leaves_of(params)
         backend = get_backend(*leaves)
         with backend.exact(leaves[0]):
-            inverses = frozen_inverses(
+            inverses = frozen_powers(
                 backend,
                 pairs_of(params),
                 "A",

@@ -23,7 +23,7 @@ from rlora.core.linalg import (
     DampingMode,
     Side,
     check_damping,
-    frozen_inverses,
+    frozen_powers,
 )
 from rlora.core.moments import keep_scaling, only, over, scale_by_adam
 from rlora.core.placement import precondition
@@ -50,7 +50,7 @@ def scale_by_sketch(
         backend = get_backend(*leaves)
         scalings = counterparts(params, state.scaling)
         with backend.exact(leaves[0]):
-            inverses = frozen_inverses(
+            inverses = frozen_powers(
                 backend,
                 pairs_of(params),
                 frozen,

@@ -5,14 +5,13 @@ Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank Fine-Tu
 arXiv:2411.19557, 2024.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 from rlora.core.backend import mT
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
-from rlora.core.linalg import DampingMode, check_damping
+from rlora.core.linalg import DampingMode, check_damping, frozen_powers
 from rlora.core.moments import scale_by_adam
 from rlora.core.placement import preconditioners
 from rlora.core.transform import State, Transform, chain, no_state, pass_on
@@ -49,13 +48,24 @@ def scale_by_core(
         leaves, pairs = leaves_of(params), pairs_of(params)
         backend = get_backend(*leaves)
 
-        precondition = partial(preconditioners, backend, pairs, compute_dtype=compute_dtype)
-
         with backend.exact(leaves[0]):
-            halves = precondition(damping=0.0, damping_mode="relative", placement="both").first
-            roots = [mT(half.B) for half in halves or ()]  # S_A^-½
+            roots = frozen_powers(  # S_A^-½
+                backend,
+                pairs,
+                "A",
+                damping=0.0,
+                damping_mode="relative",
+                exponent=-0.5,
+                compute_dtype=compute_dtype,
+            )
             frames = backend.apply_left(roots, [pair.A for pair in pairs])
-            P = precondition(damping=damping, damping_mode=damping_mode).first
+            P = preconditioners(
+                backend,
+                pairs,
+                damping=damping,
+                damping_mode=damping_mode,
+                compute_dtype=compute_dtype,
+            ).first
             inverses = [pair.A / scaling**2 for pair in P or ()]
         cores = rebuild(params, [Factors(inverse, None) for inverse in inverses])
         return CoreState(

@@ -40,8 +40,8 @@ def growth(
 ) -> Growth:
     """Least squares from B = 0 with a target of low rank, from samples with noise.
 
-    ``½ E|B A x - y|²`` for normal x and ``y = T x + noise ε``, 32 new samples a step. A rank above those of the
-    target and of the weight leaves directions of the factors that the product does not see.
+    ``½ E|B A x - y|²`` for normal x and ``y = T x + noise ε``, 32 new samples a step. A rank above
+    those of the target and of the weight leaves directions that the product does not see.
 
     Parameters
     ----------

@@ -170,15 +170,15 @@ def test_transported_moments_do_not_drift(name):
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("float64", 1e-13)])
 def test_bases_stay_orthonormal(dtype, bound):
     """``S^-½ F`` is what LoRA-RITE measures in: its rows after 10 000 steps, made anew each time."""
-    from rlora.core.placement import preconditioners
+    from rlora.core.linalg import frozen_powers
 
     problem = make_problem(40, 30, 4, seed=8).on(get("numpy"), dtype)
     params, _ = run(method("lora_rite"), problem, steps=10_000, lr=1e-3)
-    halves = preconditioners(
-        get("numpy"), [params], damping=0.0, damping_mode="relative", placement="both"
-    )
-    (W,) = halves.first
-    for U in (W.B.T @ params.A, W.A @ params.B.T):
+    for side, F in (("A", params.A), ("B", params.B.T)):
+        (W,) = frozen_powers(
+            get("numpy"), [params], side, damping=0.0, damping_mode="relative", exponent=-0.5
+        )
+        U = W @ F
         assert_close(U @ U.T, np.eye(4), atol=bound)
     assert all(np.isfinite(x).all() for x in leaves_of(params))
 
