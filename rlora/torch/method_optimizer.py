@@ -128,7 +128,7 @@ class MethodOptimizer(PairOptimizer):
                 self._transform(group).init(stacks_of([[member]]), group["scaling"])
             )
             for name, (_, side, key) in places_in(flat).items():
-                if member.owners[side] is p:
+                if side is None or member.owners[side] is p:
                     shapes[key + member.suffix] = flat[name].shape[1:]
         others = dict.fromkeys(ELEMENTWISE)
         return {**others, **shapes} if members else super()._state_shapes(p)
