@@ -48,7 +48,7 @@ class MethodBatch:
         memory = {name: x.clone() for name, x in flatten_state(start).items()}
         self._state = unflatten_state(memory, start)
         self._shares = self._shares_of(memory)
-        self._follow(flatten_state(start))
+        self.follow(flatten_state(start))
 
     def _initial(self) -> State:
         scaling = self._optimizer.param_groups[self._group]["scaling"]
@@ -66,7 +66,7 @@ class MethodBatch:
                 share.sources.append((name, k, partner))
         return list(shares.values())
 
-    def _follow(self, start: Mapping[str, Tensor] | None = None) -> None:
+    def follow(self, start: Mapping[str, Tensor] | None = None) -> None:
         """Make the stacks what the optimizer's state is; what is missing there begins anew.
 
         Parameters
@@ -96,8 +96,6 @@ class MethodBatch:
 
     def prepare(self) -> tuple[dict[str, Factors], State]:
         """The pairs and their state after the step; nothing has moved yet."""
-        if not torch.compiler.is_compiling():  # then this batch has just been made
-            self._follow()
         group = self._optimizer.param_groups[self._group]
         if (chosen := self._optimizer._chosen(group)) != self._chosen:  # by a scheduler, say
             self._chosen, self._transform = chosen, self._optimizer._transform(group)
@@ -199,7 +197,10 @@ class Portions:
         self._batches = [MethodBatch(optimizer, group, part, memory) for part in parts]
 
     def prepare(self) -> None:
-        """Nothing: what could be refused has been when the batches were made."""
+        """Take over the state, which may be refused, before anything moves."""
+        if not torch.compiler.is_compiling():  # then the batches have just been made
+            for batch in self._batches:
+                batch.follow()
 
     def finish(self, _: None) -> None:
         """Step every batch."""
