@@ -1,5 +1,7 @@
 """A method is a pair of pure functions, a chain of methods is a method, and a step is one verb."""
 
+from functools import wraps
+from numbers import Real
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from rlora.core.backend import Backend
@@ -59,6 +61,33 @@ def pass_on(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
     return grads, state
 
 
+def still_at_zero(apply: ApplyFn) -> ApplyFn:
+    """The same move, but for a learning rate of 0, which changes no bit of the parameters.
+
+    ``p - 0 d`` alone does not promise that: it is NaN for a d that is not finite, and a move that
+    splits the product anew moves both factors at any learning rate. `chain` does this to the
+    `apply` of its links.
+
+    Parameters
+    ----------
+    apply : callable
+        ``apply(params, direction, lr) -> params``.
+    """
+
+    @wraps(apply)
+    def move(params: Tree, direction: Tree, lr: Array | float) -> Tree:
+        if isinstance(lr, Real):
+            return apply(params, direction, lr) if lr else params
+
+        def unless_zero(old: Array, new: Array) -> Array:  # nothing asks an array for its value
+            return get_backend(old).xp.where(lr == 0, old, new)
+
+        return map_leaves(unless_zero, params, apply(params, direction, lr))
+
+    return move
+
+
+@still_at_zero
 def apply_updates(params: Tree, direction: Tree, lr: Array | float) -> Tree:
     """``params - lr * direction``, rounded to the parameters' dtype last.
 
@@ -74,7 +103,7 @@ def apply_updates(params: Tree, direction: Tree, lr: Array | float) -> Tree:
     Returns
     -------
     Factors, or list or dict of them
-        New arrays; the given ones are not written to.
+        New arrays; the given ones are not written to. With an `lr` of 0 the given ones.
     """
 
     def move(param: Array, d: Array) -> Array:
@@ -99,7 +128,8 @@ class Transform(NamedTuple):
         gets the direction None, and its share of the state stays as it was.
     apply : callable, optional
         ``apply(params, direction, lr) -> params``: the straight line `apply_updates` unless a
-        method bends it, as the decay of the official scaled AdamW does.
+        method bends it, as the decay of the official scaled AdamW does. With an `lr` of 0 nothing
+        may move; `chain` sees to that.
     order : {"jacobi", "gauss_seidel"}, optional
         Whether `step` moves both factors at once, or A first and then B, which sees the new A.
     transport : callable, optional
@@ -221,7 +251,7 @@ def chain(*links: Transform) -> Transform:
     return Transform(
         init,
         update,
-        bent[0] if bent else apply_updates,
+        still_at_zero(bent[0]) if bent else apply_updates,
         "gauss_seidel" if "gauss_seidel" in orders else "jacobi",
         transport if any(link.transport is not stay for link in links) else stay,
     )

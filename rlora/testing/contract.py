@@ -147,6 +147,67 @@ def check_state_roundtrip(make: MethodFactory, backend: Backend) -> None:
         assert_close(backend.to_numpy(x), backend.to_numpy(y), what="a step after loading")
 
 
+def check_state_is_the_truth(make: MethodFactory, backend: Backend) -> None:
+    """A method keeps nothing from one step to the next but what is in its state.
+
+    With the state of `init` it steps as if fresh, whatever it has done before, and with the state
+    of another object of the method it goes on bit for bit.
+    """
+    problem, other = (make_problem(seed=seed).on(backend) for seed in (0, 1))
+    method, used, unused = make(), make(), make()
+    run(used, other, steps=3)
+    start = method.init(problem.params)
+    later = run(make(), problem, steps=3)
+    for params, state in ((problem.params, start), later):
+        grads = problem.grads(params)
+        expected = _flat(step(method, params, grads, state, 0.1))
+        for one in (used, method, unused):
+            found = _flat(step(one, params, grads, state, 0.1))
+            for name, x in expected.items():
+                what = f"{name} after a step with a given state, by a method used before"
+                assert_close(backend.to_numpy(found[name]), backend.to_numpy(x), what=what)
+
+
+def _flat(moved: tuple[Factors, Any]) -> dict[str, Any]:
+    params, state = moved
+    return {**params._asdict(), **flatten_state(state)}
+
+
+def check_zero_rate_moves_nothing(make: MethodFactory, backend: Backend) -> None:
+    """A learning rate of 0, a number or an array, compiled or not, changes no bit of a parameter.
+
+    Not even where the gradient is zero, as when torch has an optimizer make its state.
+    """
+    method = make()
+
+    def move(params: Factors, grads: Factors, state: Any, lr: Any) -> Any:
+        return step(method, params, grads, state, lr)
+
+    compiled = backend.compile(move)
+    narrow, wide = ("bfloat16" if hasattr(backend.xp, "bfloat16") else "float32"), "float64"
+    for zero_B in (False, True):
+        for dtype, of_lr, verb in (
+            (wide, None, move),
+            (wide, wide, compiled),
+            (narrow, "float32", compiled),
+        ):
+            problem = make_problem(zero_B=zero_B).on(backend, dtype)
+            old, lr = problem.params, 0.0 if of_lr is None else backend.asarray(0.0, of_lr)
+            for G in (problem.grads(old), map_leaves(backend.xp.zeros_like, old)):
+                state = method.init(old)
+                for _ in range(2):
+                    new, state = verb(old, G, state, lr)
+                    _require_same_bits(backend, new, old)
+
+
+def _require_same_bits(backend: Backend, found: Factors, expected: Factors) -> None:
+    for letter, x, y in zip("AB", found, expected, strict=True):
+        bits = [backend.to_numpy(backend.cast(z, backend.compute_dtype(z.dtype))) for z in (x, y)]
+        if bits[0].tobytes() != bits[1].tobytes():
+            worst = float(np.max(np.abs(bits[0] - bits[1])))
+            _require(False, f"{letter} of {x.dtype} moved by {worst:.3g} at a learning rate of 0")
+
+
 def check_bad_pair_stays_alone(make: MethodFactory, backend: Backend) -> None:
     """NaN in one pair of a list leaves the others as if alone."""
     problems = [make_problem(seed=seed).on(backend) for seed in range(3)]
@@ -201,6 +262,8 @@ CONTRACT: tuple[Callable[[MethodFactory, Backend], None], ...] = (
     check_batched_equals_looped,
     check_frozen_factor,
     check_state_roundtrip,
+    check_state_is_the_truth,
+    check_zero_rate_moves_nothing,
     check_bad_pair_stays_alone,
     check_compiles,
 )

@@ -48,6 +48,8 @@ class Gathered:
             self._moving = moving
             self._portions = portions(self._optimizer, self._group, self._pairs)
         for portion in self._portions:
+            portion.prepare()
+        for portion in self._portions:
             portion.finish(None)
         for (p, whole), moves in zip(self._factors, moving, strict=True):
             if moves:

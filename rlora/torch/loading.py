@@ -34,6 +34,19 @@ class LoadsState(Optimizer, ABC):
         """Shapes of a parameter's saved state; None is a state that it may not have."""
         return dict.fromkeys(ELEMENTWISE, p.shape)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch's optimizers give it, with an entry for every trainable parameter.
+
+        Once there is any state: what has none of its own has an empty one, as
+        torch.distributed.checkpoint takes a missing one for an error.
+        """
+        saved = super().state_dict()
+        if saved["state"]:
+            for i, p in self._owners(saved):
+                if p.requires_grad:
+                    saved["state"].setdefault(i, {})
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, of this optimizer or of the plain parent; whole or not at all.
 

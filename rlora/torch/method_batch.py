@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from math import prod
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlora.core.backend import Workspace
 from rlora.core.dispatch import get_backend
+from rlora.core.errors import ShapeError
 from rlora.core.factors import Factors
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.transform import State, step
@@ -23,8 +25,9 @@ PORTION = 1 << 22
 class MethodBatch:
     """The pairs of one group on one device, layers of equal shapes on one stack.
 
-    So the number of operations in a step depends on the number of shapes, not of layers. The state
-    lives in stacks too, and the optimizer's state of a parameter is a view of its layer.
+    So the number of operations in a step depends on the number of shapes, not of layers. What
+    counts is the optimizer's state: the stacks in which a step reads it are memory for the views
+    that stand there, and follow whatever else is put in their place.
     """
 
     def __init__(
@@ -34,27 +37,62 @@ class MethodBatch:
         alike: dict[Any, list[Member]] = {}
         for member in members:
             still = [member.gradient(side) is None for side in (0, 1)]
-            alike.setdefault((*member.shapes, member.params[0].dtype, *still), []).append(member)
+            key = (*member.shapes, member.params[0].dtype, *still)
+            alike.setdefault(key, []).append(member)
         self._buckets = list(alike.values())
         options = optimizer.param_groups[group]
         self._chosen = optimizer._chosen(options)
         self._transform = optimizer._transform(options)
-        start = self._transform.init(stacks_of(self._buckets), options["scaling"])
+        start = self._initial()
         # Each array its own memory: it is written to after a step.
         memory = {name: x.clone() for name, x in flatten_state(start).items()}
         self._state = unflatten_state(memory, start)
-        self._places = places_in(flatten_state(self._state))
-        self._registered = False
-        self._recall()
+        self._shares = self._shares_of(memory)
+        self.follow(flatten_state(start))
 
-    def _recall(self) -> None:
-        """Take over what the optimizer knows of these parameters."""
-        for name, x in flatten_state(self._state).items():
-            bucket, side, key = self._places[name]
-            for layer, member in zip(x.unbind(0), self._buckets[bucket], strict=True):
-                held = self._optimizer.state.get(member.owners[side], {})
-                if (known := held.get(key + member.suffix)) is not None:
-                    layer.copy_(known)
+    def _initial(self) -> State:
+        scaling = self._optimizer.param_groups[self._group]["scaling"]
+        return self._transform.init(stacks_of(self._buckets), scaling)
+
+    def _shares_of(self, flat: Mapping[str, Tensor]) -> "list[Share]":
+        """For each parameter that has a state what the stacks hold of it."""
+        shares: dict[int, Share] = {}
+        for name, (i, side, key) in places_in(flat).items():
+            for k, member in enumerate(self._buckets[i]):
+                owner, partner = member.keepers if side is None else (member.owners[side], None)
+                share = shares.setdefault(id(owner), Share(owner, [], [], []))
+                share.keys.append(key + member.suffix)
+                share.views.append(flat[name][k])
+                share.sources.append((name, k, partner))
+        return list(shares.values())
+
+    def follow(self, start: Mapping[str, Tensor] | None = None) -> None:
+        """Make the stacks what the optimizer's state is; what is missing there begins anew.
+
+        Parameters
+        ----------
+        start : mapping of str to Tensor, optional
+            The flat state of a fresh start, if it is known already.
+        """
+        state = self._optimizer.state
+        changed = [share for share in self._shares if not share.stands_in(state)]
+        for share in changed:
+            held = state.setdefault(share.owner, {})
+            for key, view, source in zip(share.keys, share.views, share.sources, strict=True):
+                name, k, partner = source
+                known = held.get(key)
+                if known is view:
+                    continue
+                if known is None and partner is not None:  # one was frozen or freed meanwhile
+                    known = state.get(partner, {}).pop(key, None)
+                if known is None:
+                    start = flatten_state(self._initial()) if start is None else start
+                    known = start[name][k]
+                elif getattr(known, "shape", None) != view.shape:
+                    raise _misshapen(key, known, view)
+                view.copy_(known)
+                if not torch.compiler.is_compiling():  # a graph writes into what is there, later
+                    held[key] = view
 
     def prepare(self) -> tuple[dict[str, Factors], State]:
         """The pairs and their state after the step; nothing has moved yet."""
@@ -106,15 +144,35 @@ class MethodBatch:
         changed = [name for name, x in mine.items() if x is not theirs[name]]
         if changed:
             torch._foreach_copy_([mine[n] for n in changed], [theirs[n] for n in changed])
-        if not self._registered:
-            self._register(mine)
+        if torch.compiler.is_compiling():
+            for share in self._shares:
+                for key, view in zip(share.keys, share.views, strict=True):
+                    keep(self._optimizer.state[share.owner], key, view)
 
-    def _register(self, flat: Mapping[str, Tensor]) -> None:
-        for name, x in flat.items():
-            bucket, side, key = self._places[name]
-            for layer, member in zip(x.unbind(0), self._buckets[bucket], strict=True):
-                keep(self._optimizer.state[member.owners[side]], key + member.suffix, layer)
-        self._registered = True
+
+class Share(NamedTuple):
+    """What the stacks of a batch hold of one parameter's state."""
+
+    owner: Tensor
+    keys: list[str]
+    views: list[Tensor]
+    sources: list[tuple[str, int, Tensor | None]]
+    """Of each view the name of its stack in the flat state and its layer, and the other parameter
+    that may have kept it."""
+
+    def stands_in(self, state: Mapping[Any, Any]) -> bool:
+        """Whether the optimizer's state of the parameter is these very tensors."""
+        held = state.get(self.owner)
+        return held is not None and all(map(is_, map(held.get, self.keys), self.views))
+
+
+def _misshapen(key: str, known: Any, view: Tensor) -> ShapeError:
+    found = tuple(known.shape) if isinstance(known, Tensor) else repr(known)
+    msg = (
+        f"optimizer.state has {found} as {key!r} of a LoRA factor, expected a tensor of shape "
+        f"{tuple(view.shape)}; remove the entry for a fresh start"
+    )
+    return ShapeError(msg)
 
 
 class Portions:
@@ -139,7 +197,10 @@ class Portions:
         self._batches = [MethodBatch(optimizer, group, part, memory) for part in parts]
 
     def prepare(self) -> None:
-        """Nothing: what could be refused has been when the batches were made."""
+        """Take over the state, which may be refused, before anything moves."""
+        if not torch.compiler.is_compiling():  # then the batches have just been made
+            for batch in self._batches:
+                batch.follow()
 
     def finish(self, _: None) -> None:
         """Step every batch."""
@@ -163,16 +224,18 @@ def stacks_of(buckets: list[list[Member]]) -> dict[str, Factors]:
     }
 
 
-def places_in(flat: Mapping[str, Tensor]) -> dict[str, tuple[int, int, str]]:
-    """Of each array of a state over `stacks_of` the bucket, the side (0 or 1), and its name.
+def places_in(flat: Mapping[str, Tensor]) -> dict[str, tuple[int, int | None, str]]:
+    """Of each array of a state over `stacks_of` the bucket, the side, and its name.
 
-    What a pair has once is kept with its A. A name is the field's own; where two links of a chain
-    have a field of one name, the place of the link comes first.
+    The side is 0 for A, 1 for B, and None for what a pair has once. A name is the field's own;
+    where two links of a chain have a field of one name, the place of the link comes first.
     """
     places = {}
     for name in flat:
-        *path, bucket, letter = (name if name[-2:] in (".A", ".B") else f"{name}.A").split(".")
-        places[name] = (int(bucket), "AB".index(letter), ".".join(path))
+        *path, last = name.split(".")
+        side = "AB".index(last) if last in ("A", "B") else None
+        bucket = last if side is None else path.pop()
+        places[name] = (int(bucket), side, ".".join(path))
     keys = {key for _, _, key in places.values()}
     short = {key: key.rpartition(".")[2] for key in keys}
     if len(set(short.values())) < len(keys):

@@ -23,6 +23,10 @@ Method = Callable[..., Transform]
 PLAIN = {"lr", "betas", "eps", "weight_decay", "momentum", "maximize"}
 """Options that the parent keeps in its groups too."""
 
+MOMENTUM = {"betas", "momentum"}
+"""What OneCycleLR and CyclicLR cycle, if it is among the defaults: so those of the parent alone,
+which do nothing to the pairs, may not be there."""
+
 
 class MethodOptimizer(PairOptimizer):
     """What `optimizer_class` puts in front of AdamW or SGD. Not to be used by itself."""
@@ -61,6 +65,15 @@ class MethodOptimizer(PairOptimizer):
             fused=fused,
             **plain,
         )
+        for name in MOMENTUM - known.keys():
+            self.defaults.pop(name, None)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; see `PairOptimizer.add_param_group`."""
+        # The parent needs its numbers also where they are no longer among the defaults.
+        first = self.param_groups[0] if self.param_groups else {}
+        kept = {k: first[k] for k in MOMENTUM & first.keys() - self.defaults.keys()}
+        super().add_param_group({**kept, **param_group})
 
     @classmethod
     def _options(cls) -> dict[str, Any]:
@@ -128,7 +141,7 @@ class MethodOptimizer(PairOptimizer):
                 self._transform(group).init(stacks_of([[member]]), group["scaling"])
             )
             for name, (_, side, key) in places_in(flat).items():
-                if member.owners[side] is p:
+                if side is None or member.owners[side] is p:
                     shapes[key + member.suffix] = flat[name].shape[1:]
         others = dict.fromkeys(ELEMENTWISE)
         return {**others, **shapes} if members else super()._state_shapes(p)

@@ -120,6 +120,16 @@ class Member(NamedTuple):
         return self.pair.owners or self.params
 
     @property
+    def keepers(self) -> tuple[Tensor, Tensor]:
+        """The parameter with whose state stands what the pair has once, and its partner.
+
+        That of A, or that of B where A is frozen: the state of frozen parameters is not loaded by
+        everyone.
+        """
+        A, B = self.owners
+        return (B, A) if B.requires_grad and not A.requires_grad else (A, B)
+
+    @property
     def shapes(self) -> tuple[Shape, Shape]:
         """Of its factors."""
         return self.views[0].shape, self.views[1].shape

@@ -38,36 +38,50 @@ class Plan(NamedTuple):
     def run(self, optimizer: Any, parent_step: Callable[[Any], Any]) -> None:
         """Directions, the parent's own step over the stand-ins, and the rest."""
         halves = [batch.prepare() for batch in self.batches]
-        self._parent_step(optimizer, parent_step)
+        over_stand_ins(optimizer, self.params, parent_step)
         for batch, P in zip(self.batches, halves, strict=True):
             batch.finish(P)
 
-    def _parent_step(self, optimizer: Any, parent_step: Callable[[Any], Any]) -> None:
-        real_groups, real_state = optimizer.param_groups, optimizer.state
-        state: dict[Any, Any] = defaultdict(dict)
-        state.update((key, v) for key, v in real_state.items() if not isinstance(key, Tensor))
-        groups = []
-        compiling = torch.compiler.is_compiling()  # then fusing is the compiler's business
-        for group, members in zip(real_groups, self.params, strict=True):
+
+def over_stand_ins(
+    optimizer: Any, params: list[list[tuple[Tensor, Tensor]]], call: Callable[[Any], Any]
+) -> Any:
+    """Call a method of the parent while stand-ins are in the places of their parameters.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        Whose groups and state are changed meanwhile.
+    params : list of lists of (Tensor, Tensor)
+        See `Plan`.
+    call : callable
+        Called with the optimizer.
+    """
+    real_groups, real_state = optimizer.param_groups, optimizer.state
+    state: dict[Any, Any] = defaultdict(dict)
+    state.update((key, v) for key, v in real_state.items() if not isinstance(key, Tensor))
+    groups = []
+    compiling = torch.compiler.is_compiling()  # then fusing is the compiler's business
+    for group, members in zip(real_groups, params, strict=True):
+        for p, stand_in in members:
+            if held := real_state.get(p):
+                state[stand_in] = held
+        stand_ins = {"params": [stand_in for _, stand_in in members]}
+        unfused = {"fused": None} if compiling and "fused" in group else {}
+        groups.append({**group, **stand_ins, **unfused})
+    optimizer.param_groups = [group for group in groups if group["params"]]
+    optimizer.state = state
+    try:
+        return call(optimizer)
+    finally:
+        optimizer.param_groups, optimizer.state = real_groups, real_state
+        for real, group, members in zip(real_groups, groups, params, strict=True):
+            if not compiling:
+                real.update((key, v) for key, v in group.items() if key != "params")
             for p, stand_in in members:
-                if held := real_state.get(p):
-                    state[stand_in] = held
-            stand_ins = {"params": [stand_in for _, stand_in in members]}
-            unfused = {"fused": None} if compiling and "fused" in group else {}
-            groups.append({**group, **stand_ins, **unfused})
-        optimizer.param_groups = [group for group in groups if group["params"]]
-        optimizer.state = state
-        try:
-            parent_step(optimizer)
-        finally:
-            optimizer.param_groups, optimizer.state = real_groups, real_state
-            for real, group, members in zip(real_groups, groups, self.params, strict=True):
-                if not compiling:
-                    real.update((key, v) for key, v in group.items() if key != "params")
-                for p, stand_in in members:
-                    if stand_in in state:
-                        real_state[p] = state[stand_in]
-            real_state.update((k, v) for k, v in state.items() if not isinstance(k, Tensor))
+                if stand_in in state:
+                    real_state[p] = state[stand_in]
+        real_state.update((k, v) for k, v in state.items() if not isinstance(k, Tensor))
 
 
 def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain: bool) -> Plan:

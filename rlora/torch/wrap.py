@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from rlora.torch.method_optimizer import Method, MethodOptimizer
-from rlora.torch.optimizer import GramPreconditioned
+from rlora.torch.optimizer import GramPreconditioned, over_wide
 
 
 @functools.cache
@@ -59,7 +59,14 @@ def precondition(optimizer: Any) -> type[Optimizer]:
         raise ValueError(msg)
     name = f"Preconditioned{optimizer.__name__}"
     doc = f"{optimizer.__name__} on gradients preconditioned pair by pair."
-    return type(name, (GramPreconditioned, optimizer), {"__doc__": doc, "__reduce__": _reduce})
+    others = {
+        key: over_wide(method)
+        for key in dir(optimizer)
+        if not key.startswith("_") and not hasattr(GramPreconditioned, key)
+        if inspect.isfunction(method := inspect.getattr_static(optimizer, key))
+    }
+    own = {"__doc__": doc, "__reduce__": _reduce}
+    return type(name, (GramPreconditioned, optimizer), {**others, **own})
 
 
 def _reduce(self: Any) -> tuple[Any, ...]:

@@ -2,7 +2,10 @@
 
 import pytest
 
-from rlora import methods
+from rlora import Factors, apply_updates, chain, methods
+from rlora.backends import get
+from rlora.core.factors import map_leaves, map_pairs
+from rlora.core.transform import Transform, no_state, pass_on
 from rlora.testing import CONTRACT
 
 VARIANTS = [(name, {}) for name in methods.__all__] + [
@@ -25,3 +28,79 @@ VARIANTS = [(name, {}) for name in methods.__all__] + [
 @pytest.mark.parametrize("name, options", VARIANTS, ids=lambda v: str(v))
 def test_contract(name, options, check, backend):
     check(lambda: getattr(methods, name)(**options), backend)
+
+
+# --- methods that break a promise -----------------------------------------------------------------
+
+
+def keeps_its_momentum():
+    """Momentum in the object, none in the state."""
+    kept = {}
+
+    def update(grads, state, params):
+        kept["mu"] = grads if not kept else map_leaves(lambda m, g: 0.9 * m + g, kept["mu"], grads)
+        return kept["mu"], state
+
+    return Transform(no_state, update)
+
+
+def keeps_what_init_saw():
+    """The start, as a point to decay to."""
+    kept = {}
+
+    def init(params, scaling=1.0):
+        kept["start"] = params
+        return ()
+
+    def update(grads, state, params):
+        return map_leaves(lambda g, p, q: g + p - q, grads, params, kept["start"]), state
+
+    return Transform(init, update)
+
+
+def counts_for_itself():
+    """A second step that differs from the first, by a count that no state has."""
+    kept = []
+
+    def update(grads, state, params):
+        kept.append(1)
+        return map_leaves(lambda g: g / len(kept), grads), state
+
+    return Transform(no_state, update)
+
+
+def splits_anew():
+    """The product's size shared out between the factors, whatever the learning rate."""
+
+    def apply(params, direction, lr):
+        moved = apply_updates(params, direction, lr)
+        return map_pairs(lambda pair: Factors(2.0 * pair.A, 0.5 * pair.B), moved)
+
+    return Transform(no_state, pass_on, apply)
+
+
+def steps_at_least_a_little():
+    return Transform(no_state, pass_on, lambda p, d, lr: apply_updates(p, d, lr + 1e-8))
+
+
+def broken_by(name, make):
+    check = {c.__name__: c for c in CONTRACT}[name]
+    with pytest.raises(AssertionError) as error:
+        check(make, get("numpy"))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("make", [keeps_its_momentum, keeps_what_init_saw, counts_for_itself])
+def test_a_method_that_keeps_something_to_itself_is_found(make):
+    assert "by a method used before" in broken_by("check_state_is_the_truth", make)
+
+
+@pytest.mark.parametrize("make", [splits_anew, steps_at_least_a_little])
+def test_a_method_that_moves_at_a_rate_of_0_is_found(make):
+    assert "at a learning rate of 0" in broken_by("check_zero_rate_moves_nothing", make)
+
+
+def test_a_chain_holds_still_at_a_rate_of_0():
+    """Whatever move a link of it brings."""
+    check = {c.__name__: c for c in CONTRACT}["check_zero_rate_moves_nothing"]
+    check(lambda: chain(splits_anew()), get("numpy"))

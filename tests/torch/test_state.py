@@ -1,0 +1,448 @@
+"""What is in `optimizer.state` is what the next step uses, for every class and however it got there.
+
+The oracle is another optimizer that was never used: fresh, or loaded with the state in question.
+"""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from models import CLASSES, LoRALinear, loss_of, make_model, pairs_in, same, train, values
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+import rlora
+import rlora.torch
+from rlora import Factors
+from rlora.core.state import flatten_state, unflatten_state
+from rlora.torch import method_batch, precondition
+
+make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
+CONSTANT = {"scaling", "0.scaling", "inverse", "frame"}
+"""What a method was given, not what it has gathered."""
+
+
+def tensors(optimizer):
+    """(state of a parameter, key, tensor), without constants."""
+    return [
+        (held, key, x)
+        for held in optimizer.state.values()
+        for key, x in held.items()
+        if isinstance(x, torch.Tensor) and key not in CONSTANT
+    ]
+
+
+def clear(optimizer, model):
+    optimizer.state.clear()
+
+
+def pop_factors(optimizer, model):
+    for p in (p for pair in pairs_in(model) for p in pair):
+        optimizer.state.pop(p, None)
+
+
+def pop_one_factor(optimizer, model):
+    for p in pairs_in(model)[0][:1]:
+        optimizer.state.pop(p, None)
+
+
+def zero_in_place(optimizer, model):
+    for _, _, x in tensors(optimizer):
+        x.zero_()
+
+
+def zero_by_others(optimizer, model):
+    for held, key, x in tensors(optimizer):
+        held[key] = torch.zeros_like(x)
+
+
+def double_in_place(optimizer, model):
+    for _, key, x in tensors(optimizer):
+        if key.endswith(("mu", "exp_avg", "momentum_buffer")):
+            x.mul_(2)
+
+
+def away_and_back(optimizer, model):
+    """As an offload to a CPU does."""
+    for held, key, x in tensors(optimizer):
+        held[key] = x.cpu().clone()
+
+
+def another_dict(optimizer, model):
+    optimizer.state = copy.copy(optimizer.state)
+    for p, held in optimizer.state.items():
+        optimizer.state[p] = {key: copy.deepcopy(x) for key, x in held.items()}
+
+
+def never_used(make, model, optimizer):
+    """A copy of the model, and an optimizer that was loaded with the state alone."""
+    twin = copy.deepcopy(model)
+    other = make(twin)
+    successor = dict(zip(model.parameters(), twin.parameters(), strict=True))
+    for p, held in optimizer.state.items():
+        other.state[successor[p]] = copy.deepcopy(held)
+    for group, old in zip(other.param_groups, optimizer.param_groups, strict=True):
+        group.update({key: value for key, value in old.items() if key != "params"})
+    return twin, other
+
+
+def assert_same_states(one, other):
+    found, expected = one.state_dict()["state"], other.state_dict()["state"]
+    assert found.keys() == expected.keys()
+    for i, held in expected.items():
+        assert found[i].keys() == held.keys()
+        for key, x in held.items():
+            torch.testing.assert_close(found[i][key], x, rtol=0, atol=0)
+
+
+@make
+@pytest.mark.parametrize("change", [
+    clear, pop_factors, pop_one_factor, zero_in_place, zero_by_others, double_in_place,
+    away_and_back, another_dict,
+], ids=lambda f: f.__name__)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_next_step_uses_what_is_in_the_state(make, change, dtype):
+    """And later checkpoints hold what later steps have made of it."""
+    model = make_model(dtype=dtype)
+    optimizer = make(model)
+    train(model, optimizer, 3)
+    change(optimizer, model)
+    twin, other = never_used(make, model, optimizer)
+    for t in (3, 4, 5):
+        train(model, optimizer, 1, start=t)
+        train(twin, other, 1, start=t)
+        assert same(values(model), values(twin))
+        assert all(p.isfinite().all() for p in model.parameters())
+    assert_same_states(optimizer, other)
+
+
+@make
+def test_a_cleared_state_is_a_fresh_start(make):
+    model = make_model()
+    optimizer = make(model)
+    train(model, optimizer, 3)
+    optimizer.state.clear()
+    twin = copy.deepcopy(model)
+    other = make(twin)
+    train(model, optimizer, 3)
+    train(twin, other, 3)
+    assert same(values(model), values(twin))
+    assert_same_states(optimizer, other)
+
+
+@pytest.mark.parametrize("portion", [1, method_batch.PORTION])
+@pytest.mark.parametrize("name", ["lora_rite", "lora_plus", "riemannion", "alt_lora", "lora_sb"])
+def test_replaced_tensors_against_the_functional_method(name, portion, monkeypatch):
+    """Each moment of a pair is halved, here in the state of a function and there in the class's."""
+    monkeypatch.setattr(method_batch, "PORTION", portion)
+    torch.manual_seed(0)
+    pairs = [
+        (torch.randn(2, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64))
+        for _ in range(3)
+    ]
+    tensors = [p.requires_grad_() for pair in pairs for p in pair]
+    method = getattr(rlora, name)()
+    kind = rlora.torch.optimizer_class(getattr(rlora, name))
+    optimizer = kind(tensors, lr=1e-2, pairs=pairs)
+    params = [Factors(*(p.detach().clone() for p in pair)) for pair in pairs]
+    state = method.init(params)
+    for t in range(4):
+        for p in tensors:
+            p.grad = torch.randn_like(p)
+        grads = [Factors(a.grad, b.grad) for a, b in pairs]
+        if t == 2:
+            flat = flatten_state(state)
+            halved = {k: x / 2 if "mu" in k.split(".") else x for k, x in flat.items()}
+            state = unflatten_state(halved, state)
+            for p in tensors:
+                held = optimizer.state[p]
+                held.update({k: x / 2 for k, x in held.items() if "mu" in k.split(".")})
+        optimizer.step()
+        params, state = rlora.step(method, params, grads, state, 1e-2)
+    for pair, expected in zip(pairs, params, strict=True):
+        for p, x in zip(pair, expected, strict=True):
+            torch.testing.assert_close(p.detach(), x, rtol=0, atol=1e-12)  # other order of sums
+
+
+def test_a_tensor_of_another_shape_is_refused_before_anything_moves(monkeypatch):
+    monkeypatch.setattr(method_batch, "PORTION", 1)
+    model = make_model()
+    optimizer = CLASSES["LoRARite"](model)
+    train(model, optimizer, 1)
+    before = values(model)
+    for A, _ in pairs_in(model)[1:]:
+        optimizer.state[A]["mu"] = torch.zeros(3)
+    with pytest.raises(rlora.ShapeError, match=r"\(3,\) as 'mu'.*expected.*\(4, 10\)"):
+        train(model, optimizer, 1)
+    assert same(before, values(model))
+
+
+# --- torch.distributed.checkpoint -----------------------------------------------------------------
+
+
+def freeze(letter):
+    def of(model):
+        for pair in pairs_in(model):
+            pair["AB".index(letter)].requires_grad_(False)
+
+    return of
+
+
+def all_of_it(model):
+    """Nothing is frozen."""
+
+
+def with_options(kind, **options):
+    return lambda m: getattr(rlora.torch, kind)(m, lr=1e-2, **options)
+
+
+STATELESS = {
+    "ScaledSGD": with_options("ScaledSGD"),
+    "LoRAProSGD momentum": with_options("LoRAProSGD", momentum=0.9),
+    "RefLoRA momentum": with_options("RefLoRA", momentum=0.9),
+    "LoRAMuon without": with_options("LoRAMuon", b1=0.0),
+    "AdaPreLoRA without": with_options("AdaPreLoRA", betas=(0.0, 0.999)),
+    "RACLoRA Adam": with_options("RACLoRA", adam=True),
+    "RACLoRA B": with_options("RACLoRA", frozen="B"),
+    "LoRAProAdamW full": with_options("LoRAProAdamW", mode="full"),
+    "LoRARite all": with_options("LoRARite", balance=True, escape=True, max_norm=1.0),
+    "rounded": with_options("LoRARite", stochastic_rounding=True),
+    "ScaledAdamW rounded": with_options("ScaledAdamW", stochastic_rounding=True),
+}
+
+
+@pytest.mark.parametrize("maker", (CLASSES | STATELESS).values(), ids=CLASSES | STATELESS)
+@pytest.mark.parametrize("frozen", [all_of_it, freeze("A"), freeze("B")], ids=["", "A", "B"])
+@pytest.mark.parametrize("flat", [False, True], ids=["by parameter", "flat"])
+def test_get_and_set_state_dict_go_on_bit_for_bit(maker, frozen, flat):
+    """With a bfloat16 model, whose roundings nothing may change."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = make_model(dtype=torch.bfloat16)
+    frozen(model)
+    optimizer = maker(model)
+    train(model, optimizer, 3)
+    saved, state = copy.deepcopy(get_state_dict(model, optimizer, options=options))
+    again = make_model(seed=9, dtype=torch.bfloat16)
+    frozen(again)
+    resumed = maker(again)
+    set_state_dict(again, resumed, model_state_dict=saved, optim_state_dict=state, options=options)
+    assert same(values(model), values(again))
+    expected = train(model, optimizer, 3, start=3)
+    assert train(again, resumed, 3, start=3) == expected
+    assert same(values(model), values(again))
+
+
+@make
+def test_a_parameter_that_never_had_a_gradient_does_not_stop_a_resume(make):
+    model = make_model()
+    model.append(nn.Identity())
+    model[4].unused = nn.Parameter(torch.ones(3))
+    optimizer = make(model)
+    train(model, optimizer, 2)
+    saved, state = copy.deepcopy(get_state_dict(model, optimizer))
+    again = copy.deepcopy(model)
+    resumed = make(again)
+    set_state_dict(again, resumed, model_state_dict=saved, optim_state_dict=state)
+    assert train(again, resumed, 2, start=2) == train(model, optimizer, 2, start=2)
+
+
+def test_what_a_pair_has_once_follows_the_factor_that_trains():
+    """A frozen meanwhile, and freed again: the moments of the product go on."""
+    model, twin = make_model(dtype=torch.float64), make_model(dtype=torch.float64)
+    maker = with_options("LoRAProAdamW", mode="full")
+    optimizer, other = maker(model), maker(twin)
+    A, B = pairs_in(model)[0]
+    for o, m in ((optimizer, model), (other, twin)):
+        train(m, o, 2)
+    freeze("A")(model)
+    for t in (2, 3):
+        train(model, optimizer, 1, start=t)
+        twin.zero_grad()
+        loss_of(twin, t % 3).backward()  # its A has no gradient, but is not frozen
+        for a, _ in pairs_in(twin):
+            a.grad = None
+        other.step()
+    assert "mu" in optimizer.state[B]
+    assert "mu" not in optimizer.state[A]
+    for a, _ in pairs_in(model):
+        a.requires_grad_(True)
+    for o, m in ((optimizer, model), (other, twin)):
+        train(m, o, 2, start=4)
+    assert "mu" in optimizer.state[A]
+    assert "mu" not in optimizer.state[B]
+    assert same(values(model), values(twin))
+
+
+# --- a learning rate of 0 -------------------------------------------------------------------------
+
+DECAYED = {
+    "LoRARite balanced": with_options("LoRARite", balance=True, weight_decay=0.1),
+    "Riemannion decayed": with_options("Riemannion", weight_decay=0.1),
+    "LoRAMuon decayed": with_options("LoRAMuon", weight_decay=0.1),
+    "LoRAFA after": with_options("LoRAFA", weight_decay=0.1, decay="after", eps_form="hf"),
+    "LoRAProAdamW full": with_options("LoRAProAdamW", mode="full", weight_decay=0.1),
+    "ScaledSGD decayed": with_options("ScaledSGD", weight_decay=0.1, momentum=0.9),
+}
+ALL = CLASSES | DECAYED
+
+
+@pytest.mark.parametrize("maker", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+def test_a_rate_of_0_moves_nothing(maker, dtype, lr):
+    """From a fresh start, from B = 0, and in mid-run."""
+    for zero_B in (False, True):
+        model = make_model(dtype=dtype, zero_B=zero_B)
+        optimizer = maker(model)
+        for steps in (0, 3):
+            train(model, optimizer, steps)
+            rates = [group["lr"] for group in optimizer.param_groups]
+            before = values(model)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            train(model, optimizer, 3)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            assert same(before, values(model))
+
+
+@pytest.mark.parametrize("maker", ALL.values(), ids=ALL)
+def test_a_rate_of_0_rounds_nothing(maker):
+    model = make_model(dtype=torch.bfloat16)
+    options = {} if maker in DECAYED.values() else {"stochastic_rounding": True}
+    optimizer = maker(model, **options)
+    for group in optimizer.param_groups:
+        group["lr"], group["stochastic_rounding"] = 0.0, True
+    before = values(model)
+    train(model, optimizer, 20)
+    assert same(before, values(model))
+
+
+# --- schedulers -----------------------------------------------------------------------------------
+
+CYCLES = {
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-2, total_steps=10),
+    "CyclicLR": lambda o: torch.optim.lr_scheduler.CyclicLR(
+        o, 1e-3, 1e-2, step_size_up=5, cycle_momentum=True
+    ),
+}
+
+
+@pytest.mark.parametrize("cycle", CYCLES.values(), ids=CYCLES)
+@make
+def test_a_schedule_of_momentum_counts_or_is_refused(make, cycle):
+    """The momentum that is cycled is the one the method takes, or torch says that there is none."""
+    model = make_model()
+    optimizer = make(model)
+    options = getattr(optimizer, "_options", lambda: {"betas": 0, "momentum": 0})()
+    if not {"betas", "momentum"} & options.keys():
+        with pytest.raises(ValueError, match="must support momentum"):
+            cycle(optimizer)
+        extra = nn.Parameter(torch.ones(3))  # the parent's own numbers are still there
+        optimizer.add_param_group({"params": [("extra", extra)]})
+        train(model, optimizer, 1)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        schedule = cycle(optimizer)
+        seen = set()
+        for _ in range(4):
+            train(model, optimizer, 1)
+            schedule.step()
+            group = optimizer.param_groups[0]
+            if hasattr(optimizer, "_chosen"):
+                chosen = optimizer._chosen(group)
+                seen.add(chosen.get("b1", chosen.get("momentum")))
+            else:
+                seen.add(group["betas"][0] if "betas" in group else group["momentum"])
+    assert len(seen) > 1
+
+
+# --- methods of a parent beside `step` ------------------------------------------------------------
+
+
+class Averaging(torch.optim.Optimizer):
+    """Steps at y, between z and its average x, and shows x on request, as schedule-free ones do."""
+
+    def __init__(self, params, lr=1e-2, beta=0.9):
+        super().__init__(params, {"lr": lr, "beta": beta, "train_mode": True, "k": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            assert group["train_mode"]
+            group["k"] += 1
+            for y in (p for p in group["params"] if p.grad is not None):
+                if "z" not in self.state[y]:
+                    self.state[y]["z"] = torch.clone(y)
+                z = self.state[y]["z"]
+                y.lerp_(end=z, weight=1 / group["k"])
+                y.add_(y.grad, alpha=-group["lr"] * (1 - group["beta"] * (1 - 1 / group["k"])))
+                z.sub_(y.grad, alpha=group["lr"])
+
+    @torch.no_grad()
+    def eval(self):
+        self.turn(False, lambda beta: 1 - 1 / beta)
+
+    @torch.no_grad()
+    def train(self):
+        self.turn(True, lambda beta: 1 - beta)
+
+    def turn(self, mode, weight):
+        for group in self.param_groups:
+            if group["train_mode"] != mode:
+                for p in group["params"]:
+                    if "z" in self.state[p]:
+                        p.lerp_(end=self.state[p]["z"], weight=weight(group["beta"]))
+                group["train_mode"] = mode
+
+    def gradients_too(self):
+        return [p.grad.dtype for group in self.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_other_methods_of_the_parent(dtype):
+    """`eval` and `train` see factors as wide as the state; the factors get the rounded result."""
+    model = nn.Sequential(LoRALinear(6, 10, 4, dtype), nn.Tanh(), LoRALinear(10, 8, 4, dtype))
+    optimizer = precondition(Averaging)(model)
+    train(model, optimizer, 4)
+    y = values(model)
+    expected = {
+        name: p.detach().float().lerp(optimizer.state[p]["z"], 1 - 1 / 0.9).to(dtype)
+        for name, p in model.named_parameters()
+        if p in optimizer.state
+    }
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    optimizer.eval()
+    assert len(expected) == 4
+    x = values(model)
+    assert all(torch.equal(x[name], expected[name]) for name in expected)
+    assert not optimizer.param_groups[0]["train_mode"]
+    assert {s["z"].dtype for s in optimizer.state.values()} == {torch.float32}
+    optimizer.train()
+    back = values(model)
+    for name in y:
+        # two roundings, the first of which is carried back by 1 / (1 - beta) of its size
+        torch.testing.assert_close(back[name], y[name], rtol=0, atol=20 * torch.finfo(dtype).eps)
+    assert all(
+        torch.equal(p.grad, g)
+        for p, g in zip((p for p in model.parameters() if p.grad is not None), grads, strict=True)
+    )
+    assert set(optimizer.gradients_too()) == {torch.float32}
+    optimizer.zero_grad()
+    optimizer.eval()
+    assert optimizer.param_groups[0]["k"] == 4
+    optimizer.train()
+    train(model, optimizer, 1)
+
+
+def test_state_that_a_parent_makes_at_once_is_wide_too():
+    model = make_model(dtype=torch.bfloat16, bias=False)
+    optimizer = precondition(torch.optim.Adagrad)(model, lr=1e-2)
+    train(model, optimizer, 2)
+    assert {s["sum"].dtype for s in optimizer.state.values()} == {torch.float32}
