@@ -8,6 +8,7 @@ arXiv:2411.19557, 2024.
 from typing import NamedTuple
 
 from rlora.core.backend import mT
+from rlora.core.checks import hyperparameters, plain_number
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
@@ -29,6 +30,7 @@ class CoreState(NamedTuple):
     """Of the cores, (..., r, r), as the A factors of pairs without a B."""
 
 
+@hyperparameters
 def scale_by_core(
     inner: Transform | None = None,
     *,
@@ -60,7 +62,9 @@ def scale_by_core(
         with backend.exact(leaves[0]):
             roots = [root.B for root in powers(-0.5, 0.0, "relative")]  # S_A^-½
             frames = backend.apply_left(roots, [pair.A for pair in pairs])
-            inverses = [P.A / scaling**2 for P in powers(-1.0, damping, damping_mode)]
+            inverses = [
+                P.A / plain_number(scaling) ** 2 for P in powers(-1.0, damping, damping_mode)
+            ]
         cores = rebuild(params, [Factors(inverse, None) for inverse in inverses])
         return CoreState(
             rebuild(params, frames), rebuild(params, inverses), core_method.init(cores, scaling)
@@ -86,6 +90,7 @@ def scale_by_core(
     return Transform(init, update)
 
 
+@hyperparameters
 def lora_sb(
     *,
     b1: float = 0.9,

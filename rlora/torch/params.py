@@ -1,10 +1,13 @@
 """From what people hand to a torch optimizer to named groups, and what a factor must be."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlora.core.checks import plain_number
 from rlora.core.errors import NamespaceError, ShardingError
 from rlora.pairing import Known, Source, find_pairs as find_named_pairs
 from rlora.torch.pairs import is_distributed
@@ -41,12 +44,36 @@ def as_groups(
         raise ValueError(msg)
     if not isinstance(items[0], dict):
         return [{"params": items}]
-    groups = [{**group, "params": as_list(group["params"], pairs, known)} for group in items]
-    if any(isinstance(p, tuple) for group in groups for p in group["params"]):
-        for group in groups:  # torch takes groups with names or without; an empty one has none
-            if not group["params"]:
-                group["param_names"] = []
-    return groups
+    return [{**group, "params": as_list(group["params"], pairs, known)} for group in items]
+
+
+def plain_numbers(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a group with Python's numbers, so that any file and any kernel takes them."""
+    return {k: v if k == "params" else plain_number(v) for k, v in options.items()}
+
+
+def split_names(group: dict[str, Any]) -> list[str] | None:
+    """Take the names out of a group, its ``params`` being tensors then; None if it has none."""
+    params = group["params"]
+    names: list[str] | None = group.pop("param_names", None)
+    if params and all(isinstance(p, tuple) for p in params):  # torch refuses a mixture
+        names, group["params"] = [p[0] for p in params], [p[1] for p in params]
+    if names is not None and len(names) != len(group["params"]):
+        msg = f"a group has {len(group['params'])} params, but {len(names)} param_names"
+        raise ValueError(msg)
+    return names
+
+
+@contextmanager
+def without_names(groups: list[dict[str, Any]]) -> Iterator[None]:
+    """Groups as if none had names: torch takes a new one only where all or none have."""
+    names = [group.pop("param_names", None) for group in groups]
+    try:
+        yield
+    finally:
+        for group, kept in zip(groups, names, strict=False):
+            if kept is not None:
+                group["param_names"] = kept
 
 
 def as_list(params: Any, pairs: Source | None = None, known: Known | None = None) -> list[Any]:
