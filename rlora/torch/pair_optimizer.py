@@ -147,19 +147,22 @@ class PairOptimizer(Watched, LoadsState, ABC):
             As torch takes it; ``params`` may be named, whether those of other groups are or not.
             Those without names are updated plainly unless they are in ``pairs``.
         """
-        group = plain_numbers(param_group)
+        group = plain_numbers(dict(param_group))
         group["params"] = as_list(group["params"])
         explicit = list(group.pop("pairs", ()))
-        names = split_names(group)
         if not hasattr(self, "_pairs"):  # the parent's constructor is at work
             self._by_hand += explicit
-            self._append(group, names)
+            super().add_param_group(group)
             return
+        names = split_names(group)
         self._check({**self.defaults, **group})
         self._current_pairs()
         check_explicit([*self._by_hand, *explicit], [*self._members, *group["params"]])
         kept = self._members, self._names, self._by_hand
-        self._append(group, names)
+        with without_names(self.param_groups):
+            super().add_param_group(group)
+        if names is not None:
+            group["param_names"] = names
         try:
             self._enroll(group)
             self._by_hand = self._by_hand + explicit
@@ -169,12 +172,6 @@ class PairOptimizer(Watched, LoadsState, ABC):
             self._members, self._names, self._by_hand = kept
             raise
         self._plans = None
-
-    def _append(self, group: dict[str, Any], names: list[str] | None) -> None:
-        with without_names(self.param_groups):
-            super().add_param_group(group)
-        if names is not None:
-            group["param_names"] = names
 
     def _check(self, group: dict[str, Any]) -> None:
         """Numbers and choices of a group; torch checks those of the constructor only."""

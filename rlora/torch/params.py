@@ -44,7 +44,12 @@ def as_groups(
         raise ValueError(msg)
     if not isinstance(items[0], dict):
         return [{"params": items}]
-    return [{**group, "params": as_list(group["params"], pairs, known)} for group in items]
+    groups = [{**group, "params": as_list(group["params"], pairs, known)} for group in items]
+    if any(isinstance(p, tuple) for group in groups for p in group["params"]):
+        for group in groups:  # torch takes groups with names or without; an empty one has none
+            if not group["params"]:
+                group["param_names"] = []
+    return groups
 
 
 def plain_numbers(options: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def split_names(group: dict[str, Any]) -> list[str] | None:
 
 @contextmanager
 def without_names(groups: list[dict[str, Any]]) -> Iterator[None]:
-    """Groups as if none had names: torch takes a new one only where all or none have."""
+    """Hide the names of groups from torch, which wants them of all groups or of none."""
     names = [group.pop("param_names", None) for group in groups]
     try:
         yield

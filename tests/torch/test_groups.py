@@ -44,13 +44,6 @@ def test_a_group_without_names_is_a_plain_group(make):
     assert "param_names" not in optimizer.param_groups[1]
 
 
-def test_groups_with_and_without_names_at_construction():
-    model, head = make_model(bias=False), nn.Linear(3, 2)
-    optimizer = ScaledAdamW([{"params": list(head.parameters())}, {"params": model, "lr": 1e-2}])
-    assert len(optimizer.report) == 2
-    assert optimizer.report.plain == ("parameter 0", "parameter 1")
-
-
 def test_lightnings_finetuning_callback():
     finetuning = pytest.importorskip("lightning").pytorch.callbacks.BaseFinetuning
     model, head = make_model(bias=False), nn.Linear(3, 2).requires_grad_(False)
