@@ -35,6 +35,7 @@ from rlora.torch.params import (
     check_grad,
     misfit,
     plain_numbers,
+    rename,
     split_names,
     without_names,
 )
@@ -200,6 +201,7 @@ class PairOptimizer(Watched, LoadsState, ABC):
             successor = {old: now[i] for old, i in place.items()}
         else:
             self._names = [self._names[place[id(p)]] if id(p) in place else None for p in now]
+            rename(self.param_groups, self._names)
         replaced = [pair.replaced(lambda p: successor.get(id(p))) for pair in self._pairs]
         check_swap(strangers=len(successor.keys() - place.keys()), gone=replaced.count(None))
         kept = zip(self.report, replaced, strict=True)

@@ -1,6 +1,6 @@
 """From what people hand to a torch optimizer to named groups, and what a factor must be."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,6 +67,15 @@ def split_names(group: dict[str, Any]) -> list[str] | None:
         msg = f"a group has {len(group['params'])} params, but {len(names)} param_names"
         raise ValueError(msg)
     return names
+
+
+def rename(groups: list[dict[str, Any]], names: Iterable[str | None]) -> None:
+    """Give groups whose parameters were changed by hand the names of those they have."""
+    rest = iter(names)
+    for group in groups:
+        own = [next(rest) for _ in group["params"]]
+        if group.pop("param_names", None) is not None and None not in own:
+            group["param_names"] = own
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def as_groups_are(saved: dict[str, Any], groups: Groups, names: Sequence[str | N
     params = [p for group in groups for p in group["params"]]
     ids = [i for group in theirs for i in group["params"]]
     mine = keys_of(_split(names, sizes))
-    keys = keys_of([g.get("param_names") or [None] * len(g["params"]) for g in theirs])
+    keys = keys_of([_names_of(group) for group in theirs])
     known = {*mine, *keys} - {None}
     common = known & {*mine} & {*keys}
     if sizes == saved_sizes and all(
@@ -86,6 +86,12 @@ def keys_of(names: Sequence[Sequence[str | None]]) -> list[Key]:
         for i, group in enumerate(names)
         for name in group
     ]
+
+
+def _names_of(group: Mapping[str, Any]) -> Sequence[str | None]:
+    names, size = group.get("param_names", ()), len(group["params"])
+    # Whoever took parameters out of a group may have left their names.
+    return names if len(names) == size else [None] * size
 
 
 def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:

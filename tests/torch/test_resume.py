@@ -235,3 +235,20 @@ def test_options_that_come_along():
     again = ScaledAdamW(make_model())
     again.load_state_dict(loaded.state_dict())
     assert again.param_groups[0]["damping"] == 0.5
+
+
+def test_names_follow_parameters_that_leave_a_group():
+    """As those of a deleted adapter do: what is saved then has the names of the rest."""
+    origin, model = square_model(), square_model(seed=1)
+    saved = ScaledAdamW(origin)
+    run(origin, saved)
+    for p in saved.param_groups[0]["params"][:2]:
+        del saved.state[p]
+    del saved.param_groups[0]["params"][:2]
+    saved.load_state_dict(saved.state_dict())  # before a step, too
+    run(origin, saved)
+    names = saved.state_dict()["param_groups"][0]["param_names"]
+    assert names == [name for name, _ in named(origin)[2:]]
+    loaded = ScaledAdamW(named(model)[:1:-1])
+    loaded.load_state_dict(saved.state_dict())
+    compare(loaded, model, saved, origin)
