@@ -1,11 +1,48 @@
 """Hyperparameters are checked where they are given, and the message says what may be given."""
 
-from typing import Any, Literal, TypeAlias, get_args
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from numbers import Integral, Real
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 from rlora.core.backend import dtype_name
 
 ComputeDtype: TypeAlias = Literal[None, "float32", "float64"]
 """Precision of the r x r algebra; None is the parameters' own, at least float32."""
+
+Maker = TypeVar("Maker", bound=Callable[..., Any])
+
+
+def plain_number(value: Any) -> Any:
+    """A real number of any library as Python's own, in a tuple too; anything else as it is.
+
+    A NumPy scalar would have a say in the dtype of what it is multiplied with, and a file with one
+    in it is refused by ``torch.load(weights_only=True)``.
+    """
+    if type(value) is tuple:
+        return tuple(map(plain_number, value))
+    if type(value) in (int, float, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def hyperparameters(method: Maker) -> Maker:
+    """Let a method take real numbers of any library, and say what it calls torch's ``betas``."""
+    rates = [name for name in inspect.signature(method).parameters if name in ("b1", "b2")]
+
+    @wraps(method)
+    def make(*args: Any, **options: Any) -> Any:
+        if rates and "betas" in options:
+            msg = (
+                f"{method.__name__} has no 'betas', torch's name for the pair: give "
+                f"{' and '.join(f'{name}=...' for name in rates)}"
+            )
+            raise TypeError(msg)
+        numbers = {name: plain_number(value) for name, value in options.items()}
+        return method(*map(plain_number, args), **numbers)
+
+    return cast("Maker", make)
 
 
 def is_traced(value: Any) -> bool:
@@ -34,10 +71,10 @@ def check_nonnegative(name: str, value: Any) -> None:
     if is_traced(value):
         _check_traced(name, value)
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         msg = f"{name} must be a real number, got {value!r} ({type(value).__name__})"
         raise TypeError(msg)
-    if not 0.0 <= value < float("inf"):
+    if not 0.0 <= float(value) < float("inf"):
         msg = f"{name} must be finite and at least 0, got {value!r}"
         raise ValueError(msg)
 

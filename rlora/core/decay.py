@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from rlora.core.checks import check_nonnegative, is_zero
+from rlora.core.checks import check_nonnegative, hyperparameters, is_zero
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Tree, map_leaves
 from rlora.core.transform import State, Transform, no_state, pass_on
@@ -11,6 +11,7 @@ Split = Callable[[Array | float], tuple[Array | float, Array | float]]
 """From what one step keeps, ``1 - lr λ``, to what a factor keeps and what multiplies its move."""
 
 
+@hyperparameters
 def add_decayed_weights(weight_decay: float) -> Transform:
     """Decay with the step: the direction gets ``+ weight_decay * params``.
 
@@ -38,11 +39,13 @@ def add_decayed_weights(weight_decay: float) -> Transform:
     return Transform(no_state, update)
 
 
+@hyperparameters
 def decay_weights_after(weight_decay: float) -> Transform:
     """Decay after the step: ``params <- (1 - lr λ) (params - lr direction)``."""
     return _decay(weight_decay, lambda keep: (keep, keep))
 
 
+@hyperparameters
 def decay_product(weight_decay: float) -> Transform:
     """Decay of the product: ``params <- sqrt(1 - lr λ) params - lr direction``.
 
@@ -51,6 +54,7 @@ def decay_product(weight_decay: float) -> Transform:
     return _decay(weight_decay, lambda keep: (keep**0.5, 1.0))
 
 
+@hyperparameters
 def decay_product_around(weight_decay: float) -> Transform:
     """Decay of the product and not of its move, which a move of one factor makes to first order.
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from rlora.core.checks import check_choice
+from rlora.core.checks import check_choice, hyperparameters
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors
 from rlora.initializers.start import Start, balanced
@@ -12,6 +12,7 @@ OneForm = Literal["algorithm", "theory"]
 GAForm = Literal["original", "peft"]
 
 
+@hyperparameters
 def lora_one(
     gradient: Array, rank: int, *, gamma: float = 1 / 128, form: OneForm = "algorithm", **svd: int
 ) -> Start:
@@ -72,6 +73,7 @@ def lora_one(
     return Start(balanced(U, gamma * S, -Vt))
 
 
+@hyperparameters
 def lora_ga(
     gradient: Array, rank: int, *, gamma: float = 16.0, form: GAForm = "original", **svd: int
 ) -> Start:
@@ -134,6 +136,7 @@ def lora_ga(
     return Start(pair, offset=pair)
 
 
+@hyperparameters
 def loi(gradient: Array, rank: int, *, alpha: float = 1.0, **svd: int) -> Start:
     """Riemannion's start: a tangent space that holds ``[G]_2r``; W0 is offset.
 
@@ -187,6 +190,7 @@ def loi(gradient: Array, rank: int, *, alpha: float = 1.0, **svd: int) -> Start:
     return Start(pair, offset=pair)
 
 
+@hyperparameters
 def lora_sb(gradient: Array, rank: int, *, lr: float, **svd: int) -> Start:
     """LoRA-SB: the factors of a first step of Adam; W0 stays.
 

@@ -2,11 +2,13 @@
 
 import math
 
+from rlora.core.checks import hyperparameters
 from rlora.core.factors import Array, Factors
 from rlora.initializers.start import Start, balanced
 from rlora.initializers.svd import check_count, check_positive, door, normal, randomized_svd
 
 
+@hyperparameters
 def pissa(weight: Array, rank: int, *, scaling: float = 1.0, **svd: int) -> Start:
     """PiSSA: the principal part of the weight itself; W0 is offset.
 
@@ -61,6 +63,7 @@ def pissa(weight: Array, rank: int, *, scaling: float = 1.0, **svd: int) -> Star
     return Start(pair, offset=pair)
 
 
+@hyperparameters
 def goat(weight: Array, rank: int, *, experts: int, scaling: float, rho: float = 10.0) -> Start:
     """GOAT: one pair for each expert, from segments of the exact SVD of the weight; W0 is offset.
 
@@ -128,6 +131,7 @@ def goat(weight: Array, rank: int, *, experts: int, scaling: float, rho: float =
     return Start(stacked, offset=Factors(xp.concat(A, axis=-2), xp.concat(B, axis=-1) / experts))
 
 
+@hyperparameters
 def goat_scaling(n: int, rank: int, *, eta: float = 1.0) -> float:
     """GOAT's scaling s, with which ``E[s² AᵀA] = η I``.
 
@@ -170,6 +174,7 @@ def goat_scaling(n: int, rank: int, *, eta: float = 1.0) -> float:
     return math.sqrt(3.0 * eta * n / rank)
 
 
+@hyperparameters
 def gaussian(weight: Array, rank: int, *, seed: int = 0) -> Start:
     """The plain start: a Gaussian A, B zero; W0 stays.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rlora.core.bundle import Bundle, rank_wise
-from rlora.core.checks import check_nonnegative, check_unit, is_zero
+from rlora.core.checks import check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, map_pairs
@@ -30,6 +30,7 @@ class AdaPreState(NamedTuple):
     """The s of each pair."""
 
 
+@hyperparameters
 def scale_by_adapre(
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -144,6 +145,7 @@ def weighted_tangent(
     return add(bundle.apply(P, scaled), shared)
 
 
+@hyperparameters
 def adapre_lora(
     *,
     b1: float = 0.9,

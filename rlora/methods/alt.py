@@ -7,7 +7,7 @@ Adaptation with Alternating Projections. arXiv:2505.12455, 2025.
 from typing import Any, Literal, NamedTuple
 
 from rlora.core.bundle import Bundle, rank_wise, record_turn, small_zeros
-from rlora.core.checks import check_choice, check_nonnegative, check_unit
+from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters
 from rlora.core.factors import Array, Factors, Tree
 from rlora.core.linalg import DampingMode, check_damping, metric_power
 from rlora.core.moments import each, per_pair, zeros
@@ -116,6 +116,7 @@ def alternate(
     return rank_wise(init, rule, transport=record_turn, compute_dtype=compute_dtype)
 
 
+@hyperparameters
 def alt_lora(
     *,
     b1: float = 0.9,
@@ -183,6 +184,7 @@ def alt_lora(
     return chain(link)
 
 
+@hyperparameters
 def alt_lora_plus(
     *,
     b1: float = 0.9,

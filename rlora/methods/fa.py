@@ -6,7 +6,7 @@ Language Models Fine-tuning. arXiv:2308.03303, 2023.
 
 from typing import Any, Final, Literal, NamedTuple
 
-from rlora.core.checks import check_choice
+from rlora.core.checks import check_choice, hyperparameters, plain_number
 from rlora.core.decay import add_decayed_weights, decay_weights_after
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
@@ -34,6 +34,7 @@ class FrozenState(NamedTuple):
     """``S_A⁻¹ / s²``, (..., r, r), one a pair."""
 
 
+@hyperparameters
 def scale_by_frozen_gram(
     damping: float = 1e-6,
     damping_mode: DampingMode = "relative",
@@ -54,7 +55,8 @@ def scale_by_frozen_gram(
                 damping_mode=damping_mode,
                 compute_dtype=compute_dtype,
             )
-        return FrozenState(rebuild(params, [inverse / scaling**2 for inverse in inverses]))
+        s = plain_number(scaling)
+        return FrozenState(rebuild(params, [inverse / s**2 for inverse in inverses]))
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         leaves = leaves_of(params)
@@ -67,6 +69,7 @@ def scale_by_frozen_gram(
     return Transform(init, update)
 
 
+@hyperparameters
 def lora_fa(
     *,
     b1: float = 0.9,

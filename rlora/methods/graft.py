@@ -7,6 +7,7 @@ Learning Rates. arXiv:2002.11803, 2020.
 from typing import NamedTuple
 
 from rlora.core.bundle import Bundle, Stack, filled, rank_wise
+from rlora.core.checks import hyperparameters
 from rlora.core.decay import add_decayed_weights
 from rlora.core.factors import Factors, Tree
 from rlora.core.linalg import metric_power
@@ -30,6 +31,7 @@ class Wanted(NamedTuple):
     U: Tree
 
 
+@hyperparameters
 def graft_adamw(
     inner: Transform | None = None,
     *,

@@ -7,7 +7,7 @@ a product: Intrinsic Muon: Spectral Optimization on Riemannian Matrix Manifolds.
 """
 
 from rlora.core.bundle import Bundle, rank_wise
-from rlora.core.checks import check_unit, is_zero
+from rlora.core.checks import check_unit, hyperparameters, is_zero
 from rlora.core.decay import decay_product_around
 from rlora.core.factors import Factors
 from rlora.core.linalg import congruence
@@ -31,6 +31,7 @@ def scale_by_spectral_norm(*, compute_dtype: str | None = None) -> Transform:
     return rank_wise(keep_scaling, rule, compute_dtype=compute_dtype)
 
 
+@hyperparameters
 def lora_muon(
     *,
     b1: float = 0.95,

@@ -4,13 +4,14 @@ S. Hayou, N. Ghosh, B. Yu. LoRA+: Efficient Low Rank Adaptation of Large Models.
 2024.
 """
 
-from rlora.core.checks import check_nonnegative
+from rlora.core.checks import check_nonnegative, hyperparameters
 from rlora.core.decay import add_decayed_weights
 from rlora.core.factors import Factors, Tree, map_pairs
 from rlora.core.moments import scale_by_adam
 from rlora.core.transform import State, Transform, chain
 
 
+@hyperparameters
 def lora_plus(
     inner: Transform | None = None,
     *,

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from rlora.core.backend import mT
 from rlora.core.bundle import Bundle, Stack, rank_wise
-from rlora.core.checks import check_choice, check_nonnegative, check_unit, is_zero
+from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.decay import add_decayed_weights, decay_product
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, device_of, map_pairs
@@ -28,6 +28,7 @@ Gauge = Literal["sylvester", "balanced", "zero"]
 Mode = Literal["efficient", "full"]
 
 
+@hyperparameters
 def scale_by_pro(
     gauge: Gauge = "sylvester",
     *,
@@ -78,6 +79,7 @@ class FullState(NamedTuple):
     """The s of each pair."""
 
 
+@hyperparameters
 def scale_by_full_adam(
     gauge: Gauge = "sylvester",
     b1: float = 0.9,
@@ -126,6 +128,7 @@ def scale_by_full_adam(
     return rank_wise(init, rule, compute_dtype=compute_dtype)
 
 
+@hyperparameters
 def lora_pro_sgd(
     *,
     gauge: Gauge = "sylvester",
@@ -190,6 +193,7 @@ def lora_pro_sgd(
     return chain(*links, add_decayed_weights(weight_decay))
 
 
+@hyperparameters
 def lora_pro_adamw(
     *,
     mode: Mode = "efficient",

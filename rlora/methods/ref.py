@@ -7,7 +7,7 @@ of Large Models. arXiv:2505.18877, 2025.
 from typing import Literal
 
 from rlora.core.bundle import Bundle, Stack, rank_wise
-from rlora.core.checks import check_choice, is_zero
+from rlora.core.checks import check_choice, hyperparameters, is_zero
 from rlora.core.decay import add_decayed_weights
 from rlora.core.factors import Factors, device_of
 from rlora.core.linalg import geometric_mean
@@ -42,6 +42,7 @@ def balancing(bundle: Bundle, S: Stack, form: Form) -> Stack:
     return xp.where(zero, eye, K)
 
 
+@hyperparameters
 def ref_lora(
     *,
     form: Form = "matrix",

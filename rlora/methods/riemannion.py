@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from rlora.core.backend import ROUNDING, Backend, mT
 from rlora.core.bundle import Bundle, rank_wise
-from rlora.core.checks import check_nonnegative, check_unit
+from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, map_leaves, map_pairs
 from rlora.core.linalg import add, metric_power, scale, tangent
@@ -32,6 +32,7 @@ class RiemannionState(NamedTuple):
     """Momentum at the present point, a `Tangent` for each pair."""
 
 
+@hyperparameters
 def riemannion(
     *, b1: float = 0.9, weight_decay: float = 0.0, compute_dtype: str | None = None
 ) -> Transform:

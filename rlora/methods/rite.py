@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from rlora.core.backend import Backend
 from rlora.core.bundle import Bundle, Stack, rank_wise, record_turn, small_zeros
-from rlora.core.checks import check_nonnegative, check_unit
+from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
@@ -42,6 +42,7 @@ class RiteState(NamedTuple):
     """Steps taken."""
 
 
+@hyperparameters
 def scale_by_rite(
     b1: float = 0.9,
     b2: float = 0.999,
@@ -159,6 +160,7 @@ def clip_unmagnified(max_norm: float | None = None, max_rms: float | None = None
     return Transform(no_state, update)
 
 
+@hyperparameters
 def lora_rite(
     *,
     b1: float = 0.9,

@@ -8,6 +8,7 @@ arXiv:2411.19557, 2024.
 from typing import NamedTuple
 
 from rlora.core.backend import mT
+from rlora.core.checks import hyperparameters, plain_number
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
@@ -30,6 +31,7 @@ class CoreState(NamedTuple):
     """Of the cores, (..., r, r), as the A factors of pairs without a B."""
 
 
+@hyperparameters
 def scale_by_core(
     inner: Transform | None = None,
     *,
@@ -66,7 +68,7 @@ def scale_by_core(
                 damping_mode=damping_mode,
                 compute_dtype=compute_dtype,
             ).first
-            inverses = [pair.A / scaling**2 for pair in P or ()]
+            inverses = [pair.A / plain_number(scaling) ** 2 for pair in P or ()]
         cores = rebuild(params, [Factors(inverse, None) for inverse in inverses])
         return CoreState(
             rebuild(params, frames), rebuild(params, inverses), core_method.init(cores, scaling)
@@ -92,6 +94,7 @@ def scale_by_core(
     return Transform(init, update)
 
 
+@hyperparameters
 def lora_sb(
     *,
     b1: float = 0.9,

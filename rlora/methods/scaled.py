@@ -7,7 +7,7 @@ arXiv:2402.02347, 2024.
 from collections.abc import Callable
 from typing import Any, Final, Literal
 
-from rlora.core.checks import check_choice, is_zero
+from rlora.core.checks import check_choice, hyperparameters, is_zero
 from rlora.core.decay import add_decayed_weights, decay_weights_after
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
@@ -44,6 +44,7 @@ OFFICIAL: Final[dict[str, Any]] = {
 ``bias_correction=False`` on top."""
 
 
+@hyperparameters
 def scale_by_gram(
     inner: Transform | None = None,
     *,
@@ -122,6 +123,7 @@ def _check_one_sided(grads: Tree) -> None:
         raise PairingError(msg)
 
 
+@hyperparameters
 def scaled_sgd(
     *,
     momentum: float = 0.0,
@@ -188,6 +190,7 @@ def scaled_sgd(
     return chain(gram, add_decayed_weights(weight_decay))
 
 
+@hyperparameters
 def scaled_adamw(
     *,
     b1: float = 0.7,

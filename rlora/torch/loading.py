@@ -10,12 +10,10 @@ from torch.optim import Optimizer
 
 from rlora.core.errors import ShapeError
 from rlora.torch.pairs import TensorPair
+from rlora.torch.saved import ELEMENTWISE, as_groups_are
 from rlora.torch.sharding import check_kind
 
 Shapes = Mapping[str, Size | None]
-
-ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "state1", "state2")
-"""State of torch's own optimizers, and of bitsandbytes', that has the shape of its parameter."""
 
 OF_METHODS = {"mu", "count", "scaling", "inverse", "frame", "turn"}
 """Words in the names of the state of method classes, each of which has one."""
@@ -25,6 +23,7 @@ class LoadsState(Optimizer, ABC):
     """The loading of an optimizer that knows pairs. Not to be used by itself."""
 
     _own: tuple[str, ...]
+    _names: list[str | None]
 
     @abstractmethod
     def _current_pairs(self) -> list[TensorPair]:
@@ -51,8 +50,15 @@ class LoadsState(Optimizer, ABC):
         """Load a state, of this optimizer or of the plain parent; whole or not at all.
 
         Moments of paired factors keep their dtype, at least float32, whatever the parameters have.
-        Where the saved groups lack ours, as those of the plain parent do, damping and placement
-        stay as constructed.
+        Where both have names, a state goes to the parameter of its name, in whatever order and
+        groups they were saved. Without names it goes by place as in torch, and where the groups
+        differ by shape, if that leaves no choice; frozen parameters without state may be missing
+        on either side.
+
+        As in torch all options of the saved groups come along: learning rate, ``betas``, ``eps``,
+        weight decay and the parent's flags. What a saved group lacks, as one of the plain parent
+        lacks damping and placement, stays as constructed, and so do options on which saved
+        groups disagree that are one here.
 
         Parameters
         ----------
@@ -64,7 +70,11 @@ class LoadsState(Optimizer, ABC):
         ShapeError, ShardingError
             When a saved moment has another shape than its parameter, is one of an optimizer that
             keeps others, or is whole and the parameter is sharded, or the other way round; nothing
-            has been loaded then.
+            has been loaded then. A ShapeError too where there are no names, the groups differ, and
+            shapes do not tell which state is whose.
+        ValueError
+            When a trainable parameter is not among the saved names, or a saved one with state is
+            not here.
         """
         incoming: list[dict[str, Any]] = []
 
@@ -93,19 +103,21 @@ class LoadsState(Optimizer, ABC):
                 handle.remove()
 
     def _owners(self, saved: dict[str, Any]) -> list[tuple[Any, Tensor]]:
-        """(id in the saved state, parameter); torch itself refuses groups of other lengths."""
+        """(id in the saved state, parameter)."""
         ids = [i for group in saved["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        return list(zip(ids, params, strict=False))
+        return list(zip(ids, params, strict=True))
 
     def _completed(self, saved: dict[str, Any]) -> dict[str, Any]:
+        self._current_pairs()  # names follow the parameters as they are now
+        saved = as_groups_are(saved, self.param_groups, self._names)
         for i, p in self._owners(saved):
             _check(i, saved["state"].get(i, {}), p, self._state_shapes(p))
         groups = [
             {**{name: mine[name] for name in self._own}, **theirs}
-            for mine, theirs in zip(self.param_groups, saved["param_groups"], strict=False)
+            for mine, theirs in zip(self.param_groups, saved["param_groups"], strict=True)
         ]
-        return {**saved, "param_groups": [*groups, *saved["param_groups"][len(groups) :]]}
+        return {**saved, "param_groups": groups}
 
     def _restore_dtypes(self, saved: dict[str, Any]) -> None:
         """Undo torch's cast of every state to its parameter's dtype."""

@@ -1,5 +1,6 @@
 """Pairs of torch parameters: found by name, told by modules, or given by hand."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -15,6 +16,7 @@ from rlora.pairing import (
     PairReport,
     Source,
     find_pairs as find_named_pairs,
+    is_factor,
     nothing_paired,
 )
 from rlora.torch.pairs import TensorPair
@@ -83,17 +85,53 @@ def split_source(pairs: Pairs) -> tuple[list[Any], Source | None]:
 
 def what_modules_know(params: Any) -> Known | None:
     """Of models' layers how factors lie where shapes do not tell, or why they are no pair."""
-    groups = () if isinstance(params, (nn.Module, Tensor)) else params
-    held = [params, *(group.get("params") for group in groups if isinstance(group, dict))]
-    models = [model for model in held if isinstance(model, nn.Module)]
+    if isinstance(params, nn.Module):
+        return _known_of(params)
+    groups = () if isinstance(params, Tensor) else params
+    held = [group.get("params") if isinstance(group, dict) else None for group in groups]
+    models = [(i, model) for i, model in enumerate(held) if isinstance(model, nn.Module)]
     known: dict[str, Layout | str] = {}
-    for model in models:
-        for name, module in model.named_modules():
-            known |= _of_adapters(name, module)
-            if told := _of_module(module):
-                known[name] = told
-        known |= _shared(model)
+    for i, model in models:
+        told = _known_of(model)
+        known |= told | {in_group(i, layer): x for layer, x in told.items()}
     return known if models else None
+
+
+def _known_of(model: nn.Module) -> dict[str, Layout | str]:
+    known: dict[str, Layout | str] = {}
+    for name, module in model.named_modules():
+        known |= _of_adapters(name, module)
+        if told := _of_module(module):
+            known[name] = told
+    return known | _shared(model)
+
+
+def in_group(i: int, name: str) -> str:
+    """A name that parameters of several groups have, told from the others."""
+    return f"groups.{i}.{name}"
+
+
+def told_apart(
+    groups: Sequence[Sequence[tuple[str, Tensor]]], known: Known | None, source: Source | None
+) -> list[tuple[str, Tensor]]:
+    """Named tensors of all groups; names that several groups have say the group.
+
+    A factor without a partner in its own group keeps its name: it may have one in another.
+    """
+    named = [item for group in groups for item in group]
+    count = Counter(name for name, _ in named)
+    doubled = {name for name in count if count[name] > 1}
+    if not doubled or any(len(dict(group)) < len(group) for group in groups):
+        return named
+    given: Any = [source] if source is None or isinstance(source, Convention) else source
+    if callable(source) or any(not isinstance(x, Convention | None) for x in given):
+        return named  # whoever gives names of pairs knows which
+    found = list[tuple[str, Tensor]]()
+    for i, group in enumerate(groups):
+        refused = find_named_pairs(group, pairs=source, known=known).refused
+        alone = {name for name in refused if source is not None or is_factor(name)}
+        found += [(in_group(i, n) if n in doubled - alone else n, p) for n, p in group]
+    return found
 
 
 def _of_module(module: Any) -> Layout | str | None:

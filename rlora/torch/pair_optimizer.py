@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlora.core.checks import check_nonnegative
+from rlora.core.checks import check_nonnegative, plain_number
 from rlora.core.errors import NamespaceError
 from rlora.pairing import PairReport
 from rlora.torch.compiling import inherited
@@ -25,10 +25,20 @@ from rlora.torch.matching import (
     match,
     no_pair,
     split_source,
+    told_apart,
     what_modules_know,
 )
 from rlora.torch.pairs import TensorPair, signature
-from rlora.torch.params import as_groups, as_list, check_grad, misfit
+from rlora.torch.params import (
+    as_groups,
+    as_list,
+    check_grad,
+    misfit,
+    plain_numbers,
+    rename,
+    split_names,
+    without_names,
+)
 from rlora.torch.plan import Plan
 from rlora.torch.rounding import check_rounding, count_roundings
 from rlora.torch.sharding import check_layouts, check_swap
@@ -63,7 +73,9 @@ class PairOptimizer(Watched, LoadsState, ABC):
         self._by_name = not self._by_hand
         params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
         self._known = what_modules_know(params)
-        super().__init__(as_groups(params, self._source, self._known), *args, **kwargs)
+        own, kwargs = plain_numbers(own), plain_numbers(kwargs)
+        groups = as_groups(params, self._source, self._known)
+        super().__init__(groups, *map(plain_number, args), **kwargs)
         self.defaults.update(own)
         for group in self.param_groups:
             for name, value in own.items():
@@ -103,13 +115,29 @@ class PairOptimizer(Watched, LoadsState, ABC):
     def _pair_up(self) -> None:
         """The pairs given by hand, and unless the constructor got some, those found by name."""
         pairs, report = check_explicit(self._by_hand, self._members)
-        named = [(n, p) for n, p in zip(self._names, self._members, strict=True) if n is not None]
-        if self._by_name and named:
+        groups = self._named_groups() if self._by_name else []
+        if any(groups):
+            named = told_apart(groups, self._known, self._source)
             found, by_name = match(named, self._known, self._adapter, self._source)
+            by_hand = {id(p) for pair in pairs for p in pair.moved}
+            nameless = [
+                f"parameter {i}"
+                for i, (name, p) in enumerate(zip(self._names, self._members, strict=True))
+                if name is None and id(p) not in by_hand
+            ]
             pairs = pairs + found
-            report = replace(by_name, pairs=report.pairs + by_name.pairs)
+            plain = (*by_name.plain, *nameless)
+            report = replace(by_name, pairs=report.pairs + by_name.pairs, plain=plain)
         check_layouts(pairs)
         self._pairs, self.report = pairs, report
+
+    def _named_groups(self) -> list[list[tuple[str, Tensor]]]:
+        """The members with a name, group by group."""
+        names = dict(zip(map(id, self._members), self._names, strict=True))
+        return [
+            [(name, p) for p in group["params"] if (name := names[id(p)]) is not None]
+            for group in self.param_groups
+        ]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its LoRA factors are paired by name, or by a key ``pairs`` of the group.
@@ -117,24 +145,34 @@ class PairOptimizer(Watched, LoadsState, ABC):
         Parameters
         ----------
         param_group : dict
-            As torch takes it; ``params`` may be named.
+            As torch takes it; ``params`` may be named, whether those of other groups are or not.
+            Those without names are updated plainly unless they are in ``pairs``.
         """
-        group = dict(param_group)
+        group = plain_numbers(dict(param_group))
         group["params"] = as_list(group["params"])
         explicit = list(group.pop("pairs", ()))
         if not hasattr(self, "_pairs"):  # the parent's constructor is at work
             self._by_hand += explicit
             super().add_param_group(group)
             return
+        names = split_names(group)
         self._check({**self.defaults, **group})
         self._current_pairs()
-        new = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
-        check_explicit([*self._by_hand, *explicit], [*self._members, *new])
-        super().add_param_group(group)
-        self._enroll(group)
-        self._by_hand += explicit
+        check_explicit([*self._by_hand, *explicit], [*self._members, *group["params"]])
+        kept = self._members, self._names, self._by_hand
+        with without_names(self.param_groups):
+            super().add_param_group(group)
+        if names is not None:
+            group["param_names"] = names
+        try:
+            self._enroll(group)
+            self._by_hand = self._by_hand + explicit
+            self._pair_up()
+        except Exception:  # names that cannot be told apart, factors that do not fit
+            self.param_groups.pop()
+            self._members, self._names, self._by_hand = kept
+            raise
         self._plans = None
-        self._pair_up()
 
     def _check(self, group: dict[str, Any]) -> None:
         """Numbers and choices of a group; torch checks those of the constructor only."""
@@ -163,6 +201,7 @@ class PairOptimizer(Watched, LoadsState, ABC):
             successor = {old: now[i] for old, i in place.items()}
         else:
             self._names = [self._names[place[id(p)]] if id(p) in place else None for p in now]
+            rename(self.param_groups, self._names)
         replaced = [pair.replaced(lambda p: successor.get(id(p))) for pair in self._pairs]
         check_swap(strangers=len(successor.keys() - place.keys()), gone=replaced.count(None))
         kept = zip(self.report, replaced, strict=True)

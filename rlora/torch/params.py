@@ -1,10 +1,13 @@
 """From what people hand to a torch optimizer to named groups, and what a factor must be."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlora.core.checks import plain_number
 from rlora.core.errors import NamespaceError, ShardingError
 from rlora.pairing import Known, Source, find_pairs as find_named_pairs
 from rlora.torch.pairs import is_distributed
@@ -47,6 +50,44 @@ def as_groups(
             if not group["params"]:
                 group["param_names"] = []
     return groups
+
+
+def plain_numbers(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a group with Python's numbers, so that any file and any kernel takes them."""
+    return {k: v if k == "params" else plain_number(v) for k, v in options.items()}
+
+
+def split_names(group: dict[str, Any]) -> list[str] | None:
+    """Take the names out of a group, its ``params`` being tensors then; None if it has none."""
+    params = group["params"]
+    names: list[str] | None = group.pop("param_names", None)
+    if params and all(isinstance(p, tuple) for p in params):  # torch refuses a mixture
+        names, group["params"] = [p[0] for p in params], [p[1] for p in params]
+    if names is not None and len(names) != len(group["params"]):
+        msg = f"a group has {len(group['params'])} params, but {len(names)} param_names"
+        raise ValueError(msg)
+    return names
+
+
+def rename(groups: list[dict[str, Any]], names: Iterable[str | None]) -> None:
+    """Give groups whose parameters were changed by hand the names of those they have."""
+    rest = iter(names)
+    for group in groups:
+        own = [next(rest) for _ in group["params"]]
+        if group.pop("param_names", None) is not None and None not in own:
+            group["param_names"] = own
+
+
+@contextmanager
+def without_names(groups: list[dict[str, Any]]) -> Iterator[None]:
+    """Hide the names of groups from torch, which wants them of all groups or of none."""
+    names = [group.pop("param_names", None) for group in groups]
+    try:
+        yield
+    finally:
+        for group, kept in zip(groups, names, strict=False):
+            if kept is not None:
+                group["param_names"] = kept
 
 
 def as_list(params: Any, pairs: Source | None = None, known: Known | None = None) -> list[Any]:

@@ -3,18 +3,18 @@
 import pytest
 import torch
 from pages import run, sections
-from tiny import PAIRS, adapted, batches, loss_on_all, same, sequences, trained
+from tiny import PAIRS, adapted, base, batches, loss_on_all, same, sequences, trained
 
 import rlora
 import rlora.torch
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("accelerate")
 
 PAGE = "transformers.md"
-RESUME = "Train and resume"
-WAYS = [title for title in sections(PAGE) if title != RESUME]
+RESUME, PLAIN = "Train and resume", "Go on from plain AdamW"
+WAYS = [title for title in sections(PAGE) if title not in (RESUME, PLAIN)]
 KINDS = ["ScaledAdamW", "LoRARite"]
 STEPS = 20
 
@@ -179,6 +179,45 @@ def test_adamws_checkpoint(tmp_path):
     assert train(WAYS[1], "ScaledAdamW", tmp_path, checkpoint).state.global_step == STEPS
     with pytest.raises(rlora.ShapeError, match="exp_avg of parameter 0 is the state of another"):
         train(WAYS[1], "LoRARite", tmp_path, checkpoint)
+
+
+@pytest.fixture(scope="module")
+def of_the_trainer(tmp_path_factory):
+    """A folder with a checkpoint of the Trainer's own AdamW, which makes two groups."""
+    folder = tmp_path_factory.mktemp("plain")
+    arguments = arguments_of(folder, max_steps=10, learning_rate=1e-2)
+    transformers.Trainer(adapted(), arguments, train_dataset=sequences()).train()
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_checkpoint_of_the_trainers_own_adamw(way, of_the_trainer, tmp_path):
+    """Two groups go on; with one the schedule of two does not fit, which is torch's."""
+    checkpoint = str(of_the_trainer / "checkpoint-10")
+    if not way.endswith(("groups", "your own")):
+        with pytest.raises(IndexError, match="list index out of range"):
+            train(way, "ScaledAdamW", tmp_path, checkpoint)
+        return
+    trainer = train(way, "ScaledAdamW", tmp_path, checkpoint)
+    assert trainer.state.global_step == STEPS
+    assert [g["betas"] for g in trainer.optimizer.param_groups] == [(0.9, 0.999)] * 2
+    assert loss_on_all(trainer.model) < 0.8 * loss_on_all(adapted())
+
+
+def test_its_moments_load_into_one_group(of_the_trainer, tmp_path):
+    checkpoint = of_the_trainer / "checkpoint-10"
+    arguments = arguments_of(tmp_path)
+    model = peft.PeftModel.from_pretrained(base(), checkpoint, is_trainable=True)
+    space = {"model": model, "arguments": arguments, "dataset": sequences()}
+    trainer = run(PAGE, PLAIN, {**space, "checkpoint": checkpoint})["trainer"]
+    (group,) = trainer.optimizer.param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.7, 0.8), 0.01)
+    assert loss_on_all(trainer.model) < 0.8 * loss_on_all(adapted())
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    optimizer = rlora.torch.ScaledAdamW(model)
+    optimizer.load_state_dict(saved)
+    moments = [optimizer.state[p]["exp_avg"] for p in optimizer.param_groups[0]["params"]]
+    assert all(torch.equal(x, saved["state"][i]["exp_avg"]) for i, x in enumerate(moments))
 
 
 def plain_groups(model, lr):
