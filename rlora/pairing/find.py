@@ -1,13 +1,14 @@
 """Names propose pairs, shapes decide."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
-from rlora.core.axes import Layout, Shape
+from rlora.core.axes import Layout, Shape, Views
 from rlora.core.errors import PairingError, ShapeError
 from rlora.pairing.conventions import (
     MIDDLE,
@@ -16,7 +17,7 @@ from rlora.pairing.conventions import (
     Convention,
     Known,
     Proposal,
-    has_any,
+    first_place,
     proposals,
     propose,
     registered,
@@ -68,7 +69,8 @@ def find_pairs(
     Raises
     ------
     PairingError
-        When two tensors have one name, or one of a pair given by name is missing.
+        When two tensors have one name, one of a pair given by name is missing, factors have other
+        adapters than the one asked for, or `pairs` is a string.
     ShapeError
         When a pair given by name does not fit together.
 
@@ -83,16 +85,17 @@ def find_pairs(
     ...     "score.weight": np.zeros((2, 576)),
     ... })
     >>> print(report)
-    1 pairs, 1 parameters updated plainly, 0 refused
-      pair 576 x 576, rank 8: 1 times, model.layers.0.self_attn.q_proj (default)
+    1 pair, 1 parameter updated plainly, 0 refused
+      pair 576 x 576, rank 8: 1 time, model.layers.0.self_attn.q_proj (default)
       plain: score.weight
     """
     items = list(named.items() if isinstance(named, Mapping) else named)
     tensors = dict(items)
     if len(tensors) != len(items):
-        doubled = sorted({n for n, _ in items if sum(n == other for other, _ in items) > 1})
-        msg = f"two tensors have the name {doubled[0]!r}; give each its own"
+        doubled = min(name for name, times in Counter(n for n, _ in items).items() if times > 1)
+        msg = f"two tensors have the name {doubled!r}; give each its own"
         raise PairingError(msg)
+    check_source(pairs)
     if callable(pairs):
         return _given(tensors, pairs(tensors))
     given = [pairs] if isinstance(pairs, Convention) else list(pairs or ())
@@ -103,10 +106,36 @@ def find_pairs(
     return _search(shapes, (*extra, *registered()), adapter, known)
 
 
+def check_source(pairs: Any) -> None:
+    """Refuse a string: it would be taken letter by letter.
+
+    Parameters
+    ----------
+    pairs : object
+        The option `pairs` of whoever searches for pairs.
+
+    Raises
+    ------
+    PairingError
+        When it is a string, or has one among its entries.
+    """
+    words = [pairs] if isinstance(pairs, str) else pairs if isinstance(pairs, (list, tuple)) else ()
+    if word := next((x for x in words if isinstance(x, str)), None):
+        msg = (
+            f"pairs must be Conventions, (name of A, name of B) for each pair, or a callable, got "
+            f"the string {word!r}; the names of PEFT and the other known libraries need no pairs="
+        )
+        raise PairingError(msg)
+
+
 def _given(tensors: Mapping[str, Any], pairs: Iterable[Any]) -> PairReport:
     """Pairs by their names: every one must be right."""
     found: list[Pair] = []
-    for a, b, *layout in pairs:
+    for pair in pairs:
+        if not (isinstance(pair, (tuple, list)) and len(pair) in (2, 3)):
+            msg = f"a pair by name must be (A, B) or (A, B, Layout), got {pair!r}"
+            raise PairingError(msg)
+        a, b, *layout = pair
         if missing := [name for name in (a, b) if name not in tensors]:
             msg = f"{missing[0]!r}, of the pair {a!r} and {b!r}, is not among the parameters"
             raise PairingError(msg)
@@ -147,7 +176,10 @@ def _search(
     known: Known | None,
 ) -> PairReport:
     candidates, middles, others, refused = _sort(shapes, conventions)
+    if adapter is not None and candidates:
+        _check_adapter(adapter, {candidate.proposal.adapter for candidate in candidates.values()})
     pairs: list[Pair] = []
+    fits: Fits = {}
     for candidate in candidates.values():
         proposal = candidate.proposal
         place = (proposal.layer, proposal.adapter)
@@ -157,27 +189,44 @@ def _search(
         elif place in others:
             found = others[place]
         else:
-            found = _fit(candidate, shapes, known, middles.get(place))
+            found = _fit(candidate, shapes, known, middles.get(place), fits)
         if isinstance(found, Pair):
             pairs.append(found)
         else:
             refused |= dict.fromkeys(candidate.names.values(), found)
     factors = {name for candidate in candidates.values() for name in candidate.names.values()}
-    plain = tuple(name for name in shapes if name not in factors | refused.keys())
-    return PairReport(tuple(pairs), plain, refused)
+    seen = factors | refused.keys()
+    return PairReport(tuple(pairs), tuple(name for name in shapes if name not in seen), refused)
+
+
+def _check_adapter(wanted: str, there: set[str | None]) -> None:
+    if wanted in there:
+        return
+    names = ", ".join(sorted(repr(name) for name in there if name is not None))
+    msg = (
+        f"no LoRA factor belongs to an adapter {wanted!r}; "
+        f"{f'there are {names}' if names else 'their names have no adapter, leave it out'}"
+    )
+    raise PairingError(msg)
 
 
 def _sort(shapes: Mapping[str, Shape], conventions: Sequence[Convention]) -> _Sorted:
     found = _Sorted({}, {}, {}, {})
-    words = (MIDDLE, *(word for word, _ in (*NEAR_MISSES, *SIBLINGS)), *_patterns(conventions))
-    ways = {name: list(_ways(name, conventions)) for name in shapes if has_any(name, words)}
+    others = (MIDDLE, *(word for word, _ in (*NEAR_MISSES, *SIBLINGS)))
+    words = (*others, *_patterns(conventions))
+    behind = any("(?<" in word for word in words)  # it looks at what is before the place
+    places = {name: place for name in shapes if (place := first_place(name, words)) is not None}
+    starts = dict.fromkeys(places, 0) if behind else places
+    seen: dict[str, list[_Way]] = {}
+    ways = {name: _ways(name, start, conventions, seen) for name, start in starts.items()}
     there = {(way.place, way.letter) for name in ways for way in ways[name]}
-    for name in ways:
-        if near := _first(name, NEAR_MISSES):
+    for name, start in starts.items():
+        other = first_place(name, others, start) is not None
+        if other and (near := _first(name, NEAR_MISSES)):
             found.refused[name] = near[1]
-        elif middle := propose(name, MIDDLE):
+        elif other and (middle := propose(name, MIDDLE)):
             found.middles[middle.layer, middle.adapter] = name
-        elif sibling := _first(name, SIBLINGS):
+        elif other and (sibling := _first(name, SIBLINGS)):
             found.others[sibling[0].layer, sibling[0].adapter] = sibling[1]
         elif ways[name]:
             whole = (way for way in ways[name] if (way.place, way.other) in there)
@@ -204,8 +253,27 @@ class _Way(NamedTuple):
         return "B" if self.letter == "A" else "A"
 
 
-def _ways(name: str, conventions: Sequence[Convention]) -> Iterator[_Way]:
-    """Every way to read a name, as layers and adapters may be called like factors."""
+def _ways(
+    name: str, start: int, conventions: Sequence[Convention], seen: dict[str, list[_Way]]
+) -> list[_Way]:
+    """Every way to read a name, as layers and adapters may be called like factors.
+
+    No pattern begins before `start`, and most names of a model end alike: an ending is read once.
+    """
+    head, end = name[:start], name[start:]
+    if end not in seen:
+        seen[end] = list(_ways_to_end(end, conventions))
+    return [
+        _Way((i, proposal._replace(layer=_joined(head, proposal.layer))), letter)
+        for (i, proposal), letter in seen[end]
+    ]
+
+
+def _joined(head: str, layer: str) -> str:
+    return head + layer if layer.startswith(".") else ".".join(filter(None, (head, layer)))
+
+
+def _ways_to_end(name: str, conventions: Sequence[Convention]) -> Iterator[_Way]:
     if name.endswith(".bias"):
         return
     for i, convention in enumerate(conventions):
@@ -234,11 +302,20 @@ def is_factor(name: str) -> bool:
     bool
         What the name says; whether it has a partner that fits is another question.
     """
-    return not name.endswith(".bias") and has_any(name, tuple(_patterns(registered())))
+    patterns = tuple(_patterns(registered()))
+    return not name.endswith(".bias") and first_place(name, patterns) is not None
+
+
+Fits: TypeAlias = dict[tuple[Any, ...], tuple[Views, ...] | None]
+"""The views of the layout that fits, by the convention's identity and two shapes: a model has few."""
 
 
 def _fit(
-    candidate: _Candidate, shapes: Mapping[str, Shape], known: Known | None, middle: str | None
+    candidate: _Candidate,
+    shapes: Mapping[str, Shape],
+    known: Known | None,
+    middle: str | None,
+    fits: Fits,
 ) -> Pair | str:
     """The pair, or why the two are none."""
     convention, proposal, names = candidate
@@ -262,7 +339,7 @@ def _fit(
             "it may be a stack of experts, whose number its shapes do not tell: give the model, "
             "not only its parameters, or known={layer: Layout('(e r) n', 'm (r e)', sizes=...)}"
         )
-    pair = _by_shape(convention, proposal.label or a, (a, shapes[a]), (b, shapes[b]))
+    pair = _by_shape(convention, proposal.label or a, (a, shapes[a]), (b, shapes[b]), fits)
     if pair is None:
         return (
             f"shapes {shapes[a]} and {shapes[b]} share no rank: A must be (r, n) and B (m, r); "
@@ -280,9 +357,12 @@ EXPERTS = re.compile(r"(?:^|\.)experts(?:\.base_layer)*$")
 Named = tuple[str, Shape]
 
 
-def _by_shape(convention: Convention, label: str, A: Named, B: Named) -> Pair | None:
+def _by_shape(convention: Convention, label: str, A: Named, B: Named, fits: Fits) -> Pair | None:
     """The pair by its shapes. The names' roles are turned where only that fits."""
     for (a, shape_a), (b, shape_b) in ((A, B), (B, A)):
-        if views := convention.fit(shape_a, shape_b):
+        key = (id(convention), shape_a, shape_b)
+        if key not in fits:
+            fits[key] = convention.fit(shape_a, shape_b)
+        if views := fits[key]:
             return Pair(label, a, b, views)
     return None

@@ -14,6 +14,7 @@ from rlora.core.checks import check_choice
 from rlora.core.errors import NumericsError, PairingError
 from rlora.core.factors import Factors
 from rlora.initializers import Start
+from rlora.pairing.report import number_of
 from rlora.torch.gradients import Loss, capture
 from rlora.torch.layers import LoraLayer, choose, find_layers, movable_weight, weight_owners
 from rlora.torch.offsets import Offset, take_offset
@@ -62,13 +63,14 @@ class InitReport:
     offsets: Mapping[str, Offset] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{self.method}: {len(self.layers)} layers started, {len(self.skipped)} skipped"]
+        started = number_of(len(self.layers), "layer")
+        lines = [f"{self.method}: {started} started, {len(self.skipped)} skipped"]
         kinds: dict[str, list[str]] = {}
         for layer in self.layers:
             (m, n), r = layer.shape, layer.rank
             kinds.setdefault(f"{m} x {n}, rank {r}", []).append(layer.name)
         for kind, names in kinds.items():
-            lines.append(f"  layer {kind}: {len(names)} times, {_names(names)}")
+            lines.append(f"  layer {kind}: {number_of(len(names), 'time')}, {_names(names)}")
         if self.offsets:
             lines.append(f"  base weights changed: {len(self.offsets)}; save report.offsets")
         lines += [f"  skipped {name}: {why}" for name, why in self.skipped.items()]
@@ -175,8 +177,8 @@ def initialize(
     >>> model = torch.nn.Sequential(layer)
     >>> loss = lambda model, x: model(x).square().mean()
     >>> print(initialize(model, [torch.eye(6)], loss, gamma=0.01))
-    lora_one: 1 layers started, 0 skipped
-      layer 4 x 6, rank 2: 1 times, 0
+    lora_one: 1 layer started, 0 skipped
+      layer 4 x 6, rank 2: 1 time, 0
     """
     check_choice("method", method, Method)
     moves = _probe(method, options)

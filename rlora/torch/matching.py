@@ -17,6 +17,8 @@ from rlora.pairing import (
     find_pairs as find_named_pairs,
     nothing_paired,
 )
+from rlora.pairing.find import check_source
+from rlora.pairing.report import number_of
 from rlora.torch.pairs import TensorPair
 from rlora.torch.params import misfit, trainable
 from rlora.torch.sharding import check_whole
@@ -74,9 +76,11 @@ def find_pairs(
 
 def split_source(pairs: Pairs) -> tuple[list[Any], Source | None]:
     """Pairs by hand, or where their names come from."""
+    check_source(pairs)
     if pairs is None or callable(pairs) or isinstance(pairs, Convention):
         return [], pairs
     given: list[Any] = list(pairs)
+    check_source(given)
     names = [isinstance(x, Convention) or isinstance(x[0], str) for x in given]
     return ([], given) if names and all(names) else (given, None)
 
@@ -232,7 +236,7 @@ def no_pair(names: Sequence[str | None], report: PairReport, kind: str) -> Pairi
     if report.refused or not names or any(name is not None for name in names):
         return nothing_paired((name for name in names if name is not None), report)
     msg = (
-        f"no LoRA pair: the {len(names)} parameters have no names; give the model, its "
+        f"no LoRA pair among {number_of(len(names), 'parameter')} without names; give the model, its "
         f"named_parameters(), groups of (name, tensor), or pairs=[(A, B), ...]; in transformers' "
         f"Trainer optimizer_cls_and_kwargs=(lambda: {kind}, {{...}}) hands over the model"
     )

@@ -117,21 +117,37 @@ class MethodOptimizer(PairOptimizer):
         ]
         return [Plan(batches, plain)]
 
-    def _state_shapes(self, p: Tensor) -> Shapes:
-        shapes: dict[str, torch.Size] = {}
-        pairs = [pair for pair in self._current_pairs() if pair.A is p or pair.B is p]
-        whole = [pair.whole() if is_distributed(p) else pair for pair in pairs]
-        members = [member for pair in whole for member in pair.members()]
-        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
-        for member in members:
-            flat = flatten_state(
-                self._transform(group).init(stacks_of([[member]]), group["scaling"])
-            )
+    def _state_shapes(self) -> Callable[[Tensor], Shapes]:
+        plain = super()._state_shapes()
+        sides = {
+            id(p): (pair, side)
+            for pair in self._current_pairs()
+            for side, p in enumerate((pair.A, pair.B))
+        }
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        kinds: dict[Any, list[dict[str, torch.Size]]] = {}  # pairs of one shape are alike
+
+        def shapes_of(p: Tensor) -> Shapes:
+            if id(p) not in sides:
+                return plain(p)
+            pair, side = sides[id(p)]
+            kind = (id(groups[id(p)]), pair.views, p.dtype, p.device)
+            if kind not in kinds:
+                kinds[kind] = self._shapes_of_pair(pair, groups[id(p)])
+            return {**dict.fromkeys(ELEMENTWISE), **kinds[kind][side]}
+
+        return shapes_of
+
+    def _shapes_of_pair(
+        self, pair: TensorPair, group: Mapping[str, Any]
+    ) -> list[dict[str, torch.Size]]:
+        """Shapes of the state that A has, and of the state that B has."""
+        shapes: list[dict[str, torch.Size]] = [{}, {}]
+        for member in (pair.whole() if is_distributed(pair.A) else pair).members():
+            flat = flatten_state(self._transform(group).init(stacks_of([[member]])))
             for name, (_, side, key) in places_in(flat).items():
-                if member.owners[side] is p:
-                    shapes[key + member.suffix] = flat[name].shape[1:]
-        others = dict.fromkeys(ELEMENTWISE)
-        return {**others, **shapes} if members else super()._state_shapes(p)
+                shapes[side][key + member.suffix] = flat[name].shape[1:]
+        return shapes
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The parent would look for its own entries in the state of the pairs.
