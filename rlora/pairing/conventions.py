@@ -151,7 +151,7 @@ def proposals(name: str, pattern: str) -> Iterator[tuple[int, Proposal]]:
 
 
 def first_place(name: str, patterns: tuple[str, ...], start: int = 0) -> int | None:
-    """Where, from `start` on, a name first has one of these patterns: one search for all of them."""
+    """Where, from `start` on, a name first has one of these patterns; one search for all."""
     found = _compiled(_any_of(patterns)).search(name, start)
     return None if found is None else found.start()
 

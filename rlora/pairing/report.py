@@ -61,10 +61,10 @@ class PairReport:
     pairs : tuple of Pair
         In the order in which the first of their names came.
     plain : tuple of str
-        Names that belong to no LoRA layout.
+        Names that belong to no LoRA layout; of torch parameters only those that are not frozen.
     refused : dict of str to str
         Names that look like LoRA factors but are not a pair, with the reason. They get the plain
-        update too.
+        update too, unless they are frozen.
     tied : dict of str to str
         Names of tensors that share their memory with another one, which is updated for both.
     """
@@ -117,9 +117,9 @@ def nothing_paired(names: Iterable[str], report: PairReport) -> PairingError:
     words = (f"{c.a}/{c.b}".replace("\\", "") for c in registered() if "(" not in c.a)
     why = "".join(f"\n  refused {name}: {w}" for name, w in list(report.refused.items())[:5])
     msg = (
-        f"no LoRA pair among {number_of(len(names), 'parameter')}: {_some(names) or 'none given'}; known names "
-        f"are {', '.join(words)}; give pairs=[(A, B), ...] for others, and check that the adapter "
-        f"is trainable{why}"
+        f"no LoRA pair among {number_of(len(names), 'parameter')}: "
+        f"{_some(names) or 'none given'}; known names are {', '.join(words)}; give "
+        f"pairs=[(A, B), ...] for others, and check that the adapter is trainable{why}"
     )
     return PairingError(msg)
 

@@ -170,7 +170,13 @@ def match(
             pairs[first] = pairs[first].with_twins(*((b, a) if turned else (a, b)))
             names = (first.b, first.a) if turned else (first.a, first.b)
             tied |= dict(zip((pair.a, pair.b), names, strict=True))
-    return list(pairs.values()), PairReport(tuple(pairs), report.plain, refused, tied)
+    plain = tuple(name for name in report.plain if moves(tensors[name]))
+    return list(pairs.values()), PairReport(tuple(pairs), plain, refused, tied)
+
+
+def moves(p: Tensor) -> bool:
+    """Whether a step can move a parameter: a frozen one never gets a gradient."""
+    return p.requires_grad or p.grad is not None
 
 
 def memory(p: Tensor) -> int:
@@ -227,7 +233,7 @@ def check_explicit(
             raise NamespaceError(msg)
         checked.append(TensorPair(a, b, views))
         report.append(Pair(where, f"{where}[0]", f"{where}[1]", views))
-    plain = [f"parameter {i}" for i, p in enumerate(members) if id(p) not in used]
+    plain = [f"parameter {i}" for i, p in enumerate(members) if id(p) not in used and moves(p)]
     return checked, PairReport(tuple(report), tuple(plain))
 
 
@@ -236,9 +242,10 @@ def no_pair(names: Sequence[str | None], report: PairReport, kind: str) -> Pairi
     if report.refused or not names or any(name is not None for name in names):
         return nothing_paired((name for name in names if name is not None), report)
     msg = (
-        f"no LoRA pair among {number_of(len(names), 'parameter')} without names; give the model, its "
-        f"named_parameters(), groups of (name, tensor), or pairs=[(A, B), ...]; in transformers' "
-        f"Trainer optimizer_cls_and_kwargs=(lambda: {kind}, {{...}}) hands over the model"
+        f"no LoRA pair among {number_of(len(names), 'parameter')} without names; give the model, "
+        f"its named_parameters(), groups of (name, tensor), or pairs=[(A, B), ...]; in "
+        f"transformers' Trainer optimizer_cls_and_kwargs=(lambda: {kind}, {{...}}) hands over the "
+        f"model"
     )
     return PairingError(msg)
 
