@@ -136,9 +136,9 @@ def initialize(
     Raises
     ------
     PairingError
-        When there is no adapted layer, or none that can be started; when an adapter is merged; when an offset cannot be
-        taken: the base is quantised, tied, or under several adapters, or B is not zero; when the
-        loss does not depend on a layer that it calls.
+        When there is no adapted layer, or none that can be started; when an adapter is merged; when
+        an offset cannot be taken: the base is quantised, tied, or under several adapters, or B is
+        not zero; when the loss does not depend on a layer that it calls.
     ValueError, TypeError
         For options out of their range, for "lora_sb" with another scaling than 1, and where the
         scaling is needed and not known.

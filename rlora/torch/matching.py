@@ -19,6 +19,7 @@ from rlora.pairing import (
 )
 from rlora.pairing.find import check_source
 from rlora.pairing.report import number_of
+from rlora.torch.layers import own_scalings
 from rlora.torch.pairs import TensorPair
 from rlora.torch.params import misfit, trainable
 from rlora.torch.sharding import check_whole
@@ -85,11 +86,21 @@ def split_source(pairs: Pairs) -> tuple[list[Any], Source | None]:
     return ([], given) if names and all(names) else (given, None)
 
 
-def what_modules_know(params: Any) -> Known | None:
-    """Of models' layers how factors lie where shapes do not tell, or why they are no pair."""
+def models_in(params: Any) -> list[nn.Module]:
+    """The models among what an optimizer is given: itself, or those of groups."""
     groups = () if isinstance(params, (nn.Module, Tensor)) else params
     held = [params, *(group.get("params") for group in groups if isinstance(group, dict))]
-    models = [model for model in held if isinstance(model, nn.Module)]
+    return [model for model in held if isinstance(model, nn.Module)]
+
+
+def scalings_in(params: Any) -> dict[int, float]:
+    """The s of the layers of models, as `own_scalings` has it."""
+    return {key: s for model in models_in(params) for key, s in own_scalings(model).items()}
+
+
+def what_modules_know(params: Any) -> Known | None:
+    """Of models' layers how factors lie where shapes do not tell, or why they are no pair."""
+    models = models_in(params)
     known: dict[str, Layout | str] = {}
     for model in models:
         for name, module in model.named_modules():

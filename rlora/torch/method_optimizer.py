@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlora.core.checks import check_nonnegative
 from rlora.core.errors import PairingError
 from rlora.core.state import flatten_state
 from rlora.core.transform import Transform
@@ -37,7 +38,7 @@ class MethodOptimizer(PairOptimizer):
         *,
         pairs: Pairs = None,
         adapter: str | None = None,
-        scaling: float = 1.0,
+        scaling: float | None = None,
         stochastic_rounding: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -86,9 +87,14 @@ class MethodOptimizer(PairOptimizer):
 
     def _check_own(self, group: dict[str, Any]) -> None:
         self._transform(group)
+        if (s := group["scaling"]) is not None:
+            check_nonnegative("scaling", s)
+            if s == 0:
+                msg = "scaling must be positive, or None for what each layer says, got 0"
+                raise ValueError(msg)
 
-    def _pair_up(self) -> None:
-        super()._pair_up()
+    def _pair_up(self, scalings: Mapping[int, float]) -> None:
+        super()._pair_up(scalings)
         self._pairs, self.report = without_middles(self._pairs, self.report)
 
     def _make_plans(self, pairs: list[TensorPair]) -> list[Plan]:
@@ -148,6 +154,25 @@ class MethodOptimizer(PairOptimizer):
             for name, (_, side, key) in places_in(flat).items():
                 shapes[side][key + member.suffix] = flat[name].shape[1:]
         return shapes
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, of this class; see `ScaledAdamW.load_state_dict`.
+
+        The s of a pair is no memory of training: the group's `scaling` of the file counts, where
+        it is None what the layer says today, and the s in the state only where neither is known.
+        """
+        super().load_state_dict(state_dict)
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        for pair in self._current_pairs():
+            given = groups[id(pair.A)].get("scaling")
+            s = pair.scaling if given is None else given
+            if s is None:
+                continue
+            for p in pair.moved:
+                held = self.state.get(p, {})
+                for key in held:
+                    if "scaling" in key.split("."):
+                        held[key] = torch.full_like(held[key], s)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The parent would look for its own entries in the state of the pairs.

@@ -6,7 +6,7 @@ saved.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from rlora.torch.matching import (
     check_explicit,
     match,
     no_pair,
+    scalings_in,
     split_source,
     what_modules_know,
 )
@@ -76,7 +77,7 @@ class PairOptimizer(Watched, LoadsState, ABC):
         self._names: list[str | None] = []  # of the members, None where there is none
         for group in self.param_groups:
             self._enroll(group)
-        self._pair_up()
+        self._pair_up(scalings_in(params))
         if not self._pairs:
             raise no_pair(self._names, self.report, type(self).__name__)
 
@@ -100,8 +101,11 @@ class PairOptimizer(Watched, LoadsState, ABC):
         self._members = self._members + group["params"]
         self._names = self._names + group.get("param_names", [None] * len(group["params"]))
 
-    def _pair_up(self) -> None:
-        """The pairs given by hand, and unless the constructor got some, those found by name."""
+    def _pair_up(self, scalings: Mapping[int, float]) -> None:
+        """The pairs given by hand, and unless the constructor got some, those found by name.
+
+        `scalings` has the s of layers by the identity of their factors.
+        """
         pairs, report = check_explicit(self._by_hand, self._members)
         named = [(n, p) for n, p in zip(self._names, self._members, strict=True) if n is not None]
         if self._by_name and named:
@@ -109,7 +113,8 @@ class PairOptimizer(Watched, LoadsState, ABC):
             pairs = pairs + found
             report = replace(by_name, pairs=report.pairs + by_name.pairs)
         check_layouts(pairs)
-        self._pairs, self.report = pairs, report
+        self._pairs = [p._replace(scaling=scalings.get(id(p.A), p.scaling)) for p in pairs]
+        self.report = report
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its LoRA factors are paired by name, or by a key ``pairs`` of the group.
@@ -122,19 +127,20 @@ class PairOptimizer(Watched, LoadsState, ABC):
         group = dict(param_group)
         group["params"] = as_list(group["params"])
         explicit = list(group.pop("pairs", ()))
+        scalings = scalings_in([param_group])
         if not hasattr(self, "_pairs"):  # the parent's constructor is at work
             self._by_hand += explicit
             super().add_param_group(group)
             return
         self._check({**self.defaults, **group})
-        self._current_pairs()
+        scalings |= {id(p.A): p.scaling for p in self._current_pairs() if p.scaling is not None}
         new = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
         check_explicit([*self._by_hand, *explicit], [*self._members, *new])
         super().add_param_group(group)
         self._enroll(group)
         self._by_hand += explicit
         self._plans = None
-        self._pair_up()
+        self._pair_up(scalings)
 
     def _check(self, group: dict[str, Any]) -> None:
         """Numbers and choices of a group; torch checks those of the constructor only."""
