@@ -83,12 +83,19 @@ def randomized_svd(
 
 
 def door(matrix: Array, rank: int, *, times: int = 1) -> tuple[Backend, Array]:
-    """The backend and the matrix in at least float32; raises unless `times` `rank` fits."""
+    """The backend and the matrix in at least float32; raises unless `times` `rank` fits.
+
+    With `times` 0 every rank does.
+    """
     backend = get_backend(matrix)
     if matrix.ndim < 2:
         msg = f"expected a matrix (..., m, n), got shape {tuple(matrix.shape)}"
         raise ShapeError(msg)
-    check_count("rank", rank, 1, min(matrix.shape[-2:]) // times, f" for {tuple(matrix.shape)}")
+    most = min(matrix.shape[-2:]) // times if times else math.inf
+    try:
+        check_count("rank", rank, 1, most, f" for {tuple(matrix.shape)}")
+    except ValueError as error:
+        raise ShapeError(*error.args) from None
     return backend, backend.cast(matrix, backend.compute_dtype(matrix.dtype))
 
 

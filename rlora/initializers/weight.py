@@ -3,7 +3,7 @@
 import math
 
 from rlora.core.checks import hyperparameters
-from rlora.core.factors import Array, Factors
+from rlora.core.factors import Array, Factors, device_of
 from rlora.initializers.start import Start, balanced
 from rlora.initializers.svd import check_count, check_positive, door, normal, randomized_svd
 
@@ -183,7 +183,7 @@ def gaussian(weight: Array, rank: int, *, seed: int = 0) -> Start:
     weight : array of shape (..., m, n)
         Only its shape, dtype, library and device count.
     rank : int
-        In 1..min(m, n).
+        At least 1; it may be above m or n.
     seed : int
         At least 0; give each layer one of its own.
 
@@ -213,7 +213,8 @@ def gaussian(weight: Array, rank: int, *, seed: int = 0) -> Start:
     >>> A.shape, float(abs(B).max())
     ((2, 4), 0.0)
     """
-    backend, W = door(weight, rank)
+    backend, W = door(weight, rank, times=0)
     check_count("seed", seed, 0)
     A = normal(backend, (*W.shape[:-2], rank, W.shape[-1]), seed, W) / rank
-    return Start(Factors(A, backend.xp.zeros_like(W[..., :rank])))
+    B = backend.xp.zeros((*W.shape[:-1], rank), dtype=W.dtype, device=device_of(W))
+    return Start(Factors(A, B))

@@ -5,7 +5,8 @@ Anything with a ``shape`` will do as a tensor: arrays, parameters, entries of a 
 
 from rlora.core.axes import Layout, View
 from rlora.pairing.conventions import Convention, Known
-from rlora.pairing.find import Source, find_pairs, is_factor
+from rlora.pairing.find import Source, find_pairs
+from rlora.pairing.names import is_factor
 from rlora.pairing.report import Pair, PairReport, nothing_paired
 
 __all__ = [

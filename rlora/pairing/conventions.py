@@ -150,9 +150,10 @@ def proposals(name: str, pattern: str) -> Iterator[tuple[int, Proposal]]:
         yield found.start(), Proposal(layer, ".".join(parts) or None, tail, text)
 
 
-def has_any(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a name has one of these patterns: one search, as most names of a model have none."""
-    return _compiled(_any_of(patterns)).search(name) is not None
+def first_place(name: str, patterns: tuple[str, ...], start: int = 0) -> int | None:
+    """Where, from `start` on, a name first has one of these patterns; one search for all."""
+    found = _compiled(_any_of(patterns)).search(name, start)
+    return None if found is None else found.start()
 
 
 @cache

@@ -1,26 +1,16 @@
 """Names propose pairs, shapes decide."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from operator import itemgetter
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
-from rlora.core.axes import Layout, Shape
+from rlora.core.axes import Layout, Shape, Views
 from rlora.core.errors import PairingError, ShapeError
-from rlora.pairing.conventions import (
-    MIDDLE,
-    NEAR_MISSES,
-    SIBLINGS,
-    Convention,
-    Known,
-    Proposal,
-    has_any,
-    proposals,
-    propose,
-    registered,
-)
+from rlora.pairing.conventions import Convention, Known, registered
+from rlora.pairing.names import Candidate, sort_names
 from rlora.pairing.report import Pair, PairReport
 
 ByName: TypeAlias = tuple[str, str] | tuple[str, str, Layout]
@@ -68,7 +58,8 @@ def find_pairs(
     Raises
     ------
     PairingError
-        When two tensors have one name, or one of a pair given by name is missing.
+        When two tensors have one name, one of a pair given by name is missing, factors have other
+        adapters than the one asked for, or `pairs` is a string.
     ShapeError
         When a pair given by name does not fit together.
 
@@ -83,16 +74,17 @@ def find_pairs(
     ...     "score.weight": np.zeros((2, 576)),
     ... })
     >>> print(report)
-    1 pairs, 1 parameters updated plainly, 0 refused
-      pair 576 x 576, rank 8: 1 times, model.layers.0.self_attn.q_proj (default)
+    1 pair, 1 parameter updated plainly, 0 refused
+      pair 576 x 576, rank 8: 1 time, model.layers.0.self_attn.q_proj (default)
       plain: score.weight
     """
     items = list(named.items() if isinstance(named, Mapping) else named)
     tensors = dict(items)
     if len(tensors) != len(items):
-        doubled = sorted({n for n, _ in items if sum(n == other for other, _ in items) > 1})
-        msg = f"two tensors have the name {doubled[0]!r}; give each its own"
+        doubled = min(name for name, times in Counter(n for n, _ in items).items() if times > 1)
+        msg = f"two tensors have the name {doubled!r}; give each its own"
         raise PairingError(msg)
+    check_source(pairs)
     if callable(pairs):
         return _given(tensors, pairs(tensors))
     given = [pairs] if isinstance(pairs, Convention) else list(pairs or ())
@@ -103,10 +95,36 @@ def find_pairs(
     return _search(shapes, (*extra, *registered()), adapter, known)
 
 
+def check_source(pairs: Any) -> None:
+    """Refuse a string: it would be taken letter by letter.
+
+    Parameters
+    ----------
+    pairs : object
+        The option `pairs` of whoever searches for pairs.
+
+    Raises
+    ------
+    PairingError
+        When it is a string, or has one among its entries.
+    """
+    words = [pairs] if isinstance(pairs, str) else pairs if isinstance(pairs, (list, tuple)) else ()
+    if word := next((x for x in words if isinstance(x, str)), None):
+        msg = (
+            f"pairs must be Conventions, (name of A, name of B) for each pair, or a callable, got "
+            f"the string {word!r}; the names of PEFT and the other known libraries need no pairs="
+        )
+        raise PairingError(msg)
+
+
 def _given(tensors: Mapping[str, Any], pairs: Iterable[Any]) -> PairReport:
     """Pairs by their names: every one must be right."""
     found: list[Pair] = []
-    for a, b, *layout in pairs:
+    for pair in pairs:
+        if not (isinstance(pair, (tuple, list)) and len(pair) in (2, 3)):
+            msg = f"a pair by name must be (A, B) or (A, B, Layout), got {pair!r}"
+            raise PairingError(msg)
+        a, b, *layout = pair
         if missing := [name for name in (a, b) if name not in tensors]:
             msg = f"{missing[0]!r}, of the pair {a!r} and {b!r}, is not among the parameters"
             raise PairingError(msg)
@@ -121,33 +139,17 @@ def _given(tensors: Mapping[str, Any], pairs: Iterable[Any]) -> PairReport:
     return PairReport(tuple(found), tuple(name for name in tensors if name not in used))
 
 
-class _Candidate(NamedTuple):
-    """A layer of one convention, and the names of its factors by their letters."""
-
-    convention: Convention
-    proposal: Proposal
-    names: dict[str, str]
-
-
-class _Sorted(NamedTuple):
-    """What the names say."""
-
-    candidates: dict[Any, _Candidate]
-    middles: dict[Any, str]
-    """Of layers the name of the diagonal between their factors."""
-    others: dict[Any, str]
-    """Of layers why they are no product."""
-    refused: dict[str, str]
-
-
 def _search(
     shapes: Mapping[str, Shape],
     conventions: Sequence[Convention],
     adapter: str | None,
     known: Known | None,
 ) -> PairReport:
-    candidates, middles, others, refused = _sort(shapes, conventions)
+    candidates, middles, others, refused = sort_names(shapes, conventions)
+    if adapter is not None and candidates:
+        _check_adapter(adapter, {candidate.proposal.adapter for candidate in candidates.values()})
     pairs: list[Pair] = []
+    fits: Fits = {}
     for candidate in candidates.values():
         proposal = candidate.proposal
         place = (proposal.layer, proposal.adapter)
@@ -157,88 +159,37 @@ def _search(
         elif place in others:
             found = others[place]
         else:
-            found = _fit(candidate, shapes, known, middles.get(place))
+            found = _fit(candidate, shapes, known, middles.get(place), fits)
         if isinstance(found, Pair):
             pairs.append(found)
         else:
             refused |= dict.fromkeys(candidate.names.values(), found)
     factors = {name for candidate in candidates.values() for name in candidate.names.values()}
-    plain = tuple(name for name in shapes if name not in factors | refused.keys())
-    return PairReport(tuple(pairs), plain, refused)
+    seen = factors | refused.keys()
+    return PairReport(tuple(pairs), tuple(name for name in shapes if name not in seen), refused)
 
 
-def _sort(shapes: Mapping[str, Shape], conventions: Sequence[Convention]) -> _Sorted:
-    found = _Sorted({}, {}, {}, {})
-    words = (MIDDLE, *(word for word, _ in (*NEAR_MISSES, *SIBLINGS)), *_patterns(conventions))
-    ways = {name: list(_ways(name, conventions)) for name in shapes if has_any(name, words)}
-    there = {(way.place, way.letter) for name in ways for way in ways[name]}
-    for name in ways:
-        if near := _first(name, NEAR_MISSES):
-            found.refused[name] = near[1]
-        elif middle := propose(name, MIDDLE):
-            found.middles[middle.layer, middle.adapter] = name
-        elif sibling := _first(name, SIBLINGS):
-            found.others[sibling[0].layer, sibling[0].adapter] = sibling[1]
-        elif ways[name]:
-            whole = (way for way in ways[name] if (way.place, way.other) in there)
-            way = next(whole, ways[name][0])
-            i, proposal = way.place
-            new = _Candidate(conventions[i], proposal, {})
-            found.candidates.setdefault(way.place, new).names[way.letter] = name
-    return found
-
-
-def _first(name: str, words: Iterable[tuple[str, str]]) -> tuple[Proposal, str] | None:
-    return next(((found, why) for word, why in words if (found := propose(name, word))), None)
-
-
-class _Way(NamedTuple):
-    """One way to read a name: of which convention, whose factor, and which."""
-
-    place: tuple[int, Proposal]
-    letter: str
-
-    @property
-    def other(self) -> str:
-        """The letter of the partner."""
-        return "B" if self.letter == "A" else "A"
-
-
-def _ways(name: str, conventions: Sequence[Convention]) -> Iterator[_Way]:
-    """Every way to read a name, as layers and adapters may be called like factors."""
-    if name.endswith(".bias"):
+def _check_adapter(wanted: str, there: set[str | None]) -> None:
+    if wanted in there:
         return
-    for i, convention in enumerate(conventions):
-        found = [
-            (start, _Way((i, proposal), letter))
-            for letter, pattern in (("A", convention.a), ("B", convention.b))
-            for start, proposal in proposals(name, pattern)
-        ]
-        yield from (way for _, way in sorted(found, key=itemgetter(0)))
+    names = ", ".join(sorted(repr(name) for name in there if name is not None))
+    msg = (
+        f"no LoRA factor belongs to an adapter {wanted!r}; "
+        f"{f'there are {names}' if names else 'their names have no adapter, leave it out'}"
+    )
+    raise PairingError(msg)
 
 
-def _patterns(conventions: Sequence[Convention]) -> Iterator[str]:
-    return (pattern for convention in conventions for pattern in (convention.a, convention.b))
-
-
-def is_factor(name: str) -> bool:
-    """Whether a name is that of a LoRA factor under a known convention.
-
-    Parameters
-    ----------
-    name : str
-        Of a parameter, its parts joined by dots.
-
-    Returns
-    -------
-    bool
-        What the name says; whether it has a partner that fits is another question.
-    """
-    return not name.endswith(".bias") and has_any(name, tuple(_patterns(registered())))
+Fits: TypeAlias = dict[tuple[Any, ...], tuple[Views, ...] | None]
+"""The views of the layout that fits, by convention and shapes, of which a model has few."""
 
 
 def _fit(
-    candidate: _Candidate, shapes: Mapping[str, Shape], known: Known | None, middle: str | None
+    candidate: Candidate,
+    shapes: Mapping[str, Shape],
+    known: Known | None,
+    middle: str | None,
+    fits: Fits,
 ) -> Pair | str:
     """The pair, or why the two are none."""
     convention, proposal, names = candidate
@@ -262,7 +213,7 @@ def _fit(
             "it may be a stack of experts, whose number its shapes do not tell: give the model, "
             "not only its parameters, or known={layer: Layout('(e r) n', 'm (r e)', sizes=...)}"
         )
-    pair = _by_shape(convention, proposal.label or a, (a, shapes[a]), (b, shapes[b]))
+    pair = _by_shape(convention, proposal.label or a, (a, shapes[a]), (b, shapes[b]), fits)
     if pair is None:
         return (
             f"shapes {shapes[a]} and {shapes[b]} share no rank: A must be (r, n) and B (m, r); "
@@ -280,9 +231,12 @@ EXPERTS = re.compile(r"(?:^|\.)experts(?:\.base_layer)*$")
 Named = tuple[str, Shape]
 
 
-def _by_shape(convention: Convention, label: str, A: Named, B: Named) -> Pair | None:
+def _by_shape(convention: Convention, label: str, A: Named, B: Named, fits: Fits) -> Pair | None:
     """The pair by its shapes. The names' roles are turned where only that fits."""
     for (a, shape_a), (b, shape_b) in ((A, B), (B, A)):
-        if views := convention.fit(shape_a, shape_b):
+        key = (id(convention), shape_a, shape_b)
+        if key not in fits:
+            fits[key] = convention.fit(shape_a, shape_b)
+        if views := fits[key]:
             return Pair(label, a, b, views)
     return None

@@ -61,10 +61,10 @@ class PairReport:
     pairs : tuple of Pair
         In the order in which the first of their names came.
     plain : tuple of str
-        Names that belong to no LoRA layout.
+        Names that belong to no LoRA layout; of torch parameters only those that are not frozen.
     refused : dict of str to str
         Names that look like LoRA factors but are not a pair, with the reason. They get the plain
-        update too.
+        update too, unless they are frozen.
     tied : dict of str to str
         Names of tensors that share their memory with another one, which is updated for both.
     """
@@ -82,14 +82,15 @@ class PairReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.pairs)} pairs, {len(self.plain)} parameters updated plainly, "
+            f"{number_of(len(self.pairs), 'pair')}, "
+            f"{number_of(len(self.plain), 'parameter')} updated plainly, "
             f"{len(self.refused)} refused"
         ]
         kinds: dict[str, list[str]] = {}
         for pair in self.pairs:
             kinds.setdefault(" + ".join(map(_kind, pair.views)), []).append(pair.name)
         for kind, names in kinds.items():
-            lines.append(f"  pair {kind}: {len(names)} times, {_some(names)}")
+            lines.append(f"  pair {kind}: {number_of(len(names), 'time')}, {_some(names)}")
         if self.plain:
             lines.append(f"  plain: {_some(self.plain)}")
         lines += [f"  refused {name}: {why}" for name, why in self.refused.items()]
@@ -116,11 +117,28 @@ def nothing_paired(names: Iterable[str], report: PairReport) -> PairingError:
     words = (f"{c.a}/{c.b}".replace("\\", "") for c in registered() if "(" not in c.a)
     why = "".join(f"\n  refused {name}: {w}" for name, w in list(report.refused.items())[:5])
     msg = (
-        f"no LoRA pair among {len(names)} parameters: {_some(names) or 'none given'}; known names "
-        f"are {', '.join(words)}; give pairs=[(A, B), ...] for others, and check that the adapter "
-        f"is trainable{why}"
+        f"no LoRA pair among {number_of(len(names), 'parameter')}: "
+        f"{_some(names) or 'none given'}; known names are {', '.join(words)}; give "
+        f"pairs=[(A, B), ...] for others, and check that the adapter is trainable{why}"
     )
     return PairingError(msg)
+
+
+def number_of(number: int, noun: str) -> str:
+    """A number of things in English: "1 pair", "2 pairs".
+
+    Parameters
+    ----------
+    number : int
+        How many there are.
+    noun : str
+        In the singular.
+
+    Returns
+    -------
+    str
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _kind(views: Views) -> str:

@@ -191,7 +191,7 @@ def summary(rows: Rows) -> dict[str, float]:
 
 def weights_under(model: nn.Module, optimizer: Any) -> dict[Tensor, float]:
     """``|W0| / s`` for the A of every linear layer whose base weight is a plain one."""
-    scaling = optimizer.defaults.get("scaling", 1.0)
+    given = optimizer.defaults.get("scaling")
     try:
         layers, _ = find_layers(model, optimizer._adapter or "default")
     except PairingError:
@@ -202,5 +202,5 @@ def weights_under(model: nn.Module, optimizer: Any) -> dict[Tensor, float]:
         if isinstance(weight, Tensor) and not is_distributed(weight):
             wide = torch.promote_types(weight.dtype, torch.float32)
             size = torch.linalg.vector_norm(weight.detach(), dtype=wide)
-            found[layer.A] = size / (layer.scaling or scaling)
+            found[layer.A] = size / (given or layer.scaling or 1.0)
     return {A: float(size) for A, size in found.items()}

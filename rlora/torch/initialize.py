@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from rlora import initializers
 from rlora.core.checks import check_choice
-from rlora.core.errors import NumericsError, PairingError
+from rlora.core.errors import NumericsError, PairingError, ShapeError
 from rlora.core.factors import Factors
 from rlora.initializers import Start
+from rlora.pairing.report import number_of
 from rlora.torch.gradients import Loss, capture
 from rlora.torch.layers import LoraLayer, choose, find_layers, movable_weight, weight_owners
 from rlora.torch.offsets import Offset, take_offset
@@ -62,13 +63,14 @@ class InitReport:
     offsets: Mapping[str, Offset] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{self.method}: {len(self.layers)} layers started, {len(self.skipped)} skipped"]
+        started = number_of(len(self.layers), "layer")
+        lines = [f"{self.method}: {started} started, {len(self.skipped)} skipped"]
         kinds: dict[str, list[str]] = {}
         for layer in self.layers:
             (m, n), r = layer.shape, layer.rank
             kinds.setdefault(f"{m} x {n}, rank {r}", []).append(layer.name)
         for kind, names in kinds.items():
-            lines.append(f"  layer {kind}: {len(names)} times, {_names(names)}")
+            lines.append(f"  layer {kind}: {number_of(len(names), 'time')}, {_names(names)}")
         if self.offsets:
             lines.append(f"  base weights changed: {len(self.offsets)}; save report.offsets")
         lines += [f"  skipped {name}: {why}" for name, why in self.skipped.items()]
@@ -134,15 +136,15 @@ def initialize(
     Raises
     ------
     PairingError
-        When there is no adapted layer; when an adapter is merged; when an offset cannot be
-        taken: the base is quantised, tied, or under several adapters, or B is not zero; when the
-        loss does not depend on a layer that it calls.
+        When there is no adapted layer, or none that can be started; when an adapter is merged; when
+        an offset cannot be taken: the base is quantised, tied, or under several adapters, or B is
+        not zero; when the loss does not depend on a layer that it calls.
     ValueError, TypeError
         For options out of their range, for "lora_sb" with another scaling than 1, and where the
         scaling is needed and not known.
     ShapeError, NamespaceError, NumericsError, ShardingError
-        As `full_gradients`; for a rank that does not fit; for factors that are not finite in the
-        parameters' dtype, or sharded. After any error nothing has been written.
+        As `full_gradients`; for factors that are not finite in the parameters' dtype, or
+        sharded. After any error nothing has been written.
 
     Notes
     -----
@@ -151,7 +153,9 @@ def initialize(
     with the factors as rounded to theirs: in bfloat16 the function stays to the rounding of W.
     Over several processes, initialize before wrapping the model in DDP, which then sends the
     start of rank 0 to all. Layers that the loss never calls, or with a gradient of zero, are
-    skipped, and so are embeddings, convolutions and DoRA.
+    skipped, and so are embeddings, convolutions and DoRA, and layers of a rank that the method
+    cannot give: above a side of the weight, for "lora_ga" and "loi" above half of it; "gaussian"
+    gives every rank.
 
     References
     ----------
@@ -175,8 +179,8 @@ def initialize(
     >>> model = torch.nn.Sequential(layer)
     >>> loss = lambda model, x: model(x).square().mean()
     >>> print(initialize(model, [torch.eye(6)], loss, gamma=0.01))
-    lora_one: 1 layers started, 0 skipped
-      layer 4 x 6, rank 2: 1 times, 0
+    lora_one: 1 layer started, 0 skipped
+      layer 4 x 6, rank 2: 1 time, 0
     """
     check_choice("method", method, Method)
     moves = _probe(method, options)
@@ -188,20 +192,21 @@ def initialize(
         _check(layer, method)
         if moves:
             weights[name] = movable_weight(layer, owners)
-    start = partial(_start, chosen, method, options)
+    begin = partial(_start, chosen, method, options)
     if method in FROM_WEIGHT:
         # Of the weight "gaussian" wants only the shape: a matrix without memory.
         blank = {n: x.B.detach().new_zeros(()).expand(x.shape) for n, x in chosen.items()}
-        starts = {n: start(n, W) for n, W in {**blank, **weights}.items()}
+        starts = {n: begin(n, W) for n, W in {**blank, **weights}.items()}
     elif loss is None:
         msg = f"{method} needs batches and a loss"
         raise TypeError(msg)
     else:
         targets = {name: layer.target() for name, layer in chosen.items()}
-        starts = capture(model, targets, batches, loss, start, layers_per_pass, offload)
+        starts = capture(model, targets, batches, loss, begin, layers_per_pass, offload)
     for name in chosen:
-        if starts.get(name) is None:
-            skipped[name] = "its gradient is zero" if name in starts else "the loss never calls it"
+        start = starts.get(name, "the loss never calls it")
+        if isinstance(start, str):
+            skipped[name] = start
     if skipped.keys() >= chosen.keys():
         msg = f"no layer can be started; {next(iter(chosen))}: {skipped[next(iter(chosen))]}"
         raise PairingError(msg)
@@ -234,12 +239,12 @@ def _start(
     options: Mapping[str, Any],
     name: str,
     matrix: Tensor,
-) -> tuple[Start, float | None] | None:
-    """The start in the dtype of the layer's factors, and the norm of its gradient."""
+) -> tuple[Start, float | None] | str:
+    """The start in the dtype of the layer's factors and the norm of its gradient, or why none."""
     layer = chosen[name]
     given = method not in FROM_WEIGHT
     if given and not matrix.any():
-        return None
+        return "its gradient is zero"
     kwargs = dict(options)
     if method == "pissa":
         kwargs["scaling"] = layer.scaling
@@ -247,6 +252,8 @@ def _start(
         kwargs["seed"] = kwargs.get("seed", 0) + zlib.crc32(layer.name.encode())
     try:
         start: Start = getattr(initializers, method)(matrix, layer.rank, **kwargs)
+    except ShapeError as error:
+        return f"{error}, of which {method} has no start; method='gaussian' has one"
     except Exception as error:
         error.add_note(f"in layer {layer.name}, {layer.shape}, rank {layer.rank}")
         raise
@@ -269,15 +276,15 @@ def _write(
     method: str,
     layers: list[LoraLayer],
     skipped: dict[str, str],
-    starts: Mapping[str, tuple[Start, float | None] | None],
+    starts: Mapping[str, tuple[Start, float | None] | str],
     weights: Mapping[str, Tensor],
 ) -> InitReport:
     """Everything has been computed and checked: from here nothing is refused."""
     started: list[StartedLayer] = []
     offsets: dict[str, Offset] = {}
     for layer in layers:
-        result = starts.get(layer.name)
-        if result is None:
+        result = starts.get(layer.name, "")
+        if isinstance(result, str):
             continue
         (params, offset), norm = result
         layer.A.copy_(params.A)

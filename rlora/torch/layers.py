@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -212,15 +213,34 @@ def _is_plain(weight: Any) -> bool:
 
 
 def _scaling(layer: LoraLayer, adapter: str, given: float | None) -> float | None:
-    module: Any = layer.module
-    own = getattr(module, "scaling", None)
-    own = own.get(adapter) if isinstance(own, Mapping) else own
-    if own is None and hasattr(module, "alpha") and hasattr(module, "rank"):
-        own = module.alpha / module.rank
-    if own is not None and given is not None and float(own) != given:
-        msg = f"scaling={given!r} was given, but {layer.name} has {float(own)!r}; leave it out"
+    own = own_scaling(layer.module, adapter)
+    if own is not None and given is not None and own != given:
+        msg = f"scaling={given!r} was given, but {layer.name} has {own!r}; leave it out"
         raise ValueError(msg)
-    return given if own is None else float(own)
+    return given if own is None else own
+
+
+def own_scaling(module: Any, adapter: str | None) -> float | None:
+    """The s that a module says of one of its adapters."""
+    own: Any = getattr(module, "scaling", None)
+    own = own.get(adapter) if isinstance(own, Mapping) else own
+    # The α of SD-LoRA is trained.
+    if own is None and not hasattr(module, "magnitudes"):
+        alpha, rank = getattr(module, "alpha", None), getattr(module, "rank", None)
+        own = alpha / rank if isinstance(alpha, Real) and isinstance(rank, Real) else None
+    fixed = isinstance(own, Tensor) and own.numel() == 1 and not own.requires_grad
+    return float(own) if fixed or isinstance(own, Real) else None
+
+
+def own_scalings(model: nn.Module) -> dict[int, float]:
+    """The s of every layer that says it, by the identity of both of its factors."""
+    return {
+        id(p): s
+        for module in model.modules()
+        for adapter, pair in _held(module).items()
+        if (s := own_scaling(module, adapter))  # of 0 no step is right: the layer is switched off
+        for p in pair
+    }
 
 
 def _nothing(adapter: str, adapters: set[str], skipped: Mapping[str, str]) -> PairingError:

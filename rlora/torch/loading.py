@@ -1,7 +1,7 @@
 """How a saved state is loaded: checked before any of it is, and not narrowed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,17 @@ OF_METHODS = {"mu", "count", "scaling", "inverse", "frame", "turn"}
 """Words in the names of the state of method classes, each of which has one."""
 
 
+class Ids(list[Any]):
+    """Ids of a saved group: torch asks for every tensor of the state whether its id is here."""
+
+    def __init__(self, ids: Iterable[Any] = ()) -> None:
+        super().__init__(ids)
+        self._known = set(self)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._known
+
+
 class LoadsState(Optimizer, ABC):
     """The loading of an optimizer that knows pairs. Not to be used by itself."""
 
@@ -29,9 +40,9 @@ class LoadsState(Optimizer, ABC):
     def _current_pairs(self) -> list[TensorPair]:
         """The pairs as the groups hold them now."""
 
-    def _state_shapes(self, p: Tensor) -> Shapes:
-        """Shapes of a parameter's saved state; None is a state that it may not have."""
-        return dict.fromkeys(ELEMENTWISE, p.shape)
+    def _state_shapes(self) -> Callable[[Tensor], Shapes]:
+        """Shapes of each parameter's saved state; None is a state that it may not have."""
+        return lambda p: dict.fromkeys(ELEMENTWISE, p.shape)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch's optimizers give it, with an entry for every trainable parameter.
@@ -111,13 +122,15 @@ class LoadsState(Optimizer, ABC):
     def _completed(self, saved: dict[str, Any]) -> dict[str, Any]:
         self._current_pairs()  # names follow the parameters as they are now
         saved = as_groups_are(saved, self.param_groups, self._names)
+        shapes_of = self._state_shapes()
         for i, p in self._owners(saved):
-            _check(i, saved["state"].get(i, {}), p, self._state_shapes(p))
+            _check(i, saved["state"].get(i, {}), p, shapes_of(p))
         groups = [
             {**{name: mine[name] for name in self._own}, **theirs}
             for mine, theirs in zip(self.param_groups, saved["param_groups"], strict=True)
         ]
-        return {**saved, "param_groups": groups}
+        params = ({**group, "params": Ids(group["params"])} for group in groups)  # found fast
+        return {**saved, "param_groups": list(params)}
 
     def _restore_dtypes(self, saved: dict[str, Any]) -> None:
         """Undo torch's cast of every state to its parameter's dtype."""

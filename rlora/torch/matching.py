@@ -19,6 +19,9 @@ from rlora.pairing import (
     is_factor,
     nothing_paired,
 )
+from rlora.pairing.find import check_source
+from rlora.pairing.report import number_of
+from rlora.torch.layers import own_scalings
 from rlora.torch.pairs import TensorPair
 from rlora.torch.params import misfit, trainable
 from rlora.torch.sharding import check_whole
@@ -76,20 +79,33 @@ def find_pairs(
 
 def split_source(pairs: Pairs) -> tuple[list[Any], Source | None]:
     """Pairs by hand, or where their names come from."""
+    check_source(pairs)
     if pairs is None or callable(pairs) or isinstance(pairs, Convention):
         return [], pairs
     given: list[Any] = list(pairs)
+    check_source(given)
     names = [isinstance(x, Convention) or isinstance(x[0], str) for x in given]
     return ([], given) if names and all(names) else (given, None)
+
+
+def models_in(params: Any) -> list[tuple[int, nn.Module]]:
+    """The models among the groups that an optimizer is given, with the positions of theirs."""
+    groups = [] if isinstance(params, Tensor) else params
+    held = [group.get("params") if isinstance(group, dict) else None for group in groups]
+    return [(i, model) for i, model in enumerate(held) if isinstance(model, nn.Module)]
+
+
+def scalings_in(params: Any) -> dict[int, float]:
+    """The s of the layers of models, as `own_scalings` has it."""
+    models = [params] if isinstance(params, nn.Module) else [m for _, m in models_in(params)]
+    return {key: s for model in models for key, s in own_scalings(model).items()}
 
 
 def what_modules_know(params: Any) -> Known | None:
     """Of models' layers how factors lie where shapes do not tell, or why they are no pair."""
     if isinstance(params, nn.Module):
         return _known_of(params)
-    groups = () if isinstance(params, Tensor) else params
-    held = [group.get("params") if isinstance(group, dict) else None for group in groups]
-    models = [(i, model) for i, model in enumerate(held) if isinstance(model, nn.Module)]
+    models = models_in(params)
     known: dict[str, Layout | str] = {}
     for i, model in models:
         told = _known_of(model)
@@ -204,7 +220,13 @@ def match(
             pairs[first] = pairs[first].with_twins(*((b, a) if turned else (a, b)))
             names = (first.b, first.a) if turned else (first.a, first.b)
             tied |= dict(zip((pair.a, pair.b), names, strict=True))
-    return list(pairs.values()), PairReport(tuple(pairs), report.plain, refused, tied)
+    plain = tuple(name for name in report.plain if moves(tensors[name]))
+    return list(pairs.values()), PairReport(tuple(pairs), plain, refused, tied)
+
+
+def moves(p: Tensor) -> bool:
+    """Whether a step can move a parameter: a frozen one never gets a gradient."""
+    return p.requires_grad or p.grad is not None
 
 
 def memory(p: Tensor) -> int:
@@ -261,7 +283,7 @@ def check_explicit(
             raise NamespaceError(msg)
         checked.append(TensorPair(a, b, views))
         report.append(Pair(where, f"{where}[0]", f"{where}[1]", views))
-    plain = [f"parameter {i}" for i, p in enumerate(members) if id(p) not in used]
+    plain = [f"parameter {i}" for i, p in enumerate(members) if id(p) not in used and moves(p)]
     return checked, PairReport(tuple(report), tuple(plain))
 
 
@@ -270,9 +292,10 @@ def no_pair(names: Sequence[str | None], report: PairReport, kind: str) -> Pairi
     if report.refused or not names or any(name is not None for name in names):
         return nothing_paired((name for name in names if name is not None), report)
     msg = (
-        f"no LoRA pair: the {len(names)} parameters have no names; give the model, its "
-        f"named_parameters(), groups of (name, tensor), or pairs=[(A, B), ...]; in transformers' "
-        f"Trainer optimizer_cls_and_kwargs=(lambda: {kind}, {{...}}) hands over the model"
+        f"no LoRA pair among {number_of(len(names), 'parameter')} without names; give the model, "
+        f"its named_parameters(), groups of (name, tensor), or pairs=[(A, B), ...]; in "
+        f"transformers' Trainer optimizer_cls_and_kwargs=(lambda: {kind}, {{...}}) hands over the "
+        f"model"
     )
     return PairingError(msg)
 

@@ -13,7 +13,7 @@ from rlora.core.dispatch import get_backend
 from rlora.core.errors import ShapeError
 from rlora.core.factors import Factors
 from rlora.core.state import flatten_state, unflatten_state
-from rlora.core.transform import State, step
+from rlora.core.transform import State, Transform, step
 from rlora.torch.compiling import keep
 from rlora.torch.pairs import Member, TensorPair
 from rlora.torch.rounding import store
@@ -52,7 +52,7 @@ class MethodBatch:
 
     def _initial(self) -> State:
         scaling = self._optimizer.param_groups[self._group]["scaling"]
-        return self._transform.init(stacks_of(self._buckets), scaling)
+        return start_of(self._transform, self._buckets, scaling)
 
     def _shares_of(self, flat: Mapping[str, Tensor]) -> "list[Share]":
         """For each parameter that has a state what the stacks hold of it."""
@@ -217,10 +217,31 @@ def portions(optimizer: Any, group: int, pairs: Iterable[TensorPair]) -> list[Po
     return [Portions(optimizer, group, some) for some in members.values()]
 
 
+def start_of(transform: Transform, buckets: list[list[Member]], given: float | None) -> State:
+    """The state before the first step; layers of one stack may have different s.
+
+    `given` is the s of all; without one a layer's own counts, and 1 where it does not say it.
+    """
+    scales = [[given or member.pair.scaling or 1.0 for member in bucket] for bucket in buckets]
+    first, *others = dict.fromkeys(s for row in scales for s in row)
+    start = transform.init(stacks_of(buckets), first)
+    # Each array its own memory: it is written to after a step.
+    memory = {name: x.clone() for name, x in flatten_state(start).items()}
+    places = places_in(memory)
+    for s in others:
+        layers = [[k for k, own in enumerate(row) if own == s] for row in scales]
+        some = [[bucket[k] for k in rows] for bucket, rows in zip(buckets, layers, strict=True)]
+        for name, x in flatten_state(transform.init(stacks_of(some), s)).items():
+            memory[name][layers[places[name][0]]] = x
+    return unflatten_state(memory, start)
+
+
 def stacks_of(buckets: list[list[Member]]) -> dict[str, Factors]:
+    """The factors of each bucket on two stacks, by its position; of an empty one none."""
     return {
         f"{i}": Factors(*(torch.stack([m.read(side) for m in bucket]) for side in (0, 1)))
         for i, bucket in enumerate(buckets)
+        if bucket
     }
 
 

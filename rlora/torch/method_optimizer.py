@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlora.core.checks import check_nonnegative
 from rlora.core.errors import PairingError
 from rlora.core.state import flatten_state
 from rlora.core.transform import Transform
@@ -41,7 +42,7 @@ class MethodOptimizer(PairOptimizer):
         *,
         pairs: Pairs = None,
         adapter: str | None = None,
-        scaling: float = 1.0,
+        scaling: float | None = None,
         stochastic_rounding: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -99,9 +100,14 @@ class MethodOptimizer(PairOptimizer):
 
     def _check_own(self, group: dict[str, Any]) -> None:
         self._transform(group)
+        if (s := group["scaling"]) is not None:
+            check_nonnegative("scaling", s)
+            if s == 0:
+                msg = "scaling must be positive, or None for what each layer says, got 0"
+                raise ValueError(msg)
 
-    def _pair_up(self) -> None:
-        super()._pair_up()
+    def _pair_up(self, scalings: Mapping[int, float]) -> None:
+        super()._pair_up(scalings)
         self._pairs, self.report = without_middles(self._pairs, self.report)
 
     def _make_plans(self, pairs: list[TensorPair]) -> list[Plan]:
@@ -130,21 +136,57 @@ class MethodOptimizer(PairOptimizer):
         ]
         return [Plan(batches, plain)]
 
-    def _state_shapes(self, p: Tensor) -> Shapes:
-        shapes: dict[str, torch.Size] = {}
-        pairs = [pair for pair in self._current_pairs() if pair.A is p or pair.B is p]
-        whole = [pair.whole() if is_distributed(p) else pair for pair in pairs]
-        members = [member for pair in whole for member in pair.members()]
-        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
-        for member in members:
-            flat = flatten_state(
-                self._transform(group).init(stacks_of([[member]]), group["scaling"])
-            )
+    def _state_shapes(self) -> Callable[[Tensor], Shapes]:
+        plain = super()._state_shapes()
+        sides = {
+            id(p): (pair, side)
+            for pair in self._current_pairs()
+            for side, p in enumerate((pair.A, pair.B))
+        }
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        kinds: dict[Any, list[dict[str, torch.Size]]] = {}  # pairs of one shape are alike
+
+        def shapes_of(p: Tensor) -> Shapes:
+            if id(p) not in sides:
+                return plain(p)
+            pair, side = sides[id(p)]
+            kind = (id(groups[id(p)]), pair.views, p.dtype, p.device)
+            if kind not in kinds:
+                kinds[kind] = self._shapes_of_pair(pair, groups[id(p)])
+            return {**dict.fromkeys(ELEMENTWISE), **kinds[kind][side]}
+
+        return shapes_of
+
+    def _shapes_of_pair(
+        self, pair: TensorPair, group: Mapping[str, Any]
+    ) -> list[dict[str, torch.Size]]:
+        """Shapes of the state that A has, and of the state that B has."""
+        shapes: list[dict[str, torch.Size]] = [{}, {}]
+        for member in (pair.whole() if is_distributed(pair.A) else pair).members():
+            flat = flatten_state(self._transform(group).init(stacks_of([[member]])))
             for name, (_, side, key) in places_in(flat).items():
-                if side is None or member.owners[side] is p:
-                    shapes[key + member.suffix] = flat[name].shape[1:]
-        others = dict.fromkeys(ELEMENTWISE)
-        return {**others, **shapes} if members else super()._state_shapes(p)
+                for k in (0, 1) if side is None else (side,):
+                    shapes[k][key + member.suffix] = flat[name].shape[1:]
+        return shapes
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, of this class; see `ScaledAdamW.load_state_dict`.
+
+        The s of a pair is no memory of training: the group's `scaling` of the file counts, where
+        it is None what the layer says today, and the s in the state only where neither is known.
+        """
+        super().load_state_dict(state_dict)
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        for pair in self._current_pairs():
+            given = groups[id(pair.A)].get("scaling")
+            s = pair.scaling if given is None else given
+            if s is None:
+                continue
+            for p in pair.moved:
+                held = self.state.get(p, {})
+                for key in held:
+                    if "scaling" in key.split("."):
+                        held[key] = torch.full_like(held[key], s)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The parent would look for its own entries in the state of the pairs.

@@ -6,7 +6,7 @@ saved.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from rlora.torch.matching import (
     check_explicit,
     match,
     no_pair,
+    scalings_in,
     split_source,
     told_apart,
     what_modules_know,
@@ -88,7 +89,7 @@ class PairOptimizer(Watched, LoadsState, ABC):
         self._names: list[str | None] = []  # of the members, None where there is none
         for group in self.param_groups:
             self._enroll(group)
-        self._pair_up()
+        self._pair_up(scalings_in(params))
         if not self._pairs:
             raise no_pair(self._names, self.report, type(self).__name__)
 
@@ -112,8 +113,11 @@ class PairOptimizer(Watched, LoadsState, ABC):
         self._members = self._members + group["params"]
         self._names = self._names + group.get("param_names", [None] * len(group["params"]))
 
-    def _pair_up(self) -> None:
-        """The pairs given by hand, and unless the constructor got some, those found by name."""
+    def _pair_up(self, scalings: Mapping[int, float]) -> None:
+        """The pairs given by hand, and unless the constructor got some, those found by name.
+
+        `scalings` has the s of layers by the identity of their factors.
+        """
         pairs, report = check_explicit(self._by_hand, self._members)
         groups = self._named_groups() if self._by_name else []
         if any(groups):
@@ -129,7 +133,8 @@ class PairOptimizer(Watched, LoadsState, ABC):
             plain = (*by_name.plain, *nameless)
             report = replace(by_name, pairs=report.pairs + by_name.pairs, plain=plain)
         check_layouts(pairs)
-        self._pairs, self.report = pairs, report
+        self._pairs = [p._replace(scaling=scalings.get(id(p.A), p.scaling)) for p in pairs]
+        self.report = report
 
     def _named_groups(self) -> list[list[tuple[str, Tensor]]]:
         """The members with a name, group by group."""
@@ -151,13 +156,14 @@ class PairOptimizer(Watched, LoadsState, ABC):
         group = plain_numbers(dict(param_group))
         group["params"] = as_list(group["params"])
         explicit = list(group.pop("pairs", ()))
+        scalings = scalings_in([param_group])
         if not hasattr(self, "_pairs"):  # the parent's constructor is at work
             self._by_hand += explicit
             super().add_param_group(group)
             return
         names = split_names(group)
         self._check({**self.defaults, **group})
-        self._current_pairs()
+        scalings |= {id(p.A): p.scaling for p in self._current_pairs() if p.scaling is not None}
         check_explicit([*self._by_hand, *explicit], [*self._members, *group["params"]])
         kept = self._members, self._names, self._by_hand
         with without_names(self.param_groups):
@@ -167,7 +173,7 @@ class PairOptimizer(Watched, LoadsState, ABC):
         try:
             self._enroll(group)
             self._by_hand = self._by_hand + explicit
-            self._pair_up()
+            self._pair_up(scalings)
         except Exception:  # names that cannot be told apart, factors that do not fit
             self.param_groups.pop()
             self._members, self._names, self._by_hand = kept

@@ -26,6 +26,8 @@ class TensorPair(NamedTuple):
         Of A and of B, parameters of the same memory: what they gather counts too.
     owners : tuple of (Tensor, Tensor), optional
         Whose the state is, where A and B are only copies.
+    scaling : float, optional
+        The s of ``W0 + s B A``, where the model says it.
     """
 
     A: Tensor
@@ -34,6 +36,7 @@ class TensorPair(NamedTuple):
     middle: Tensor | None = None
     twins: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] = ((), ())
     owners: tuple[Tensor, Tensor] | None = None
+    scaling: float | None = None
 
     @property
     def moved(self) -> tuple[Tensor, ...]:
@@ -67,7 +70,8 @@ class TensorPair(NamedTuple):
     def whole(self) -> "TensorPair":
         """The same of whole tensors, zero, whose state belongs to the parameters of this one."""
         A, B = (torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in (self.A, self.B))
-        return TensorPair(A, B, self.views, owners=(self.A, self.B))
+        owners = (self.A, self.B)
+        return TensorPair(A, B, self.views, owners=owners, scaling=self.scaling)
 
     def members(self) -> "Iterator[Member]":
         """The pair's products one by one."""

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from rlora.core.checks import plain_number
-from rlora.core.errors import NamespaceError, ShardingError
-from rlora.pairing import Known, Source, find_pairs as find_named_pairs
+from rlora.core.errors import NamespaceError, PairingError, ShardingError
+from rlora.pairing import Known, Source, find_pairs as find_named_pairs, is_factor
+from rlora.pairing.report import number_of
 from rlora.torch.pairs import is_distributed
 
 
@@ -34,17 +35,18 @@ def as_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups as torch takes them, with names where there are any."""
     if isinstance(params, nn.Module):
-        params = trainable(params, pairs, known)
+        params = trainable(params, pairs, known) or _nothing_trainable(params)
     if isinstance(params, Tensor):
         msg = "params must be a model, named_parameters(), tensors or groups, got one Tensor"
         raise TypeError(msg)
     items = list(params)
     if not items:
-        msg = "got an empty parameter list"
-        raise ValueError(msg)
+        _nothing_trainable()
     if not isinstance(items[0], dict):
         return [{"params": items}]
     groups = [{**group, "params": as_list(group["params"], pairs, known)} for group in items]
+    if not any(group["params"] for group in groups):
+        _nothing_trainable(*(g["params"] for g in items if isinstance(g["params"], nn.Module)))
     if any(isinstance(p, tuple) for group in groups for p in group["params"]):
         for group in groups:  # torch takes groups with names or without; an empty one has none
             if not group["params"]:
@@ -88,6 +90,30 @@ def without_names(groups: list[dict[str, Any]]) -> Iterator[None]:
         for group, kept in zip(groups, names, strict=False):
             if kept is not None:
                 group["param_names"] = kept
+
+
+def _nothing_trainable(*models: nn.Module) -> NoReturn:
+    """Say why there is nothing to train: a frozen adapter, a merged one, or nobody knows."""
+    factors = [name for m in models for name, _ in m.named_parameters() if is_factor(name)]
+    load = "PeftModel.from_pretrained(model, path, is_trainable=True)"
+    if factors:
+        msg = (
+            f"no parameter of the model is trainable: its {number_of(len(factors), 'LoRA factor')},"
+            f" such as {factors[0]}, are frozen; load the adapter by {load}, or call "
+            f"requires_grad_(True) on its factors first"
+        )
+    elif models:
+        msg = (
+            f"no parameter of the model ({type(models[0]).__name__}) is trainable and none is a "
+            f"LoRA factor: it has no adapter yet, or none any more, as after merge_and_unload() or "
+            f"unload(); build the optimizer while the adapter is in the model"
+        )
+    else:
+        msg = (
+            f"got an empty parameter list: a merged adapter has no parameters, and one loaded "
+            f"without is_trainable is frozen; load it by {load}, and give the model itself"
+        )
+    raise PairingError(msg)
 
 
 def as_list(params: Any, pairs: Source | None = None, known: Known | None = None) -> list[Any]:

@@ -97,9 +97,10 @@ def optimizer_class(method: Method, parent: type[Optimizer] | None = None) -> ty
     type
         An optimizer class with the method's name in capitals. Its constructor takes a model,
         ``named_parameters()``, groups with names, or tensors with ``pairs=[(A, B), ...]``; ``lr``;
-        the method's hyperparameters; ``scaling``, the s of ``W0 + s B A``; ``stochastic_rounding``
-        and ``adapter`` as `ScaledAdamW` has them; and ``maximize``, ``foreach`` and ``fused`` for
-        the parent.
+        the method's hyperparameters; ``scaling``, the s of ``W0 + s B A``, by default what each
+        layer of the model says, and 1 where it says nothing or no model is given;
+        ``stochastic_rounding`` and ``adapter`` as `ScaledAdamW` has them; and ``maximize``,
+        ``foreach`` and ``fused`` for the parent.
 
     Examples
     --------

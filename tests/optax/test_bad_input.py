@@ -79,7 +79,7 @@ def test_the_state_of_another_tree_or_method(other):
 
 ONES = jnp.ones
 BAD_TREES = [
-    ({"w": ONES((3, 3))}, PairingError, "no LoRA pair among 1 parameters: w"),
+    ({"w": ONES((3, 3))}, PairingError, "no LoRA pair among 1 parameter: w"),
     ({"lora_a": ONES((8, 3))}, PairingError, "its partner, the B of lora_a, is not among"),
     ({"lora_b": ONES((3, 8))}, PairingError, "its partner, the A of lora_b, is not among"),
     ({"lora_a": ONES((8, 3)), "lora_b": ONES((4, 6))}, PairingError, "share no rank"),

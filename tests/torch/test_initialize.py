@@ -5,6 +5,7 @@ import gc
 import json
 import warnings
 import weakref
+import zlib
 
 import loralib
 import pytest
@@ -469,6 +470,35 @@ def test_layers_that_are_skipped_are_named():
     )
     with pytest.raises(PairingError, match="DoraLinearVariant"):
         initialize(dora, [torch.randn(3, 6)], square)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rank_above_a_side_leaves_out_that_layer_alone(method):
+    """As of a score of 3 labels among the targets; the Gaussian start needs no singular vectors."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 3))
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["0", "2"])
+    model, x = get_peft_model(base, config), torch.randn(9, 10)
+    wide, narrow = (f"base_model.model.{i}" for i in (0, 2))
+    before = [p.detach().clone() for p in factors(model, narrow)]
+    report = initialize(model, [x], square, method=method, **METHODS[method])
+    A, B = factors(model, narrow)
+    if method == "gaussian":
+        assert [layer.name for layer in report.layers] == [wide, narrow]
+        want = initializers.gaussian(torch.zeros(3, 12), 4, seed=zlib.crc32(narrow.encode()))
+        assert torch.equal(A, want.params.A)
+        assert A.shape == (4, 12)
+        assert torch.equal(B, torch.zeros(3, 4))
+        return
+    assert [layer.name for layer in report.layers] == [wide]
+    assert report.skipped.keys() == {narrow}
+    assert "rank must be in 1.." in report.skipped[narrow]
+    assert "for (3, 12), got 4" in str(report)
+    assert all(torch.equal(p, q) for p, q in zip((A, B), before, strict=True))
+    with pytest.raises(PairingError, match=r"no layer can be started; .*rank must be in 1\.\."):
+        initialize(model, [x], square, method=method, layers=[narrow], **METHODS[method])
 
 
 class Packed(nn.Linear):

@@ -1,0 +1,149 @@
+"""What an optimizer says of a model that it is built for: what it trains, and why it cannot."""
+
+import gc
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import rlora
+import rlora.torch
+from rlora.torch import LoRARite, ScaledAdamW
+
+peft = pytest.importorskip("peft")
+
+
+def adapted(trainable=True):
+    base = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0", "2"]))
+    return model if trainable else model.requires_grad_(False)
+
+
+# --- errors that name the cause -------------------------------------------------------------------
+
+
+def test_a_frozen_adapter(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    base = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4))
+    frozen = peft.PeftModel.from_pretrained(base, tmp_path)
+    for given in (frozen, [{"params": frozen, "lr": 1e-2}]):
+        with pytest.raises(rlora.PairingError, match=r"4 LoRA factors, .* frozen; .*is_trainable"):
+            ScaledAdamW(given)
+    base = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4))
+    assert ScaledAdamW(peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)).report
+
+
+@pytest.mark.parametrize("end", ["merge_and_unload", "unload"])
+def test_a_model_without_its_adapter(end):
+    model = getattr(adapted(), end)()
+    for given in (model, [{"params": model}]):
+        with pytest.raises(rlora.PairingError, match=r"none is a LoRA factor: .*merge_and_unload"):
+            LoRARite(given)
+    with pytest.raises(rlora.PairingError, match=r"empty parameter list: .*is_trainable"):
+        LoRARite(p for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("pairs", ["peft", ["peft"], ["lora_A", "lora_B"]], ids=str)
+def test_a_string_is_no_pair(pairs):
+    named = dict(adapted().named_parameters())
+    for search in (
+        lambda: ScaledAdamW(adapted(), pairs=pairs),
+        lambda: rlora.torch.find_pairs(adapted(), pairs=pairs),
+        lambda: rlora.find_pairs(named, pairs=pairs),
+    ):
+        with pytest.raises(rlora.PairingError, match=r"the string '(peft|lora_A)'"):
+            search()
+
+
+def test_an_unknown_adapter_names_those_there_are():
+    model = adapted()
+    model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["2"]))
+    model.base_model.set_adapter(["default", "second"])
+    for search in (
+        lambda: ScaledAdamW(model, adapter="nope"),
+        lambda: LoRARite(model.named_parameters(), adapter="nope"),
+        lambda: rlora.torch.find_pairs(model, adapter="nope"),
+    ):
+        with pytest.raises(rlora.PairingError, match=r"'nope'; there are 'default', 'second'"):
+            search()
+    nameless = {"q.lora_A.weight": torch.ones(2, 6), "q.lora_B.weight": torch.ones(6, 2)}
+    with pytest.raises(rlora.PairingError, match="their names have no adapter"):
+        rlora.find_pairs(nameless, adapter="nope")
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def test_frozen_weights_are_not_updated():
+    """A frozen partner of a trainable factor still takes part; a frozen head does not."""
+    model = adapted()
+    layer = model.base_model.model[0]
+    layer.lora_A["default"].weight.requires_grad_(False)
+    layer.base_layer.bias.requires_grad_(True)
+    for given in (model, list(model.named_parameters())):
+        reports = [kind(given, lr=1e-3).report for kind in (ScaledAdamW, LoRARite)]
+        for report in (*reports, rlora.torch.find_pairs(given)):
+            assert report.plain == ("base_model.model.0.base_layer.bias",)
+            assert len(report) == 2
+            assert "1 parameter updated plainly" in str(report)
+    A, B = nn.Parameter(torch.ones(2, 6)), nn.Parameter(torch.ones(6, 2))
+    frozen, free = nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(3))
+    by_hand = ScaledAdamW([A, B, frozen, free], lr=1e-3, pairs=[(A, B)])
+    assert by_hand.report.plain == ("parameter 3",)
+    assert str(by_hand.report).startswith("1 pair, 1 parameter updated plainly, 0 refused")
+    assert "rank 2: 1 time, pairs[0]" in str(by_hand.report)
+
+
+# --- the time that it takes -----------------------------------------------------------------------
+
+
+def named(count):
+    pairs = []
+    for i in range(count):
+        layer = f"base_model.model.model.layers.{i // 7}.self_attn.proj_{i % 7}"
+        for letter, shape in (("A", (2, 4)), ("B", (4, 2))):
+            p = nn.Parameter(torch.zeros(shape))
+            pairs.append((f"{layer}.lora_{letter}.default.weight", p))
+    return pairs
+
+
+def processor_time(work):
+    """The least of two, of this process alone: what else runs hardly counts."""
+    times = []
+    gc.disable()
+    try:
+        for _ in range(2):
+            start = time.process_time()
+            work()
+            times.append(time.process_time() - start)
+    finally:
+        gc.enable()
+    return min(times)
+
+
+def searching(count):
+    parameters = named(count)
+    return lambda: rlora.find_pairs(parameters)
+
+
+def building(count):
+    parameters = named(count)
+    return lambda: LoRARite(parameters)
+
+
+def loading(count):
+    parameters = named(count)
+    optimizer = LoRARite(parameters, lr=1e-3)
+    for _, p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    state = optimizer.state_dict()
+    return lambda: optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("work", "count"), [(searching, 500), (building, 500), (loading, 250)])
+def test_the_time_grows_with_the_number_of_pairs(work, count):
+    """16 times the pairs: about 16 times the time, and 256 times if it grew with the square."""
+    small, large = (processor_time(work(n)) for n in (count, 16 * count))
+    assert large < 40 * small
