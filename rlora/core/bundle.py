@@ -25,7 +25,7 @@ from rlora.core.factors import (
     rebuild,
     where_moving,
 )
-from rlora.core.sizes import in_pairs, moderate, powers_of_two, swapped, times
+from rlora.core.sizes import in_pairs, into_range, moderate, swapped
 from rlora.core.transform import ApplyFn, State, Transform, apply_updates
 
 Stack: TypeAlias = Array
@@ -43,7 +43,7 @@ class Bundle:
         A (..., r, n) and B (..., m, r), of any outer sizes; K counts every layer of them.
     moving : sequence of (bool, bool), optional
         Which factors have a gradient; all by default.
-    powers : sequence of Factors, optional
+    numbers : sequence of Factors, optional
         What the factors have been multiplied by, (..., 1, 1); see `rank_wise`.
     dtype : dtype, optional
         Of the r x r algebra; the parameters' own by default.
@@ -57,7 +57,7 @@ class Bundle:
         params: Sequence[Factors],
         *,
         moving: Sequence[tuple[bool, bool]] | None = None,
-        powers: Sequence[Factors] | None = None,
+        numbers: Sequence[Factors] | None = None,
         dtype: Any = None,
         workspace: Workspace | None = None,
     ) -> None:
@@ -67,7 +67,7 @@ class Bundle:
         self.dtype = dtype or self.like.dtype
         self.workspace = workspace
         self.moving = moving or [(True, True)] * len(params)
-        self.powers = powers
+        self.numbers = numbers
         self._leads = [tuple(pair.A.shape[:-2]) for pair in params]
         self.layers = sum(map(prod, self._leads))
 
@@ -99,12 +99,10 @@ class Bundle:
         right = self.backend.apply_right(B, transposed, self.workspace, to_B)
         return [Factors(*pair) for pair in zip(left, right, strict=True)]
 
-    def unit(self, X: Sequence[Factors]) -> tuple[list[Factors], Stack | float]:
-        """X, each factor times a power of two that keeps squares in range, and the powers."""
-        flat = [x for pair in X for x in pair]
-        powers = powers_of_two(self.backend, flat)
-        stack = 1.0 if powers is None else self.stack(in_pairs(powers))
-        return in_pairs(times(powers, flat)), stack
+    def in_range(self, X: Sequence[Factors]) -> tuple[list[Factors], Stack | float]:
+        """X, each factor times a number that brings its squares into range, and the numbers."""
+        flat, numbers = into_range(self.backend, [x for pair in X for x in pair])
+        return in_pairs(flat), 1.0 if numbers is None else self.stack(in_pairs(numbers))
 
     # --- the stack ------------------------------------------------------------------------------
 
@@ -212,10 +210,9 @@ def rank_wise(
     compute_dtype : {None, "float32", "float64"}
         Precision of the r x r algebra; None is the parameters' own, at least float32.
     rescaled : bool
-        Huge factors come divided by a power of two, which squares of float32 need from 2^36 on. The
-        rule's gradients are then those by these factors, and its directions shrink as much; with
-        False both are left as they are, for a rule whose direction does not shrink as the partner
-        grows.
+        Huge factors come brought down to an ordinary size (`rlora.core.sizes`), their gradients are
+        those by such factors, and the directions shrink as much; with False both are left as they
+        are, for a rule whose direction does not shrink as the partner grows.
     """
     check_choice("compute_dtype", compute_dtype, ComputeDtype)
 
@@ -223,12 +220,12 @@ def rank_wise(
         G = pairs_of(grads)
 
         def work(bundle: Bundle, members: list[int], part: State) -> tuple[list[Factors], State]:
-            powers = bundle.powers
+            numbers = bundle.numbers
             whole = [filled(G[i], pair) for i, pair in zip(members, bundle.params, strict=True)]
-            if powers is None or not rescaled:
+            if numbers is None or not rescaled:
                 return rule(bundle, whole, part)
-            D, part = rule(bundle, swapped(powers, whole), part)
-            return swapped(powers, D), part
+            D, part = rule(bundle, swapped(numbers, whole), part)
+            return swapped(numbers, D), part
 
         return _each_rank(work, params, grads, state, compute_dtype)
 
@@ -270,11 +267,11 @@ def _each_rank(
     directions, moved = list(pairs), [list(field) for field in fields]
     with backend.exact(pairs[0].A):
         for members in by_rank(pairs):
-            params, powers = moderate(backend, [pairs[i] for i in members])
+            params, numbers = moderate(backend, [pairs[i] for i in members])
             bundle = Bundle(
                 backend,
                 params,
-                powers=powers,
+                numbers=numbers,
                 moving=[(G[i].A is not None, G[i].B is not None) for i in members],
                 dtype=backend.compute_dtype(pairs[members[0]].A.dtype, compute_dtype),
             )

@@ -1,6 +1,6 @@
-"""Powers of two that bring matrices to sizes whose squares and products stay in range.
+"""Numbers that bring matrices to sizes whose squares and products stay in range.
 
-A product with a power of two is exact, and with ordinary sizes it is 1 that they are.
+A matrix of ordinary size is left as it is: its number is exactly 1.
 """
 
 import math
@@ -11,62 +11,56 @@ from rlora.core.backend import Backend
 from rlora.core.factors import Array, Factors
 
 
-def large(xp: Any, dtype: Any) -> int:
-    """The exponent of the largest ordinary size, 36 in float32: its square is far inside the range.
+def ordinary(xp: Any, dtype: Any) -> tuple[float, float]:
+    """The ends of the ordinary sizes, 2^-36 and 2^36 in float32.
 
-    ``2^-large`` is the smallest.
+    Squares of what lies between are far inside the range, which ends at 2^-126 and 2^128.
     """
-    return int(math.log2(float(xp.finfo(dtype).max))) * 36 // 128
+    high = 2.0 ** (int(math.log2(float(xp.finfo(dtype).max))) * 36 // 128)
+    return 1 / high, high
 
 
-def powers_of_two(
+def into_range(
     backend: Backend, X: Sequence[Array], *, huge_only: bool = False
-) -> list[Array] | None:
-    """What brings the largest entry of each matrix to [1, 2), where it is of no ordinary size.
+) -> tuple[list[Array], list[Array] | None]:
+    """Matrices with their largest entry of ordinary size, and the numbers that did it.
 
     Parameters
     ----------
     X : sequence of arrays
-        Matrices (..., r, n) of one dtype.
+        Matrices (..., r, n) of one dtype; what is larger is divided down to the largest ordinary
+        size, what is smaller multiplied up to the smallest.
     huge_only : bool
-        Leave tiny ones as they are, and bring huge ones down to ``2^large``, no further.
+        Leave tiny ones as they are.
 
     Returns
     -------
-    list of arrays of shape (..., 1, 1), or None
-        1 for a matrix of ordinary size and for one that is zero or not finite, so that NaN stays
-        visible; None where all are known to be 1.
+    X : list of arrays
+        A matrix with an entry that is not finite has NaN.
+    numbers : list of arrays of shape (..., 1, 1), or None
+        None where all are known to be 1.
     """
-    xp, info = backend.xp, backend.xp.finfo(X[0].dtype)
-    least, limit = float(info.smallest_normal), large(xp, X[0].dtype)
-    low, high = 0.0 if huge_only else 2.0**-limit, 2.0 ** (limit + 1)
-    if backend.within(X, low, high):
-        return None
-    peaks = [xp.reshape(xp.max(xp.abs(x), axis=(-2, -1)), (-1, 1, 1)) for x in X]
-    peak = xp.concat(peaks)  # (K, 1, 1)
-    odd = xp.isfinite(peak) & (peak >= least) & ((peak < low) | (peak >= high))
-    exponent = xp.floor(xp.log2(xp.where(odd, peak, xp.ones_like(peak))))
+    xp = backend.xp
+    low, high = ordinary(xp, X[0].dtype)
+    if backend.within(X, 0.0 if huge_only else low, high):
+        return list(X), None
+    peaks = [xp.linalg.vector_norm(x, axis=(-2, -1), ord=float("inf")) for x in X]
+    peak = xp.concat([xp.reshape(x, (-1, 1, 1)) for x in peaks])
     if huge_only:
-        exponent = xp.clip(exponent - limit, min=0.0)
-    # The inverse of the largest power of two is below the normal numbers.
-    exponent = xp.clip(exponent, max=-math.log2(least))
-    return list(backend.unstack(2.0**-exponent, X))
-
-
-def times(powers: Sequence[Array] | None, X: Sequence[Array]) -> list[Array]:
-    """Each matrix times its power; None is 1."""
-    return list(X) if powers is None else [c * x for c, x in zip(powers, X, strict=True)]
+        numbers = high / xp.clip(peak, min=high)
+    else:
+        tiny = float(xp.finfo(peak.dtype).smallest_normal)  # for zeros
+        numbers = xp.clip(peak, min=low, max=high) / xp.clip(peak, min=tiny)
+    pieces = list(backend.unstack(numbers, X))
+    return [c * x for c, x in zip(pieces, X, strict=True)], pieces
 
 
 def moderate(
     backend: Backend, pairs: Sequence[Factors]
 ) -> tuple[list[Factors], list[Factors] | None]:
-    """The pairs, huge factors brought down, and the powers that did it; None where all were 1."""
-    flat = [x for pair in pairs for x in pair]
-    powers = powers_of_two(backend, flat, huge_only=True)
-    if powers is None:
-        return list(pairs), None
-    return in_pairs(times(powers, flat)), in_pairs(powers)
+    """The pairs, huge factors brought down, and the numbers that did it; None where all were 1."""
+    flat, numbers = into_range(backend, [x for pair in pairs for x in pair], huge_only=True)
+    return in_pairs(flat), None if numbers is None else in_pairs(numbers)
 
 
 def in_pairs(flat: Sequence[Array]) -> list[Factors]:
@@ -74,9 +68,9 @@ def in_pairs(flat: Sequence[Array]) -> list[Factors]:
     return [Factors(*flat[i : i + 2]) for i in range(0, len(flat), 2)]
 
 
-def swapped(powers: Sequence[Factors], X: Sequence[Factors]) -> list[Factors]:
-    """Gradients or directions, each times the power of the partner."""
-    return [Factors(c.B * x.A, c.A * x.B) for c, x in zip(powers, X, strict=True)]
+def swapped(numbers: Sequence[Factors], X: Sequence[Factors]) -> list[Factors]:
+    """Gradients or directions, each times the number of the partner."""
+    return [Factors(c.B * x.A, c.A * x.B) for c, x in zip(numbers, X, strict=True)]
 
 
 def euclidean_norm(xp: Any, leaves: list[Array]) -> Array:

@@ -14,7 +14,7 @@ from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, map_pairs
 from rlora.core.linalg import DampingMode, add, check_damping, metric_power, symmetric, tangent
 from rlora.core.moments import corrected_decay, counts, momentum, over, per_pair
-from rlora.core.sizes import in_pairs, powers_of_two
+from rlora.core.sizes import in_pairs, into_range
 from rlora.core.transform import State, Transform, chain
 
 
@@ -55,35 +55,35 @@ def scale_by_adapre(
     def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], AdaPreState]:
         xp = bundle.xp
         g = [over(G_k, s) for G_k, s in zip(G, state.scaling, strict=True)]
-        g, power = _unit(bundle, g)
+        g, number = _in_range(bundle, g)
         P = metric_power(bundle, bundle.gram(bundle.params), -1.0, damping, damping_mode)
 
         def average(old: Array, new: Array, count: Array) -> Array:
             decay = corrected_decay(xp, b2, count)[..., None]
             return _hypot(xp, decay**0.5 * old, (1 - decay) ** 0.5 * new)
 
-        now = product_norms(bundle, tangent(bundle, P, g), power)
+        now = product_norms(bundle, tangent(bundle, P, g), number)
         norms = [
             Factors(*map(average, old, new, count))
             for old, new, count in zip(state.norms, now, state.count, strict=True)
         ]
         weights = [Factors(*(_root_weight(xp, x, eps) for x in pair)) for pair in norms]
         D = weighted_tangent(bundle, g, weights, damping, damping_mode)
-        D = [over(d, s * c) for d, s, c in zip(D, state.scaling, power, strict=True)]
+        D = [over(d, s * c) for d, s, c in zip(D, state.scaling, number, strict=True)]
         count = [Factors(c.A + 1, c.B + 1) for c in state.count]
         return D, AdaPreState(norms, count, state.scaling)
 
     return rank_wise(init, rule, compute_dtype=compute_dtype)
 
 
-def _unit(bundle: Bundle, X: Sequence[Factors]) -> tuple[list[Factors], list[Array | float]]:
-    """Both factors of each pair times one power of two, and these powers, (...)."""
-    found = powers_of_two(bundle.backend, [x for pair in X for x in pair])
+def _in_range(bundle: Bundle, X: Sequence[Factors]) -> tuple[list[Factors], list[Array | float]]:
+    """Both factors of each pair times one number that brings squares into range; the numbers."""
+    _, found = into_range(bundle.backend, [x for pair in X for x in pair])
     if found is None:
         return list(X), [1.0] * len(X)
-    powers = [bundle.xp.minimum(*both) for both in in_pairs(found)]
-    pairs = [Factors(c * x.A, c * x.B) for c, x in zip(powers, X, strict=True)]
-    return pairs, [c[..., 0, 0] for c in powers]
+    numbers = [bundle.xp.minimum(*both) for both in in_pairs(found)]
+    pairs = [Factors(c * x.A, c * x.B) for c, x in zip(numbers, X, strict=True)]
+    return pairs, [c[..., 0, 0] for c in numbers]
 
 
 def _hypot(xp: Any, x: Array, y: Array) -> Array:
@@ -94,10 +94,10 @@ def _hypot(xp: Any, x: Array, y: Array) -> Array:
 
 
 def product_norms(
-    bundle: Bundle, D: Sequence[Factors], power: Sequence[Array | float]
+    bundle: Bundle, D: Sequence[Factors], number: Sequence[Array | float]
 ) -> list[Factors]:
     """Norms of the columns and rows of ``B D_A + D_B A``, divided by one number for each pair."""
-    D, own = _unit(bundle, D)
+    D, own = _in_range(bundle, D)
     squares = energies(bundle, D)
 
     def row(c: Array | float) -> Array | float:
@@ -105,7 +105,7 @@ def product_norms(
 
     return [
         Factors(*(bundle.xp.clip(x, min=0.0) ** 0.5 / row(c) / row(d) for x in pair))
-        for pair, c, d in zip(squares, own, power, strict=True)
+        for pair, c, d in zip(squares, own, number, strict=True)
     ]
 
 

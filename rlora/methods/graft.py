@@ -120,8 +120,8 @@ def to_size(bundle: Bundle, D: list[Factors], state: State) -> tuple[list[Factor
         return xp.sqrt(xp.sum(S * bundle.gram(X), axis=(-2, -1), keepdims=True))
 
     U = [filled(u, pair) for u, pair in zip(state.U, bundle.params, strict=True)]
-    (D, _), (U, power) = bundle.unit(D), bundle.unit(U)
-    has, wanted = size(D), size(U) / power
+    (D, _), (U, number) = bundle.in_range(D), bundle.in_range(U)
+    has, wanted = size(D), size(U) / number
     ratio = wanted / xp.where(has > 0, has, xp.ones_like(has))
     scales = bundle.unstack(ratio)
     return [Factors(c.A * d.A, c.B * d.B) for c, d in zip(scales, D, strict=True)], state

@@ -60,8 +60,8 @@ def gauge_of(gauge: Gauge, bundle: Bundle, S: Stack, P: Stack, G: list[Factors])
         return -0.5 * matmul(matmul(P_A, C_B), P_B)
     S_A, S_B = bundle.halves(S)
     C = -matmul(P_A, mT(C_A))
-    if bundle.powers is not None:  # huge factors: S_B / c_B² to S_A / c_A², neither enlarged
-        c_A, c_B = bundle.halves(bundle.stack(bundle.powers))
+    if bundle.numbers is not None:  # huge factors: S_B / c_B² to S_A / c_A², neither enlarged
+        c_A, c_B = bundle.halves(bundle.stack(bundle.numbers))
         most = bundle.xp.maximum(c_A, c_B)
         by_A, by_B = (c_B / most) ** 2, (c_A / most) ** 2
         S_A, S_B, C = by_A * S_A, by_B * S_B, by_A * C

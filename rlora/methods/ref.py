@@ -39,8 +39,8 @@ def balancing(bundle: Bundle, S: Stack, form: Form) -> Stack:
         K = (own_trace / xp.where(zero, xp.ones_like(its_trace), its_trace)) ** 0.5 * eye
     else:
         K = geometric_mean(backend, partner, S)
-    if bundle.powers is not None:
-        c = bundle.stack(bundle.powers)
+    if bundle.numbers is not None:
+        c = bundle.stack(bundle.numbers)
         K = K * (bundle.partner(c) / c)
     return xp.where(zero, eye, K)
 

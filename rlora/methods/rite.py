@@ -4,6 +4,7 @@ J.-N. Yen, S. Si, Z. Meng, F. Yu, S. S. Duvvuri, I. S. Dhillon, C.-J. Hsieh, S. 
 RITE: Robust Invariant Transformation Equilibration for LoRA Optimization. arXiv:2410.20625, 2024.
 """
 
+import math
 from typing import Any, Final, NamedTuple
 
 from rlora.core.backend import Backend
@@ -14,7 +15,7 @@ from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
 from rlora.core.linalg import congruence
 from rlora.core.moments import corrected_decay, counts, small_zeros, zeros
-from rlora.core.sizes import euclidean_norm, powers_of_two, shrink_to, times
+from rlora.core.sizes import euclidean_norm, into_range, shrink_to
 from rlora.core.transform import State, Transform, apply_updates, chain, no_state, pass_on
 
 OFFICIAL: Final[dict[str, Any]] = {"max_norm": 1.0, "max_rms": 1.0}
@@ -70,11 +71,11 @@ def scale_by_rite(
         rho, spectrum = bundle.spread(state.escaped), bundle.stack(state.spectrum)
         if escape:
             rho = decay2 * (rho + _escaped(backend, spectrum, V))
-        G, powers = bundle.unit(G)
+        G, numbers = bundle.in_range(G)
         Q = congruence(backend, W, bundle.gram(G)) / bundle.columns()
-        # The gradient is what is left of `powers`, or less where its square would leave the range.
+        # Back to the gradient's own size, or less where its square would leave the range.
         size = xp.sqrt(_trace(xp, Q)) * xp.clip(_trace(xp, W), min=1.0)
-        back = 1 / xp.clip(size / _largest_root(xp, V), min=powers)
+        back = 1 / xp.clip(size / _largest_root(xp, V), min=numbers)
         V = decay2 * V + (1 - decay2) * (back * Q) * back
         if escape:
             spectrum, _ = backend.eigh(V)
@@ -112,7 +113,7 @@ def _trace(xp: Any, S: Stack) -> Stack:
 
 def _largest_root(xp: Any, V: Stack) -> float:
     """The largest gradient whose square is kept: as in Adam, the second moment ends there."""
-    return float(xp.finfo(V.dtype).max) ** 0.49
+    return math.pow(xp.finfo(V.dtype).max, 0.49)
 
 
 def _escaped(backend: Backend, before: Array, V: Stack) -> Array:
@@ -147,11 +148,11 @@ def clip_unmagnified(max_norm: float | None = None, max_rms: float | None = None
 
     def measure(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
         W = bundle.backend.pseudo_power(bundle.partner(bundle.gram(bundle.params)), -0.5)
-        G, powers = bundle.unit(G)
+        G, numbers = bundle.in_range(G)
         squares = _trace(bundle.xp, congruence(bundle.backend, W, bundle.gram(G)))
-        norms = squares**0.5 / powers
-        if bundle.powers is not None:
-            norms = norms * bundle.partner(bundle.stack(bundle.powers))
+        norms = squares**0.5 / numbers
+        if bundle.numbers is not None:
+            norms = norms * bundle.partner(bundle.stack(bundle.numbers))
         return bundle.unstack(norms[:, 0, 0]), state
 
     unmagnified_norms = rank_wise(no_state, measure, rescaled=False).update
@@ -267,11 +268,11 @@ def _apply_and_balance(params: Tree, direction: Tree, lr: Array | float) -> Tree
         xp = backend.xp
         dtype = backend.compute_dtype(pair.A.dtype)
         A, B = (backend.cast(x, dtype) for x in pair)
-        powers = powers_of_two(backend, [A, B])
-        a, b = (xp.sum(x * x, axis=(-2, -1), keepdims=True) ** 0.25 for x in times(powers, [A, B]))
+        sized, numbers = into_range(backend, [A, B])
+        a, b = (xp.sum(x * x, axis=(-2, -1), keepdims=True) ** 0.25 for x in sized)
         live = (a > 0) & (b > 0)
         c = xp.where(live, b, xp.ones_like(b)) / xp.where(live, a, xp.ones_like(a))
-        c = c if powers is None else c * (powers[0] ** 0.5 / powers[1] ** 0.5)
+        c = c if numbers is None else c * (numbers[0] ** 0.5 / numbers[1] ** 0.5)
         return Factors(backend.cast(c * A, pair.A.dtype), backend.cast(B / c, pair.B.dtype))
 
     return map_pairs(balance, apply_updates(params, direction, lr), direction)
