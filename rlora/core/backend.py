@@ -80,7 +80,7 @@ class Backend:
     def within(self, X: Tall, low: float, high: float) -> bool:
         """Whether the largest magnitude of each matrix is known to be 0 or in [low, high).
 
-        False where it is not known, as asking would wait for a device or end a trace.
+        False where that is not known: asking would wait for a device, or end a trace.
         """
         return False
 

@@ -16,7 +16,7 @@ def ordinary(xp: Any, dtype: Any) -> tuple[float, float]:
 
     Squares of what lies between are far inside the range, which ends at 2^-126 and 2^128.
     """
-    high = 2.0 ** (int(math.log2(float(xp.finfo(dtype).max))) * 36 // 128)
+    high = 2.0 ** (math.frexp(float(xp.finfo(dtype).max))[1] * 36 // 128)
     return 1 / high, high
 
 
@@ -36,7 +36,7 @@ def into_range(
     Returns
     -------
     X : list of arrays
-        A matrix with an entry that is not finite has NaN.
+        What is not finite stays so.
     numbers : list of arrays of shape (..., 1, 1), or None
         None where all are known to be 1.
     """
@@ -46,11 +46,12 @@ def into_range(
         return list(X), None
     peaks = [xp.linalg.vector_norm(x, axis=(-2, -1), ord=float("inf")) for x in X]
     peak = xp.concat([xp.reshape(x, (-1, 1, 1)) for x in peaks])
+    info = xp.finfo(peak.dtype)
+    tiny, most = float(info.smallest_normal), float(info.max)  # instead of zero and infinity
     if huge_only:
-        numbers = high / xp.clip(peak, min=high)
+        numbers = high / xp.clip(peak, min=high, max=most)
     else:
-        tiny = float(xp.finfo(peak.dtype).smallest_normal)  # for zeros
-        numbers = xp.clip(peak, min=low, max=high) / xp.clip(peak, min=tiny)
+        numbers = xp.clip(peak, min=low, max=high) / xp.clip(peak, min=tiny, max=most)
     pieces = list(backend.unstack(numbers, X))
     return [c * x for c, x in zip(pieces, X, strict=True)], pieces
 
