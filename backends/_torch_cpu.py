@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +71,16 @@ def is_plain(*tensors: Tensor) -> bool:
         and all(type(t) is Tensor and t.dtype == x.dtype for t in tensors)
         and all(t.is_contiguous() and not t.requires_grad for t in tensors)
     )
+
+
+def is_within(x: Tensor, low: float, high: float) -> bool:
+    """`Backend.within` of one plain tensor (..., r, n)."""
+    if not low:  # in one pass
+        least, most = torch.aminmax(x)
+        return -high < least.item() and most.item() < high
+    values = x.numpy().reshape(-1, x.shape[-2] * x.shape[-1])
+    peak = np.maximum(values.max(axis=1), -values.min(axis=1))
+    return bool(((peak < high) & ((peak >= low) | (peak == 0))).all())
 
 
 def fused_adam(

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rlora.core.backend import Backend, Workspace, mT
+from rlora.core.backend import Backend, Tall, Workspace, mT
 from rlora.core.factors import Array
 
 
@@ -25,6 +25,9 @@ class NumPyBackend(Backend):
             np.matmul(A, mT(A), out=out)
             start += count
         return stack
+
+    def within(self, X: Tall, low: float, high: float) -> bool:
+        return all(is_within(x, low, high) for x in X)
 
     def spd_power(self, S: Array, power: float) -> Array:
         return np.linalg.inv(S) if power == -1.0 else super().spd_power(S, power)
@@ -48,6 +51,12 @@ class NumPyBackend(Backend):
     def descend(self, param: Array, d: Array, lr: Array | float) -> Array:
         moved = np.asarray(lr * d)
         return np.subtract(param, moved, out=moved)
+
+
+def is_within(x: Any, low: float, high: float) -> bool:
+    """`Backend.within` of one array (..., r, n)."""
+    peak = np.maximum(x.max(axis=(-2, -1)), -x.min(axis=(-2, -1)))
+    return bool(((peak < high) & ((peak >= low) | (peak == 0))).all())
 
 
 BACKEND = NumPyBackend

@@ -11,7 +11,7 @@ from rlora.core.backend import ROUNDING, Backend, Tall, Workspace
 from rlora.core.errors import NumericsError
 from rlora.core.factors import Array
 
-from ._torch_cpu import empty, fused_adam, is_plain, reusing
+from ._torch_cpu import empty, fused_adam, is_plain, is_within, reusing
 from ._torch_stacks import (
     block_diagonal,
     buckets_of,
@@ -51,6 +51,9 @@ class TorchBackend(Backend):
         self, tall: Tall, P: Tall, workspace: Workspace | None = None, onto: Tall | None = None
     ) -> list[Array]:
         return self._apply(P, tall, workspace, lambda P, G: (G, P), "right", onto)
+
+    def within(self, X: Tall, low: float, high: float) -> bool:
+        return all(is_plain(x) and is_within(x, low, high) for x in X)
 
     def _gram(
         self,
@@ -164,7 +167,8 @@ class TorchBackend(Backend):
         # The filter (λ / (λ + shift))⁴ takes the place of a cut-off: nothing is left of directions
         # that are lost in rounding.
         r = S.shape[-1]
-        mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)
+        mean, info = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1), torch.finfo(S.dtype)
+        S = torch.where(mean <= info.smallest_normal / (ROUNDING * r * info.eps), 0.0, S)
         shift = torch.finfo(S.dtype).eps ** 0.5 * mean
         Z, _ = self.newton_schulz(S + shift * torch.eye(r, dtype=S.dtype, device=S.device))
         squared = torch.matrix_power(Z @ S @ Z, 2)

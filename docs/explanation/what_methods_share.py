@@ -101,7 +101,7 @@ def moments(method: rlora.Transform) -> tuple[str, str]:
     params = make_problem().params
     flat = rlora.flatten_state(method.init(params)).items()
     first = any(".mu." in name for name, _ in flat)
-    shapes = {x.shape for name, x in flat if ".nu." in name or "energy" in name}
+    shapes = {x.shape for name, x in flat if ".nu." in name or "norms" in name}
     if not shapes:
         second = "-"
     elif shapes <= {params.A.shape, params.B.shape} or any("inner" in name for name, _ in flat):

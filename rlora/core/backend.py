@@ -77,6 +77,13 @@ class Backend:
         products = [self.matmul(self.cast(G, p.dtype), p) for p, G in zip(P, tall, strict=True)]
         return products if onto is None else [x + z for x, z in zip(products, onto, strict=True)]
 
+    def within(self, X: Tall, low: float, high: float) -> bool:
+        """Whether the largest magnitude of each matrix is known to be 0 or in [low, high).
+
+        False where that is not known: asking would wait for a device, or end a trace.
+        """
+        return False
+
     # --- small work: r x r, batched over the whole model ---------------------------------------
 
     def spd_power(self, S: Array, power: float) -> Array:
@@ -151,13 +158,14 @@ class Backend:
         For methods that normalise what they see: a direction without mass, damped or not, would
         come back as large as the others.
         """
-        xp, r = self.xp, S.shape[-1]
+        xp, r, info = self.xp, S.shape[-1], self.xp.finfo(S.dtype)
+        rounding = ROUNDING * r * float(info.eps)
         mean = xp.reshape(xp.linalg.trace(S), (-1, 1, 1)) / r
-        unit = xp.where(mean > 0, mean, xp.ones_like(mean))
-        w, Q = self.eigh(S / unit)
-        gone = w <= ROUNDING * r * float(xp.finfo(S.dtype).eps)
-        power = xp.where(gone, xp.ones_like(w), w) ** exponent
-        power = xp.where(gone, xp.zeros_like(w), power)
+        zero = mean <= float(info.smallest_normal) / rounding  # or too small, as in `damped_power`
+        unit = xp.where(zero, xp.ones_like(mean), mean)
+        w, Q = self.eigh(xp.where(zero, xp.zeros_like(S), S / unit))
+        gone = w <= rounding
+        power = xp.where(gone, xp.zeros_like(w), xp.where(gone, xp.ones_like(w), w) ** exponent)
         return self.matmul(Q * xp.expand_dims(power, axis=-2), mT(Q)) * unit**exponent
 
     def inverse_root(self, V: Array, shift: Array, eps: float) -> Array:
@@ -252,7 +260,7 @@ class Backend:
         return hasattr(self.xp, "float64")
 
     def exact(self, like: Array) -> AbstractContextManager[Any]:
-        """A context in which nothing lowers the precision of a product behind our back."""
+        """A context in which nothing lowers the precision of a product."""
         return nullcontext()
 
     def reusing(self, workspace: Workspace) -> AbstractContextManager[None]:

@@ -21,10 +21,11 @@ from rlora.core.factors import (
     counterparts,
     device_of,
     leaves_of,
-    map_pairs,
     pairs_of,
     rebuild,
+    where_moving,
 )
+from rlora.core.sizes import in_pairs, into_range, moderate, swapped
 from rlora.core.transform import ApplyFn, State, Transform, apply_updates
 
 Stack: TypeAlias = Array
@@ -42,6 +43,8 @@ class Bundle:
         A (..., r, n) and B (..., m, r), of any outer sizes; K counts every layer of them.
     moving : sequence of (bool, bool), optional
         Which factors have a gradient; all by default.
+    numbers : sequence of Factors, optional
+        What the factors have been multiplied by, (..., 1, 1); see `rank_wise`.
     dtype : dtype, optional
         Of the r x r algebra; the parameters' own by default.
     workspace : dict, optional
@@ -54,6 +57,7 @@ class Bundle:
         params: Sequence[Factors],
         *,
         moving: Sequence[tuple[bool, bool]] | None = None,
+        numbers: Sequence[Factors] | None = None,
         dtype: Any = None,
         workspace: Workspace | None = None,
     ) -> None:
@@ -63,6 +67,7 @@ class Bundle:
         self.dtype = dtype or self.like.dtype
         self.workspace = workspace
         self.moving = moving or [(True, True)] * len(params)
+        self.numbers = numbers
         self._leads = [tuple(pair.A.shape[:-2]) for pair in params]
         self.layers = sum(map(prod, self._leads))
 
@@ -93,6 +98,11 @@ class Bundle:
         transposed = [mT(piece) for piece in pieces[len(A) :]]
         right = self.backend.apply_right(B, transposed, self.workspace, to_B)
         return [Factors(*pair) for pair in zip(left, right, strict=True)]
+
+    def in_range(self, X: Sequence[Factors]) -> tuple[list[Factors], Stack | float]:
+        """X, each factor times a number that brings its squares into range, and the numbers."""
+        flat, numbers = into_range(self.backend, [x for pair in X for x in pair])
+        return in_pairs(flat), 1.0 if numbers is None else self.stack(in_pairs(numbers))
 
     # --- the stack ------------------------------------------------------------------------------
 
@@ -184,6 +194,7 @@ def rank_wise(
     transport: TransportRule | None = None,
     apply: ApplyFn = apply_updates,
     compute_dtype: str | None = None,
+    rescaled: bool = True,
 ) -> Transform:
     """A transform out of a rule for all pairs of one rank.
 
@@ -198,6 +209,10 @@ def rank_wise(
         See `rlora.Transform`.
     compute_dtype : {None, "float32", "float64"}
         Precision of the r x r algebra; None is the parameters' own, at least float32.
+    rescaled : bool
+        Huge factors come brought down to an ordinary size (`rlora.core.sizes`), their gradients are
+        those by such factors, and the directions shrink as much; with False both are left as they
+        are, for a rule whose direction does not shrink as the partner grows.
     """
     check_choice("compute_dtype", compute_dtype, ComputeDtype)
 
@@ -205,8 +220,12 @@ def rank_wise(
         G = pairs_of(grads)
 
         def work(bundle: Bundle, members: list[int], part: State) -> tuple[list[Factors], State]:
+            numbers = bundle.numbers
             whole = [filled(G[i], pair) for i, pair in zip(members, bundle.params, strict=True)]
-            return rule(bundle, whole, part)
+            if numbers is None or not rescaled:
+                return rule(bundle, whole, part)
+            D, part = rule(bundle, swapped(numbers, whole), part)
+            return swapped(numbers, D), part
 
         return _each_rank(work, params, grads, state, compute_dtype)
 
@@ -218,7 +237,8 @@ def rank_wise(
         before = pairs_of(old)
 
         def work(bundle: Bundle, members: list[int], part: State) -> tuple[list[Factors], State]:
-            return list(bundle.params), carried(bundle, [before[i] for i in members], part)
+            old, _ = moderate(bundle.backend, [before[i] for i in members])
+            return list(bundle.params), carried(bundle, old, part)
 
         return _each_rank(work, new, new, state, compute_dtype)[1]
 
@@ -233,45 +253,35 @@ def record_turn(bundle: Bundle, old: Sequence[Factors], state: State) -> State:
     return state._replace(turn=bundle.unstack(bundle.partner(bundle.cross(bundle.params, old))))
 
 
-def small_zeros(params: Tree, axes: int) -> Tree:
-    """Zeros with `axes` axes of length r after the leading ones, for each factor."""
-
-    def pair_of_zeros(pair: Factors) -> Factors:
-        A, r = pair.A, pair.A.shape[-2]
-        shape = (*A.shape[:-2], *([r] * axes))
-        zeros = get_backend(A).xp.zeros(shape, dtype=A.dtype, device=device_of(A))
-        return Factors(zeros, zeros)
-
-    return map_pairs(pair_of_zeros, params)
-
-
 def _each_rank(
     work: Callable[..., tuple[list[Factors], State]],
-    params: Tree,
+    tree: Tree,
     grads: Tree,
     state: State,
     compute_dtype: str | None,
 ) -> tuple[Tree, State]:
     """Do `work` rank by rank, and put its results back in their places."""
-    pairs, G = pairs_of(params), pairs_of(grads)
-    backend = get_backend(*leaves_of(params))
-    fields = [counterparts(params, tree) for tree in state]
+    pairs, G = pairs_of(tree), pairs_of(grads)
+    backend = get_backend(*leaves_of(tree))
+    fields = [counterparts(tree, field) for field in state]
     directions, moved = list(pairs), [list(field) for field in fields]
     with backend.exact(pairs[0].A):
         for members in by_rank(pairs):
+            params, numbers = moderate(backend, [pairs[i] for i in members])
             bundle = Bundle(
                 backend,
-                [pairs[i] for i in members],
+                params,
+                numbers=numbers,
                 moving=[(G[i].A is not None, G[i].B is not None) for i in members],
                 dtype=backend.compute_dtype(pairs[members[0]].A.dtype, compute_dtype),
             )
             part = type(state)(*([field[i] for i in members] for field in fields))
             found, part = work(bundle, members, part)
             for k, i in enumerate(members):
-                directions[i] = _where_moving(G[i], found[k], Factors(None, None))
+                directions[i] = where_moving(G[i], found[k], Factors(None, None))
                 for field, values in zip(moved, part, strict=True):
-                    field[i] = _where_moving(G[i], values[k], field[i])
-    return rebuild(params, directions), type(state)(*(rebuild(params, field) for field in moved))
+                    field[i] = where_moving(G[i], values[k], field[i])
+    return rebuild(tree, directions), type(state)(*(rebuild(tree, field) for field in moved))
 
 
 def filled(grads: Factors, params: Factors) -> Factors:
@@ -279,10 +289,3 @@ def filled(grads: Factors, params: Factors) -> Factors:
     xp = get_backend(params.A).xp
     both = zip(grads, params, strict=True)
     return Factors(*(xp.zeros_like(p) if g is None else g for g, p in both))
-
-
-def _where_moving(grads: Factors, new: Any, old: Any) -> Any:
-    """The new value where there was a gradient: factor by factor, or for the pair as a whole."""
-    if not isinstance(new, Factors):
-        return old if all(g is None for g in grads) else new
-    return Factors(*(o if g is None else x for g, x, o in zip(grads, new, old, strict=True)))

@@ -113,6 +113,13 @@ def rebuild(tree: Tree, pairs: Sequence[Any]) -> Tree:
     return map_pairs(lambda _: next(supply), tree)
 
 
+def where_moving(grads: Factors, new: Any, old: Any) -> Any:
+    """The new value where there was a gradient: factor by factor, or for the pair as a whole."""
+    if not isinstance(new, Factors):
+        return old if all(g is None for g in grads) else new
+    return Factors(*(o if g is None else x for g, x, o in zip(grads, new, old, strict=True)))
+
+
 def leaves_of(*trees: Tree) -> list[Array]:
     """Every array of the collections, without the Nones."""
     return [x for tree in trees for pair in pairs_of(tree) for x in pair if x is not None]

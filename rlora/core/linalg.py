@@ -124,9 +124,13 @@ def congruence(backend: Backend, W: Array, S: Array) -> Array:
 
 def geometric_mean(backend: Backend, M: Array, S: Array) -> Array:
     """``M⁻¹ # S = M^-½ (M^½ S M^½)^½ M^-½`` of positive definite matrices."""
+    xp = backend.xp
+    m, s = (xp.reshape(xp.linalg.trace(X), (-1, 1, 1)) for X in (M, S))
+    m, s = (xp.where(x > 0, x, xp.ones_like(x)) for x in (m, s))
+    M, S = M / m, S / s  # what is below has their product
     W = backend.damped_power(M, -0.5)
     middle = backend.damped_power(congruence(backend, backend.matmul(M, W), S), 0.5)
-    return congruence(backend, W, middle)
+    return congruence(backend, W, middle) * (s**0.5 / m**0.5)
 
 
 def sylvester_spd(backend: Backend, P: Array, Q: Array, C: Array) -> Array:

@@ -15,6 +15,7 @@ from rlora.core.factors import (
     map_pairs,
     unzip,
 )
+from rlora.core.sizes import euclidean_norm, shrink_to
 from rlora.core.transform import State, Transform, no_state
 
 TINY = 1e-30
@@ -190,20 +191,10 @@ def clip_by_global_norm(max_norm: float) -> Transform:
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         leaves = leaves_of(grads)
         xp = get_backend(*leaves).xp
-        # The largest entry is taken out first: squares overflow long before entries do.
-        peak = _fold(xp.maximum, [xp.max(xp.abs(g)) for g in leaves])
-        peak = xp.where(peak > 0, peak, xp.ones_like(peak))
-        norm = peak * xp.sqrt(_fold(lambda x, y: x + y, [xp.sum((g / peak) ** 2) for g in leaves]))
-        factor = shrink_to(xp, max_norm, norm)
+        factor = shrink_to(xp, max_norm, euclidean_norm(xp, leaves))
         return map_leaves(lambda g: g * factor, grads), state
 
     return Transform(no_state, update)
-
-
-def shrink_to(xp: Any, bound: float, norm: Array) -> Array:
-    """What brings a norm down to a bound: at most 1, and NaN stays visible."""
-    over = norm > bound
-    return xp.where(over, bound / xp.where(over, norm, xp.ones_like(norm)), 0 * norm + 1)
 
 
 def only(side: Literal["A", "B"], inner: Transform) -> Transform:
@@ -240,16 +231,21 @@ def corrected_decay(xp: Any, b: float, count: Array) -> Array:
     return b * _correction(xp, b, count) / _correction(xp, b, count + 1)
 
 
-def _fold(f: Any, xs: list[Array]) -> Array:
-    total = xs[0]
-    for x in xs[1:]:
-        total = f(total, x)
-    return total
-
-
 def zeros(params: Tree) -> Tree:
     """Like the parameters."""
     return map_leaves(lambda p: get_backend(p).xp.zeros_like(p), params)
+
+
+def small_zeros(params: Tree, axes: int) -> Tree:
+    """Zeros with `axes` axes of length r after the leading ones, for each factor."""
+
+    def pair_of_zeros(pair: Factors) -> Factors:
+        A, r = pair.A, pair.A.shape[-2]
+        shape = (*A.shape[:-2], *([r] * axes))
+        zeros = get_backend(A).xp.zeros(shape, dtype=A.dtype, device=device_of(A))
+        return Factors(zeros, zeros)
+
+    return map_pairs(pair_of_zeros, params)
 
 
 def counts(params: Tree) -> Tree:

@@ -14,14 +14,16 @@ from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, map_pairs
 from rlora.core.linalg import DampingMode, add, check_damping, metric_power, symmetric, tangent
 from rlora.core.moments import corrected_decay, counts, momentum, over, per_pair
+from rlora.core.sizes import in_pairs, into_range
 from rlora.core.transform import State, Transform, chain
 
 
 class AdaPreState(NamedTuple):
     """What AdaPreLoRA knows of each pair."""
 
-    energy: Tree
-    """Average of the squares of the columns and of the rows of the gradient: (..., n), (..., m)."""
+    norms: Tree
+    """Root of the average of the squared norms of the columns and of the rows of the gradient,
+    (..., n) and (..., m): the squares themselves would leave the range long before it does."""
 
     count: Tree
     """Steps taken, one number a factor."""
@@ -54,25 +56,58 @@ def scale_by_adapre(
     def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], AdaPreState]:
         xp = bundle.xp
         g = [over(G_k, s) for G_k, s in zip(G, state.scaling, strict=True)]
+        g, number = _in_range(bundle, g)
         P = metric_power(bundle, bundle.gram(bundle.params), -1.0, damping, damping_mode)
 
         def average(old: Array, new: Array, count: Array) -> Array:
             decay = corrected_decay(xp, b2, count)[..., None]
-            return decay * old + (1 - decay) * new
+            return _hypot(xp, decay**0.5 * old, (1 - decay) ** 0.5 * new)
 
-        energy = [
+        now = product_norms(bundle, tangent(bundle, P, g), number)
+        norms = [
             Factors(*map(average, old, new, count))
-            for old, new, count in zip(
-                state.energy, energies(bundle, tangent(bundle, P, g)), state.count, strict=True
-            )
+            for old, new, count in zip(state.norms, now, state.count, strict=True)
         ]
-        weights = [Factors(*(_root_weight(xp, x, eps) for x in pair)) for pair in energy]
+        weights = [Factors(*(_root_weight(xp, x, eps) for x in pair)) for pair in norms]
         D = weighted_tangent(bundle, g, weights, damping, damping_mode)
-        D = [over(d, s) for d, s in zip(D, state.scaling, strict=True)]
+        D = [over(d, s * c) for d, s, c in zip(D, state.scaling, number, strict=True)]
         count = [Factors(c.A + 1, c.B + 1) for c in state.count]
-        return D, AdaPreState(energy, count, state.scaling)
+        return D, AdaPreState(norms, count, state.scaling)
 
     return rank_wise(init, rule, compute_dtype=compute_dtype)
+
+
+def _in_range(bundle: Bundle, X: Sequence[Factors]) -> tuple[list[Factors], list[Array | float]]:
+    """Both factors of each pair times one number that brings squares into range; the numbers."""
+    _, found = into_range(bundle.backend, [x for pair in X for x in pair])
+    if found is None:
+        return list(X), [1.0] * len(X)
+    numbers = [bundle.xp.minimum(*both) for both in in_pairs(found)]
+    pairs = [Factors(c * x.A, c * x.B) for c, x in zip(numbers, X, strict=True)]
+    return pairs, [c[..., 0, 0] for c in numbers]
+
+
+def _hypot(xp: Any, x: Array, y: Array) -> Array:
+    """``(x² + y²)^½`` of what is not negative, in range wherever x and y are."""
+    most, least = xp.maximum(x, y), xp.minimum(x, y)
+    ratio = least / xp.where(most == 0, xp.ones_like(most), most)
+    return most * (1 + ratio**2) ** 0.5
+
+
+def product_norms(
+    bundle: Bundle, D: Sequence[Factors], number: Sequence[Array | float]
+) -> list[Factors]:
+    """Norms of the columns and rows of ``B D_A + D_B A``, divided by one number for each pair."""
+    D, own = _in_range(bundle, D)
+    squares = energies(bundle, D)
+
+    def row(c: Array | float) -> Array | float:
+        return c if isinstance(c, float) else c[..., None]
+
+    return [
+        Factors(*(bundle.xp.clip(x, min=0.0) ** 0.5 / row(c) / row(d) for x in pair))
+        for pair, c, d in zip(squares, own, number, strict=True)
+    ]
 
 
 def energies(bundle: Bundle, D: Sequence[Factors]) -> list[Factors]:
@@ -94,14 +129,19 @@ def energies(bundle: Bundle, D: Sequence[Factors]) -> list[Factors]:
     ]
 
 
-def _root_weight(xp: Any, energy: Array, eps: float) -> Array:
-    """``(e / sqrt(sum e))^½``, with e no less than eps times its mean; 1 without a gradient yet."""
-    mean = xp.mean(energy, axis=-1, keepdims=True)
-    energy = energy + eps * mean
-    zero = mean == 0
+def _root_weight(xp: Any, norms: Array, eps: float) -> Array:
+    """``(e / sqrt(sum e))^½`` of the squares e, each no less than eps times their mean.
+
+    1 without a gradient yet.
+    """
+    most = xp.max(norms, axis=-1, keepdims=True)
+    zero = most == 0
+    most = xp.where(zero, xp.ones_like(most), most)
+    energy = (norms / most) ** 2
+    energy = energy + eps * xp.mean(energy, axis=-1, keepdims=True)
     total = xp.sum(energy, axis=-1, keepdims=True) ** 0.5
     weight = (energy / xp.where(zero, xp.ones_like(total), total)) ** 0.5
-    return xp.where(zero, xp.ones_like(weight), weight)
+    return xp.where(zero, xp.ones_like(weight), weight * most**0.5)
 
 
 def weighted_tangent(

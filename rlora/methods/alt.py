@@ -4,13 +4,15 @@ X. Yu, Y. Wang, J. Chen, L. Xue. AltLoRA: Towards Better Gradient Approximation 
 Adaptation with Alternating Projections. arXiv:2505.12455, 2025.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from rlora.core.bundle import Bundle, rank_wise, record_turn, small_zeros
-from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters
-from rlora.core.factors import Array, Factors, Tree
+from rlora.core.bundle import Bundle, rank_wise, record_turn
+from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters, is_zero
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import Array, Factors, Tree, counterparts, pairs_of, rebuild
 from rlora.core.linalg import DampingMode, check_damping, metric_power
-from rlora.core.moments import each, per_pair, zeros
+from rlora.core.moments import each, per_pair, small_zeros, zeros
 from rlora.core.transform import State, Transform, chain
 
 First = Literal["A", "B"]
@@ -51,14 +53,14 @@ class Rates(NamedTuple):
     weight_decay: float
 
     def half_step(
-        self, xp: Any, mu: Array, nu: Array | None, g: Array, p: Array
+        self, xp: Any, mu: Array, nu: Array | None, g: Array
     ) -> tuple[Array, Array, Array | None]:
         """Direction and moments of one factor."""
         mu = self.b1 * mu + (1 - self.b1) * g
         if nu is None or self.b2 is None:
-            return mu + self.weight_decay * p, mu, None
+            return mu, mu, None
         nu = self.b2 * nu + (1 - self.b2) * g * g
-        return mu / (xp.sqrt(nu) + self.eps) + self.weight_decay * p, mu, nu
+        return mu / (xp.sqrt(nu) + self.eps), mu, nu
 
 
 def alternate(
@@ -86,6 +88,9 @@ def alternate(
         )
         return AltState(*common) if rates.b2 is None else AltPlusState(*common, zeros(params))
 
+    def turn_of(letter: str, count: Array) -> Array:
+        return each(count) % 2 == (0 if letter == first else 1)
+
     def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
         backend, xp = bundle.backend, bundle.xp
         S = bundle.gram(bundle.params)
@@ -95,11 +100,11 @@ def alternate(
 
         def move(k: int, letter: str) -> tuple[Array, Array, Array | None]:
             nu = None if rates.b2 is None else getattr(state.nu[k], letter)
-            old, g_k, p = (getattr(x[k], letter) for x in (mu, g, bundle.params))
-            d, *new = rates.half_step(xp, old, nu, g_k / each(state.scaling[k]) ** 2, p)
+            old, g_k = (getattr(x[k], letter) for x in (mu, g))
+            d, *new = rates.half_step(xp, old, nu, g_k / each(state.scaling[k]) ** 2)
             if not all(bundle.moving[k]):  # the partner is frozen: every turn is this factor's
                 return d, new[0], new[1]
-            turn = each(state.count[k]) % 2 == (0 if letter == first else 1)
+            turn = turn_of(letter, state.count[k])
             kept = None if nu is None else xp.where(turn, new[1], nu)
             return xp.where(turn, d, xp.zeros_like(d)), xp.where(turn, new[0], old), kept
 
@@ -113,7 +118,35 @@ def alternate(
         )
         return D, moved if rates.b2 is None else moved._replace(nu=nu)
 
-    return rank_wise(init, rule, transport=record_turn, compute_dtype=compute_dtype)
+    link = rank_wise(init, rule, transport=record_turn, compute_dtype=compute_dtype)
+    return link if is_zero(rates.weight_decay) else decay_in_turn(link, rates.weight_decay, turn_of)
+
+
+def decay_in_turn(
+    link: Transform, weight_decay: float, turn_of: Callable[[str, Array], Array]
+) -> Transform:
+    """The link with decay of the factor whose turn it is."""
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        D, new = link.update(grads, state, params)
+        counts = counterparts(params, state.count)
+
+        def decayed(k: int, d: Factors, p: Factors) -> Factors:
+            alone = d.A is None or d.B is None
+
+            def factor(letter: str) -> Array:
+                x, y = getattr(d, letter), getattr(p, letter)
+                if x is None or alone:
+                    return None if x is None else x + weight_decay * y
+                turn = turn_of(letter, counts[k])
+                return get_backend(x).xp.where(turn, x + weight_decay * y, x)
+
+            return Factors(factor("A"), factor("B"))
+
+        pairs = enumerate(zip(pairs_of(D), pairs_of(params), strict=True))
+        return rebuild(params, [decayed(k, d, p) for k, (d, p) in pairs]), new
+
+    return link._replace(update=update)
 
 
 @hyperparameters

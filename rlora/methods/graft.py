@@ -88,7 +88,7 @@ def graft_adamw(
     adam = scale_by_adam(b1, b2, eps)
     inner = rank_wise(keep_scaling, scaled_gradient) if inner is None else inner
     direction, transport = inner.update, inner.transport
-    resize = rank_wise(no_state, to_size).update
+    resize = rank_wise(no_state, to_size, rescaled=False).update
 
     def init(params: Tree, scaling: float = 1.0) -> GraftState:
         return GraftState(inner.init(params, scaling), adam.init(params, scaling))
@@ -122,7 +122,8 @@ def to_size(bundle: Bundle, D: list[Factors], state: State) -> tuple[list[Factor
         return xp.sqrt(xp.sum(S * bundle.gram(X), axis=(-2, -1), keepdims=True))
 
     U = [filled(u, pair) for u, pair in zip(state.U, bundle.params, strict=True)]
-    has, wanted = size(D), size(U)
+    (D, _), (U, number) = bundle.in_range(D), bundle.in_range(U)
+    has, wanted = size(D), size(U) / number
     ratio = wanted / xp.where(has > 0, has, xp.ones_like(has))
     scales = bundle.unstack(ratio)
     return [Factors(c.A * d.A, c.B * d.B) for c, d in zip(scales, D, strict=True)], state

@@ -24,6 +24,7 @@ def scale_by_spectral_norm(*, compute_dtype: str | None = None) -> Transform:
     def rule(bundle: Bundle, M: list[Factors], state: State) -> tuple[list[Factors], State]:
         backend = bundle.backend
         W = backend.pseudo_power(bundle.partner(bundle.gram(bundle.params)), -0.5)
+        M, _ = bundle.in_range(M)  # of which msign knows the direction alone
         sign = backend.pseudo_power(congruence(backend, W, bundle.gram(M)), -0.5)
         D = bundle.apply(congruence(backend, W, sign), M)
         return [over(d, 2 * s) for d, s in zip(D, state.scaling, strict=True)], state

@@ -60,7 +60,13 @@ def gauge_of(gauge: Gauge, bundle: Bundle, S: Stack, P: Stack, G: list[Factors])
     if gauge == "balanced":
         return -0.5 * matmul(matmul(P_A, C_B), P_B)
     S_A, S_B = bundle.halves(S)
-    return sylvester_spd(backend, S_B, S_A, -matmul(P_A, mT(C_A)))
+    C = -matmul(P_A, mT(C_A))
+    if bundle.numbers is not None:  # huge factors: S_B / c_B² to S_A / c_A², neither enlarged
+        c_A, c_B = bundle.halves(bundle.stack(bundle.numbers))
+        most = bundle.xp.maximum(c_A, c_B)
+        by_A, by_B = (c_B / most) ** 2, (c_A / most) ** 2
+        S_A, S_B, C = by_A * S_A, by_B * S_B, by_A * C
+    return sylvester_spd(backend, S_B, S_A, C)
 
 
 class FullState(NamedTuple):

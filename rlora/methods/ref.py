@@ -25,7 +25,7 @@ def scale_by_refactor(form: Form = "matrix", *, compute_dtype: str | None = None
         S = bundle.gram(bundle.params)
         return bundle.apply(balancing(bundle, S, form), G), state
 
-    return rank_wise(no_state, rule, compute_dtype=compute_dtype)
+    return rank_wise(no_state, rule, compute_dtype=compute_dtype, rescaled=False)
 
 
 def balancing(bundle: Bundle, S: Stack, form: Form) -> Stack:
@@ -39,6 +39,9 @@ def balancing(bundle: Bundle, S: Stack, form: Form) -> Stack:
         K = (own_trace / xp.where(zero, xp.ones_like(its_trace), its_trace)) ** 0.5 * eye
     else:
         K = geometric_mean(backend, partner, S)
+    if bundle.numbers is not None:
+        c = bundle.stack(bundle.numbers)
+        K = K * (bundle.partner(c) / c)
     return xp.where(zero, eye, K)
 
 

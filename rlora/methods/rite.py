@@ -4,16 +4,18 @@ J.-N. Yen, S. Si, Z. Meng, F. Yu, S. S. Duvvuri, I. S. Dhillon, C.-J. Hsieh, S. 
 RITE: Robust Invariant Transformation Equilibration for LoRA Optimization. arXiv:2410.20625, 2024.
 """
 
+import math
 from typing import Any, Final, NamedTuple
 
 from rlora.core.backend import Backend
-from rlora.core.bundle import Bundle, Stack, rank_wise, record_turn, small_zeros
+from rlora.core.bundle import Bundle, Stack, rank_wise, record_turn
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
 from rlora.core.linalg import congruence
-from rlora.core.moments import corrected_decay, counts, shrink_to, zeros
+from rlora.core.moments import corrected_decay, counts, small_zeros, zeros
+from rlora.core.sizes import euclidean_norm, into_range, shrink_to
 from rlora.core.transform import State, Transform, apply_updates, chain, no_state, pass_on
 
 OFFICIAL: Final[dict[str, Any]] = {"max_norm": 1.0, "max_rms": 1.0}
@@ -70,12 +72,16 @@ def scale_by_rite(
         rho, spectrum = bundle.spread(state.escaped), bundle.stack(state.spectrum)
         if escape:
             rho = decay2 * (rho + _escaped(backend, spectrum, V))
+        G, numbers = bundle.in_range(G)
         Q = congruence(backend, W, bundle.gram(G)) / bundle.columns()
-        V = decay2 * V + (1 - decay2) * Q
+        # Back to the gradient's own size, or less where its square would leave the range.
+        size = xp.sqrt(_trace(xp, Q)) * xp.clip(_trace(xp, W), min=1.0)
+        back = 1 / xp.clip(size / _largest_root(xp, V), min=numbers)
+        V = decay2 * V + (1 - decay2) * (back * Q) * back
         if escape:
             spectrum, _ = backend.eigh(V)
 
-        X = congruence(backend, W, backend.inverse_root(V, rho, eps))
+        X = congruence(backend, W, back * backend.inverse_root(V, rho, eps))
         mu = bundle.apply((1 - decay1) * X, G, onto=bundle.apply(decay1 * T, state.mu))
         nu = bundle.unstack(congruence(backend, W, V))
         return mu, RiteState(
@@ -100,6 +106,15 @@ def _init(params: Tree, scaling: float = 1.0) -> RiteState:
         escaped=small_zeros(params, 0),
         count=counts(params),
     )
+
+
+def _trace(xp: Any, S: Stack) -> Stack:
+    return xp.reshape(xp.linalg.trace(S), (-1, 1, 1))
+
+
+def _largest_root(xp: Any, V: Stack) -> float:
+    """The largest gradient whose square is kept: as in Adam, the second moment ends there."""
+    return math.pow(xp.finfo(V.dtype).max, 0.49)
 
 
 def _escaped(backend: Backend, before: Array, V: Stack) -> Array:
@@ -134,27 +149,31 @@ def clip_unmagnified(max_norm: float | None = None, max_rms: float | None = None
 
     def measure(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
         W = bundle.backend.pseudo_power(bundle.partner(bundle.gram(bundle.params)), -0.5)
-        squares = bundle.xp.linalg.trace(congruence(bundle.backend, W, bundle.gram(G)))
-        return bundle.unstack(squares), state
+        G, numbers = bundle.in_range(G)
+        squares = _trace(bundle.xp, congruence(bundle.backend, W, bundle.gram(G)))
+        norms = squares**0.5 / numbers
+        if bundle.numbers is not None:
+            norms = norms * bundle.partner(bundle.stack(bundle.numbers))
+        return bundle.unstack(norms[:, 0, 0]), state
 
-    squared_norms = rank_wise(no_state, measure).update
+    unmagnified_norms = rank_wise(no_state, measure, rescaled=False).update
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        squares, _ = squared_norms(grads, (), params)
+        norms, _ = unmagnified_norms(grads, (), params)
         xp = get_backend(*leaves_of(grads)).xp
 
-        def skip(g: Array, square: Array, param: Array) -> tuple[Array, Array]:
+        def skip(g: Array, norm: Array, param: Array) -> tuple[Array, Array]:
             if max_rms is None:
-                return g, square
-            over = square > max_rms**2 * g.shape[-2] * g.shape[-1]
-            return xp.where(over[..., None, None], 0 * g, g), xp.where(over, 0 * square, square)
+                return g, norm
+            over = norm > max_rms * (g.shape[-2] * g.shape[-1]) ** 0.5
+            return xp.where(over[..., None, None], 0 * g, g), xp.where(over, 0 * norm, norm)
 
-        kept = map_leaves(skip, grads, squares, params)
-        grads, squares = (map_leaves(lambda leaf, i=i: leaf[i], kept) for i in (0, 1))
+        kept = map_leaves(skip, grads, norms, params)
+        grads, norms = (map_leaves(lambda leaf, i=i: leaf[i], kept) for i in (0, 1))
         if max_norm is None:
             return grads, state
-        norm = xp.sqrt(sum(xp.sum(xp.where(xp.isfinite(x), x, 0 * x)) for x in leaves_of(squares)))
-        factor = shrink_to(xp, max_norm, norm)
+        finite = [xp.where(xp.isfinite(x), x, xp.zeros_like(x)) for x in leaves_of(norms)]
+        factor = shrink_to(xp, max_norm, euclidean_norm(xp, finite))
         return map_leaves(lambda g: g * factor, grads), state
 
     return Transform(no_state, update)
@@ -251,10 +270,11 @@ def _apply_and_balance(params: Tree, direction: Tree, lr: Array | float) -> Tree
         xp = backend.xp
         dtype = backend.compute_dtype(pair.A.dtype)
         A, B = (backend.cast(x, dtype) for x in pair)
-        a, b = (xp.sum(x * x, axis=(-2, -1), keepdims=True) for x in (A, B))
+        sized, numbers = into_range(backend, [A, B])
+        a, b = (xp.sum(x * x, axis=(-2, -1), keepdims=True) ** 0.25 for x in sized)
         live = (a > 0) & (b > 0)
         c = xp.where(live, b, xp.ones_like(b)) / xp.where(live, a, xp.ones_like(a))
-        c = c**0.25
+        c = c if numbers is None else c * (numbers[0] ** 0.5 / numbers[1] ** 0.5)
         return Factors(backend.cast(c * A, pair.A.dtype), backend.cast(B / c, pair.B.dtype))
 
     return map_pairs(balance, apply_updates(params, direction, lr), direction)

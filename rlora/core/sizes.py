@@ -1,0 +1,94 @@
+"""Numbers that bring matrices to sizes whose squares and products stay in range.
+
+A matrix of ordinary size is left as it is: its number is exactly 1.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rlora.core.backend import Backend
+from rlora.core.factors import Array, Factors
+
+
+def ordinary(xp: Any, dtype: Any) -> tuple[float, float]:
+    """The ends of the ordinary sizes, 2^-36 and 2^36 in float32.
+
+    Squares of what lies between are far inside the range, which ends at 2^-126 and 2^128.
+    """
+    high = 2.0 ** (math.frexp(float(xp.finfo(dtype).max))[1] * 36 // 128)
+    return 1 / high, high
+
+
+def into_range(
+    backend: Backend, X: Sequence[Array], *, huge_only: bool = False
+) -> tuple[list[Array], list[Array] | None]:
+    """Matrices with their largest entry of ordinary size, and the numbers that did it.
+
+    Parameters
+    ----------
+    X : sequence of arrays
+        Matrices (..., r, n) of one dtype; what is larger is divided down to the largest ordinary
+        size, what is smaller multiplied up to the smallest.
+    huge_only : bool
+        Leave tiny ones as they are.
+
+    Returns
+    -------
+    X : list of arrays
+        What is not finite stays so.
+    numbers : list of arrays of shape (..., 1, 1), or None
+        None where all are known to be 1.
+    """
+    xp = backend.xp
+    low, high = ordinary(xp, X[0].dtype)
+    if backend.within(X, 0.0 if huge_only else low, high):
+        return list(X), None
+    peaks = [xp.linalg.vector_norm(x, axis=(-2, -1), ord=float("inf")) for x in X]
+    peak = xp.concat([xp.reshape(x, (-1, 1, 1)) for x in peaks])
+    info = xp.finfo(peak.dtype)
+    tiny, most = float(info.smallest_normal), float(info.max)  # instead of zero and infinity
+    if huge_only:
+        numbers = high / xp.clip(peak, min=high, max=most)
+    else:
+        numbers = xp.clip(peak, min=low, max=high) / xp.clip(peak, min=tiny, max=most)
+    pieces = list(backend.unstack(numbers, X))
+    return [c * x for c, x in zip(pieces, X, strict=True)], pieces
+
+
+def moderate(
+    backend: Backend, pairs: Sequence[Factors]
+) -> tuple[list[Factors], list[Factors] | None]:
+    """The pairs, huge factors brought down, and the numbers that did it; None where all were 1."""
+    flat, numbers = into_range(backend, [x for pair in pairs for x in pair], huge_only=True)
+    return in_pairs(flat), None if numbers is None else in_pairs(numbers)
+
+
+def in_pairs(flat: Sequence[Array]) -> list[Factors]:
+    """A, B, A, B, ... as pairs."""
+    return [Factors(*flat[i : i + 2]) for i in range(0, len(flat), 2)]
+
+
+def swapped(numbers: Sequence[Factors], X: Sequence[Factors]) -> list[Factors]:
+    """Gradients or directions, each times the number of the partner."""
+    return [Factors(c.B * x.A, c.A * x.B) for c, x in zip(numbers, X, strict=True)]
+
+
+def euclidean_norm(xp: Any, leaves: list[Array]) -> Array:
+    """Norm of all arrays together; squares overflow before entries do: the largest goes first."""
+    peak = _fold(xp.maximum, [xp.max(xp.abs(x)) for x in leaves])
+    peak = xp.where(peak > 0, peak, xp.ones_like(peak))
+    return peak * xp.sqrt(_fold(lambda x, y: x + y, [xp.sum((x / peak) ** 2) for x in leaves]))
+
+
+def shrink_to(xp: Any, bound: float, norm: Array) -> Array:
+    """What brings a norm down to a bound: at most 1, and NaN stays visible."""
+    over = norm > bound
+    return xp.where(over, bound / xp.where(over, norm, xp.ones_like(norm)), 0 * norm + 1)
+
+
+def _fold(f: Any, xs: list[Array]) -> Array:
+    total = xs[0]
+    for x in xs[1:]:
+        total = f(total, x)
+    return total
