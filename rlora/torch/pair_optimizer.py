@@ -24,11 +24,10 @@ from rlora.torch.matching import (
     check_explicit,
     match,
     no_pair,
-    scalings_in,
     split_source,
     told_apart,
-    what_modules_know,
 )
+from rlora.torch.modules import scalings_in, what_modules_know
 from rlora.torch.pairs import TensorPair, signature
 from rlora.torch.params import (
     as_groups,
