@@ -45,6 +45,16 @@ def hyperparameters(method: Maker) -> Maker:
     return cast("Maker", make)
 
 
+def meant_for(start: str) -> Callable[[Maker], Maker]:
+    """Say of a method that never moves B with which `rlora.initializers` it has to begin."""
+
+    def mark(method: Maker) -> Maker:
+        cast("Any", method).start = start
+        return method
+
+    return mark
+
+
 def is_traced(value: Any) -> bool:
     """Whether a number is a JAX array: one may be another at each step, and under jit has no value.
 

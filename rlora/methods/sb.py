@@ -8,7 +8,7 @@ arXiv:2411.19557, 2024.
 from typing import NamedTuple
 
 from rlora.core.backend import mT
-from rlora.core.checks import hyperparameters, plain_number
+from rlora.core.checks import hyperparameters, meant_for, plain_number
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
@@ -95,6 +95,7 @@ def scale_by_core(
 
 
 @hyperparameters
+@meant_for("lora_sb")
 def lora_sb(
     *,
     b1: float = 0.9,

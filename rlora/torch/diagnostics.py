@@ -17,16 +17,18 @@ from rlora.core.diagnostics import Damping, gram_figures
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
 from rlora.core.linalg import DampingMode
+from rlora.torch.finite import look_on_the_host, peaks, state_peaks, warn_of_nan
 from rlora.torch.layers import find_layers, plain_weight
 from rlora.torch.pairs import TensorPair, is_distributed
 from rlora.torch.watch import Watch, read, refuse_shards
 
 MEASURES: tuple[str, ...] = ("cond_A", "cond_B", "damped_cond_A", "damped_cond_B")
 MEASURES += ("anisotropy_A", "anisotropy_B", "step", "step_A", "step_B", "step_in_weight")
+MEASURES += ("grown_A", "grown_B")
 """Figures that the summary gives the least, the median and the largest of."""
 
 MARKS: tuple[str, ...] = ("skipped_A", "skipped_B", "nan_A", "nan_B", "damped_A", "damped_B")
-MARKS += ("no_grad_A", "no_grad_B")
+MARKS += ("no_grad_A", "no_grad_B", "wide_A", "wide_B", "bad_state_A", "bad_state_B")
 """Figures that are 0 or 1, of which the summary counts the ones."""
 
 Rows = dict[str, dict[str, float]]
@@ -37,6 +39,10 @@ class Watched:
     """The part of an optimizer for LoRA pairs that lets one see what it does."""
 
     _watch: Watch | None = None
+    _warned: bool = False
+    """Whether it has been said that something is not finite."""
+    _begun: bool = False
+    """Whether it has been asked whether B is zero."""
 
     def watch(self, model: nn.Module | None = None) -> None:
         """Keep what `diagnostics` needs of every step from now on: a copy of the factors.
@@ -92,10 +98,24 @@ class Watched:
               unless the layer or the optimizer says it.
             - ``no_grad_A``, ``no_grad_B``: 1 where there was no gradient.
 
+            And as they are after it:
+
+            - ``grown_A``, ``grown_B``: the largest entry of the parameter, against what it was when
+              watching began and the sum of the learning rates since and of ten steps more: as far
+              as AdamW can have moved it.
+            - ``wide_A``, ``wide_B``: 1 where r is above n, or above m: the Gram is singular.
+            - ``bad_state_A``, ..: 1 where the optimizer's state has NaN or inf.
+
         Raises
         ------
         ShardingError
             When a factor is a DTensor.
+
+        Warns
+        -----
+        RuntimeWarning
+            Once, when a pair or its state is not finite; `state_dict` warns too where it can look
+            without waiting for a device.
 
         Notes
         -----
@@ -118,6 +138,18 @@ class Watched:
         pairs = {f"rlora/{name}/{key}": x for name, row in rows.items() for key, x in row.items()}
         return summary(rows) | (pairs if per_pair else {})
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as torch gives it.
+
+        Warns
+        -----
+        RuntimeWarning
+            Once, when a pair on a CPU, or its state, is not finite. What lies on an accelerator is
+            not looked at: the device would have to be waited for. `diagnostics` looks there too.
+        """
+        look_on_the_host(self)
+        return cast("dict[str, Any]", super().state_dict())  # type: ignore[misc]
+
 
 def rows_of(optimizer: Any) -> Rows:
     """The figures of every layer of an optimizer's pairs."""
@@ -126,8 +158,14 @@ def rows_of(optimizer: Any) -> Rows:
     if not stepped:
         watch = Watch(watch.weights)
         watch.note(optimizer._current_pairs(), optimizer.report)
+    places, state = state_peaks(optimizer, watch.pairs)
+    now = peaks([p.detach() for pair in watch.pairs for p in pair[:2]])
+    reach = [watch.reach] if isinstance(watch.reach, Tensor) else []
+    parts, scalars = read(watch, [*watch.start, *now, *state, *reach])
+    ends, lost = ends_of(watch, places, scalars, stepped=stepped)
+    warn_of_nan(optimizer, watch.names, lost)
     rows: Rows = {}
-    for owners, S, sizes in read(watch):
+    for owners, S, sizes in parts:
         damping = dampings([watch.pairs[i] for i in owners], optimizer)
         columns = columns_of(S, damping) | (ratios_of(sizes) if stepped else {})
         changes = sizes[0].tolist()
@@ -138,9 +176,47 @@ def rows_of(optimizer: Any) -> Rows:
             if stepped and weight and layers[i] == 1:
                 row["step_in_weight"] = changes[k] / weight
             row["no_grad_A"], row["no_grad_B"] = (float(not x) for x in watch.moving[i])
+            row |= ends[i]
             rows[watch.names[i] + (f"[{count[i]}]" if layers[i] > 1 else "")] = row
             count[i] += 1
     return rows
+
+
+def ends_of(
+    watch: Watch, places: list[int], scalars: list[float], *, stepped: bool
+) -> tuple[list[dict[str, float]], set[int]]:
+    """The figures of each pair after the step, and where factors or state are not finite.
+
+    Parameters
+    ----------
+    places : list of int
+        Whose each array of the state is, 2k for A and 2k + 1 for B.
+    scalars : list of float
+        Largest entries of all factors at first and now, of the state, and the reach if a device
+        has it.
+    """
+    count = len(watch.start)
+    first, last = scalars[:count], scalars[count : 2 * count]
+    state = zip(places, scalars[2 * count :], strict=False)
+    bad = {place for place, x in state if not math.isfinite(x)}
+    reach = scalars[-1] if isinstance(watch.reach, Tensor) else watch.reach
+    rows: list[dict[str, float]] = []
+    for i, pair in enumerate(watch.pairs):
+        row = {}
+        for side, letter in enumerate("AB"):
+            at = 2 * i + side
+            row[f"wide_{letter}"] = float(is_wide(pair, side))
+            row[f"bad_state_{letter}"] = float(at in bad)
+            if stepped:
+                row[f"grown_{letter}"] = last[at] / (first[at] + reach or 1.0)
+        rows.append(row)
+    return rows, bad | {at for at, x in enumerate(last) if not math.isfinite(x)}
+
+
+def is_wide(pair: TensorPair, side: int) -> bool:
+    """Whether a factor has more rank directions than its layer has inputs (A) or outputs (B)."""
+    sizes = [(views[side].shape[-2:]) for views in pair.views]
+    return any(r > n for r, n in (size if side == 0 else size[::-1] for size in sizes))
 
 
 def columns_of(S: Tensor, damping: Damping) -> dict[str, list[float]]:

@@ -18,6 +18,7 @@ from rlora.core.errors import NamespaceError
 from rlora.pairing import PairReport
 from rlora.torch.compiling import inherited
 from rlora.torch.diagnostics import Watched
+from rlora.torch.finite import check_start
 from rlora.torch.loading import LoadsState
 from rlora.torch.matching import (
     Pairs,
@@ -242,7 +243,7 @@ class PairOptimizer(Watched, LoadsState, ABC):
         plans = self._current_plans()
         count_roundings(self.param_groups)
         if self._watch is not None:
-            self._watch.note(self._pairs, self.report)
+            self._watch.note(self._pairs, self.report, self.param_groups)
         parent_step = inherited(type(self), "step", PairOptimizer)
         for plan in plans:
             plan.run(self, parent_step)
@@ -270,6 +271,7 @@ class PairOptimizer(Watched, LoadsState, ABC):
                 check_grad(p)
             if why := misfit(pair.A, pair.B):
                 raise NamespaceError(why)
+        check_start(self, pairs)
         return self._make_plans(pairs)
 
     def __getstate__(self) -> dict[str, Any]:

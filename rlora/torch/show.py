@@ -3,6 +3,7 @@
 import importlib
 import math
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from typing import Any
 
 from rlora.torch.diagnostics import MARKS, MEASURES
@@ -14,6 +15,17 @@ NO_EFFECT = 0.01
 THROWN = 2.0
 """How many times its own size a factor may move before it counts as thrown away. From zero, the
 second step of Adam is as long as the first: one time."""
+
+GROWN = 30.0
+"""How many times further than AdamW's steps reach an entry may be before its factor counts as
+growing. Sound runs stay below 16, the ratio of LoRA+."""
+
+WIDTHS = {"A": "n, the inputs of the layer", "B": "m, the outputs of the layer"}
+
+STANDSTILL = (
+    "nothing has moved: lr is 0, or B is and the method moves A alone, as LoRASB does, which needs "
+    "its start: rlora.torch.initialize(model, ..., method='lora_sb')"
+)
 
 
 def diagnostics_table(numbers: Mapping[str, float]) -> Any:
@@ -28,7 +40,13 @@ def diagnostics_table(numbers: Mapping[str, float]) -> Any:
     -------
     rich.table.Table
         To be printed by ``rich.print``: a line for each factor, in the first line of a pair the
-        step of the product.
+        step of the product. The name of a layer goes over both; what all names have in common
+        is left out of them and stands below the table.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When `numbers` is something else, such as the optimizer.
 
     Examples
     --------
@@ -39,6 +57,7 @@ def diagnostics_table(numbers: Mapping[str, float]) -> Any:
     >>> table.row_count  # of the pair, and medians
     4
     """
+    check_figures(numbers)
     rich, box = (importlib.import_module(f"rich.{name}") for name in ("table", "box"))
     table = rich.Table(box=box.SIMPLE_HEAD, caption_justify="left")
     table.add_column("pair", overflow="fold")
@@ -46,24 +65,38 @@ def diagnostics_table(numbers: Mapping[str, float]) -> Any:
     for name in ("cond", "damped", "anisotropy", "step", "of B A"):
         table.add_column(name, justify="right")
     table.add_column("marks")
-    for name, row in pairs_in(numbers).items():
-        _add(table, name, row)
+    rows = pairs_in(numbers)
+    before, after = in_common(list(rows))
+    for name, row in rows.items():
+        _add(table, name[len(before) : len(name) - len(after)], row)
     table.add_section()
     medians = {key: numbers.get(f"rlora/{key}/median", math.nan) for key in MEASURES}
     _add(table, f"median of {numbers['rlora/pairs']:.0f}", medians)
-    table.caption = "\n".join(findings(numbers)) or None
+    left_out = [f"names are those in {before[:-1]}{after}"] if before else []
+    table.caption = "\n".join((*left_out, *findings(numbers))) or None
     return table
+
+
+def in_common(names: list[str]) -> tuple[str, str]:
+    """The first parts and the adapter that all layers' names have in common."""
+    adapters = {name[len(name.partition(" (")[0]) :] for name in names}
+    layers = [name.partition(" (")[0].split(".")[:-1] for name in names]
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*layers, strict=False))
+    before = "".join(f"{parts[0]}." for parts in same)
+    return before, adapters.pop() if before and len(adapters) == 1 else ""
 
 
 def _add(table: Any, name: str, row: Mapping[str, float]) -> None:
     """A line for each factor, and the step of the product in the first."""
-    for letter in "AB":
+    dot = name.rfind(".", 0, name.find(" (") if " (" in name else None) + 1
+    names = (name[:dot] or name, name[dot:] if dot else "")
+    for letter, part in zip("AB", names, strict=True):
         keys = [f"{key}_{letter}" for key in ("cond", "damped_cond", "anisotropy", "step")]
         keys.append("step" if letter == "A" else "")
         values = [row.get(key, math.nan) for key in keys]
         marks = [mark[:-2] for mark in MARKS if mark.endswith(letter) and row.get(mark)]
         cells = ["-" if math.isnan(x) else f"{x:.2g}" for x in values]
-        table.add_row(name if letter == "A" else "", letter, *cells, ", ".join(marks))
+        table.add_row(part, letter, *cells, ", ".join(marks))
 
 
 def findings(numbers: Mapping[str, float]) -> list[str]:
@@ -72,12 +105,18 @@ def findings(numbers: Mapping[str, float]) -> list[str]:
     Parameters
     ----------
     numbers : mapping of str to float
-        From ``optimizer.diagnostics()``; the summary is enough.
+        From ``optimizer.diagnostics()``; the summary is enough, but only figures of each pair
+        tell the name of one.
 
     Returns
     -------
     list of str
         One sentence for each finding; none is a good sign.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When `numbers` is something else, such as the optimizer.
 
     Examples
     --------
@@ -89,12 +128,39 @@ def findings(numbers: Mapping[str, float]) -> list[str]:
     >>> rlora.torch.findings(optimizer.diagnostics())[0]
     'B is zero or out of range: A stands still (1 of 1 pairs)'
     """
+    check_figures(numbers)
     return list(_findings(numbers))
 
 
+def check_figures(numbers: Any) -> None:
+    """TypeError or ValueError unless these are figures of `diagnostics`."""
+    if not isinstance(numbers, Mapping):
+        given = "optimizer.diagnostics()" if hasattr(numbers, "diagnostics") else "its figures"
+        msg = f"expected the figures of an optimizer, got {type(numbers).__name__}; give {given}"
+        raise TypeError(msg)
+    if "rlora/pairs" not in numbers:
+        msg = (
+            f"expected what optimizer.diagnostics() gives, with a key 'rlora/pairs', got keys "
+            f"{', '.join(map(repr, list(numbers)[:3])) or 'none'}"
+        )
+        raise ValueError(msg)
+
+
 def _findings(numbers: Mapping[str, float]) -> Iterator[str]:
+    rows = pairs_in(numbers)
+    steps = [numbers.get(f"rlora/{key}/max") for key in ("step", "step_A", "step_B")]
+    if steps == [0.0, 0.0, 0.0] and numbers["rlora/no_grad_A/count"] < numbers["rlora/pairs"]:
+        yield STANDSTILL
     for mine, other in (("B", "A"), ("A", "B")):
+        if GROWN < (most := numbers.get(f"rlora/grown_{mine}/max", 0.0)) < math.inf:
+            grown = max(rows, key=lambda name: _or_least(rows[name][f"grown_{mine}"]), default="")
+            yield (
+                f"{mine}{f' of {grown}' if grown else ''} has grown {most:.2g} times further than "
+                f"AdamW's steps could have taken it"
+            )
         marks = {
+            "bad_state": f"the state of {mine} has NaN or inf: {mine} has it too after a step",
+            "wide": f"r is above {WIDTHS[mine]}: the Gram of {mine} is singular by its shape",
             "nan": f"{mine} has NaN: {other} has it too after a step",
             "skipped": f"{mine} is zero or out of range: {other} stands still",
             "damped": f"damping outweighs the smallest eigenvalue of the Gram of {mine}",
@@ -102,7 +168,9 @@ def _findings(numbers: Mapping[str, float]) -> Iterator[str]:
         }
         for mark, sentence in marks.items():
             if count := numbers[f"rlora/{mark}_{mine}/count"]:
-                yield f"{sentence} ({count:.0f} of {numbers['rlora/pairs']:.0f} pairs)"
+                first = [name for name, row in rows.items() if row[f"{mark}_{mine}"]][:1]
+                where = f", first {first[0]}" if first and mark in ("bad_state", "wide") else ""
+                yield f"{sentence} ({count:.0f} of {numbers['rlora/pairs']:.0f} pairs{where})"
         if numbers[f"rlora/anisotropy_{mine}/max"] < NO_EFFECT:
             yield (
                 f"the damped Gram of {mine} is a multiple of the identity in all pairs: before "
@@ -110,6 +178,10 @@ def _findings(numbers: Mapping[str, float]) -> Iterator[str]:
             )
         if THROWN < (most := numbers.get(f"rlora/step_{mine}/max", 0.0)) < math.inf:
             yield f"a step has moved {mine} by {most:.2g} times its own size"
+
+
+def _or_least(x: float) -> float:
+    return -math.inf if math.isnan(x) else x
 
 
 def pairs_in(numbers: Mapping[str, float]) -> dict[str, dict[str, float]]:

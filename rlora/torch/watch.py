@@ -1,8 +1,9 @@
 """What a watched optimizer keeps of a step, and how its figures come to the host."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,11 @@ from rlora.core.dispatch import get_backend
 from rlora.core.errors import ShardingError
 from rlora.core.factors import Factors
 from rlora.pairing import PairReport
+from rlora.torch.finite import peaks
 from rlora.torch.pairs import TensorPair, is_distributed
+
+GRACE = 10
+"""Steps that do not count as growth: the first ones from zero make up for a small partner."""
 
 
 @dataclass
@@ -32,9 +37,15 @@ class Watch:
     before: list[TensorPair] = field(default_factory=list)
     moving: list[tuple[bool, bool]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    start: list[Tensor] = field(default_factory=list)
+    """The largest entries of A and B of every pair when watching began."""
+    reach: float | Tensor = 0.0
+    """The sum of the learning rates since, and `GRACE` steps: as far as Adam moves an entry."""
     kinds: list[tuple[torch.dtype, torch.device]] = field(default_factory=list)
 
-    def note(self, pairs: list[TensorPair], report: PairReport) -> None:
+    def note(
+        self, pairs: list[TensorPair], report: PairReport, groups: Sequence[dict[str, Any]] = ()
+    ) -> None:
         """Copy the parameters, and see which factors have gradients."""
         now = [p for pair in pairs for p in stored(pair)]
         kinds = [(p.dtype, p.device) for p in now]  # a model may be moved
@@ -42,14 +53,26 @@ class Watch:
             refuse_shards(pairs)
             self.before = [blank(pair) for pair in pairs]
             self.pairs, self.kinds, self.names = pairs, kinds, [pair.name for pair in report]
+            self.start, self.reach = peaks([p.detach() for pair in pairs for p in pair[:2]]), 0.0
+            steps = 1 + GRACE
+        else:
+            steps = 1
         torch._foreach_copy_([p for pair in self.before for p in stored(pair)], now)
         self.moving = [(moves(pair, 0), moves(pair, 1)) for pair in pairs]
+        rates = [group["lr"] for group in groups]
+        numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
+        self.reach += steps * max(numbers, default=0.0)
+        for rate in rates:
+            if isinstance(rate, Tensor):  # whose value nobody waits for
+                self.reach = self.reach + steps * rate
 
 
-def read(watch: Watch) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+def read(
+    watch: Watch, more: Sequence[Tensor] = ()
+) -> tuple[list[tuple[list[int], Tensor, Tensor]], list[float]]:
     """For all layers of one rank: whose they are, their Grams (2K, r, r), norms of the step (6, K).
 
-    The one place where the host waits for the device, and once.
+    And the values of more scalars. The one place where the host waits for the device, and once.
     """
     owners = [i for i, pair in enumerate(watch.before) for _ in pair.views]
     metric = [factors for pair in watch.before for factors in pair.factors()]
@@ -63,11 +86,20 @@ def read(watch: Watch) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         with backend.exact(like):
             parts.append(Bundle(backend, grams, dtype=dtype).gram(grams))
             parts.append(step_norms(Bundle(backend, now, dtype=dtype), start))
-    flat = torch.cat([x.reshape(-1).to(parts[0].device) for x in parts]).cpu().double()
-    pieces = iter(torch.split(flat, [x.numel() for x in parts]))
-    for members, like in zip(ranks, parts[::2], strict=True):
-        layers = [i for k in members for i in [owners[k]] * math.prod(metric[k].A.shape[:-2])]
-        yield layers, next(pieces).view(like.shape), next(pieces).view(6, -1)
+    wide = [x.to(parts[0].device, parts[0].dtype).reshape(-1) for x in (*parts, *more)]
+    flat = torch.cat(wide).cpu().double()
+    *pieces, rest = torch.split(flat, [*(x.numel() for x in parts), len(more)])
+    rows = [
+        (
+            [i for k in members for i in [owners[k]] * math.prod(metric[k].A.shape[:-2])],
+            S.view(like.shape),
+            sizes.view(6, -1),
+        )
+        for members, like, S, sizes in zip(
+            ranks, parts[::2], pieces[::2], pieces[1::2], strict=True
+        )
+    ]
+    return rows, rest.tolist()
 
 
 def stored(pair: TensorPair) -> list[Tensor]:

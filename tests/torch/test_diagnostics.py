@@ -6,6 +6,7 @@ import math
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -295,7 +296,9 @@ def test_from_zero_and_with_nan(make):
     model = make_model(zero_B=True)
     optimizer = make(model)
     optimizer.watch()
-    train(model, optimizer, 1)
+    never_moves = isinstance(optimizer, rlora.torch.LoRASB)
+    with pytest.warns(RuntimeWarning, match="B is zero") if never_moves else nullcontext():
+        train(model, optimizer, 1)
     numbers = optimizer.diagnostics()
     mode = optimizer.param_groups[0].get("damping_mode", "relative")
     for name in NAMES:
@@ -304,7 +307,8 @@ def test_from_zero_and_with_nan(make):
         assert numbers[f"rlora/{name}/step"] in (0.0, math.inf)
     with torch.no_grad():
         pairs_in(model)[0][0][1, 2] = math.nan
-    numbers = optimizer.diagnostics()
+    with pytest.warns(RuntimeWarning, match=r"A of 0 \(default\), or its state, is not finite"):
+        numbers = optimizer.diagnostics()
     assert numbers["rlora/nan_A/count"] == 0  # that step began before
     optimizer.watch()
     numbers = optimizer.diagnostics()
@@ -420,6 +424,8 @@ def same_rows(one, many, name):
     for i, row in enumerate(rows):
         assert len(row) == len(MEASURES) - 1 + len(MARKS)  # no base weight is known
         for key, value in row.items():
+            if "/grown_" in key:  # of the whole parameter, not of the layer
+                continue
             other = many[f"rlora/pairs[{i}]/{key.rpartition('/')[2]}"]
             # The same numbers, from float32 steps of other shapes.
             assert value == pytest.approx(other, rel=1e-4, nan_ok=True), key
