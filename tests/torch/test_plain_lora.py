@@ -14,7 +14,6 @@ from rlora.pairing import Layout
 from rlora.torch import Offset, as_plain_lora, initialize, restore_offsets
 
 pytest.importorskip("peft")
-import peft
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 PREFIX = "base_model.model."
