@@ -34,12 +34,15 @@ class View(NamedTuple):
         The order of these axes in which they are (..., r, n) or (..., m, r).
     rows : (int, int), optional
         First and last row, where the factor is not the whole tensor.
+    rank_axis : int
+        The axis of the tensor in which the rank lies.
     """
 
     stored: Shape
     split: Shape
     order: Shape
     rows: tuple[int, int] | None = None
+    rank_axis: int = 0
 
     @property
     def shape(self) -> Shape:
@@ -54,6 +57,17 @@ class View(NamedTuple):
             and self.split == self.stored
             and self.order == tuple(range(len(self.order)))
         )
+
+    def of_rank(self, rank: int, side: int) -> "View":
+        """The view of an A (side 0) or a B (1) of another rank in the same layout."""
+        place = self.order[side - 2]
+        old, split, stored = self.split[place], list(self.split), list(self.stored)
+        split[place] = rank
+        stored[self.rank_axis] = stored[self.rank_axis] // old * rank
+        rows = self.rows
+        if rows is not None and self.rank_axis == 0:
+            rows = (rows[0] // old * rank, rows[1] // old * rank)
+        return self._replace(stored=tuple(stored), split=tuple(split), rows=rows)
 
     def part(self, x: Array) -> Array:
         """The rows of the stored tensor that are meant."""
@@ -152,6 +166,8 @@ class Layout:
             msg = f"{sizes}: {fits}"
             raise ShapeError(msg)
         a, b = _view(shape_a, axes_a, sizes, "rn"), _view(shape_b, axes_b, sizes, "mr")
+        a = a._replace(rank_axis=_axis_of_rank(self.a, shape_a))
+        b = b._replace(rank_axis=_axis_of_rank(self.b, shape_b))
         if a.shape[:-2] != b.shape[:-2] or _front(self.a, shape_a) != _front(self.b, shape_b):
             msg = f"the stacks differ: {fits}"
             raise ShapeError(msg)
@@ -168,7 +184,7 @@ def _axes(pattern: str, shape: Shape) -> list[tuple[str, int]] | None:
 
     A stack or ``1`` with a star may be missing.
     """
-    tokens = re.findall(r"\([^)]*\)\*?|\S+", pattern)
+    tokens = _tokens(pattern)
     spare = len(shape) - len(tokens)
     starred = [i for i, token in enumerate(tokens) if token.endswith("*")]
     if (spare and not starred) or spare < -1:
@@ -183,6 +199,17 @@ def _axes(pattern: str, shape: Shape) -> list[tuple[str, int]] | None:
             axes.append((letters, prod(shape[place : place + count])))
         place += count
     return axes
+
+
+def _tokens(pattern: str) -> list[str]:
+    return re.findall(r"\([^)]*\)\*?|\S+", pattern)
+
+
+def _axis_of_rank(pattern: str, shape: Shape) -> int:
+    tokens = _tokens(pattern)
+    place = next(i for i, token in enumerate(tokens) if "r" in token)
+    starred = any(token.endswith("*") for token in tokens[:place])
+    return place + (len(shape) - len(tokens) if starred else 0)
 
 
 def _front(pattern: str, shape: Shape) -> Shape:

@@ -161,7 +161,7 @@ def _search(
         else:
             found = _fit(candidate, shapes, known, middles.get(place), fits)
         if isinstance(found, Pair):
-            pairs.append(found)
+            pairs.append(replace(found, layer=proposal.layer, adapter=proposal.adapter))
         else:
             refused |= dict.fromkeys(candidate.names.values(), found)
     factors = {name for candidate in candidates.values() for name in candidate.names.values()}
@@ -222,7 +222,7 @@ def _fit(
         )
     if middle is not None and prod(shapes[middle]) != pair.rank:
         return f"the diagonal {middle} of shape {shapes[middle]} does not fit rank {pair.rank}"
-    return replace(pair, middle=middle)
+    return pair if middle is None else replace(pair, middle=middle)
 
 
 EXPERTS = re.compile(r"(?:^|\.)experts(?:\.base_layer)*$")

@@ -24,6 +24,10 @@ class Pair:
         Where the factors lie in them: one for most, several for blocks of unequal size.
     middle : str, optional
         Name of a diagonal between the factors (AdaLoRA): the product is ``B diag(e) A``.
+    layer : str
+        The layer alone; empty for the model itself, and for a pair given by its names.
+    adapter : str, optional
+        The adapter alone.
     """
 
     name: str
@@ -31,6 +35,8 @@ class Pair:
     b: str
     views: tuple[Views, ...]
     middle: str | None = None
+    layer: str = ""
+    adapter: str | None = None
 
     @property
     def shape_a(self) -> Shape:
