@@ -177,9 +177,11 @@ def weighted_tangent(
     ]
     S = symmetric(bundle.cross(weighted, bundle.params))
     P = metric_power(bundle, S, -1.0, damping, damping_mode)  # of the partner
-    C = matmul(bundle.cross(g, bundle.params), bundle.partner(P))  # g Fᵀ S⁻¹
+    # From the left: the rounding of a product that already has one inverse in it would otherwise be
+    # multiplied by the other one, and where both factors have lost rank both are huge.
+    C = matmul(matmul(P, bundle.cross(g, bundle.params)), bundle.partner(P))  # S'⁻¹ g Fᵀ S⁻¹
     both = bundle.both_move()
-    halves = [both * X for X in bundle.halves(-0.5 * matmul(P, C))]
+    halves = [both * X for X in bundle.halves(-0.5 * C)]
     shared = bundle.apply(bundle.xp.concat(halves), bundle.params)
     return add(bundle.apply(P, scaled), shared)
 
