@@ -246,8 +246,8 @@ class Backend:
         elif name == "float64":
             wide = name
         else:
-            what = f"got dtype {name} from {self.name}; convert them first"
-            msg = f"factors must be real floating-point arrays, {what}"
+            came = f"{name} from {self.name}"
+            msg = f"factors must be real floating-point arrays, got {came}; convert them first"
             raise NamespaceError(msg)
         if wide == "float64" and not self.has_float64():
             msg = f"float64 arithmetic was asked of {self.name}, which has none here" + (
@@ -275,8 +275,7 @@ class Backend:
 
     def asarray(self, x: Any, dtype: str = "float32", device: str | None = None) -> Array:
         """A NumPy array as an array of this backend."""
-        array = self.xp.asarray(x, device=device)
-        return self.cast(array, getattr(self.xp, dtype))
+        return self.cast(self.xp.asarray(x, device=device), getattr(self.xp, dtype))
 
     def asarray_like(self, x: Any, like: Array) -> Array:
         """A NumPy array with the library, dtype and device of `like`."""

@@ -1,6 +1,7 @@
 """Hyperparameters are checked where they are given, and the message says what may be given."""
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import wraps
 from numbers import Integral, Real
@@ -98,6 +99,36 @@ def _check_traced(name: str, value: Any) -> None:
             f"optax.inject_hyperparams hyperparam_dtype=jnp.float32"
         )
         raise TypeError(msg)
+
+
+def check_rate(lr: Any) -> None:
+    """ValueError or TypeError unless a learning rate is finite and at least 0, or an array of one.
+
+    The value of an array is not asked for: it may be on a device, or traced.
+    """
+    if isinstance(lr, Real) and not isinstance(lr, bool):
+        if not 0.0 <= lr < float("inf"):
+            msg = f"lr must be finite and at least 0, got {lr!r}"
+            raise ValueError(msg)
+    elif math.prod(getattr(lr, "shape", (0,))) != 1:
+        what = f"an array of shape {tuple(lr.shape)}" if hasattr(lr, "shape") else repr(lr)
+        msg = f"lr must be one real number or an array of shape (), got {what}"
+        raise TypeError(msg)
+
+
+def check_scaling(scaling: Any) -> None:
+    """ValueError or TypeError unless the s of ``W0 + s B A`` is positive and finite; an array is."""
+    if getattr(scaling, "shape", None) == () and not isinstance(scaling, Real):
+        return  # its value is not asked for
+    if isinstance(scaling, bool) or not isinstance(scaling, Real):
+        msg = f"scaling must be a real number, got {scaling!r} ({type(scaling).__name__})"
+        raise TypeError(msg)
+    if not 0.0 < scaling < float("inf"):
+        msg = (
+            f"scaling must be finite and positive, got {scaling!r}; it is the s of W0 + s B A, "
+            f"lora_alpha / r in most libraries"
+        )
+        raise ValueError(msg)
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:

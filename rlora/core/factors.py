@@ -130,6 +130,11 @@ def device_of(x: Array) -> Any:
     return None if hasattr(x, "aval") else getattr(x, "device", None)
 
 
+def detached(x: Array) -> Array:
+    """The array without the graph of operations that torch has for it: a step is no part of one."""
+    return x.detach() if getattr(x, "requires_grad", False) else x
+
+
 def check_pairs(params: Tree) -> None:
     """Raise a ShapeError that names the pair unless every A is (..., r, n) and B is (..., m, r)."""
     for path, pair in _walk(params, ""):
@@ -146,6 +151,12 @@ def check_pairs(params: Tree) -> None:
             msg = (
                 f"the factors{where} do not fit: A is {a} and B is {b}, but A must be "
                 f"(..., r, n) and B (..., m, r) with the same r; transpose the one that is turned"
+            )
+            raise ShapeError(msg)
+        if 0 in (*a, *b):
+            msg = (
+                f"a factor{where} is empty: A is {a} and B is {b}; rank and both sides must be "
+                f"at least 1, so leave a pair without a rank out"
             )
             raise ShapeError(msg)
         _check_device(f"the factors{where} are", pair.A, pair.B)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rlora.core.backend import ROUNDING, Backend, mT
 from rlora.core.bundle import Bundle, Stack, by_rank
 from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative
-from rlora.core.factors import Array, Factors
+from rlora.core.factors import Array, Factors, device_of
 
 DampingMode = Literal["relative", "absolute", "covariant"]
 Side = Literal["A", "B"]
@@ -70,6 +70,33 @@ def metric_power(
         return power(bundle.partner(S), exponent, damping, relative=damping_mode == "relative")
     S_A, S_B = bundle.halves(S)
     return power(concat([S_B + damping * power(S_A, -1.0), S_A]), exponent)
+
+
+def without_null_space(bundle: Bundle, P: Stack, S: Stack) -> Stack:
+    """P without the directions in which no partner of that shape can have anything.
+
+    A rank above the outer side of a factor leaves its Gram a null space whatever its entries are,
+    and in it a power of the damped Gram multiplies rounding by 1/damping.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        The pairs.
+    P : Stack
+        What acts on each factor, such as `metric_power` gives it.
+    S : Stack
+        The Grams of the factors themselves.
+    """
+    r, xp, matmul = bundle.rank, bundle.xp, bundle.backend.matmul
+    sides = [(pair.A.shape[-1], pair.B.shape[-2]) for pair in bundle.params]
+    if all(min(both) >= r for both in sides):
+        return P
+    _, Q = bundle.backend.eigh(bundle.partner(S))
+    first = bundle.partner(bundle.constant([(float(r - n), float(r - m)) for n, m in sides]))
+    places = xp.arange(r, dtype=S.dtype, device=device_of(S))  # of ascending eigenvalues
+    Q = xp.where(places < first, xp.zeros_like(Q), Q)
+    kept = matmul(Q, mT(Q))
+    return symmetric(matmul(matmul(kept, P), kept))
 
 
 def tangent(

@@ -5,16 +5,19 @@ from numbers import Real
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from rlora.core.backend import Backend
+from rlora.core.checks import check_rate, check_scaling
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import (
     Array,
     Tree,
     check_matches,
     check_pairs,
+    detached,
     leaves_of,
     map_leaves,
     map_pairs,
 )
+from rlora.core.structure import check_state, same_shapes
 
 State: TypeAlias = Any
 """Named tuples, tuples, lists and dicts of arrays: nothing else."""
@@ -122,7 +125,7 @@ class Transform(NamedTuple):
     Parameters
     ----------
     init : callable
-        ``init(params, scaling=1.0) -> state``. `scaling` is the s of ``W0 + s B A``.
+        ``init(params, scaling=1.0) -> state``. `scaling` is the s of ``W0 + s B A``, positive.
     update : callable
         ``update(grads, state, params) -> (direction, state)``. A factor whose gradient is None
         gets the direction None, and its share of the state stays as it was.
@@ -159,12 +162,20 @@ def step(
     state : State
         From ``transform.init(params)`` or the step before.
     lr : float or array
-        Learning rate.
+        Learning rate, finite and at least 0; of an array of one number the value is not asked for.
 
     Returns
     -------
     params, state
-        New arrays in the structure of the old.
+        New arrays in the structure of the old. Those of torch require no gradient, whatever came:
+        a step is no part of a graph. For the next one set ``requires_grad_()``.
+
+    Raises
+    ------
+    ShapeError
+        When pairs, gradients or state do not fit together.
+    ValueError, TypeError
+        When the learning rate is out of its range, or no number.
 
     Examples
     --------
@@ -182,6 +193,8 @@ def step(
     >>> bool(np.abs(pair.B @ pair.A - target).max() < 1e-2)
     True
     """
+    check_rate(lr)
+    params = map_leaves(detached, params)
     if transform.order == "jacobi":
         return _move(transform, params, grads, state, lr)
     for side in ("A", "B"):
@@ -229,6 +242,7 @@ def chain(*links: Transform) -> Transform:
 
     def init(params: Tree, scaling: float = 1.0) -> State:
         check_pairs(params)
+        check_scaling(scaling)
         wide = _widen(get_backend(*leaves_of(params)), params)
         return tuple(link.init(wide, scaling) for link in links)
 
@@ -237,9 +251,15 @@ def chain(*links: Transform) -> Transform:
         backend = get_backend(*leaves_of(params, grads))
         direction, wide = _widen(backend, grads), _widen(backend, params)
         states = []
-        for link, link_state in zip(links, state, strict=True):
-            direction, link_state = link.update(direction, link_state, wide)
-            states.append(link_state)
+        try:
+            for link, link_state in zip(links, state, strict=True):
+                direction, link_state = link.update(direction, link_state, wide)
+                states.append(link_state)
+        except Exception as error:
+            check_state(state, lambda: init(params), error)
+            raise
+        if not same_shapes(state, tuple(states)):  # by broadcasting, or with fields left over
+            check_state(state, lambda: init(params))
         return direction, tuple(states)
 
     def transport(state: State, old: Tree, new: Tree) -> State:
@@ -258,4 +278,7 @@ def chain(*links: Transform) -> Transform:
 
 
 def _widen(backend: Backend, tree: Tree) -> Tree:
-    return map_leaves(lambda x: backend.cast(x, backend.compute_dtype(x.dtype)), tree)
+    def wide(x: Array) -> Array:
+        return backend.cast(detached(x), backend.compute_dtype(x.dtype))
+
+    return map_leaves(wide, tree)

@@ -7,12 +7,20 @@ arXiv:2605.08734, 2026.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rlora.core.bundle import Bundle, rank_wise
+from rlora.core.bundle import Bundle, Stack, rank_wise
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, map_pairs
-from rlora.core.linalg import DampingMode, add, check_damping, metric_power, symmetric, tangent
+from rlora.core.linalg import (
+    DampingMode,
+    add,
+    check_damping,
+    metric_power,
+    symmetric,
+    tangent,
+    without_null_space,
+)
 from rlora.core.moments import corrected_decay, counts, momentum, over, per_pair
 from rlora.core.sizes import in_pairs, into_range
 from rlora.core.transform import State, Transform, chain
@@ -57,7 +65,7 @@ def scale_by_adapre(
         xp = bundle.xp
         g = [over(G_k, s) for G_k, s in zip(G, state.scaling, strict=True)]
         g, number = _in_range(bundle, g)
-        P = metric_power(bundle, bundle.gram(bundle.params), -1.0, damping, damping_mode)
+        P = _inverses(bundle, bundle.gram(bundle.params), damping, damping_mode)
 
         def average(old: Array, new: Array, count: Array) -> Array:
             decay = corrected_decay(xp, b2, count)[..., None]
@@ -144,6 +152,11 @@ def _root_weight(xp: Any, norms: Array, eps: float) -> Array:
     return xp.where(zero, xp.ones_like(weight), weight * most**0.5)
 
 
+def _inverses(bundle: Bundle, S: Stack, damping: float, damping_mode: DampingMode) -> Stack:
+    P = metric_power(bundle, S, -1.0, damping, damping_mode)
+    return without_null_space(bundle, P, S)
+
+
 def weighted_tangent(
     bundle: Bundle,
     g: Sequence[Factors],
@@ -177,10 +190,12 @@ def weighted_tangent(
         for x, w in zip(g, weights, strict=True)
     ]
     S = symmetric(bundle.cross(weighted, bundle.params))
-    P = metric_power(bundle, S, -1.0, damping, damping_mode)  # of the partner
-    C = matmul(bundle.cross(g, bundle.params), bundle.partner(P))  # g Fᵀ S⁻¹
+    P = _inverses(bundle, S, damping, damping_mode)  # of the partner
+    # From the left: the rounding of a product that already has one inverse in it would otherwise be
+    # multiplied by the other one, and where both factors have lost rank both are huge.
+    C = matmul(matmul(P, bundle.cross(g, bundle.params)), bundle.partner(P))  # S'⁻¹ g Fᵀ S⁻¹
     both = bundle.both_move()
-    halves = [both * X for X in bundle.halves(-0.5 * matmul(P, C))]
+    halves = [both * X for X in bundle.halves(-0.5 * C)]
     shared = bundle.apply(bundle.xp.concat(halves), bundle.params)
     return add(bundle.apply(P, scaled), shared)
 

@@ -1,0 +1,71 @@
+"""Comparing states: their types, fields and shapes, on the host."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rlora.core.errors import ShapeError
+
+
+def same_shapes(one: Any, other: Any) -> bool:
+    """Whether two states have the same types, fields and shapes."""
+    if isinstance(one, (tuple, list)):
+        return (
+            _kind(one) is _kind(other)
+            and len(one) == len(other)
+            and all(map(same_shapes, one, other))
+        )
+    if isinstance(one, Mapping):
+        return (
+            isinstance(other, Mapping)
+            and len(one) == len(other)
+            and all(key in other and same_shapes(child, other[key]) for key, child in one.items())
+        )
+    if isinstance(other, (tuple, list, Mapping)):
+        return False
+    return bool(getattr(one, "shape", None) == getattr(other, "shape", None))
+
+
+def check_state(state: Any, expected: Callable[[], Any], cause: Exception | None = None) -> None:
+    """Raise a ShapeError that says what came, unless a state has the shapes of the expected one."""
+    if text := difference(state, expected()):
+        msg = (
+            f"the state does not belong to this method and these parameters: {text}; make it by "
+            f"this method's init(params), or load it by rlora.unflatten_state"
+        )
+        raise ShapeError(msg) from cause
+
+
+def difference(state: Any, expected: Any, path: str = "") -> str | None:
+    """The first difference in types, fields or shapes in words; None without any."""
+    if same_shapes(state, expected):
+        return None
+    if isinstance(expected, Mapping):
+        if isinstance(state, Mapping) and state.keys() == expected.keys():
+            parts = [(key, state[key], child) for key, child in expected.items()]
+            return _first(parts, path)
+    elif (kind := _kind(expected)) and kind is _kind(state) and len(state) == len(expected):
+        keys = getattr(expected, "_fields", range(len(expected)))
+        return _first(list(zip(keys, state, expected, strict=True)), path)
+    return f"{path or 'it'} is {_say(state)}, expected {_say(expected)}"
+
+
+def _first(parts: list[tuple[Any, Any, Any]], path: str) -> str | None:
+    key, state, expected = next(part for part in parts if not same_shapes(*part[1:]))
+    return difference(state, expected, f"{path}.{key}" if path else str(key))
+
+
+def _kind(x: Any) -> type | None:
+    """The class of a named tuple, one for all plain sequences, None for anything else."""
+    if not isinstance(x, (tuple, list)):
+        return None
+    return type(x) if hasattr(x, "_fields") else tuple
+
+
+def _say(x: Any) -> str:
+    if isinstance(x, Mapping):
+        return f"a dict with keys {sorted(map(str, x))[:6]}"
+    if not isinstance(x, (tuple, list)):
+        return f"an array of shape {tuple(x.shape)}" if hasattr(x, "shape") else type(x).__name__
+    if hasattr(x, "_fields"):
+        return type(x).__name__
+    return f"({', '.join(map(_say, x[:6]))})"
