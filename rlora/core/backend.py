@@ -78,10 +78,7 @@ class Backend:
         return products if onto is None else [x + z for x, z in zip(products, onto, strict=True)]
 
     def within(self, X: Tall, low: float, high: float) -> bool:
-        """Whether the largest magnitude of each matrix is known to be 0 or in [low, high).
-
-        False where that is not known: asking would wait for a device, or end a trace.
-        """
+        """Whether each largest magnitude is known, without a wait, to be 0 or in [low, high)."""
         return False
 
     # --- small work: r x r, batched over the whole model ---------------------------------------
@@ -132,10 +129,9 @@ class Backend:
         The shift is ``damping tr(S)/r`` or ``damping``, and never below ``least tr(S)/r`` nor
         ``10 eps tr(S)``, what the rounding of the Gram itself can carry.
 
-        Each member is scaled to trace r first, so that neither tiny nor huge factors leave the
-        range of the dtype. A member whose trace is zero or too small to be inverted gives 0: a
-        zero factor does not move its partner. One whose trace has overflowed gives 0 too, the
-        limit of the formula. One with NaN gives NaN, and no member sees another.
+        Each member is scaled to trace r first, so that no factor leaves the range of the dtype. A
+        member whose trace is zero or too small to be inverted gives 0: a zero factor does not move
+        its partner. An overflown one gives 0 too, the limit; NaN gives NaN, for itself alone.
         """
         xp, r, info = self.xp, S.shape[-1], self.xp.finfo(S.dtype)
         rounding = ROUNDING * r * float(info.eps)

@@ -106,8 +106,8 @@ def check_rate(lr: Any) -> None:
 
     The value of an array is not asked for: it may be on a device, or traced.
     """
-    if isinstance(lr, Real) and not isinstance(lr, bool):
-        if not 0.0 <= lr < float("inf"):
+    if not isinstance(lr, bool) and isinstance(lr, Real):
+        if not 0.0 <= float(lr) < float("inf"):
             msg = f"lr must be finite and at least 0, got {lr!r}"
             raise ValueError(msg)
     elif math.prod(getattr(lr, "shape", (0,))) != 1:
@@ -117,13 +117,13 @@ def check_rate(lr: Any) -> None:
 
 
 def check_scaling(scaling: Any) -> None:
-    """ValueError or TypeError unless the s of ``W0 + s B A`` is positive and finite; an array is."""
+    """ValueError or TypeError unless the s of ``W0 + s B A`` is positive, finite, or an array."""
     if getattr(scaling, "shape", None) == () and not isinstance(scaling, Real):
         return  # its value is not asked for
     if isinstance(scaling, bool) or not isinstance(scaling, Real):
         msg = f"scaling must be a real number, got {scaling!r} ({type(scaling).__name__})"
         raise TypeError(msg)
-    if not 0.0 < scaling < float("inf"):
+    if not 0.0 < float(scaling) < float("inf"):
         msg = (
             f"scaling must be finite and positive, got {scaling!r}; it is the s of W0 + s B A, "
             f"lora_alpha / r in most libraries"

@@ -19,11 +19,11 @@ from rlora.torch.matching import find_pairs
 from rlora.torch.method_optimizer import MethodOptimizer
 from rlora.torch.offsets import (
     Offset,
-    as_plain_lora,
     load_offsets,
     restore_offsets,
     save_offsets,
 )
+from rlora.torch.plain_lora import as_plain_lora
 from rlora.torch.scaled import ScaledAdamW, ScaledSGD
 from rlora.torch.sd_lora import SDLoRALinear, add_sd_lora, parameter_groups
 from rlora.torch.sharding import shard_placement

@@ -12,12 +12,13 @@ from rlora.core.checks import check_nonnegative
 from rlora.core.errors import PairingError
 from rlora.core.state import flatten_state
 from rlora.core.transform import Transform
-from rlora.torch.loading import ELEMENTWISE, Shapes
+from rlora.torch.loading import Shapes
 from rlora.torch.matching import Pairs, without_middles
 from rlora.torch.method_batch import places_in, portions, stacks_of
 from rlora.torch.pair_optimizer import PairOptimizer
 from rlora.torch.pairs import TensorPair, is_distributed
 from rlora.torch.plan import Plan, Work
+from rlora.torch.saved import ELEMENTWISE
 
 Method = Callable[..., Transform]
 

@@ -159,7 +159,7 @@ def _shape_of(state: Mapping[str, Any]) -> tuple[int, ...] | None:
 def _options(groups: Groups, theirs: Groups, found: Sequence[Any]) -> list[Mapping[str, Any]]:
     """Options of each group: those on which the saved groups of its parameters agree."""
     source = {i: group for group in theirs for i in group["params"]}
-    options = []
+    options: list[Mapping[str, Any]] = []
     for mine, ids in zip(groups, _split(found, [len(g["params"]) for g in groups]), strict=True):
         used = list({id(source[i]): source[i] for i in ids if i in source}.values())
         first, *others = used or [mine]

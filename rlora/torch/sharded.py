@@ -231,14 +231,8 @@ def sharded_work(
 ) -> tuple[list[ShardedWork], dict[int, Tensor]]:
     """For each mesh its work on the factors in `sides`, and the stand-ins of those with a gradient.
 
-    Parameters
-    ----------
-    pairs : iterable of TensorPair
-        Of DTensors, each with both factors on one mesh.
-    group_of : dict of int to group
-        By the id of a parameter.
-    sides : {"A", "B", "AB"}
-        Which factors are to be moved.
+    The `pairs` are of DTensors, each with both factors on one mesh; `group_of` has the group of a
+    parameter by its id; `sides`, "A", "B" or "AB", says which factors are to be moved.
     """
     by_mesh: dict[Any, list[TensorPair]] = {}
     for pair in pairs:
