@@ -147,9 +147,10 @@ def _retract(pair: Factors, d: Factors, lr: Array | float, weight_decay: float) 
     move = Factors((1 - lr * weight_decay) * wide.A - lr * d.A, d.B)
     U, core, V = _core(backend, Factors(-lr * wide.A, wide.B), move)
     left, sigma, right = backend.svd(core)
-    B = backend.matmul(U, left)[..., :r]
-    A = (sigma[..., :, None] * backend.matmul(right, mT(V)))[..., :r, :]
-    if missing := r - A.shape[-2]:  # a rank above that of the weight
+    kept = min(r, sigma.shape[-1])
+    B = backend.matmul(U, left)[..., :kept]
+    A = (sigma[..., :, None] * backend.matmul(right, mT(V)))[..., :kept, :]
+    if missing := r - kept:  # a rank above that of the weight
         B = xp.concat([B, xp.zeros_like(wide.B[..., :missing])], axis=-1)
         A = xp.concat([A, xp.zeros_like(wide.A[..., :missing, :])], axis=-2)
     return Factors(backend.cast(A, pair.A.dtype), backend.cast(B, pair.B.dtype))

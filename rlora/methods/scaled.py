@@ -59,8 +59,11 @@ def scale_by_gram(
     With ``H_A`` the damped ``Bᵀ B`` and ``H_B`` the damped ``A Aᵀ``::
 
         before   inner(H_A⁻¹ G_A),                 inner(G_B H_B⁻¹)
-        after    H_A⁻¹ inner(G_A),                 inner(G_B) H_B⁻¹
-        both     H_A^-½ inner(H_A^-½ G_A),         inner(G_B H_B^-½) H_B^-½
+        after    c H_A⁻¹ F_A inner(G_A),           inner(G_B) F_B H_B⁻¹ / c
+        both     c H_A^-½ F_A inner(H_A^-½ G_A),   inner(G_B H_B^-½) F_B H_B^-½ / c
+
+    Behind the inner transform F leaves out what the partner has no mass in, and c evens out the
+    sides of the weight: see `rlora.core.placement.split_power`.
 
     Parameters
     ----------
@@ -208,9 +211,9 @@ def scaled_adamw(
 ) -> Transform:
     """Scaled AdamW (Riemannian preconditioned AdamW).
 
-    ``A <- A - lr (H_A^-½ Adam(H_A^-½ G_A) + λ A)`` and
-    ``B <- B - lr (Adam(G_B H_B^-½) H_B^-½ + λ B)``, where ``H_A`` is the damped ``Bᵀ B`` and
-    ``H_B`` the damped ``A Aᵀ``.
+    ``A <- A - lr (c H_A^-½ F_A⁴ Adam(H_A^-½ G_A) + λ A)`` and
+    ``B <- B - lr (Adam(G_B H_B^-½) F_B⁴ H_B^-½ / c + λ B)``, where ``H_A`` is the damped ``Bᵀ B``,
+    ``H_B`` the damped ``A Aᵀ``, ``F = H^-½ S H^-½`` with the undamped S, and ``c = (m / n)^¼``.
 
     Parameters
     ----------
@@ -253,7 +256,9 @@ def scaled_adamw(
     -----
     The defaults are those of the project's study, docs/reference/study.md: betas of (0.7, 0.8) had
     a lower loss than (0.9, 0.999) everywhere, and half powers mostly the widest range of good
-    learning rates. `rlora.methods.scaled.OFFICIAL` and `rlora.methods.scaled.PEFT` are the
+    learning rates. F leaves out directions of rank space in which the partner has no mass, which
+    Adam fills, and c keeps one factor from growing at the cost of the other: docs/decisions/0010.
+    `rlora.methods.scaled.OFFICIAL` and `rlora.methods.scaled.PEFT` are the
     published methods.
 
     Adam's entrywise normalisation breaks the invariance of scaled gradient descent: only signed

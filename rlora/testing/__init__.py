@@ -6,17 +6,20 @@
 """
 
 from rlora.testing.contract import CONTRACT, MethodFactory, check_method
+from rlora.testing.growth import Growth, growth
 from rlora.testing.invariance import GAUGES, change_of_basis, invariance
 from rlora.testing.problems import Problem, assert_close, make_problem, run
 
 __all__ = [
     "CONTRACT",
     "GAUGES",
+    "Growth",
     "MethodFactory",
     "Problem",
     "assert_close",
     "change_of_basis",
     "check_method",
+    "growth",
     "invariance",
     "make_problem",
     "run",

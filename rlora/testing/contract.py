@@ -9,10 +9,14 @@ from rlora.core.backend import Backend, dtype_name
 from rlora.core.factors import Factors, Tree, leaves_of, map_leaves
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.transform import Transform, step
+from rlora.testing.growth import adamw, growth
 from rlora.testing.problems import Problem, assert_close, make_problem, run
 
 MethodFactory = Callable[[], Transform]
 """Gives a method, fresh."""
+
+GROWTH = 40.0
+"""How many times as large as under AdamW a factor may become."""
 
 
 def check_method(make: MethodFactory, backend: Backend) -> None:
@@ -208,6 +212,17 @@ def _require_same_bits(backend: Backend, found: Factors, expected: Factors) -> N
             _require(False, f"{letter} of {x.dtype} moved by {worst:.3g} at a learning rate of 0")
 
 
+def check_no_growth(make: MethodFactory, backend: Backend) -> None:
+    """With a rank above m and above that of the target no factor grows beyond all measure.
+
+    After 200 steps with noise its largest entry is at most `GROWTH` times that under AdamW.
+    """
+    settings: Any = {"steps": 200, "lr": 4e-3, "backend": backend}
+    ours, theirs = (growth(method, 3, 20, 8, **settings) for method in (make(), adamw()))
+    worst = ours.largest / theirs.largest
+    _require(worst <= GROWTH, f"the largest entry became {worst:.3g} times that under AdamW")
+
+
 def check_bad_pair_stays_alone(make: MethodFactory, backend: Backend) -> None:
     """NaN in one pair of a list leaves the others as if alone."""
     problems = [make_problem(seed=seed).on(backend) for seed in range(3)]
@@ -264,6 +279,7 @@ CONTRACT: tuple[Callable[[MethodFactory, Backend], None], ...] = (
     check_state_roundtrip,
     check_state_is_the_truth,
     check_zero_rate_moves_nothing,
+    check_no_growth,
     check_bad_pair_stays_alone,
     check_compiles,
 )
