@@ -22,15 +22,33 @@ def test_zero_B(kind, mode, damping, dtype):
     if kind is ScaledSGD and (mode, damping) != ("absolute", 1e-2):
         damping = 1e-1  # SGD's second step is 1/δ large by the formula; see the docs
     model = make_model(zero_B=True, dtype=dtype, bias=False)
-    lr = 1e-2 if kind is ScaledAdamW else 1e-3
+    lr, share = (1e-2, 0.1) if kind is ScaledAdamW else (1e-3, 0.999)
     optimizer = kind(model, lr=lr, weight_decay=0.0, damping=damping, damping_mode=mode)
     before = values(model)
-    losses = train(model, optimizer, 1)
+    losses = train_in_float32(model, optimizer, 1)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == ("lora_B" not in name), name
-    losses += train(model, optimizer, 30, start=1)
+    losses += train_in_float32(model, optimizer, 30)
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    assert losses[30] < losses[0]
+    assert losses[30] < share * losses[0]
+
+
+def train_in_float32(model, optimizer, steps):
+    """Losses of one batch: products of bfloat16 differ between processors, those of float32 do not.
+
+    The gradients come in the parameters' own dtype.
+    """
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        wide = {name: p.float() for name, p in model.named_parameters()}
+        y = torch.func.functional_call(model, wide, (x,))
+        loss = (y - 0.3 * x.sum(-1, keepdim=True)).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def test_precision_settings_do_not_matter():
