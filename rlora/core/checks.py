@@ -1,7 +1,6 @@
 """Hyperparameters are checked where they are given, and the message says what may be given."""
 
 import inspect
-import math
 from collections.abc import Callable
 from functools import wraps
 from numbers import Integral, Real
@@ -102,17 +101,17 @@ def _check_traced(name: str, value: Any) -> None:
 
 
 def check_rate(lr: Any) -> None:
-    """ValueError or TypeError unless a learning rate is finite and at least 0, or an array of one.
+    """ValueError or TypeError unless a learning rate is finite and at least 0, or an array.
 
-    The value of an array is not asked for: it may be on a device, or traced.
+    The values of an array are not asked for: it may be on a device, or traced. One that is no single
+    number has a rate for each layer of a stack, (..., 1, 1).
     """
     if not isinstance(lr, bool) and isinstance(lr, Real):
         if not 0.0 <= float(lr) < float("inf"):
             msg = f"lr must be finite and at least 0, got {lr!r}"
             raise ValueError(msg)
-    elif math.prod(getattr(lr, "shape", (0,))) != 1:
-        what = f"an array of shape {tuple(lr.shape)}" if hasattr(lr, "shape") else repr(lr)
-        msg = f"lr must be one real number or an array of shape (), got {what}"
+    elif not hasattr(lr, "shape"):
+        msg = f"lr must be one real number or an array, got {lr!r} ({type(lr).__name__})"
         raise TypeError(msg)
 
 
