@@ -71,7 +71,7 @@ def check_rate(lr: Any) -> None:
 
 
 def check_scaling(scaling: Any) -> None:
-    """ValueError or TypeError unless the s of ``W0 + s B A`` is positive and finite; an array is."""
+    """ValueError or TypeError unless s, of ``W0 + s B A``, is positive and finite; an array is."""
     if getattr(scaling, "shape", None) == () and not isinstance(scaling, Real):
         return  # its value is not asked for
     if isinstance(scaling, bool) or not isinstance(scaling, Real):
