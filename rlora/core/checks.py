@@ -103,8 +103,8 @@ def _check_traced(name: str, value: Any) -> None:
 def check_rate(lr: Any) -> None:
     """ValueError or TypeError unless a learning rate is finite and at least 0, or an array.
 
-    The values of an array are not asked for: it may be on a device, or traced. One that is no single
-    number has a rate for each layer of a stack, (..., 1, 1).
+    The values of an array are not asked for: it may be on a device, or traced. One that is no
+    single number has a rate for each layer of a stack, (..., 1, 1).
     """
     if not isinstance(lr, bool) and isinstance(lr, Real):
         if not 0.0 <= float(lr) < float("inf"):

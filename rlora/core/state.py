@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlora.core.dispatch import get_backend
-from rlora.core.errors import ShapeError
+from rlora.core.errors import PairingError, ShapeError
 from rlora.core.factors import Array
 from rlora.core.transform import State
 
@@ -20,7 +20,12 @@ def flatten_state(state: State) -> dict[str, Array]:
     Returns
     -------
     dict of str to array
-        Names are the path through the state, such as ``"1.mu.layers.0.A"``.
+        Names are the path through the state, such as ``"1.mu.layers.0.A"``. Keys may have dots.
+
+    Raises
+    ------
+    PairingError
+        When two paths have one name, as ``{"a.b": ...}`` beside ``{"a": {"b": ...}}`` have.
 
     Examples
     --------
@@ -37,6 +42,12 @@ def flatten_state(state: State) -> dict[str, Array]:
             name = f"{path}.{key}" if path else key
             if _is_node(child):
                 walk(child, name)
+            elif name in flat:
+                msg = (
+                    f"two arrays of the state are both named {name!r}, keys joined by dots; "
+                    f"rename one of the pairs, so that no name is lost"
+                )
+                raise PairingError(msg)
             elif child is not None:  # a factor that the method never moves has no state
                 flat[name] = child
 

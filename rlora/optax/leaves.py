@@ -24,7 +24,13 @@ def is_absent(x: Any) -> bool:
 def named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves by their names, keys joined by dots; those left out too."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_absent)
-    return {_name(path): leaf for path, leaf in leaves}
+    named: dict[str, Any] = {}
+    for path, leaf in leaves:
+        if (name := _name(path)) in named:
+            msg = f"two leaves are named {name!r}, keys joined by dots: rename one of them"
+            raise PairingError(msg)
+        named[name] = leaf
+    return named
 
 
 def with_leaves(tree: Any, values: Mapping[str, Array]) -> Any:
@@ -99,7 +105,15 @@ def sort_leaves(tree: Any, pairs: Source | None, hold: Hold, all_paired: bool) -
 
 def gradients(updates: Any, leaves: Leaves) -> dict[str, Array]:
     """The gradients by name, without those of what is frozen."""
-    grads = {name: x for name, x in named_leaves(updates).items() if not is_absent(x)}
+    named = named_leaves(updates)
+    grads = {name: x for name, x in named.items() if not is_absent(x)}
+    absent = tuple(f"{name}." for name, x in named.items() if is_absent(x))  # or whole subtrees
+    if lacking := [n for n in leaves.all if n not in named and not f"{n}.".startswith(absent)]:
+        msg = (
+            f"the gradients lack {_some(lacking)}: pass one tree, with None or optax.MaskedNode "
+            f"for what has no gradient"
+        )
+        raise PairingError(msg)
     if strange := grads.keys() - leaves.all.keys():
         msg = f"{min(strange)!r} has a gradient and is not among the parameters: pass one tree"
         raise PairingError(msg)

@@ -45,6 +45,8 @@ WRONG_GRADIENTS = [
     (lambda g: changed(g, "lora_a", draw(8)), ShapeError, r"'q.lora_a' has shape \(8,\)"),
     (lambda g: changed(g, "lora_a", draw(8, 3) * 1j), NamespaceError, "'q.lora_a' is complex64"),
     (lambda g: {**g, "extra": jnp.ones(3)}, PairingError, "'extra' has a gradient and is not"),
+    (lambda g: {k: x for k, x in g.items() if k != "q"}, PairingError, "lack q.lora_a, q.lora_b"),
+    (lambda g: {**g, "q": {"lora_b": g["q"]["lora_b"]}}, PairingError, "lack q.lora_a: pass one"),
 ]
 
 
@@ -142,3 +144,24 @@ def test_bad_options_are_refused_when_made():
         rlora.optax.lora_rite(1e-2, b1=2.0)
     with pytest.raises(TypeError, match="nonsense"):
         rlora.optax.lora_rite(1e-2, nonsense=2.0)
+
+
+def test_a_subtree_without_gradients_is_named_by_none():
+    """As `optax.masked` and partitions of modules leave them: a leaf, or all below a key."""
+    optimizer = rlora.optax.scaled_adamw(1e-2)
+    params = make_tree()
+    state = optimizer.init(params)
+    grads = make_tree(seed=10)
+    updates = [
+        optimizer.update({**grads, "q": absent}, state, params)[0]
+        for absent in (None, optax.MaskedNode(), dict.fromkeys(grads["q"]))
+    ]
+    for found in updates:
+        assert equal({**found, "q": 0}, {**updates[0], "q": 0})
+
+
+def test_two_leaves_of_one_name():
+    pair = {"lora_a": draw(8, 3), "lora_b": draw(3, 6)}
+    tree = {"a.b": pair, "a": {"b": pair}}
+    with pytest.raises(PairingError, match="two leaves are named 'a.b.lora_a'"):
+        rlora.optax.scaled_adamw(1e-2).init(tree)
