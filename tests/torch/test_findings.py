@@ -1,0 +1,251 @@
+"""What `findings` and warnings say of runs that go wrong, and that sound ones leave them silent."""
+
+import copy
+import io
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from models import CLASSES, METHODS, LoRALinear, loss_of, make_model, pairs_in, train
+from rich.console import Console
+from torch import nn
+
+from rlora.torch import LoRASB, ScaledAdamW, ScaledSGD, diagnostics_table, findings
+from rlora.torch.finite import look_on_the_host
+from rlora.torch.show import GROWN, in_common
+from rlora.torch.watch import GRACE
+
+make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
+
+
+def about(words, numbers):
+    return [sentence for sentence in findings(numbers) if words in sentence]
+
+
+def set_largest(p, value):
+    with torch.no_grad():
+        p.view(-1)[3] = value
+
+
+@make
+def test_growth_is_the_largest_entry_against_what_adamw_can_reach(make):
+    model = make_model()
+    optimizer = make(model)
+    optimizer.watch()
+    start = [[float(p.detach().abs().max()) for p in pair] for pair in pairs_in(model)]
+    rates = [0.01, 0.02, 0.005]
+    for t, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
+        train(model, optimizer, 1, start=t)
+    numbers = optimizer.diagnostics()
+    reach = sum(rates) + GRACE * rates[0]
+    for name, pair, old in zip(("0 (default)", "2 (default)"), pairs_in(model), start, strict=True):
+        for letter, p, x in zip("AB", pair, old, strict=True):
+            expected = float(p.detach().abs().max()) / (x + reach)
+            assert numbers[f"rlora/{name}/grown_{letter}"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)], ids=["number", "tensor"])
+def test_a_factor_that_grows_is_named(lr):
+    model = make_model()
+    optimizer = ScaledAdamW(model, lr=lr)
+    optimizer.watch()
+    train(model, optimizer, 2)
+    assert not about("grown", optimizer.diagnostics())
+    B = pairs_in(model)[1][1]
+    set_largest(B, 2 * GROWN * (float(B.detach().abs().max()) + 13 * 1e-2))
+    numbers = optimizer.diagnostics()
+    (found,) = about("grown", numbers)
+    assert "B of 2 (default) has grown" in found
+    assert "AdamW's steps" in found
+    (found,) = about("grown", optimizer.diagnostics(per_pair=False))
+    assert found.startswith("B has grown")
+
+
+@pytest.mark.parametrize("zero_B", [True, False])
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+def test_sound_runs_are_not_said_to_grow(zero_B, lr):
+    model = make_model(zero_B=zero_B)
+    optimizer = ScaledAdamW(model, lr=lr)
+    optimizer.watch(model)
+    for t in range(30):
+        train(model, optimizer, 1, start=t)
+        if t in (0, 1, 2, 5, 29):
+            assert not about("grown", optimizer.diagnostics())
+
+
+def test_r_above_a_side_is_named():
+    model = nn.Sequential(LoRALinear(6, 10, 4), nn.Tanh(), LoRALinear(10, 3, 4))
+    numbers = ScaledAdamW(model).diagnostics()
+    assert [numbers[f"rlora/wide_{x}/count"] for x in "AB"] == [0, 1]
+    (found,) = about("r is above", numbers)
+    assert "r is above m, the outputs of the layer" in found
+    assert "(1 of 2 pairs, first 2 (default))" in found
+    narrow = nn.Sequential(LoRALinear(3, 10, 4))
+    assert about("r is above n, the inputs of the layer", ScaledAdamW(narrow).diagnostics())
+    equal = nn.Sequential(LoRALinear(4, 4, 4))
+    assert not about("r is above", ScaledAdamW(equal).diagnostics())
+
+
+@make
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_state_that_is_not_finite_is_named(make, value):
+    """In whatever array of the state it is; and once, in a warning."""
+    model = make_model()
+    optimizer = make(model)
+    train(model, optimizer, 2)
+    good = optimizer.diagnostics()
+    assert good["rlora/bad_state_A/count"] == good["rlora/bad_state_B/count"] == 0
+    pair = pairs_in(model)[1]
+    owners = [
+        (letter, key)
+        for letter, p in zip("AB", pair, strict=True)
+        for key, x in optimizer.state[p].items()
+        if torch.is_tensor(x) and x.is_floating_point()
+    ]
+    assert owners or type(optimizer).__name__ in ("RACLoRA", "RefLoRA")  # without momentum
+    for letter, key in owners:
+        state = optimizer.state[pair["AB".index(letter)]]
+        before = state[key].clone()
+        state[key].view(-1)[0] = value
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            numbers = optimizer.diagnostics()
+        assert numbers[f"rlora/2 (default)/bad_state_{letter}"] == 1, key
+        assert numbers[f"rlora/bad_state_{letter}/count"] == 1
+        (found,) = about("state of", numbers)
+        assert f"the state of {letter} has NaN or inf" in found
+        assert "first 2 (default)" in found
+        state[key].copy_(before)
+    assert optimizer._warned == bool(owners)
+
+
+HUNDREDFOLD = {"ScaledSGD": ScaledSGD, **{k: METHODS[k] for k in ("RefLoRA", "LoRAProSGD")}}
+
+
+@pytest.mark.parametrize("kind", HUNDREDFOLD.values(), ids=HUNDREDFOLD)
+@pytest.mark.parametrize("look", ["diagnostics", "state_dict"])
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_a_run_that_has_become_nan_says_so_once(kind, look):
+    model = make_model()
+    optimizer = kind(model, lr=30.0)
+    for t in range(40):
+        train(model, optimizer, 1, start=t)
+        if not all(torch.isfinite(p).all() for pair in pairs_in(model) for p in pair):
+            break
+    else:
+        pytest.fail("the run was meant to diverge")
+    match = rf"^{kind.__name__}: [AB] of [02] \(default\), or its state, is not finite"
+    with pytest.warns(RuntimeWarning, match=match) as seen:
+        getattr(optimizer, look)()
+    assert [w.filename for w in seen] == [__file__]
+    optimizer.diagnostics()  # a second warning would be an error
+    optimizer.state_dict()
+
+
+@make
+def test_a_sound_run_is_saved_without_a_word(make):
+    model = make_model()
+    optimizer = make(model)
+    optimizer.state_dict()
+    train(model, optimizer, 2)
+    optimizer.state_dict()
+    assert not optimizer._warned
+    assert not copy.deepcopy(optimizer)._warned
+
+
+def test_saving_does_not_wait_for_an_accelerator(monkeypatch):
+    """On fake CUDA tensors nothing is asked for."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from rlora.cli import launches
+
+    with FakeTensorMode(), launches._without_guards():
+        A, B = (torch.empty(s, device="cuda", requires_grad=True) for s in ((3, 12), (9, 3)))
+        optimizer = ScaledAdamW([A, B], pairs=[(A, B)])
+        asked = []
+        monkeypatch.setattr("rlora.torch.finite.peaks", lambda tensors: asked.extend(tensors) or [])
+        look_on_the_host(optimizer)
+        assert not asked
+
+
+def test_lora_sb_without_its_start():
+    model = make_model(zero_B=True)
+    optimizer = LoRASB(model, lr=1e-2)
+    optimizer.watch(model)
+    match = r"B is zero in 2 of 2 pairs, the first 0 \(default\).*method='lora_sb'\)"
+    with pytest.warns(RuntimeWarning, match=match):
+        train(model, optimizer, 1)
+    train(model, optimizer, 2, start=1)  # once
+    assert about("nothing has moved", optimizer.diagnostics())
+    sound = make_model()
+    optimizer = LoRASB(sound, lr=1e-2)
+    optimizer.watch(sound)
+    train(sound, optimizer, 3)
+    assert not about("nothing has moved", optimizer.diagnostics())
+
+
+def test_others_may_begin_from_zero():
+    for name, kind in METHODS.items():
+        if name != "LoRASB":
+            model = make_model(zero_B=True)
+            optimizer = kind(model)
+            optimizer.watch(model)
+            train(model, optimizer, 1)
+            assert not about("nothing has moved", optimizer.diagnostics()), name
+
+
+@pytest.mark.parametrize("show", [diagnostics_table, findings])
+def test_what_is_no_figures_is_refused(show):
+    optimizer = ScaledAdamW(make_model())
+    with pytest.raises(TypeError, match=r"got ScaledAdamW; give optimizer.diagnostics\(\)"):
+        show(optimizer)
+    with pytest.raises(TypeError, match="got list"):
+        show([1.0])
+    with pytest.raises(ValueError, match="with a key 'rlora/pairs', got keys 'loss'"):
+        show({"loss": 1.0})
+
+
+def test_names_of_peft_fit_into_the_table():
+    """At 80 columns every factor has one line; what is left out of the names stands below."""
+    keys = "base_model.model.model.layers.{}.{}"
+    layers = [keys.format(i, x) for i in (0, 11) for x in ("self_attn.q_proj", "mlp.gate_proj")]
+    tensors = [
+        (f"{layer}.lora_{x}.default.weight", nn.Parameter(torch.randn(shape)))
+        for layer in layers
+        for x, shape in (("A", (3, 7)), ("B", (5, 3)))
+    ]
+    table = diagnostics_table(ScaledAdamW(tensors).diagnostics())
+    out = io.StringIO()
+    Console(file=out, width=80).print(table)
+    lines = out.getvalue().splitlines()
+    text = out.getvalue()
+    for word in ("0.self_attn.", "11.mlp.", "gate_proj", "base_model.model.model.layers (default)"):
+        assert word in text
+    rows = lines.index(next(line for line in lines if "median" in line))
+    assert rows == 4 + 2 * len(layers)
+    assert [line.split()[1] for line in lines[3 : rows - 1]] == ["A", "B"] * len(layers)
+    assert "base_model" not in "\n".join(lines[:rows])
+
+
+@pytest.mark.parametrize("names, expected", [
+    (["a.b.q (x)", "a.b.k (x)"], ("a.b.", " (x)")),
+    (["a.b.q (x)", "a.c.k (y)"], ("a.", "")),
+    (["a.b.q", "a.b.q.k"], ("a.b.", "")),
+    (["q (v1.5)", "k (v1.5)"], ("", "")),
+    (["a.q (v1.5)[0]"], ("a.", " (v1.5)[0]")),
+    (["pairs[0]", "pairs[1]"], ("", "")),
+    ([], ("", "")),
+])  # fmt: skip
+def test_what_names_have_in_common(names, expected):
+    assert in_common(names) == expected
+
+
+def test_no_figure_of_growth_without_watching():
+    model = make_model()
+    optimizer = ScaledAdamW(model)
+    assert not [key for key in optimizer.diagnostics() if "grown" in key]
+    loss_of(model).backward()
+    assert np.isfinite(list(optimizer.diagnostics().values())).all()
