@@ -297,7 +297,8 @@ ALL = CLASSES | DECAYED
 def test_a_rate_of_0_moves_nothing(maker, dtype, lr):
     """From a fresh start, from B = 0, and in mid-run."""
     for zero_B in (False, True):
-        model = make_model(dtype=dtype, zero_B=zero_B)
+        # No head in float16: torch's own Adam divides by an eps of 0 there.
+        model = make_model(dtype=dtype, zero_B=zero_B, bias=dtype != torch.float16)
         optimizer = maker(model)
         for steps in (0, 3):
             train(model, optimizer, steps)
