@@ -94,8 +94,7 @@ class Backend:
     def eigh(self, S: Array) -> tuple[Array, Array]:
         """Eigenvalues (K, r), ascending, and eigenvectors (K, r, r) of symmetric matrices.
 
-        A member that is not finite has NaN eigenvalues and no other sees it: LAPACK behind some
-        libraries would refuse the whole stack.
+        A member that is not finite has NaN eigenvalues; LAPACK may refuse a whole stack for it.
         """
         xp = self.xp
         finite = xp.all(xp.isfinite(S), axis=(-2, -1), keepdims=True)  # (K, 1, 1)

@@ -163,5 +163,5 @@ def test_a_subtree_without_gradients_is_named_by_none():
 def test_two_leaves_of_one_name():
     pair = {"lora_a": draw(8, 3), "lora_b": draw(3, 6)}
     tree = {"a.b": pair, "a": {"b": pair}}
-    with pytest.raises(PairingError, match="two leaves are named 'a.b.lora_a'"):
+    with pytest.raises(PairingError, match=r"two leaves are named 'a\.b\.lora_a'"):
         rlora.optax.scaled_adamw(1e-2).init(tree)
