@@ -187,7 +187,7 @@ def run_python(code, *flags):
         [sys.executable, *flags, "-c", code],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ def built(tmp_path_factory):
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)],
         check=True,
         capture_output=True,
-        timeout=240,
+        timeout=1200,
     )
     return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
 

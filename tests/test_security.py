@@ -193,7 +193,7 @@ def import_watched(names, before=(), path=ROOT):
         [sys.executable, "-B", "-c", code],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
         cwd=path,
         check=False,
     )
@@ -254,6 +254,6 @@ def test_checks_outlive_optimised_python():
         "    sys.stdout.write('refused')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-O", "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-O", "-c", code], capture_output=True, text=True, timeout=1200, check=True
     )
     assert done.stdout == "refused"

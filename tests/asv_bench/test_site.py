@@ -20,7 +20,6 @@ COMMITS = 10
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
     pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine"),
     pytest.mark.skipif(not importlib.util.find_spec("asv"), reason="asv is not installed"),
     pytest.mark.skipif(
@@ -82,7 +81,7 @@ def look(url, folder):
             f"--user-data-dir={folder}", "--enable-logging=stderr", "--v=0",
             "--virtual-time-budget=15000", "--window-size=1400,1000", "--dump-dom", url,
         ],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout, re.findall(r".*CONSOLE.*", done.stderr)

@@ -52,7 +52,7 @@ def in_fresh_python(code, *, path=None):
         [sys.executable, "-W", "error::UserWarning", "-c", program],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
         check=False,
         cwd=path,
     )

@@ -287,7 +287,7 @@ def test_as_a_user_calls_it_through_a_pipe(adapter):
         [sys.executable, "-c", code, "bench", "--adapter", adapter, "--repeat", "2"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=1200,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -316,7 +316,7 @@ def test_base_dependencies_are_enough(adapter):
             [sys.executable, "-c", code, *command],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=1200,
             check=False,
         )
         assert (done.returncode, done.stderr) == (0, "")

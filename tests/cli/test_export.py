@@ -151,7 +151,7 @@ def test_pytest_benchmark_compares_it(a_record, tmp_path):
         [sys.executable, "-c", code, "compare", *sorted(map(str, tmp_path.glob("*.json")))],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=1200,
         check=False,
         cwd=tmp_path,
     )

@@ -289,7 +289,7 @@ def test_two_runs_give_the_same_bytes(everything, tmp_path):
         command = ["bench", "report", record, "--output", f"{out}.html", "--pictures", out]
         code = "from rlora.cli import main; main()"
         env = os.environ | {"PYTHONHASHSEED": seed}
-        subprocess.run([sys.executable, "-c", code, *command], check=True, env=env, timeout=120)
+        subprocess.run([sys.executable, "-c", code, *command], check=True, env=env, timeout=1200)
         files = {path.name: path.read_bytes() for path in sorted(out.iterdir())}
         found.append({**files, "": (tmp_path / f"{seed}.html").read_bytes()})
     assert found[0] == found[1]
@@ -424,7 +424,7 @@ class TestInABrowser:
                     "--enable-logging=stderr", "--v=0", "--virtual-time-budget=5000",
                     f"--window-size={width},900", "--dump-dom", path.as_uri(),
                 ],
-                capture_output=True, text=True, timeout=120, check=False,
+                capture_output=True, text=True, timeout=1200, check=False,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
             return done.stdout, re.findall(r".*CONSOLE.*", done.stderr)

@@ -39,7 +39,7 @@ def test_xla_makes_as_many_threads_as_were_reserved():
             [sys.executable, "-c", code, str(count)],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=1200,
             check=True,
         )
         return int(done.stdout)

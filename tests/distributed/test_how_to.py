@@ -20,7 +20,7 @@ def test_the_how_to_trains_and_resumes():
         [*command, script],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1200,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stderr

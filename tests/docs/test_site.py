@@ -23,7 +23,6 @@ for package in (
 ):
     pytest.importorskip(package, reason=f"the site needs {package}")
 
-pytestmark = pytest.mark.timeout(900)  # the build is 20 s of one core, which others may want too
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -57,7 +57,7 @@ def on_four_devices(code, *arguments):
         [sys.executable, "-c", SETUP + textwrap.dedent(code), *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         check=False,
         env={
             **os.environ,

@@ -32,7 +32,7 @@ class Processes:
         results, waiting = [None] * len(self.ends), set(self.ends)
         while waiting:
             # A collective waits for ever when processes do not call the same ones.
-            ready = wait(waiting, timeout=120)
+            ready = wait(waiting, timeout=1200)
             received = [(self.ends.index(end), *end.recv()) for end in ready]
             if not ready or any(failed for _, failed, _ in received):
                 self.close()
