@@ -142,16 +142,21 @@ class Bundle:
 
     def constant(self, values: Sequence[tuple[float, float]]) -> Stack:
         """Python numbers, two for each pair, as (2K, 1, 1)."""
-        flat = [
-            value[side]
-            for side in (0, 1)
-            for lead, value in zip(self._leads, values, strict=True)
-            for _ in range(prod(lead))
-        ]
-        # Made where they are used: a list of numbers would have to be copied there.
-        make = partial(self.xp.full, dtype=self.dtype, device=device_of(self.like))
-        runs = [(value, len(list(run))) for value, run in groupby(flat)]
-        return self.xp.concat([make((count, 1, 1), value) for value, count in runs])
+        kept = {} if self.workspace is None else self.workspace
+        key = ("constant", tuple(values))
+        if key not in kept:
+            flat = [
+                value[side]
+                for side in (0, 1)
+                for lead, value in zip(self._leads, values, strict=True)
+                for _ in range(prod(lead))
+            ]
+            # Made where they are used: a list of numbers would have to be copied there.
+            make = partial(self.xp.full, dtype=self.dtype, device=device_of(self.like))
+            runs = [(value, len(list(run))) for value, run in groupby(flat)]
+            kept[key] = self.xp.concat([make((count, 1, 1), value) for value, count in runs])
+        constant: Stack = kept[key]
+        return constant
 
     def columns(self) -> Stack:
         """N, the number of columns in row form: n for an A, m for a B."""

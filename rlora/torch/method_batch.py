@@ -74,9 +74,12 @@ class MethodBatch:
         start : mapping of str to Tensor, optional
             The flat state of a fresh start, if it is known already.
         """
-        state = self._optimizer.state
-        changed = [share for share in self._shares if not share.stands_in(state)]
-        for share in changed:
+        state, fresh = self._optimizer.state, start is not None  # then it is in the stacks
+        old: list[Tensor] = []
+        new: list[Tensor] = []
+        for share in self._shares:
+            if share.stands_in(state):
+                continue
             held = state.setdefault(share.owner, {})
             for key, view, source in zip(share.keys, share.views, share.sources, strict=True):
                 name, k, partner = source
@@ -87,12 +90,16 @@ class MethodBatch:
                     known = state.get(partner, {}).pop(key, None)
                 if known is None:
                     start = flatten_state(self._initial()) if start is None else start
-                    known = start[name][k]
+                    known = None if fresh else start[name][k]
                 elif getattr(known, "shape", None) != view.shape:
                     raise _misshapen(key, known, view)
-                view.copy_(known)
+                if known is not None:
+                    old.append(view)
+                    new.append(known)
                 if not torch.compiler.is_compiling():  # a graph writes into what is there, later
                     held[key] = view
+        if old:
+            torch._foreach_copy_(old, new)
 
     def prepare(self) -> tuple[dict[str, Factors], State]:
         """The pairs and their state after the step; nothing has moved yet."""

@@ -221,6 +221,8 @@ STATELESS = {
 @pytest.mark.parametrize("flat", [False, True], ids=["by parameter", "flat"])
 def test_get_and_set_state_dict_go_on_bit_for_bit(maker, frozen, flat):
     """With a bfloat16 model, whose roundings nothing may change."""
+    if maker is CLASSES["Riemannion"] and frozen is not all_of_it:
+        pytest.skip("its momentum is of the pair, and torch loads no state of a frozen parameter")
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model = make_model(dtype=torch.bfloat16)
     frozen(model)
@@ -294,6 +296,7 @@ ALL = CLASSES | DECAYED
 @pytest.mark.parametrize("maker", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+@pytest.mark.filterwarnings("ignore:.*lora_sb:RuntimeWarning")  # B is 0
 def test_a_rate_of_0_moves_nothing(maker, dtype, lr):
     """From a fresh start, from B = 0, and in mid-run."""
     for zero_B in (False, True):
