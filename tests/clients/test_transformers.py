@@ -134,7 +134,7 @@ def test_bfloat16_training(kind, tmp_path):
 
 @pytest.mark.refuses("transformers Trainer", "the bare class, which gets parameters without names")
 def test_the_bare_class_is_refused_and_told_what_to_write(tmp_path):
-    with pytest.raises(rlora.PairingError, match=r"no names.*\(lambda: LoRARite, "):
+    with pytest.raises(rlora.PairingError, match=r"without names.*\(lambda: LoRARite, "):
         transformers.Trainer(
             adapted(),
             arguments_of(tmp_path),
