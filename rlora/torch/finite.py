@@ -23,8 +23,8 @@ def state_peaks(optimizer: Any, pairs: Sequence[TensorPair]) -> tuple[list[int],
         for k, pair in enumerate(pairs)
         for side in (0, 1)
         for x in _arrays(optimizer.state.get(pair[side], {}))
-        # Steps are counted on the host: what is elsewhere is not looked at. Nor are subclasses, such
-        # as moments of 8 bits, of which nobody may have a norm.
+        # Steps are counted on the host: what is elsewhere is not looked at. Nor are subclasses,
+        # such as moments of 8 bits, of which nobody may have a norm.
         if type(x) is Tensor and x.device == pair.A.device and x.is_floating_point() and x.numel()
     ]
     return [place for place, _ in held], peaks([x for _, x in held])
