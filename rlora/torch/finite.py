@@ -57,7 +57,7 @@ def look_on_the_host(optimizer: Any) -> None:
     """`warn_of_nan` of the pairs on a CPU: what lies on an accelerator would have to be awaited."""
     if optimizer._warned:
         return
-    pairs = optimizer._current_pairs()
+    pairs = optimizer._pairs  # as the last step had them: saving refuses nothing
     here = [k for k, pair in enumerate(pairs) if _is_on_host(pair)]
     places, found = state_peaks(optimizer, [pairs[k] for k in here])
     factors = peaks([p.detach() for k in here for p in pairs[k][:2]])
@@ -103,9 +103,9 @@ def _is_on_host(pair: TensorPair) -> bool:
 
 
 def _arrays(state: Mapping[str, Any]) -> Iterator[Tensor]:
-    """Also those that bitsandbytes wraps in a dict of its own."""
+    """Plain ones, no quantised or sharded kinds; bitsandbytes wraps its own in a dict."""
     for value in state.values():
         if isinstance(value, Mapping):
             yield from _arrays(value)
-        elif isinstance(value, Tensor) and not is_distributed(value):
+        elif type(value) is Tensor and value.itemsize > 1:
             yield value
