@@ -16,6 +16,7 @@ from rlora.core.factors import (
     leaves_of,
     map_leaves,
     map_pairs,
+    pairs_of,
 )
 from rlora.core.structure import check_state, same_shapes
 
@@ -258,7 +259,8 @@ def chain(*links: Transform) -> Transform:
         except Exception as error:
             check_state(state, lambda: init(params), error)
             raise
-        if not same_shapes(state, tuple(states)):  # by broadcasting, or with fields left over
+        # Broadcasting may have hidden what does not fit.
+        if not (same_shapes(state, tuple(states)) and _fits(direction, params)):
             check_state(state, lambda: init(params))
         return direction, tuple(states)
 
@@ -274,6 +276,13 @@ def chain(*links: Transform) -> Transform:
         still_at_zero(bent[0]) if bent else apply_updates,
         "gauss_seidel" if "gauss_seidel" in orders else "jacobi",
         transport if any(link.transport is not stay for link in links) else stay,
+    )
+
+
+def _fits(direction: Tree, params: Tree) -> bool:
+    pairs = zip(pairs_of(direction), pairs_of(params), strict=True)
+    return all(
+        x is None or x.shape == p.shape for pair in pairs for x, p in zip(*pair, strict=True)
     )
 
 

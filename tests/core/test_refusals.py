@@ -1,0 +1,209 @@
+"""What `step`, `init` and `flatten_state` refuse, and that the message names the cause."""
+
+import numpy as np
+import pytest
+
+import rlora
+from rlora import Factors, PairingError, ShapeError, methods
+from rlora.testing import assert_close
+
+EVERY = pytest.mark.parametrize("name", methods.__all__)
+
+
+def make_pair(r=2, n=5, m=4, *lead):
+    rng = np.random.default_rng(r + n + m)
+    return Factors(rng.normal(size=(*lead, r, n)), rng.normal(size=(*lead, m, r)))
+
+
+@pytest.mark.parametrize(
+    "lr, error",
+    [
+        *((lr, ValueError) for lr in (-1, -1e-3, float("nan"), float("inf"), np.float32(-1))),
+        *((lr, TypeError) for lr in ([1e-3], True, None, "1e-3")),
+    ],
+)
+def test_learning_rates_that_make_no_sense(lr, error):
+    pair, method = make_pair(), rlora.scaled_sgd()
+    with pytest.raises(error, match="lr must be"):
+        rlora.step(method, pair, pair, method.init(pair), lr)
+
+
+@pytest.mark.parametrize("lr", [0, 0.0, 1, np.float32(0.25), np.asarray(0.25)])
+def test_learning_rates_that_do(lr):
+    pair, method = make_pair(), rlora.lora_plus()
+    new, _ = rlora.step(method, pair, pair, method.init(pair), lr)
+    assert np.array_equal(new.A, pair.A) == (float(lr) == 0)
+
+
+def test_learning_rates_on_a_device_or_traced(backend):
+    """Of an array of shape () nothing is asked, so that it may be traced."""
+    pair = Factors(*(backend.asarray(x, "float64") for x in make_pair()))
+    method = rlora.scaled_sgd()
+
+    def one(lr):
+        return rlora.step(method, pair, pair, method.init(pair), lr)[0]
+
+    expected = one(0.25)
+    for found in (one, backend.compile(one)):
+        new = found(backend.asarray(np.asarray(0.25), "float64"))
+        for x, y in zip(new, expected, strict=True):
+            assert_close(backend.to_numpy(x), backend.to_numpy(y), rtol=1e-14)
+
+
+@EVERY
+@pytest.mark.parametrize("scaling", [0, 0.0, -1, float("nan"), float("inf")])
+def test_scalings_that_make_no_sense(name, scaling):
+    with pytest.raises(ValueError, match="scaling must be finite and positive, got"):
+        getattr(methods, name)().init(make_pair(), scaling)
+
+
+@pytest.mark.parametrize("scaling", [True, "2", None, [2.0]])
+def test_scalings_that_are_no_numbers(scaling):
+    with pytest.raises(TypeError, match="scaling must be a real number"):
+        rlora.lora_pro_sgd().init(make_pair(), scaling)
+
+
+@EVERY
+@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (2, 5, 0), (2, 5, 4, 0)])
+def test_empty_factors(name, shape):
+    with pytest.raises(ShapeError, match="of pair 'q' is empty: A is"):
+        getattr(methods, name)().init({"p": make_pair(), "q": make_pair(*shape)})
+
+
+OTHERS = [
+    (rlora.lora_rite, "0 is RiteState, expected AdamState"),
+    (lambda: rlora.scaled_sgd(momentum=0.9), "0 is MomentumState, expected AdamState"),
+    (rlora.scaled_sgd, r"0 is \(\), expected AdamState"),
+    (
+        lambda: rlora.chain(rlora.scaled_sgd()),
+        r"it is \(\(\(\), \(\)\)\), expected \(AdamState, \(\)\)",
+    ),
+]
+
+
+@pytest.mark.parametrize("other, match", OTHERS)
+def test_the_state_of_another_method(other, match):
+    pair, method = make_pair(), rlora.scaled_adamw()
+    with pytest.raises(ShapeError, match=match):
+        rlora.step(method, pair, pair, other().init(pair), 1e-3)
+
+
+def test_more_fields_than_the_method_has():
+    """The state of AdamW has all that momentum asks for, and more: not taken in silence."""
+    pair, method = make_pair(), rlora.scaled_sgd(momentum=0.9)
+    with pytest.raises(ShapeError, match="0 is AdamState, expected MomentumState"):
+        rlora.step(method, pair, pair, rlora.scaled_adamw().init(pair), 1e-3)
+
+
+@EVERY
+def test_the_state_of_other_parameters(name):
+    method, tree = getattr(methods, name)(), {"a": make_pair(), "b": make_pair()}
+    if not rlora.flatten_state(method.init(tree)):
+        pytest.skip("no state")
+    for other in (
+        make_pair(2, 6, 4),
+        make_pair(2, 5, 3),
+        make_pair(3, 5, 4),
+        make_pair(2, 5, 4, 3),
+    ):
+        state = method.init({"a": make_pair(), "b": other})
+        shapes = [
+            {k: x.shape for k, x in rlora.flatten_state(s).items()}
+            for s in (state, method.init(tree))
+        ]
+        if shapes[0] == shapes[1]:
+            continue  # the state has no array of that side
+        with pytest.raises(ShapeError, match=r"\.b.*an array of shape \(.*, expected an array"):
+            rlora.step(method, tree, tree, state, 1e-3)
+    with pytest.raises(
+        ShapeError, match=r"keys \['a', 'c'\], expected a dict with keys \['a', 'b'\]"
+    ):
+        rlora.step(method, tree, tree, method.init({"a": make_pair(), "c": make_pair()}), 1e-3)
+
+
+@pytest.mark.parametrize("state", [None, (), {}, 1.0, (1.0, 2.0)])
+def test_what_is_no_state(state):
+    pair, method = make_pair(), rlora.scaled_adamw()
+    with pytest.raises(ShapeError, match="the state does not belong to this method"):
+        rlora.step(method, pair, pair, state, 1e-3)
+
+
+def test_an_error_of_another_cause_is_not_hidden():
+    pair = make_pair()
+
+    def fail(grads, state, params):
+        raise RuntimeError("no memory")
+
+    link = rlora.Transform(rlora.scaled_sgd().init, fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        rlora.step(rlora.chain(link), pair, pair, rlora.chain(link).init(pair), 1e-3)
+
+
+# --- torch tensors with a graph ---------------------------------------------------------------------
+
+
+@EVERY
+def test_tensors_that_require_gradients(name):
+    """The step is no part of a graph: the numbers are those without one, and none is kept."""
+    torch = pytest.importorskip("torch")
+    method, results = getattr(methods, name)(), []
+    for graph in (True, False):
+        pair = Factors(*(torch.tensor(x, requires_grad=graph) for x in make_pair()))
+        grads = Factors(torch.ones_like(pair.A), torch.ones_like(pair.B))
+        if graph:  # gradients of gradients have a graph too
+            grads = Factors(
+                *((g + 0 * p).requires_grad_() for g, p in zip(grads, pair, strict=True))
+            )
+        state = method.init(pair)
+        for _ in range(2):
+            new, state = rlora.step(method, pair, grads, state, 1e-2)
+        direction, _ = method.update(grads, method.init(pair), pair)
+        arrays = [*new, *rlora.flatten_state(state).values()]
+        arrays += [d for d in direction if d is not None]
+        assert not any(x.requires_grad for x in arrays)
+        assert all(p.requires_grad == graph for p in pair)
+        results.append(arrays)
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_factor_without_a_gradient_comes_back_without_a_graph():
+    torch = pytest.importorskip("torch")
+    pair = Factors(*(torch.tensor(x, requires_grad=True) for x in make_pair()))
+    method = rlora.scaled_sgd()
+    new, _ = rlora.step(method, pair, Factors(None, pair.B.detach()), method.init(pair), 1e-2)
+    assert torch.equal(new.A, pair.A)
+    assert not new.A.requires_grad
+
+
+# --- names ------------------------------------------------------------------------------------------
+
+
+def test_two_paths_of_one_name():
+    pair = make_pair()
+    tree = {"a.b": pair, "a": {"b": make_pair(3)}}
+    with pytest.raises(PairingError, match=r"both named '0\.mu\.a\.b\.A'.*rename"):
+        rlora.flatten_state(rlora.scaled_adamw().init(tree))
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"a.b": make_pair(), "a": {"c": make_pair(3)}},
+        {"layers.0.q": make_pair(), "layers.1.q": make_pair(3)},
+        {"layers": [make_pair(), make_pair(3)]},
+        {"a": {"b.c": make_pair(3)}, "a.b": {"d": make_pair()}},
+    ],
+)
+def test_dots_in_keys(tree):
+    """As flat dicts of torch have them: the names of before, and back again."""
+    state = rlora.scaled_adamw().init(tree)
+    flat = rlora.flatten_state(state)
+    assert len(flat) == 6 * len(list(rlora.core.factors.pairs_of(tree)))
+    back = rlora.unflatten_state({k: x + 1 for k, x in flat.items()}, state)
+    assert all(np.array_equal(x, flat[k] + 1) for k, x in rlora.flatten_state(back).items())
+
+
+def test_names_are_those_of_before():
+    names = rlora.flatten_state(rlora.scaled_adamw().init({"layers.0": [make_pair()]}))
+    assert list(names)[:2] == ["0.mu.layers.0.0.A", "0.mu.layers.0.0.B"]
