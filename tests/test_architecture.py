@@ -187,7 +187,7 @@ def run_python(code, *flags):
         [sys.executable, *flags, "-c", code],
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -203,7 +203,10 @@ def test_import_is_light():
     assert out == "[]"
 
 
-def test_import_takes_less_than_300_ms():
-    code = "import time, sys; t = time.process_time(); import rlora; sys.stdout.write(str(time.process_time() - t))"
-    fastest = min(float(run_python(code)) for _ in range(5))
-    assert fastest < 0.3
+def test_import_takes_little_more_than_that_of_numpy():
+    """Twice as long, 0.15 s; against NumPy's, as a busy processor is slower at both."""
+    code = (
+        "import time, sys; t = time.process_time(); import numpy; u = time.process_time(); "
+        "import rlora; sys.stdout.write(str((time.process_time() - t) / (u - t)))"
+    )
+    assert min(float(run_python(code)) for _ in range(5)) < 4.0
