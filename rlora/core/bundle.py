@@ -215,9 +215,9 @@ def rank_wise(
     compute_dtype : {None, "float32", "float64"}
         Precision of the r x r algebra; None is the parameters' own, at least float32.
     rescaled : bool
-        Huge factors come brought down to an ordinary size (``rlora.core.sizes``), their gradients
-        are those by such factors, and the directions shrink as much; with False both are left as
-        they are, for a rule whose direction does not shrink as the partner grows.
+        Huge factors come brought down to an ordinary size, their gradients are those by such
+        factors, and the directions shrink as much; with False both are left as they are, for a
+        rule whose direction does not shrink as the partner grows.
     """
     check_choice("compute_dtype", compute_dtype, ComputeDtype)
 
