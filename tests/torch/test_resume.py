@@ -45,7 +45,7 @@ def same_state(a, b):
 def held_by(optimizer, model):
     """The state of an optimizer by the names of a model."""
     return {
-        name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state
+        name: optimizer.state[p] for name, p in model.named_parameters() if optimizer.state.get(p)
     }
 
 
