@@ -117,7 +117,11 @@ FACTORS = {"lora_A", "lora_B", "lora_down", "lora_up", "lora_a", "lora_b"}
 @given(trees(), st.sampled_from(ADAPTERS))
 def test_one_adapter(tree, adapter):
     root, truth = tree
-    report = rlora.torch.find_pairs(root, adapter=adapter)
+    try:
+        report = rlora.torch.find_pairs(root, adapter=adapter)
+    except rlora.PairingError:  # only where there is none
+        assert adapter not in {pair.adapter for pair in rlora.torch.find_pairs(root)}
+        return
     assert all(adapter in pair.a.split(".") for pair in report)
     assert found(report) <= truth
 

@@ -444,7 +444,7 @@ def test_nothing_to_pair_is_an_error_with_the_names():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     with pytest.raises(rlora.PairingError, match=r"4 parameters: 0.weight, 0.bias, 1.weight and 1"):
         ScaledAdamW(model)
-    with pytest.raises(rlora.PairingError, match=r"have no names.*lambda: ScaledAdamW"):
+    with pytest.raises(rlora.PairingError, match=r"without names.*lambda: ScaledAdamW"):
         ScaledAdamW(make_model().parameters())
     with pytest.raises(rlora.PairingError, match="no LoRA pair"):
         ScaledAdamW([nn.Parameter(torch.ones(2, 2))], pairs=[])
