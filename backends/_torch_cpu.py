@@ -76,8 +76,8 @@ def is_plain(*tensors: Tensor) -> bool:
 def is_within(x: Tensor, low: float, high: float) -> bool:
     """`Backend.within` of one plain tensor (..., r, n)."""
     if not low:  # in one pass
-        least, most = torch.aminmax(x)
-        return -high < least.item() and most.item() < high
+        least, most = (float(end.numpy()) for end in torch.aminmax(x))
+        return -high < least and most < high
     values = x.numpy().reshape(-1, x.shape[-2] * x.shape[-1])
     peak = np.maximum(values.max(axis=1), -values.min(axis=1))
     return bool(((peak < high) & ((peak >= low) | (peak == 0))).all())

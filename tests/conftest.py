@@ -4,6 +4,11 @@ import os
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time goes to compiling steps that run once or twice: a third less of it.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Small problems, and a process for each core: one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

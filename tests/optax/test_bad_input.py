@@ -95,7 +95,7 @@ BAD_TREES = [
     (
         {"lora_a": ONES((8, 3)) * 1j, "lora_b": ONES((3, 6)) * 1j},
         NamespaceError,
-        "factors must be real floating-point arrays, got dtype complex128",
+        "factors must be real floating-point arrays, got complex128 from jax",
     ),
     (
         {"x.lora_A": ONES((2, 8)), "x.lora_B": ONES((6, 2)), "x.lora_E": ONES((2, 1))},

@@ -61,7 +61,7 @@ def on_four_devices(code, *arguments):
         check=False,
         env={
             **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4 " + os.environ["XLA_FLAGS"],
             "JAX_ENABLE_X64": "0",
         },
     )
