@@ -11,7 +11,8 @@ from itertools import groupby
 from math import prod
 from typing import Any, TypeAlias
 
-from rlora.core.backend import Backend, Workspace, mT
+from rlora.core.algebra import mT
+from rlora.core.backend import Backend, Workspace
 from rlora.core.checks import ComputeDtype, check_choice
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import (
@@ -176,7 +177,8 @@ def by_rank(params: Sequence[Factors], workspace: Workspace | None = None) -> li
     if groups is None:
         groups = {}
         for i, (A, _) in enumerate(params):
-            groups.setdefault((A.shape[-2], A.dtype, device_of(A)), []).append(i)
+            where = str(device_of(A))  # those of CuPy have no hash
+            groups.setdefault((A.shape[-2], A.dtype, where), []).append(i)
         if workspace is not None:
             workspace["by rank"] = groups
     return list(groups.values())

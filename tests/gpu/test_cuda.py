@@ -1,0 +1,154 @@
+"""On a CUDA device: the contract, the numbers of a CPU, host waits and graphs. `make gpu` runs it."""
+
+import copy
+
+import pytest
+import torch
+from models import CLASSES, METHODS, batch, loss_of, make_model, pairs_in, same, train, values
+
+from rlora import methods
+from rlora.backends import get
+from rlora.testing import CONTRACT, assert_close
+from rlora.torch import ScaledAdamW, ScaledSGD
+
+if not torch.cuda.is_available():
+    pytest.skip("there is no CUDA device here", allow_module_level=True)
+
+WITHOUT_WAIT = {
+    "adamw": ScaledAdamW,
+    "sgd": ScaledSGD,
+    **{name: METHODS[name] for name in ("LoRARite", "LoRAMuon", "AltLoRA", "AltLoRAPlus")},
+}
+
+BY_PRODUCTS = ("LoRARite", "LoRAMuon")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The torch backend, whose new arrays lie on the device."""
+    backend = get("torch")
+    make = type(backend).asarray
+    monkeypatch.setattr(
+        type(backend),
+        "asarray",
+        lambda self, x, dtype="float32", device=None: make(self, x, dtype, device or "cuda:0"),
+    )
+    return backend
+
+
+@pytest.mark.parametrize("check", CONTRACT, ids=lambda c: c.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("name", methods.__all__)
+def test_contract(name, check, cuda):
+    check(getattr(methods, name), cuda)
+
+
+@pytest.mark.parametrize("check", CONTRACT, ids=lambda c: c.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("name", methods.__all__)
+def test_contract_on_cupy(name, check):
+    pytest.importorskip("cupy")
+    if name == "riemannion" and check.__name__ == "check_batched_equals_looped":
+        pytest.skip("a batched SVD of cuSOLVER chooses other signs than a single one")
+    check(getattr(methods, name), get("cupy"))
+
+
+def on_device(model):
+    return model.to("cuda")
+
+
+def step_on(model, optimizer, t=0):
+    like = next(model.parameters())
+    x, y = (z.to(like.device) for z in batch(t, like.dtype))
+    optimizer.zero_grad()
+    (model(x) - y).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_equals_a_cpu(name):
+    """Ten steps in float64, the products B A: the split is free under a Riemannian step.
+
+    LoRA-RITE and LoRA-Muon take roots by products on a device, under a shift of sqrt(eps).
+    """
+    host, device = make_model(dtype=torch.float64), on_device(make_model(dtype=torch.float64))
+    optimizers = [CLASSES[name](model) for model in (host, device)]
+    for t in range(10):
+        step_on(host, optimizers[0], t)
+        step_on(device, optimizers[1], t)
+    for pairs in zip(pairs_in(host), pairs_in(device), strict=True):
+        expected, found = ((B @ A).detach().cpu().numpy() for A, B in pairs)
+        assert_close(found, expected, rtol=1e-4 if name in BY_PRODUCTS else 1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", sorted(WITHOUT_WAIT))
+def test_a_step_waits_for_nothing(name, dtype):
+    model = on_device(make_model(dtype=dtype))
+    optimizer = WITHOUT_WAIT[name](model, lr=1e-3)
+    for t in range(3):
+        step_on(model, optimizer, t)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("placement", ["before", "both"])
+def test_a_captured_step_is_the_eager_one(placement):
+    """Replays of one CUDA graph against eager steps, bit for bit."""
+    models = [on_device(make_model()) for _ in range(2)]
+    made = [ScaledAdamW(model, lr=1e-2, capturable=True, placement=placement) for model in models]
+    x, y = (z.to("cuda") for z in batch(0))
+
+    def backward(model):
+        (model(x) - y).square().mean().backward()
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for model, optimizer in zip(models, made, strict=True):
+            for _ in range(3):
+                optimizer.zero_grad()
+                backward(model)
+                optimizer.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made[1].step()  # on the gradients that are there
+    for _ in range(4):
+        made[0].step()
+        graph.replay()
+    torch.cuda.synchronize()
+    for key, p in values(models[0]).items():
+        assert_close(values(models[1])[key].cpu().numpy(), p.cpu().numpy(), rtol=1e-5, what=key)
+
+
+def test_saved_on_a_device_and_loaded_again():
+    model = on_device(make_model(dtype=torch.bfloat16))
+    optimizer = ScaledAdamW(model, lr=1e-2)
+    for t in range(3):
+        step_on(model, optimizer, t)
+    again = on_device(make_model(seed=1, dtype=torch.bfloat16))
+    again.load_state_dict(model.state_dict())
+    resumed = ScaledAdamW(again, lr=1e-2)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for t in range(3):
+        step_on(model, optimizer, t)
+        step_on(again, resumed, t)
+    assert same(values(model), values(again))
+
+
+def test_from_a_cpu_to_a_device():
+    """A state saved on a CPU goes on on a device."""
+    model = make_model()
+    optimizer = ScaledAdamW(model, lr=1e-2)
+    train(model, optimizer, 3)
+    moved = on_device(make_model())
+    moved.load_state_dict(model.state_dict())
+    resumed = ScaledAdamW(moved, lr=1e-2)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step_on(moved, resumed, 0)
+    optimizer.zero_grad()
+    loss_of(model, 0).backward()
+    optimizer.step()
+    for key, p in values(moved).items():
+        assert_close(p.cpu().numpy(), values(model)[key].numpy(), rtol=1e-4, what=key)
