@@ -17,6 +17,10 @@ class CuPyBackend(Backend):
         # away from singularity, and members with NaN have been replaced by the identity.
         return cp.linalg.inv(S) if power == -1.0 else super().spd_power(S, power)
 
+    def inverse_cholesky(self, S: Array, *, upper: bool = False) -> Array:
+        W = cp.tril(cp.linalg.inv(cp.linalg.cholesky(S[..., ::-1, ::-1] if upper else S)))
+        return W[..., ::-1, ::-1] if upper else W
+
     def devices(self) -> list[str]:
         try:
             count = cp.cuda.runtime.getDeviceCount()

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 
-from rlora.core.backend import Backend, mT
+from rlora.core.algebra import mT
+from rlora.core.backend import Backend
 from rlora.core.factors import Array
 
 
@@ -22,8 +23,12 @@ class JaxBackend(Backend):
     def spd_power(self, S: Array, power: float) -> Array:
         if power != -1.0:
             return super().spd_power(S, power)
-        W = one_by_one(inverse_cholesky, S)  # (K, r, r)
+        W = self.inverse_cholesky(S)  # (K, r, r)
         return self.matmul(mT(W), W)
+
+    def inverse_cholesky(self, S: Array, *, upper: bool = False) -> Array:
+        W = one_by_one(lower_inverse, S[..., ::-1, ::-1] if upper else S)
+        return W[..., ::-1, ::-1] if upper else W
 
     def eigh(self, S: Array) -> tuple[Array, Array]:
         w, Q = one_by_one(symmetric_eigh, S)
@@ -80,8 +85,8 @@ def one_by_one(f: Callable[[Array], Any], stack: Array) -> Any:
     )
 
 
-def inverse_cholesky(S: Array) -> Array:
-    """The triangular W of ``S⁻¹ = Wᵀ W``, S definite."""
+def lower_inverse(S: Array) -> Array:
+    """The lower triangular W of ``S⁻¹ = Wᵀ W``, S definite."""
     L = jnp.linalg.cholesky(S, symmetrize_input=False)
     eye = jnp.broadcast_to(jnp.eye(S.shape[-1], dtype=S.dtype), S.shape)
     return jsl.solve_triangular(L, eye, lower=True)

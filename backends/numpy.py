@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from rlora.core.backend import Backend, Tall, Workspace, mT
+from rlora.core.algebra import mT
+from rlora.core.backend import Backend, Tall, Workspace
 from rlora.core.factors import Array
 
 
@@ -31,6 +32,14 @@ class NumPyBackend(Backend):
 
     def spd_power(self, S: Array, power: float) -> Array:
         return np.linalg.inv(S) if power == -1.0 else super().spd_power(S, power)
+
+    def inverse_cholesky(self, S: Array, *, upper: bool = False) -> Array:
+        try:
+            L = np.linalg.cholesky(S[..., ::-1, ::-1] if upper else S)
+        except np.linalg.LinAlgError:  # NaN, or indefinite by rounding, in any member of the stack
+            return super().inverse_cholesky(S, upper=upper)
+        W = np.tril(np.linalg.inv(L))
+        return W[..., ::-1, ::-1] if upper else W
 
     def adam(
         self, mu: Array, nu: Array, g: Array, b1: float, b2: float, c1: Any, root2: Any, eps: Any

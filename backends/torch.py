@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from rlora.core.backend import ROUNDING, Backend, Tall, Workspace
+from rlora.core.algebra import ROUNDING, Damped
+from rlora.core.backend import Backend, Tall, Workspace
 from rlora.core.errors import NumericsError
 from rlora.core.factors import Array
 
@@ -129,15 +130,7 @@ class TorchBackend(Backend):
             torch._foreach_add_(result, list(onto))
         return result
 
-    def damped_power(
-        self,
-        S: Array,
-        exponent: float,
-        damping: float = 0.0,
-        *,
-        relative: bool = True,
-        least: float = 0.0,
-    ) -> Array:
+    def damped(self, S: Array, damping: float, *, relative: bool, least: float) -> Damped:
         """As the generic one, in fewer kernels: for small adapters they are what a step costs."""
         r, info = S.shape[-1], torch.finfo(S.dtype)
         rounding = ROUNDING * r * info.eps
@@ -149,17 +142,21 @@ class TorchBackend(Backend):
         unit = torch.where(live, scale, 1.0)
         H = torch.where(live, S, 0.0).div_(unit)  # (K, r, r)
         H.diagonal(dim1=-2, dim2=-1).add_(torch.where(live, shift / unit, 1.0).view(-1, 1))
-        P = self.spd_power(H, exponent).mul_(unit**exponent)
-        return torch.where(live, P, torch.where(scale.isnan(), scale, 0.0))
+        return Damped(H, unit, live, torch.where(scale.isnan(), scale, 0.0))
 
     def spd_power(self, S: Array, power: float) -> Array:
         if power != -1.0:
             return super().spd_power(S, power)
+        W = self.inverse_cholesky(S)
+        return W.mT @ W
+
+    def inverse_cholesky(self, S: Array, *, upper: bool = False) -> Array:
         # cholesky_ex neither raises nor waits for the device; the damping keeps members definite.
-        L, _ = torch.linalg.cholesky_ex(S)
+        L, failed = torch.linalg.cholesky_ex(S.flip(-2, -1) if upper else S)
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
         W = torch.linalg.solve_triangular(L, eye, upper=False)  # (K, r, r)
-        return W.mT @ W
+        W = torch.where(failed.view(-1, 1, 1) == 0, W, torch.nan)
+        return W.flip(-2, -1) if upper else W
 
     def pseudo_power(self, S: Array, exponent: float) -> Array:
         if exponent != -0.5 or not eigh_waits(S):

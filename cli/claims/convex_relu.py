@@ -7,7 +7,7 @@ import numpy as np
 
 import rlora
 from rlora import Factors
-from rlora.core.backend import mT
+from rlora.core.algebra import mT
 from rlora.core.factors import Array
 
 from .claim import Check, Claim, Curve, Outcome, Panel, Setting

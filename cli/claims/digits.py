@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import rlora
 from rlora import Factors, Transform
-from rlora.core.backend import mT
+from rlora.core.algebra import mT
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array
 from rlora.core.moments import scale_by_adam

@@ -7,7 +7,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from rlora import Factors
-from rlora.core.backend import Backend, mT
+from rlora.core.algebra import mT
+from rlora.core.backend import Backend
 from rlora.core.factors import Array
 
 from .claim import Setting

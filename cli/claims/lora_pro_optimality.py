@@ -11,7 +11,8 @@ import numpy as np
 
 import rlora
 from rlora import Factors, Transform
-from rlora.core.backend import Backend, mT
+from rlora.core.algebra import mT
+from rlora.core.backend import Backend
 from rlora.core.factors import Array
 from rlora.methods.pro import Gauge
 

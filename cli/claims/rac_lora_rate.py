@@ -10,7 +10,7 @@ import numpy as np
 
 import rlora
 from rlora import Factors
-from rlora.core.backend import mT
+from rlora.core.algebra import mT
 from rlora.methods.rac import restart
 
 from .claim import Check, Claim, Curve, Outcome, Panel, Setting

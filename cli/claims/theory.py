@@ -28,7 +28,7 @@ RATIO = Theory("scalings, rotations", ("scalar", "signed permutation", "rotation
 DAMPED = RATIO._replace(least=1e-5)  # by 1e-6 only
 ROTATION = Theory("rotations", ("signed permutation", "rotation"), 1e-2)
 SYLVESTER = ROTATION._replace(least=1e-3, most=1e-1)
-SCALED_ENTRIES = Theory("scalings, signed permutations", ("scalar", "signed permutation"))
+TRIANGULAR = Theory("scalings, triangular changes but for 1e-6", ("scalar",), 1e-5)
 ENTRIES = Theory("signed permutations", ("signed permutation",))
 
 
@@ -77,10 +77,10 @@ ROWS: Final = (
     of(rlora.scaled_sgd, DAMPED, damping=1e-6, damping_mode="relative"),
     of(rlora.scaled_sgd, RATIO, damping=1e-2, damping_mode="relative"),
     of(rlora.scaled_sgd, ROTATION, damping=1e-2, damping_mode="absolute"),
-    of(rlora.scaled_adamw, SCALED_ENTRIES),
+    of(rlora.scaled_adamw, TRIANGULAR),
     of(rlora.scaled_adamw, ENTRIES, placement="before", damping=0.0),
     of(rlora.scaled_adamw, ENTRIES, placement="after", damping=0.0),
-    of(rlora.scaled_adamw, SCALED_ENTRIES, placement="both", damping=0.0),
+    of(rlora.scaled_adamw, TRIANGULAR, placement="both", damping=0.0),
     of(rlora.lora_rite, EVERY),
     of(rlora.lora_rite, EVERY, escape=True),
     of(rlora.lora_rite, EVERY, weight_decay=0.1),

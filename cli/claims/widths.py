@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from rlora import Factors, Transform
-from rlora.core.backend import mT
+from rlora.core.algebra import mT
 from rlora.core.factors import Array
 
 from .claim import Curve, Panel, Setting

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 import rlora.torch
-from rlora.core.backend import ROUNDING, Backend, mT
+from rlora.core.algebra import ROUNDING, mT
+from rlora.core.backend import Backend
 from rlora.core.placement import precondition, preconditioners
 
 PAGE: Final = Path(__file__).with_suffix(".md")

@@ -29,6 +29,7 @@ VERBS: Final[dict[str, Callable[..., str]]] = {
     "apply_left": lambda *_, **__: "apply to rows",
     "apply_right": lambda *_, **__: "apply to columns",
     "damped_power": lambda S, exponent, *_, **__: POWERS[exponent],
+    "damped_half": lambda *_, **__: "S^-½",
     "pseudo_power": lambda S, exponent: POWERS[exponent],
     "inverse_root": lambda *_: "(V^½ + ε)⁻¹",
     "eigh": lambda *_: "eigenvectors",

@@ -52,7 +52,8 @@ TAIL = """
 
 - **Entrywise moments.** Adam's square root, or a sign, acts on entries, and only signed
   permutations map entries to entries. Half powers of the Gram on both sides of Adam
-  (`placement="both"`) win back common scalings.
+  (`placement="both"`) are triangular: they win back scalings, and triangular changes of basis up to
+  the damping of 1e-6 that every Gram gets there, and lose permutations.
 - **Damping.** `S + δ I` compares δ with a Gram whose size is a matter of the split; relative to the
   trace it is free of scalings. Relative and 1e-6, the default of most methods, is small and not
   nothing: see the rows with it. Covariant damping, that of scaled SGD and AdamW, changes with the

@@ -8,12 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from rlora.core.algebra import MatrixAlgebra, mT
 from rlora.core.errors import BackendError, NamespaceError
 from rlora.core.factors import Array, device_of
-
-ROUNDING = 10
-"""A Gram formed in precision eps has eigenvalues uncertain by about eps * trace; ten times that
-keeps every factorisation of a rank-deficient Gram away from zero."""
 
 Workspace = dict[Any, Any]
 """What a backend keeps from one call to the next with factors of the same shapes: memory that it
@@ -23,7 +20,7 @@ Tall = Sequence[Array]
 """Factors, or what has their shapes."""
 
 
-class Backend:
+class Backend(MatrixAlgebra):
     """Every verb the methods need, written with nothing but the Array API.
 
     The tall verbs take lists of factors, of any outer size and with any leading axes; the small
@@ -81,119 +78,6 @@ class Backend:
         """Whether each largest magnitude is known, without a wait, to be 0 or in [low, high)."""
         return False
 
-    # --- small work: r x r, batched over the whole model ---------------------------------------
-
-    def spd_power(self, S: Array, power: float) -> Array:
-        """``S^power`` of symmetric positive definite matrices (K, r, r) with trace about r."""
-        w, Q = self.eigh(S)
-        # Rounding can push an eigenvalue of a semidefinite matrix below zero; the floor is far
-        # below anything `damped_power` lets through.
-        w = self.xp.clip(w, min=float(self.xp.finfo(S.dtype).eps) ** 2)
-        return self.matmul(Q * self.xp.expand_dims(w**power, axis=-2), mT(Q))
-
-    def eigh(self, S: Array) -> tuple[Array, Array]:
-        """Eigenvalues (K, r), ascending, and eigenvectors (K, r, r) of symmetric matrices.
-
-        A member that is not finite has NaN eigenvalues; LAPACK may refuse a whole stack for it.
-        """
-        xp = self.xp
-        finite = xp.all(xp.isfinite(S), axis=(-2, -1), keepdims=True)  # (K, 1, 1)
-        eye = xp.eye(S.shape[-1], dtype=S.dtype, device=device_of(S))
-        w, Q = xp.linalg.eigh(xp.where(finite, S, eye))
-        return xp.where(finite[..., 0], w, xp.full_like(w, float("nan"))), Q
-
-    def svd(self, X: Array) -> tuple[Array, Array, Array]:
-        """The thin ``U, sigma, Vᵀ``; a member that is not finite has NaN singular values."""
-        xp = self.xp
-        finite = xp.all(xp.isfinite(X), axis=(-2, -1), keepdims=True)
-        U, sigma, Vt = xp.linalg.svd(xp.where(finite, X, xp.zeros_like(X)), full_matrices=False)
-        return U, xp.where(finite[..., 0], sigma, xp.full_like(sigma, float("nan"))), Vt
-
-    def qr(self, X: Array) -> tuple[Array, Array]:
-        """The thin ``Q R`` of (..., m, n)."""
-        Q, R = self.xp.linalg.qr(X)
-        return Q, R
-
-    def damped_power(
-        self,
-        S: Array,
-        exponent: float,
-        damping: float = 0.0,
-        *,
-        relative: bool = True,
-        least: float = 0.0,
-    ) -> Array:
-        """``(S + shift I)^exponent`` for a stack (K, r, r) of Grams, each member by itself.
-
-        The shift is ``damping tr(S)/r`` or ``damping``, and never below ``least tr(S)/r`` nor
-        ``10 eps tr(S)``, what the rounding of the Gram itself can carry.
-
-        Each member is scaled to trace r first, so that no factor leaves the range of the dtype. A
-        member whose trace is zero or too small to be inverted gives 0: a zero factor does not move
-        its partner. An overflown one gives 0 too, the limit; NaN gives NaN, for itself alone.
-        """
-        xp, r, info = self.xp, S.shape[-1], self.xp.finfo(S.dtype)
-        rounding = ROUNDING * r * float(info.eps)
-        mean = xp.reshape(xp.linalg.trace(S), (-1, 1, 1)) / r  # (K, 1, 1), the mean eigenvalue
-        floor = max(rounding, least)
-        ratio = xp.clip(damping * xp.ones_like(mean), min=floor)
-        shift = ratio * mean if relative else xp.clip(floor * mean, min=damping)
-        scale = mean + shift
-        live = (scale > float(info.smallest_normal) / rounding) & (scale < float(info.max))
-        unit = xp.where(live, scale, xp.ones_like(scale))
-        eye = xp.eye(r, dtype=S.dtype, device=device_of(S))
-        shift = xp.where(live, shift, xp.zeros_like(scale))  # inf times 0 is NaN
-        H = xp.where(live, (S + shift * eye) / unit, eye)  # (K, r, r)
-        dead = xp.where(xp.isnan(scale), scale, xp.zeros_like(scale))
-        return xp.where(live, self.spd_power(H, exponent) * unit**exponent, dead)
-
-    def pseudo_power(self, S: Array, exponent: float) -> Array:
-        """``S^exponent`` for a stack (K, r, r) of Grams, 0 in directions that are lost in rounding.
-
-        For methods that normalise what they see: a direction without mass, damped or not, would
-        come back as large as the others.
-        """
-        xp, r, info = self.xp, S.shape[-1], self.xp.finfo(S.dtype)
-        rounding = ROUNDING * r * float(info.eps)
-        mean = xp.reshape(xp.linalg.trace(S), (-1, 1, 1)) / r
-        zero = mean <= float(info.smallest_normal) / rounding  # or too small, as in `damped_power`
-        unit = xp.where(zero, xp.ones_like(mean), mean)
-        w, Q = self.eigh(xp.where(zero, xp.zeros_like(S), S / unit))
-        gone = w <= rounding
-        power = xp.where(gone, xp.zeros_like(w), xp.where(gone, xp.ones_like(w), w) ** exponent)
-        return self.matmul(Q * xp.expand_dims(power, axis=-2), mT(Q)) * unit**exponent
-
-    def inverse_root(self, V: Array, shift: Array, eps: float) -> Array:
-        """``((V + shift I)^½ + eps I)⁻¹`` of semidefinite V (K, r, r) and shifts (K, 1, 1).
-
-        An eigenvalue of V below what rounding has left of it counts as that rounding.
-        """
-        xp = self.xp
-        w, Q = self.eigh(V)
-        trace = xp.sum(w, axis=-1, keepdims=True)
-        floor = ROUNDING * float(xp.finfo(V.dtype).eps) * xp.clip(trace, min=0.0)
-        root = xp.sqrt(xp.maximum(w, floor) + shift[..., 0]) + eps
-        return self.matmul(Q / xp.expand_dims(root, axis=-2), mT(Q))
-
-    def newton_schulz(self, S: Array) -> tuple[Array, Array]:
-        """``S^-½`` and ``S^½`` of definite (K, r, r) by products alone; 0 and 0 for a zero.
-
-        ``T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z`` from ``Y = S / tr S, Z = I``. The root of an
-        eigenvalue grows by half a step until it nears 1; the steps are enough for one of 10 eps
-        tr S. The error is about eps times the condition number: callers keep that far below 1.
-        """
-        xp, matmul = self.xp, self.matmul
-        least = ROUNDING * float(xp.finfo(S.dtype).eps)
-        eye = xp.eye(S.shape[-1], dtype=S.dtype, device=device_of(S))
-        trace = xp.reshape(xp.linalg.trace(S), (-1, 1, 1))
-        unit = xp.where(trace == 0, xp.ones_like(trace), trace)
-        Y, Z = S / unit, eye + xp.zeros_like(S)
-        for _ in range(math.ceil(-0.5 * math.log(least) / math.log(1.5)) + 6):
-            T = 1.5 * eye - 0.5 * matmul(Z, Y)
-            Y, Z = matmul(Y, T), matmul(T, Z)
-        live, zero = trace != 0, xp.zeros_like(S)
-        return xp.where(live, Z * unit**-0.5, zero), xp.where(live, Y * unit**0.5, zero)
-
     # --- entrywise work -------------------------------------------------------------------------
 
     def adam(
@@ -213,10 +97,6 @@ class Backend:
         return param - lr * d
 
     # --- small change ---------------------------------------------------------------------------
-
-    def matmul(self, X: Array, Y: Array) -> Array:
-        """``X Y`` in the full precision of the arrays' dtype."""
-        return self.xp.matmul(X, Y)
 
     def cast(self, x: Array, dtype: Any) -> Array:
         return x if x.dtype == dtype else self.xp.astype(x, dtype)
@@ -288,11 +168,6 @@ class Backend:
     def compile(self, f: Callable[..., Any]) -> Callable[..., Any]:
         """The fastest form of a pure function this backend knows; here the function itself."""
         return f
-
-
-def mT(x: Array) -> Array:
-    """Transpose of the last two axes; a view where the library has views."""
-    return x.mT if hasattr(x, "mT") else x.swapaxes(-1, -2)
 
 
 def dtype_name(dtype: Any) -> str:

@@ -7,7 +7,8 @@ round: the question it answers is what is wrong with A.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rlora.core.backend import ROUNDING, Backend
+from rlora.core.algebra import ROUNDING
+from rlora.core.backend import Backend
 from rlora.core.bundle import Bundle, Stack
 from rlora.core.factors import Array, Factors, device_of
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
-from rlora.core.backend import ROUNDING, Backend, mT
+from rlora.core.algebra import ROUNDING, mT
+from rlora.core.backend import Backend
 from rlora.core.bundle import Bundle, Stack, by_rank
 from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative
 from rlora.core.factors import Array, Factors, device_of
@@ -70,6 +71,27 @@ def metric_power(
         return power(bundle.partner(S), exponent, damping, relative=damping_mode == "relative")
     S_A, S_B = bundle.halves(S)
     return power(concat([S_B + damping * power(S_A, -1.0), S_A]), exponent)
+
+
+def metric_half(
+    bundle: Bundle, S: Stack, damping: float, damping_mode: DampingMode, least: float
+) -> Stack:
+    """Triangular P with ``Pᵀ P = H⁻¹``, where H is as in `metric_power`: upper for A, lower for B.
+
+    After a lower triangular change of basis T with a positive diagonal, ``A <- T A`` and ``B <- B
+    T⁻¹``, the halves of B are ``P T⁻¹`` and, under covariant damping, those of A ``P Tᵀ``: what P
+    makes of a gradient is the same in both bases.
+    """
+    half = partial(bundle.backend.damped_half, least=least)
+    S_A, S_B = bundle.halves(S)
+    if damping_mode == "covariant":
+        P_B = half(S_A)
+        P_A = half(S_B + damping * bundle.backend.matmul(mT(P_B), P_B), upper=True)
+    else:
+        relative = damping_mode == "relative"
+        P_B = half(S_A, damping, relative=relative)
+        P_A = half(S_B, damping, relative=relative, upper=True)
+    return bundle.xp.concat([P_A, P_B])
 
 
 def without_null_space(bundle: Bundle, P: Stack, S: Stack) -> Stack:

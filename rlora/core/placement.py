@@ -7,10 +7,11 @@ The metric of A is made of ``Bᵀ B`` and the other way round, so everything her
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from rlora.core.backend import Backend, Workspace, mT
+from rlora.core.algebra import mT
+from rlora.core.backend import Backend, Workspace
 from rlora.core.bundle import Bundle, Stack, by_rank
 from rlora.core.factors import Factors
-from rlora.core.linalg import DampingMode, metric_power
+from rlora.core.linalg import DampingMode, metric_half, metric_power
 
 Placement = Literal["before", "after", "both"]
 
@@ -146,11 +147,12 @@ def split_power(
 ) -> tuple[Stack | None, Stack | None]:
     """``H⁻¹`` before an entrywise method, after it, or in halves on both sides of it.
 
-    With ``P = H^-½`` on both sides the second half is ``c P F⁴``, ``F = P S P``, where S is the
-    undamped Gram of the partner: its eigenvalues are ``s / (s + damping)``, with covariant damping
-    ``σ² / (σ² + δ)`` for the singular values σ of BA. An entrywise method fills directions in
-    which the partner has no mass, and P would multiply what has no effect on the product by
-    ``damping^-½`` at each step; F leaves it out. After it alone, ``c H⁻¹ (S H⁻¹)⁴``.
+    The halves are ``P`` before and ``c Pᵀ F⁴`` behind, with triangular P, ``Pᵀ P = H⁻¹``, and
+    ``F = P S Pᵀ``, where S is the undamped Gram of the partner: its eigenvalues are
+    ``s / (s + damping)``, with covariant damping ``σ² / (σ² + δ)`` for the singular values σ of
+    BA. An entrywise method fills directions in which the partner has no mass, and Pᵀ would
+    multiply what has no effect on the product by ``damping^-½`` at each step; F leaves it out.
+    After it alone, ``c H⁻¹ (S H⁻¹)⁴``.
 
     The number ``c = (m / n)^¼`` for A and its inverse for B: an entrywise direction has about one
     unit in each entry, so that the halves would move BA by ``√n`` and ``√m`` in each direction of
@@ -172,17 +174,19 @@ def split_power(
     first, second : Stack or None
         None for the identity.
     """
-    both = placement == "both"
     if placement == "before":
         return metric_power(bundle, S, -1.0, damping, damping_mode), None
-    P = metric_power(bundle, S, -0.5 if both else -1.0, damping, damping_mode, LEAST)
-    xp, matmul = bundle.xp, bundle.backend.matmul
+    xp, matmul, both = bundle.xp, bundle.backend.matmul, placement == "both"
+    if both:
+        P = metric_half(bundle, S, damping, damping_mode, LEAST)
+    else:
+        P = metric_power(bundle, S, -1.0, damping, damping_mode, LEAST)
     # A Gram that is zero or has overflowed has P = 0, and 0 times inf would be NaN.
     live = xp.any(P != 0, axis=(-2, -1), keepdims=True)
-    F = matmul(xp.where(live, bundle.partner(S), xp.zeros_like(P)), P)
+    F = matmul(xp.where(live, bundle.partner(S), xp.zeros_like(P)), mT(P))
     F = matmul(P, F) if both else F
     F = matmul(F, F)
-    second = matmul(P, matmul(F, F))
+    second = matmul(mT(P), matmul(F, F))
     c = bundle.constant([((m / n) ** 0.25, (n / m) ** 0.25) for m, n in sizes])
     return (P if both else None), c * second
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from rlora.core.backend import Backend, mT
+from rlora.core.algebra import mT
+from rlora.core.backend import Backend
 from rlora.core.checks import check_nonnegative
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import ShapeError

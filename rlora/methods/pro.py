@@ -6,7 +6,7 @@ arXiv:2407.18242, 2024.
 
 from typing import Literal, NamedTuple
 
-from rlora.core.backend import mT
+from rlora.core.algebra import mT
 from rlora.core.bundle import Bundle, Stack, rank_wise
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.decay import add_decayed_weights, decay_product

@@ -8,7 +8,8 @@ Riemannion: Muon Optimizer for Parametrization-independent Low-Rank Adapters. ar
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rlora.core.backend import ROUNDING, Backend, mT
+from rlora.core.algebra import ROUNDING, mT
+from rlora.core.backend import Backend
 from rlora.core.bundle import Bundle, rank_wise
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.dispatch import get_backend

@@ -7,7 +7,7 @@ arXiv:2411.19557, 2024.
 
 from typing import NamedTuple
 
-from rlora.core.backend import mT
+from rlora.core.algebra import mT
 from rlora.core.checks import hyperparameters, meant_for, plain_number
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend

@@ -60,10 +60,10 @@ def scale_by_gram(
 
         before   inner(H_A⁻¹ G_A),                 inner(G_B H_B⁻¹)
         after    c H_A⁻¹ F_A inner(G_A),           inner(G_B) F_B H_B⁻¹ / c
-        both     c H_A^-½ F_A inner(H_A^-½ G_A),   inner(G_B H_B^-½) F_B H_B^-½ / c
+        both     c P_Aᵀ F_A inner(P_A G_A),        inner(G_B P_Bᵀ) F_B P_B / c
 
-    Behind the inner transform F leaves out what the partner has no mass in, and c evens out the
-    sides of the weight: see `rlora.core.placement.split_power`.
+    with triangular P, ``Pᵀ P = H⁻¹``. Behind the inner transform F leaves out what the partner has
+    no mass in, and c evens out the sides of the weight: see `rlora.core.placement.split_power`.
 
     Parameters
     ----------
@@ -211,9 +211,10 @@ def scaled_adamw(
 ) -> Transform:
     """Scaled AdamW (Riemannian preconditioned AdamW).
 
-    ``A <- A - lr (c H_A^-½ F_A⁴ Adam(H_A^-½ G_A) + λ A)`` and
-    ``B <- B - lr (Adam(G_B H_B^-½) F_B⁴ H_B^-½ / c + λ B)``, where ``H_A`` is the damped ``Bᵀ B``,
-    ``H_B`` the damped ``A Aᵀ``, ``F = H^-½ S H^-½`` with the undamped S, and ``c = (m / n)^¼``.
+    ``A <- A - lr (c P_Aᵀ F_A⁴ Adam(P_A G_A) + λ A)`` and
+    ``B <- B - lr (Adam(G_B P_Bᵀ) F_B⁴ P_B / c + λ B)``, where ``Pᵀ P = H⁻¹`` with triangular P,
+    ``H_A`` is the damped ``Bᵀ B``, ``H_B`` the damped ``A Aᵀ``, ``F = P S Pᵀ`` with the undamped S,
+    and ``c = (m / n)^¼``.
 
     Parameters
     ----------
@@ -262,7 +263,8 @@ def scaled_adamw(
     published methods.
 
     Adam's entrywise normalisation breaks the invariance of scaled gradient descent: only signed
-    permutations of the rank axis are left, with ``placement="both"`` also common scalings. Before
+    permutations of the rank axis are left. With ``placement="both"`` it is, instead, triangular
+    changes of basis, such as other scales of the directions of rank: docs/decisions/0011. Before
     Adam a scalar preconditioner has no effect, so a large absolute δ turns the method into plain
     AdamW without a word.
 

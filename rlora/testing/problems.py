@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlora.core.backend import Backend, mT
+from rlora.core.algebra import mT
+from rlora.core.backend import Backend
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors
 from rlora.core.transform import Transform, step

@@ -15,10 +15,10 @@ from rlora.torch.optimizer import GramPreconditioned
 class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):
     """AdamW, for LoRA pairs in the metric of the partner's damped Gram.
 
-    ``A <- A - lr (c H_A^-½ F_A⁴ Adam(H_A^-½ G_A) + λ A)`` and
-    ``B <- B - lr (Adam(G_B H_B^-½) F_B⁴ H_B^-½ / c + λ B)``, where ``H_A`` is the damped ``Bᵀ B``,
-    ``H_B`` the damped ``A Aᵀ``, ``F = H^-½ S H^-½`` with the undamped S, and ``c = (m / n)^¼``;
-    parameters in no pair get AdamW's plain update.
+    ``A <- A - lr (c P_Aᵀ F_A⁴ Adam(P_A G_A) + λ A)`` and
+    ``B <- B - lr (Adam(G_B P_Bᵀ) F_B⁴ P_B / c + λ B)``, where ``Pᵀ P = H⁻¹`` with triangular P,
+    ``H_A`` is the damped ``Bᵀ B``, ``H_B`` the damped ``A Aᵀ``, ``F = P S Pᵀ`` with the undamped S,
+    and ``c = (m / n)^¼``; parameters in no pair get AdamW's plain update.
 
     Parameters
     ----------

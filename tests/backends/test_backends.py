@@ -13,7 +13,8 @@ import rlora.backends
 from rlora import BackendError, Factors
 from rlora.backends import get
 from rlora.core import dispatch
-from rlora.core.backend import Backend, mT
+from rlora.core.algebra import mT
+from rlora.core.backend import Backend
 from rlora.testing import CONTRACT, assert_close, make_problem, run
 
 
@@ -76,7 +77,8 @@ def plugin(tmp_path):
 
 
 TINY = """
-    from rlora.core.backend import Backend, mT
+    from rlora.core.algebra import mT
+    from rlora.core.backend import Backend
 
     class Tiny(Backend):
         calls = 0

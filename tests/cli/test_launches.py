@@ -14,7 +14,6 @@ WAITS = {
     "lora_pro_sgd": EIGEN,
     "lora_pro_adamw": EIGEN,
     "ref_lora": EIGEN,
-    "scaled_adamw": EIGEN,
     "riemannion": {"_linalg_svd"},
 }
 PLACED = ["scaled_adamw:before", "scaled_adamw:after"]

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from rlora import Factors
-from rlora.core.backend import Backend, mT
+from rlora.core.algebra import mT
+from rlora.core.backend import Backend
 from rlora.core.placement import preconditioners
 from rlora.testing import assert_close
 
@@ -113,7 +114,26 @@ def test_spd_power_equals_the_generic_one(backend, power):
     assert_close(Backend.spd_power(backend, given, power), expected, rtol=1e-11)
 
 
-@pytest.mark.parametrize("exponent", [-1.0, -0.5])
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
+def test_inverse_cholesky_equals_the_generic_one(backend, upper, condition):
+    """Triangular, of positive diagonal, and a root of the inverse: there is only one such matrix."""
+    rng = np.random.default_rng(4)
+    Q = np.linalg.qr(rng.normal(size=(5, 6, 6)))[0]
+    w = np.geomspace(1, 1 / condition, 6)
+    S = (Q * (6 * w / w.sum())) @ mT(Q)
+    given = backend.asarray(S, "float64")
+    for W in (
+        backend.inverse_cholesky(given, upper=upper),
+        Backend.inverse_cholesky(backend, given, upper=upper),
+    ):
+        W = backend.to_numpy(W)
+        assert_close(np.triu(W) if upper else np.tril(W), W, rtol=0)
+        assert (np.diagonal(W, axis1=1, axis2=2) > 0).all()
+        assert_close(W @ S @ mT(W), np.broadcast_to(np.eye(6), S.shape), rtol=1e-14 * condition)
+
+
+@pytest.mark.parametrize("exponent", [-1.0, -0.5, "half"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_hard_members_stay_alone(backend, exponent, dtype):
     """Zero, overflowed, NaN, rank-one and ordinary Grams in one batch."""
@@ -122,7 +142,10 @@ def test_hard_members_stay_alone(backend, exponent, dtype):
     overflowed, nan = np.full((3, 3), np.inf), np.full((3, 3), np.nan)
     stack = np.stack([good, 0 * good, overflowed, nan, one, 1e-20 * good, good])
     S = backend.asarray(stack.astype(dtype), dtype)
-    P = np.asarray(backend.damped_power(S, exponent))
+    if exponent == "half":
+        exponent, P = -0.5, np.asarray(backend.damped_half(S))
+    else:
+        P = np.asarray(backend.damped_power(S, exponent))
     expected = np.diag(np.diag(good) ** exponent)
     for k in (0, 6):
         assert_close(P[k], expected, rtol=1e-5)

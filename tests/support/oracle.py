@@ -52,6 +52,13 @@ class ScaledOracle:
         w, Q = np.linalg.eigh(S)
         return (Q * w**p) @ Q.T
 
+    def half(self, side, A, B):
+        """Triangular P with ``Pᵀ P = H⁻¹``: upper for A, lower for B."""
+        inverse = self.metric_power(side, A, B, -1.0)
+        if side == "A":
+            return np.linalg.cholesky(inverse).T
+        return np.linalg.cholesky(inverse[::-1, ::-1]).T[::-1, ::-1]
+
     def moments(self, side, G):
         s = self.state.setdefault(side, {"t": 0, "m": np.zeros_like(G), "v": np.zeros_like(G)})
         s["t"] += 1
@@ -72,17 +79,19 @@ class ScaledOracle:
         if self.placement == "after":
             H = self.metric_power(side, A, B, -1.0)
             return c * H @ np.linalg.matrix_power(S @ H, 4)
-        P = self.metric_power(side, A, B, -0.5)
-        Q = c * P @ np.linalg.matrix_power(P @ S @ P, 4)
+        P = self.half(side, A, B)
+        Q = c * P.T @ np.linalg.matrix_power(P @ S @ P.T, 4)
         return Q if side == "A" else Q.T
 
     def direction(self, side, A, B, G):
         def times(P, X):
             return P @ X if side == "A" else X @ P
 
-        if self.placement != "after":
-            p = -0.5 if self.placement == "both" else -1.0
-            G = times(self.metric_power(side, A, B, p), G)
+        if self.placement == "before":
+            G = times(self.metric_power(side, A, B, -1.0), G)
+        if self.placement == "both":
+            P = self.half(side, A, B)
+            G = P @ G if side == "A" else G @ P.T
         d = self.moments(side, G)
         if self.placement != "before":
             d = times(self.second(side, A, B), d)

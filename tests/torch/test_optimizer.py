@@ -466,30 +466,32 @@ def test_flags_of_adamw(options, placement):
     # Adam on zeros, fed with preconditioned gradients, gives the moves.
     moves = [torch.zeros_like(p, requires_grad=True) for pair in pairs_in(twin) for p in pair]
     parent = torch.optim.AdamW(moves, **settings)
-    power = -0.5 if placement == "both" else -1.0
     for t in range(4):
         for m in (model, twin):
             m.zero_grad()
             loss_of(m, t).backward()
-        P, second = [], []
+        second = []
         for k, (a, b) in enumerate(pairs_in(twin)):
             c = (b.shape[0] / a.shape[1]) ** 0.25
             eye = torch.eye(4, dtype=torch.float64)
-            for side, S in enumerate((b.mT @ b, a @ a.mT)):
-                w, Q = torch.linalg.eigh((S + 1e-6 * S.trace() / 4 * eye).detach())
-                P.append((Q * w**power) @ Q.mT)
-                F = torch.linalg.matrix_power((P[-1] @ S @ P[-1]).detach(), 4)
-                second.append(c * P[-1] @ F if side == 0 else F @ P[-1] / c)
-                g = (a, b)[side].grad
+            for side, S in enumerate((b.mT @ b, a @ a.mT)):  # in row form, B transposed
+                S = S.detach()
+                P = torch.linalg.inv(S + 1e-6 * S.trace() / 4 * eye)
+                if placement == "both":  # Pᵀ P is the inverse; triangular, upper for A
+                    flips = () if side == 0 else (0, 1)
+                    P = torch.linalg.cholesky(P.flip(flips)).mT.flip(flips)
+                F = torch.linalg.matrix_power(P @ S @ P.mT, 4)
+                second.append((c if side == 0 else 1 / c) * P.mT @ F)
+                g = (a.grad, b.grad.mT)[side]
                 moves[2 * k + side].data.zero_()
-                moves[2 * k + side].grad = P[-1] @ g if side == 0 else g @ P[-1]
+                moves[2 * k + side].grad = P @ g if side == 0 else (P @ g).mT.contiguous()
         ours.step()
         parent.step()
         with torch.no_grad():
             for i, p in enumerate(p for pair in pairs_in(twin) for p in pair):
                 move = moves[i].detach()
                 if placement == "both":
-                    move = second[i] @ move if i % 2 == 0 else move @ second[i]
+                    move = second[i] @ move if i % 2 == 0 else (second[i] @ move.mT).mT
                 p += move
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12, msg=name)
