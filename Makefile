@@ -17,7 +17,7 @@ figures:
 
 gpu:  # needs a CUDA device with torch, and CuPy for its rows; records in build/gpu
 	mkdir -p build/gpu
-	$(PYTHON) -m pytest -q -n 8 -rf tests/gpu
+	$(PYTHON) -m pytest -q -n 8 -rf -W default tests/gpu
 	@set -e; for dtype in float32 bfloat16; do \
 	  rlora bench run --backend torch --device cuda:0 --dtype $$dtype \
 	    --method scaled_adamw,lora_rite,lora_pro_adamw,lora_muon --against torch.adamw:fused \

@@ -28,7 +28,7 @@ RATIO = Theory("scalings, rotations", ("scalar", "signed permutation", "rotation
 DAMPED = RATIO._replace(least=1e-5)  # by 1e-6 only
 ROTATION = Theory("rotations", ("signed permutation", "rotation"), 1e-2)
 SYLVESTER = ROTATION._replace(least=1e-3, most=1e-1)
-TRIANGULAR = Theory("scalings, triangular changes but for 1e-6", ("scalar",), 1e-5)
+TRIANGULAR = Theory("scalings, triangular changes", ("scalar",), 1e-5)
 ENTRIES = Theory("signed permutations", ("signed permutation",))
 
 

@@ -17,21 +17,24 @@ def test_version_and_help_are_quick_and_complete(rlora_cli):
     )
 
 
-def test_the_command_line_starts_in_half_a_second():
+def test_the_command_line_starts_quickly():
+    """In about three times the time of a Python with NumPy; torch alone would take ten."""
     import subprocess
     import sys
 
     resource = pytest.importorskip("resource")
 
-    code = "import sys, rlora.cli; sys.argv[1:] = ['--help']; rlora.cli.main()"
+    help_page = "import sys, rlora.cli; sys.argv[1:] = ['--help']; rlora.cli.main()"
 
-    def seconds():  # of processor time: other processes do not change it
+    def seconds(code):  # of processor time: other processes change it by less
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=1200)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(5)) < 0.5
+    turns = [[seconds(code) for code in ("import numpy", help_page)] for _ in range(5)]
+    numpy, ours = (min(times) for times in zip(*turns, strict=True))
+    assert ours < 6 * numpy
 
 
 def test_no_such_command(refused):
