@@ -17,7 +17,7 @@ BUILTIN = ("numpy", "torch", "jax", "cupy")
 
 
 class BackendInfo(NamedTuple):
-    """What `available` says of one backend."""
+    """The answer of `available` for one backend."""
 
     name: str
     version: str | None
@@ -26,7 +26,7 @@ class BackendInfo(NamedTuple):
 
     @property
     def usable(self) -> bool:
-        """Whether arrays of this library can be made here."""
+        """True if arrays of this library can be made here."""
         return self.why_not is None
 
 

@@ -1,4 +1,4 @@
-"""What only a CPU gains from: memory that is used again, and torch's fused Adam.
+"""Gains of a CPU alone: memory that is used again, and torch's fused Adam.
 
 Fresh pages are what a large allocation spends most of its time on: more than the arithmetic.
 """
@@ -62,7 +62,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether these are dense, of one float type, in a CPU's memory, and in no graph or trace."""
+    """Return whether these are dense, of one float type, on a CPU, and in no graph or trace."""
     x = tensors[0]
     return (
         x.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Where factors of one shape are read and written together: few kernels, little new memory."""
+"""Stacks of factors of one shape, read and written together: few kernels, little new memory."""
 
 import math
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def buckets_of(tall: Tall, workspace: Workspace | None, slot: str) -> dict[Any, 
 
 
 def fold_of(tall: Array) -> int:
-    """How many rows of a thin (k, m, r) to read as one, so that a CPU's kernels have work."""
+    """The number of rows of a thin (k, m, r) to read as one, so that a CPU's kernels have work."""
     m, r = tall.shape[-2:]
     fold = 16 // r if tall.device.type == "cpu" and tall.is_contiguous() else 1
     return fold if fold > 1 and m % fold == 0 and m else 1

@@ -260,14 +260,14 @@ def _ieee_products() -> Iterator[None]:
 
 
 def _matmuls() -> list[Any]:
-    """Where torch keeps the precision of its products; nowhere before torch 2.9."""
+    """The places where torch keeps the precision of its products; none before torch 2.9."""
     parts = (torch.backends.cuda, torch.backends.mkldnn)
     matmuls: list[Any] = [getattr(part, "matmul", None) for part in parts]
     return matmuls if all(hasattr(matmul, "fp32_precision") for matmul in matmuls) else []
 
 
 def _rounds_inputs() -> bool:
-    """Whether torch may round the inputs of a float32 product."""
+    """Return whether torch may round the inputs of a float32 product."""
     if matmuls := _matmuls():
         return any(matmul.fp32_precision not in ("ieee", "none") for matmul in matmuls)
     return torch.get_float32_matmul_precision() != "highest"
@@ -279,7 +279,7 @@ _constant_rounds_inputs = _constant(_rounds_inputs)
 
 
 def eigh_waits(S: Array) -> bool:
-    """Whether torch's eigh would hold up the host until the device is done."""
+    """Return whether torch's eigh would hold up the host until the device is done."""
     return bool(S.device.type == "cuda")
 
 

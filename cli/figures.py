@@ -66,7 +66,7 @@ def draw(title: str, panels: Sequence[Panel]) -> Figure:
 
 
 def _ends(panels: Sequence[Panel], i: int) -> bool:
-    """Whether the next panel has other labels: then the legend stands under this one."""
+    """Return whether the next panel has other labels: then the legend stands under this one."""
     return i + 1 == len(panels) or _labels(panels[i]) != _labels(panels[i + 1])
 
 

@@ -169,7 +169,7 @@ class Race:
 
 
 def verdict(spread: float | None, load: float) -> str:
-    """Whether a row can be believed, and if not, what to do."""
+    """Return whether a row can be believed, and if not, what to do."""
     # Threads that wait for each other lose whole time slices on a busy machine: every sample is
     # then as wrong as the next, and the spread does not show it.
     if load > MAX_LOAD * (os.cpu_count() or 1):

@@ -64,5 +64,5 @@ def named(name: str) -> Preset:
 
 
 def is_shape(name: str) -> bool:
-    """Whether a preset is a shape, and so of no model."""
+    """Return whether a preset is a shape, and so of no model."""
     return SHAPE.fullmatch(name) is not None

@@ -194,7 +194,7 @@ def _point(
 
 
 def _plausible(value: float | None) -> bool:
-    """Whether a logarithmic axis can show it; records may say anything."""
+    """Return whether a logarithmic axis can show it; records may say anything."""
     return value is not None and 1e-12 < value < 1e18
 
 

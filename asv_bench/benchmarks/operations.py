@@ -48,6 +48,6 @@ def counter() -> Any:
 
 
 def is_view(op: Any) -> bool:
-    """Whether an operation gives another look at a tensor and computes nothing."""
+    """Return whether an operation gives another look at a tensor and computes nothing."""
     aliases = [result.alias_info for result in op._schema.returns]
     return any(alias is not None and not alias.is_write for alias in aliases)

@@ -146,6 +146,6 @@ class Claim(NamedTuple):
     holds: bool = True
 
     def as_documented(self, outcome: Outcome) -> bool:
-        """Whether the outcome is the documented one. A value that is no number never is."""
+        """Return whether the outcome is the documented one. A value that is no number never is."""
         measured = not any(math.isnan(check.value) for check in outcome.checks)
         return measured and outcome.holds == self.holds

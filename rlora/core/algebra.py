@@ -18,11 +18,11 @@ class Damped(NamedTuple):
 
     matrix: Array
     unit: Array
-    """What `matrix` has been divided by."""
+    """The divisors of `matrix`."""
     live: Array
     """False for members that have no inverse."""
     dead: Array
-    """What the others have instead: 0, or NaN."""
+    """The power of the others: 0, or NaN."""
 
     def restore(self, xp: Any, power: Array, exponent: float) -> Array:
         """A power of `matrix` as that power of the matrix before it was divided."""

@@ -13,7 +13,7 @@ from rlora.core.errors import BackendError, NamespaceError
 from rlora.core.factors import Array, device_of
 
 Workspace = dict[Any, Any]
-"""What a backend keeps from one call to the next with factors of the same shapes: memory that it
+"""Memory of a backend from one call to the next with factors of the same shapes: memory that it
 writes into and hands out again, and where everything lies. A caller makes it as an empty dict."""
 
 Tall = Sequence[Array]
@@ -75,7 +75,7 @@ class Backend(MatrixAlgebra):
         return products if onto is None else [x + z for x, z in zip(products, onto, strict=True)]
 
     def within(self, X: Tall, low: float, high: float) -> bool:
-        """Whether each largest magnitude is known, without a wait, to be 0 or in [low, high)."""
+        """Return whether all largest magnitudes are known, without a wait: 0 or in [low, high)."""
         return False
 
     # --- entrywise work -------------------------------------------------------------------------

@@ -108,7 +108,7 @@ class Bundle:
     # --- the stack ------------------------------------------------------------------------------
 
     def partner(self, S: Stack) -> Stack:
-        """What belongs to the partner of each factor: the halves change places."""
+        """The members of the partner of each factor: the halves change places."""
         return self.xp.concat([S[self.layers :, ...], S[: self.layers, ...]])
 
     def halves(self, S: Stack) -> tuple[Array, Array]:

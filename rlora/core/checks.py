@@ -64,7 +64,7 @@ def is_traced(value: Any) -> bool:
 
 
 def is_zero(value: Any) -> bool:
-    """Whether a number is known to be 0."""
+    """Return whether a number is known to be 0."""
     return not is_traced(value) and bool(value == 0)
 
 

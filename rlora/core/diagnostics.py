@@ -1,4 +1,4 @@
-"""What a step does to a pair, in a few numbers, from r x r matrices alone.
+"""The effect of a step on a pair, in a few numbers, from r x r matrices alone.
 
 A figure of the Gram ``A Aᵀ`` carries A's letter although it preconditions B, and the other way
 round: the question it answers is what is wrong with A.
@@ -14,7 +14,7 @@ from rlora.core.factors import Array, Factors, device_of
 
 
 class Damping(NamedTuple):
-    """What a step adds to Grams before it inverts them, and the dtype in which it does.
+    """The shift that a step adds to Grams before it inverts them, and its dtype.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def _root(backend: Backend, S: Array) -> Array:
 
 
 def _shift(backend: Backend, S: Stack, damping: Damping) -> tuple[Array, Array]:
-    """What `Backend.damped_power` adds in the step's dtype, and whether it inverts at all."""
+    """The shift of `Backend.damped_power` in the step's dtype, and whether it inverts at all."""
     xp, r = backend.xp, S.shape[-1]
     rounding = ROUNDING * r * damping.eps
     mean = xp.linalg.trace(S) / r

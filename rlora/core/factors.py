@@ -97,7 +97,7 @@ def unzip(count: int, tree: Tree) -> tuple[Tree, ...]:
 
 
 def counterparts(tree: Tree, other: Tree) -> list[Any]:
-    """What a collection of the structure of `tree` has at each pair: Factors, or anything else."""
+    """The members at each pair, Factors or others, of a collection with the structure of `tree`."""
     if isinstance(tree, Factors):
         return [other]
     if isinstance(tree, Mapping):

@@ -38,7 +38,7 @@ class AdamState(NamedTuple):
 
 
 class ScalingState(NamedTuple):
-    """What a link without moments keeps."""
+    """State of a link without moments."""
 
     scaling: Tree
     """The s of each pair."""

@@ -20,7 +20,7 @@ Sizes: TypeAlias = Sequence[tuple[int, int]]
 
 
 class Preconditioners(NamedTuple):
-    """What stands before and after an entrywise method such as Adam; None for the identity.
+    """Preconditioners before and after an entrywise method such as Adam; None for the identity.
 
     Lists of Factors of (..., r, r): the A member multiplies from the left what belongs to A, the B
     member from the right what belongs to B.

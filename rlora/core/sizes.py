@@ -82,7 +82,7 @@ def euclidean_norm(xp: Any, leaves: list[Array]) -> Array:
 
 
 def shrink_to(xp: Any, bound: float, norm: Array) -> Array:
-    """What brings a norm down to a bound: at most 1, and NaN stays visible."""
+    """The number that brings a norm down to a bound: at most 1, and NaN stays visible."""
     over = norm > bound
     return xp.where(over, bound / xp.where(over, norm, xp.ones_like(norm)), 0 * norm + 1)
 

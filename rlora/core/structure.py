@@ -7,7 +7,7 @@ from rlora.core.errors import ShapeError
 
 
 def same_shapes(one: Any, other: Any) -> bool:
-    """Whether two states have the same types, fields and shapes."""
+    """Return whether two states have the same types, fields and shapes."""
     if isinstance(one, (tuple, list)):
         return (
             _kind(one) is _kind(other)

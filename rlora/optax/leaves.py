@@ -17,7 +17,7 @@ Hold: TypeAlias = Collection[str] | Callable[[str], bool]
 
 
 def is_absent(x: Any) -> bool:
-    """Whether this stands where a leaf was left out."""
+    """Return whether this stands where a leaf was left out."""
     return x is None or isinstance(x, optax.MaskedNode)
 
 

@@ -117,7 +117,7 @@ def patterns_of(conventions: Sequence[Convention]) -> Iterator[str]:
 
 
 def is_factor(name: str) -> bool:
-    """Whether a name is that of a LoRA factor under a known convention.
+    """Return whether a name is that of a LoRA factor under a known convention.
 
     Parameters
     ----------

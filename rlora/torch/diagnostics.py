@@ -148,6 +148,7 @@ class Watched:
             not looked at: the device would have to be waited for. `diagnostics` looks there too.
         """
         look_on_the_host(self)
+        # A mixin: the method is that of the optimizer class behind it, which mypy cannot see.
         return cast("dict[str, Any]", super().state_dict())  # type: ignore[misc]
 
 
@@ -214,7 +215,7 @@ def ends_of(
 
 
 def is_wide(pair: TensorPair, side: int) -> bool:
-    """Whether a factor has more rank directions than its layer has inputs (A) or outputs (B)."""
+    """Return whether a factor has a rank above the inputs (A) or outputs (B) of its layer."""
     sizes = [(views[side].shape[-2:]) for views in pair.views]
     return any(r > n for r, n in (size if side == 0 else size[::-1] for size in sizes))
 

@@ -214,7 +214,7 @@ def initialize(
 
 
 def _probe(method: str, options: Mapping[str, Any]) -> bool:
-    """Whether the method changes base weights; raises for options that it does not take."""
+    """Return whether the method changes base weights; raises for options that it does not take."""
     kwargs = {"scaling": 1.0, **options} if method == "pissa" else options
     start: Start = getattr(initializers, method)(torch.eye(4), 1, **kwargs)
     return start.offset is not None

@@ -86,7 +86,7 @@ def linear_target(name: str, module: Any) -> Target:
 
 
 def is_conv1d(module: Any) -> bool:
-    """Whether this is transformers' linear layer with W stored as (n, m)."""
+    """Return whether this is transformers' linear layer with W stored as (n, m)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
@@ -202,7 +202,7 @@ def _no_layer(
 
 
 def _is_plain(weight: Any) -> bool:
-    """Whether a weight is a matrix of real numbers, neither packed nor quantised nor elsewhere."""
+    """Return whether a weight is a matrix of reals, neither packed nor quantised nor elsewhere."""
     return (
         type(weight) in (nn.Parameter, Tensor)
         and weight.dtype in PLAIN_DTYPES

@@ -143,7 +143,7 @@ def match(
 
 
 def moves(p: Tensor) -> bool:
-    """Whether a step can move a parameter: a frozen one never gets a gradient."""
+    """Return whether a step can move a parameter: a frozen one never gets a gradient."""
     return p.requires_grad or p.grad is not None
 
 

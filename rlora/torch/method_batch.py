@@ -168,7 +168,7 @@ class Share(NamedTuple):
     that may have kept it."""
 
     def stands_in(self, state: Mapping[Any, Any]) -> bool:
-        """Whether the optimizer's state of the parameter is these very tensors."""
+        """Return whether the optimizer's state of the parameter is these very tensors."""
         held = state.get(self.owner)
         return held is not None and all(map(is_, map(held.get, self.keys), self.views))
 

@@ -173,7 +173,7 @@ def signature(
 
 
 def is_distributed(p: Any) -> bool:
-    """Whether a tensor is a DTensor, without importing the distributed package."""
+    """Return whether a tensor is a DTensor, without importing the distributed package."""
     return hasattr(p, "device_mesh")
 
 
@@ -183,5 +183,5 @@ def local(p: Any) -> Tensor:
 
 
 def _lies_as(p: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same entries at the same places of one memory."""
+    """Return whether two tensors have the same entries at the same places of one memory."""
     return p.shape == other.shape and p.stride() == other.stride()

@@ -128,7 +128,7 @@ def _stand_in(p: Tensor, placement: Placement) -> Tensor:
 
 
 def _in_place(p: Tensor, placement: Placement) -> bool:
-    """Whether the parent may write its result into the parameter.
+    """Return whether the parent may write its result into the parameter.
 
     Fused kernels run through memory without a look at strides: scratch has the strides that the
     parent's moments will have, and a parameter with gaps in its memory needs scratch.

@@ -77,7 +77,7 @@ def _processes() -> int:
 
 
 def _tensor_parallel() -> bool:
-    """Whether Megatron cuts tensors; its attributes are there with a single process too."""
+    """Return whether Megatron cuts tensors; its attributes are there with a single process too."""
     megatron: Any = sys.modules.get("megatron.core.parallel_state")
     if megatron and megatron.model_parallel_is_initialized():
         return bool(megatron.get_tensor_model_parallel_world_size() > 1)

@@ -122,7 +122,7 @@ def products(pair: TensorPair) -> list[Factors]:
 
 
 def moves(pair: TensorPair, side: int) -> bool:
-    """Whether a factor, or a twin of it, has a gradient."""
+    """Return whether a factor, or a twin of it, has a gradient."""
     p = (pair.A, pair.B)[side]
     return any(q.grad is not None for q in (p, *pair.twins[side]))
 

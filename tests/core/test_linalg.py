@@ -133,6 +133,19 @@ def test_inverse_cholesky_equals_the_generic_one(backend, upper, condition):
         assert_close(W @ S @ mT(W), np.broadcast_to(np.eye(6), S.shape), rtol=1e-14 * condition)
 
 
+def test_a_member_without_a_cholesky_factor_is_nan_alone():
+    """torch's Cholesky does not raise: the member says so, and no other."""
+    from rlora.backends import get
+
+    torch = get("torch")
+    good, indefinite = np.diag([1.0, 4.0]), np.array([[1.0, 2.0], [2.0, 1.0]])
+    W = torch.to_numpy(
+        torch.inverse_cholesky(torch.asarray(np.stack([good, indefinite]), "float64"))
+    )
+    assert_close(W[0], np.diag([1.0, 0.5]), rtol=1e-15)
+    assert np.isnan(W[1]).all()
+
+
 @pytest.mark.parametrize("exponent", [-1.0, -0.5, "half"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_hard_members_stay_alone(backend, exponent, dtype):
