@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from rlora.core.backend import Tall, Workspace
+from rlora.core.backend import LARGE, Tall, Workspace
 from rlora.core.factors import Array
 
 from ._torch_cpu import empty
 
 STACK = 1 << 20
 """On a CPU, so many numbers are stacked and multiplied in one batch, in memory that stays in the
-cache: copying them costs less than a call for each tensor. Larger ones stay where they are."""
+cache: copying them costs less than a call for each tensor."""
 
 
 def buckets_of(tall: Tall, workspace: Workspace | None, slot: str) -> dict[Any, list[int]]:
@@ -49,23 +49,37 @@ def rows_times(X: Array, Y: Array) -> Array:
 
 
 def folded_columns(X: Array, Y: Array) -> Array:
-    """``Xᵀ Y`` of thin (k, m, r), read as (k, m/f, f r): f slices of it are on the diagonal."""
+    """``Xᵀ Y`` of thin (..., m, r), read as (..., m/f, f r): f slices of it are on the diagonal."""
     r, fold = X.shape[-1], fold_of(X)
-    X, Y = (F.view(F.shape[0], -1, fold * r) for F in (X, Y))
-    blocks = torch.bmm(X.mT, Y).view(-1, fold, r, fold, r)
+    X, Y = (F.view(*F.shape[:-2], -1, fold * r) for F in (X, Y))
+    blocks = torch.matmul(X.mT, Y).view(-1, fold, r, fold, r)
     return blocks.diagonal(dim1=1, dim2=3).sum(-1)
 
 
+def factors_of(slot: str, P: Array, G: Array, out: Array) -> tuple[Array, Array, Array]:
+    """The two factors of ``P G`` ("left") or ``G P`` ("right"), and the memory of the product.
+
+    G of shape (..., r, n) or (..., m, r), P (..., r, r); thin ones with several rows read as one.
+    """
+    if slot == "left":
+        return P, G, out
+    if (fold := fold_of(G)) > 1 and out.is_contiguous():
+        shape = (*G.shape[:-2], -1, fold * G.shape[-1])
+        return G.view(shape), block_diagonal(P, fold), out.view(shape)
+    return G, P, out
+
+
 def block_diagonal(P: Array, fold: int) -> Array:
-    """(k, r, r) as (k, f r, f r) with `fold` copies on the diagonal."""
-    k, r, _ = P.shape
-    eye = torch.eye(fold, dtype=P.dtype, device=P.device)
-    return torch.einsum("fg,kij->kfigj", eye, P).reshape(k, fold * r, fold * r)
+    """(..., r, r) as (..., f r, f r) with `fold` copies on the diagonal."""
+    *lead, r, _ = P.shape
+    blocks = torch.zeros((*lead, fold, r, fold, r), dtype=P.dtype, device=P.device)
+    blocks.diagonal(dim1=-4, dim2=-2).copy_(P.unsqueeze(-1))  # (..., r, r, f)
+    return blocks.view(*lead, fold * r, fold * r)
 
 
 def is_stacked(F: Array) -> bool:
     # On an accelerator the number of launches should not depend on the number of layers.
-    return bool(F.device.type != "cpu" or F.ndim > 2 or F.numel() < STACK)
+    return bool(F.device.type != "cpu" or F.ndim > 2 or F.numel() < LARGE)
 
 
 def stacked(tall: list[Array], dtype: Any, workspace: Workspace | None) -> Array:

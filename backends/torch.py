@@ -14,8 +14,8 @@ from rlora.core.factors import Array
 
 from ._torch_cpu import empty, fused_adam, is_plain, is_within, reusing
 from ._torch_stacks import (
-    block_diagonal,
     buckets_of,
+    factors_of,
     fold_of,
     folded_columns,
     is_stacked,
@@ -44,14 +44,24 @@ class TorchBackend(Backend):
         return torch.cat([rows_times(x, y).view(-1, x.shape[-2], x.shape[-2]) for x, y in pairs])
 
     def apply_left(
-        self, P: Tall, tall: Tall, workspace: Workspace | None = None, onto: Tall | None = None
+        self,
+        P: Tall,
+        tall: Tall,
+        workspace: Workspace | None = None,
+        onto: Tall | None = None,
+        keep: float = 1.0,
     ) -> list[Array]:
-        return self._apply(P, tall, workspace, lambda P, G: (P, G), "left", onto)
+        return self._apply(P, tall, workspace, "left", onto, keep)
 
     def apply_right(
-        self, tall: Tall, P: Tall, workspace: Workspace | None = None, onto: Tall | None = None
+        self,
+        tall: Tall,
+        P: Tall,
+        workspace: Workspace | None = None,
+        onto: Tall | None = None,
+        keep: float = 1.0,
     ) -> list[Array]:
-        return self._apply(P, tall, workspace, lambda P, G: (G, P), "right", onto)
+        return self._apply(P, tall, workspace, "right", onto, keep)
 
     def within(self, X: Tall, low: float, high: float) -> bool:
         return all(is_plain(x) and is_within(x, low, high) for x in X)
@@ -80,7 +90,11 @@ class TorchBackend(Backend):
                     torch.bmm(*sides(F), out=out)
             else:
                 for i, S in zip(members, out.split([layers[i] for i in members]), strict=True):
-                    torch.matmul(*sides(tall[i].to(dtype)), out=S.view(*tall[i].shape[:-2], r, r))
+                    F = tall[i].to(dtype)
+                    if slot == "columns" and fold_of(F) > 1:
+                        S.copy_(folded_columns(F, F))
+                    else:
+                        torch.matmul(*sides(F), out=S.view(*F.shape[:-2], r, r))
             order += members
             start = stop
         return self._in_order(stack, order, layers)
@@ -97,13 +111,15 @@ class TorchBackend(Backend):
         P: Sequence[Array],
         tall: Sequence[Array],
         workspace: Workspace | None,
-        sides: Callable[[Array, Array], tuple[Array, Array]],
         slot: str,
         onto: Sequence[Array] | None,
+        keep: float,
     ) -> list[Array]:
-        if onto is not None and all(G.ndim == 3 for G in tall):
-            matrices = [sides(p, G.to(p.dtype)) for p, G in zip(P, tall, strict=True)]
-            return [z.baddbmm_(*both) for z, both in zip(onto, matrices, strict=True)]
+        if onto is not None and all(G.ndim < 4 for G in tall):
+            for p, G, z in zip(P, tall, onto, strict=True):
+                left, right, out = factors_of(slot, p, G.to(p.dtype), z)
+                (out.addmm_ if out.ndim == 2 else out.baddbmm_)(left, right, beta=keep)
+            return list(onto)
         result: list[Array] = list(tall)
         for key, members in buckets_of(tall, workspace, slot).items():
             shape, device = key[0], tall[members[0]].device
@@ -112,22 +128,20 @@ class TorchBackend(Backend):
                 G = stacked([tall[i] for i in members], dtype, workspace)
                 P_k = torch.stack([P[i] for i in members]).reshape(-1, *P[members[0]].shape[-2:])
                 out = take(workspace, ("out", slot, key), G.shape, dtype, device)
-                if slot == "right" and (fold := fold_of(G)) > 1:
-                    G, P_k = G.view(G.shape[0], -1, fold * G.shape[-1]), block_diagonal(P_k, fold)
-                torch.bmm(*sides(P_k, G), out=out.view(G.shape))
+                left, right, folded = factors_of(slot, P_k, G, out.view(G.shape))
+                torch.bmm(left, right, out=folded)
                 outs = views(workspace, ("views", slot, key), out, len(members), shape)
             else:
-                outs = [
-                    torch.matmul(
-                        *sides(P[i], tall[i].to(dtype)),
-                        out=take(workspace, ("out", slot, key, k), shape, dtype, device),
-                    )
-                    for k, i in enumerate(members)
-                ]
+                outs = []
+                for k, i in enumerate(members):
+                    out = take(workspace, ("out", slot, key, k), shape, dtype, device)
+                    left, right, folded = factors_of(slot, P[i], tall[i].to(dtype), out)
+                    torch.matmul(left, right, out=folded)
+                    outs.append(out)
             for i, out in zip(members, outs, strict=True):
                 result[i] = out
         if onto is not None:
-            torch._foreach_add_(result, list(onto))
+            torch._foreach_add_(result, list(onto), alpha=keep)
         return result
 
     def damped(self, S: Array, damping: float, *, relative: bool, least: float) -> Damped:
@@ -139,6 +153,10 @@ class TorchBackend(Backend):
         shift = mean * max(damping, floor) if relative else (mean * floor).clamp_(min=damping)
         scale = mean + shift
         live = (scale > info.smallest_normal / rounding) & (scale < info.max)
+        if all_true(live):
+            H = S / scale
+            H.diagonal(dim1=-2, dim2=-1).add_((shift / scale).view(-1, 1))
+            return Damped(H, scale, live, torch.zeros_like(scale))
         unit = torch.where(live, scale, 1.0)
         H = torch.where(live, S, 0.0).div_(unit)  # (K, r, r)
         H.diagonal(dim1=-2, dim2=-1).add_(torch.where(live, shift / unit, 1.0).view(-1, 1))
@@ -155,7 +173,9 @@ class TorchBackend(Backend):
         L, failed = torch.linalg.cholesky_ex(S.flip(-2, -1) if upper else S)
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
         W = torch.linalg.solve_triangular(L, eye, upper=False)  # (K, r, r)
-        W = torch.where(failed.view(-1, 1, 1) == 0, W, torch.nan)
+        succeeded = failed.view(-1, 1, 1) == 0
+        if not all_true(succeeded):
+            W = torch.where(succeeded, W, torch.nan)
         return W.flip(-2, -1) if upper else W
 
     def pseudo_power(self, S: Array, exponent: float) -> Array:
@@ -276,6 +296,11 @@ def _rounds_inputs() -> bool:
 # Asked when a graph is made; torch makes it anew when the setting changes.
 _constant: Any = torch.compiler.assume_constant_result
 _constant_rounds_inputs = _constant(_rounds_inputs)
+
+
+def all_true(x: Array) -> bool:
+    """Return whether every entry is known to be true, without a wait and outside of a graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(x.all())
 
 
 def eigh_waits(S: Array) -> bool:

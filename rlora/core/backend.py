@@ -20,6 +20,11 @@ Tall = Sequence[Array]
 """Factors, or what has their shapes."""
 
 
+LARGE = 40_000
+"""On a CPU a factor with so many numbers is multiplied where it is; smaller ones of one shape are
+stacked first, as the copies cost less than a call for each."""
+
+
 class Backend(MatrixAlgebra):
     """Every verb the methods need, written with nothing but the Array API.
 
@@ -61,18 +66,34 @@ class Backend(MatrixAlgebra):
         return self.xp.concat(products)
 
     def apply_left(
-        self, P: Tall, tall: Tall, workspace: Workspace | None = None, onto: Tall | None = None
+        self,
+        P: Tall,
+        tall: Tall,
+        workspace: Workspace | None = None,
+        onto: Tall | None = None,
+        keep: float = 1.0,
     ) -> list[Array]:
-        """``P G`` for each (..., r, r) and (..., r, n) of the lists, plus `onto`, which is lost."""
+        """``P G`` for each (..., r, r) and (..., r, n) of the lists.
+
+        With `onto`, which may be overwritten, plus `keep` times that.
+        """
         products = [self.matmul(p, self.cast(G, p.dtype)) for p, G in zip(P, tall, strict=True)]
-        return products if onto is None else [x + z for x, z in zip(products, onto, strict=True)]
+        return products if onto is None else _sums(products, onto, keep)
 
     def apply_right(
-        self, tall: Tall, P: Tall, workspace: Workspace | None = None, onto: Tall | None = None
+        self,
+        tall: Tall,
+        P: Tall,
+        workspace: Workspace | None = None,
+        onto: Tall | None = None,
+        keep: float = 1.0,
     ) -> list[Array]:
-        """``G P`` for each (..., m, r) and (..., r, r) of the lists, plus `onto`, which is lost."""
+        """``G P`` for each (..., m, r) and (..., r, r) of the lists.
+
+        With `onto`, which may be overwritten, plus `keep` times that.
+        """
         products = [self.matmul(self.cast(G, p.dtype), p) for p, G in zip(P, tall, strict=True)]
-        return products if onto is None else [x + z for x, z in zip(products, onto, strict=True)]
+        return products if onto is None else _sums(products, onto, keep)
 
     def within(self, X: Tall, low: float, high: float) -> bool:
         """Return whether all largest magnitudes are known, without a wait: 0 or in [low, high)."""
@@ -168,6 +189,11 @@ class Backend(MatrixAlgebra):
     def compile(self, f: Callable[..., Any]) -> Callable[..., Any]:
         """The fastest form of a pure function this backend knows; here the function itself."""
         return f
+
+
+def _sums(X: Tall, Z: Tall, keep: float) -> list[Array]:
+    """``X + keep Z`` of two lists."""
+    return [x + (z if keep == 1.0 else keep * z) for x, z in zip(X, Z, strict=True)]
 
 
 def dtype_name(dtype: Any) -> str:

@@ -182,7 +182,7 @@ def split_power(
     else:
         P = metric_power(bundle, S, -1.0, damping, damping_mode, LEAST)
     # A Gram that is zero or has overflowed has P = 0, and 0 times inf would be NaN.
-    live = xp.any(P != 0, axis=(-2, -1), keepdims=True)
+    live = xp.any(xp.linalg.diagonal(P) != 0, axis=-1)[:, None, None]
     F = matmul(xp.where(live, bundle.partner(S), xp.zeros_like(P)), mT(P))
     F = matmul(P, F) if both else F
     F = matmul(F, F)

@@ -11,12 +11,12 @@ method of `rlora.methods` has a class of its name here, such as ``LoRARite``, ``
 >>> optimizer = rlora.torch.ScaledAdamW(model, lr=1e-3)
 """
 
-from rlora import methods
 from rlora.pairing import PairReport
+from rlora.torch import method_classes
 from rlora.torch.gradients import full_gradients
 from rlora.torch.initialize import InitReport, initialize
 from rlora.torch.matching import find_pairs
-from rlora.torch.method_optimizer import MethodOptimizer
+from rlora.torch.method_classes import *  # noqa: F403  (as many as there are methods)
 from rlora.torch.offsets import (
     Offset,
     load_offsets,
@@ -28,7 +28,7 @@ from rlora.torch.scaled import ScaledAdamW, ScaledSGD
 from rlora.torch.sd_lora import SDLoRALinear, add_sd_lora, parameter_groups
 from rlora.torch.sharding import shard_placement
 from rlora.torch.show import diagnostics_table, findings, log_diagnostics
-from rlora.torch.wrap import class_name, optimizer_class, precondition
+from rlora.torch.wrap import optimizer_class, precondition
 
 __all__ = [
     "InitReport",
@@ -54,22 +54,5 @@ __all__ = [
     "shard_placement",
 ]
 
-_METHODS = {
-    class_name(name): getattr(methods, name)
-    for name in methods.__all__
-    if class_name(name) not in __all__
-}
-__all__ += list(_METHODS)
+__all__ += method_classes.__all__
 __all__.sort()
-
-
-def __dir__() -> list[str]:
-    return __all__
-
-
-def __getattr__(name: str) -> type[MethodOptimizer]:
-    """The optimizer class of a method, by its name."""
-    if name in _METHODS:
-        return optimizer_class(_METHODS[name])
-    msg = f"module {__name__!r} has no attribute {name!r}"
-    raise AttributeError(msg)

@@ -3,6 +3,7 @@
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,14 +78,23 @@ class MethodOptimizer(PairOptimizer):
         kept = {k: first[k] for k in MOMENTUM & first.keys() - self.defaults.keys()}
         super().add_param_group({**kept, **param_group})
 
+    @staticmethod
+    @cache
+    def options_of(method: Method) -> tuple[inspect.Parameter, ...]:
+        """The hyperparameters of a method, as torch calls them."""
+        parameters = inspect.signature(method).parameters.values()
+        options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+        if not {"b1", "b2"} <= options.keys():
+            return tuple(options.values())
+        b1, b2 = options.pop("b1"), options.pop("b2")
+        defaults = (b1.default, b2.default)
+        betas = b1.replace(name="betas", default=defaults, annotation=tuple[float, float])
+        return betas, *options.values()
+
     @classmethod
     def _options(cls) -> dict[str, Any]:
-        """The method's hyperparameters with their defaults, as torch calls them."""
-        parameters = inspect.signature(cls.method).parameters.values()
-        options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-        if options.keys() >= {"b1", "b2"}:
-            options = {"betas": (options.pop("b1"), options.pop("b2")), **options}
-        return options
+        """The method's hyperparameters with their defaults."""
+        return {p.name: p.default for p in cls.options_of(cls.method)}
 
     def _transform(self, group: Mapping[str, Any]) -> Transform:
         return type(self).method(**self._chosen(group))

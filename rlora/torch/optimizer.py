@@ -5,6 +5,7 @@ memory and has the direction as its gradient. So every flag of the parent keeps 
 stays where ``state_dict`` looks for it, and the ``.grad`` of the parameter is never touched.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -17,6 +18,8 @@ from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.placement import Placement
 from rlora.core.transform import Order
 from rlora.torch.batch import Recipe
+from rlora.torch.compiling import inherited
+from rlora.torch.listwise import listwise_work
 from rlora.torch.matching import Pairs
 from rlora.torch.pair_optimizer import PairOptimizer
 from rlora.torch.pairs import TensorPair
@@ -65,8 +68,19 @@ class GramPreconditioned(PairOptimizer):
 
     def _make_plans(self, pairs: list[TensorPair]) -> list[Plan]:
         """One plan, or with Gauss-Seidel one a side."""
-        sides = ("AB",) if self.order == "jacobi" else ("A", "B")
-        return [make_plan(pairs, self.param_groups, s, plain=s[0] == "A") for s in sides]
+        plans = []
+        for sides in ("AB",) if self.order == "jacobi" else ("A", "B"):
+            work = listwise_work(self, pairs, sides) if self._steps_as_adamw() else []
+            plain = sides[0] == "A"
+            plans.append(make_plan(pairs, self.param_groups, sides, plain=plain, listwise=work))
+        return plans
+
+    def _steps_as_adamw(self) -> bool:
+        """Return whether the parent's step is torch's AdamW; while compiling it is the parent's."""
+        parent_step = inherited(type(self), "step", PairOptimizer)
+        same = inspect.unwrap(parent_step) is inspect.unwrap(torch.optim.AdamW.step)
+        decoupled = isinstance(self, torch.optim.AdamW)
+        return decoupled and same and not torch.compiler.is_compiling()
 
 
 def over_wide(method: Callable[..., Any]) -> Callable[..., Any]:

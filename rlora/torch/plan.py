@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlora.core.placement import Placement
 from rlora.torch.batch import Batch, Job, recipe_of
+from rlora.torch.listwise import ListwiseAdamW
 from rlora.torch.pairs import TensorPair, is_distributed
 
 Groups = list[dict[str, Any]]
@@ -84,8 +85,19 @@ def over_stand_ins(
         real_state.update((k, v) for k, v in state.items() if not isinstance(k, Tensor))
 
 
-def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain: bool) -> Plan:
-    """The plan for the factors in `sides` ("A", "B", "AB"), and for plain parameters or not."""
+def make_plan(
+    pairs: Sequence[TensorPair],
+    groups: Groups,
+    sides: str,
+    *,
+    plain: bool,
+    listwise: Sequence[ListwiseAdamW] = (),
+) -> Plan:
+    """The plan for the factors in `sides` ("A", "B", "AB"), and for plain parameters or not.
+
+    Factors in `listwise` need no stand-in.
+    """
+    without = {id(p) for work in listwise for p in work.params}
     group_of = {id(p): group for group in groups for p in group["params"]}
     cut = [pair for pair in pairs if is_distributed(pair.A)]
     work: dict[Any, tuple[list[TensorPair], list[Any], list[Any]]] = {}
@@ -93,7 +105,9 @@ def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain:
     place: dict[Any, int] = {}  # of a pair in its batch
     for k, pair in enumerate(pairs):
         for side, (letter, p) in enumerate(zip("AB", pair[:2], strict=True)):
-            if letter not in sides or is_distributed(p) or pair.gradient(side) is None:
+            if letter not in sides or id(p) in without or is_distributed(p):
+                continue
+            if pair.gradient(side) is None:
                 continue
             group = group_of[id(p)]
             recipe = recipe_of(group)
@@ -104,7 +118,8 @@ def make_plan(pairs: Sequence[TensorPair], groups: Groups, sides: str, *, plain:
             if i == len(batch):
                 batch.append(pair)
             jobs[side].append((i, Job(p, stand_in, group, pair, side)))
-    batches: list[Work] = [Batch(key[0], key[1], *parts) for key, parts in work.items()]
+    batches: list[Work] = [*listwise]
+    batches += [Batch(key[0], key[1], *parts) for key, parts in work.items()]
     if cut:
         from rlora.torch.sharded import sharded_work  # DTensors take half a second to import
 

@@ -122,11 +122,26 @@ def _class(method: Method, parent: Any) -> type[MethodOptimizer]:
         (MethodOptimizer, parent),
         {
             "method": staticmethod(method),
+            "__init__": _constructor(method),
             "__doc__": f"The torch optimizer of `rlora.{method.__name__}`.\n\n{doc}",
             "__module__": "rlora.torch",
             "__reduce__": _reduce_method,
         },
     )
+
+
+def _constructor(method: Method) -> Any:
+    """`MethodOptimizer`'s constructor with the options of a method in its signature."""
+
+    @functools.wraps(MethodOptimizer.__init__)
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        MethodOptimizer.__init__(self, *args, **kwargs)
+
+    *own, _ = inspect.signature(MethodOptimizer.__init__).parameters.values()  # but **options
+    at = next(i for i, p in enumerate(own) if p.kind is p.KEYWORD_ONLY)
+    own[at:at] = MethodOptimizer.options_of(method)
+    vars(construct)["__signature__"] = inspect.Signature(own, return_annotation=None)
+    return construct
 
 
 SPELLING = {"lora": "LoRA", "sgd": "SGD", "adamw": "AdamW", "fa": "FA", "sb": "SB", "rac": "RAC"}

@@ -1,0 +1,189 @@
+"""The step over lists of tensors against the parent's own step over stand-ins, which is its oracle.
+
+``fused=False`` keeps to stand-ins: torch's loop over tensors, in the same arithmetic.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+import rlora.torch
+from rlora.torch.listwise import ListwiseAdamW
+
+SHAPES = [(70, 50, 5), (40, 600, 5), (70, 50, 5), (12000, 30, 4), (700, 640, 64), (30, 20, 3)]
+"""(m, n, r): stacks of several and of one, and with 12000 x 4 and 64 x 640 large factors."""
+
+
+def make_pairs(dtype=torch.float64):
+    rng = np.random.default_rng(0)
+    return [
+        (
+            torch.tensor(rng.standard_normal((r, n)) / n**0.5, dtype=dtype, requires_grad=True),
+            torch.zeros((m, r), dtype=dtype, requires_grad=True),
+        )
+        for m, n, r in SHAPES
+    ]
+
+
+def make_optimizer(pairs, kind=rlora.torch.ScaledAdamW, **options):
+    return kind([p for pair in pairs for p in pair], lr=1e-2, pairs=pairs, **options)
+
+
+def set_gradients(pairs, step, missing=()):
+    rng = np.random.default_rng(step)
+    for i, pair in enumerate(pairs):
+        for side, p in enumerate(pair):
+            p.grad = torch.tensor(rng.standard_normal(p.shape), dtype=p.dtype)
+            if (i, side) in missing:
+                p.grad = None
+
+
+def works(optimizer):
+    """The work of the first plan."""
+    return [type(work) for work in optimizer._plans[1][0].batches]
+
+
+def distance(x, y):
+    return float((x.double() - y.double()).abs().max() / y.double().abs().max().clamp(min=1e-300))
+
+
+def assert_same(ours, theirs, one, other, bound):
+    for p, q in zip(sum(ours, ()), sum(theirs, ()), strict=True):
+        assert distance(p.detach(), q.detach()) <= bound
+        assert one.state[p].keys() == other.state[q].keys()
+        for name, held in one.state[p].items():
+            assert distance(held, other.state[q][name]) <= bound
+
+
+OPTIONS = [
+    {},
+    {"placement": "before"},
+    {"placement": "after", "weight_decay": 0.1},
+    {"order": "gauss_seidel"},
+    {"amsgrad": True, "maximize": True},
+    {"damping_mode": "relative", "damping": 1e-3},
+    {"weight_decay": 0.0, "betas": (0.9, 0.999)},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_equals_the_step_over_stand_ins(options):
+    """Float64, 20 steps with gradients that come and go: rounding alone, about 1e-14."""
+    ours, theirs = make_pairs(), make_pairs()
+    one, other = make_optimizer(ours, **options), make_optimizer(theirs, fused=False, **options)
+    for step in range(20):
+        missing = {(step % 6, step % 2), ((step + 2) % 6, 0)}
+        for pairs, optimizer in ((ours, one), (theirs, other)):
+            set_gradients(pairs, step, missing)
+            optimizer.step()
+    assert set(works(one)) == {ListwiseAdamW}
+    assert ListwiseAdamW not in works(other)
+    assert_same(ours, theirs, one, other, 1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_narrow_factors(dtype, bound):
+    """After 20 steps within some roundings of the factors: 2^-24 and 2^-8 each."""
+    ours, theirs = make_pairs(dtype), make_pairs(dtype)
+    one, other = make_optimizer(ours), make_optimizer(theirs, fused=False)
+    for step in range(20):
+        for pairs, optimizer in ((ours, one), (theirs, other)):
+            set_gradients(pairs, step)
+            optimizer.step()
+    assert set(works(one)) == {ListwiseAdamW}
+    assert all(one.state[p]["exp_avg"].dtype == torch.float32 for p in sum(ours, ()))
+    assert_same(ours, theirs, one, other, bound)
+
+
+def test_a_single_layer_equals_itself_in_a_stack():
+    """What a stack holds beside a factor has no effect on it."""
+    together, alone = make_pairs(), make_pairs()[2:3]
+    one, other = make_optimizer(together), make_optimizer(alone)
+    for step in range(5):
+        set_gradients(together, step)
+        for p, q in zip(alone[0], together[2], strict=True):
+            p.grad = q.grad.clone()
+        one.step()
+        other.step()
+    for p, q in zip(alone[0], together[2], strict=True):
+        assert distance(p.detach(), q.detach()) <= 1e-13
+
+
+def test_a_nan_stays_in_its_pair():
+    pairs, clean = make_pairs(), make_pairs()
+    one, other = make_optimizer(pairs), make_optimizer(clean)
+    for step in range(3):
+        for some, optimizer in ((pairs, one), (clean, other)):
+            set_gradients(some, step)
+            if some is pairs:
+                some[0][0].grad[0, 0] = torch.nan
+            optimizer.step()
+    for pair, expected in zip(pairs[1:], clean[1:], strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(pair, expected, strict=True))
+
+
+def test_a_state_made_good_again_counts():
+    """Nothing of a step that was not finite stays outside of parameters and state."""
+    pairs, clean = make_pairs(), make_pairs()
+    one, other = make_optimizer(pairs), make_optimizer(clean)
+    start = [p.detach().clone() for p in sum(pairs, ())]
+    set_gradients(pairs, 0)
+    pairs[0][0].grad.fill_(torch.inf)
+    one.step()
+    with torch.no_grad():
+        for p, x in zip(sum(pairs, ()), start, strict=True):
+            p.copy_(x)
+            for held in one.state[p].values():
+                held.zero_()
+    for some, optimizer in ((pairs, one), (clean, other)):
+        set_gradients(some, 1)
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(sum(pairs, ()), sum(clean, ()), strict=True))
+
+
+def test_gradients_are_left_alone():
+    pairs = make_pairs()
+    optimizer = make_optimizer(pairs)
+    set_gradients(pairs, 0)
+    before = [p.grad.clone() for p in sum(pairs, ())]
+    optimizer.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(sum(pairs, ()), before, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": False}])
+def test_another_implementation_is_the_parents(options):
+    pairs = make_pairs()
+    optimizer = make_optimizer(pairs, **options)
+    set_gradients(pairs, 0)
+    optimizer.step()
+    assert ListwiseAdamW not in works(optimizer)
+
+
+def test_a_step_of_the_users_own_is_what_runs():
+    """A subclass of AdamW whose step does something else keeps it."""
+    calls = []
+
+    class Counted(torch.optim.AdamW):
+        def step(self, closure=None):
+            calls.append(len(self.param_groups[0]["params"]))
+            return super().step(closure)
+
+    pairs = make_pairs()
+    optimizer = make_optimizer(pairs, rlora.torch.precondition(Counted))
+    set_gradients(pairs, 0)
+    optimizer.step()
+    assert calls == [2 * len(SHAPES)]
+
+
+def test_factors_in_two_groups():
+    """Each with its own rate: stepped over stand-ins, as before."""
+    ours, theirs = make_pairs(), make_pairs()
+    found = []
+    for pairs, options in ((ours, {}), (theirs, {"fused": False})):
+        sides = zip(*pairs, strict=True)
+        groups = [{"params": list(x), "lr": lr} for x, lr in zip(sides, (1e-2, 3e-2), strict=True)]
+        optimizer = rlora.torch.ScaledAdamW(groups, pairs=pairs, **options)
+        set_gradients(pairs, 0)
+        optimizer.step()
+        found.append(optimizer)
+    assert_same(ours, theirs, *found, 1e-13)

@@ -1,0 +1,53 @@
+"""Every optimizer class shows its options: to `help`, to type checkers and to editors."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+import rlora.torch
+from rlora.torch import method_classes
+from rlora.torch.method_optimizer import MethodOptimizer
+from rlora.torch.write_stub import stub
+
+CLASSES = [getattr(rlora.torch, name) for name in method_classes.__all__]
+
+
+def test_there_is_a_class_for_every_method():
+    assert len(CLASSES) + 2 == len(rlora.methods.__all__)
+    assert set(method_classes.__all__) <= set(rlora.torch.__all__)
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_the_signature_has_the_options_and_their_defaults(kind):
+    parameters = inspect.signature(kind).parameters
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
+    assert list(parameters)[:2] == ["params", "lr"]
+    a = torch.ones(2, 8, requires_grad=True)
+    b = torch.ones(6, 2, requires_grad=True)
+    group = kind([a, b], pairs=[(a, b)]).param_groups[0]
+    defaults = {p.name: p.default for p in parameters.values() if p.name in group}
+    del defaults["params"]
+    assert defaults.items() <= {name: group[name] for name in defaults}.items()
+    assert {"stochastic_rounding", "scaling", "weight_decay", "lr"} <= defaults.keys()
+
+
+def test_rite_has_the_fields_of_its_paper():
+    parameters = inspect.signature(rlora.torch.LoRARite).parameters
+    assert parameters["betas"].default == (0.9, 0.999)
+    assert parameters["max_norm"].annotation == (float | None)
+
+
+def test_the_stub_is_what_its_writer_gives():
+    path = Path(method_classes.__file__).with_suffix(".pyi")
+    assert path.read_text(encoding="utf-8") == stub(), "run python -m rlora.torch.write_stub"
+
+
+def test_a_subclass_shows_its_own():
+    class Mine(rlora.torch.LoRARite):
+        def __init__(self, params, rate=1e-3):
+            super().__init__(params, rate)
+
+    assert list(inspect.signature(Mine).parameters) == ["params", "rate"]
+    assert issubclass(Mine, MethodOptimizer)
