@@ -300,7 +300,8 @@ _constant_rounds_inputs = _constant(_rounds_inputs)
 
 def all_true(x: Array) -> bool:
     """Return whether every entry is known to be true, without a wait and outside of a graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(x.all())
+    known = type(x) is torch.Tensor and x.device.type == "cpu"
+    return known and not torch.compiler.is_compiling() and bool(x.numpy().all())
 
 
 def eigh_waits(S: Array) -> bool:

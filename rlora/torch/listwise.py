@@ -140,7 +140,8 @@ class Part:
         """
         self.steps += 1
         arrays = [self.X if own else self.D, self.D, *self.moments.values()]
-        if self.stacked and bool((self.steps == self.steps[0]).all()):
+        counts = self.steps.numpy()
+        if self.stacked and (counts == counts[0]).all():
             target, gradient, *moments = (x[0] for x in arrays)
             yield target, gradient, self.steps[0], *moments
             return
@@ -292,7 +293,7 @@ def listwise_work(optimizer: Any, pairs: Sequence[TensorPair], sides: str) -> li
 def _fits(group: dict[str, Any]) -> bool:
     """Return whether the fused kernel has the options of a group on a CPU."""
     wanted = group["fused"] is not False and not group["foreach"] and not group["capturable"]
-    return wanted and not any(isinstance(b, Tensor) for b in group["betas"])
+    return wanted and not any(isinstance(x, Tensor) for x in (group["lr"], *group["betas"]))
 
 
 def _is_dense(pair: TensorPair) -> bool:

@@ -39,7 +39,8 @@ class Plan(NamedTuple):
     def run(self, optimizer: Any, parent_step: Callable[[Any], Any]) -> None:
         """Directions, the parent's own step over the stand-ins, and the rest."""
         halves = [batch.prepare() for batch in self.batches]
-        over_stand_ins(optimizer, self.params, parent_step)
+        if any(self.params):
+            over_stand_ins(optimizer, self.params, parent_step)
         for batch, P in zip(self.batches, halves, strict=True):
             batch.finish(P)
 
