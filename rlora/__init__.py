@@ -4,6 +4,8 @@
 ``rlora.torch`` has the torch optimizers.
 """
 
+from pathlib import Path as _Path
+
 from rlora import initializers, methods
 from rlora.core.errors import (
     BackendError,
@@ -21,6 +23,13 @@ from rlora.methods import *  # noqa: F403  a method's export line is in rlora.me
 from rlora.pairing import Pair, PairReport, find_pairs
 
 __version__ = "0.1.0"
+
+# Python takes `rlora/` from the working directory before an installed copy. In a clone `backends/`
+# and `cli/` lie beside it: without this line they would be missing, and the generic backend would
+# take over without a word.
+_project = _Path(__file__).parents[1] / "pyproject.toml"
+if _project.is_file() and '"rlora.backends" = "backends"' in _project.read_text("utf-8"):
+    __path__.append(str(_project.parent))  # noqa: F405  this package's own
 
 __all__ = [
     "BackendError",

@@ -1,6 +1,7 @@
 """The wheel holds rlora/ and nothing else, the package list equals the tree, the sdist builds it."""
 
 import email
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -73,3 +74,42 @@ def test_sdist_holds_the_sources(built):
     with tarfile.open(built[1]) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
     assert {"backends/torch.py", "cli/__init__.py", "rlora/core/linalg.py", "LICENSE"} <= names
+
+
+CLONE = """
+import sys
+sys.path[:] = {path!r}
+import numpy, rlora.cli.app
+from rlora.core.backend import Backend
+from rlora.core.dispatch import get_backend
+kind = type(get_backend(numpy.ones(2)))
+print(kind is not Backend, rlora.backends.__file__, rlora.cli.__file__)
+"""
+
+
+def test_a_clone_has_its_backends_however_it_was_installed(tmp_path):
+    """As after a plain `pip install .`: no finder of an editable installation (-S reads no .pth)."""
+    for name in ("rlora", "backends", "cli"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    installed = [path for path in sys.path if path and Path(path) != ROOT]
+    code = CLONE.format(path=[str(tmp_path), *installed])
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    fast, *files = done.stdout.split()
+    assert fast == "True"
+    assert all(Path(file).is_relative_to(tmp_path) for file in files)
+
+
+def test_without_its_project_file_the_folder_takes_nothing_from_beside_it(tmp_path):
+    """Vendored into another project, `backends/` beside it is that project's own."""
+    shutil.copytree(ROOT / "rlora", tmp_path / "rlora")
+    (tmp_path / "backends").mkdir()
+    (tmp_path / "backends" / "__init__.py").write_text("raise SystemExit('not ours')")
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "other"\n')
+    installed = [path for path in sys.path if path and Path(path) != ROOT]
+    code = CLONE.format(path=[str(tmp_path), *installed]).replace("rlora.cli.app", "rlora")
+    code = code.replace("rlora.backends.__file__, rlora.cli.__file__", "rlora.__path__")
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False", f"['{tmp_path / 'rlora'}']"]
