@@ -175,8 +175,31 @@ def test_functions_are_short_and_typed():
         assert not bare, f"{node.name}: {bare}"
 
 
+QUESTIONS = ("What", "How", "Whether", "Where", "Of", "Who", "Whose", "Which", "Why")
+WORDED = ("__init__", "initializers", "methods", "optax", "pairing", "testing")
+"""Wings whose docstrings have been gone through: a wing that has been is added here."""
+
+
+def docstrings(tree):
+    """Every bare string that opens a body or follows an assignment, private or not."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        for statement in body if isinstance(body, list) else ():
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                yield statement.value.value
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if wing(n) in WORDED])
+def test_docstrings_begin_with_a_verb_or_a_noun_phrase(name):
+    for text in docstrings(MODULES[name][1]):
+        first = text.split(maxsplit=1)[0].strip(":,.")
+        assert first not in QUESTIONS, f"{name}: {text.splitlines()[0]}"
+
+
 def test_the_guard_sees_what_it_should():
     """A law's test must be able to fail."""
+    code = '"""Fine."""\nX = 1\n"""Of X."""\ndef f():\n    """Whether it is so."""\n'
+    assert [d.split()[0] for d in docstrings(ast.parse(code))] == ["Fine.", "Of", "Whether"]
     assert "rlora.core.linalg" in set(imports("rlora.methods.scaled"))
     assert "torch" in set(imports("rlora.torch.plan"))
     assert len(MODULES) > 15

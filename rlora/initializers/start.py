@@ -1,4 +1,4 @@
-"""What a start is: a pair, and what the base weight must give up for it."""
+"""A start: a pair, and the part of the base weight that it takes over."""
 
 from typing import NamedTuple
 

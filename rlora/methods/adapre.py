@@ -27,7 +27,7 @@ from rlora.core.transform import State, Transform, chain
 
 
 class AdaPreState(NamedTuple):
-    """What AdaPreLoRA knows of each pair."""
+    """State of AdaPreLoRA."""
 
     norms: Tree
     """Root of the average of the squared norms of the columns and of the rows of the gradient,

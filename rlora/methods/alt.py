@@ -19,7 +19,7 @@ First = Literal["A", "B"]
 
 
 class AltState(NamedTuple):
-    """What AltLoRA knows of each pair."""
+    """State of AltLoRA."""
 
     mu: Tree
     """Momentum, like the parameters."""
@@ -35,7 +35,7 @@ class AltState(NamedTuple):
 
 
 class AltPlusState(NamedTuple):
-    """What AltLoRA+ knows: the same, and an entrywise second moment."""
+    """State of AltLoRA+: that of AltLoRA, and an entrywise second moment."""
 
     mu: Tree
     turn: Tree
@@ -45,7 +45,7 @@ class AltPlusState(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """How a factor moves when it is its turn; without a b2 by its momentum alone."""
+    """Hyperparameters of one half-step; without a b2 the momentum alone is the direction."""
 
     b1: float
     b2: float | None

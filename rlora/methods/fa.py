@@ -28,7 +28,7 @@ PEFT: Final[dict[str, Any]] = {
 
 
 class FrozenState(NamedTuple):
-    """What does not change while A is frozen."""
+    """Constants of a frozen A."""
 
     inverse: Tree
     """``S_A⁻¹ / s²``, (..., r, r), one a pair."""

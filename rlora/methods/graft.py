@@ -15,7 +15,7 @@ from rlora.core.moments import keep_scaling, scale_by_adam
 from rlora.core.transform import State, Transform, chain, no_state
 
 DAMPING = 1e-4
-"""Of the default direction, covariant."""
+"""Covariant damping of the default direction."""
 
 
 class GraftState(NamedTuple):
@@ -26,7 +26,7 @@ class GraftState(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What the size is taken from: AdamW's direction, like the parameters."""
+    """AdamW's direction, from which the size is taken."""
 
     U: Tree
 

@@ -27,7 +27,7 @@ class Tangent(NamedTuple):
 
 
 class RiemannionState(NamedTuple):
-    """What Riemannion knows of each pair."""
+    """State of Riemannion."""
 
     mu: Tree
     """Momentum at the present point, a `Tangent` for each pair."""

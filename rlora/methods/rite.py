@@ -23,7 +23,7 @@ OFFICIAL: Final[dict[str, Any]] = {"max_norm": 1.0, "max_rms": 1.0}
 
 
 class RiteState(NamedTuple):
-    """What LoRA-RITE knows of each factor, in the coordinates that its partner has now."""
+    """State of LoRA-RITE for each factor, in the present coordinates of its partner."""
 
     mu: Tree
     """First moment of the preconditioned step, like the parameters."""
@@ -118,7 +118,7 @@ def _largest_root(xp: Any, V: Stack) -> float:
 
 
 def _escaped(backend: Backend, before: Array, V: Stack) -> Array:
-    """How much a second moment with eigenvalues `before` lost on its way to V, (2K, 1, 1)."""
+    """The mass ρ that a second moment with eigenvalues `before` has lost in V, (2K, 1, 1)."""
     xp = backend.xp
     after, _ = backend.eigh(V)
     largest, total = xp.max(before - after, axis=-1), xp.sum(before - after, axis=-1)

@@ -19,7 +19,7 @@ from rlora.core.transform import State, Transform, chain, no_state, pass_on
 
 
 class CoreState(NamedTuple):
-    """What stays while the core moves, and the moments of the core."""
+    """Constants of the frozen frame, and the state of the core's optimizer."""
 
     frame: Tree
     """A₀: orthonormal rows that span those of A, (..., r, n), one array a pair."""
@@ -28,7 +28,7 @@ class CoreState(NamedTuple):
     """``S_B⁻¹ / s²``, (..., r, r), one a pair."""
 
     inner: State
-    """Of the cores, (..., r, r), as the A factors of pairs without a B."""
+    """State over the cores, (..., r, r), which are the A factors of pairs without a B."""
 
 
 @hyperparameters

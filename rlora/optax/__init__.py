@@ -37,16 +37,16 @@ Move: TypeAlias = Callable[[list[Factors], list[Factors], State, Array], tuple[A
 
 
 class PairState(NamedTuple):
-    """What a transformation keeps between two steps."""
+    """State of a transformation."""
 
     count: Array
     """Steps taken."""
 
     method: State
-    """Of the method, a list over the pairs."""
+    """State of the method, a list over the pairs."""
 
     rest: Any
-    """Of the transformation of all other parameters."""
+    """State of `rest`, the transformation of all other parameters."""
 
 
 def transformation(

@@ -49,7 +49,7 @@ class Leaves(NamedTuple):
     frozen: set[str]
 
     def factors(self, leaves: Mapping[str, Array]) -> list[Factors]:
-        """What `leaves` have for each pair, as a method takes it."""
+        """The factors of each pair in `leaves`, as a method takes them."""
 
         def read(view: View, name: str) -> Array:
             x = leaves.get(name)

@@ -13,7 +13,7 @@ from rlora.optax.leaves import Leaves
 make_spec: Any = PartitionSpec  # untyped
 
 Where = Callable[[Any], Any]
-"""Of a mesh the tree of shardings that a result shall have."""
+"""Function of a mesh that gives the tree of shardings of a result."""
 
 
 def with_automatic_axes(f: Callable[..., Any], where: Where, *args: Any) -> Any:
@@ -59,5 +59,5 @@ def shapes_of(tree: Any) -> Any:
 
 
 def _spec(x: Any) -> Any:
-    """How it lies; of an array that is on no mesh, whole."""
+    """The partition of an array; that of one on no mesh is empty."""
     return jax.typeof(x).sharding.spec

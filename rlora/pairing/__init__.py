@@ -1,4 +1,4 @@
-"""Which tensors form a pair: names propose, shapes decide. Knows no framework.
+"""Discovery of pairs among tensors: names propose, shapes decide. Imports no framework.
 
 Anything with a ``shape`` will do as a tensor: arrays, parameters, entries of a safetensors header.
 """

@@ -1,4 +1,4 @@
-"""What the libraries call the two factors, and how they lay them out: the registry of names.
+"""Registry of the names and layouts that libraries give to the two factors.
 
 Plug-ins add to it by the entry points ``rlora.conventions``: a `Convention`, or several.
 """
@@ -20,7 +20,7 @@ LINEAR = Layout("r n*", "m r 1*")
 """Also kernels of convolutions."""
 STACK = Layout("e* r n", "e* m r")
 TURNED = Layout("e* n r", "e* r m")
-"""Of a model that computes ``x @ a @ b``."""
+"""Factors of a model that computes ``x @ a @ b``."""
 EINSUM = Layout("n* r", "r m*")
 GROUPED = Layout("(e r) n*", "(e m) r 1*")
 """A convolution of e groups, or e blocks: each block of r rows of A meets its own rows of B."""
@@ -28,7 +28,7 @@ GROUPED = Layout("(e r) n*", "(e m) r 1*")
 
 @dataclass(frozen=True)
 class Convention:
-    """How one library names and lays out the two factors.
+    """Names and layouts of the two factors in one library.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ SIBLINGS = (
     (r"lora_mid", "Tucker factors (LyCORIS) are three tensors, not a pair"),
     (r"lora_diag", "KaSA's diagonal stands between its factors"),
 )
-"""What makes a proposed pair of the same layer something else than a product."""
+"""Further tensors of a layer that make a proposed pair something else than a product."""
 
 NEAR_MISSES = (
     (r"hada_[wt]\d(?:_[ab])?", "LoHa is an entrywise product of two pairs"),
@@ -120,14 +120,14 @@ NEAR_MISSES = (
 
 
 class Proposal(NamedTuple):
-    """What a name says: whose factor a parameter is."""
+    """A parameter's name, taken apart: its layer, its adapter, the rest."""
 
     layer: str
     """Its name, empty for the model itself."""
     adapter: str | None
     tail: str
     text: tuple[str, ...]
-    """Of the groups in the pattern."""
+    """Text of the groups in the pattern."""
 
     @property
     def label(self) -> str:
@@ -136,7 +136,7 @@ class Proposal(NamedTuple):
 
 
 def propose(name: str, pattern: str) -> Proposal | None:
-    """Whose factor a parameter is if its name has this pattern in whole components."""
+    """Layer and adapter of a parameter whose name has this pattern in whole components."""
     return next((proposal for _, proposal in proposals(name, pattern)), None)
 
 
@@ -151,7 +151,7 @@ def proposals(name: str, pattern: str) -> Iterator[tuple[int, Proposal]]:
 
 
 def first_place(name: str, patterns: tuple[str, ...], start: int = 0) -> int | None:
-    """Where, from `start` on, a name first has one of these patterns; one search for all."""
+    """The first place, from `start` on, where a name has one of these patterns."""
     found = _compiled(_any_of(patterns)).search(name, start)
     return None if found is None else found.start()
 
@@ -202,4 +202,4 @@ def _is_low_rank(views: tuple[Views, ...]) -> bool:
 
 
 Known = Mapping[str, Layout | str]
-"""What somebody knows of layers by name: how their factors lie, or why they are no pair."""
+"""Layouts of layers by name, or the reason why they are no pair, as the modules declare them."""

@@ -22,7 +22,7 @@ Source: TypeAlias = (
     | Sequence[ByName]
     | Callable[[Mapping[str, Any]], Iterable[ByName]]
 )
-"""Where pairs come from besides the registry: names of a library, or the pairs themselves."""
+"""Pairs from outside the registry: conventions, or the pairs themselves."""
 
 
 def find_pairs(
@@ -226,7 +226,7 @@ def _fit(
 
 
 EXPERTS = re.compile(r"(?:^|\.)experts(?:\.base_layer)*$")
-"""Where PEFT has adapted the stacked weights of all experts at once."""
+"""Names of the modules in which PEFT has adapted the stacked weights of all experts at once."""
 
 Named = tuple[str, Shape]
 

@@ -1,4 +1,4 @@
-"""What names say of tensors: whose factors they are, and which are other adapters' tensors."""
+"""Names of tensors, sorted: factors by their layers, diagonals, tensors of other adapters."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
@@ -26,13 +26,13 @@ class Candidate(NamedTuple):
 
 
 class Sorted(NamedTuple):
-    """What the names say."""
+    """The names, sorted."""
 
     candidates: dict[Any, Candidate]
     middles: dict[Any, str]
-    """Of layers the name of the diagonal between their factors."""
+    """By layer, the name of the diagonal between its factors."""
     others: dict[Any, str]
-    """Of layers why they are no product."""
+    """By layer, the reason why it is no product."""
     refused: dict[str, str]
 
 

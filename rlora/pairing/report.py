@@ -1,4 +1,4 @@
-"""What a search for pairs has found, in names."""
+"""Result of a search for pairs, in names."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -60,7 +60,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairReport:
-    """What was paired, what is left to the plain update, and what was refused and why.
+    """The pairs, the parameters in no pair, and the refused names with reasons.
 
     Parameters
     ----------

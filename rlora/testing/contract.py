@@ -1,4 +1,4 @@
-"""What every method promises on every backend."""
+"""Contract that every method keeps on every backend."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ MethodFactory = Callable[[], Transform]
 """Gives a method, fresh."""
 
 GROWTH = 40.0
-"""How many times as large as under AdamW a factor may become."""
+"""Largest entry of a factor that is allowed, over that under AdamW."""
 
 
 def check_method(make: MethodFactory, backend: Backend) -> None:
@@ -86,7 +86,7 @@ def check_lora_start(make: MethodFactory, backend: Backend) -> None:
 def _moves(
     make: MethodFactory, problem: Problem, backend: Backend, **frozen: None
 ) -> dict[str, bool]:
-    """Which factors two steps move; `frozen` says which have no gradient."""
+    """Factors that two steps move, as a dict of bool; those in `frozen` have no gradient."""
     method, params = make(), problem.params
     state = method.init(params, problem.scaling)
     for _ in range(2):  # a method may move one factor at a time
@@ -283,4 +283,4 @@ CONTRACT: tuple[Callable[[MethodFactory, Backend], None], ...] = (
     check_bad_pair_stays_alone,
     check_compiles,
 )
-"""What every method promises on every backend."""
+"""Contract that every method keeps on every backend."""

@@ -1,4 +1,4 @@
-"""How large the factors become where the product needs less than they could hold."""
+"""Growth of the factors where the product needs a lower rank than they have."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from rlora.core.transform import Transform, chain, step
 
 
 class Growth(NamedTuple):
-    """What a run of `growth` came to."""
+    """Result of `growth`."""
 
     first: float
     """The expected loss before the first step."""

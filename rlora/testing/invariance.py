@@ -1,4 +1,4 @@
-"""How far the product of a method's factors depends on how it was split at the start."""
+"""Dependence of the product's path on the factorization at the start."""
 
 from typing import Any, Final, Literal
 
