@@ -1,6 +1,8 @@
 """Python on the pages runs: here that of the pages which have no test of their own."""
 
+import importlib.util
 import re
+import tomllib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -28,11 +30,10 @@ def blocks(path):
     return re.findall("```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
-def test_the_line_of_the_first_page(name, capsys):
+def test_the_line_of_the_front_page(capsys):
     model = make_model(zero_B=True)
     space = {"model": model}
-    (code,) = blocks(ROOT / name)
+    (code,) = blocks(DOCS / "index.md")
     exec(code, space)
     assert "2 pairs" in capsys.readouterr().out
     before = float(loss_of(model).detach())
@@ -41,6 +42,42 @@ def test_the_line_of_the_first_page(name, capsys):
         loss_of(model).backward()
         space["optimizer"].step()
     assert float(loss_of(model).detach()) < before
+
+
+def test_the_program_of_the_readme_prints_what_it_shows(capsys):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code, shown = re.search("```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL).groups()
+    exec(code, {})
+    printed = capsys.readouterr().out
+    number = re.compile(r"\d\.\d\d")
+    assert number.sub("#", printed) == number.sub("#", shown)
+    losses = [[float(x) for x in number.findall(part)] for part in (printed, shown)]
+    # A hundred float32 steps: the last bits of products differ between BLAS libraries.
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+def test_badges_say_what_the_project_file_says():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    badges = DOCS / "static" / "badges"
+    said = {path.stem: path.read_text(encoding="utf-8") for path in badges.glob("*.svg")}
+    versions = [line.rpartition(" ")[2] for line in project["classifiers"] if ":: 3." in line]
+    assert f"python: {' | '.join(versions)}" in said["python"]
+    assert f"licence: {project['license']}" in said["licence"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"badges/(\w+)\.svg", readme)) == said.keys()
+
+
+def test_tables_of_several_pages_are_made_in_one_place():
+    script = DOCS / "reference" / "front_tables.py"
+    spec = importlib.util.spec_from_file_location("front_tables", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    marks = 0
+    for page in module.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert module.rewritten(text) == text, page
+        marks += text.count("made by front_tables.py")
+    assert marks == 5
 
 
 def test_diagnostics(capsys):
