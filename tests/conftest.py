@@ -1,6 +1,7 @@
 """One `backend` fixture over every array library that is installed; others skip with the reason."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,6 +23,14 @@ from rlora import BackendError
 from rlora.backends import get
 from rlora.core.backend import Backend
 
+SLOW = tuple(
+    line
+    for line in (Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+)
+SLOW_LIBRARIES = ("array_api_strict", "jax")
+"""Whose cases of the tests of methods are slow: compiled for each, or checked at each operation."""
+
 LIBRARIES = ("numpy", "numpy-readonly", "array_api_strict", "torch", "jax", "cupy")
 
 
@@ -32,6 +41,15 @@ class ReadOnlyNumPy(Backend):
         array = np.array(x, dtype=dtype)
         array.setflags(write=False)
         return array
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what tests/slow.txt names; `pytest` alone leaves it out, the gate does not."""
+    for item in items:
+        library = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        of_methods = item.nodeid.startswith("tests/methods/") and library in SLOW_LIBRARIES
+        if of_methods or item.nodeid.startswith(SLOW):
+            item.add_marker("slow")
 
 
 def load(library: str) -> Backend:

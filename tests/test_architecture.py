@@ -233,3 +233,14 @@ def test_import_takes_little_more_than_that_of_numpy():
         "import rlora; sys.stdout.write(str((time.process_time() - t) / (u - t)))"
     )
     assert min(float(run_python(code)) for _ in range(5)) < 4.0
+
+
+def test_the_list_of_slow_tests_names_tests_that_there_are():
+    """A name that has gone would let its test back into the quick run without a word."""
+    lines = (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").splitlines()
+    named = [line for line in lines if not line.startswith("#")]
+    assert len(named) > 10
+    for line in named:
+        path, _, function = line.partition("::")
+        assert (ROOT / path).exists(), line
+        assert not function or f"def {function}(" in (ROOT / path).read_text("utf-8"), line
