@@ -1,0 +1,141 @@
+"""Every default of every public function and class, from their signatures; writes defaults.md.
+
+python docs/reference/defaults.py
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+import rlora.torch
+from rlora import initializers, methods
+
+PAGE: Final = Path(__file__).with_suffix(".md")
+
+DAMPING: Final = "[damping](../explanation/damping.md)"
+DECISION: Final = "[decision 10](../decisions/0010-null-space.md)"
+PRECISION: Final = "[precision](../explanation/precision.md)"
+
+WHY: Final[dict[str, str]] = {
+    "adam=False": "the theory is of the plain step; the authors' large runs use AdamW",
+    "adapter=None": "all adapters of the model",
+    "amsgrad=False": "torch's AdamW",
+    "b1=0.7": "[the study](study.md): lower loss than 0.9 everywhere",
+    "b1=0.9": "Adam's",
+    "b1=0.95": "Muon's",
+    "b2=0.8": "[the study](study.md): lower loss than 0.999 everywhere",
+    "b2=0.999": "Adam's",
+    "balance=False": "the authors' code",
+    "betas=(0.7, 0.8)": "[the study](study.md): lower loss than (0.9, 0.999) everywhere",
+    "bias_correction=True": "Adam's",
+    "capturable=False": "torch's AdamW",
+    "compute_dtype=None": f"the parameters' own, at least float32: {PRECISION}",
+    "damping=0.0001": f"scaled SGD makes no step of unit entries: {DECISION}",
+    "damping=0.01": f"the square of what one Adam step does to a direction: {DECISION}",
+    "damping=1e-06": "small enough not to matter; nothing here was tuned",
+    "damping_mode='covariant'": f"the only kind that keeps every invariance: {DAMPING}",
+    "damping_mode='relative'": f"no scale of the factorization enters: {DAMPING}",
+    "dampening=0.0": "torch's SGD",
+    "decay='before'": "torch's AdamW; the authors' code has \"after\"",
+    "eps=1e-06": "the authors' code",
+    "eps=1e-08": "torch's AdamW",
+    "eps_form='torch'": "added to the root of the corrected second moment, as torch does",
+    "escape=False": "the authors' code; the paper's algorithm has it on",
+    "first='B'": "from B = 0 the first step then does something",
+    "foreach=None": "torch decides",
+    "form='algorithm'": "the paper's algorithm, as its code runs",
+    "form='matrix'": "the paper's general form",
+    "form='original'": "the paper's; PEFT's differs",
+    "frozen='A'": "as LoRA-FA; the paper has both",
+    "fused=None": "torch decides",
+    "gamma=0.0078125": "1/128, the authors' code",
+    "gamma=16.0": "the paper's",
+    "gauge='sylvester'": "the authors' older code",
+    "inner=None": "see the method's page",
+    "lr=0.001": "torch's; start with 4e-3 for `ScaledAdamW` and sweep",
+    "max_norm=None": "off: a guard changes the update; the authors' code has 1.0",
+    "max_rms=None": "off: a guard changes the update; the authors' code has 1.0",
+    "maximize=False": "torch's",
+    "mode='efficient'": 'the state of Adam; "full" keeps 2mn numbers',
+    "momentum=0.0": "torch's SGD",
+    "nesterov=False": "torch's SGD",
+    "order='jacobi'": "the paper's algorithm and PEFT; the authors' Adam code has \"gauss_seidel\"",
+    "pairs=None": "found by name and shape",
+    "placement='both'": "[the study](study.md): the widest range of good rates, two tasks of three",
+    "alpha=1.0": "A of unit scale; not tuned",
+    "eta=1.0": "the paper's",
+    "ratio=16.0": "the paper's",
+    "rho=10.0": "the paper's",
+    "scaling=1.0": "s of `W0 + s B A`",
+    "scaling=None": "each layer's own s, else 1",
+    "seed=0": "the same start every time",
+    "oversample=10": "usual for a randomized SVD",
+    "iterations=4": "usual for a randomized SVD",
+    "stochastic_rounding=False": "rounding to nearest, as everywhere",
+    "weight_decay=0.0": "a LoRA adapter is small; opt in",
+    "weight_decay=0.01": "torch's AdamW",
+}
+"""The reason for each default, wherever it stands."""
+
+HEAD: Final = """# All defaults, with reasons
+
+Look up what an option is when you do not set it, and why. `b1` and `b2` are `betas` in the classes
+of `rlora.torch`, whose other options are those of the method of the same name.
+`python docs/reference/defaults.py` makes this page from the signatures.
+"""
+
+
+def defaults(things: Iterable[tuple[str, Callable[..., Any]]]) -> dict[str, list[str]]:
+    """By `option=default`, the names of the things that have it, in their order."""
+    found: dict[str, list[str]] = {}
+    for name, thing in things:
+        for option in inspect.signature(thing).parameters.values():
+            if option.default is not inspect.Parameter.empty:
+                found.setdefault(f"{option.name}={option.default!r}", []).append(name)
+    return dict(sorted(found.items()))
+
+
+def table(title: str, things: list[tuple[str, Callable[..., Any]]]) -> list[str]:
+    """A section with a row for each default."""
+    rows = [
+        f"| `{default}` | {said(names, [name for name, _ in things])} | {WHY[default]} |"
+        for default, names in defaults(things).items()
+    ]
+    return [f"\n## {title}\n", "| default | of | why |", "| --- | --- | --- |", *rows]
+
+
+def said(names: list[str], every: list[str]) -> str:
+    """The names; those that are missing where they are fewer."""
+    missing = [name for name in every if name not in names]
+    listed = ", ".join(f"`{name}`" for name in (missing if len(missing) < len(names) else names))
+    if not missing:
+        return "all"
+    return f"all but {listed}" if len(missing) < len(names) else listed
+
+
+def classes() -> list[tuple[str, Any]]:
+    """The torch optimizers, in the order of their names."""
+    named = ((name, getattr(rlora.torch, name)) for name in rlora.torch.__all__)
+    return [
+        (name, kind)
+        for name, kind in named
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    ]
+
+
+def page() -> str:
+    """The whole page."""
+    starts = [(name, getattr(initializers, name)) for name in initializers.__all__]
+    sections = {
+        "Methods": [(name, getattr(methods, name)) for name in methods.__all__],
+        "Torch classes": classes(),
+        "Starts": [(name, thing) for name, thing in starts if inspect.isfunction(thing)],
+    }
+    return "\n".join([HEAD.rstrip(), *(x for s in sections.items() for x in table(*s))]) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
