@@ -3,6 +3,7 @@
 python docs/reference/claims.py [CLAIM...]
 """
 
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -16,25 +17,20 @@ from rlora.cli.reproduce import reproduce
 
 PAGE: Final = Path(__file__).with_suffix(".md")
 FOLDER: Final = Path(__file__).with_suffix("")
-"""Where the figures and records lie that the page is made of."""
+"""Folder of the figures and records that the page is made of."""
 
-HEAD: Final = """# What is true of it
+HEAD: Final = """# The papers' claims, tried here
 
-What papers say of these methods, each statement tried in a small seeded experiment with this
-library's own methods. Anybody can try again, on any backend:
+See which statements of the papers hold in small seeded experiments, and try them again:
 
     rlora reproduce --list
     rlora reproduce all                 # figures and records in build/reproduce
     rlora reproduce damping --quick
 
-A verdict is that of the checks under it, whose thresholds have their reasons in the claim's file.
-A claim that fails is documented as failing, and `rlora reproduce` exits with 1 if a verdict is not
-the documented one. Small experiments show that algebra and rates are as stated; they say nothing
-about the quality of a fine-tuned model.
-
-    python docs/reference/claims.py
-
-makes this page, its figures and its records.
+A verdict is that of the checks under a claim, whose thresholds have their reasons in the claim's
+file; `rlora reproduce` exits with 1 if a verdict is not the documented one. Algebra and rates are
+tested here, not the quality of a fine-tuned model. `python docs/reference/claims.py` makes this
+page.
 """
 
 
@@ -58,18 +54,22 @@ def page() -> str:
 def table(records: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each claim."""
     return [
-        "| claim | statement | verdict | figure |",
-        "| --- | --- | --- | --- |",
+        "| claim | verdict | of |",
+        "| --- | --- | --- |",
         *(
-            f"| [{x['claim']}](#{x['claim']}) | {x['statement']} | {x['verdict']} "
-            f"| [figure](claims/{x['claim']}.svg) |"
+            f"| [{x['claim']}](#{x['claim']}) | {x['verdict']} | {arxiv(x['source'])} |"
             for x in records
         ),
     ]
 
 
+def arxiv(source: str) -> str:
+    """The numbers of the papers in a reference."""
+    return ", ".join(f"arXiv:{number}" for number in re.findall(r"arXiv:(\d+\.\d+)", source))
+
+
 def section(record: dict[str, Any]) -> str:
-    """What was measured for a claim, and its figure."""
+    """A claim with its measurements and its figure."""
     name = record["claim"]
     lines = [
         "",
@@ -83,7 +83,7 @@ def section(record: dict[str, Any]) -> str:
         "| --- | --- | --- | --- |",
         *map(check_line, record["checks"]),
         "",
-        f"![{record['statement']}](claims/{name}.svg)",
+        f"![{name}](claims/{name}.svg)",
         "",
         f"[Record](claims/{name}.json): {record['backend']}, {record['seconds']:.0f} s.",
     ]

@@ -1,4 +1,4 @@
-"""How large do factors become where the product needs less than they hold? Writes growth.md.
+"""Growth of factors whose product needs a lower rank than they have; writes growth.md.
 
 python docs/reference/growth.py
 """
@@ -52,25 +52,20 @@ def line(label: str, make: Callable[[], Transform]) -> str:
     return f"| {' | '.join((f'`{label}`', *cells))} |"
 
 
-HEAD = f"""# Factors where the product needs less
+HEAD = f"""# Growth of the factors
 
-A rank above those of the weight and of what is to be learnt leaves directions of the factors that
-the product does not see. Here a target of rank 1 is learnt from samples with noise, from B = 0, in
-float32, {STEPS} steps at a learning rate of {LEARNING_RATE:g} (`rlora.testing.growth`). The figure
-is the largest entry of a factor at the end over that under AdamW with betas (0.7, 0.8) at the same
-rate; bold where it is above {PROMISED:g}, which is what `rlora.testing.CONTRACT` allows on one such
-problem.
+See which methods let a factor grow where its product needs a lower rank than it has, and choose a
+smaller r, or another method, for such layers.
 
-    python docs/reference/growth.py
-
-writes this page.
+*Largest entry of a factor over that under AdamW with betas (0.7, 0.8) at the same rate; target of
+rank 1 with noise, from B = 0, float32, {STEPS} steps at {LEARNING_RATE:g}
+(`rlora.testing.growth`); bold above {PROMISED:g}, the limit of `rlora.testing.CONTRACT`.*
 """
 
 TAIL = """
-`scaled_adamw` is held to this by a filter and by equal steps of both factors
-([decision 10](../decisions/0010-null-space.md)). Methods that divide by a Gram matrix without one,
-and are bold here, are for ranks below both sides of the weight and learning rates that decay;
-`rlora.torch.findings` names a factor that grows, and a pair with r above a side, while it happens.
+`python docs/reference/growth.py` makes this page. `scaled_adamw` has a filter and equal steps of
+both factors ([decision 10](../decisions/0010-null-space.md)). Bold methods are for ranks below both
+sides of the weight and learning rates that decay; `rlora.torch.findings` names a factor that grows.
 """
 
 

