@@ -55,8 +55,8 @@ def losses() -> str:
     head, *body = rows
     found = {row[0]: dict(zip(head, row, strict=True)) for row in body if len(row) == len(head)}
     lines = [
-        "*Test loss, cross-entropy in natural logarithms (lower is better), each with a learning rate of its own sweep; betas "
-        "in parentheses; bold: the lowest.*",
+        "*Test loss, cross-entropy in natural logarithms (lower is better), each with a learning "
+        "rate of its own sweep; betas in parentheses; bold: the lowest.*",
         "",
         f"| task | {' | '.join(CONTENDERS.values())} |",
         "| --- |" + " --- |" * len(CONTENDERS),
