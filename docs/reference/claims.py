@@ -30,7 +30,7 @@ See which statements of the papers hold in small seeded experiments, and try the
 A verdict is that of the checks under a claim, whose thresholds have their reasons in the claim's
 file; `rlora reproduce` exits with 1 if a verdict is not the documented one. Algebra and rates are
 tested here, not the quality of a fine-tuned model. `python docs/reference/claims.py` makes this
-page.
+page. Seconds are those of a machine with other work to do.
 """
 
 
