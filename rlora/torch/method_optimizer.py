@@ -68,7 +68,8 @@ class MethodOptimizer(PairOptimizer):
             fused=fused,
             **plain,
         )
-        for name in MOMENTUM - known.keys():
+        without = options.get("adam") is False  # a method with Adam on request: betas do nothing
+        for name in MOMENTUM if without else MOMENTUM - known.keys():
             self.defaults.pop(name, None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ import rlora
 import rlora.torch
 from rlora import Factors
 from rlora.core.state import flatten_state, unflatten_state
-from rlora.torch import method_batch, precondition
+from rlora.torch import RACLoRA, method_batch, precondition
 
 make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
 CONSTANT = {"scaling", "0.scaling", "inverse", "frame"}
@@ -344,7 +344,9 @@ def test_a_schedule_of_momentum_counts_or_is_refused(make, cycle):
     model = make_model()
     optimizer = make(model)
     options = getattr(optimizer, "_options", lambda: {"betas": 0, "momentum": 0})()
-    if not {"betas", "momentum"} & options.keys():
+    if not {"betas", "momentum"} & options.keys() or not optimizer.param_groups[0].get(
+        "adam", True
+    ):
         with pytest.raises(ValueError, match="must support momentum"):
             cycle(optimizer)
         extra = nn.Parameter(torch.ones(3))  # the parent's own numbers are still there
@@ -365,6 +367,13 @@ def test_a_schedule_of_momentum_counts_or_is_refused(make, cycle):
             else:
                 seen.add(group["betas"][0] if "betas" in group else group["momentum"])
     assert len(seen) > 1
+
+
+def test_a_schedule_of_momentum_counts_where_adam_is_asked_for():
+    """RACLoRA has Adam on request, and its betas do nothing without."""
+    optimizer = RACLoRA(make_model(), adam=True, betas=(0.5, 0.9))
+    CYCLES["OneCycleLR"](optimizer)
+    assert optimizer.param_groups[0]["betas"] == (0.95, 0.9)
 
 
 # --- methods of a parent beside `step` ------------------------------------------------------------
