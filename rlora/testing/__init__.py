@@ -6,13 +6,14 @@
 """
 
 from rlora.testing.contract import CONTRACT, MethodFactory, check_method
-from rlora.testing.growth import Growth, growth
+from rlora.testing.growth import Case, Growth, growth, growths
 from rlora.testing.invariance import GAUGES, change_of_basis, invariance
 from rlora.testing.problems import Problem, assert_close, make_problem, run
 
 __all__ = [
     "CONTRACT",
     "GAUGES",
+    "Case",
     "Growth",
     "MethodFactory",
     "Problem",
@@ -20,6 +21,7 @@ __all__ = [
     "change_of_basis",
     "check_method",
     "growth",
+    "growths",
     "invariance",
     "make_problem",
     "run",

@@ -1,5 +1,6 @@
 """Growth of the factors where the product needs a lower rank than they have."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +14,14 @@ from rlora.core.moments import scale_by_adam
 from rlora.core.transform import Transform, chain, step
 
 
+class Case(NamedTuple):
+    """A problem of `growths`: see `growth`."""
+
+    rank: int
+    noise: float
+    lr: float
+
+
 class Growth(NamedTuple):
     """Result of `growth`."""
 
@@ -22,6 +31,8 @@ class Growth(NamedTuple):
     """The same, as the mean of the last twentieth of the steps."""
     largest: float
     """The largest entry that a factor had at the end."""
+    rounding: float
+    """By how much bfloat16 would change the product at the end, ``|ΔBA|² / |BA|²``."""
 
 
 def growth(
@@ -69,38 +80,94 @@ def growth(
     Growth
         NaN and inf are reported as they are.
     """
-    rng = np.random.default_rng(seed)
+    rng, one = np.random.default_rng(seed), Case(rank, noise, lr)
+    starts = [_start(rng, m, n, r, rank)]
+    return _learn(method, starts, [one], rng, steps=steps, dtype=dtype, backend=backend)[one]
+
+
+def growths(
+    method: Transform,
+    m: int,
+    n: int,
+    r: int,
+    cases: Sequence[Case],
+    steps: int = 1000,
+    *,
+    dtype: str = "float32",
+    backend: Backend | None = None,
+    seed: int = 0,
+) -> dict[Case, Growth]:
+    """`growth` of several targets, noises and learning rates, in one stack of layers.
+
+    They share the inputs of their samples and the ε of their noise. The draws are not those of
+    `growth`, and those of a case do not depend on what else is in the stack.
+    """
+    starts = [_start(np.random.default_rng((seed, x.rank)), m, n, r, x.rank) for x in cases]
+    rng = np.random.default_rng((seed, 0))
+    return _learn(method, starts, cases, rng, steps=steps, dtype=dtype, backend=backend)
+
+
+def _start(rng: np.random.Generator, m: int, n: int, r: int, rank: int) -> tuple[Any, Any, Any]:
+    """A target, and where A and B start."""
     target = rng.normal(size=(m, rank)) @ rng.normal(size=(rank, n)) * (8 / (rank * n)) ** 0.5
+    return target, rng.normal(size=(r, n)) / n**0.5, np.zeros((m, r))
+
+
+def _learn(
+    method: Transform,
+    starts: Sequence[tuple[Any, Any, Any]],
+    cases: Sequence[Case],
+    rng: np.random.Generator,
+    *,
+    steps: int,
+    dtype: str,
+    backend: Backend | None,
+) -> dict[Case, Growth]:
+    """Every case from its start, all on the same samples."""
+    target, A, B = (np.stack(x) for x in zip(*starts, strict=True))
+    m, n = target.shape[-2:]
     backend = backend or get_backend(target)
-    wide = "float64" if dtype == "float64" else "float32"
-    array = partial(backend.asarray, dtype=wide)
-    goal = array(target)
-    A, B = rng.normal(size=(r, n)) / n**0.5, np.zeros((m, r))
+    array = partial(backend.asarray, dtype="float64" if dtype == "float64" else "float32")
+    noise, lr = (np.array(x)[:, None, None] for x in list(zip(*cases, strict=True))[1:])
+    goal, noise, lr = array(target), array(noise), array(lr)  # (cases, m, n), (cases, 1, 1)
     params = Factors(backend.asarray(A, dtype), backend.asarray(B, dtype))
     state = method.init(params)
 
-    def move(params: Factors, state: Any, X: Any, Y: Any) -> tuple[Factors, Any, Any]:
+    def move(params: Factors, state: Any, X: Any, E: Any) -> tuple[Factors, Any, Any]:
         A, B = (backend.cast(x, X.dtype) for x in params)
-        features = A @ X  # (r, samples)
-        error = B @ features - Y
+        features = A @ X  # (cases, r, samples)
+        error = B @ features - goal @ X - noise * E
         G = Factors(B.mT @ error @ X.mT, error @ features.mT)
         grads = Factors(*(backend.cast(g / X.shape[1], params.A.dtype) for g in G))
         distance = B @ A - goal
         params, state = step(method, params, grads, state, lr)
-        return params, state, 0.5 * backend.xp.sum(distance * distance)
+        return params, state, 0.5 * backend.xp.sum(distance * distance, axis=(-2, -1))
 
     move = backend.compile(move)
     losses = []
     with np.errstate(all="ignore"):
         for _ in range(steps):
-            X = rng.normal(size=(n, 32))
-            Y = target @ X + noise * rng.normal(size=(m, 32))
-            params, state, loss = move(params, state, array(X), array(Y))
+            X, E = rng.normal(size=(n, 32)), rng.normal(size=(m, 32))
+            params, state, loss = move(params, state, array(X), array(E))
             losses.append(loss)
-        largest = max(float(backend.xp.max(backend.xp.abs(x))) for x in params)
-    floor = 0.5 * m * noise**2  # what no weight can predict
-    last = [float(loss) for loss in losses[-max(1, steps // 20) :]]
-    return Growth(float(losses[0]) + floor, float(np.mean(last)) + floor, largest)
+    A, B = (backend.to_numpy(backend.cast(x, goal.dtype)).astype("float64") for x in params)
+    largest = np.maximum(*(np.abs(x).max(axis=(-2, -1)) for x in (A, B)))
+    last = np.mean([backend.to_numpy(x) for x in losses[-max(1, steps // 20) :]], axis=0)
+    floor = [0.5 * m * case.noise**2 for case in cases]  # what no weight can predict
+    with np.errstate(all="ignore"):
+        rounding = _squares(_nearest(B) @ _nearest(A) - B @ A) / _squares(B @ A)
+    rows = zip(backend.to_numpy(losses[0]) + floor, last + floor, largest, rounding, strict=True)
+    return {case: Growth(*map(float, row)) for case, row in zip(cases, rows, strict=True)}
+
+
+def _nearest(x: Any) -> Any:
+    """Rounded to the eight binary digits of bfloat16."""
+    digits, exponent = np.frexp(x)
+    return np.ldexp(np.round(digits * 256) / 256, exponent)
+
+
+def _squares(x: Any) -> Any:
+    return np.sum(x * x, axis=(-2, -1))
 
 
 def adamw(b1: float = 0.7, b2: float = 0.8) -> Transform:

@@ -8,7 +8,7 @@ from rlora.backends import get
 from rlora.core.bundle import Bundle
 from rlora.core.placement import split_power
 from rlora.testing import assert_close, make_problem, run
-from rlora.testing.growth import adamw, growth
+from rlora.testing.growth import Case, _nearest, adamw, growth, growths
 
 FINITE = {
     "default": {},
@@ -70,6 +70,28 @@ def test_a_trained_adapter_can_be_rounded_to_bfloat16(shape):
     start = float(problem.loss(problem.params))
     assert float(problem.loss(params)) < 0.1 * start
     assert float(problem.loss(rounded) - problem.loss(params)) < 1e-3 * start
+
+
+@pytest.mark.parametrize("name", rlora.methods.__all__)
+def test_cases_in_one_stack_are_those_alone(name):
+    """Stacked layers do not see each other; other orders of summation, over five steps."""
+    method, shape = getattr(rlora.methods, name), (5, 9, 3)
+    cases = [Case(1, 0.0, 1e-3), Case(3, 0.5, 1e-2), Case(2, 0.1, 0.0)]
+    found = growths(method(), *shape, cases, 5, dtype="float64")
+    for case in cases:
+        alone = growths(method(), *shape, [case], 5, dtype="float64")[case]
+        assert_close(np.array(found[case][:3]), np.array(alone[:3]), rtol=1e-8)
+
+
+def test_what_rounding_does_to_the_product():
+    """As torch rounds, and of a rank-one product about a third of 2^-16 of its square."""
+    import torch
+
+    A, B = np.random.default_rng(0).normal(size=(2, 1, 400))
+    wide = torch.tensor(A)
+    assert_close(_nearest(A), wide.bfloat16().double().numpy())
+    square = np.sum((_nearest(B).T @ _nearest(A) - B.T @ A) ** 2) / np.sum((B.T @ A) ** 2)
+    assert 0.2 < square * 2**16 < 0.45
 
 
 @pytest.mark.parametrize("mode", ["relative", "absolute", "covariant"])

@@ -1,0 +1,28 @@
+"""The page of growth is made of its record."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "docs" / "reference" / "growth.py"
+spec = importlib.util.spec_from_file_location("growth_page", SCRIPT)
+DOCS = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(DOCS)
+
+
+def test_the_page_is_made_of_the_record():
+    assert DOCS.PAGE.read_text(encoding="utf-8") == DOCS.page()
+
+
+@pytest.mark.parametrize("label", sorted({x["method"] for x in DOCS.read()}))
+def test_a_method_in_the_record_has_every_shape_and_dtype(label):
+    lines = [x for x in DOCS.read() if x["method"] == label]
+    assert label in DOCS.ROWS
+    assert len({(x["m"], x["n"], x["r"], x["dtype"]) for x in lines}) == len(lines)
+    assert len(lines) == len(DOCS.SHAPES) * len(DOCS.DTYPES)
+
+
+def test_the_cases_have_ranks_that_fit():
+    assert {x.rank for x in DOCS.cases(24, 16, 8)} == {1, 2, 4, 8}
+    assert {x.rank for x in DOCS.cases(3, 20, 8)} == {1, 2, 3}
