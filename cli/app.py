@@ -8,6 +8,7 @@ import click
 import rlora
 from rlora import RLoraError
 
+from .console import escape_unencodable, one_line
 from .lazy import Lazy
 
 COMMANDS: Final = {
@@ -31,6 +32,7 @@ class App(Lazy):
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run a command line, then exit with 0, 2 after an error, or 130 after an interrupt."""
+        escape_unencodable()
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except click.ClickException as error:
@@ -47,12 +49,6 @@ class App(Lazy):
 def _refuse(message: str, code: int) -> NoReturn:
     click.echo(f"rlora: error: {one_line(message)}", err=True)
     sys.exit(code)
-
-
-def one_line(message: str) -> str:
-    """Strip a message of line breaks, and of the control codes a file name may carry."""
-    flat = "; ".join(part.strip() for part in message.splitlines() if part.strip())
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in flat)
 
 
 @click.group(cls=App, invoke_without_command=True)

@@ -1,18 +1,16 @@
 """``rlora bench compare``: what has become faster or slower between two records."""
 
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from .console import console, fitted
 from .record import read_record
 from .stats import FEWEST, Interval, quotient_interval, round_ratios
-from .table import console
 
 REGRESSED = 1
 """Exit code."""
@@ -48,7 +46,8 @@ def compare(old: Path, new: Path, threshold: float) -> int:
     if not any(change.quotient for change in found):
         msg = f"{old.name} and {new.name} have no row in common"
         raise ValueError(msg)
-    console().print(_table(found))
+    out = console()
+    out.print(_table(found, out))
     return REGRESSED if any(change.verdict == "slower" for change in found) else 0
 
 
@@ -100,22 +99,20 @@ def _verdict(interval: Interval, threshold: float) -> str:
     return "faster" if interval[1] < 1 / (1 + threshold) else "same"
 
 
-def _table(found: list[Change]) -> Table:
-    table = Table("method", "on", "rank", "of", "new/old", "interval", "verdict", box=SIMPLE_HEAD)
-    for line in _cells(found):
-        table.add_row(*map(Text, line))
-    return table
+def _table(found: list[Change], out: Console) -> Table:
+    keep = ("method", "on", "rank", "new/old", "verdict")
+    lines = [_cells(change) for change in found]
+    return fitted(None, lines, out, keep=keep, texts=("method", "on", "of", "verdict"))
 
 
-def _cells(found: list[Change]) -> Iterator[list[str]]:
-    for change in found:
-        row, quotient, interval = change.row, change.quotient, change.interval
-        yield [
-            row["method"],
-            f"{row['backend']} {row['device']}",
-            str(row["rank"]),
-            change.of,
-            "-" if quotient is None else f"{quotient:.2f}",
-            "-" if interval is None else f"{interval[0]:.2f}-{interval[1]:.2f}",
-            change.verdict,
-        ]
+def _cells(change: Change) -> dict[str, str]:
+    row, quotient, interval = change.row, change.quotient, change.interval
+    return {
+        "method": row["method"],
+        "on": f"{row['backend']} {row['device']}",
+        "rank": str(row["rank"]),
+        "of": change.of,
+        "new/old": "-" if quotient is None else f"{quotient:.2f}",
+        "interval": "-" if interval is None else f"{interval[0]:.2f}-{interval[1]:.2f}",
+        "verdict": change.verdict,
+    }

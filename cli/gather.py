@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-from .app import one_line
+from .console import one_line
 
 Record = dict[str, Any]
 Row = dict[str, Any]

@@ -3,16 +3,14 @@
 import platform
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 import rlora
 import rlora.backends
 
-from .app import one_line
+from .console import console, one_line, text_table
 from .environment import BASE, EXTRAS, blas, cpu_count, cpu_model, versions
-from .table import console
 
 
 @click.command()
@@ -21,7 +19,7 @@ def info() -> None:
     backends = rlora.backends.available()
     out = console()
     out.print(_pairs({"rlora": rlora.__version__, **_system(), **_versions()}))
-    table = Table("backend", "version", "devices, or why it cannot be used", box=SIMPLE_HEAD)
+    table = text_table("backend", "version", "devices, or why it cannot be used")
     for name, found in backends.items():
         says = ", ".join(found.devices) if found.usable else one_line(found.why_not or "unusable")
         table.add_row(Text(name), Text(found.version or "-"), Text(says))
@@ -48,7 +46,7 @@ def _pairs(lines: dict[str, str]) -> Table:
 
 
 def _blas() -> Table:
-    table = Table("BLAS, OpenMP", "version", "threads", box=SIMPLE_HEAD)
+    table = text_table("BLAS, OpenMP", "version", "threads")
     for library in blas():
         threads = library["threads"]
         # Only threadpoolctl can tell.

@@ -4,17 +4,15 @@ import inspect
 from collections.abc import Mapping
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 import rlora.backends
 import rlora.methods
 
-from .app import one_line
+from .console import console, counted, one_line, text_table
 from .contenders import VARIANTS
 from .presets import PRESETS
-from .table import console
 
 RIVALS = {
     "torch.adamw": "torch's AdamW, fused; or torch.adamw:foreach",
@@ -59,7 +57,7 @@ def backends() -> dict[str, str]:
 def presets() -> dict[str, str]:
     """Every preset with its targets and sizes; then how to say any other."""
     found = {
-        name: f"{preset.targets}: {len(preset.pairs())} pairs, "
+        name: f"{preset.targets}: {counted(len(preset.pairs()), 'pair')}, "
         + ", ".join(f"{m}x{n}" for m, n in dict.fromkeys(preset.shapes))
         for name, preset in PRESETS.items()
     }
@@ -67,7 +65,7 @@ def presets() -> dict[str, str]:
 
 
 def _table(title: str, lines: Mapping[str, str]) -> Table:
-    table = Table(title, "", box=SIMPLE_HEAD)
+    table = text_table(title, "")
     for name, text in lines.items():
         table.add_row(Text(name), Text(text))
     return table

@@ -10,7 +10,7 @@ from importlib import resources
 from string import Template
 from typing import Any, Final
 
-from .app import one_line
+from .console import one_line
 from .gather import Record, Row, setups
 from .plan import ROUNDS
 from .series import KINDS, Chart

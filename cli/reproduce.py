@@ -9,19 +9,17 @@ from types import ModuleType
 from typing import Any, Final, TypeVar
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from rich.text import Text
 
 from .claims import CLAIMS, load
 from .claims.claim import Claim, Setting, Track
+from .console import console, counted, text_table
 from .evidence import make_evidence, panels_of, title_of
 from .plan import among, make_arena
 from .record import check_writable, make_folder, write_bytes, write_record, write_text
 from .report import drawing
-from .table import console
 
 T = TypeVar("T")
 
@@ -109,9 +107,8 @@ def attempt(claim: Claim, setting: Setting, output: Path, draw: ModuleType) -> d
 
 def show_checks(record: dict[str, Any]) -> None:
     """Print each value beside its threshold."""
-    title = Text(f"{record['claim']}: {record['verdict']} ({record['seconds']} s)")
-    table = Table("", "value", "", "threshold", "holds", box=SIMPLE_HEAD, title=title)
-    table.title_justify, table.title_style = "left", "bold"
+    title = f"{record['claim']}: {record['verdict']} ({record['seconds']} s)"
+    table = text_table("", "value", "", "threshold", "holds", title=title)
     for check in record["checks"]:
         value = "-" if check["value"] is None else f"{check['value']:.3g}"
         threshold = f"{check['threshold']:.3g}"
@@ -122,20 +119,20 @@ def show_checks(record: dict[str, Any]) -> None:
 
 def show_verdicts(records: list[dict[str, Any]]) -> int:
     """Print the verdicts; give the number of those that are not as documented."""
-    table = Table("claim", "verdict", "seconds", box=SIMPLE_HEAD)
+    table = text_table("claim", "verdict", "seconds")
     for record in records:
         row = (record["claim"], record["verdict"], str(record["seconds"]))
         table.add_row(*map(Text, row))
     off = sum(not record["as_documented"] for record in records)
     out = console()
     out.print(table)
-    out.print(f"{len(records) - off} of {len(records)} verdicts as documented")
+    out.print(f"{len(records) - off} of {counted(len(records), 'verdict')} as documented")
     return off
 
 
 def show_claims(claims: list[Claim]) -> None:
     """Print claims with what is documented of them."""
-    table = Table("claim", "documented", "statement", box=SIMPLE_HEAD)
+    table = text_table("claim", "documented", "statement")
     for claim in claims:
         documented = "holds" if claim.holds else "fails"
         table.add_row(*map(Text, (claim.name, documented, claim.statement)))

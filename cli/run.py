@@ -1,15 +1,12 @@
 """``rlora bench run``: the measurement."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import Progress
 
 from . import record, table
+from .console import console, progress
 from .launches import launch_checks
 from .measure import Race, Row
 from .overhead import least_seconds, work
@@ -167,26 +164,4 @@ class Results:
         made = self.record(partial=partial)
         if output is not None:
             record.write_record(output, made)
-        table.show_record(made, table.console())
-
-
-@contextmanager
-def progress(label: str, total: int, *, log: bool = False) -> Iterator[Any]:
-    """Show a bar on a terminal's stderr, drawn between rounds only: a thread would disturb them.
-
-    Elsewhere one line says where it is, if a log is wanted.
-    """
-    stderr = Console(stderr=True)
-    if log and not stderr.is_terminal:
-        click.echo(label, err=True)
-    with Progress(
-        console=stderr, auto_refresh=False, transient=True, disable=not stderr.is_terminal
-    ) as bar:
-        task = bar.add_task(label, total=total)
-        bar.refresh()
-
-        def tick() -> None:
-            bar.advance(task)
-            bar.refresh()
-
-        yield tick
+        table.show_record(made, console())

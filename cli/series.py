@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from .app import one_line
+from .console import one_line
 from .gather import Measured, Record, Row, gather, setups
 from .presets import SHAPE
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import click
 
+from .console import console
 from .record import read_record
-from .table import console, show_record
+from .table import show_record
 
 
 @click.command()

@@ -4,40 +4,42 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-PIPED_WIDTH = 280
-"""Columns where there is no terminal: enough that nothing is ever cut."""
+from .console import counted, fitted
 
-NARROW = ("method", "rank", "step", "spread", "ratio", "state", "peak", "verdict")
-"""The columns for a terminal on which not all of them fit."""
+KEEP = ("method", "on", "rank", "ratio")
+"""Columns of a table at any width: without `on`, rows of two backends would look alike."""
+
+ORDER = (
+    *("step", "verdict", "spread", "state", "peak temporary", "interval", "of training"),
+    *("to", "operations", "first", "compile", "samples", "model", "of roofline"),
+)
+"""Other columns; where not all fit, the last are left out first."""
+
+TEXTS = ("method", "on", "to", "verdict")
 
 SIGNS = {"at most": "<=", "at least": ">=", "exactly": "=="}
 EXACT = 1000
 """From here on a figure counts something."""
 
 NOTES = {
-    "step": "step: median; spread: interquartile range / median.",
+    "step": "step: median.",
+    "spread": "spread: interquartile range / median.",
     "ratio": "ratio: median over the rounds of the step against the plain method's in the same "
-    "round; interval: of that median, 95 %.",
+    "round.",
+    "interval": "interval: of the ratio, 95 %.",
     "first": "first: the first step, after compiling.",
     "peak temporary": "peak (temporary): most bytes held at once in a step that were not "
     "before it.",
     "operations": "operations: handed to torch's dispatcher in a step.",
-    "model": "model: the least time for the bytes and flops of the method at the peaks below; of "
-    "roofline: that over the step, above 100 % where arrays fit a cache.",
+    "model": "model: the least time for the bytes and flops of the method at the peaks below.",
+    "of roofline": "of roofline: model / step, above 100 % where arrays fit a cache.",
     "of training": "of training: step / (step + forward + backward of these layers, 128 tokens).",
 }
-"""What columns mean; said of those that are there."""
-
-
-def console() -> Console:
-    """Open standard output, as wide as the terminal, or wide enough."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=PIPED_WIDTH)
+"""The meaning of columns; printed for those that are there."""
 
 
 def show_record(record: dict[str, Any], out: Console) -> None:
@@ -48,27 +50,32 @@ def show_record(record: dict[str, Any], out: Console) -> None:
     dtype = record["command"]["dtype"]
     for where, group in groupby(record["rows"], lambda row: row["preset"] or row["adapter"]):
         rows = list(group)
-        show(f"{where}: {rows[0]['pairs']} pairs, {dtype}{partial}", rows, out)
+        show(f"{where}: {counted(rows[0]['pairs'], 'pair')}, {dtype}{partial}", rows, out)
     for peak in record["peaks"]:
         rates = f"{size(round(peak['bytes_per_s']))}/s, {peak['flops_per_s'] / 1e9:.3g} Gflop/s"
         out.print(Text(f"peak of {peak['backend']} {peak['device']}: {rates}"))
     if record["checks"]:
-        out.print(_verdicts(record["checks"]))
+        out.print(_verdicts(record["checks"], out))
         passed = sum(check["passed"] for check in record["checks"])
         unsure = sum(not check.get("stable", True) for check in record["checks"])
         note = f"; {unsure}, with a ?, by rows that are unstable" if unsure else ""
-        out.print(Text(f"{passed} of {len(record['checks'])} targets reached{note}"))
+        out.print(Text(f"{passed} of {counted(len(record['checks']), 'target')} reached{note}"))
 
 
-def _verdicts(checks: Sequence[dict[str, Any]]) -> Table:
-    names = ("", "what", "preset", "rank", "limit", "measured")
-    table = Table(*names, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for check in checks:
-        verdict = ("PASS" if check["passed"] else "FAIL") + "?" * (not check.get("stable", True))
-        rank = "-" if check["rank"] is None else str(check["rank"])
-        numbers = (f"{SIGNS[check['sense']]} {figure(check['limit'])}", figure(check["measured"]))
-        table.add_row(*map(Text, (verdict, check["what"], check["preset"], rank, *numbers)))
-    return table
+def _verdicts(checks: Sequence[dict[str, Any]], out: Console) -> Table:
+    lines = [
+        {
+            "": ("PASS" if check["passed"] else "FAIL") + "?" * (not check.get("stable", True)),
+            "what": check["what"],
+            "preset": check["preset"],
+            "rank": "-" if check["rank"] is None else str(check["rank"]),
+            "limit": f"{SIGNS[check['sense']]} {figure(check['limit'])}",
+            "measured": figure(check["measured"]),
+        }
+        for check in checks
+    ]
+    keep, texts = ("", "what", "preset", "rank"), ("what", "preset", "limit")
+    return fitted(None, lines, out, keep=keep, texts=texts, order=("measured",))
 
 
 def figure(value: float) -> str:
@@ -77,44 +84,42 @@ def figure(value: float) -> str:
 
 
 def show(title: str, rows: Sequence[dict[str, Any]], out: Console) -> None:
-    """Print the rows as a table, and under it what its columns mean."""
-    lines, reasons = _without_empty([cells(row) for row in rows]), []
-    table = _table(title, lines)
-    unbounded = out.options.update(width=PIPED_WIDTH)
-    if out.measure(table, options=unbounded).maximum > out.width:
-        # The verdicts go under the table: only their first word stays in it.
-        reasons = [
-            f"{line['method']}, rank {line['rank']}: {line['verdict']}"
-            for line in lines
-            if line["verdict"] != "ok"
-        ]
-        table = _table(title, [_narrow(line) for line in lines])
+    """Print the rows as a table, and under it the meaning of its columns."""
+    lines = _without_empty([{**cells(row), "verdict": word_of(row)} for row in rows])
+    table = fitted(title, lines, out, keep=KEEP, texts=TEXTS, order=ORDER, section="rank")
     out.print(table)
-    for note in (*reasons, *(note for name, note in NOTES.items() if name in lines[0])):
+    shown = [str(column.header) for column in table.columns]
+    notes = [note for name, note in NOTES.items() if name in shown]
+    for note in (*notes, *filter(None, (instability(rows),))):
         out.print(Text(note))
 
 
-def _table(title: str, lines: Sequence[dict[str, str]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, title=Text(title), title_justify="left", title_style="bold")
-    table.padding = (0, 1, 0, 0)
-    for name in lines[0]:
-        text = name in ("method", "on", "to", "verdict")
-        table.add_column(name, justify="left" if text else "right", no_wrap=True)
-    for before, line in zip([lines[0], *lines], lines, strict=False):
-        if before["rank"] != line["rank"]:
-            table.add_section()
-        table.add_row(*map(Text, line.values()))
-    return table
+def word_of(row: dict[str, Any]) -> str:
+    """Give the first word of a verdict: "ok" or "unstable"."""
+    return str(row["verdict"].partition(":")[0])
+
+
+def instability(rows: Sequence[dict[str, Any]]) -> str | None:
+    """Say once for all rows why they are unstable and what to do; None if none is."""
+    advice: dict[str, list[str]] = {}
+    for row in rows:
+        word, _, why = row["verdict"].partition(": ")
+        if word != "ok":
+            reason, _, hint = why.partition("; ")
+            advice.setdefault(hint, []).append(reason)
+    if not advice:
+        return None
+    said = [
+        f"{len(reasons)} of {counted(len(rows), 'row')}, "
+        f"{'for example ' if len(set(reasons)) > 1 else ''}{reasons[0]} ({hint})"
+        for hint, reasons in advice.items()
+    ]
+    return f"unstable: {'; '.join(said)}."
 
 
 def _without_empty(lines: list[dict[str, str]]) -> list[dict[str, str]]:
     kept = [name for name in lines[0] if any(line[name] != "-" for line in lines)]
     return [{name: line[name] for name in kept} for line in lines]
-
-
-def _narrow(line: dict[str, str]) -> dict[str, str]:
-    short = {"peak": line.get("peak temporary", "-"), "verdict": line["verdict"].partition(":")[0]}
-    return {name: {**line, **short}.get(name, "-") for name in NARROW}
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:

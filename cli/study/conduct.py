@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from rlora.cli.table import console
+from rlora.cli.console import console, counted
 
 from .beds import LARGE, Origin, check_dataset
 from .methods import CONTENDERS, check_contenders
@@ -52,7 +52,7 @@ def conduct(
     records = Records(output / f"{model}-{dataset}.jsonl")
     processes = 1 if model in LARGE else processes  # one model fills a GPU
     for jobs in rounds(records, entries):
-        console().print(f"{len(jobs)} runs to do")
+        console().print(f"{counted(len(jobs), 'run')} to do")
         for row in do(place, jobs, processes):
             records.add(row)
             console().print(line(row))

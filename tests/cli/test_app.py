@@ -2,7 +2,7 @@ import pytest
 
 import rlora
 from rlora.backends import BUILTIN, BackendInfo
-from rlora.cli import app as door
+from rlora.cli.console import one_line
 
 
 def test_version_and_help_are_quick_and_complete(rlora_cli):
@@ -35,6 +35,24 @@ def test_the_command_line_starts_quickly():
     turns = [[seconds(code) for code in ("import numpy", help_page)] for _ in range(5)]
     numpy, ours = (min(times) for times in zip(*turns, strict=True))
     assert ours < 6 * numpy
+
+
+@pytest.mark.parametrize("args", [["bench", "list"], ["reproduce", "--list"], ["bench", "--help"]])
+def test_a_narrow_encoding_escapes_what_it_lacks(args):
+    import os
+    import subprocess
+    import sys
+
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import rlora.cli; rlora.cli.main()", *args],
+        env=os.environ | ascii_only | {"PYTHONIOENCODING": "ascii:strict"},
+        capture_output=True,
+        timeout=1200,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.isascii()
 
 
 def test_no_such_command(refused):
@@ -76,4 +94,4 @@ def test_the_door_lets_bugs_through(rlora_cli, monkeypatch):
 
 
 def test_one_line_keeps_text_and_disarms_the_rest():
-    assert door.one_line("größer\n\n  \x1b[31mred\x07") == "größer; \\x1b[31mred\\x07"
+    assert one_line("größer\n\n  \x1b[31mred\x07") == "größer; \\x1b[31mred\\x07"

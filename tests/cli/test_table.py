@@ -3,7 +3,8 @@ import io
 import pytest
 from rich.console import Console
 
-from rlora.cli.table import cells, seconds, show, size
+from rlora.cli.console import counted
+from rlora.cli.table import cells, seconds, show, show_record, size
 
 ROW = {
     "method": "scaled_adamw",
@@ -28,17 +29,62 @@ ROW = {
 }
 
 
+def shown(rows, width):
+    out = io.StringIO()
+    show("a title", rows, Console(file=out, width=width))
+    assert all(len(line) <= width for line in out.getvalue().splitlines())
+    return out.getvalue()
+
+
 @pytest.mark.parametrize("width", [80, 120, 200])
 def test_no_number_is_ever_cut(width):
-    out = io.StringIO()
-    show("a title", [ROW, {**ROW, "rank": 64, "verdict": "ok"}], Console(file=out, width=width))
-    text = out.getvalue()
+    text = shown([ROW, {**ROW, "rank": 64, "verdict": "ok"}], width)
     assert "…" not in text
     for word in ("scaled_adamw", "123 ms", "23%", "12.35", "123 MB", " ok", "23.4% > 15%"):
         assert word in text
-    assert ("torch cuda:0" in text) == (width == 200)
+    assert "torch cuda:0" in text
     assert "compile" not in text  # nobody has it
-    assert all(len(line) <= width for line in text.splitlines())
+
+
+def test_a_narrow_terminal_shows_fewer_columns_and_explains_no_others():
+    text = shown([ROW, {**ROW, "backend": "numpy", "device": "cpu"}], 40)
+    assert "…" not in text
+    assert "12.35" in text
+    assert "numpy cpu" in text
+    assert "torch" in text
+    assert "cuda:0" in text
+    for name in ("spread:", "peak temporary", "interval", "first"):
+        assert name not in text
+
+
+def test_instability_is_explained_once_for_a_table():
+    calm = {**ROW, "verdict": "ok"}
+    other = {**ROW, "verdict": ROW["verdict"].replace("23.4%", "40.0%")}
+    text = shown([ROW, other, calm], 200)
+    assert text.count("close other programs or raise --repeat") == 1
+    assert "unstable: 2 of 3 rows, for example spread 23.4% > 15% (close" in text
+    assert "unstable:" not in shown([calm], 200)
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_verdicts_of_a_suite_keep_their_names(width):
+    check = {"what": "torch scaled_adamw / torch adamw", "preset": "gpt2-medium", "rank": 4}
+    check |= {"sense": "at most", "limit": 1.6, "measured": 3.65, "passed": False}
+    record = {"rows": [], "partial": True, "command": {"dtype": "float32"}, "peaks": []}
+    out = io.StringIO()
+    show_record({**record, "checks": [check]}, Console(file=out, width=width))
+    words = "".join(out.getvalue().split())
+    assert "FAIL" in words
+    assert "…" not in words
+    assert ("3.65" in words) == (width == 80)
+
+
+def test_one_thing_is_not_several():
+    assert (counted(1, "pair"), counted(2, "pair"), counted(0, "row")) == (
+        "1 pair",
+        "2 pairs",
+        "0 rows",
+    )
 
 
 def test_cells_of_what_is_not_known():

@@ -1,0 +1,140 @@
+"""Standard output and stderr: tables that fit a terminal, progress bars, messages on one line."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+PIPED_WIDTH = 280
+"""Columns where there is no terminal: enough that nothing is ever cut."""
+
+
+def console() -> Console:
+    """Open standard output, as wide as the terminal, or wide enough."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=PIPED_WIDTH)
+
+
+def escape_unencodable() -> None:
+    r"""Let streams of a narrow encoding print \u2265 where they would fail: a table is no error."""
+    for stream in (sys.stdout, sys.stderr):
+        encoding = (getattr(stream, "encoding", None) or "").lower()
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None and not encoding.startswith("utf"):
+            reconfigure(errors="backslashreplace")
+
+
+def one_line(message: str) -> str:
+    """Strip a message of line breaks, and of the control codes a file name may carry."""
+    flat = "; ".join(part.strip() for part in message.splitlines() if part.strip())
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in flat)
+
+
+def counted(count: int, noun: str) -> str:
+    """Say a number of things: "1 pair", "2 pairs"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def text_table(*heads: str, title: str | None = None) -> Table:
+    """Make a table of text, whose cells wrap and are never cut."""
+    table = Table(box=SIMPLE_HEAD, title=None if title is None else Text(title))
+    table.title_justify, table.title_style = "left", "bold"
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    return table
+
+
+def fitted(
+    title: str | None,
+    lines: Sequence[Mapping[str, str]],
+    out: Console,
+    *,
+    keep: Sequence[str],
+    texts: Sequence[str],
+    order: Sequence[str] = (),
+    section: str | None = None,
+) -> Table:
+    """Make a table of as many columns as fit; numbers are never cut.
+
+    Parameters
+    ----------
+    title : str or None
+        Set above it.
+    lines : sequence of mapping
+        Text by column, the same columns in each.
+    out : Console
+        Where it is to be printed.
+    keep : sequence of str
+        Columns that stay at any width; those of text wrap when even these do not fit.
+    texts : sequence of str
+        Columns of text, to the left; all others are numbers, to the right.
+    order : sequence of str
+        Other columns, the first to stay first; a column that is not named goes first of all.
+    section : str or None
+        Column at whose changes a line is left free.
+
+    Returns
+    -------
+    rich.table.Table
+        Its columns in the order of `lines`.
+    """
+    names = list(lines[0])
+    ranked = [name for name in (*keep, *order) if name in names]
+    ranked += [name for name in names if name not in ranked]
+    least = sum(name in keep for name in names)
+    unbounded = out.options.update(width=sys.maxsize)
+    for count in range(len(ranked), least - 1, -1):
+        shown = [name for name in names if name in ranked[:count]]
+        table = _table(title, [{name: line[name] for name in shown} for line in lines], texts)
+        if section is not None:
+            _add_sections(table, [line[section] for line in lines])
+        if out.measure(table, options=unbounded).maximum <= out.width:
+            break
+    return table
+
+
+def _table(title: str | None, lines: Sequence[Mapping[str, str]], texts: Sequence[str]) -> Table:
+    table = text_table(title=title)
+    table.padding = (0, 1, 0, 0)
+    for name in lines[0]:
+        text = name in texts
+        table.add_column(
+            name, justify="left" if text else "right", no_wrap=not text, overflow="fold"
+        )
+    for line in lines:
+        table.add_row(*map(Text, line.values()))
+    return table
+
+
+def _add_sections(table: Table, values: Sequence[str]) -> None:
+    for row, here, after in zip(table.rows, values, values[1:], strict=False):
+        row.end_section = here != after
+
+
+@contextmanager
+def progress(label: str, total: int, *, log: bool = False) -> Iterator[Any]:
+    """Show a bar on a terminal's stderr, drawn between rounds only: a thread would disturb them.
+
+    Elsewhere one line says where it is, if a log is wanted.
+    """
+    stderr = Console(stderr=True)
+    if log and not stderr.is_terminal:
+        click.echo(label, err=True)
+    with Progress(
+        console=stderr, auto_refresh=False, transient=True, disable=not stderr.is_terminal
+    ) as bar:
+        task = bar.add_task(label, total=total)
+        bar.refresh()
+
+        def tick() -> None:
+            bar.advance(task)
+            bar.refresh()
+
+        yield tick
