@@ -110,6 +110,10 @@ def method_names() -> list[str]:
     ]
 
 
+PLAIN: Final = ("adamw", "sgd")
+"""Methods that others are compared with."""
+
+
 def baseline_of(method: str) -> str:
     """Name the plain method that a method is compared with."""
     return "sgd" if method.endswith("sgd") else "adamw"
@@ -124,7 +128,7 @@ def plain(name: str) -> Transform:
 
 def make_method(method: str) -> Transform:
     """Make a method, or a plain one, by its name."""
-    if method in ("adamw", "sgd"):
+    if method in PLAIN:
         return plain(method)
     name, options = split_variant(method)
     made: Transform = getattr(rlora.methods, name)(**options)

@@ -13,7 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-BASE: Final = ("numpy", "array-api-compat", "click", "rich")
+from threadpoolctl import threadpool_info
+
+BASE: Final = ("numpy", "array-api-compat", "click", "rich", "threadpoolctl")
 EXTRAS: Final = ("torch", "jax", "jaxlib", "optax", "cupy", "peft", "transformers")
 
 
@@ -64,20 +66,10 @@ def cpu_count() -> int:
 
 
 def blas() -> list[dict[str, Any]]:
-    """BLAS and OpenMP libraries in this process with their threads, or what NumPy was built with.
-
-    threadpoolctl, of the extra ``bench``, sees the threads; without it they are None.
-    """
-    try:
-        pools = importlib.import_module("threadpoolctl").threadpool_info()
-    except ImportError:
-        config = importlib.import_module("numpy").show_config(mode="dicts")
-        built = config.get("Build Dependencies", {}).get("blas", {})
-        name, release = str(built.get("name", "unknown")), built.get("version")
-        return [{"library": name, "version": release, "threads": None}]
+    """BLAS and OpenMP libraries that this process has loaded, with their threads."""
     return [
         {"library": p["internal_api"], "version": p["version"], "threads": p["num_threads"]}
-        for p in pools
+        for p in threadpool_info()
     ]
 
 
@@ -96,6 +88,17 @@ def _memory() -> int | None:
         if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= names.keys():
             return None
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory() -> int | None:
+    """Bytes that new arrays can take without swapping; None where that is unknown."""
+    try:
+        return int(importlib.import_module("psutil").virtual_memory().available)
+    except ImportError:
+        meminfo = Path("/proc/meminfo")
+        text = meminfo.read_text() if meminfo.exists() else ""
+        found = re.search(r"^MemAvailable:\s*(\d+) kB$", text, re.MULTILINE)
+        return int(found[1]) * 1024 if found else None
 
 
 def load_average() -> list[float] | None:

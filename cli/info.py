@@ -48,8 +48,6 @@ def _pairs(lines: dict[str, str]) -> Table:
 def _blas() -> Table:
     table = text_table("BLAS, OpenMP", "version", "threads")
     for library in blas():
-        threads = library["threads"]
-        # Only threadpoolctl can tell.
-        told = "pip install threadpoolctl to see them" if threads is None else str(threads)
-        table.add_row(Text(library["library"]), Text(library["version"] or "-"), Text(told))
+        told = (library["library"], library["version"] or "-", str(library["threads"]))
+        table.add_row(*map(Text, told))
     return table

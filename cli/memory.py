@@ -68,6 +68,8 @@ def operations(step: Callable[[], None]) -> int:
 def hush_profiler() -> None:
     """Keep torch's profiler from writing to stderr; works only before torch is imported."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
+    # Of memory that was there before the profiler, its CPU allocator warns in the log of C++.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def of_torch_cpu(step: Callable[[], None]) -> tuple[int, int]:

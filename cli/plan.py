@@ -11,7 +11,7 @@ from rlora import BackendError
 
 from . import memory
 from .adapters import locate, read_adapter
-from .contenders import Arena, Entry, Key, baseline_of, functional_entries, method_names
+from .contenders import PLAIN, Arena, Entry, Key, baseline_of, functional_entries, method_names
 from .measure import Rounds
 from .presets import DEFAULT, named
 from .problem import Problem, random_problem, with_gradients
@@ -21,6 +21,9 @@ from .torch_contenders import TorchArena, optax_entry, torch_class, torch_entrie
 DTYPES: Final = ("float32", "float64", "float16", "bfloat16")
 RANKS: Final = (4, 16, 64)
 QUICK_RANKS: Final = (4, 16)
+WIDE: Final = 2 * 4
+"""Bytes of two numbers in float32: a factor's and its gradient's, or two moments."""
+
 END_TO_END_RANKS: Final = (32,)
 ROUNDS: Final = Rounds(least=7, most=100, seconds=12.0)
 QUICK_ROUNDS: Final = Rounds(least=3, most=3)
@@ -84,7 +87,8 @@ class Plan(NamedTuple):
         torch_arena = arenas.get("torch") or self.rival_arenas.get("torch")
         shared = TorchArena(problem, torch_arena) if torch_arena else None
         for name, arena in arenas.items():
-            names = [*self._plains(name), *self.methods[name]]
+            plains = self._plains(name)
+            names = [*plains, *(x for x in self.methods[name] if x not in plains)]
             if name == "torch" and shared:
                 entries += torch_entries(shared, names, [], self._yardstick(name))
             else:
@@ -97,6 +101,24 @@ class Plan(NamedTuple):
                 arena = self.rival_arenas[rival.framework]
                 entries.append(optax_entry(problem, arena, rival, yardstick))
         return entries
+
+    def least_bytes(self) -> int:
+        """Estimate the main memory of a run from shapes alone; 0 for an adapter, which is a file.
+
+        Random factors and gradients in float32; in each backend a copy of them, and of every
+        contender, as all are alive at once, its parameters and two moments; one step's arrays.
+        """
+        if not self.ranks:
+            return 0
+        preset, item = named(self.preset or DEFAULT), int(self.dtype[-2:]) // 8
+        numbers = preset.layers * max(self.ranks) * sum(m + n for m, n in preset.shapes)
+        arenas = self.everywhere()
+        here = [name for name in arenas if _in_main_memory(arenas[name])]
+        contenders = sum(
+            len({*self._plains(name), *self.methods[name]}) for name in self.methods if name in here
+        ) + sum(rival.framework in here for rival in self.rivals)
+        each = WIDE + item * len(here) + (item + WIDE) * contenders
+        return numbers * (each + WIDE)
 
     def everywhere(self) -> dict[str, Arena]:
         """Every arena that somebody is in, by backend."""
@@ -133,7 +155,7 @@ def make_plan(
 ) -> Plan:
     """Make the plan of the options; an error says which one is wrong and what it may be."""
     seed = at_least("--seed", seed, 0)
-    wanted = among("--method", listed("--method", methods), method_names())
+    wanted = among("--method", listed("--method", methods), (*PLAIN, *method_names()))
     among("--dtype", [dtype], DTYPES)
     numbers = [at_least("--rank", word, 1) for word in listed("--rank", ranks)]
     rounds = rounds_for(repeat, seconds, quick=quick)
@@ -162,6 +184,10 @@ def make_plan(
         threads=threads,
         end_to_end=end_to_end,
     )
+
+
+def _in_main_memory(arena: Arena) -> bool:
+    return arena.name != "cupy" and (arena.device or "cpu").startswith("cpu")
 
 
 def rounds_for(repeat: int | None, seconds: float | None, *, quick: bool) -> Rounds:
@@ -260,7 +286,7 @@ def methods_for(backend: str, wanted: list[str]) -> list[str]:
     if backend == "torch":
         have = [name for name in have if torch_class(name.partition(":")[0]) is not None]
     for name in wanted:
-        if name not in have:
+        if name not in (*PLAIN, *have):
             msg = f"--method {name} has no optimizer in rlora.torch; it has {', '.join(have)}"
             raise ValueError(msg)
     return wanted or [name for name in have if ":" not in name]

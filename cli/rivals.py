@@ -60,9 +60,17 @@ def _of(package: str, module: str, attribute: str, **options: Any) -> Callable[[
 def _found(package: str, module: str, attribute: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a broken installation may raise anything
-        msg = f"--against {package} needs a newer {package} (pip install -U {package}): {error}"
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise BackendError(_too_old(package, error)) from error
+        msg = f"--against {package}: {error.name} is not installed: pip install {error.name}"
         raise BackendError(msg) from error
+    except Exception as error:  # a broken installation may raise anything
+        raise BackendError(_too_old(package, error)) from error
+
+
+def _too_old(package: str, error: Exception) -> str:
+    return f"--against {package} needs a newer {package} (pip install -U {package}): {error}"
 
 
 def _riemannian() -> Callable[[Any], Any]:

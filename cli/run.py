@@ -1,5 +1,6 @@
 """``rlora bench run``: the measurement."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import click
 
 from . import record, table
 from .console import console, progress
+from .environment import free_memory
 from .launches import launch_checks
 from .measure import Race, Row
 from .overhead import least_seconds, work
@@ -60,11 +62,16 @@ def _words(numbers: tuple[int, ...]) -> str:
 @click.option("--threads", type=int, help="Pin BLAS, OpenMP, torch and XLA to so many threads.")
 @click.option("--end-to-end", is_flag=True, help="Also forward and backward; rank 32, torch.")
 @click.option("--suite", help="Instead: speed, a table of targets; or scaling, widths and depths.")
+@click.option("--force", is_flag=True, help="Go on when it needs more memory than is free.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of values and order.")
-def run(output: Path | None, threads: int | None, suite: str | None, **options: Any) -> None:
+def run(
+    output: Path | None, threads: int | None, suite: str | None, *, force: bool, **options: Any
+) -> None:
     with reserved(threads):
         plans = suite_of(suite, threads=threads, **options) if suite else None
         plans = plans or [make_plan(threads=threads, **options)]
+        if not force:
+            check_memory(plans)
         if output is not None:
             record.check_writable(output)
         made = Results(plans, suite)
@@ -86,6 +93,20 @@ def suite_of(suite: str, **options: Any) -> list[Plan]:
             raise ValueError(msg)
     given = {name: options[name] for name in options if name not in SUITE_HAS}
     return suite_plans(suite, options["preset"], listed("--rank", options["ranks"]), **given)
+
+
+def check_memory(plans: Sequence[Plan]) -> None:
+    """Refuse plans that need more memory than is free: the kernel would end the process."""
+    free = free_memory()
+    for plan in plans:
+        need = plan.least_bytes()
+        if free is not None and need > free:
+            msg = (
+                f"--preset {plan.preset} at rank {max(plan.ranks or [0])} needs about "
+                f"{table.size(need)}, and {table.size(free)} are free; take fewer methods, a lower "
+                f"rank or a smaller preset, or go on with --force"
+            )
+            raise ValueError(msg)
 
 
 class Results:

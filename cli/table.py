@@ -161,7 +161,7 @@ def size(value: int | None) -> str:
     """Bytes in the decimal unit that suits them, three digits."""
     if value is None:
         return "-"
-    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if value >= factor:
             return f"{value / factor:.3g} {unit}"
     return f"{value} B"

@@ -1,12 +1,11 @@
 """How many threads a library may use, which decides more than any method."""
 
-import importlib
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rlora import BackendError
+from threadpoolctl import threadpool_limits
 
 
 @contextmanager
@@ -35,14 +34,9 @@ def pinned(threads: int | None) -> Iterator[None]:
     if threads is None:
         yield
         return
-    try:
-        limits = importlib.import_module("threadpoolctl").threadpool_limits
-    except ImportError as error:
-        msg = "--threads needs threadpoolctl: pip install threadpoolctl"
-        raise BackendError(msg) from error
     torch = sys.modules.get("torch")
     before = torch.get_num_threads() if torch else threads
-    with limits(limits=threads):
+    with threadpool_limits(limits=threads):
         if torch:
             torch.set_num_threads(threads)
         try:

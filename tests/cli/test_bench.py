@@ -305,13 +305,13 @@ def test_base_dependencies_are_enough(adapter):
         "import sys\n"
         "class Absent:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('torch', 'jax', 'peft', 'psutil', 'threadpoolctl',"
+        "        if name.split('.')[0] in ('torch', 'jax', 'peft', 'psutil',"
         " 'safetensors', 'scipy'):\n"
         "            raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Absent())\n"
         "import rlora.cli; rlora.cli.main()\n"
     )
-    args = ["bench", "--adapter", str(adapter), "--repeat", "1"]
+    args = ["bench", "--adapter", str(adapter), "--repeat", "1", "--threads", "1"]
     for command in (args, ["info"]):
         done = subprocess.run(
             [sys.executable, "-c", code, *command],
@@ -321,4 +321,57 @@ def test_base_dependencies_are_enough(adapter):
             check=False,
         )
         assert (done.returncode, done.stderr) == (0, "")
-    assert "pip install threadpoolctl" in done.stdout
+    assert "threadpoolctl" in done.stdout
+
+
+def test_a_plain_method_can_be_asked_for(rlora_cli, adapter, tmp_path):
+    out = tmp_path / "out.json"
+    for methods, count in {"adamw": 1, "sgd,scaled_adamw": 3}.items():
+        args = ("--method", methods, "--repeat", 1, "--output", out)
+        assert rlora_cli("bench", "--adapter", adapter, *args).exit_code == 0
+        names = [row["method"] for row in load(out)["rows"]]
+        assert len(names) == len(set(names)) == count
+        assert set(methods.split(",")) <= set(names)
+
+
+def test_torch_has_the_plain_methods_too(rlora_cli, adapter):
+    pytest.importorskip("torch")
+    args = ("--method", "adamw", "--backend", "torch", "--repeat", 1)
+    assert rlora_cli("bench", "--adapter", adapter, *args).exit_code == 0
+
+
+HUGE = ("--preset", "100000x100000*10000", "--method", "adamw", "--rank", 64)
+
+
+def test_more_than_the_free_memory_is_refused_in_one_line(refused, monkeypatch):
+    monkeypatch.setattr("rlora.cli.plan.random_problem", lambda *a: pytest.fail("it was made"))
+    message = refused("bench", *HUGE)
+    assert "needs about 4.1 TB" in message  # 200000 x 64 x 10000 numbers of 32 bytes
+    assert "--force" in message
+
+
+def test_force_goes_on_without_asking_for_free_memory(refused, monkeypatch):
+    def begun(*arguments):
+        msg = "it was begun"
+        raise MemoryError(msg)
+
+    monkeypatch.setattr("rlora.cli.plan.random_problem", begun)
+    assert "it was begun" in refused("bench", *HUGE, "--force")
+
+
+def test_the_estimate_is_near_what_is_held(rlora_cli, monkeypatch):
+    """A factor of two either way: it tells gigabytes from terabytes."""
+    import tracemalloc
+
+    from rlora.cli.plan import Plan
+
+    made, least = [], Plan.least_bytes
+    monkeypatch.setattr(Plan, "least_bytes", lambda plan: made.append(least(plan)) or made[-1])
+    tracemalloc.start()
+    try:
+        args = ("--preset", "1024x1024*8", "--method", "adamw", "--rank", 64, "--repeat", 1)
+        assert rlora_cli("bench", *args).exit_code == 0
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert made[0] / 2 < peak < 2 * made[0]

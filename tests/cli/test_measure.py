@@ -247,3 +247,22 @@ def test_what_is_not_of_the_time_is_kept_apart():
     (row,) = race.rows()
     assert row["first_call_s"] > 0 <= row["build_s"]
     assert row["compile_s"] is row["operations"] is row["peak_temporary_bytes"] is None
+
+
+def test_the_profiler_says_nothing_of_memory_that_was_there_before():
+    """In a process of its own: torch looks at the variable when it is imported."""
+    import subprocess
+    import sys
+
+    pytest.importorskip("torch")
+    code = (
+        "from rlora.cli import memory\n"
+        "memory.hush_profiler()\n"
+        "import torch\n"
+        "kept = [torch.ones(1000)]\n"
+        "memory.of_torch_cpu(kept.clear)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=1200, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -55,6 +55,22 @@ def test_packages_that_may_be_there(package, monkeypatch):
         find_rival(package)
 
 
+class Absent:
+    """A finder that says of PEFT what Python says of a package that is not installed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "peft":
+            raise ModuleNotFoundError("No module named 'peft'", name="peft")
+
+
+def test_a_package_that_is_not_installed_is_not_called_old(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
+    with pytest.raises(rlora.BackendError, match=r"peft is not installed: pip install peft$"):
+        find_rival("peft")
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [

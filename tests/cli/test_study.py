@@ -278,3 +278,17 @@ def test_smollm2_learns_a_little_from_cached_layers(tmp_path):
     assert 0 <= result["test"]["score"] <= 1
     again = run(smollm2.load("pronounce", kept=kept, quick=True), job)
     assert again["validation"] == result["validation"]
+
+
+@pytest.mark.parametrize(
+    ("model", "lacks", "extra"),
+    [
+        ("digits", "sklearn", "study"),
+        ("smollm2", "reasoning_gym", "study"),
+        ("gpt2", "accelerate", "study-gpu"),
+    ],
+)
+def test_the_extra_is_named_before_anything_starts(refused, monkeypatch, model, lacks, extra):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == lacks else True)
+    message = refused("study", "--model", model)
+    assert f"needs {lacks}, which is not installed: pip install 'rlora[{extra}]'" in message

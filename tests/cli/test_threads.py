@@ -4,12 +4,12 @@ import sys
 
 import numpy as np
 import pytest
+import threadpoolctl
 
 from rlora.cli.threads import pinned, reserved
 
 
 def test_libraries_are_pinned_and_set_free_again():
-    threadpoolctl = pytest.importorskip("threadpoolctl")
     torch = pytest.importorskip("torch")
     np.ones((2, 2)) @ np.ones((2, 2))
     before = torch.get_num_threads()
@@ -50,7 +50,6 @@ def test_xla_makes_as_many_threads_as_were_reserved():
 
 
 def test_the_record_has_the_number(rlora_cli, refused, adapter, tmp_path):
-    pytest.importorskip("threadpoolctl")
     import json
 
     out = tmp_path / "out.json"
@@ -60,9 +59,3 @@ def test_the_record_has_the_number(rlora_cli, refused, adapter, tmp_path):
     assert found["command"]["threads"] == 1
     assert {library["threads"] for library in found["environment"]["blas"]} == {1}
     assert "at least 1" in refused("bench", "--threads", 0)
-
-
-def test_without_threadpoolctl_the_reason_is_said(refused, adapter, monkeypatch):
-    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
-    why = refused("bench", "--adapter", adapter, "--threads", 1)
-    assert "pip install threadpoolctl" in why
