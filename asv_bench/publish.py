@@ -96,7 +96,7 @@ def run(commit: str, benchmarks: tuple[str, ...] | list[str], on: tuple[str, ...
         named = (word for name in benchmarks for word in ("--bench", name))
         # No --quick, which saves nothing. One round: asv cannot interleave commits here anyway.
         few = ("-a", "rounds=1", "-a", "repeat=5")
-        arguments = ("-E", f"existing:{sys.executable}", "--set-commit-hash", commit, *few, *on)
+        arguments = ("-E", "existing:same", "--set-commit-hash", commit, *few, *on)
         code = asv("run", *arguments, *named, path=str(site))
     if code not in (0, 2):  # 2: some benchmark failed, and the result says which
         say(f"{commit[:8]} could not be measured: asv ended with {code}")

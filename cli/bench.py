@@ -4,7 +4,7 @@ import click
 
 from .lazy import Lazy
 
-HELP = """What a step costs here, beside the plain step, on shapes of real models.
+HELP = """Time steps beside the plain step, on LoRA shapes of models.
 
 `rlora bench` with options and no command is `rlora bench run`: it prints a table, and --output
 keeps the record with every sample and the environment. The other commands read records.

@@ -35,9 +35,10 @@ class Change(NamedTuple):
 @click.argument("new", type=Path)
 @click.option("--threshold", type=float, default=0.10, show_default=True, help="What is tolerated.")
 def compare(old: Path, new: Path, threshold: float) -> int:
-    """Compare the records OLD and NEW row by row; exit with 1 if any became slower.
+    """Compare the records OLD and NEW row by row.
 
-    Slower means that the whole interval (95 %, bootstrap) of new over old lies above 1 + threshold.
+    The exit code is 1 if any row became slower: if the whole interval (95 %, bootstrap) of new over
+    old lies above 1 + threshold.
     """
     if not 0 <= threshold < float("inf"):
         msg = f"--threshold must be a number from 0 up, got {threshold}"

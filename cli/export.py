@@ -11,7 +11,7 @@ from typing import Any, Final
 import click
 import numpy as np
 
-from .record import check_writable, read_record, write_text
+from .record import check_writable, make_folder, read_record, write_text
 from .table import cells
 
 Record = dict[str, Any]
@@ -100,7 +100,7 @@ def github_action(record: Record, commit: str) -> str:
         if row["ratio"] is not None:
             to = f"x {row['ratio_to']}"
             entries.append({"name": f"{full_name(row)}/ratio", "unit": to, "value": row["ratio"]})
-    return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(entries, indent=1) + "\n"
 
 
 def bencher(record: Record, commit: str) -> str:
@@ -123,21 +123,18 @@ ASV_COLUMNS: Final = [
 ]
 
 
+MACHINE: Final = "rlora-bench"
+"""Name of the machine and of the environment in asv's results."""
+
+
 def asv(record: Record, commit: str) -> str:
     """A result file of asv (version 2): a benchmark for each row, its samples in seconds."""
     environment, created = record["environment"], _milliseconds(record["created"])
-    machine = {
-        "machine": "rlora-bench",
-        "arch": environment["machine"],
-        "cpu": environment["cpu"],
-        "num_cpu": str(environment["cpus"]),
-        "os": environment["system"],
-        "ram": str(environment["memory_bytes"] or ""),
-    }
+    machine = _asv_machine(record)
     made = {
         "version": 2,
         "commit_hash": commit,
-        "env_name": "rlora-bench",
+        "env_name": MACHINE,
         "date": created,
         "params": {**machine, "python": environment["python"]},
         "python": environment["python"],
@@ -148,6 +145,47 @@ def asv(record: Record, commit: str) -> str:
         "results": {_asv_name(row): _asv_row(row, created) for row in record["rows"]},
     }
     return json.dumps(made) + "\n"
+
+
+def _asv_machine(record: Record) -> dict[str, str]:
+    environment = record["environment"]
+    return {
+        "machine": MACHINE,
+        "arch": environment["machine"],
+        "cpu": environment["cpu"],
+        "num_cpu": str(environment["cpus"]),
+        "os": environment["system"],
+        "ram": str(environment["memory_bytes"] or ""),
+    }
+
+
+def write_asv_results(record: Record, commit: str, folder: Path) -> None:
+    """Write a result with all that asv asks for beside it, into its folder of results.
+
+    Its machine, without which asv skips the result, and its benchmarks, added to those that the
+    folder has.
+    """
+    make_folder("--output", folder / MACHINE)
+    known = folder / "benchmarks.json"
+    benchmarks = json.loads(known.read_text()) if known.exists() else {"version": 2}
+    benchmarks |= {_asv_name(row): _asv_benchmark(row) for row in record["rows"]}
+    machine = {**_asv_machine(record), "version": 1}
+    result = folder / MACHINE / f"{commit[:8]}-{MACHINE}.json"
+    write_text(known, json.dumps(benchmarks, indent=1) + "\n")
+    write_text(folder / MACHINE / "machine.json", json.dumps(machine, indent=1) + "\n")
+    write_text(result, asv(record, commit))
+
+
+def _asv_benchmark(row: Row) -> dict[str, Any]:
+    return {
+        "name": _asv_name(row),
+        "version": full_name(row),
+        "code": "",
+        "type": "time",
+        "unit": "seconds",
+        "params": [],
+        "param_names": [],
+    }
 
 
 def _asv_name(row: Row) -> str:
@@ -209,11 +247,17 @@ FORMATS: Final[dict[str, Callable[[Record, str], str]]] = {
 @click.command()
 @click.argument("record", type=Path)
 @click.option("--format", "name", type=click.Choice(list(FORMATS)), required=True)
-@click.option("--output", type=Path, help="A file; without it, standard output.")
+@click.option(
+    "--output", type=Path, help="A file, of asv the folder of its results; else standard output."
+)
 @click.option("--commit", default="0" * 40, help="What was measured, for formats that keep it.")
 def export(record: Path, name: str, output: Path | None, commit: str) -> None:
     """Write RECORD in a format of another tool."""
-    text = FORMATS[name](read_record(record), commit)
+    read = read_record(record)
+    if name == "asv" and output is not None:
+        write_asv_results(read, commit, output)
+        return
+    text = FORMATS[name](read, commit)
     if output is None:
         click.echo(text, nl=False)
         return

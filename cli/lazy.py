@@ -6,6 +6,9 @@ from typing import Any
 
 import click
 
+LONGEST = 500
+"""Letters of a first sentence, more than any has."""
+
 
 class Lazy(click.Group):
     """A click group that knows the module of each command, where it has the module's name."""
@@ -21,3 +24,11 @@ class Lazy(click.Group):
         module: Any = importlib.import_module(self.where[cmd_name], __package__)
         command: click.Command = getattr(module, self.where[cmd_name].lstrip("."))
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands with their first sentences, wrapped where click would cut them."""
+        found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, command.get_short_help_str(LONGEST)) for name, command in found if command]
+            )

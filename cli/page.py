@@ -14,10 +14,13 @@ from .console import one_line
 from .gather import Record, Row, setups
 from .plan import ROUNDS
 from .series import KINDS, Chart
-from .table import NOTES, cells, figure, size
+from .table import NOTES, cells, figure, instability, size
 
 NAMES_SHOWN: Final = 3
 """Of models or methods, in a heading."""
+
+FIRST: Final = ("method", "verdict", "rank", "ratio", "on", "preset", "record")
+"""Columns before all others: the page sends its reader to the verdicts."""
 
 TEXT_COLUMNS: Final = ("record", "preset", "method", "on", "to", "dtype", "verdict")
 
@@ -26,14 +29,13 @@ def page(records: Mapping[str, Record], drawn: Sequence[tuple[Chart, str]]) -> s
     """Make the report of records, by name, with charts that are drawn already."""
     template = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     rows = [row for record in records.values() for row in record["rows"]]
-    models = _listed(row["preset"] or row["adapter"] for row in rows)
     parts = {"charts": "Charts", "measured": "All rows", "environment": "Environment"}
     parts |= {"reproduce": "Measure it again"}
     if any(record["checks"] for record in records.values()):
         parts = {"checks": "Targets", **parts}
     return Template(template).substitute(
         policy=_policy(template),
-        title=text(f"What a step costs: {models or 'no rows'}"),
+        title=text(_title(rows)),
         headline=_headline(records, rows),
         contents=" ".join(f'<a href="#{key}">{name}</a>' for key, name in parts.items()),
         checks=_checks(records),
@@ -58,6 +60,20 @@ def _policy(template: str) -> str:
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src {script}"
 
 
+def _title(rows: Sequence[Row]) -> str:
+    """Name the model, or for several what is not the same in all rows."""
+    parts = {
+        "model": [row["preset"] or row["adapter"] for row in rows],
+        "backend": [f"{row['backend']} {row['device']}" for row in rows],
+        "rank": [str(row["rank"]) for row in rows],
+        "dtype": [row["dtype"] for row in rows],
+    }
+    if len(set(parts["model"])) < 2:
+        return f"What a step costs: {_listed(parts['model']) or 'no rows'}"
+    varied = [name for name, values in parts.items() if len(set(values)) > 1]
+    return f"What a step costs, by {_listed(varied)}"
+
+
 def _listed(values: Any) -> str:
     names = list(dict.fromkeys(str(value) for value in values))
     more = len(names) - NAMES_SHOWN
@@ -70,7 +86,9 @@ def _headline(records: Mapping[str, Record], rows: Sequence[Row]) -> str:
     methods = _listed(row["method"] for row in rows)
     ranks = _listed(row["rank"] for row in rows)
     places = _listed(f"{row['backend']} {row['device']}" for row in rows)
-    said = [f"<p>{text(f'{methods} on {places}; rank {ranks}.')}</p>"] if rows else []
+    models = _listed(row["preset"] or row["adapter"] for row in rows)
+    told = f"{methods} for {models} on {places}; rank {ranks}."
+    said = [f"<p>{text(told)}</p>"] if rows else []
     for name, record in records.items():
         env, of = record["environment"], f"{name}: " if len(records) > 1 else ""
         told = f"{of}measured {record['created']} with rlora {record['rlora']} on {env['cpu']}, "
@@ -81,7 +99,7 @@ def _headline(records: Mapping[str, Record], rows: Sequence[Row]) -> str:
     shaky = sum(row["verdict"] != "ok" for row in rows)
     if shaky:
         note = f"{shaky} of {len(rows)} rows are unstable: hollow in the charts, not to be quoted."
-        said.append(f'<p class="note">{note} The table says why.</p>')
+        said.append(f'<p class="note">{note} Under the table it says why.</p>')
     checks = [check for record in records.values() for check in record["checks"]]
     if checks:
         passed = sum(check["passed"] for check in checks)
@@ -139,14 +157,10 @@ def _charts(drawn: Sequence[tuple[Chart, str]]) -> str:
 
 
 def _rows(records: Mapping[str, Record]) -> str:
-    lines = [
-        ({"record": name, "preset": row["preset"] or row["adapter"] or "-", **cells(row)}, row)
-        for name, record in records.items()
-        for row in record["rows"]
-    ]
-    names = [name for name in ("method", *(lines[0][0] if lines else ())) if name != "method"]
-    kept = [name for name in names if any(line[name] != "-" for line, _ in lines)]
-    kept = ["method", *(name for name in kept if name != "record" or len(records) > 1)]
+    lines = [(_line(name, row), row) for name, record in records.items() for row in record["rows"]]
+    names = lines[0][0] if lines else FIRST
+    kept = [name for name in names if not lines or any(line[name] != "-" for line, _ in lines)]
+    kept = [name for name in kept if name != "record" or len(records) > 1]
     head = "".join(
         f'<th scope="col" aria-sort="none"{_class(name)}><button type="button">{name}</button></th>'
         for name in kept
@@ -154,7 +168,9 @@ def _rows(records: Mapping[str, Record]) -> str:
     body = "\n".join(
         f"<tr>{''.join(_cell(name, line[name], row) for name in kept)}</tr>" for line, row in lines
     )
-    notes = " ".join(escape(note) for name, note in NOTES.items() if name in kept)
+    said = [note for name, note in NOTES.items() if name in kept]
+    said += filter(None, [instability([row for _, row in lines])])
+    notes = " ".join(map(text, said))
     return (
         '<div class="scroll" role="region" aria-label="All rows" tabindex="0">'
         '<table id="rows"><caption><span>A row for each method, preset and rank; press '
@@ -162,6 +178,13 @@ def _rows(records: Mapping[str, Record]) -> str:
         f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
         f'</div>\n<p class="about">{notes}</p>'
     )
+
+
+def _line(name: str, row: Row) -> dict[str, str]:
+    """Give the cells of a row, those first that a telephone shows."""
+    line = {**cells(row), "preset": row["preset"] or row["adapter"] or "-", "record": name}
+    first = {key: line[key] for key in FIRST}
+    return {**first, **line}
 
 
 def _class(name: str) -> str:
@@ -173,8 +196,10 @@ def _cell(name: str, said: str, row: Row) -> str:
         return f'<th scope="row">{text(said)}</th>'
     if name == "verdict":
         word, _, why = one_line(said).partition(":")
-        kind = "pass" if said == "ok" else "unstable"
-        return f'<td><span class="word {kind}">{escape(word)}</span>{escape(why)}</td>'
+        kind, hint = (
+            ("pass", "") if said == "ok" else ("unstable", f' title="{escape(why.strip())}"')
+        )
+        return f'<td><span class="word {kind}"{hint}>{escape(word)}</span></td>'
     value = _number(name, row)
     sort = "" if value is None else f' data-v="{value!r}"'
     return f"<td{_class(name)}{sort}>{text(said)}</td>"
@@ -207,7 +232,7 @@ def _environments(records: Mapping[str, Record]) -> str:
     parts = []
     for (name, record), setup in zip(records.items(), setups([*records.values()]), strict=True):
         env, command = record["environment"], record["command"]
-        blas = [f"{x['library']} {x['version'] or ''} ({x['threads']})" for x in env["blas"]]
+        blas = [_library(x) for x in env["blas"]]
         lines = {
             "processor": f"{env['cpu']}, {env['cpus']} logical",
             "memory": size(env["memory_bytes"]),
@@ -227,6 +252,12 @@ def _environments(records: Mapping[str, Record]) -> str:
         head = f"<h3>{text(', '.join(filter(None, (name, setup))))}</h3>\n"
         parts.append(f"{head}<dl>{told}</dl>")
     return "\n".join(parts)
+
+
+def _library(found: Mapping[str, Any]) -> str:
+    """Name a BLAS or OpenMP library, with what is known of its version and threads."""
+    threads = None if found["threads"] is None else f"({found['threads']})"
+    return " ".join(filter(None, (found["library"], found["version"], threads)))
 
 
 def _commands(records: Mapping[str, Record]) -> str:

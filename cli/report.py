@@ -17,7 +17,7 @@ from .series import Chart, charts
 @click.option("--output", type=Path, required=True, help="HTML file; its folder must exist.")
 @click.option("--pictures", type=Path, help="A folder for every chart, as PNG and SVG.")
 def report(records: tuple[Path, ...], output: Path, pictures: Path | None) -> None:
-    """Draw charts of the RECORDs, and write them with their tables into one HTML file.
+    """Write charts and tables of the RECORDs into one HTML file.
 
     The file needs no network and no other file. Charts need matplotlib: pip install 'rlora[plot]'.
     """

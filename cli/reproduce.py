@@ -27,10 +27,11 @@ ALL: Final = "all"
 OFF: Final = 1
 """Exit code when a verdict is not the documented one."""
 
-HELP = """Try the CLAIMs of the papers in small, seeded experiments: all of them, or those named.
+HELP = """Try the claims of the papers in small, seeded experiments.
 
-Each leaves a figure (PNG and SVG) and a record (JSON) in the folder --output. The exit code is 1
-if any verdict is not the documented one. Figures need matplotlib: pip install 'rlora[plot]'.
+All of them, or those that are named as CLAIM. Each leaves a figure (PNG and SVG) and a record
+(JSON) in the folder --output. The exit code is 1 if any verdict is not the documented one. Figures
+need matplotlib: pip install 'rlora[plot]'.
 """
 
 

@@ -22,7 +22,7 @@ from .targets import Check
 from .threads import pinned, reserved
 from .training import forward_backward_seconds
 
-HELP = """Time one step of each method beside the plain step, and weigh its memory.
+HELP = """Time a step of each method beside the plain step.
 
 The contenders take turns, one step each, so that their ratio means something on a busy machine
 too, until the median of each ratio is known to 5 % or its share of the time is spent. The table is

@@ -68,7 +68,7 @@ def study(
     quick: bool,
     tables: bool,
 ) -> None:
-    """Fine-tune a model with every contender, and write down what came out.
+    """Fine-tune a model with each optimizer at its own best learning rate.
 
     Each contender has its own sweep of learning rates, which grows while the best lies at an end;
     the best by validation loss is then run on other seeds, and only those read the test part.

@@ -17,6 +17,14 @@ def test_version_and_help_are_quick_and_complete(rlora_cli):
     )
 
 
+@pytest.mark.parametrize("group", [(), ("bench",)])
+@pytest.mark.parametrize("width", [40, 80])
+def test_help_cuts_no_summary(rlora_cli, monkeypatch, group, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    result = rlora_cli(*group, "--help")
+    assert "..." not in result.stdout.partition("Commands:")[2]
+
+
 def test_the_command_line_starts_quickly():
     """In about three times the time of a Python with NumPy; torch alone would take ten."""
     import subprocess

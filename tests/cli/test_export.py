@@ -1,3 +1,4 @@
+import copy
 import csv
 import io
 import json
@@ -171,6 +172,46 @@ def test_asv_reads_it(a_record, tmp_path):
     assert found.get_result_value(name, []) == [row["median_s"]]
     assert found.get_result_samples(name, []) == [row["samples_s"]]
     assert found.get_result_stats(name, [])[0]["repeat"] == len(row["samples_s"])
+
+
+def git(folder, *arguments):
+    who = ("-c", "user.name=x", "-c", "user.email=x@y.z", "-c", "commit.gpgsign=false")
+    done = subprocess.run(
+        ["git", *who, *arguments], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_asv_compares_and_publishes_it_at_once(rlora_cli, a_record, tmp_path):
+    pytest.importorskip("asv", reason="asv is not installed")
+    (tmp_path / "repository").mkdir()
+    git(tmp_path / "repository", "init", "-q", "-b", "main")
+    commits = []
+    for i in range(2):
+        git(tmp_path / "repository", "commit", "-q", "--allow-empty", "-m", str(i))
+        commits.append(git(tmp_path / "repository", "rev-parse", "HEAD"))
+        record = copy.deepcopy(a_record)
+        record["rows"][1]["samples_s"] = [(1 + i) * x for x in record["rows"][1]["samples_s"]]
+        (tmp_path / "record.json").write_text(json.dumps(record))
+        args = ("--format", "asv", "--commit", commits[-1], "--output", tmp_path / "results")
+        done = rlora_cli("bench", "export", tmp_path / "record.json", *args)
+        assert (done.exit_code, done.output) == (0, "")
+    config = {"version": 1, "project": "x", "repo": str(tmp_path / "repository")}
+    config |= {"branches": ["main"], "results_dir": "results", "html_dir": "html"}
+    (tmp_path / "asv.conf.json").write_text(json.dumps(config))
+
+    def asv(*arguments):
+        command = [sys.executable, "-m", "asv", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    name = "roberta-base.numpy.r4.scaled_adamw.time_step"
+    (line,) = [x for x in asv("compare", *commits).splitlines() if name in x]
+    assert "2.0" in line
+    asv("publish", "--no-pull")
+    assert name in json.loads((tmp_path / "html" / "index.json").read_text())["benchmarks"]
+    assert list((tmp_path / "html" / "graphs").rglob(f"{name}.json"))
 
 
 def test_the_command_writes_a_file_or_standard_output(rlora_cli, refused, a_record, tmp_path):

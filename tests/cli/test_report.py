@@ -254,7 +254,24 @@ def test_partial_and_unstable_are_said(everything, written):
     text = written({**everything, "partial": True}, everything)
     assert text.count("Partial: record0.json was interrupted") == 1
     assert "2 of 28 rows are unstable" in text
-    assert re.search(r'"word unstable">unstable</span> spread 20', text)
+    assert 'title="spread 20 % &gt; 15 %; close other programs">unstable</span>' in text
+    assert "unstable: 2 of 28 rows, spread 20 % &gt; 15 % (close other programs)." in text
+
+
+def test_a_title_over_several_models_says_what_varies(everything, make, written):
+    def title(*records):
+        return re.search("<h1>(.*?)</h1>", written(*records))[1]
+
+    assert title(everything) == "What a step costs, by model and rank"
+    one = make(("lora_rite", "gpt2-medium", 4, 2.0), ("lora_rite", "gpt2-medium", 16, 2.0))
+    assert title(one) == "What a step costs: gpt2-medium"
+
+
+def test_what_a_record_does_not_know_is_not_called_none(everything, written):
+    everything["environment"]["blas"] = [{"library": "mkl", "version": None, "threads": None}]
+    text = written(everything)
+    assert "<dd>mkl</dd>" in text
+    assert "None" not in text.partition("<h2")[2]
 
 
 def test_checks_on_unstable_rows_are_marked(everything, written):
@@ -402,6 +419,7 @@ addEventListener("load", function () {
   search.value = "LORA_RITE 16";
   search.dispatchEvent(new Event("input"));
   told.found = [methods(), document.getElementById("shown").textContent];
+  told.verdict = head("verdict").getBoundingClientRect().right - innerWidth;
   told.wide = document.documentElement.scrollWidth - innerWidth;
   told.loaded = performance.getEntriesByType("resource").map(function (x) { return x.name; });
   document.title = JSON.stringify(told);
@@ -435,7 +453,7 @@ class TestInABrowser:
         record = poisoned(everything)
         dom, complaints = look(written(record))
         assert not complaints
-        assert "<title>What a step costs: " in dom
+        assert "<title>What a step costs, by model" in dom
         drawn = re.findall(r"<svg.*?</svg>", dom, re.DOTALL)
         assert len(drawn) == len(series.KINDS)
         for svg in drawn:
@@ -459,6 +477,7 @@ class TestInABrowser:
         assert [order[-1] for order in told["none"]] == ["no_interval"] * 2
         assert told["found"] == [["lora_rite"], "1 of 14 rows"]
         assert told["wide"] <= 0
+        assert told["verdict"] <= 0  # in sight without scrolling
         assert told["loaded"] == []
 
     def test_a_script_that_got_in_would_not_run(self, everything, written, look):
