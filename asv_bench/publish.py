@@ -166,7 +166,7 @@ def asv(*arguments: str, path: str | None = None) -> int:
 
 
 def git(*arguments: str) -> bytes:
-    """What git prints."""
+    """Run git, and return what it prints."""
     command = ["git", "-C", str(HERE.parent), *arguments]
     return subprocess.run(command, check=True, capture_output=True).stdout  # noqa: S603
 

@@ -20,7 +20,7 @@ HEADER_LIMIT: Final = 100_000_000
 """Bytes; the limit of the format's own reader."""
 
 ADAPTER_NAMES: Final = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-"""What PEFT and diffusers call the file in an adapter's directory."""
+"""Names that PEFT and diffusers give the file in an adapter's directory."""
 
 ITEM_BYTES: Final[Mapping[str, int]] = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -97,7 +97,7 @@ def locate(path: Path) -> Path:
 
 
 def _read_header(file: Any, size: int, name: str) -> tuple[int, dict[str, Any]]:
-    """Where the data starts, and the header as JSON has it."""
+    """Return where the data starts, and the header as JSON has it."""
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(size - 8, HEADER_LIMIT):

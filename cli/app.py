@@ -22,7 +22,7 @@ COMMANDS: Final = {
 USAGE, INTERRUPTED = 2, 130
 
 REFUSALS = (RLoraError, ValueError, ImportError, MemoryError)
-"""What a wrong name, number or machine raises. Files apart, all else is a bug, with its trace."""
+"""Errors of a wrong name, number or machine. Files apart, all else is a bug, with its trace."""
 
 
 class App(Lazy):

@@ -23,7 +23,7 @@ ORDER: Final = (
     *("lora_muon", "adapre_lora", "alt_lora", "riemannion", "lora_fa", "lora_plus", "rac_lora"),
     *("lora_sb", "scaled_sgd", "lora_pro_sgd", "torch.adamw", "optax.adamw"),
 )
-"""Whose look is given by its place here; that of others by their names."""
+"""Methods whose look is given by their place here; that of others by their names."""
 
 LONGEST, LONGEST_OF_TWO = 40, 21
 """Letters of a name in a legend of one column and of two."""

@@ -23,7 +23,7 @@ class Change(NamedTuple):
 
     row: Row
     of: str
-    """What is compared: "ratio" to the plain step, or "time"."""
+    """Quantity compared: "ratio" to the plain step, or "time"."""
 
     quotient: float | None
     interval: Interval | None

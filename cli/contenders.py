@@ -1,4 +1,4 @@
-"""What is timed: one optimizer each, with its own parameters and state, ready to step."""
+"""Contenders to be timed: one optimizer each, with its own parameters and state, ready to step."""
 
 import inspect
 import time
@@ -50,7 +50,7 @@ class Contender(ABC):
         return None
 
     def operations(self) -> int | None:
-        """How many operations a step hands to the library; None if that cannot be seen."""
+        """Count the operations that a step hands to the library; None if that cannot be seen."""
         return None
 
 
@@ -70,7 +70,7 @@ class Entry(NamedTuple):
 
 
 class Arena(NamedTuple):
-    """Where the contest is held: a backend, a dtype and a device that it knows."""
+    """Place of a measurement: a backend, a dtype and a device that it knows."""
 
     backend: Backend
     dtype: str
@@ -91,7 +91,7 @@ class Arena(NamedTuple):
 
 
 VARIANTS: Final = ("before", "after")
-"""What may stand behind a method's colon: a placement of its preconditioner other than its own."""
+"""Placements after a method's colon: a placement of its preconditioner other than its own."""
 
 
 def split_variant(method: str) -> tuple[str, dict[str, Any]]:

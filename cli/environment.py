@@ -1,4 +1,4 @@
-"""What a timing depends on. Nothing that says whose machine it was.
+"""Conditions of a timing, without anything that says whose machine it was.
 
 No host name, no user, no folder, no environment variable: records are made to be published.
 """

@@ -17,7 +17,7 @@ from .schema import ENVIRONMENT, TEXT, TEXTS, closed, fault, optional
 
 NAME: Final = "rlora-claim/1"
 POINTS, DIGITS = 100, 6
-"""Of a curve, and of its numbers: more than a figure shows."""
+"""Points of a curve, and digits of its numbers: more than a figure shows."""
 
 _NUMBER: Final = optional({"type": "number"})
 """None for what has flown away or never arrived."""
@@ -64,7 +64,7 @@ SCHEMA: Final = closed(
 
 
 def verdict(claim: Claim, outcome: Outcome) -> str:
-    """What came out, in words, beside what is documented."""
+    """Say in words what came out, beside what is documented."""
     found = "holds" if outcome.holds else "fails"
     if claim.as_documented(outcome):
         return found if claim.holds else f"{found}, as documented"

@@ -26,7 +26,7 @@ def full_name(row: Row) -> str:
 
 
 def pytest_benchmark(record: Record, commit: str) -> str:
-    """What ``pytest-benchmark compare`` reads, and several dashboards; seconds."""
+    """Write what ``pytest-benchmark compare`` reads, and several dashboards; seconds."""
     environment = record["environment"]
     made = {
         "machine_info": {

@@ -9,7 +9,7 @@ Record = dict[str, Any]
 Row = dict[str, Any]
 
 MACHINE: Final = ("cpu", "cpus", "system", "accelerators")
-"""Of the environment; with the number of threads it makes a set-up."""
+"""Keys of the environment that make a set-up, with the number of threads."""
 
 
 class Measured(NamedTuple):
@@ -30,7 +30,7 @@ class Measured(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether others are compared with it."""
+        """Return whether others are compared with it."""
         row = self.row
         return (row["method"], row["backend"]) == (row["ratio_to"], row["ratio_to_backend"])
 

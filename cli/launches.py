@@ -1,4 +1,4 @@
-"""What a step asks of a device, seen where there is none: by torch's fake CUDA tensors.
+"""Operations and waits of a step on a device, seen without one: by torch's fake CUDA tensors.
 
 They have shapes and no numbers. The step takes the same way through the code as on a device, each
 operation can be counted, and to read a number back is an error.
@@ -27,7 +27,7 @@ RANK: Final = 8
 WAITING: Final = frozenset(
     ("_linalg_eigh", "_linalg_svd", "linalg_eig", "linalg_lstsq", "_linalg_check_errors")
 )
-"""Of these torch's manual says that on CUDA they hold up the host until the device is done."""
+"""Operations that, by torch's manual, on CUDA hold up the host until the device is done."""
 
 COPYING: Final = frozenset(("copy_", "_to_copy", "_foreach_copy_"))
 """These wait where they go from one device to another."""
@@ -35,7 +35,7 @@ COPYING: Final = frozenset(("copy_", "_to_copy", "_foreach_copy_"))
 
 @dataclass
 class Seen:
-    """What one step asked of the device: how many operations but for views, and what waited."""
+    """Count of operations, views apart, and names of those that waited, in one step."""
 
     operations: int = 0
     waits: list[str] = field(default_factory=list)
@@ -59,7 +59,7 @@ def launch_checks(method: str) -> list[Check]:
 
 
 def optimizer_of(method: str) -> Callable[[Any], Any]:
-    """How to make a method's class over a model, with its plain part in one kernel."""
+    """Return what makes a method's class over a model, with its plain part in one kernel."""
     name, options = split_variant(method)
     kind = torch_class(name)
     # Of torch's fused SGD there is no fake version.

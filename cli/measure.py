@@ -25,7 +25,7 @@ MAX_LOAD: Final = 1.5
 
 
 class Rounds(NamedTuple):
-    """How many samples of each contender.
+    """Number of samples of each contender.
 
     With `seconds`, all together: until the interval of the median ratio is within `precision`,
     from `least` samples on, or the contender's equal share of the time is spent; at most `most`.
@@ -114,7 +114,7 @@ class Race:
                 tick()
 
     def _next(self, rounds: Rounds) -> list[Lane]:
-        """Who is in the next round: those that want more samples, and their plain methods."""
+        """List who is in the next round: those that want more samples, and their plain methods."""
         share = None if rounds.seconds is None else rounds.seconds / len(self._lanes)
         eager = [lane for lane in self._lanes.values() if self._wants(lane, rounds, share)]
         keys = {key for lane in eager for key in (lane.entry.key, lane.entry.ratio_to)}

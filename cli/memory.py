@@ -1,4 +1,4 @@
-"""What a step takes beside time: memory for a while, and operations of its library.
+"""Costs of a step beside time: memory for a while, and operations of its library.
 
 Of memory the same is meant everywhere: the most bytes that are held at once during a step and were
 not before it. New parameters and state count where a library returns them as new arrays.
@@ -51,7 +51,7 @@ def of_xla(compiled: Any) -> int | None:
 
 
 def operations(step: Callable[[], None]) -> int:
-    """How many operations a step hands to torch's dispatcher, views among them."""
+    """Count the operations that a step hands to torch's dispatcher, views among them."""
     mode = importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
     count = 0
 

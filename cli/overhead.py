@@ -1,4 +1,4 @@
-"""What a step cannot do without: bytes moved and flops, and the least time they take.
+"""Bytes and flops that a step cannot do without, and the least time they take.
 
 A step reads parameters and gradients, writes parameters, reads and writes its state; its flops are
 those of the products with a long axis, as `docs/reference/methods/index.md` counts them. Memory
@@ -12,7 +12,7 @@ from .problem import Problem
 from .roofline import Peaks
 
 Count = Callable[[int, int, int], int]
-"""Of m, n and r."""
+"""Function of m, n and r."""
 
 FLOPS: Final[Mapping[str, Count]] = {
     "sgd": lambda m, n, r: 0,
@@ -70,7 +70,7 @@ FROZEN: Final[Mapping[str, Count]] = {
 
 
 class Work(NamedTuple):
-    """Of one step on a whole problem."""
+    """Counts of one step on a whole problem."""
 
     flops: int
     bytes: int

@@ -17,7 +17,7 @@ from .series import KINDS, Chart
 from .table import NOTES, cells, figure, instability, size
 
 NAMES_SHOWN: Final = 3
-"""Of models or methods, in a heading."""
+"""Models or methods named in a heading."""
 
 FIRST: Final = ("method", "verdict", "rank", "ratio", "on", "preset", "record")
 """Columns before all others: the page sends its reader to the verdicts."""
@@ -206,7 +206,7 @@ def _cell(name: str, said: str, row: Row) -> str:
 
 
 def _number(name: str, row: Row) -> float | None:
-    """What a column is sorted by; None for text and for what was not measured."""
+    """Number that a column is sorted by; None for text and for what was not measured."""
     model, rest, step = row["model_s"], row["forward_backward_s"], row["median_s"]
     rank = row["rank"]
     values: dict[str, float | None] = {

@@ -1,4 +1,4 @@
-"""How every picture looks, and how it is saved: the same bytes from the same figure every time."""
+"""Style of every picture, and saving: the same bytes from the same figure every time."""
 
 import io
 import warnings
@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure  # not pyplot: this one never looks for a display
 
 INK, FAINT, PAPER = "#1b1f24", "#d8dee3", "#fffffe"
-"""Of text and axes, of grids, of the background; a page puts its own in their place."""
+"""Colours of text and axes, of grids, of the background; a page puts its own in their place."""
 
 COLORS: Final = (
     *("#0068a6", "#ff6000", "#5ba664", "#7826ff"),

@@ -30,15 +30,15 @@ QUICK_ROUNDS: Final = Rounds(least=3, most=3)
 
 
 class Plan(NamedTuple):
-    """What is timed, on what, and how often."""
+    """Plan of a run: what is timed, on what, and how often."""
 
     arenas: list[Arena]
     methods: dict[str, list[str]]
-    """Of each backend."""
+    """Methods of each backend."""
 
     rivals: list[Rival]
     rival_arenas: dict[str, Arena]
-    """Where those of a library are."""
+    """Place of each library's contenders."""
 
     ranks: list[int] | None
     preset: str | None
@@ -50,15 +50,15 @@ class Plan(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """Of factors and gradients, in all backends."""
+        """Dtype of factors and gradients, in all backends."""
         return self.arenas[0].dtype
 
     def source(self) -> dict[str, str | None]:
-        """Where the shapes are from; of a file its name, as the folder may tell whose it is."""
+        """Give the source of the shapes; of a file its name, as the folder may tell whose it is."""
         return {"preset": self.preset, "adapter": self.adapter.name if self.adapter else None}
 
     def as_data(self) -> dict[str, Any]:
-        """Everything that decides what is measured, for the record."""
+        """Give the options that decide what is measured, for the record."""
         return {
             "backends": [arena.name for arena in self.arenas],
             "methods": sorted({name for names in self.methods.values() for name in names}),
@@ -81,7 +81,7 @@ class Plan(NamedTuple):
             yield random_problem(named(self.preset or DEFAULT).pairs(), rank, self.seed)
 
     def entries(self, problem: Problem) -> list[Entry]:
-        """Who takes part: of each backend plain methods, then the methods; then other people's."""
+        """List contenders: of each backend plain methods, then the methods; then other people's."""
         entries: list[Entry] = []
         arenas = {arena.name: arena for arena in self.arenas}
         torch_arena = arenas.get("torch") or self.rival_arenas.get("torch")

@@ -1,4 +1,4 @@
-"""What a contender has to work on: factors and gradients, as NumPy arrays."""
+"""Problems for contenders: factors and gradients, as NumPy arrays."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

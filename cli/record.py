@@ -18,7 +18,7 @@ ROW_NOT_YET: Final = {
     **dict.fromkeys(("build_s", "compile_s", "outliers", "ratio_interval", "operations")),
     **dict.fromkeys(("flops", "bytes_moved", "model_s", "forward_backward_s")),
 }
-"""What the first version of the record had not."""
+"""Values for keys that the first version of the record lacks."""
 
 LONGEST: Final = 18
 """Digits of a whole number: more bytes than there are, and no float overflows."""
@@ -167,5 +167,5 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def _part(path: Path) -> Path:
-    """Where a file lies until it is whole: in the same folder, or the last move would be a copy."""
+    """Path of a file until it is whole: in the same folder, or the last move would be a copy."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")

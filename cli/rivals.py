@@ -26,10 +26,10 @@ class Rival(NamedTuple):
 
     name: str
     framework: str
-    """Whose arrays it works on: "torch" or "jax"."""
+    """Library of the arrays it works on: "torch" or "jax"."""
 
     make: Callable[[Any], Any]
-    """Of a torch module, the optimizer; of nothing that matters, the optax transformation."""
+    """Make the optimizer of a torch module; optax's transformation ignores its argument."""
 
 
 def find_rival(name: str) -> Rival:

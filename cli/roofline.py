@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured in the run: memory bandwidth and product rate."""
+"""Peak rates of the machine, measured in the run: memory bandwidth and product rate."""
 
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ SECONDS: Final = 0.1
 
 
 class Peaks(NamedTuple):
-    """Of one backend on one device, in one dtype."""
+    """Rates of one backend on one device, in one dtype."""
 
     backend: str
     device: str

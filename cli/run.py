@@ -110,7 +110,7 @@ def check_memory(plans: Sequence[Plan]) -> None:
 
 
 class Results:
-    """What has been measured so far, of one plan or several."""
+    """Results so far, of one plan or several."""
 
     def __init__(self, plans: list[Plan], suite: str | None = None) -> None:
         self.plans, self.suite = plans, suite
@@ -162,7 +162,7 @@ class Results:
         return {**row, "model_s": least}
 
     def record(self, *, partial: bool = False) -> dict[str, Any]:
-        """Everything as `record.write_record` takes it."""
+        """Make the record that `record.write_record` takes."""
         command = self.plans[0].as_data()
         if self.suite:
             presets = {plan.preset for plan in self.plans}

@@ -1,4 +1,4 @@
-"""What the charts of a report are drawn of: the rows of records, gathered into curves."""
+"""Data of a report's charts: the rows of records, gathered into curves."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
@@ -12,7 +12,7 @@ Roof = tuple[float, float]
 
 
 class Kind(NamedTuple):
-    """What a chart shows, and how to get what it is drawn of."""
+    """Kind of chart: titles, and how to get its data."""
 
     title: str
     x: str
@@ -93,7 +93,7 @@ class Panel(NamedTuple):
 
     @property
     def said(self) -> str:
-        """What its height means."""
+        """Label of the vertical axis."""
         return f"{self.name}, {self.y}" if self.name else self.y
 
 

@@ -1,4 +1,4 @@
-"""What is said of samples: medians, intervals without a bell curve, outliers."""
+"""Statistics of samples: medians, intervals without a bell curve, outliers."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ FEWEST: Final = 3
 CONFIDENCE: Final = 0.95
 
 RESAMPLES: Final = 2000
-"""Of a bootstrap; its error is then below the width of the intervals it draws."""
+"""Resamples of a bootstrap; its error is then below the width of the intervals it draws."""
 
 Interval = tuple[float, float]
 

@@ -1,4 +1,4 @@
-"""What a person sees of a benchmark."""
+"""Tables of a benchmark, for a terminal."""
 
 from collections.abc import Sequence
 from itertools import groupby

@@ -18,10 +18,10 @@ Found = Mapping[Key, Row]
 PLAIN: Final = ("torch", "adamw")
 
 SLACK: Final = 2.0
-"""How many times the prediction a method may take."""
+"""Multiple of the prediction that a method may take."""
 
 GRAM_COPIES: Final = 8
-"""What a step may hold beside its directions, in copies of a pair's two r x r Grams: the Grams, the
+"""Allowance of a step beside its directions, in copies of a pair's two r x r Grams: the Grams, the
 damped ones, the identity, a factor, its inverse, the product, what is masked, and a stack of it."""
 
 
@@ -50,11 +50,11 @@ def make_check(
 
 
 class Target(Protocol):
-    """What a suite holds the rows of a problem against."""
+    """Limit that a suite holds the rows of a problem against."""
 
     @property
     def words(self) -> str:
-        """What is measured."""
+        """Name of the measured quantity."""
 
     def check(self, found: Found) -> Check | None:
         """Give the verdict; None where it was not measured."""

@@ -1,4 +1,4 @@
-"""How many threads a library may use, which decides more than any method."""
+"""Number of threads of a library, which decides more than any method."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What all benchmarks share: parameters, the problem, skips, warm steps on one thread.
+"""Base of all benchmarks: parameters, the problem, skips, warm steps on one thread.
 
 Old commits run these files too, so whatever a commit may lack is looked up in `setup`, and a lack
 is a skip (NotImplementedError, asv's word for it).
@@ -60,7 +60,7 @@ def shapes(name: str) -> list[tuple[int, int]]:
 
 
 def titled(title: str) -> Callable[[Any], Any]:
-    """What asv's pages call a benchmark; it looks for that on the function only."""
+    """Name a benchmark for asv's pages, which look for that on the function only."""
 
     def mark(function: Any) -> Any:
         function.pretty_name = title

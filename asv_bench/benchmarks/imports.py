@@ -1,4 +1,4 @@
-"""What ``import rlora`` adds to a program that has its array library already."""
+"""Time that ``import rlora`` adds to a program that has its array library already."""
 
 import importlib.util
 

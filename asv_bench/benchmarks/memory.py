@@ -1,4 +1,4 @@
-"""What a step keeps and what it takes: exact bytes of state, and the process's peak."""
+"""Memory of a step: exact bytes of state, and the process's peak."""
 
 from .common import BACKENDS, METHODS, RANKS, Suite, build, titled, warm
 

@@ -1,4 +1,4 @@
-"""How many operations a torch step dispatches: what it costs where each is a kernel's launch."""
+"""Operations that a torch step dispatches: its cost where each is a kernel's launch."""
 
 from typing import Any
 

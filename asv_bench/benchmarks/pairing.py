@@ -1,4 +1,4 @@
-"""How long an optimizer looks for its pairs, once, at construction."""
+"""Time of finding the pairs, once, at construction."""
 
 from types import SimpleNamespace
 

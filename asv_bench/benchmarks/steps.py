@@ -1,4 +1,4 @@
-"""What a step costs: in seconds, and as a multiple of AdamW's on the same parameters."""
+"""Cost of a step: in seconds, and as a multiple of AdamW's on the same parameters."""
 
 import gc
 import statistics

@@ -1,4 +1,4 @@
-"""What a claim is, and what its experiment gives back."""
+"""Claims, and outcomes of their experiments."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ class Track(Protocol):
 
 
 class Setting(NamedTuple):
-    """Where an experiment is done, and how thoroughly.
+    """Setting of an experiment: backend and size.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ class Check(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether it does; a NaN never does."""
+        """Return whether it holds; a NaN never does."""
         if self.bound == "<=":
             return self.value <= self.threshold
         return self.value >= self.threshold
@@ -111,14 +111,14 @@ class Panel(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an experiment found."""
+    """Result of an experiment."""
 
     checks: tuple[Check, ...]
     panels: tuple[Panel, ...]
 
     @property
     def holds(self) -> bool:
-        """Whether the claim does: every check."""
+        """Return whether the claim holds: every check."""
         return all(check.holds for check in self.checks)
 
 

@@ -18,7 +18,7 @@ GATES, INPUTS, OUTPUTS, RANK = 3, 20, 10, 2
 SAMPLES: Final = 3_000
 """Many for each input: the theorem wants gated data that keep lengths on matrices of low rank."""
 DATA: Final = math.sqrt(2 / SAMPLES)
-"""Of X's entries: a gate lets half of the samples through, and their Gram is then near I."""
+"""Scale of X's entries: a gate lets half of the samples through, and their Gram is then near I."""
 
 BOUND: Final = 250
 """Iterations to 1e-8. Without crosstalk of the gates the theorem's rate at this step gives 114;
@@ -41,7 +41,7 @@ class Network(NamedTuple):
 
     gram: Array
     target: Array
-    """What the products B_i A_i should be, (gates, inputs, outputs)."""
+    """Target of the products B_i A_i, (gates, inputs, outputs)."""
     start: Factors
 
     def grads(self, pair: Factors) -> Factors:

@@ -1,4 +1,4 @@
-"""What damping does to the independence of the condition number."""
+"""Effect of damping on the independence of the condition number."""
 
 from typing import Final
 

@@ -46,7 +46,7 @@ def loss(network: Factors, x: Array, y: Array) -> Array:
 
 
 def gradient(network: Factors, x: Array, y: Array) -> Factors:
-    """Of the loss, by both weights."""
+    """Gradients of the loss by both weights."""
     hidden, p = probabilities(network, x)
     error = (p - y) / x.shape[-1]
     back = (mT(network.B) @ error) * get_backend(x).cast(hidden > 0, x.dtype)
@@ -59,7 +59,7 @@ def adapted(network: Factors, pairs: list[Factors]) -> Factors:
 
 
 def adapter_gradients(network: Factors, pairs: list[Factors], x: Array, y: Array) -> list[Factors]:
-    """Of the loss, by the factors of each pair."""
+    """Gradients of the loss by the factors of each pair."""
     G = gradient(adapted(network, pairs), x, y)
     return [Factors(mT(pair.B) @ g, g @ mT(pair.A)) for pair, g in zip(pairs, G, strict=True)]
 

@@ -71,5 +71,5 @@ def errors(backend: Backend, path: Iterable[Factors], target: Array, most: int) 
 
 
 def iterations(found: Sequence[float]) -> float:
-    """How many it took; inf for a run that has not arrived."""
+    """Return how many steps it took; inf for a run that has not arrived."""
     return len(found) - 1 if found[-1] <= GOAL else float("inf")

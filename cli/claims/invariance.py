@@ -1,4 +1,4 @@
-"""Whose path of the product does not depend on how the product is split at the start."""
+"""Independence of the product's path of how the product is factored at the start."""
 
 from collections.abc import Iterator, Sequence
 from typing import Final

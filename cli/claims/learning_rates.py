@@ -1,4 +1,4 @@
-"""How wide the range of good learning rates is: two methods on the task of `digits`.
+"""Width of the range of good learning rates: two methods on the task of `digits`.
 
 A learning rate is good where the final validation loss is at most twice the best that either method
 has with this seed, so that a method which is nowhere good has no wide range of being so. The range
@@ -94,7 +94,7 @@ def sweep(task: Task, contest: Contest, learning_rates: Numbers) -> dict[str, Nu
 
 
 def good(losses: dict[str, Numbers]) -> list[Numbers]:
-    """How many learning rates of each method are good (seeds)."""
+    """Count the good learning rates of each method (seeds)."""
     best = np.min([x.min(axis=0) for x in losses.values()], axis=0)
     return [np.sum(x <= GOOD * best, axis=0) for x in losses.values()]
 

@@ -61,13 +61,13 @@ def run(setting: Setting) -> Outcome:
 
 
 def first_step(pair: Factors, G: Array, lr: float) -> Array:
-    """What gradient descent does to the product."""
+    """Return the change of the product by gradient descent."""
     moved = rlora.apply_updates(pair, Factors(mT(pair.B) @ G, G @ mT(pair.A)), lr)
     return moved.B @ moved.A - pair.B @ pair.A
 
 
 def sine(move: Array, direction: Array) -> float:
-    """Of the angle between two matrices; sign apart."""
+    """Sine of the angle between two matrices; sign apart."""
     rest = move - (move * direction).sum() / (direction**2).sum() * direction
     return float(((rest**2).sum() / (move**2).sum()) ** 0.5)
 

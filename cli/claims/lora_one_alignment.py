@@ -22,7 +22,7 @@ OUTPUTS = INPUTS = 64
 TRUE_RANK, RANK, CONDITION, SAMPLES = 2, 8, 2.0, 6400
 LR, STEPS = 0.1, 200
 SIZES: Final = (1.0, 1e-1, 1e-3, 1e-5)
-"""Of A at the start, whose entries are N(0, size² / n): LoRA's own start has about 1."""
+"""Size of A at the start, whose entries are N(0, size² / n): LoRA's own start has about 1."""
 
 EXACT: Final = 1e-10
 """B never leaves the space: what is seen is the rounding of its small singular values, 1e-13."""
@@ -90,7 +90,7 @@ def angles(setting: Setting, seeds: int) -> tuple[Array, Array]:
 
 
 def sine(backend: Backend, factor: Array, space: Array) -> Array:
-    """Of the largest angle between leading left singular vectors and an orthonormal basis."""
+    """Sine of the largest angle between leading left singular vectors and an orthonormal basis."""
     U = backend.svd(factor)[0][..., : space.shape[-1]]
     rest = U - space @ (mT(space) @ U)
     return backend.svd(rest)[1][..., 0]

@@ -117,7 +117,7 @@ def along_the_path(found: dict[str, Matrix]) -> Panel:
 
 
 def over_learning_rates(found: dict[str, Matrix]) -> Panel:
-    """Where each arrives."""
+    """Panel of the error that each method arrives at, by learning rate."""
     curves = tuple(
         Curve(label, LEARNING_RATES, path[-1, :, SHOWN].tolist()) for label, path in found.items()
     )

@@ -27,7 +27,7 @@ LR: Final = 0.02
 SAME: Final = 1e-9
 """The rounding of 30 steps; 1e-15 is seen."""
 APART: Final = 0.1
-"""Of the length of the path: it is not the same one by chance."""
+"""Share of the length of the path: it is not the same one by chance."""
 
 
 def run(setting: Setting) -> Outcome:

@@ -21,9 +21,9 @@ from .claim import Check, Claim, Curve, Outcome, Panel, Setting
 OUTPUTS, INPUTS, SCALING = 48, 40, 2.0
 RANKS: Final = (1, 2, 4, 8, 16, 32)
 RANK: Final = 8
-"""Where the perturbations are made."""
+"""Rank at which the perturbations are made."""
 SIZES: Final = (1.0, 1e-1, 1e-2, 1e-3)
-"""Of the perturbations, relative to the move."""
+"""Sizes of the perturbations, relative to the move."""
 
 EXACT: Final = 1e-10
 """Rounding times the condition of the Gram of 32 rows among 40, about 500: 1e-13 is seen."""
@@ -45,13 +45,13 @@ class Problem:
         self.backend = backend
 
     def direction(self, method: Transform) -> Factors:
-        """Of the method's first step."""
+        """Move of the method's first step."""
         direction: Factors
         direction, _ = method.update(self.grads, method.init(self.pair, SCALING), self.pair)
         return direction
 
     def equivalent(self, move: Factors) -> Array:
-        """What a move, or a stack of them, does to the weight."""
+        """Return the change of the weight by a move, or a stack of them."""
         return SCALING * (self.pair.B @ move.A + move.B @ self.pair.A)
 
     def projection(self) -> Array:
@@ -60,13 +60,13 @@ class Problem:
         return P_B @ self.G + self.G @ P_A - P_B @ self.G @ P_A
 
     def distance(self, g: Array) -> float:
-        """Of the nearest multiple of g to G, relative."""
+        """Distance of the nearest multiple of g to G, relative."""
         total = self.backend.xp.sum
         best = total(g * self.G) / total(g * g)
         return float((total((best * g - self.G) ** 2) / total(self.G**2)) ** 0.5)
 
     def excess(self, move: Factors, size: float, draws: int) -> float:
-        """How much further from G, squared and relative, the best perturbed move is."""
+        """Return by how much the best perturbed move is further from G, squared and relative."""
         rng, total = np.random.default_rng(0), self.backend.xp.sum
         noise = Factors(
             *(

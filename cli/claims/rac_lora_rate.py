@@ -23,7 +23,7 @@ CLOSE: Final = 0.05
 """Relative, of the fall r / n. One step's is off by sqrt(2 / (r n)), 0.14 for r = 1, and more when
 few directions are left in the error; 240 steps or more bring their mean within 0.02."""
 STUCK: Final = 1e-10
-"""What the second step changes is rounding."""
+"""Bound on rounding: the second step changes nothing else."""
 
 
 def run(setting: Setting) -> Outcome:

@@ -14,14 +14,14 @@ from .claim import Check, Claim, Curve, Outcome, Panel, Setting
 SPLITS: Final = (1, 10, 100, 1000)
 """c of the start (c A, B / c)."""
 LR: Final = 0.1
-"""Of the paths shown: the best for Adam at c = 1 among `LRS`."""
+"""Learning rate of the paths shown: the best for Adam at c = 1 among `LRS`."""
 LRS: Final = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 SAME: Final = 1e-8
 """Relative difference of two losses that counts as rounding: they fall by ten decades in the run,
 so that rounding of the first steps, 1e-16, may grow by as much as eight."""
 WORSE: Final = 5.0
-"""What c = 10 costs Adam, which still learns there: half of the imbalance at the least."""
+"""Least cost of c = 10 to Adam, which still learns there: half of the imbalance at the least."""
 STUCK: Final = 0.5
 """Share of the loss that is left from c = 100 on: by then only one factor is learning."""
 

@@ -15,7 +15,7 @@ STEPS: Final = 50
 
 
 class Theory(NamedTuple):
-    """What theory says of a method: the gauges that it cannot see, and how far others take it."""
+    """Theory of a method: the gauges that it cannot see, and how far others take it."""
 
     words: str
     exact: Sequence[str]

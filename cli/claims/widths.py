@@ -1,4 +1,4 @@
-"""How much a step of each factor changes the output, as the layer grows wider."""
+"""Change of the output by a step of each factor, as the layer grows wider."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -34,7 +34,7 @@ class Layer(NamedTuple):
         return Factors(mT(pair.B) @ error @ mT(self.inputs), error @ mT(hidden))
 
     def parts(self, old: Factors, new: Factors) -> list[Array]:
-        """What `PARTS` names."""
+        """Changes of the output, in the order of `PARTS`."""
         return [
             old.B @ ((new.A - old.A) @ self.inputs),
             (new.B - old.B) @ (old.A @ self.inputs),

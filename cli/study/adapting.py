@@ -1,4 +1,4 @@
-"""What all beds for a GPU share: a frozen base, adapters of PEFT in and out of it, batches."""
+"""Base class of beds for a GPU: a frozen base, adapters of PEFT in and out of it, batches."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Generic, TypeVar
@@ -12,7 +12,7 @@ from .bed import Part
 T = TypeVar("T")
 
 ORDER_SEED: Final = 0
-"""Of the draw that makes batches; a run shuffles the batches with its own seed."""
+"""Seed of the draw that makes batches; a run shuffles the batches with its own seed."""
 
 
 class PeftBed(Generic[T]):

@@ -1,4 +1,4 @@
-"""What a run of the study trains on: a base model with its data."""
+"""Protocol of what a run trains on: a base model with its data."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
@@ -31,9 +31,9 @@ class Bed(Protocol):
         ...
 
     def weight(self, batch: Any) -> int:
-        """How many terms that mean is over."""
+        """Return the number of terms in that mean."""
         ...
 
     def scores(self, model: nn.Module, part: Part) -> dict[str, float]:
-        """What the task is judged by, beside the loss."""
+        """Return the scores of the task, beside the loss."""
         ...

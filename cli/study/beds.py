@@ -1,4 +1,4 @@
-"""Which models there are, and where each of them is loaded."""
+"""Models, and the modules that load them."""
 
 import importlib
 from pathlib import Path
@@ -14,7 +14,7 @@ MODELS: Final = {"digits": ".digits", "smollm2": ".smollm2", **LARGE}
 
 
 class Origin(NamedTuple):
-    """Where a large model and its data are; what is not said comes from the hub."""
+    """Origin of a large model and its data; what is not said comes from the hub."""
 
     weights: str | None = None
     data: Path | None = None

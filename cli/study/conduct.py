@@ -15,7 +15,7 @@ from .work import Place, do, prepare
 
 
 class Size(NamedTuple):
-    """How long a run is, and how many seeds choose a learning rate and are reported."""
+    """Length of a run, and numbers of seeds that choose a learning rate and are reported."""
 
     steps: int
     sweep_seeds: int
@@ -59,7 +59,7 @@ def conduct(
 
 
 def measure(place: Place, rank: int | None, steps: int | None) -> tuple[Job, Size]:
-    """What all runs have in common; of a large model that is the paper's rank and epochs."""
+    """Give what all runs have in common; of a large model that is the paper's rank and epochs."""
     preset = preset_of(place.model, place.dataset)
     if place.quick:
         size = QUICK
@@ -74,7 +74,7 @@ def measure(place: Place, rank: int | None, steps: int | None) -> tuple[Job, Siz
 
 
 def usual(model: str, dataset: str, quick: bool) -> tuple[str, ...]:
-    """Who takes part if nobody is named: of a large model, the paper's own."""
+    """List the contenders if none is named: of a large model, the paper's own."""
     preset = preset_of(model, dataset)
     if preset:
         return tuple(preset.contenders())
@@ -89,7 +89,7 @@ def entry_of(like: Job, size: Size) -> Entry:
 
 
 def line(row: Record) -> str:
-    """What is said of a run when it is done."""
+    """Give the line of a finished run."""
     tested = "".join(f", test {name} {x:.4g}" for name, x in row.get("test", {}).items())
     return (
         f"{row['contender']:26} rank {row['rank']:<3} lr {row['lr']:<9.3g} seed {row['seed']:<2} "

@@ -21,14 +21,14 @@ HUB: Final = "diffusers/dog-example"
 HUB_TEXT: Final = "a photo of sks dog"
 
 HELD_OUT: Final[Mapping[Part, int]] = {"validation": -2, "test": -1}
-"""Which of a concept's pictures."""
+"""Places of a concept's pictures in a part."""
 
 DRAWS: Final = 16
 """Steps at which a held-out picture is judged, evenly spread over the diffusion."""
 
 QUICK_DRAWS: Final = 2
 NOISE_SEED: Final = 0
-"""Of the noise of held-out pictures: the same in every run."""
+"""Seed of the noise of held-out pictures: the same in every run."""
 
 SAMPLING: Final[Mapping[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 7.0}
 
@@ -86,7 +86,7 @@ class Batch(NamedTuple):
 
 
 class Denoiser(nn.Module):
-    """What is adapted: the U-Net and the encoder of captions."""
+    """Adapted modules: the U-Net and the encoder of captions."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from .sources import Row, columns
 
 
 class Task(NamedTuple):
-    """What is read, what is said of it, and how that is judged."""
+    """Columns that are read, labels, and the measure of answers."""
 
     fields: tuple[str, ...]
     labels: tuple[str, ...]
@@ -70,7 +70,7 @@ class GlueBed(PeftBed[Batch]):
         return functional.mse_loss(output.squeeze(-1), batch.labels)
 
     def weight(self, batch: Batch) -> int:
-        """How many are classified."""
+        """Count what is classified."""
         return len(batch.labels)
 
     @torch.no_grad()

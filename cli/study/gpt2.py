@@ -23,7 +23,7 @@ STEMS: Final[Mapping[Part, str]] = {
     "validation": "devset",
     "test": "testset_w_refs",
 }
-"""What the files of the E2E challenge are called; their columns are ``mr`` and ``ref``."""
+"""Names of the files of the E2E challenge; their columns are ``mr`` and ``ref``."""
 
 ORIGIN: Final = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master"
 

@@ -1,4 +1,4 @@
-"""Who takes part in the study, and at which learning rates each is tried."""
+"""Contenders of the study, and the learning rates that each is tried at."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
@@ -26,10 +26,10 @@ class Contender(NamedTuple):
 
     make: Make
     rates: tuple[float, ...]
-    """Of the sweep, in rising order, a factor of two apart."""
+    """Learning rates of the sweep, in rising order, a factor of two apart."""
 
     start: Start = "gaussian"
-    """How the adapters begin: a method of `rlora.torch.initialize`, or "gaussian", as PEFT does."""
+    """Start of the adapters: a method of `rlora.torch.initialize`, or "gaussian", as PEFT does."""
 
 
 def adamw(betas: tuple[float, float]) -> Make:

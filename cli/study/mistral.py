@@ -32,7 +32,7 @@ QUICK: Final = 64
 """Rows of a part in a short run."""
 
 HEAD_SEED: Final = 0
-"""Of the classifier's head, which is drawn at random and not trained, as in the paper's code."""
+"""Seed of the classifier's head, which is random and not trained, as in the paper's code."""
 
 TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj")
 DECAY: Final = {"weight_decay": 0.01}
@@ -229,6 +229,6 @@ def accuracy(answers: list[str], references: list[list[str]]) -> dict[str, float
 
 
 def number(answer: str) -> float | None:
-    """What stands behind "####", without commas and currency; None where no number does."""
+    """Return the number behind "####", without commas and currency; None where no number does."""
     found = re.search(r"####\s*[$£€]?\s*(-?[\d,]*\.?\d+)", answer)
     return float(found[1].replace(",", "")) if found else None

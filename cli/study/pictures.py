@@ -17,7 +17,7 @@ class Picture(NamedTuple):
 
 
 class Concept(NamedTuple):
-    """What is to be learned, and what of its kind is not to be forgotten."""
+    """Pictures to be learned, and those of the kind that are not to be forgotten."""
 
     name: str
     pictures: list[Picture]

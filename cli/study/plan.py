@@ -1,4 +1,4 @@
-"""Which runs there are to do: a sweep of learning rates, then the chosen ones on other seeds."""
+"""Runs still to do: a sweep of learning rates, then the chosen ones on other seeds."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 from .train import Job
 
 WIDENINGS: Final = 4
-"""How often a sweep may grow at an end because the best rate lies there."""
+"""Number of times a sweep may grow at an end because the best rate lies there."""
 
 Record = dict[str, Any]
 
@@ -22,7 +22,7 @@ class Entry(NamedTuple):
     rates: tuple[float, ...]
     sweep_seeds: tuple[int, ...]
     seeds: tuple[int, ...]
-    """Of the runs that are reported: none of them had a part in the choice of the rate."""
+    """Seeds of the runs that are reported: none of them had a part in the choice of the rate."""
 
 
 class Records:
@@ -52,7 +52,7 @@ class Records:
 
 
 def job_of(row: Record) -> Job:
-    """What a record is of."""
+    """Return the job that a record is of."""
     return Job(*(row[name] for name in Job._fields))
 
 
@@ -101,7 +101,7 @@ def confirmations(records: Records, entry: Entry) -> list[Job]:
 
 
 def rounds(records: Records, entries: Iterable[Entry]) -> Iterator[list[Job]]:
-    """What is to do next, until all is done: sweeps as long as they grow, then confirmations."""
+    """Yield the runs to do next, until none is: sweeps as long as they grow, then confirmations."""
     entries = list(entries)
     for wanted in (sweep, confirmations):
         while jobs := missing(records, (job for x in entries for job in wanted(records, x))):

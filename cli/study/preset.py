@@ -1,4 +1,4 @@
-"""What a paper, or the code beside it, trained with: contenders of its own for a large model."""
+"""Settings of a paper, or of the code beside it: contenders of its own for a large model."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ class Preset(NamedTuple):
     rank: int
     alpha: int
     dropout: float
-    """Of what enters an adapter, in training."""
+    """Dropout before an adapter, in training."""
 
     batch: int
     epochs: int
@@ -45,7 +45,7 @@ class Preset(NamedTuple):
 
 
 def preset_of(model: str, dataset: str) -> Preset | None:
-    """What was published for a large model; None for the others."""
+    """Return the published settings of a large model; None for the others."""
     if model not in LARGE:
         return None
     preset: Preset = module_of(model).PRESETS[dataset]

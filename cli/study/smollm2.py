@@ -24,13 +24,13 @@ SIZES: Final[dict[Part, int]] = {"train": 1600, "validation": 256, "test": 256}
 QUICK_SIZES: Final[dict[Part, int]] = {"train": 32, "validation": 16, "test": 16}
 BATCH: Final = 16
 ADAPTED: Final = 3
-"""How many layers have adapters: the last ones."""
+"""Number of layers with adapters: the last ones."""
 
 TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Batch(NamedTuple):
-    """What enters the first adapted layer, and for each token the next one, if of the answer."""
+    """Input of the first adapted layer, and for each token the next one, if of the answer."""
 
     hidden: Tensor  # (batch, tokens, width)
     targets: Tensor  # (batch, tokens), token ids, IGNORE elsewhere

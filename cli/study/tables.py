@@ -38,7 +38,7 @@ Kind = tuple[str, str, int, int]
 
 
 class Result(NamedTuple):
-    """What a contender came to."""
+    """Runs of a contender."""
 
     name: str
     sweep: dict[float, float]
@@ -150,7 +150,7 @@ def line(parts: Sequence[str]) -> str:
 
 
 def cells(x: Result, base: Result) -> list[str]:
-    """What the table says of a contender."""
+    """Give a contender's cells of the table."""
     losses, theirs = x.test_losses(), base.test_losses()
     gains = [theirs[seed] - loss for seed, loss in losses.items() if seed in theirs]
     scores: dict[str, list[float]] = {}
@@ -178,7 +178,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def good_rates(sweep: dict[float, float], bound: float) -> str:
-    """How many times the lowest good learning rate the highest is, as "3.5x".
+    """Give the highest over the lowest good learning rate, as "3.5x".
 
     Around the best rate; between two rates of the sweep the loss is taken as a line in log(lr).
     With ">" in front where the sweep ends before the loss is bad.
@@ -196,7 +196,7 @@ def good_rates(sweep: dict[float, float], bound: float) -> str:
 def _edge(
     rates: Sequence[float], sweep: dict[float, float], best: int, step: int, bound: float
 ) -> tuple[float, bool]:
-    """Where the loss passes the bound on one side of the best rate; whether it does not."""
+    """Return the rate at which the loss passes the bound on one side, and whether it does not."""
     i = best
     while 0 <= i + step < len(rates):
         here, there = sweep[rates[i]], sweep[rates[i + step]]

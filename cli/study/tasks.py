@@ -1,4 +1,4 @@
-"""What the small beds are taught: prompts with one right answer, cut into three parts."""
+"""Tasks of the small beds: prompts with one right answer, cut into three parts."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ class Task(NamedTuple):
 
 
 SEED: Final = 20261124
-"""Of the data; the seeds of a run are those of its adapter and of the order of its batches."""
+"""Seed of the data; those of a run are those of its adapter and of the order of its batches."""
 
 GYM: Final[Mapping[str, Mapping[str, Any]]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 2, "max_digits": 2},

@@ -27,20 +27,20 @@ class Batch(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How a model is adapted, trained and asked."""
+    """Settings by which a model is adapted, trained and asked."""
 
     adapters: Mapping[str, Any]
-    """Of PEFT's LoraConfig, all but the rank."""
+    """Arguments of PEFT's LoraConfig but for the rank."""
 
     batch: int
     smoothing: float
-    """Of the labels, in training."""
+    """Smoothing of the labels, in training."""
 
     separator: bool
-    """Whether the end-of-text token stands between prompt and answer, as in the LoRA paper."""
+    """Flag: the end-of-text token stands between prompt and answer, as in the LoRA paper."""
 
     decoding: Mapping[str, Any]
-    """Of transformers' generate."""
+    """Arguments of transformers' generate."""
 
     no_repeat: int
     """No n-gram of this size stands twice in an answer; 0 for no such rule."""
@@ -84,7 +84,7 @@ class TextBed(PeftBed[Batch]):
 
     @torch.no_grad()
     def answers(self, model: Any, prompts: list[str]) -> list[str]:
-        """What the model says, up to its end-of-text token or a blank line."""
+        """Generate answers, each up to the end-of-text token or a blank line."""
         set_mode(model)
         base, filler, said = model.get_base_model(), self.tokenizer.eos_token_id, []
         for some in cut([self._prompt(prompt) for prompt in prompts], self.recipe.batch):

@@ -18,14 +18,14 @@ WARMUP: Final = 0.05
 """Share of the steps in which the learning rate rises; then it falls to zero in a line."""
 
 START_BATCHES: Final = 4
-"""How many batches a start from the gradient looks at."""
+"""Number of batches that a start from the gradient looks at."""
 
 DIVERGED: Final = 10.0
-"""How many times its first value a training loss may have; above it the run ends."""
+"""Multiple of its first value that a training loss may have; above it the run ends."""
 
 
 class Job(NamedTuple):
-    """What tells one run from another."""
+    """Identity of a run."""
 
     model: str
     dataset: str
@@ -35,7 +35,7 @@ class Job(NamedTuple):
     seed: int
     steps: int
     tested: bool
-    """Whether the test part is read: only for a learning rate that validation has chosen."""
+    """Flag: the test part is read, only for a learning rate that validation has chosen."""
 
 
 def run(bed: Bed, job: Job) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def train(bed: Bed, model: nn.Module, optimizer: torch.optim.Optimizer, job: Job
 
 
 def share(done: int, steps: int) -> float:
-    """What part of the learning rate the next step has."""
+    """Return the next step's share of the learning rate."""
     warmup = max(1, round(WARMUP * steps))
     return min((done + 1) / warmup, (steps - done) / (steps - warmup))
 

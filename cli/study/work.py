@@ -14,7 +14,7 @@ from .train import Job, run
 
 
 class Place(NamedTuple):
-    """What a process has to load before its first run."""
+    """Data that a process loads before its first run."""
 
     model: str
     dataset: str
