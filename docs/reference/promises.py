@@ -55,7 +55,7 @@ def options_of(kind: Any) -> set[str]:
 
 def make(kind: Any, pair: Pair, lr: float | Tensor = 0.1, **options: Any) -> Any:
     """An optimizer of the pair; it decays and damps nothing unless told."""
-    plain = {"weight_decay": 0.0, "damping": 0.0} | options
+    plain = {"weight_decay": 0.0, "damping": 0.0, "shrink": 0.0} | options
     chosen = {name: value for name, value in plain.items() if name in options_of(kind)}
     return kind([*pair], lr=lr, pairs=[pair], **chosen)
 

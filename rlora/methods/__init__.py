@@ -2,8 +2,11 @@
 
 from rlora.methods.adapre import adapre_lora
 from rlora.methods.alt import alt_lora, alt_lora_plus
+from rlora.methods.balanced import balanced_lora
 from rlora.methods.fa import lora_fa
+from rlora.methods.factor_muon import factor_muon
 from rlora.methods.graft import graft_adamw
+from rlora.methods.loft import loft
 from rlora.methods.muon import lora_muon
 from rlora.methods.plus import lora_plus
 from rlora.methods.pro import lora_pro_adamw, lora_pro_sgd
@@ -13,12 +16,16 @@ from rlora.methods.riemannion import riemannion
 from rlora.methods.rite import lora_rite
 from rlora.methods.sb import lora_sb
 from rlora.methods.scaled import scaled_adamw, scaled_sgd
+from rlora.methods.stable import stable_lora
 
 __all__ = [
     "adapre_lora",
     "alt_lora",
     "alt_lora_plus",
+    "balanced_lora",
+    "factor_muon",
     "graft_adamw",
+    "loft",
     "lora_fa",
     "lora_muon",
     "lora_plus",
@@ -31,4 +38,5 @@ __all__ = [
     "riemannion",
     "scaled_adamw",
     "scaled_sgd",
+    "stable_lora",
 ]

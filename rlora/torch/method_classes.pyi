@@ -8,7 +8,7 @@ from torch import Tensor
 from rlora.torch.matching import Pairs
 from rlora.torch.method_optimizer import MethodOptimizer
 
-__all__ = ['AdaPreLoRA', 'AltLoRA', 'AltLoRAPlus', 'GraftAdamW', 'LoRAFA', 'LoRAMuon', 'LoRAPlus', 'LoRAProAdamW', 'LoRAProSGD', 'LoRARite', 'LoRASB', 'RACLoRA', 'RefLoRA', 'Riemannion']
+__all__ = ['AdaPreLoRA', 'AltLoRA', 'AltLoRAPlus', 'BalancedLoRA', 'FactorMuon', 'GraftAdamW', 'LoFT', 'LoRAFA', 'LoRAMuon', 'LoRAPlus', 'LoRAProAdamW', 'LoRAProSGD', 'LoRARite', 'LoRASB', 'RACLoRA', 'RefLoRA', 'Riemannion', 'StableLoRA']
 
 class AdaPreLoRA(MethodOptimizer, torch.optim.AdamW):
     def __init__(
@@ -74,6 +74,43 @@ class AltLoRAPlus(MethodOptimizer, torch.optim.AdamW):
         fused: bool | None = None,
     ) -> None: ...
 
+class BalancedLoRA(MethodOptimizer, torch.optim.AdamW):
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.001,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0.0,
+        pairs: Pairs = None,
+        adapter: str | None = None,
+        scaling: float | None = None,
+        stochastic_rounding: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None: ...
+
+class FactorMuon(MethodOptimizer, torch.optim.AdamW):
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.001,
+        *,
+        b1: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        compute_dtype: str | None = None,
+        pairs: Pairs = None,
+        adapter: str | None = None,
+        scaling: float | None = None,
+        stochastic_rounding: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None: ...
+
 class GraftAdamW(MethodOptimizer, torch.optim.AdamW):
     def __init__(
         self,
@@ -83,6 +120,28 @@ class GraftAdamW(MethodOptimizer, torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-08,
         weight_decay: float = 0.0,
+        pairs: Pairs = None,
+        adapter: str | None = None,
+        scaling: float | None = None,
+        stochastic_rounding: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None: ...
+
+class LoFT(MethodOptimizer, torch.optim.AdamW):
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.001,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0.0,
+        first: Literal['A', 'B'] = 'B',
+        damping: float = 1e-06,
+        damping_mode: Literal['relative', 'absolute', 'covariant'] = 'relative',
+        compute_dtype: str | None = None,
         pairs: Pairs = None,
         adapter: str | None = None,
         scaling: float | None = None,
@@ -292,6 +351,25 @@ class Riemannion(MethodOptimizer, torch.optim.AdamW):
         b1: float = 0.9,
         weight_decay: float = 0.0,
         compute_dtype: str | None = None,
+        pairs: Pairs = None,
+        adapter: str | None = None,
+        scaling: float | None = None,
+        stochastic_rounding: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None: ...
+
+class StableLoRA(MethodOptimizer, torch.optim.AdamW):
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.001,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        shrink: float = 0.0005,
+        eps: float = 1e-08,
+        weight_decay: float = 0.0,
         pairs: Pairs = None,
         adapter: str | None = None,
         scaling: float | None = None,

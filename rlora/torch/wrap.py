@@ -144,7 +144,15 @@ def _constructor(method: Method) -> Any:
     return construct
 
 
-SPELLING = {"lora": "LoRA", "sgd": "SGD", "adamw": "AdamW", "fa": "FA", "sb": "SB", "rac": "RAC"}
+SPELLING = {
+    "lora": "LoRA",
+    "loft": "LoFT",
+    "sgd": "SGD",
+    "adamw": "AdamW",
+    "fa": "FA",
+    "sb": "SB",
+    "rac": "RAC",
+}
 
 
 def class_name(method: str) -> str:

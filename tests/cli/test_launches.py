@@ -14,6 +14,7 @@ WAITS = {
     "lora_pro_sgd": EIGEN,
     "lora_pro_adamw": EIGEN,
     "ref_lora": EIGEN,
+    "balanced_lora": EIGEN,
     "riemannion": {"_linalg_svd"},
 }
 PLACED = ["scaled_adamw:before", "scaled_adamw:after"]

@@ -16,13 +16,16 @@ EVERY = pytest.mark.parametrize("name", methods.__all__)
 # Where it is infinite the entry does not move, as in torch's AdamW.
 MOMENTS = {
     "alt_lora_plus",
+    "balanced_lora",
     "graft_adamw",
+    "loft",
     "lora_fa",
     "lora_plus",
     "lora_pro_adamw",
     "lora_rite",
     "lora_sb",
     "scaled_adamw",
+    "stable_lora",
 }
 
 
@@ -67,7 +70,10 @@ def check(name, backend, factor, gradient):
         return
     for x, y, p in zip(*(seen(name, pair) for pair in (found, wanted, start)), strict=True):
         # 1e-3 of the move, which conditions of a few hundred cost; and the rounding of the factor.
-        bound = 1e-3 * np.abs(y - p).max() + 1e-6 * np.abs(y).max()
+        # LoFT: a root of a sum that cancels to less than 10 eps, as one entry in a thousand does in
+        # float32, is off by as much as it is large; a row of the move has the sum of 200 of them.
+        share = 2e-2 if name == "loft" else 1e-3
+        bound = share * np.abs(y - p).max() + 1e-6 * np.abs(y).max()
         assert np.abs(x - y).max() <= bound, (factor, gradient)
 
 

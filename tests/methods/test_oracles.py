@@ -32,6 +32,14 @@ CASES = {
         {},
         1e-2,
     ),
+    "loft": (rlora.loft, dense.Loft, {}, UNDAMPED, ADAM),
+    "loft, A, decay": (
+        rlora.loft,
+        dense.Loft,
+        {"b1": 0.5, "b2": 0.9, "eps": 1e-3, "first": "A", "weight_decay": 0.1},
+        UNDAMPED,
+        ADAM,
+    ),
     "ref": (rlora.ref_lora, dense.Ref, {}, {}, SGD),
     "ref momentum": (rlora.ref_lora, dense.Ref, {"momentum": 0.9, "weight_decay": 0.1}, {}, 5e-3),
     "ref scalar": (rlora.ref_lora, dense.Ref, {"form": "scalar"}, {}, SGD),
@@ -59,6 +67,17 @@ CASES = {
         SIGN,
     ),
     "muon without momentum": (rlora.lora_muon, dense.Muon, {"b1": 0.0}, {}, SIGN),
+    "factor muon": (rlora.factor_muon, dense.FactorMuon, {}, {}, SIGN),
+    "factor muon decay": (
+        rlora.factor_muon,
+        dense.FactorMuon,
+        {"b1": 0.8, "nesterov": False, "weight_decay": 0.5},
+        {},
+        SIGN,
+    ),
+    "factor muon without momentum": (rlora.factor_muon, dense.FactorMuon, {"b1": 0.0}, {}, SIGN),
+    "stable": (rlora.stable_lora, dense.Stable, {"shrink": 0.1}, {}, ADAM),
+    "stable decay": (rlora.stable_lora, dense.Stable, {"weight_decay": 0.1}, {}, ADAM),
     "riemannion": (rlora.riemannion, dense.Riemannion, {}, {}, SIGN),
     "riemannion decay": (
         rlora.riemannion,
@@ -181,7 +200,9 @@ def formulas(A, B, G, s, mode, damping):
     root = squares.sum() ** 0.25
     R, L = (np.sqrt(squares.sum(axis=axis)) / root for axis in (0, 1))  # R^½, L^½
     Q_A, Q_B = damped_inverses((A * R) @ A.T, (B.T * L) @ B, mode, damping)
+    full = g_B @ P_B @ A
     return {
+        "loft": (0 * A, full / (np.abs(full) + 0.5) @ A.T @ P_B / s),
         "pro": (d_A / s, d_B / s),
         "alt": (0 * A, g_B @ P_B / s),
         "fa": (None, g_B @ P_B / s),
@@ -197,6 +218,7 @@ def formulas(A, B, G, s, mode, damping):
 
 LINKS = {
     "pro": lambda **d: rlora.lora_pro_sgd(gauge="zero", **d),
+    "loft": lambda **d: rlora.loft(b1=0.0, b2=0.0, eps=0.5, **d),
     "alt": lambda **d: rlora.alt_lora(b1=0.0, **d),
     "fa": lambda **d: rlora.chain(scale_by_frozen_gram(**d)),
     "rac": lambda **d: rlora.rac_lora(**d),
@@ -225,4 +247,6 @@ def test_damping_is_where_the_formula_has_it(name, mode, damping):
         if d is not None:
             assert_close(d, x, rtol=1e-12)
             seen |= bool(np.abs(x - free).max() > 1e-2 * np.abs(x).max())
-    assert seen or (mode == "covariant" and name in ("alt", "fa", "rac", "rac B"))  # of one Gram
+    assert seen or (
+        mode == "covariant" and name in ("loft", "alt", "fa", "rac", "rac B")
+    )  # of one Gram

@@ -128,6 +128,35 @@ class Alt:
 
 
 @dataclass
+class Loft:
+    """LoFT with every projected full gradient kept: seen anew through the partner at each step."""
+
+    lr: float
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    first: str = "B"
+    t: int = 0
+    past: dict = field(default_factory=lambda: {"A": [], "B": []})
+
+    def step(self, A, B, G, s):
+        P_A, P_B = row_projector(A), column_projector(B)
+        self.past["A"] = [P_B @ X for X in [*self.past["A"], G]]
+        self.past["B"] = [X @ P_A for X in [*self.past["B"], G]]
+        mine = self.first if self.t % 2 == 0 else {"A": "B", "B": "A"}[self.first]
+        self.t += 1
+        X = np.stack(self.past[mine])
+        age = np.arange(self.t)[::-1, None, None]
+        first, second = (np.array(b) ** age for b in (self.b1, self.b2))
+        M = (first * X).sum(0) / first.sum()
+        U = M / (np.sqrt((second * X**2).sum(0) / second.sum()) + self.eps)
+        if mine == "B":
+            return A, B - self.lr * (U @ np.linalg.pinv(A) / s + self.weight_decay * B)
+        return A - self.lr * (np.linalg.pinv(B) @ U / s + self.weight_decay * A), B
+
+
+@dataclass
 class Rac:
     """One block of RAC-LoRA: G times the pseudo-inverse of the sketch."""
 
@@ -337,6 +366,74 @@ class Muon:
             moves.append(W @ msign(W @ M) / (2 * s))
         c = (1 - self.lr * self.weight_decay) ** 0.5
         return c * A - self.lr / c * moves[0], c * B - self.lr / c * moves[1].T
+
+
+@dataclass
+class FactorMuon:
+    """Muon, once for A and once for B."""
+
+    lr: float
+    b1: float = 0.95
+    nesterov: bool = True
+    weight_decay: float = 0.0
+    moments: dict | None = None
+
+    def step(self, A, B, G, s):
+        self.moments = self.moments or both(b1=self.b1)
+        new = []
+        for x, F, g in (("A", A, s * B.T @ G), ("B", B, s * G @ A.T)):
+            M = self.moments[x].ball(g)
+            M = g + self.b1 * M if self.nesterov else M
+            move = 0.2 * max(F.shape) ** 0.5 * msign(M)
+            new.append(F - self.lr * (move + self.weight_decay * F))
+        return tuple(new)
+
+
+@dataclass
+class AdamW:
+    """Each factor by itself."""
+
+    lr: float
+    weight_decay: float = 0.0
+    moments: dict | None = None
+
+    def step(self, A, B, G, s):
+        self.moments = self.moments or both()
+        d_A, d_B = (self.moments[x].adam(g) for x, g in (("A", s * B.T @ G), ("B", s * G @ A.T)))
+        keep = 1 - self.lr * self.weight_decay
+        return keep * A - self.lr * d_A, keep * B - self.lr * d_B
+
+
+@dataclass
+class Balanced(AdamW):
+    """AdamW, then the balanced split that a positive definite change of basis leads to.
+
+    From the singular vectors of the product to a balanced split, and from there by the rotation that
+    makes the change of basis of A symmetric.
+    """
+
+    def step(self, A, B, G, s):
+        A, B = super().step(A, B, G, s)
+        r = len(A)
+        _, sigma, Vt = np.linalg.svd(B @ A, full_matrices=False)
+        change = np.sqrt(sigma[:r])[:, None] * Vt[:r] @ np.linalg.pinv(A)  # any balanced one
+        _, stretch, Wt = np.linalg.svd(change)
+        half = (Wt.T * stretch) @ Wt  # its symmetric polar factor
+        return half @ A, B @ np.linalg.inv(half)
+
+
+@dataclass
+class Stable(AdamW):
+    """AdamW from an A that shrinks first."""
+
+    shrink: float = 5e-4
+
+    def step(self, A, B, G, s):
+        means = [np.linalg.norm(F) / F.size for F in (A, B)]
+        start = (1 - self.shrink) * A if means[0] >= means[1] else A
+        moved, B = super().step(A, B, G, s)
+        keep = 1 - self.lr * self.weight_decay
+        return moved - A + start if keep == 1 else moved - keep * A + start - (1 - keep) * A, B
 
 
 @dataclass

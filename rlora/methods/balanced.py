@@ -1,0 +1,125 @@
+"""Balanced LoRA: after each step of any method, a split of the product in which S_A = S_B.
+
+V. Castin, K. Nadjahi, P. Ablin, G. Peyré. Balanced LoRA: Removing Parameter Invariance to
+Accelerate Convergence. arXiv:2605.31484, 2026.
+"""
+
+from typing import Final
+
+from rlora.core.algebra import mT
+from rlora.core.bundle import Bundle, rank_wise
+from rlora.core.checks import hyperparameters
+from rlora.core.decay import add_decayed_weights
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import Array, Factors, Tree, device_of, leaves_of, map_leaves, map_pairs
+from rlora.core.linalg import geometric_mean
+from rlora.core.moments import scale_by_adam
+from rlora.core.transform import State, Transform, chain, no_state, still_at_zero
+
+SINGULAR: Final = 1e-6
+"""What is added to each Gram, relative to its mean eigenvalue: a direction that one factor has lost
+would take the other one's with it."""
+
+
+@hyperparameters
+def balanced_lora(
+    inner: Transform | None = None,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Transform:
+    """Any method, its factors balanced after every step.
+
+    After the step of `inner`, with ``S_A = A Aᵀ`` and ``S_B = Bᵀ B``::
+
+        K = S_A^-½ (S_A^½ S_B S_A^½)^½ S_A^-½,   A <- K^½ A,   B <- B K^-½
+
+    so that ``S_A = S_B``: the split in which, as the paper shows, a minimum of the loss is best
+    conditioned. The product stays.
+
+    Parameters
+    ----------
+    inner : Transform, optional
+        Any method whose factors move at once; AdamW with the following hyperparameters by default.
+    b1, b2, eps, weight_decay
+        Of the default AdamW; without effect on an `inner` that is given.
+
+    Returns
+    -------
+    Transform
+        State: that of `inner`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        When a hyperparameter is out of its range or of the wrong type, or `inner` moves its factors
+        one after the other.
+
+    Notes
+    -----
+    A pair with a frozen or a zero factor is left as it is. The paper's code takes singular vectors
+    of the product for the new factors, whose order and signs jump from step to step under moments
+    that stay; the symmetric change of basis K^½ is the one that turns nothing.
+
+    References
+    ----------
+    V. Castin, K. Nadjahi, P. Ablin, G. Peyré. Balanced LoRA: Removing Parameter Invariance to
+    Accelerate Convergence. arXiv:2605.31484, 2026.
+
+    Examples
+    --------
+    >>> import rlora
+    >>> method = rlora.balanced_lora(weight_decay=0.01)
+    >>> scaled = rlora.balanced_lora(rlora.scaled_sgd())
+    """
+    adamw = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay))
+    inner = adamw if inner is None else inner
+    if inner.order != "jacobi":
+        msg = "balanced_lora expected a method of order='jacobi', got 'gauss_seidel'; give it that"
+        raise ValueError(msg)
+    move, rebase = inner.apply, rank_wise(no_state, balance, rescaled=False).update
+
+    def apply(params: Tree, direction: Tree, lr: Array | float) -> Tree:
+        new = move(params, direction, lr)
+        backend = get_backend(*leaves_of(new))
+        wide = map_leaves(lambda x: backend.cast(x, backend.compute_dtype(x.dtype)), new)
+
+        def moving(pair: Factors, d: Factors) -> Factors:
+            return Factors(None, None) if d.A is None or d.B is None else pair
+
+        rebased, _ = rebase(map_pairs(moving, wide, direction), (), wide)
+
+        def back(pair: Factors, found: Factors) -> Factors:
+            whole = pair if found.A is None else found
+            return Factors(*(backend.cast(x, p.dtype) for x, p in zip(whole, pair, strict=True)))
+
+        return map_pairs(back, new, rebased)
+
+    return inner._replace(apply=still_at_zero(apply))
+
+
+def balance(bundle: Bundle, X: list[Factors], state: State) -> tuple[list[Factors], State]:
+    """``K^½ A`` and ``B K^-½`` of a bundle's own factors X."""
+    backend, xp = bundle.backend, bundle.xp
+    S = bundle.gram(bundle.params)
+    trace = xp.reshape(xp.linalg.trace(S), (-1, 1, 1))
+    a, b = bundle.halves(trace)
+    info = xp.finfo(S.dtype)
+    least, most = float(info.smallest_normal) / float(info.eps), float(info.max)
+    live = (a > least) & (b > least) & (a < most) & (b < most)
+    live = xp.concat([live, live])
+    eye = xp.eye(bundle.rank, dtype=S.dtype, device=device_of(S))
+    unit = xp.where(live, trace, xp.ones_like(trace))
+    S_A, S_B = bundle.halves(xp.where(live, S / unit + SINGULAR / bundle.rank * eye, eye))
+    w, Q = backend.eigh(geometric_mean(backend, S_A, S_B))
+    w = xp.clip(w, min=float(info.eps) * xp.max(w, axis=-1, keepdims=True))[..., None, :]
+    half, back = (backend.matmul(Q * w**p, mT(Q)) for p in (0.5, -0.5))
+    c = (bundle.partner(unit) / unit) ** 0.25
+    if bundle.numbers is not None:  # huge factors, of which these Grams are not
+        n = bundle.stack(bundle.numbers)
+        c = c * n**0.5 / bundle.partner(n) ** 0.5
+    P = xp.where(live, c * xp.concat([half, back]), eye)
+    sized, number = bundle.in_range(X)
+    return bundle.apply(P / number, sized), state

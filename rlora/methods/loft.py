@@ -1,0 +1,287 @@
+"""LoFT: AdamW on the full weight as far as one factor at a time can follow it, with its moments.
+
+N. Tastan, S. Laskaridis, M. Takáč, K. Nandakumar, S. Horváth. LoFT: Low-Rank Adaptation That
+Behaves Like Full Fine-Tuning. arXiv:2505.21289, 2025.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+from rlora.core.algebra import ROUNDING, mT
+from rlora.core.bundle import Bundle, rank_wise, record_turn
+from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters, is_zero
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import Array, Factors, Tree, counterparts, map_pairs, pairs_of, rebuild
+from rlora.core.linalg import DampingMode, check_damping, metric_power
+from rlora.core.moments import corrected_decay, counts, each, over, per_pair, small_zeros, zeros
+from rlora.core.transform import State, Transform, chain
+
+First = Literal["A", "B"]
+
+
+class LoftState(NamedTuple):
+    """What LoFT knows of each pair."""
+
+    mu: Tree
+    """First moment of the preconditioned gradient, like the parameters."""
+
+    nu: Tree
+    """Second moment of its rows as products: (..., n, r, r) for A, (..., m, r, r) for B."""
+
+    turn: Tree
+    """The partner's new rows times its old ones, (..., r, r)."""
+
+    count: Tree
+    """Gradients seen, one number a factor."""
+
+    steps: Tree
+    """Steps taken, one number a pair: whose turn it is."""
+
+    scaling: Tree
+    """The s of each pair."""
+
+
+@hyperparameters
+def scale_by_loft(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    first: First = "B",
+    damping: float = 1e-6,
+    damping_mode: DampingMode = "relative",
+    compute_dtype: str | None = None,
+) -> Transform:
+    """The direction of `loft` without decay, as a link."""
+    check_unit("b1", b1)
+    check_unit("b2", b2)
+    check_nonnegative("eps", eps)
+    check_choice("first", first, First)
+    check_damping(damping, damping_mode)
+
+    def init(params: Tree, scaling: float = 1.0) -> LoftState:
+        return LoftState(
+            zeros(params),
+            map_pairs(no_rows, params),
+            small_zeros(params, 2),
+            counts(params),
+            per_pair(params, 0.0),
+            per_pair(params, scaling),
+        )
+
+    def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], LoftState]:
+        xp, matmul = bundle.xp, bundle.backend.matmul
+        S = bundle.gram(bundle.params)
+        T = matmul(metric_power(bundle, S), bundle.stack(state.turn))  # old coordinates to new
+        P = metric_power(bundle, S, -1.0, damping, damping_mode)
+        g = [over(d, s) for d, s in zip(bundle.apply(P, G), state.scaling, strict=True)]
+        old, to_new = bundle.apply(T, state.mu), bundle.unstack(T)
+
+        inputs = zip(old, to_new, g, state.nu, state.count, strict=True)
+        moments = [averages(bundle, (b1, b2), *of_pair) for of_pair in inputs]
+        mu, rows = ([moment[i] for moment in moments] for i in (0, 1))
+        seen = [
+            seen_by_factors(
+                bundle, pair, *moment, turn_of("B", first, state.steps[k], bundle.moving[k]), eps
+            )
+            for k, (pair, moment) in enumerate(zip(bundle.params, moments, strict=True))
+        ]
+        D = []
+        for k, d in enumerate(bundle.apply(P, seen)):
+            turns = (each(turn_of(x, first, state.steps[k], bundle.moving[k])) for x in "AB")
+            d = over(d, state.scaling[k])
+            D.append(Factors(*(xp.where(t, x, 0 * x) for t, x in zip(turns, d, strict=True))))
+        return D, LoftState(
+            mu,
+            rows,
+            # Whoever moves the parameters without `transport` shall see it at once.
+            turn=bundle.unstack(T * float("nan")),
+            count=[Factors(c.A + 1, c.B + 1) for c in state.count],
+            steps=[steps + 1 for steps in state.steps],
+            scaling=state.scaling,
+        )
+
+    return rank_wise(init, rule, transport=record_turn, compute_dtype=compute_dtype)
+
+
+def averages(
+    bundle: Bundle,
+    rates: tuple[float, float],
+    old: Factors,
+    to_new: Factors,
+    g: Factors,
+    nu: Factors,
+    counts: Factors,
+) -> tuple[Factors, Factors]:
+    """Both moments without bias: of a partner that has turned, carried along."""
+    xp, matmul = bundle.xp, bundle.backend.matmul
+    mu, rows = [], []
+    sides = zip(old, to_new, nu, g, in_rows(g), strict=True)
+    for (m, turn, C, x, v), count in zip(sides, counts, strict=True):
+        d1, d2 = (each(corrected_decay(xp, b, count)) for b in rates)
+        turn, d2 = turn[..., None, :, :], d2[..., None]
+        mu.append(d1 * m + (1 - d1) * x)
+        rows.append(d2 * matmul(matmul(turn, C), mT(turn)) + (1 - d2) * products(v))
+    return Factors(*mu), Factors(*rows)
+
+
+def seen_by_factors(
+    bundle: Bundle, pair: Factors, mu: Factors, rows: Factors, b_moves: Array, eps: float
+) -> Factors:
+    """``Bᵀ U`` and ``U Aᵀ`` of the full update U of this turn, (..., m, n)."""
+    xp, matmul = bundle.xp, bundle.backend.matmul
+    A, B = pair
+    own, b_side = in_rows(pair), each(b_moves)
+    M = matmul(xp.where(b_side, mu.B, B), xp.where(b_side, A, mu.A))
+    left = xp.where(b_side, flat(rows.B), flat(products(own.B)))  # (..., m, r²)
+    right = xp.where(b_side, flat(products(own.A)), flat(rows.A))  # (..., n, r²)
+    V = matmul(left, mT(right))
+    # An entry that is lost in the rounding of its sum counts as that rounding.
+    least = [xp.sum(x[..., :: bundle.rank + 1], axis=-1) for x in (left, right)]
+    rounding = ROUNDING * float(xp.finfo(V.dtype).eps)
+    V = xp.maximum(V, rounding * least[0][..., :, None] * least[1][..., None, :])
+    U = M / (xp.sqrt(V) + eps)
+    return Factors(matmul(mT(B), U), matmul(U, mT(A)))
+
+
+def turn_of(letter: str, first: First, steps: Array, moving: tuple[bool, bool]) -> Array:
+    """Whether it is the turn of a factor; of one whose partner is frozen it always is."""
+    if not all(moving):
+        return steps == steps if moving["AB".index(letter)] else steps != steps
+    return steps % 2 == (0 if letter == first else 1)
+
+
+def in_rows(pair: Factors) -> Factors:
+    """Columns of A and rows of B as rows: (..., n, r) and (..., m, r)."""
+    return Factors(mT(pair.A), pair.B)
+
+
+def products(rows: Array) -> Array:
+    """The product of each row with itself, (..., N, r, r).
+
+    Rows whose squares would leave the range shrink together: as in Adam, the second moment ends
+    there.
+    """
+    xp = get_backend(rows).xp
+    largest = math.pow(xp.finfo(rows.dtype).max, 0.45)  # what is made of products has room, too
+    peak = xp.max(xp.abs(rows), axis=(-2, -1), keepdims=True)
+    rows = rows * (largest / xp.clip(peak, min=largest))
+    return rows[..., :, None] * rows[..., None, :]
+
+
+def flat(rows: Array) -> Array:
+    """(..., N, r, r) as (..., N, r²)."""
+    return get_backend(rows).xp.reshape(rows, (*rows.shape[:-2], rows.shape[-1] ** 2))
+
+
+def no_rows(pair: Factors) -> Factors:
+    """The `LoftState.nu` of a pair before the first step."""
+    xp = get_backend(pair.A).xp
+    return Factors(*(xp.zeros_like(products(x)) for x in in_rows(pair)))
+
+
+def decay_in_turn(link: Transform, weight_decay: float, first: First) -> Transform:
+    """The link with decay of the factor whose turn it is."""
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        D, new = link.update(grads, state, params)
+
+        def decayed(d: Factors, p: Factors, steps: Array) -> Factors:
+            moving = d.A is not None, d.B is not None
+
+            def factor(letter: str, x: Array, y: Array) -> Array:
+                if x is None:
+                    return None
+                turn = turn_of(letter, first, steps, moving)
+                return get_backend(x).xp.where(each(turn), x + weight_decay * y, x)
+
+            return Factors(*map(factor, "AB", d, p))
+
+        sides = zip(pairs_of(D), pairs_of(params), counterparts(params, state.steps), strict=True)
+        return rebuild(params, [decayed(*side) for side in sides]), new
+
+    return link if is_zero(weight_decay) else link._replace(update=update)
+
+
+@hyperparameters
+def loft(
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    first: First = "B",
+    damping: float = 1e-6,
+    damping_mode: DampingMode = "relative",
+    compute_dtype: str | None = None,
+) -> Transform:
+    """LoFT, AdamW on the full weight as far as a factor can follow it.
+
+    With ``g_A = S_B⁻¹ G_A / s`` and ``T = S_B⁻¹ Bᵀ B_old``, for A's turn and column j of A::
+
+        M   = b1 T M + (1 - b1) g_A                first moment, (r, n)
+        C_j = b2 T C_j Tᵀ + (1 - b2) g_j g_jᵀ      second moment, (n, r, r)
+        U   = B M / (sqrt(V) + eps),   V_ij = b_iᵀ C_j b_i   the full update, (m, n)
+        A   = A - lr (S_B⁻¹ Bᵀ U / s + λ A)
+
+    with b_i the rows of B and the moments without bias, ``M / (1 - b1^t)`` and ``C / (1 - b2^t)``;
+    and the same for Bᵀ with the factors in each other's places. ``B g_A`` is the part of the full
+    gradient in the column space of B, so that ``B M`` and V are the moments of AdamW on the full
+    weight, seen through the columns that B has now. Both factors' moments take every gradient; the
+    factors move in turns.
+
+    Parameters
+    ----------
+    b1, b2 : float
+        Decay rates, in [0, 1).
+    eps : float
+        At least 0; in units of the full gradient.
+    weight_decay : float
+        λ, at least 0; decoupled, of the factor whose turn it is.
+    first : {"A", "B"}
+        Who begins. B can move from B = 0, and begins in the authors' code.
+    damping, damping_mode, compute_dtype
+        As in `rlora.scaled_adamw`.
+
+    Returns
+    -------
+    Transform
+        State: one array a factor, r² numbers for each of its rows or columns, and for each factor
+        r² numbers and its count; two numbers a pair.
+
+    Raises
+    ------
+    ValueError, TypeError
+        When a hyperparameter is out of its range or of the wrong type.
+
+    Notes
+    -----
+    A step makes arrays of the shape (m, n) and of r times the state of Adam: memory as for full
+    fine-tuning of one layer. Where a factor is frozen the other one moves every time. The path of
+    the product does not depend on s, but for eps, and not on how it is split: only on the weights'
+    own axes, as AdamW's does.
+
+    The authors' code carries the second moment by ``Tᵀ C T``; ``T C Tᵀ`` is what products of rows
+    become when rows become ``T g``. It decays by λ without lr, after A's turn B's moments take an
+    old gradient by the new A, and a saved state lacks the old factors and whose turn it is.
+
+    References
+    ----------
+    N. Tastan, S. Laskaridis, M. Takáč, K. Nandakumar, S. Horváth. LoFT: Low-Rank Adaptation That
+    Behaves Like Full Fine-Tuning. arXiv:2505.21289, 2025.
+
+    Examples
+    --------
+    >>> import rlora
+    >>> method = rlora.loft(weight_decay=0.01)
+    """
+    link = scale_by_loft(
+        b1,
+        b2,
+        eps,
+        first=first,
+        damping=damping,
+        damping_mode=damping_mode,
+        compute_dtype=compute_dtype,
+    )
+    return chain(decay_in_turn(link, weight_decay, first))

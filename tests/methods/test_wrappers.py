@@ -1,0 +1,121 @@
+"""Balanced LoRA and Stable-LoRA around other methods."""
+
+import numpy as np
+import oracles_dense as dense
+import pytest
+
+import rlora
+from rlora import Factors
+from rlora.backends import get
+from rlora.testing import assert_close, make_problem, run
+
+INNER = ["scaled_sgd", "scaled_adamw", "lora_rite", "alt_lora", "lora_muon", "loft", "graft_adamw"]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_balanced_equals_the_oracle(decay):
+    """Each Gram has 1e-6 of its mean more here, which through conditions of a hundred and twenty steps
+    of Adam makes 1e-3 of a factor, and of the product far less."""
+    problem = make_problem(scaling=2.0, seed=3)
+    method, params = rlora.balanced_lora(weight_decay=decay), problem.params
+    state = method.init(params, 2.0)
+    for A, B in dense.run(dense.Balanced(lr=0.02, weight_decay=decay), problem):
+        params, state = rlora.step(method, params, problem.grads(params), state, 0.02)
+        assert_close(params.A, A, rtol=1e-3, what="A")
+        assert_close(params.B, B, rtol=1e-3, what="B")
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_balancing_changes_the_split_alone(name, backend):
+    """Of a step; from the same pair. Both Grams are one but for what is added to them."""
+    method = getattr(rlora, name)()
+    problem = make_problem(seed=5)
+    uneven = Factors(30.0 * problem.params.A, problem.params.B / 30.0)
+    problem = problem._replace(params=uneven).on(backend)
+    plain, _ = run(method, problem, steps=1, lr=1e-3)
+    even, _ = run(rlora.balanced_lora(method), problem, steps=1, lr=1e-3)
+    A, B, plain_A, plain_B = (backend.to_numpy(x) for x in (*even, *plain))
+    assert_close(B @ A, plain_B @ plain_A, rtol=1e-12)
+    assert_close(B.T @ B, A @ A.T, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["scaled_sgd", "lora_rite", "lora_muon"])
+def test_what_no_split_can_change_is_not_changed_by_balancing(name):
+    """Covariant methods, with moments that are carried along or none; r does not turn."""
+    method = {
+        "scaled_sgd": rlora.scaled_sgd(damping=0.0),
+        "lora_rite": rlora.lora_rite(),
+        "lora_muon": rlora.lora_muon(b1=0.0),
+    }[name]
+    problem = make_problem(seed=6)
+    ends = [run(m, problem, steps=10, lr=0.02)[0] for m in (method, rlora.balanced_lora(method))]
+    assert_close(*(x.B @ x.A for x in ends), rtol=1e-8)
+
+
+def test_lost_directions_stay_what_they_are():
+    """A zero B is left with its A; a B that lost a column has no infinite partner."""
+    problem = make_problem(seed=4)
+    method = rlora.balanced_lora()
+    zeros = Factors(*(np.zeros_like(x) for x in problem.params))
+    A, B = problem.params
+    one_less = B * np.array([1.0, 0.0, *[1.0] * (B.shape[1] - 2)])
+    for pair, exact in ((Factors(A, 0 * B), True), (Factors(A, one_less), False)):
+        new, _ = rlora.step(method, pair, zeros, method.init(pair), 0.1)
+        assert_close(new.B @ new.A, pair.B @ pair.A, rtol=1e-10, atol=1e-300)
+        assert np.isfinite(new.A).all()
+        if exact:
+            assert_close(new.A, pair.A)
+
+
+def test_balancing_asks_for_methods_that_move_both_factors_at_once():
+    with pytest.raises(ValueError, match="jacobi"):
+        rlora.balanced_lora(rlora.scaled_sgd(order="gauss_seidel"))
+
+
+def test_a_frozen_factor_is_not_balanced():
+    problem = make_problem(seed=7)
+    for frozen in "AB":
+        grads = problem.grads(problem.params)._replace(**{frozen: None})
+        for wrapper in (rlora.balanced_lora, rlora.stable_lora):
+            method = wrapper()
+            new, _ = rlora.step(method, problem.params, grads, method.init(problem.params), 0.1)
+            plain = rlora.lora_plus(ratio=1.0)
+            old, _ = rlora.step(plain, problem.params, grads, plain.init(problem.params), 0.1)
+            for x, y in zip(new, old, strict=True):
+                assert_close(x, y)
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_a_shrinks_before_the_step_of_any_method(name):
+    """As the authors' code: the gradients are those of the A before."""
+    problem = make_problem(seed=8)
+    pair = Factors(problem.params.A, problem.params.B / 1e3)
+    grads = problem.grads(pair)
+    method = getattr(rlora, name)()
+    direction, _ = method.update(grads, method.init(pair), pair)
+    new, _ = rlora.step(rlora.stable_lora(method, shrink=0.25), pair, grads, method.init(pair), 0.1)
+    expected = method.apply(Factors(0.75 * pair.A, pair.B), direction, 0.1)
+    for x, y in zip(new, expected, strict=True):
+        assert_close(x, y)
+
+
+def test_a_stops_to_shrink_where_b_has_caught_up():
+    """``|A| / n`` against ``|B| / m``: on either side of the bound, in one step."""
+    A, B = np.ones((2, 10)), np.ones((5, 2))
+    moved = {}
+    for size in (0.9, 1.1):  # |A|/n = sqrt(20)/10, |B|/m = size sqrt(10)/5 / sqrt(2)
+        pair = Factors(A, size * B / 2**0.5)
+        zero = Factors(0 * A, 0 * B)
+        method = rlora.stable_lora(shrink=0.5)
+        moved[size], _ = rlora.step(method, pair, zero, method.init(pair), 0.1)
+    assert_close(moved[0.9].A, 0.5 * A)
+    assert_close(moved[1.1].A, A)
+
+
+def test_huge_factors_are_compared_by_their_sizes():
+    for a, b, shrinks in ((1e30, 1e25, True), (1e25, 1e30, False)):
+        pair = Factors(*(get("numpy").asarray(x) for x in (np.full((2, 5), a), np.full((5, 2), b))))
+        method = rlora.stable_lora(shrink=0.5)
+        zero = Factors(*(0 * x for x in pair))
+        new, _ = rlora.step(method, pair, zero, method.init(pair), 0.1)
+        assert_close(new.A, (0.5 if shrinks else 1.0) * pair.A)
