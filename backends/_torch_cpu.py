@@ -1,4 +1,4 @@
-"""Gains of a CPU alone: memory that is used again, and torch's fused Adam.
+"""Gains of a CPU alone: no waits, memory that is used again, and torch's fused Adam.
 
 Fresh pages are what a large allocation spends most of its time on: more than the arithmetic.
 """
@@ -71,6 +71,17 @@ def is_plain(*tensors: Tensor) -> bool:
         and all(type(t) is Tensor and t.dtype == x.dtype for t in tensors)
         and all(t.is_contiguous() and not t.requires_grad for t in tensors)
     )
+
+
+def all_true(x: Tensor) -> bool:
+    """Return whether every entry is known to be true, without a wait and outside of a graph."""
+    known = type(x) is Tensor and x.device.type == "cpu"
+    return known and not torch.compiler.is_compiling() and bool(x.numpy().all())
+
+
+def eigh_waits(S: Tensor) -> bool:
+    """Return whether torch's eigh would hold up the host until the device is done."""
+    return bool(S.device.type == "cuda")
 
 
 def is_within(x: Tensor, low: float, high: float) -> bool:

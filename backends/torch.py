@@ -12,7 +12,7 @@ from rlora.core.backend import Backend, Tall, Workspace
 from rlora.core.errors import NumericsError
 from rlora.core.factors import Array
 
-from ._torch_cpu import empty, fused_adam, is_plain, is_within, reusing
+from ._torch_cpu import all_true, eigh_waits, empty, fused_adam, is_plain, is_within, reusing
 from ._torch_stacks import (
     buckets_of,
     factors_of,
@@ -122,8 +122,7 @@ class TorchBackend(Backend):
             return list(onto)
         result: list[Array] = list(tall)
         for key, members in buckets_of(tall, workspace, slot).items():
-            shape, device = key[0], tall[members[0]].device
-            dtype = P[members[0]].dtype
+            shape, device, dtype = key[0], tall[members[0]].device, P[members[0]].dtype
             if is_stacked(tall[members[0]]):
                 G = stacked([tall[i] for i in members], dtype, workspace)
                 P_k = torch.stack([P[i] for i in members]).reshape(-1, *P[members[0]].shape[-2:])
@@ -296,17 +295,6 @@ def _rounds_inputs() -> bool:
 # Asked when a graph is made; torch makes it anew when the setting changes.
 _constant: Any = torch.compiler.assume_constant_result
 _constant_rounds_inputs = _constant(_rounds_inputs)
-
-
-def all_true(x: Array) -> bool:
-    """Return whether every entry is known to be true, without a wait and outside of a graph."""
-    known = type(x) is torch.Tensor and x.device.type == "cpu"
-    return known and not torch.compiler.is_compiling() and bool(x.numpy().all())
-
-
-def eigh_waits(S: Array) -> bool:
-    """Return whether torch's eigh would hold up the host until the device is done."""
-    return bool(S.device.type == "cuda")
 
 
 BACKEND = TorchBackend

@@ -17,7 +17,7 @@ from rlora.core.moments import scale_by_adam
 from rlora.core.transform import State, Transform, chain, no_state, still_at_zero
 
 SINGULAR: Final = 1e-6
-"""What is added to each Gram, relative to its mean eigenvalue: a direction that one factor has lost
+"""Addition to each Gram, relative to its mean eigenvalue: a direction that one factor has lost
 would take the other one's with it."""
 
 

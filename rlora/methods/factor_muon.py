@@ -13,7 +13,7 @@ from rlora.core.moments import momentum as momentum_link
 from rlora.core.transform import State, Transform, chain, no_state
 
 RMS = 0.2
-"""Of the entries of a step, as AdamW's have it."""
+"""Root mean square of the entries of a step, as AdamW's have it."""
 
 
 def scale_by_sign(*, compute_dtype: str | None = None) -> Transform:

@@ -20,7 +20,7 @@ First = Literal["A", "B"]
 
 
 class LoftState(NamedTuple):
-    """What LoFT knows of each pair."""
+    """State of LoFT for each pair."""
 
     mu: Tree
     """First moment of the preconditioned gradient, like the parameters."""
@@ -145,7 +145,7 @@ def seen_by_factors(
 
 
 def turn_of(letter: str, first: First, steps: Array, moving: tuple[bool, bool]) -> Array:
-    """Whether it is the turn of a factor; of one whose partner is frozen it always is."""
+    """Turn of a factor: yes or no; for one whose partner is frozen it is always yes."""
     if not all(moving):
         return steps == steps if moving["AB".index(letter)] else steps != steps
     return steps % 2 == (0 if letter == first else 1)

@@ -101,6 +101,18 @@ def growths(
 
     They share the inputs of their samples and the ε of their noise. The draws are not those of
     `growth`, and those of a case do not depend on what else is in the stack.
+
+    Parameters
+    ----------
+    method, m, n, r, steps, dtype, backend, seed
+        As in `growth`.
+    cases : sequence of Case
+        Rank of the target, noise and learning rate of each layer.
+
+    Returns
+    -------
+    dict of Case to Growth
+        NaN and inf are reported as they are.
     """
     starts = [_start(np.random.default_rng((seed, x.rank)), m, n, r, x.rank) for x in cases]
     rng = np.random.default_rng((seed, 0))

@@ -168,6 +168,9 @@ def test_what_the_second_step_from_zero_does_to_a(row):
             assert 0 < small < large / 50
         case "A jumps":
             assert 0.5 < small / large < 2
+        case "A shrinks":  # by stable_lora's share of 5e-4, and by Adam's steps of lr
+            A = float(np.linalg.norm(make_problem(64, 48, 4, zero_B=True).params.A))
+            assert small == pytest.approx(5e-4 * A, rel=0.1)
         case "A stays":
             assert large == small == 0 < B
         case "nothing moves":
