@@ -21,6 +21,7 @@ ALLOWED = {
     "optax": {"core", "methods", "pairing"},
     "torch": {"core", "methods", "pairing", "initializers"},  # the shell around them
     "__init__": {"core", "methods", "pairing", "initializers"},
+    "integrations": {"torch"},  # and nobody imports them but their trainers
     "cli": {"core", "methods", "pairing", "testing", "backends", "torch", "optax", "__init__"},
 }
 FRAMEWORKS = {
@@ -30,6 +31,7 @@ FRAMEWORKS = {
         "rlora.backends._torch_cpu",
         "rlora.backends._torch_stacks",
         "rlora.cli.study",
+        "rlora.integrations",
     },
     "jax": {
         "rlora.optax",
@@ -39,6 +41,11 @@ FRAMEWORKS = {
     },
     "optax": {"rlora.optax", "rlora.optax.leaves"},
     "cupy": {"rlora.backends.cupy"},
+    "axolotl": {"rlora.integrations.axolotl"},
+    "pydantic": {"rlora.integrations.axolotl"},
+    "llamafactory": {"rlora.integrations.llama_factory"},
+    "swift": {"rlora.integrations.ms_swift"},
+    "transformers": {"rlora.cli.study"},
 }
 
 

@@ -22,7 +22,7 @@ PUBLIC = [
 MODULES = [
     info.name
     for info in pkgutil.walk_packages(rlora.__path__[:1], "rlora.")
-    if not info.name.startswith(("rlora.backends.", "rlora.cli"))
+    if not info.name.startswith(("rlora.backends.", "rlora.cli", "rlora.integrations."))
 ]
 
 

@@ -7,6 +7,7 @@ from rlora.core.axes import Layout, View
 from rlora.pairing.conventions import Convention, Known
 from rlora.pairing.find import Source, find_pairs
 from rlora.pairing.names import is_factor
+from rlora.pairing.order import pairs_by_order
 from rlora.pairing.report import Pair, PairReport, nothing_paired
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "find_pairs",
     "is_factor",
     "nothing_paired",
+    "pairs_by_order",
 ]

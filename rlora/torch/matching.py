@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from rlora.pairing import (
     find_pairs as find_named_pairs,
     is_factor,
     nothing_paired,
+    pairs_by_order,
 )
 from rlora.pairing.find import check_source
 from rlora.pairing.report import number_of
@@ -29,8 +30,16 @@ from rlora.torch.sharding import check_whole
 ByHand: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Layout]
 """A and B, and how they lie where that is not (r, n) and (m, r)."""
 
-Pairs: TypeAlias = Iterable[ByHand] | Source | None
+Pairs: TypeAlias = Iterable[ByHand] | Source | Literal["by_order"] | None
 """Pairs by hand, or where names of pairs come from; by default from the known conventions."""
+
+
+def in_order(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, Tensor]]:
+    """The pairs among the tensors of groups, across them, by order and shapes."""
+    given = [p for group in groups for p in group["params"]]
+    tensors = [p[1] if isinstance(p, tuple) else p for p in given]
+    places = pairs_by_order([tuple(p.shape) for p in tensors])
+    return [(tensors[a], tensors[b]) for a, b in places]
 
 
 def find_pairs(
@@ -211,9 +220,9 @@ def no_pair(names: Sequence[str | None], report: PairReport, kind: str) -> Pairi
         return nothing_paired((name for name in names if name is not None), report)
     msg = (
         f"no LoRA pair among {number_of(len(names), 'parameter')} without names; give the model, "
-        f"its named_parameters(), groups of (name, tensor), or pairs=[(A, B), ...]; in "
-        f"transformers' Trainer optimizer_cls_and_kwargs=(lambda: {kind}, {{...}}) hands over the "
-        f"model"
+        f"its named_parameters(), groups of (name, tensor), or pairs=[(A, B), ...], or "
+        f"pairs='by_order' where every A comes before its B; in transformers' Trainer "
+        f"optimizer_cls_and_kwargs=(lambda: {kind}, {{...}}) hands over the model"
     )
     return PairingError(msg)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rlora.core.checks import check_nonnegative, plain_number
 from rlora.core.errors import NamespaceError
 from rlora.pairing import PairReport
+from rlora.pairing.order import BY_ORDER
 from rlora.torch.compiling import inherited
 from rlora.torch.diagnostics import Watched
 from rlora.torch.finite import check_start
@@ -23,6 +24,7 @@ from rlora.torch.loading import LoadsState
 from rlora.torch.matching import (
     Pairs,
     check_explicit,
+    in_order,
     match,
     no_pair,
     split_source,
@@ -70,12 +72,14 @@ class PairOptimizer(Watched, LoadsState, ABC):
             msg = "differentiable=True is not supported: the step of a pair is not differentiated"
             raise ValueError(msg)
         self._adapter, self._own = adapter, tuple(own)
-        self._by_hand, self._source = split_source(pairs)
-        self._by_name = not self._by_hand
+        self._by_hand, self._source = split_source(None if pairs == BY_ORDER else pairs)
         params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
         self._known = what_modules_know(params)
         own, kwargs = plain_numbers(own), plain_numbers(kwargs)
         groups = as_groups(params, self._source, self._known)
+        if pairs == BY_ORDER:
+            self._by_hand = in_order(groups)
+        self._by_name = not self._by_hand
         super().__init__(groups, *map(plain_number, args), **kwargs)
         self.defaults.update(own)
         for group in self.param_groups:

@@ -54,7 +54,8 @@ class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):
     pairs : iterable of (Tensor, Tensor), optional
         The pairs (A, B) by hand, A (r, n) and B (m, r), instead of by name; (A, B, Layout) where
         they lie otherwise. Or a `rlora.pairing.Convention`, names of pairs, or a callable that
-        gives names: see `rlora.find_pairs`.
+        gives names: see `rlora.find_pairs`. Or "by_order", for factors without names: see
+        `rlora.pairing.pairs_by_order`.
     adapter : str, optional
         Pair only this adapter of a model with several.
 

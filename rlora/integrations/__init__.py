@@ -1,0 +1,1 @@
+"""What trainers load by name: a module for each, imported by the trainer only."""

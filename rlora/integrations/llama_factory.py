@@ -1,0 +1,36 @@
+"""LLaMA-Factory v1's optimizer plugins: every class of `rlora.torch` by its name.
+
+``python -m rlora.integrations.llama_factory sft config.yaml`` registers them and starts the
+trainer; ``torchrun --nproc-per-node 2 -m rlora.integrations.llama_factory ...`` on more devices.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from rlora.integrations.options import from_mapping, optimizer_named, optimizer_names
+
+try:
+    from llamafactory.v1.plugins.trainer_plugins.optimizers.optimizer import OptimizerPlugin
+except ImportError:  # up to 0.9.5
+    from llamafactory.v1.plugins.trainer_plugins.optimizer import OptimizerPlugin
+
+
+def create(optimizer: str, model: nn.Module, optim_config: Mapping[str, Any]) -> Optimizer:
+    """The optimizer that ``optim_config`` describes: its name, ``lr`` and options of the class."""
+    options: dict[str, Any] = from_mapping({k: v for k, v in optim_config.items() if k != "name"})
+    return optimizer_named(optimizer)(model, **options)
+
+
+for _name in optimizer_names():
+    _create: Callable[..., Optimizer] = partial(create, _name)
+    OptimizerPlugin(_name).register()(_create)
+
+
+if __name__ == "__main__":
+    from llamafactory.v1.launcher import main
+
+    main()

@@ -1,0 +1,59 @@
+"""From the words of a config file to an optimizer class and its options."""
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+import rlora.torch
+
+
+def optimizer_names() -> list[str]:
+    """Names of the optimizer classes of `rlora.torch`."""
+    named = [(name, getattr(rlora.torch, name)) for name in rlora.torch.__all__]
+    return [name for name, x in named if isinstance(x, type) and issubclass(x, Optimizer)]
+
+
+def optimizer_named(name: str) -> type[Optimizer]:
+    """The optimizer class of a name; ValueError with those there are."""
+    names = optimizer_names()
+    if name not in names:
+        msg = f"rlora has no optimizer {name!r}; it has {', '.join(names)}"
+        raise ValueError(msg)
+    kind: type[Optimizer] = getattr(rlora.torch, name)
+    return kind
+
+
+def from_text(text: str | None) -> dict[str, Any]:
+    """Options written as in a call: ``damping=1e-3, betas=(0.7, 0.8), placement=both``.
+
+    Raises
+    ------
+    ValueError
+        When the text is something else.
+    """
+    try:
+        call = ast.parse(f"options({text or ''})", mode="eval").body
+    except SyntaxError:
+        call = None
+    words = call.keywords if isinstance(call, ast.Call) and not call.args else []
+    if text and text.strip() and not (words and all(word.arg for word in words)):
+        msg = f"options must be name=value, separated by commas, got {text!r}"
+        raise ValueError(msg)
+    return {str(word.arg): from_word(ast.unparse(word.value)) for word in words}
+
+
+def from_word(value: Any) -> Any:
+    """An option that may have come as text: "1e-3" is a number, "both" a word; lists as tuples."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            return value
+    return tuple(value) if isinstance(value, list) else value
+
+
+def from_mapping(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a mapping that a config file gave."""
+    return {name: from_word(value) for name, value in options.items()}

@@ -1,0 +1,53 @@
+"""A factory for transformers' Trainer, and for those that are built on it.
+
+``Trainer(..., optimizer_cls_and_kwargs=(RLoraFactory, {"lr": 1e-2}))``
+"""
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from rlora.integrations.options import from_mapping, optimizer_named
+
+
+class RLoraFactory:
+    """Makes an optimizer of `rlora.torch` from a model, as Trainer's optimizer factories do."""
+
+    def __call__(
+        self, model: nn.Module, args: Any = None, *, optimizer: str = "ScaledAdamW", **options: Any
+    ) -> Optimizer:
+        """Build the optimizer over the model, so that it sees the names.
+
+        Parameters
+        ----------
+        model : Module
+            With its adapter.
+        args : TrainingArguments, optional
+            ``learning_rate`` and ``weight_decay`` are taken from it unless given. Its ``adam_*``
+            have defaults of their own, which a choice cannot be told from: give ``betas``, ``eps``.
+        optimizer : str
+            Name of a class of `rlora.torch`.
+        **options
+            Of the class; numbers may be text.
+
+        Returns
+        -------
+        Optimizer
+            Its second group is empty and without decay: so the schedule and the checkpoint of
+            Trainer's own AdamW over an adapter, which has two groups, fit.
+
+        Raises
+        ------
+        ValueError
+            When there is no class of this name.
+        PairingError
+            When the model has no trainable adapter.
+        """
+        chosen = from_mapping(options)
+        if args is not None:
+            chosen = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **chosen}
+        made: Any = optimizer_named(optimizer)(model, **chosen)
+        made.add_param_group({"params": [], "weight_decay": 0.0})
+        built: Optimizer = made
+        return built

@@ -1,0 +1,186 @@
+"""axolotl, LLaMA-Factory v1 and ms-swift, by their calling conventions, reproduced from their sources.
+
+axolotl 067b021c8b87a9e5e380b9173c704cf7340e30f5: src/axolotl/core/trainers/mixins/optimizer.py,
+train.py (`post_trainer_create`). LLaMA-Factory ff6d4d12eeb035d6ce06805a5733dd7b29f2ac30:
+src/llamafactory/v1/utils/plugin.py, core/base_trainer.py, config/training_args.py. ms-swift
+3602360a562313afbf2ef6065fdf61f271a2c5b9: swift/trainers/mixin.py, swift/optimizers/base.py,
+swift/utils/utils.py (`import_external_file`). The trainers themselves are not installed here.
+"""
+
+import importlib
+import re
+import shlex
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from pages import HOW_TO, run
+from tiny import PAIRS, adapted, batches, loss_on_all, sequences
+
+import rlora
+import rlora.torch
+from rlora.integrations.options import from_text, optimizer_names
+from rlora.integrations.trainer import RLoraFactory
+
+pytest.importorskip("peft")
+
+
+def block(page, language):
+    text = (HOW_TO / page).read_text(encoding="utf-8")
+    return re.search(f"```{language}\n(.*?)```", text, re.DOTALL)[1]
+
+
+def stand_in(monkeypatch, name, **content):
+    """A module of a trainer, with the packages above it, for as long as a test runs."""
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:i]), ModuleType(".".join(parts[:i])))
+    vars(sys.modules[name]).update(content)
+
+
+def fresh(monkeypatch, name):
+    """Our module anew, against the stand-ins; forgotten after the test."""
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
+def learns(model, optimizer):
+    start = loss_on_all(model)
+    for batch in batches():
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    assert loss_on_all(model) < start
+    assert len(optimizer.report) == PAIRS
+
+
+ARGS = SimpleNamespace(learning_rate=1e-2, weight_decay=0.05, optimizer=None, optim_args=None)
+
+
+@pytest.mark.works("axolotl", "a plugin, by its calling convention")
+def test_axolotl(monkeypatch):
+    stand_in(monkeypatch, "axolotl.integrations.base", BasePlugin=object)
+    fresh(monkeypatch, "rlora.integrations.axolotl")
+    config = yaml.safe_load(block("axolotl.md", "yaml"))
+    module, _, name = config["plugins"][0].rpartition(".")
+    plugin = getattr(sys.modules[module], name)()
+    module, _, name = plugin.get_input_args().rpartition(".")
+    checked = getattr(sys.modules[module], name)(rlora=config["rlora"])
+    trainer = SimpleNamespace(optimizer_cls_and_kwargs=None)
+    plugin.post_trainer_create(SimpleNamespace(rlora=checked.rlora), trainer)
+    factory, options = trainer.optimizer_cls_and_kwargs
+    model = adapted()
+    optimizer = factory()(model, ARGS, **options)
+    assert type(optimizer) is rlora.torch.ScaledAdamW
+    first, second = optimizer.param_groups
+    assert (first["lr"], first["weight_decay"], first["damping"]) == (1e-2, 0.05, 1e-3)
+    assert (second["params"], second["weight_decay"]) == ([], 0.0)
+    learns(model, optimizer)
+
+
+@pytest.mark.works("LLaMA-Factory v1", "its optimizer plugins, by their calling convention")
+@pytest.mark.parametrize("place", ["optimizer", "optimizers.optimizer"])
+def test_llama_factory(place, monkeypatch):
+    registry = {}
+
+    class OptimizerPlugin:
+        def __init__(self, name):
+            self.name = name
+
+        def register(self):
+            return lambda made: registry.setdefault(self.name, made)
+
+    where = f"llamafactory.v1.plugins.trainer_plugins.{place}"
+    stand_in(monkeypatch, where, OptimizerPlugin=OptimizerPlugin)
+    fresh(monkeypatch, "rlora.integrations.llama_factory")
+    assert registry.keys() == set(optimizer_names())
+    config = yaml.safe_load(block("llama_factory.md", "yaml"))
+    described = {**config["optim_config"], "lr": float(config["learning_rate"])}
+    model = adapted()
+    optimizer = registry[described["name"]](model, described)
+    assert type(optimizer) is rlora.torch.ScaledAdamW
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["damping"], group["betas"]) == (1e-2, 1e-3, (0.7, 0.8))
+    learns(model, optimizer)
+
+
+@pytest.mark.works("ms-swift", "`--external_plugins`, by its calling convention")
+def test_ms_swift(monkeypatch):
+    class OptimizerCallback:
+        def __init__(self, args, trainer):
+            self.args, self.trainer = args, trainer
+
+    known = {}
+    stand_in(
+        monkeypatch, "swift.optimizers", OptimizerCallback=OptimizerCallback, optimizers_map=known
+    )
+    from rlora.integrations.ms_swift import PLUGIN
+
+    folder, _, file = PLUGIN.rpartition("/")
+    monkeypatch.syspath_prepend(folder)
+    fresh(monkeypatch, file.removesuffix(".py"))
+    assert known.keys() == set(optimizer_names())
+    words = shlex.split(block("ms_swift.md", "bash"))
+    name, text = (words[words.index(w) + 1] for w in ("--optimizer", "--optim_args"))
+    args = SimpleNamespace(**{**vars(ARGS), "optimizer": name, "optim_args": text})
+    model = adapted()
+    callback = known[name](args, SimpleNamespace(model=model))
+    optimizer = callback.create_optimizer(model=None)
+    optimizer.param_groups = [g for g in optimizer.param_groups if g["params"]]  # as it does
+    assert type(optimizer) is rlora.torch.LoRARite
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (1e-2, 0.05, (0.9, 0.99))
+    learns(model, optimizer)
+
+
+@pytest.mark.works("transformers Trainer", "`RLoraFactory`; its own AdamW's checkpoint goes on")
+def test_the_factory_in_the_real_trainer_goes_on_from_its_adamw(tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=8,
+        save_steps=4,
+        learning_rate=1e-2,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    transformers.Trainer(adapted(), arguments, train_dataset=sequences()).train()
+    choice = (RLoraFactory, {"lr": 1e-2})
+    trainer = transformers.Trainer(
+        adapted(), arguments, train_dataset=sequences(), optimizer_cls_and_kwargs=choice
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert trainer.state.global_step == 8
+    assert len(trainer.optimizer.optimizer.report) == PAIRS
+    assert loss_on_all(trainer.model) < loss_on_all(adapted())
+
+
+def test_the_trainers_of_the_page():
+    space = run("axolotl.md", "In transformers' Trainer", {"model": adapted()})
+    assert type(space["optimizer"]) is rlora.torch.LoRARite
+
+
+def test_options_in_words():
+    text = "damping=1e-3, betas=(0.7, 0.8),placement=both,fused=True,name='x'"
+    assert from_text(text) == {
+        "damping": 1e-3,
+        "betas": (0.7, 0.8),
+        "placement": "both",
+        "fused": True,
+        "name": "x",
+    }
+    assert from_text(None) == from_text(" ") == {}
+    for wrong in ("damping", "1e-3", "a=1) or (b=2", "**x", "a=", "a=1;b=2"):
+        with pytest.raises(ValueError, match="must be name=value"):
+            from_text(wrong)
+
+
+def test_an_unknown_name_says_which_there_are():
+    with pytest.raises(ValueError, match=r"no optimizer 'AdamW'; it has .*ScaledAdamW"):
+        RLoraFactory()(torch.nn.Linear(2, 2), optimizer="AdamW")
