@@ -19,8 +19,8 @@ def pairs_by_order(shapes: Sequence[Shape]) -> list[tuple[int, int]]:
     Parameters
     ----------
     shapes : sequence of tuple of int
-        Of all tensors, in their order. Vectors are left out; A is (r, n, ..) with r at most n .. and
-        B is (m, r, 1, ..) with r at most m.
+        Of all tensors, in their order. Vectors are left out; A is (r, n, ..) with r at most n ..,
+        and B is (m, r, 1, ..) with r at most m.
 
     Returns
     -------

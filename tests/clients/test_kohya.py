@@ -161,6 +161,6 @@ def test_what_is_refused_says_why():
     apart = rlora.torch.LoRARite(groups_of(loras, 1e-2, ratio=4.0), pairs="by_order")
     with pytest.raises(rlora.PairingError, match=r"in two parameter groups.*LoRAPlus"):
         step(loras, apart)
+    ups = [{"params": [lora.lora_up.weight for lora in network()[::2]]}]
     with pytest.raises(rlora.PairingError, match=r"by_order.*cannot read"):  # LoRA-FA: no A
-        ups = [{"params": [lora.lora_up.weight for lora in network()[::2]]}]
         rlora.torch.ScaledAdamW(ups, pairs="by_order")

@@ -25,6 +25,9 @@ from rlora.integrations.options import from_text, optimizer_names
 from rlora.integrations.trainer import RLoraFactory
 
 pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+)
 
 
 def block(page, language):
