@@ -9,7 +9,7 @@ from rlora.integrations.trainer import RLoraFactory
 
 
 class RLoraArgs(BaseModel):
-    """What the plugin adds to axolotl's YAML."""
+    """Keys that the plugin adds to axolotl's YAML."""
 
     rlora: dict[str, Any] | None = None
     """``optimizer``, a class of `rlora.torch`, and its options."""
@@ -19,7 +19,7 @@ class RLoraPlugin(BasePlugin):  # type: ignore[misc]
     """Let axolotl's trainer make its optimizer by `RLoraFactory`."""
 
     def get_input_args(self) -> str:
-        """Where axolotl finds what its YAML may have."""
+        """Name the class by which axolotl checks its YAML."""
         return "rlora.integrations.axolotl.RLoraArgs"
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:

@@ -1,7 +1,7 @@
 """From the words of a config file to an optimizer class and its options."""
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -15,13 +15,13 @@ def optimizer_names() -> list[str]:
     return [name for name, x in named if isinstance(x, type) and issubclass(x, Optimizer)]
 
 
-def optimizer_named(name: str) -> type[Optimizer]:
+def optimizer_named(name: str) -> Callable[..., Optimizer]:
     """The optimizer class of a name; ValueError with those there are."""
     names = optimizer_names()
     if name not in names:
         msg = f"rlora has no optimizer {name!r}; it has {', '.join(names)}"
         raise ValueError(msg)
-    kind: type[Optimizer] = getattr(rlora.torch, name)
+    kind: Callable[..., Optimizer] = getattr(rlora.torch, name)
     return kind
 
 

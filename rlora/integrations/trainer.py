@@ -47,7 +47,6 @@ class RLoraFactory:
         chosen = from_mapping(options)
         if args is not None:
             chosen = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **chosen}
-        made: Any = optimizer_named(optimizer)(model, **chosen)
+        made = optimizer_named(optimizer)(model, **chosen)
         made.add_param_group({"params": [], "weight_decay": 0.0})
-        built: Optimizer = made
-        return built
+        return made
