@@ -20,7 +20,7 @@ WITHOUT_WAIT = {
     **{name: METHODS[name] for name in ("LoRARite", "LoRAMuon", "AltLoRA", "AltLoRAPlus")},
 }
 
-BY_PRODUCTS = ("LoRARite", "LoRAMuon")
+BY_PRODUCTS = ("FactorMuon", "LoRARite", "LoRAMuon")
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def step_on(model, optimizer, t=0):
 def test_equals_a_cpu(name):
     """Ten steps in float64, the products B A: the split is free under a Riemannian step.
 
-    LoRA-RITE and LoRA-Muon take roots by products on a device, under a shift of sqrt(eps).
+    LoRA-RITE and both Muons take roots by products on a device, under a shift of sqrt(eps).
     """
     host, device = make_model(dtype=torch.float64), on_device(make_model(dtype=torch.float64))
     optimizers = [CLASSES[name](model) for model in (host, device)]
