@@ -1,4 +1,4 @@
-"""Faster verbs for known array libraries, and what can be said of each on this machine.
+"""Faster operations for known array libraries, and the state of each on this machine.
 
 Delete any file of this folder: everything still works, only slower.
 """

@@ -10,7 +10,7 @@ from rlora.core.factors import Array
 
 
 class CuPyBackend(Backend):
-    """The verbs that CuPy does faster than the generic class."""
+    """The operations that CuPy does faster than the generic class."""
 
     def spd_power(self, S: Array, power: float) -> Array:
         # Batched LU. cuSOLVER's failures are silent by default, but the damping keeps every member

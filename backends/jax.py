@@ -14,7 +14,7 @@ from rlora.core.factors import Array
 
 
 class JaxBackend(Backend):
-    """The verbs that JAX does faster, or less precisely unless told, than the generic class."""
+    """Operations that JAX does faster, or less precisely unless told, than the generic class."""
 
     def matmul(self, X: Array, Y: Array) -> Array:
         # The default precision of a GPU or TPU rounds the operands to 10 or 8 bits.

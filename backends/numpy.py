@@ -11,7 +11,7 @@ from rlora.core.factors import Array
 
 
 class NumPyBackend(Backend):
-    """The verbs that NumPy does faster than the generic class."""
+    """The operations that NumPy does faster than the generic class."""
 
     def gram_rows(
         self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None

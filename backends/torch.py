@@ -27,7 +27,7 @@ from ._torch_stacks import (
 
 
 class TorchBackend(Backend):
-    """The verbs that torch does faster than the generic class."""
+    """The operations that torch does faster than the generic class."""
 
     def gram_rows(
         self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
@@ -292,7 +292,7 @@ def _rounds_inputs() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-# Asked when a graph is made; torch makes it anew when the setting changes.
+# Read when a graph is made; torch makes a new one when the setting changes.
 _constant: Any = torch.compiler.assume_constant_result
 _constant_rounds_inputs = _constant(_rounds_inputs)
 

@@ -29,13 +29,13 @@ SLOW = tuple(
     if not line.startswith("#")
 )
 SLOW_LIBRARIES = ("array_api_strict", "jax")
-"""Whose cases of the tests of methods are slow: compiled for each, or checked at each operation."""
+"""Libraries whose tests of methods are slow: compiled for each, or checked at each operation."""
 
 LIBRARIES = ("numpy", "numpy-readonly", "array_api_strict", "torch", "jax", "cupy")
 
 
 class ReadOnlyNumPy(Backend):
-    """The generic verbs on NumPy arrays that nobody may write to."""
+    """The generic operations on NumPy arrays that nobody may write to."""
 
     def asarray(self, x, dtype="float32", device=None):
         array = np.array(x, dtype=dtype)

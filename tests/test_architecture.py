@@ -1,4 +1,4 @@
-"""The laws of the house, read off the source: who imports whom, what the core may do, sizes."""
+"""Rules checked on the source: imports between packages, operations of the core, sizes."""
 
 import ast
 import statistics
@@ -132,7 +132,7 @@ def test_no_import_circle():
 
 @EVERY
 def test_no_assert_no_print(name):
-    """Nor what could run a stranger's text or bytes: tests/test_security.py."""
+    """Code that could run untrusted text or bytes is searched for in tests/test_security.py."""
     _, tree = MODULES[name]
     allowed_assert = name.startswith("rlora.testing")
     for node in ast.walk(tree):

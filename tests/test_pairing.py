@@ -88,7 +88,7 @@ def test_stacked_layouts(library):
 
 
 def test_a_square_pair_is_read_as_its_library_writes_it():
-    """Where both ways fit, the smaller side is the rank; where none is, the name tells."""
+    """If both ways fit, the smaller side is the rank; if the sides are equal, the name decides."""
     for a, b in (((4, 20), (20, 4)), ((20, 4), (4, 20))):
         (pair,) = find_pairs(dict(zip(("q.lora_a", "q.lora_b"), tensors(a, b), strict=True)))
         assert pair.rank == 4

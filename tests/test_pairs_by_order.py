@@ -29,7 +29,7 @@ def test_runs_of_a_and_as_many_b(shapes, pairs):
 @pytest.mark.parametrize(
     ("shapes", "why"),
     [
-        ([B, A], r"tensor 0 of shape \(32, 4\)"),  # the sides turned
+        ([B, A], r"tensor 0 of shape \(32, 4\)"),  # the sides swapped
         ([A, B, (50, 16)], r"tensor 2 of shape \(50, 16\)"),  # a head that is trained too
         ([A, (32, 8)], "tensor 0"),  # ranks that do not fit
         ([A, A, B], "tensor 0"),

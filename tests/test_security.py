@@ -1,4 +1,4 @@
-"""What the source may never do, what an import does, and that checks outlive ``python -O``."""
+"""Limits of the source and of an import, and checks that survive ``python -O``."""
 
 import ast
 import subprocess
@@ -25,7 +25,7 @@ SURE = {"allow_pickle": False, "shell": False, "weights_only": True, "verify": T
 
 
 def dangers(tree):
-    """What in a module could run a stranger's text or bytes."""
+    """Places in a module that could run untrusted text or bytes."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             yield from _imported(node)

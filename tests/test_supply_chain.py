@@ -25,7 +25,7 @@ LOCKS = {
 
 
 def faults(text):
-    """What a workflow does that ours do not."""
+    """Faults of a workflow; ours have none."""
     workflow = yaml.safe_load(text)
     triggers = workflow[True]  # "on", which YAML 1.1 takes for a boolean
     if workflow.get("permissions") != {}:

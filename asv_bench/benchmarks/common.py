@@ -27,7 +27,7 @@ for _library in {name.partition(":")[0] for name in BACKENDS} & _LOADED.keys():
             importlib.import_module(_module)
 
 PLAIN = "adamw"
-"""The yardstick: torch.optim.AdamW (fused), optax.adamw, elsewhere the library's own links."""
+"""The baseline: torch.optim.AdamW (fused), optax.adamw, elsewhere the library's own AdamW."""
 
 
 def _methods() -> list[str]:

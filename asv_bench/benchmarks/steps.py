@@ -35,7 +35,7 @@ class TimeStepOfLayer(TimeStep):
 class OverheadRatio(Suite):
     """The step against AdamW's: what is slow about a machine or a moment cancels out of it.
 
-    AdamW against a twin of itself is among the methods: what it differs from 1 by is noise.
+    AdamW against a copy of itself is among the methods: its deviation from 1 is noise.
     """
 
     unit = "x"

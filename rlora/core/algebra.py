@@ -100,8 +100,8 @@ class MatrixAlgebra:
         ``10 eps tr(S)``, what the rounding of the Gram itself can carry.
 
         Each member is scaled to trace r first, so that no factor leaves the range of the dtype. A
-        member whose trace is zero or too small to be inverted gives 0: a zero factor does not move
-        its partner. An overflown one gives 0 too, the limit; NaN gives NaN, for itself alone.
+        member whose trace is zero or too small to be inverted gives 0: with a zero factor its
+        partner is not updated. An overflown one gives 0 too, the limit; NaN gives NaN for itself.
         """
         H = self.damped(S, damping, relative=relative, least=least)
         return H.restore(self.xp, self.spd_power(H.matrix, exponent), exponent)
@@ -141,7 +141,7 @@ class MatrixAlgebra:
     def pseudo_power(self, S: Array, exponent: float) -> Array:
         """``S^exponent`` for a stack (K, r, r) of Grams, 0 in directions that are lost in rounding.
 
-        For methods that normalise what they see: a direction without mass, damped or not, would
+        For methods that normalise their input: a null direction of the Gram, damped or not, would
         come back as large as the others.
         """
         xp, r, info = self.xp, S.shape[-1], self.xp.finfo(S.dtype)

@@ -46,12 +46,12 @@ class View(NamedTuple):
 
     @property
     def shape(self) -> Shape:
-        """Of what `read` gives."""
+        """The shape of the factor that `read` gives."""
         return tuple(self.split[i] for i in self.order)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the stored tensor is the factor itself."""
+        """True if the stored tensor is the factor itself."""
         return (
             self.rows is None
             and self.split == self.stored
@@ -81,7 +81,7 @@ class View(NamedTuple):
         return xp.permute_dims(xp.reshape(self.part(x), self.split), self.order)
 
     def write(self, factor: Array) -> Array:
-        """What `part` of a stored tensor is when `read` gives this factor."""
+        """The inverse of `read`: the values of `part` of a stored tensor that hold this factor."""
         if self.is_plain:
             return factor
         xp = get_backend(factor).xp
@@ -91,7 +91,7 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How two stored tensors hold the factors of one pair, or of a stack of pairs.
+    """Layout of the factors of one pair, or of a stack of pairs, in two stored tensors.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ class Layout:
         Axis patterns: letters are sizes, ``r`` the rank, ``n`` and ``m`` the outer sides, others
         stacks; ``(e r)`` is one axis with the rank fastest; ``n*`` takes several axes.
     sizes : mapping of str to int
-        Of stacks whose number the shapes do not tell.
+        Sizes of stacks that do not follow from the shapes.
     blocks : tuple of int
         Rows of B in each block, where A has that many blocks of r rows and B has them of unequal
         size. `a` and `b` are then the patterns of a block.
@@ -130,7 +130,7 @@ class Layout:
                 raise ShapeError(msg)
 
     def views(self, shape_a: Shape, shape_b: Shape) -> tuple[Views, ...]:
-        """Where the factors of each pair lie in tensors of these shapes.
+        """Views of the factors of each pair in tensors of these shapes.
 
         Raises
         ------

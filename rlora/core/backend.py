@@ -1,4 +1,4 @@
-"""Every verb of the arithmetic, complete on any Array-API namespace.
+"""Every operation of the arithmetic, complete on any Array-API namespace.
 
 A file in ``backends/`` may override any of them with something quicker; none is ever needed.
 """
@@ -26,10 +26,10 @@ stacked first, as the copies cost less than a call for each."""
 
 
 class Backend(MatrixAlgebra):
-    """Every verb the methods need, written with nothing but the Array API.
+    """Every operation that the methods need, written with nothing but the Array API.
 
-    The tall verbs take lists of factors, of any outer size and with any leading axes; the small
-    algebra sees one stack (K, r, r) for all factors of one rank, K counting every layer of them.
+    Factor-sized operations take lists of factors, of any outer size and with any leading axes; the
+    r x r algebra works on one stack (K, r, r) for all factors of one rank, K counting every layer.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class Backend(MatrixAlgebra):
         self.xp = xp
         self.name = name
 
-    # --- tall work: O((m + n) r^2) per pair --------------------------------------------------
+    # --- factor-sized work: O((m + n) r^2) per pair ------------------------------------------
 
     def gram_rows(
         self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
@@ -75,7 +75,7 @@ class Backend(MatrixAlgebra):
     ) -> list[Array]:
         """``P G`` for each (..., r, r) and (..., r, n) of the lists.
 
-        With `onto`, which may be overwritten, plus `keep` times that.
+        Added to ``keep * onto`` if `onto` is given, which may be overwritten.
         """
         products = [self.matmul(p, self.cast(G, p.dtype)) for p, G in zip(P, tall, strict=True)]
         return products if onto is None else _sums(products, onto, keep)
@@ -90,7 +90,7 @@ class Backend(MatrixAlgebra):
     ) -> list[Array]:
         """``G P`` for each (..., m, r) and (..., r, r) of the lists.
 
-        With `onto`, which may be overwritten, plus `keep` times that.
+        Added to ``keep * onto`` if `onto` is given, which may be overwritten.
         """
         products = [self.matmul(self.cast(G, p.dtype), p) for p, G in zip(P, tall, strict=True)]
         return products if onto is None else _sums(products, onto, keep)

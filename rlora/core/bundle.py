@@ -1,4 +1,4 @@
-"""All pairs of one rank at once: tall work in lists, r x r work on one stack for the whole model.
+"""All pairs of one rank at once: lists of factors, and one stack of r x r matrices for the model.
 
 In *row form*, A as it is and B transposed, both factors are (r, N), a change of basis acts on both
 from the left, and a formula for A is one for B. A stack (2K, r, r) has first what belongs to the K
@@ -72,7 +72,7 @@ class Bundle:
         self._leads = [tuple(pair.A.shape[:-2]) for pair in params]
         self.layers = sum(map(prod, self._leads))
 
-    # --- tall work ------------------------------------------------------------------------------
+    # --- factor-sized work ----------------------------------------------------------------------
 
     def gram(self, X: Sequence[Factors]) -> Stack:
         """``X Xᵀ`` in row form: ``A Aᵀ`` and ``Bᵀ B``."""
@@ -90,7 +90,7 @@ class Bundle:
     def apply(
         self, P: Stack, X: Sequence[Factors], onto: Sequence[Factors] | None = None
     ) -> list[Factors]:
-        """``P X`` in row form, ``P X_A`` and ``X_B Pᵀ``, plus `onto`, which may be overwritten."""
+        """``P X`` in row form, ``P X_A`` and ``X_B Pᵀ``; plus `onto`, which may be overwritten."""
         A, B = [pair.A for pair in X], [pair.B for pair in X]
         P = self.backend.cast(P, self.backend.compute_dtype(self.like.dtype))
         pieces = list(self.backend.unstack(P, A + B))
@@ -108,7 +108,7 @@ class Bundle:
     # --- the stack ------------------------------------------------------------------------------
 
     def partner(self, S: Stack) -> Stack:
-        """The members of the partner of each factor: the halves change places."""
+        """The members of the partner of each factor: the halves are swapped."""
         return self.xp.concat([S[self.layers :, ...], S[: self.layers, ...]])
 
     def halves(self, S: Stack) -> tuple[Array, Array]:
@@ -253,7 +253,7 @@ def rank_wise(
 
 
 def record_turn(bundle: Bundle, old: Sequence[Factors], state: State) -> State:
-    """A transport that writes down, for each factor, its partner's new rows times its old ones.
+    """A transport that stores, for each factor, its partner's new rows times its old ones.
 
     With it the next step finds the old coordinates again: S⁻¹ turn takes them to the new ones.
     """

@@ -46,7 +46,7 @@ def hyperparameters(method: Maker) -> Maker:
 
 
 def meant_for(start: str) -> Callable[[Maker], Maker]:
-    """Say of a method that never moves B with which `rlora.initializers` it has to begin."""
+    """Name the function of `rlora.initializers` that a method which never updates B starts from."""
 
     def mark(method: Maker) -> Maker:
         cast("Any", method).start = start
@@ -56,9 +56,9 @@ def meant_for(start: str) -> Callable[[Maker], Maker]:
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a number is a JAX array: one may be another at each step, and under jit has no value.
+    """Return whether a number is a JAX array: it may differ at each step, and has no value in jit.
 
-    `optax.inject_hyperparams` makes them. Nothing asks what they are.
+    `optax.inject_hyperparams` makes them. Their values are never read.
     """
     return not isinstance(value, (int, float)) and hasattr(value, "aval")
 

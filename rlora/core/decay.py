@@ -8,7 +8,7 @@ from rlora.core.factors import Array, Tree, map_leaves
 from rlora.core.transform import State, Transform, no_state, pass_on
 
 Split = Callable[[Array | float], tuple[Array | float, Array | float]]
-"""From what one step keeps, ``1 - lr λ``, to what a factor keeps and what multiplies its move."""
+"""From what one step keeps, ``1 - lr λ``, to what a factor keeps and what multiplies its update."""
 
 
 @hyperparameters
@@ -56,7 +56,7 @@ def decay_product(weight_decay: float) -> Transform:
 
 @hyperparameters
 def decay_product_around(weight_decay: float) -> Transform:
-    """Decay of the product and not of its move, which a move of one factor makes to first order.
+    """Decay of the product and not of its change, which one factor's update makes to first order.
 
     ``params <- sqrt(1 - lr λ) params - lr direction / sqrt(1 - lr λ)``.
     """

@@ -45,7 +45,7 @@ class GramFigures(NamedTuple):
         How far the inverse P is from a multiple of the identity, ``|P - tr(P)/r I| / |P|`` in the
         Frobenius norm: 0 for a multiple of the identity, and never 1.
     skipped : array
-        1 where the Gram is too small or too large for the step's dtype: the partner stays.
+        1 where the Gram is too small or too large for the step's dtype: the partner is not updated.
     nan : array
         1 where the Gram has a NaN.
     damped : array
@@ -82,7 +82,7 @@ def gram_figures(backend: Backend, S: Stack, damping: Damping) -> GramFigures:
     H = xp.where(covariant > 0, S + covariant * inverse, S)
     shift, live = _shift(backend, H, damping)
     w, _ = backend.eigh(xp.concat([S, H]))  # (4K, r), ascending
-    # What rounding has left below zero is zero.
+    # Eigenvalues that rounding has made negative are set to zero.
     w, h = w[: 2 * half, :], xp.clip(w[2 * half :, :], min=0.0) + xp.expand_dims(shift, axis=-1)
     h = xp.where(live[:, None], h, xp.ones_like(h))
     unknown = xp.full_like(shift, float("nan"))
@@ -97,7 +97,7 @@ def gram_figures(backend: Backend, S: Stack, damping: Damping) -> GramFigures:
 
 
 def step_norms(bundle: Bundle, old: Sequence[Factors]) -> Array:
-    """What has moved since `old`, and how large it was, as (6, K).
+    """Norms of the changes since `old`, and of the old values, as (6, K).
 
     ``|B A - B0 A0|, |A - A0|, |B - B0|`` and ``|B0 A0|, |A0|, |B0|`` in the Frobenius norm. The
     change of the product is ``dB A + B0 dA``: its norm needs nothing larger than r x r, and a small
@@ -149,7 +149,7 @@ def _small(x: Array) -> Array:
 
 
 def _condition(backend: Backend, w: Array) -> Array:
-    """Of ascending eigenvalues (2K, r)."""
+    """Condition numbers, from ascending eigenvalues (2K, r)."""
     xp, (low, top) = backend.xp, (w[:, 0], w[:, -1])
     lost = low <= ROUNDING * w.shape[-1] * float(xp.finfo(w.dtype).eps) * top
     ratio = xp.where(lost, xp.full_like(top, float("inf")), top / xp.where(lost, 1 + 0 * low, low))
@@ -157,7 +157,7 @@ def _condition(backend: Backend, w: Array) -> Array:
 
 
 def _anisotropy(backend: Backend, h: Array) -> Array:
-    """Of the inverse of definite matrices with these ascending eigenvalues (2K, r)."""
+    """Anisotropy of the inverses of definite matrices, from ascending eigenvalues (2K, r)."""
     xp = backend.xp
     p = h[:, :1] / h
     spread = p - xp.mean(p, axis=-1, keepdims=True)

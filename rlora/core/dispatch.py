@@ -80,7 +80,7 @@ def load_backend_class(name: str) -> type[Backend] | None:
             return _checked(point.load(), point.value)
         if importlib.util.find_spec("rlora.backends") and importlib.util.find_spec(module):
             return _checked(importlib.import_module(module).BACKEND, module)
-    except Exception as error:  # a stranger's code may raise anything
+    except Exception as error:  # third-party code may raise anything
         msg = (
             f"the {name} backend could not be loaded ({type(error).__name__}: {error}); "
             f"rlora goes on with its generic one, which is right but slower"

@@ -1,4 +1,4 @@
-"""Elementwise links: momentum, Adam, clipping. Each factor is its own counter."""
+"""Elementwise transformations: momentum, Adam, clipping. Each factor has its own counter."""
 
 import math
 from typing import Any, Literal, NamedTuple
@@ -38,14 +38,14 @@ class AdamState(NamedTuple):
 
 
 class ScalingState(NamedTuple):
-    """State of a link without moments."""
+    """State of a transformation without moments."""
 
     scaling: Tree
     """The s of each pair."""
 
 
 def keep_scaling(params: Tree, scaling: float = 1.0) -> ScalingState:
-    """The `init` of a link whose direction needs nothing but s."""
+    """The `init` of a transformation whose direction needs nothing but s."""
     return ScalingState(per_pair(params, scaling))
 
 
@@ -203,9 +203,9 @@ def only(side: Literal["A", "B"], inner: Transform) -> Transform:
     Parameters
     ----------
     side : {"A", "B"}
-        The factor that moves.
+        The factor that is updated.
     inner : Transform
-        A link, such as `scale_by_adam`.
+        A transformation, such as `scale_by_adam`.
     """
     other: dict[str, None] = {"B" if side == "A" else "A": None}
 

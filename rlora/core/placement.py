@@ -150,7 +150,7 @@ def split_power(
     The halves are ``P`` before and ``c Pᵀ F⁴`` behind, with triangular P, ``Pᵀ P = H⁻¹``, and
     ``F = P S Pᵀ``, where S is the undamped Gram of the partner: its eigenvalues are
     ``s / (s + damping)``, with covariant damping ``σ² / (σ² + δ)`` for the singular values σ of
-    BA. An entrywise method fills directions in which the partner has no mass, and Pᵀ would
+    BA. An entrywise method fills directions of the partner's null space, and Pᵀ would
     multiply what has no effect on the product by ``damping^-½`` at each step; F leaves it out.
     After it alone, ``c H⁻¹ (S H⁻¹)⁴``.
 

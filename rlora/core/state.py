@@ -48,7 +48,7 @@ def flatten_state(state: State) -> dict[str, Array]:
                     f"rename one of the pairs, so that no name is lost"
                 )
                 raise PairingError(msg)
-            elif child is not None:  # a factor that the method never moves has no state
+            elif child is not None:  # a factor that the method never updates has no state
                 flat[name] = child
 
     walk(state, "")

@@ -1,4 +1,4 @@
-"""A method is a pair of pure functions, a chain of methods is a method, and a step is one verb."""
+"""A method is a pair of pure functions, a chain of methods is a method, a step is one function."""
 
 from functools import wraps
 from numbers import Real
@@ -45,7 +45,7 @@ class ApplyFn(Protocol):
 
 
 class TransportFn(Protocol):
-    """The state after the parameters have moved from `old` to `new`."""
+    """The state after the parameters have changed from `old` to `new`."""
 
     def __call__(self, state: State, old: Tree, new: Tree) -> State: ...
 
@@ -56,21 +56,21 @@ def stay(state: State, old: Tree, new: Tree) -> State:
 
 
 def no_state(params: Tree, scaling: float = 1.0) -> tuple[()]:
-    """The state of a link that has none."""
+    """The state of a transformation that has none."""
     return ()
 
 
 def pass_on(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-    """The update of a link that only bends the move."""
+    """The `update` of a transformation that only brings an `apply` of its own, or nothing."""
     return grads, state
 
 
 def still_at_zero(apply: ApplyFn) -> ApplyFn:
-    """The same move, but for a learning rate of 0, which changes no bit of the parameters.
+    """The same update, but for a learning rate of 0, which changes no bit of the parameters.
 
-    ``p - 0 d`` alone does not promise that: it is NaN for a d that is not finite, and a move that
-    splits the product anew moves both factors at any learning rate. `chain` does this to the
-    `apply` of its links.
+    ``p - 0 d`` alone does not promise that: it is NaN for a d that is not finite, and an update
+    that splits the product anew changes both factors at any learning rate. `chain` does this to
+    the `apply` of its transformations.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def apply_updates(params: Tree, direction: Tree, lr: Array | float) -> Tree:
 
 
 class Transform(NamedTuple):
-    """A method, or a link of one.
+    """A method, or one transformation in a chain.
 
     Parameters
     ----------
@@ -131,15 +131,15 @@ class Transform(NamedTuple):
         ``update(grads, state, params) -> (direction, state)``. A factor whose gradient is None
         gets the direction None, and its share of the state stays as it was.
     apply : callable, optional
-        ``apply(params, direction, lr) -> params``: the straight line `apply_updates` unless a
-        method bends it, as the decay of the official scaled AdamW does. With an `lr` of 0 nothing
-        may move; `chain` sees to that.
+        ``apply(params, direction, lr) -> params``: `apply_updates`, a straight line, unless the
+        method has its own, as the decay of the official scaled AdamW. With an `lr` of 0 no
+        parameter may change; `chain` sees to that.
     order : {"jacobi", "gauss_seidel"}, optional
-        Whether `step` moves both factors at once, or A first and then B, which sees the new A.
+        Whether `step` updates both factors at once, or A first and then B, which sees the new A.
     transport : callable, optional
-        ``transport(state, old, new) -> state``, called by `step` after the move: for states whose
-        coordinates turn with the factors, as the moments of LoRA-RITE do. Whoever calls `update`
-        and `apply` by hand calls it too.
+        ``transport(state, old, new) -> state``, called by `step` after the update: for states
+        whose coordinates turn with the factors, as the moments of LoRA-RITE do. Code that calls
+        `update` and `apply` by hand calls it too.
     """
 
     init: InitFn
@@ -152,7 +152,7 @@ class Transform(NamedTuple):
 def step(
     transform: Transform, params: Tree, grads: Tree, state: State, lr: Array | float
 ) -> tuple[Tree, State]:
-    """One optimizer step: the direction, then the move.
+    """One optimizer step: the direction, then the update of the parameters.
 
     Parameters
     ----------
@@ -216,8 +216,8 @@ def _move(
 def chain(*links: Transform) -> Transform:
     """Transforms one after the other, each taking the direction of the one before.
 
-    The door of the arithmetic is here: parameters are checked when the state is made, and
-    gradients and parameters are cast up to at least float32 once, before the first link.
+    Inputs are validated here: parameters are checked when the state is made, and gradients and
+    parameters are cast up to at least float32 once, before the first transformation.
 
     Parameters
     ----------
@@ -227,7 +227,7 @@ def chain(*links: Transform) -> Transform:
     Returns
     -------
     Transform
-        Its state is the tuple of the links' states.
+        Its state is the tuple of the transformations' states.
 
     Examples
     --------

@@ -1,1 +1,1 @@
-"""What trainers load by name: a module for each, imported by the trainer only."""
+"""Plug-ins that trainers load by name: a module for each, imported by the trainer only."""

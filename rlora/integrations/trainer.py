@@ -25,7 +25,7 @@ class RLoraFactory:
             With its adapter.
         args : TrainingArguments, optional
             ``learning_rate`` and ``weight_decay`` are taken from it unless given. Its ``adam_*``
-            have defaults of their own, which a choice cannot be told from: give ``betas``, ``eps``.
+            have defaults of their own, indistinguishable from a choice: give ``betas``, ``eps``.
         optimizer : str
             Name of a class of `rlora.torch`.
         **options

@@ -38,7 +38,7 @@ def recipe_of(group: dict[str, Any]) -> Recipe:
 
 
 class Job(NamedTuple):
-    """A factor to be moved, the tensor that stands in for it, its group, and where it belongs."""
+    """A factor to be updated, the tensor that stands in for it, its group, and where it belongs."""
 
     param: Tensor
     stand_in: Tensor
@@ -64,13 +64,13 @@ class Batch:
     Parameters
     ----------
     recipe : Recipe
-        Of the factors to be moved.
+        Hyperparameters of the factors to be updated.
     in_place : bool
         Whether the stand-ins have the memory of their parameters.
     pairs : list of TensorPair
         Both factors of every pair.
     left, right : list of (int, Job)
-        The A and the B factors to be moved, with the position of their pair.
+        The A and the B factors to be updated, with the position of their pair.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Batch:
         self.keeps_directions = pairs[0].A.device.type == "cpu"  # in the workspace
         self.workspace: Workspace = {}
         self.plain = all(view.is_plain for pair in pairs for both in pair.views for view in both)
-        # Of dense parameters every reading is a view, which stays true.
+        # Reading a dense parameter gives a view, which stays valid.
         dense = all(p.is_contiguous() for pair in pairs for p in (pair.A, pair.B))
         self.stays = (self.plain or dense) and all(pair.middle is None for pair in pairs)
         self.params: list[Factors] = []
@@ -103,7 +103,7 @@ class Batch:
         return [factors for pair in self.pairs for factors in pair.factors()]
 
     def grads(self) -> list[Tensor]:
-        """What the factors to be moved have gathered."""
+        """The gradients of the factors to be updated."""
         return [cast("Tensor", job.pair.gradient(job.side)) for job in self.jobs]
 
     def prepare(self) -> Preconditioners:
@@ -124,7 +124,7 @@ class Batch:
             return rank_grams(backend, self.params, compute_dtype=dtype, workspace=self.workspace)
 
     def direct(self, grams: list[RankGrams]) -> Preconditioners:
-        """What `prepare` does after the Grams."""
+        """Do as `prepare`, from Grams that are given."""
         backend = get_backend(self.params[0].A)
         grads = self.grads()
         with backend.exact(self.params[0].A):
@@ -148,7 +148,7 @@ class Batch:
         return P
 
     def finish(self, P: Preconditioners) -> None:
-        """What is left to do after the parent: the second half, or copying the result back."""
+        """Finish the step after the parent: apply the second half, or copy the result back."""
         if not self.keeps_directions:
             for job in self.jobs:
                 job.stand_in.grad = None
@@ -159,7 +159,7 @@ class Batch:
             store(params, results, self.jobs[0].group)
 
     def _move(self, P: list[Factors]) -> None:
-        # The parent has written its whole move into zeros. Its decay has seen a zero parameter.
+        # The parent has written its whole update into zeros; its decay has seen a zero parameter.
         backend = get_backend(self.params[0].A)
         with backend.exact(self.params[0].A):
             moves = self._precondition(backend, P, [job.stand_in for job in self.jobs])

@@ -1,4 +1,4 @@
-"""Where a compiled step does otherwise than an eager one."""
+"""Differences between a compiled step and an eager one."""
 
 from typing import Any
 

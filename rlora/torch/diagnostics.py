@@ -40,9 +40,9 @@ class Watched:
 
     _watch: Watch | None = None
     _warned: bool = False
-    """Whether it has been said that something is not finite."""
+    """True once the warning of values that are not finite has been given."""
     _begun: bool = False
-    """Whether it has been asked whether B is zero."""
+    """True once B has been checked for zeros."""
 
     def watch(self, model: nn.Module | None = None) -> None:
         """Keep what `diagnostics` needs of every step from now on: a copy of the factors.
@@ -87,7 +87,7 @@ class Watched:
             - ``anisotropy_A``, ..: how far the inverse of that is from a multiple of the identity,
               from 0 to below 1. At 0 the preconditioner is a number, which Adam cancels.
             - ``damped_A``, ..: 1 where damping has more than doubled the smallest eigenvalue.
-            - ``skipped_A``, ..: 1 where it is too small or large to be inverted: the partner stays.
+            - ``skipped_A``, ..: 1 where too small or large to invert: no update of the partner.
             - ``nan_A``, ..: 1 where it has a NaN.
 
             Of the factors themselves, against what they were before a watched step:
@@ -234,7 +234,7 @@ def ratios_of(sizes: Tensor) -> dict[str, list[float]]:
 
 
 def dampings(pairs: list[TensorPair], optimizer: Any) -> Damping:
-    """Of the Grams of the A factors, for which B's group has it, then of those of the B factors."""
+    """Damping of the Grams of the A factors, from B's group, then of those of the B factors."""
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     rows = []
     for side, partner in ((0, 1), (1, 0)):

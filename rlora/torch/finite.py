@@ -17,7 +17,7 @@ def peaks(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def state_peaks(optimizer: Any, pairs: Sequence[TensorPair]) -> tuple[list[int], list[Tensor]]:
-    """Of every array in the state of paired factors: whose it is (2k for A, 2k + 1 for B), peak."""
+    """Owner (2k for A, 2k + 1 for B) and peak of every array in the state of paired factors."""
     held = [
         (2 * k + side, x)
         for k, pair in enumerate(pairs)
@@ -71,7 +71,7 @@ def look_on_the_host(optimizer: Any) -> None:
 
 
 def check_start(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
-    """RuntimeWarning at the first step of a method that from B = 0 never moves, once.
+    """RuntimeWarning, once, at the first step of a method that cannot leave B = 0.
 
     The one time that a step asks a device for values, and of such methods alone.
     """

@@ -20,7 +20,7 @@ class Gathered:
     """The pairs of one group of which every process has pieces.
 
     Which collectives run depends on the layouts alone: a factor without a gradient on this process
-    takes part with zeros, and is moved if another process has a gradient of it.
+    takes part with zeros, and is updated if another process has a gradient of it.
     """
 
     def __init__(self, optimizer: Any, group: int, pairs: list[TensorPair]) -> None:
@@ -35,7 +35,7 @@ class Gathered:
         self._portions: list[Portions] = []
 
     def prepare(self) -> None:
-        """Nothing: what could be refused has been when this was made."""
+        """No-op; validated at construction."""
 
     def finish(self, _: None) -> None:
         """Gather, step, and keep this process's pieces."""
@@ -58,7 +58,7 @@ class Gathered:
 
 
 def _anywhere(factors: list[Any]) -> list[bool]:
-    """Of each factor whether any process has a gradient of it."""
+    """Return for each factor whether any process has a gradient of it."""
     flags: Any = torch.tensor([p.grad is not None for p in factors], dtype=torch.int32)
     for mesh in dict.fromkeys(p.device_mesh for p in factors):
         flags = flags.to(mesh.device_type)
@@ -68,7 +68,7 @@ def _anywhere(factors: list[Any]) -> list[bool]:
 
 
 def _piece(whole: Tensor, p: Any) -> Tensor:
-    """What this process has of a whole factor; nothing is sent."""
+    """The piece of a whole factor on this process; nothing is sent."""
     everywhere = [Replicate()] * p.device_mesh.ndim
     copy = DTensor.from_local(whole, p.device_mesh, everywhere, run_check=False)
     return local(copy.redistribute(placements=p.placements))

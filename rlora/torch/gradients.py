@@ -40,7 +40,7 @@ def full_gradients(
     modules : iterable of str
         Names of nn.Linear modules, or of transformers' Conv1D, in ``model.named_modules()``.
     batches : iterable
-        What `loss` takes, one after another. With several passes it must start anew for each, as
+        What `loss` takes, one after another. With several passes it must restart for each, as
         a list or a DataLoader does.
     loss : callable
         ``loss(model, batch)`` is a scalar tensor.
@@ -202,7 +202,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 class _Rows:
-    """What one layer has seen: its inputs and output gradients, or the sum of their products."""
+    """Records of one layer: its inputs and output gradients, or the sum of their products."""
 
     def __init__(self, name: str, target: Target, *, offload: bool, sum_at_once: bool) -> None:
         self.name, self.target = name, target

@@ -45,7 +45,7 @@ class StartedLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class InitReport:
-    """What `initialize` has done.
+    """Result of `initialize`.
 
     Parameters
     ----------
@@ -194,7 +194,7 @@ def initialize(
             weights[name] = movable_weight(layer, owners)
     begin = partial(_start, chosen, method, options)
     if method in FROM_WEIGHT:
-        # Of the weight "gaussian" wants only the shape: a matrix without memory.
+        # "gaussian" needs only the shape of the weight: a matrix without memory.
         blank = {n: x.B.detach().new_zeros(()).expand(x.shape) for n, x in chosen.items()}
         starts = {n: begin(n, W) for n, W in {**blank, **weights}.items()}
     elif loss is None:

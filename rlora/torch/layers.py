@@ -254,7 +254,7 @@ def _nothing(adapter: str, adapters: set[str], skipped: Mapping[str, str]) -> Pa
 
 
 Owners = Mapping[int, list[tuple[str, nn.Module]]]
-"""Which modules hold a parameter, by the address of its memory."""
+"""The modules that hold a parameter, by the address of its memory."""
 
 
 def weight_owners(model: nn.Module) -> Owners:

@@ -20,7 +20,7 @@ from rlora.torch.pairs import TensorPair, is_distributed
 from rlora.torch.parts import Part
 
 Moving: TypeAlias = tuple[bool, bool]
-"""Whether A and B are to be moved."""
+"""True for A, and for B, if it is to be updated."""
 
 
 class ListwiseAdamW:
@@ -35,7 +35,7 @@ class ListwiseAdamW:
     pairs : sequence of TensorPair
         Of one rank and dtype, dense, on a CPU.
     moving : sequence of (bool, bool)
-        Whether A and B of each pair are to be moved.
+        Whether A and B of each pair are to be updated.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ListwiseAdamW:
         return second
 
     def finish(self, second: Tensor | None) -> None:
-        """Adam, then the move along what the power behind it makes of the direction, if any."""
+        """Adam, then the update along its direction, times the power behind it if there is one."""
         lr, weight_decay = float(self.group["lr"]), self.group["weight_decay"]
         if second is None:
             self._adam(True, lr, weight_decay)
@@ -134,7 +134,7 @@ def listwise_work(optimizer: Any, pairs: Sequence[TensorPair], sides: str) -> li
     pairs : sequence of TensorPair
         All pairs.
     sides : {"A", "B", "AB"}
-        The factors to be moved.
+        The factors to be updated.
     """
     groups = optimizer.param_groups
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}

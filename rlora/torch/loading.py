@@ -1,4 +1,4 @@
-"""How a saved state is loaded: checked before any of it is, and not narrowed."""
+"""Loading of a saved state: all of it is checked first, and none of it is narrowed."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -63,7 +63,7 @@ class LoadsState(Optimizer, ABC):
         Moments of paired factors keep their dtype, at least float32, whatever the parameters have.
         Where both have names, a state goes to the parameter of its name, in whatever order and
         groups they were saved. Without names it goes by place as in torch, and where the groups
-        differ by shape, if that leaves no choice; frozen parameters without state may be missing
+        differ by shape, if that is unambiguous; frozen parameters without state may be missing
         on either side.
 
         As in torch all options of the saved groups come along: learning rate, ``betas``, ``eps``,
@@ -82,7 +82,7 @@ class LoadsState(Optimizer, ABC):
             When a saved moment has another shape than its parameter, is one of an optimizer that
             keeps others, or is whole and the parameter is sharded, or the other way round; nothing
             has been loaded then. A ShapeError too where there are no names, the groups differ, and
-            shapes do not tell which state is whose.
+            shapes do not identify the owner of each state.
         ValueError
             When a trainable parameter is not among the saved names, or a saved one with state is
             not here.

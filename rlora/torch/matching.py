@@ -1,4 +1,4 @@
-"""Pairs of torch parameters: found by name, told by modules, or given by hand."""
+"""Pairs of torch parameters: found by name, declared by module attributes, or given by hand."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -48,7 +48,7 @@ def find_pairs(
     adapter: str | None = None,
     pairs: Source | None = None,
 ) -> PairReport:
-    """What an optimizer of `rlora.torch` would pair, without building it.
+    """The pairs that an optimizer of `rlora.torch` would find, without building it.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ def moves(p: Tensor) -> bool:
 
 
 def memory(p: Tensor) -> int:
-    """What two parameters of one memory have in common."""
+    """Address of a parameter's memory, its id if it has none: equal where memory is shared."""
     return p.data_ptr() or id(p)
 
 
@@ -166,7 +166,7 @@ Owner: TypeAlias = tuple[Pair, int] | None
 
 
 def _owner_of_both(pair: Pair, of_a: Owner, of_b: Owner) -> tuple[Pair, bool]:
-    """The pair that has the memory of both factors of another, and whether in turned roles."""
+    """The pair that has the memory of both factors of another, and whether in swapped roles."""
     if of_a is None or of_b is None or of_a[0] is not of_b[0]:
         msg = (
             f"{pair.a} or {pair.b} shares its memory with a factor of another pair, but its "

@@ -67,7 +67,7 @@ class MethodBatch:
         return list(shares.values())
 
     def follow(self, start: Mapping[str, Tensor] | None = None) -> None:
-        """Make the stacks what the optimizer's state is; what is missing there begins anew.
+        """Fill the stacks from the optimizer's state; entries missing there are initialised.
 
         Parameters
         ----------
@@ -102,7 +102,7 @@ class MethodBatch:
             torch._foreach_copy_(old, new)
 
     def prepare(self) -> tuple[dict[str, Factors], State]:
-        """The pairs and their state after the step; nothing has moved yet."""
+        """The pairs and their state after the step; no parameter has changed yet."""
         group = self._optimizer.param_groups[self._group]
         if (chosen := self._optimizer._chosen(group)) != self._chosen:  # by a scheduler, say
             self._chosen, self._transform = chosen, self._optimizer._transform(group)
@@ -158,14 +158,14 @@ class MethodBatch:
 
 
 class Share(NamedTuple):
-    """What the stacks of a batch hold of one parameter's state."""
+    """One parameter's share of the state in the stacks of a batch."""
 
     owner: Tensor
     keys: list[str]
     views: list[Tensor]
     sources: list[tuple[str, int, Tensor | None]]
-    """Of each view the name of its stack in the flat state and its layer, and the other parameter
-    that may have kept it."""
+    """For each view its stack's name in the flat state, its layer, and the other parameter that may
+    have kept it."""
 
     def stands_in(self, state: Mapping[Any, Any]) -> bool:
         """Return whether the optimizer's state of the parameter is these very tensors."""
@@ -204,7 +204,7 @@ class Portions:
         self._batches = [MethodBatch(optimizer, group, part, memory) for part in parts]
 
     def prepare(self) -> None:
-        """Take over the state, which may be refused, before anything moves."""
+        """Take over the state, which may be refused, before any parameter changes."""
         if not torch.compiler.is_compiling():  # then the batches have just been made
             for batch in self._batches:
                 batch.follow()
@@ -253,10 +253,10 @@ def stacks_of(buckets: list[list[Member]]) -> dict[str, Factors]:
 
 
 def places_in(flat: Mapping[str, Tensor]) -> dict[str, tuple[int, int | None, str]]:
-    """Of each array of a state over `stacks_of` the bucket, the side, and its name.
+    """Bucket, side and name of each array of a state over `stacks_of`.
 
     The side is 0 for A, 1 for B, and None for what a pair has once. A name is the field's own;
-    where two links of a chain have a field of one name, the place of the link comes first.
+    where two transformations of a chain have a field of one name, the place in the chain is first.
     """
     places = {}
     for name in flat:

@@ -27,12 +27,12 @@ PLAIN = {"lr", "betas", "eps", "weight_decay", "momentum", "maximize"}
 """Options that the parent keeps in its groups too."""
 
 MOMENTUM = {"betas", "momentum"}
-"""What OneCycleLR and CyclicLR cycle, if it is among the defaults: so those of the parent alone,
-which do nothing to the pairs, may not be there."""
+"""Options that OneCycleLR and CyclicLR cycle if they are among the defaults: so those that only the
+parent has, without effect on the pairs, must not be there."""
 
 
 class MethodOptimizer(PairOptimizer):
-    """What `optimizer_class` puts in front of AdamW or SGD. Not to be used by itself."""
+    """Class that `optimizer_class` puts in front of AdamW or SGD. Not to be used by itself."""
 
     method: Method
     """Gives the transform for the options of a group."""
@@ -101,7 +101,7 @@ class MethodOptimizer(PairOptimizer):
         return type(self).method(**self._chosen(group))
 
     def _chosen(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """What the method is given, as it calls it."""
+        """Options of a group for the method, under the names that it has for them."""
         chosen = {name: group[name] for name in self._options()}
         if "betas" in chosen:
             chosen["b1"], chosen["b2"] = chosen.pop("betas")

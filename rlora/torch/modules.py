@@ -1,4 +1,4 @@
-"""What the modules of a model say of its LoRA factors: how they lie, and the scaling of a layer."""
+"""Layouts of LoRA factors and scalings of layers, from the attributes of a model's modules."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,7 @@ def scalings_in(params: Any) -> dict[int, float]:
 
 
 def what_modules_know(params: Any) -> Known | None:
-    """Of models' layers how factors lie where shapes do not tell, or why they are no pair."""
+    """Layouts of the factors that shapes alone do not determine, or the reasons against a pair."""
     if isinstance(params, nn.Module):
         return _known_of(params)
     models = models_in(params)
@@ -45,7 +45,7 @@ def _known_of(model: nn.Module) -> dict[str, Layout | str]:
 
 
 def in_group(i: int, name: str) -> str:
-    """A name that parameters of several groups have, told from the others."""
+    """A name that parameters of several groups have, made unique by its group."""
     return f"groups.{i}.{name}"
 
 

@@ -14,7 +14,7 @@ from rlora.initializers import Start
 from rlora.torch.layers import plain_weight, weight_owners
 
 PREFIX = "base_model.model."
-"""What PEFT puts before the names of the model it wraps."""
+"""Prefix of PEFT before the names of the model that it wraps."""
 
 
 def spellings(layer: str) -> tuple[str, str, str]:
@@ -24,7 +24,7 @@ def spellings(layer: str) -> tuple[str, str, str]:
 
 
 class Offset(NamedTuple):
-    """What was taken from one base weight: it is ``W0 - s B A`` now.
+    """The product taken from one base weight, which is ``W0 - s B A`` now.
 
     Parameters
     ----------

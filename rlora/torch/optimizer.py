@@ -27,10 +27,10 @@ from rlora.torch.plan import Plan, make_plan, over_stand_ins
 
 
 class GramPreconditioned(PairOptimizer):
-    """What `precondition` puts in front of an optimizer class. Not to be used by itself."""
+    """Class that `precondition` puts in front of an optimizer class. Not to be used by itself."""
 
     order: Order
-    """Whether both factors move at once, or B after A."""
+    """Order of the updates: both factors at once, or B after A."""
 
     _extra = (*PairOptimizer._extra, "order")
 

@@ -1,8 +1,8 @@
-"""What every optimizer here has in common: it knows the pairs among its parameters.
+"""Base class of the optimizers: pairs, groups, step and state_dict.
 
-It finds them by name or takes them by hand, keeps to them whatever training libraries do to the
-groups, steps them by its own plans and the rest by its parent's step, and loads its state as it was
-saved.
+It finds the pairs among its parameters by name or takes them by hand, keeps to them whatever
+training libraries do to the groups, steps them by its own plans and the rest by its parent's step,
+and loads its state as it was saved.
 """
 
 from abc import ABC, abstractmethod
@@ -53,7 +53,7 @@ class PairOptimizer(Watched, LoadsState, ABC):
     """A torch optimizer that knows the pairs among its parameters. Not to be used by itself."""
 
     report: PairReport
-    """What was paired, what is updated plainly, what was refused and why."""
+    """The pairs, the parameters that are updated plainly, and those refused, with the reason."""
 
     _extra: tuple[str, ...] = ("report", "_adapter", "_by_hand", "_by_name", "_known", "_members")
     _extra += ("_names", "_own", "_pairs", "_source")
@@ -97,11 +97,11 @@ class PairOptimizer(Watched, LoadsState, ABC):
         if not self._pairs:
             raise no_pair(self._names, self.report, type(self).__name__)
 
-    # --- what a subclass says -------------------------------------------------------------------
+    # --- for subclasses ---------------------------------------------------------------------------
 
     @abstractmethod
     def _make_plans(self, pairs: list[TensorPair]) -> list[Plan]:
-        """How these pairs, and the parameters in no pair, are stepped."""
+        """The plans that step these pairs, and the parameters in no pair."""
 
     @abstractmethod
     def _check_own(self, group: dict[str, Any]) -> None:
@@ -178,7 +178,7 @@ class PairOptimizer(Watched, LoadsState, ABC):
             self._enroll(group)
             self._by_hand = self._by_hand + explicit
             self._pair_up(scalings)
-        except Exception:  # names that cannot be told apart, factors that do not fit
+        except Exception:  # ambiguous names, factors that do not fit
             self.param_groups.pop()
             self._members, self._names, self._by_hand = kept
             raise
@@ -258,7 +258,7 @@ class PairOptimizer(Watched, LoadsState, ABC):
         return inherited(type(self), "_init_group", PairOptimizer)(self, *args)
 
     def _current_plans(self) -> list[Plan]:
-        """The plans, made anew when what they rest on has changed."""
+        """The plans, rebuilt when their inputs (see `signature`) have changed."""
         pairs = self._current_pairs()
         if torch.compiler.is_compiling():  # the graph is what is kept, and torch guards it
             return self._new_plans(pairs)

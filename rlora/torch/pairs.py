@@ -23,7 +23,7 @@ class TensorPair(NamedTuple):
     middle : Tensor, optional
         AdaLoRA's diagonal: the product is ``B diag(e) A``.
     twins : tuple of (Tensor, ...)
-        Of A and of B, parameters of the same memory: what they gather counts too.
+        Tied parameters, which share the memory of A and of B: their gradients are added.
     owners : tuple of (Tensor, Tensor), optional
         Whose the state is, where A and B are only copies.
     scaling : float, optional
@@ -40,7 +40,7 @@ class TensorPair(NamedTuple):
 
     @property
     def moved(self) -> tuple[Tensor, ...]:
-        """Every parameter that moves with the pair."""
+        """Every parameter that is updated with the pair."""
         return (self.A, self.B, *self.twins[0], *self.twins[1])
 
     @property
@@ -49,7 +49,7 @@ class TensorPair(NamedTuple):
         return self.moved if self.middle is None else (*self.moved, self.middle)
 
     def gradient(self, side: int) -> Tensor | None:
-        """Of A (0) or of B (1), with what its twins have gathered."""
+        """The gradient of A (0) or B (1), with those of its tied parameters."""
         p, twins = self[:2][side], self.twins[side]
         if not twins:
             return p.grad
@@ -57,7 +57,7 @@ class TensorPair(NamedTuple):
         return torch.stack(grads).sum(0) if grads else None
 
     def with_twins(self, A: Tensor, B: Tensor) -> "TensorPair":
-        """The pair with two more parameters of the memory of A and B."""
+        """The pair with two more tied parameters, of the memory of A and B."""
         for p, twin in ((self.A, A), (self.B, B)):
             if not (_lies_as(twin, p) or _lies_as(twin.mT, p)):
                 msg = (
@@ -109,9 +109,9 @@ class Member(NamedTuple):
     pair: TensorPair
     views: Views
     suffix: str
-    """What tells it from others of its pair in the names of its state."""
+    """Suffix in the names of its state that distinguishes it from others of its pair."""
     plain: tuple[bool, bool]
-    """Whether the parameters are the factors themselves."""
+    """True for A, and for B, if the parameter is the factor itself."""
 
     @property
     def params(self) -> tuple[Tensor, Tensor]:
@@ -120,12 +120,12 @@ class Member(NamedTuple):
 
     @property
     def owners(self) -> tuple[Tensor, Tensor]:
-        """The parameters whose state its is."""
+        """The parameters that own the state."""
         return self.pair.owners or self.params
 
     @property
     def keepers(self) -> tuple[Tensor, Tensor]:
-        """The parameter with whose state stands what the pair has once, and its partner.
+        """The parameter whose state holds the entries that a pair has once, and its partner.
 
         That of A, or that of B where A is frozen: the state of frozen parameters is not loaded by
         everyone.
@@ -135,7 +135,7 @@ class Member(NamedTuple):
 
     @property
     def shapes(self) -> tuple[Shape, Shape]:
-        """Of its factors."""
+        """Shapes of its factors."""
         return self.views[0].shape, self.views[1].shape
 
     def read(self, side: int) -> Tensor:
@@ -144,7 +144,7 @@ class Member(NamedTuple):
         return p if self.plain[side] else cast("Tensor", self.views[side].read(p))
 
     def write(self, side: int, factor: Tensor) -> Tensor:
-        """What `part` of the parameter is when `read` gives this factor."""
+        """The inverse of `read`: the values of `part` of the parameter that hold this factor."""
         return factor if self.plain[side] else cast("Tensor", self.views[side].write(factor))
 
     def part(self, side: int) -> Tensor:
@@ -162,12 +162,12 @@ class Member(NamedTuple):
 def signature(
     pairs: Iterable[TensorPair], groups: Iterable[dict[str, Any]], choices: Sequence[Any]
 ) -> tuple[Any, ...]:
-    """What a plan depends on: it is made anew when this changes."""
+    """Inputs of a plan, which is rebuilt when they change."""
     seen = []
     for p in (p for pair in pairs for p in pair.params):
         grad = p.grad
         layout = 0 if grad is None else grad.layout
-        memory = p.data_ptr() or local(p).data_ptr()  # a DTensor says 0
+        memory = p.data_ptr() or local(p).data_ptr()  # a DTensor returns 0
         seen.append((memory, p.dtype, type(grad), layout))
     return seen, choices, [(id(group), len(group["params"])) for group in groups]
 

@@ -19,7 +19,7 @@ def trainable(
 ) -> list[tuple[str, Tensor]]:
     """Named trainable parameters, and the frozen partners of trainable LoRA factors.
 
-    A frozen factor never gets a gradient and never moves, but its Gram preconditions the other.
+    A frozen factor gets neither gradients nor updates, but its Gram preconditions the other.
     """
     named = dict(model.named_parameters())
     wanted = {name for name, p in named.items() if p.requires_grad}
@@ -93,7 +93,7 @@ def without_names(groups: list[dict[str, Any]]) -> Iterator[None]:
 
 
 def _nothing_trainable(*models: nn.Module) -> NoReturn:
-    """Say why there is nothing to train: a frozen adapter, a merged one, or nobody knows."""
+    """Say why there is nothing to train: a frozen adapter, a merged one, or an unknown reason."""
     factors = [name for m in models for name, _ in m.named_parameters() if is_factor(name)]
     load = "PeftModel.from_pretrained(model, path, is_trainable=True)"
     if factors:
@@ -124,7 +124,7 @@ def as_list(params: Any, pairs: Source | None = None, known: Known | None = None
 
 
 def misfit(a: Tensor, b: Tensor) -> str | None:
-    """Why two tensors of fitting shapes still cannot be a pair, or None."""
+    """The reason why two tensors of fitting shapes cannot be a pair, or None."""
     if a.dtype != b.dtype or a.device != b.device:
         return (
             f"the factors are {a.dtype} on {a.device} and {b.dtype} on {b.device}; "
@@ -136,7 +136,7 @@ def misfit(a: Tensor, b: Tensor) -> str | None:
 
 
 def check_grad(p: Tensor) -> None:
-    """Refuse a gradient that the arithmetic is not made for, before anything has moved."""
+    """Refuse a gradient that the arithmetic is not made for, before any parameter changes."""
     if p.is_meta:
         msg = (
             f"a LoRA factor of shape {tuple(p.shape)} is on the meta device and has no values; "

@@ -54,7 +54,7 @@ class Part:
         self.views = [
             dict(zip(("step", *names), values, strict=True)) for values in zip(*memory, strict=True)
         ]
-        """What the optimizer's state has of each parameter."""
+        """Entries of the optimizer's state for each parameter."""
 
     def _like_params(self, make: Any) -> list[Tensor]:
         shapes = [p.shape for p in self.params]

@@ -50,7 +50,7 @@ def as_plain_lora(
     ------
     PairingError
         When there is no offset, or an offset's layer is not in the state; when factors have no
-        partner, have a diagonal between them, or may be experts whose number nobody tells; when
+        partner, have a diagonal between them, or may be experts of unknown number; when
         there is no such adapter, or the state has several.
     ShapeError
         When an offset's layer is there with another shape.
@@ -73,7 +73,7 @@ def as_plain_lora(
         raise PairingError(msg)
     if isinstance(adapter, nn.Module):
         told = (what_modules_know(adapter) or {}).items()
-        # What is no single pair for an optimizer, as a shared factor, is filled up all the same.
+        # Factors in no single pair of an optimizer, as a shared one, are filled up all the same.
         mine = {x.removesuffix(f" ({name})"): how for x, how in told if isinstance(how, Layout)}
         state, known = _state(adapter, name), {**mine, **(known or {})}
     else:

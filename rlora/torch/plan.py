@@ -1,4 +1,4 @@
-"""One step of an optimizer over stand-ins: who they are, and the parent's step over them.
+"""One step of an optimizer over stand-ins: their choice, and the parent's step over them.
 
 A stand-in of a parameter in a pair is a tensor that the parent optimizer steps in its place. It is
 made once and serves until parameters, gradients' presence or hyperparameters change.
@@ -20,13 +20,13 @@ Groups = list[dict[str, Any]]
 
 
 class Work(Protocol):
-    """What is done for some pairs around the parent's step."""
+    """The work for some pairs around the parent's step."""
 
     def prepare(self) -> Any:
-        """Everything that may fail; no parameter has moved when this returns."""
+        """Do everything that may fail; no parameter has changed when this returns."""
 
     def finish(self, half: Any) -> None:
-        """The rest, with what `prepare` gave."""
+        """Do the rest, with the result of `prepare`."""
 
 
 class Plan(NamedTuple):

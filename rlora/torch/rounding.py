@@ -1,4 +1,4 @@
-"""How wide results get into narrower parameters."""
+"""Rounding of wide results to the dtype of narrower parameters."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,14 +11,14 @@ HALF = 1 << 16
 
 
 def check_rounding(value: Any) -> None:
-    """TypeError unless `value` says yes or no."""
+    """TypeError unless `value` is True or False."""
     if not isinstance(value, bool):
         msg = f"stochastic_rounding must be True or False, got {value!r} ({type(value).__name__})"
         raise TypeError(msg)
 
 
 def count_roundings(groups: Iterable[dict[str, Any]]) -> None:
-    """A step begins: what is rounded at random in it is rounded otherwise than in the last."""
+    """Advance the rounding seed once per step."""
     for group in groups:
         if group["stochastic_rounding"]:
             group["rounded"] = group.get("rounded", 0) + 1

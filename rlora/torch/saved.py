@@ -45,7 +45,7 @@ def as_groups_are(saved: dict[str, Any], groups: Groups, names: Sequence[str | N
     ValueError
         When a trainable parameter is not in the file, or one with state only there.
     ShapeError
-        When there are no names, the groups differ, and shapes do not tell either.
+        When there are no names, the groups differ, and shapes are ambiguous too.
     """
     theirs: Groups = saved["param_groups"]
     sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, theirs))
@@ -79,7 +79,7 @@ def as_groups_are(saved: dict[str, Any], groups: Groups, names: Sequence[str | N
 
 
 def keys_of(names: Sequence[Sequence[str | None]]) -> list[Key]:
-    """What tells named parameters of all groups apart; None for those without a name."""
+    """Unique keys of the named parameters of all groups; None for those without a name."""
     count = Counter(name for group in names for name in group)
     return [
         name if name is None or count[name] == 1 else (i, name)
@@ -102,7 +102,7 @@ def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
 def _by_name(
     params: Sequence[Tensor], keys: Sequence[Key], ids: Mapping[Key, Any], state: Mapping[Any, Any]
 ) -> list[Any]:
-    """Of each parameter the number in the file, or None for a frozen one that is not there."""
+    """The number of each parameter in the file, or None for a frozen one that is not there."""
     found = [None if key is None else ids.get(key) for key in keys]
     absent = [
         f"parameter {k}" if key is None else repr(key)
@@ -151,7 +151,7 @@ def _by_shape(groups: Groups, saved: Mapping[str, Any]) -> list[Any]:
 
 
 def _shape_of(state: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Of the parameter whose state it is, if that tells."""
+    """Shape of the parameter that owns the state, if the moments show it."""
     moments = [state[key] for key in ELEMENTWISE if isinstance(state.get(key), Tensor)]
     return tuple(moments[0].shape) if moments else None
 

@@ -97,7 +97,7 @@ class SDLoRALinear(nn.Module):
 
     @property
     def tasks(self) -> int:
-        """How many tasks there have been, the current one included."""
+        """Number of tasks so far, the current one included."""
         return self.past_A.shape[0] + 1
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class SDLoRALinear(nn.Module):
         return A, B, scale.repeat_interleave(self.rank)
 
     def delta(self) -> Tensor:
-        """What the adapter adds to the weight, (m, n), in the dtype of the factors."""
+        """The adapter's change of the weight, (m, n), in the dtype of the factors."""
         delta: Tensor = self.magnitudes[self.tasks - 1] * (self.lora_B @ self.lora_A)
         if self.tasks > 1:
             A, B, scale = self._past()

@@ -2,7 +2,7 @@
 
 Of pieces of A along n, and of B along m, the Grams ``A Aᵀ`` and ``Bᵀ B`` add up. So every process
 forms the Grams of its pieces, one all-reduce sums those of all pairs, and the directions ``P G``
-are made of pieces again. FSDP2 cuts A along its rank axis unless told otherwise: then pieces of
+are made of pieces again. FSDP2 cuts A along its rank axis by default: then pieces of
 rows are exchanged for pieces of columns first, and the directions go back.
 
 Which collectives run depends on layouts and options alone, never on who has a gradient or an empty
@@ -110,11 +110,11 @@ class ShardedBatch(Batch):
     Parameters
     ----------
     recipe : Recipe
-        Of the factors to be moved.
+        Hyperparameters of the factors to be updated.
     pairs : list of TensorPair
         Of DTensors.
     moving : list of Moving
-        The factors to be moved.
+        The factors to be updated.
     summed : list of int
         The dimensions of the mesh over which the Grams are summed.
     """
@@ -126,7 +126,7 @@ class ShardedBatch(Batch):
         factors: list[tuple[Any, int]] = [(pair[side], side) for side in (0, 1) for pair in pairs]
         self.of_factors = Exchange(factors)
         self.of_jobs = Exchange([(f.param, f.side) for f in self.moving])
-        # What several processes have is counted once, where the coordinates are 0.
+        # Replicated entries are counted once, where the coordinates are 0.
         mesh = mesh_of(pairs[0].A)
         self.copies = [
             any(mesh.get_local_rank(d) and p.placements[d].is_replicate() for d in summed)
@@ -232,7 +232,7 @@ def sharded_work(
     """For each mesh its work on the factors in `sides`, and the stand-ins of those with a gradient.
 
     The `pairs` are of DTensors, each with both factors on one mesh; `group_of` has the group of a
-    parameter by its id; `sides`, "A", "B" or "AB", says which factors are to be moved.
+    parameter by its id; `sides`, "A", "B" or "AB", says which factors are to be updated.
     """
     by_mesh: dict[Any, list[TensorPair]] = {}
     for pair in pairs:
@@ -288,7 +288,7 @@ def _like(p: Any, piece: Tensor) -> DTensor:
 
 
 def _piece_of_grad(p: Any) -> Tensor:
-    """Of the gradient what belongs to this process's piece of the parameter; zeros for none."""
+    """The gradient of this process's piece of the parameter; zeros for none."""
     if p.grad is None:
         return torch.zeros_like(local(p))
     grad = p.grad

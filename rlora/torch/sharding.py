@@ -1,4 +1,4 @@
-"""What a sharding scheme may have done to the factors: what can be stepped, and what is refused."""
+"""Checks of sharded factors: the layouts that can be stepped, and those that are refused."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -28,7 +28,7 @@ def cut_dims(p: Any, axis: int) -> list[int]:
 
 
 def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
-    """ShardingError when a LoRA factor is a piece of itself that does not say so as a DTensor."""
+    """ShardingError when a LoRA factor is a piece of itself without being a DTensor."""
     tensors = dict(named)
     for name, p in tensors.items():
         factor = is_factor(name)
@@ -148,7 +148,7 @@ def _check_placements(pair: TensorPair, shapes: str) -> None:
     ranks = [(side, d) for side, p in enumerate(factors) for d in cut_dims(p, side)]
     strided = any(hasattr(placements[side][d], "split_factor") for side, d in ranks)
     partial = any(place.is_partial() for places in placements for place in places)
-    # Of a kernel only the first axis is one of the matrix.
+    # Only the first axis of a kernel is one of the matrix.
     inside = any(p.ndim > 2 and cut_dims(p, axis) for p in factors for axis in range(1, p.ndim))
     if partial or strided or inside or len({d for _, d in ranks}) > 1:
         msg = (

@@ -13,11 +13,11 @@ NO_EFFECT = 0.01
 """An anisotropy below which a preconditioner counts as a multiple of the identity."""
 
 THROWN = 2.0
-"""How many times its own size a factor may move before it counts as thrown away. From zero, the
+"""Multiple of its own size that a factor may move before it counts as thrown away. From zero, the
 second step of Adam is as long as the first: one time."""
 
 GROWN = 50.0
-"""How many times further than AdamW's steps reach an entry may be before its factor counts as
+"""Multiple of the reach of AdamW's steps that an entry may have before its factor counts as
 growing. In sound runs it is 10 at most for most methods, and 45 in Riemannion's first step."""
 
 WIDTHS = {"A": "n, the inputs of the layer", "B": "m, the outputs of the layer"}
@@ -100,7 +100,7 @@ def _add(table: Any, name: str, row: Mapping[str, float]) -> None:
 
 
 def findings(numbers: Mapping[str, float]) -> list[str]:
-    """What is out of the ordinary, in words.
+    """Everything out of the ordinary in the figures, in words.
 
     Parameters
     ----------
@@ -228,7 +228,7 @@ def log_diagnostics(trainer: Any, *, per_pair: bool = False) -> Any:
 
 
 class Events:
-    """What happens at the events of a Trainer; all others are those of transformers' own class."""
+    """Handlers of the events of a Trainer; all others are those of transformers' own class."""
 
     def __init__(self, trainer: Any, per_pair: bool) -> None:
         self.trainer, self.per_pair = trainer, per_pair

@@ -1,4 +1,4 @@
-"""What a watched optimizer keeps of a step, and how its figures come to the host."""
+"""Record of a watched optimizer's step, and the transfer of its figures to the host."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ GRACE = 10
 
 @dataclass
 class Watch:
-    """What a watched optimizer keeps: its pairs as the last step found them.
+    """Record of a watched optimizer: its pairs as the last step found them.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class Watch:
         numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
         self.reach += steps * max(numbers, default=0.0)
         for rate in rates:
-            if isinstance(rate, Tensor):  # whose value nobody waits for
+            if isinstance(rate, Tensor):  # its value is not waited for
                 self.reach = self.reach + steps * rate
 
 
@@ -122,7 +122,7 @@ def products(pair: TensorPair) -> list[Factors]:
 
 
 def moves(pair: TensorPair, side: int) -> bool:
-    """Return whether a factor, or a twin of it, has a gradient."""
+    """Return whether a factor, or a tied parameter of it, has a gradient."""
     p = (pair.A, pair.B)[side]
     return any(q.grad is not None for q in (p, *pair.twins[side]))
 

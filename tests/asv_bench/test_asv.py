@@ -72,7 +72,7 @@ def smallest(kind):
 
 
 def lacking(parameters):
-    """Whether what one of the parameters names is not installed."""
+    """Libraries that the parameters need and that are not installed."""
     needs = {"jax": ("jax", "optax"), "torch": ("torch",), "torch model": ("torch",)}
     wanted = itertools.chain.from_iterable(needs.get(p, ()) for p in parameters)
     return [name for name in wanted if importlib.util.find_spec(name) is None]

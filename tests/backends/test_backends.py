@@ -141,7 +141,7 @@ def test_without_its_file_everything_still_works(library, monkeypatch):
     fast = rlora.backends.get(library)
     monkeypatch.setattr(dispatch, "_by_type", {})
     hidden = Backend(fast.xp, library)
-    hidden.asarray, hidden.to_numpy = fast.asarray, fast.to_numpy  # making arrays is not the verb
+    hidden.asarray, hidden.to_numpy = fast.asarray, fast.to_numpy  # making arrays does not count
     monkeypatch.setattr(dispatch, "backend_for_namespace", lambda xp: hidden)
     problem = make_problem().on(hidden)
     assert dispatch.get_backend(problem.params.A) is hidden

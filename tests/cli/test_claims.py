@@ -119,7 +119,7 @@ def test_the_network_knows_odd_digits_and_not_even_ones(task):
 
 
 def test_a_run_in_a_sweep_is_the_run_alone(task):
-    """What stands beside it, even where it diverges, does not touch it."""
+    """Other runs beside it have no effect on it, even where they diverge."""
     rates = np.array([0.1, 1e3])
     both = task.final_losses(rlora.chain(), rates, "both")
     alone = task.final_losses(rlora.chain(), rates[:1], "alone")

@@ -169,7 +169,7 @@ def test_the_report_has_the_charts_and_says_which_are_missing(make, everything, 
 
 
 class Tags(HTMLParser):
-    """What a browser makes of it, as far as that goes: tags balanced, ids once, text."""
+    """A parser in a browser's place: balanced tags, unique ids, text."""
 
     def __init__(self, text):
         super().__init__()

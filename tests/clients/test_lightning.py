@@ -132,7 +132,7 @@ def test_float16_with_a_scaler_whose_first_steps_are_skipped(kind, tmp_path):
 
 
 def counts(optimizer):
-    """How many steps the state of the pairs has seen."""
+    """Number of steps that the state of the pairs has counted."""
     found = {int(s.get("step", s.get("count", 0))) for s in optimizer.state.values() if s}
     assert len(found) <= 1
     return found.pop() if found else 0

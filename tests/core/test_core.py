@@ -1,4 +1,4 @@
-"""Collections, the door of a chain, the state as a flat dict, and the links one by one."""
+"""Collections, the checks of a chain, the state as a flat dict, and single transformations."""
 
 import math
 

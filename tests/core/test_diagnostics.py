@@ -86,7 +86,7 @@ def grams_of(trees):
 
 
 def test_anisotropy_sees_small_differences(backend):
-    """Of an inverse that is the identity but for a part in 1e10, and none of the identity."""
+    """An inverse that differs from I by a part in 1e10 has some; the identity has none."""
     nearly = np.diag([1.0, 1.0, 1.0 + 1e-10])
     found = figures(backend, [nearly, np.eye(3)])
     # Of P = diag(1, 1, 1 - e) the distance is e sqrt(2/3) and the norm sqrt(3).

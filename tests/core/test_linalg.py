@@ -1,4 +1,4 @@
-"""The small algebra: every backend's verbs against float64 NumPy, and hard members of a batch."""
+"""The r x r algebra: operations of every backend against float64 NumPy, and hard members of a batch."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What `step`, `init` and `flatten_state` refuse, and that the message names the cause."""
+"""Refusals of `step`, `init` and `flatten_state`, whose messages name the cause."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_learning_rates_that_do(lr):
 
 
 def test_learning_rates_on_a_device_or_traced(backend):
-    """Of an array of shape () nothing is asked, so that it may be traced."""
+    """The value of an array of shape () is never read, so that it may be traced."""
     pair = Factors(*(backend.asarray(x, "float64") for x in make_pair()))
     method = rlora.scaled_sgd()
 

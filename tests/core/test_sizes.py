@@ -46,7 +46,7 @@ def after_two_steps(method, backend, dtype, factor, gradient):
 
 
 def in_range(pair, name, factor, gradient):
-    """Whether float32 has room for what float64 gives, and for the moments on the way."""
+    """Return whether the results of float64, and the moments on the way, fit into float32."""
     counts_as_zero = factor < 1e-16  # its Gram cannot be inverted in float32
     moments = name in MOMENTS and gradient > 1e19
     return not counts_as_zero and not moments and all(np.abs(x).max() < 1e37 for x in pair)

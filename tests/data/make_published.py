@@ -16,7 +16,7 @@ s Bᵀ E and s E Aᵀ, E = s B A - T, computed from the current factors and not 
     W0, W_path        the frozen weight beside the pair, where the optimizer changes it
     skipped           rite_skip*: whether A's and B's gradient was skipped, (steps, pairs, 2)
     norm              rite_*clip: the norm that is clipped, (steps,)
-    escape            rite_escape: the escaped mass of A's and B's moment, (steps, pairs, 2)
+    escape            rite_escape: the escape ρ of A's and B's moment, (steps, pairs, 2)
 
 and `meta`, a JSON text with s, the start and the arguments of the optimizer of every case.
 Everything is float64 but for two kinds of case: LoRA-Pro's full mode keeps its moments in bfloat16
@@ -169,7 +169,7 @@ def build(root: Path, spec: dict, A, B, W):
 
 
 def watch(optimizer, A) -> dict:
-    """What LoRA-RITE decided in its last step."""
+    """Decisions of LoRA-RITE in its last step."""
     states = [optimizer.state[p]["attr"] for p in A]
     gradients = [(state.update_l, state.update_r) for state in states]
     return {
@@ -184,7 +184,7 @@ def residual(A, B, T):
 
 
 def loss(A, B, T) -> float:
-    """Of stacks of pairs, which may be a whole path's last entry."""
+    """Loss of stacks of pairs, which may be a whole path's last entry."""
     return 0.5 * float(np.square(residual(A, B, T)).sum())
 
 

@@ -11,7 +11,7 @@ world = pytest.mark.parametrize("world", [2, 4])
 
 
 def assert_equal(found, expected, atol):
-    """Of every process; `found` is a list of dicts."""
+    """Compare the results of every process; `found` is a list of dicts."""
     for one in found:
         assert one.keys() == expected.keys()
         for name, x in one.items():

@@ -21,7 +21,7 @@ FIRST, FILE, CHECK = re.findall("```python\n(.*?)```", TEXT, re.DOTALL)
 
 @pytest.fixture
 def package(tmp_path):
-    """What ``pip install .`` would put beside rlora."""
+    """Files that ``pip install .`` would put beside rlora."""
     pytest.importorskip("array_api_strict")
     (name,) = re.findall(r"^`(\w+\.py)`", TEXT, re.MULTILINE)
     (tmp_path / name).write_text(FILE, encoding="utf-8")

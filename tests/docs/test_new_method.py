@@ -70,7 +70,7 @@ def test_a_step_has_the_length_of_the_learning_rate(unit_lora):
 
 
 def test_from_zero_the_second_step_throws_a(unit_lora):
-    """What the page admits."""
+    """The flaw that the page admits."""
     lengths = []
     for lr in (1e-4, 1e-6):
         problem = make_problem(zero_B=True)
@@ -117,7 +117,7 @@ def library_with_it(tmp_path_factory):
 
 
 def python(root, code, tmp_path):
-    """What the code prints in the copy, from a folder where nothing else can be found."""
+    """Output of the code in the copy, from a folder where nothing else can be found."""
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True

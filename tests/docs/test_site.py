@@ -57,7 +57,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def names(site):
-    """What the inventory of the site lists."""
+    """Names in the inventory of the site."""
     packed = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
     return {line.split()[0] for line in zlib.decompress(packed).decode().splitlines()}
 

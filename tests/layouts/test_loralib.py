@@ -16,7 +16,7 @@ def net(*layers):
 
 
 def merged_difference(layer, weight):
-    """What the library adds to the weight when it merges."""
+    """The library's change of the weight when it merges."""
     before = weight.detach().clone()
     layer.eval()
     difference = (weight - before).detach().numpy() / layer.scaling

@@ -83,7 +83,7 @@ def test_scales_beside_the_pair_are_plain(option):
 
 @pytest.mark.refuses("LyCORIS", "Tucker, LoHa, LoKr")
 def test_tucker_is_refused_by_name():
-    """Of the convolution with a kernel; the others remain pairs."""
+    """The convolution with a kernel is refused; the others remain pairs."""
     model = Adapted(use_tucker=True)
     layers = model.layers()
     tucker = [x for x in layers if x.a.replace("down", "mid") in values_of(model)]

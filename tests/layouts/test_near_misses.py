@@ -1,4 +1,4 @@
-"""What looks like LoRA and is none: PEFT's other tuners, adapters with an activation."""
+"""Adapters that look like LoRA and are not: PEFT's other tuners, adapters with an activation."""
 
 import pytest
 import torch

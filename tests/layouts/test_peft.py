@@ -76,7 +76,7 @@ def test_linear_of_several_ranks():
 
 
 def test_transposed_linear():
-    """GPT-2's Conv1D keeps its weight turned; the factors are as ever."""
+    """GPT-2's Conv1D keeps its weight transposed; the factors are as ever."""
     from transformers.pytorch_utils import Conv1D
 
     model = adapt(
@@ -216,7 +216,7 @@ def test_experts(kind):
 
 @KINDS
 def test_one_pair_of_all_experts_is_wrong(kind):
-    """What PEFT's own wrapper does: its Gram couples the experts, and rows of A with other ranks.
+    """PEFT's own wrapper has one Gram that couples the experts, and rows of A with other ranks.
 
     That it agrees with ours on the attention's pair shows that nothing else differs.
     """
@@ -416,7 +416,7 @@ def tied():
 
 
 def both_gradients(model, embedding, head):
-    """What the memory of the factors gathers as embedding and as head."""
+    """Gradients of the factors' memory, as embedding and as head."""
     grads = grads_of(model)
     return grads[embedding.a] + grads[head.b].T, grads[embedding.b] + grads[head.a].T
 

@@ -90,7 +90,7 @@ def found(report):
 @settings(max_examples=200, deadline=None)
 @given(trees(), st.randoms(use_true_random=False))
 def test_pairs_never_cross(tree, random):
-    """What is paired is a true pair, in any order of the parameters; what is not is in the report."""
+    """Every pair found is true, in any order of the parameters; the others are in the report."""
     root, truth = tree
     named = list(root.named_parameters())
     report = rlora.torch.find_pairs(root)

@@ -127,6 +127,6 @@ def test_a_method_that_fills_a_null_space_is_found():
 
 
 def test_a_chain_holds_still_at_a_rate_of_0():
-    """Whatever move a link of it brings."""
+    """It holds whatever `apply` a transformation of the chain brings."""
     check = {c.__name__: c for c in CONTRACT}["check_zero_rate_moves_nothing"]
     check(lambda: chain(splits_anew()), get("numpy"))

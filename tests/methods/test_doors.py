@@ -1,4 +1,4 @@
-"""What every function of hyperparameters does before it looks at them."""
+"""Normalisation of hyperparameters in every function that takes them."""
 
 import inspect
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""What the equations promise: gates G2, G3, G7, G9 and the checkable theory of each method.
+"""Promises of the equations: gates G2, G3, G7, G9 and the checkable theory of each method.
 
 Everything is in float64. A bound of 1e-12 stands for rounding: the floor of 10 r eps under the
 eigenvalues of a Gram, times conditions of at most 9, with a few hundred roundings around.
@@ -45,13 +45,13 @@ def gradients(pair, G, s=1.0):
 
 
 def direction(method, pair, G, s=1.0, **frozen):
-    """Of the first step."""
+    """Direction of the first step."""
     grads = gradients(pair, G, s)._replace(**frozen)
     return method.update(grads, method.init(pair, s), pair)[0]
 
 
 def effect(pair, D, s=1.0):
-    """Of a direction on the weight, to first order; None does not move."""
+    """Effect of a direction on the weight, to first order; None stands for no change."""
     A, B = (0.0 * x if d is None else d for x, d in zip(pair, D, strict=True))
     return s * (pair.B @ A + B @ pair.A)
 
@@ -98,7 +98,7 @@ ALONE = ["A", "B"]
 
 
 def alone(pair, G, frozen):
-    """What one factor can do of G: G P_A, or P_B G."""
+    """The part of G that one factor alone can make: G P_A, or P_B G."""
     P_A, P_B = projectors(pair)
     return G @ P_A if frozen == "A" else P_B @ G
 
@@ -230,7 +230,7 @@ def metric(pair, G):
 @a_law
 @given(size=sizes, seed=seeds, s=scalings)
 def test_adapre_normal_equations(size, seed, s):
-    """What is left of ``L^-½ G R^-½`` is H-orthogonal to the tangent space, and so is
+    """The remainder of ``L^-½ G R^-½`` is H-orthogonal to the tangent space, and so is
     ``B D_A - D_B A``, the gauge, to what a change of basis can add to it. Weights differ from
     each other by factors of up to 10, and the Grams' conditions by as much."""
     pair, G = make_pair(*size, seed=seed)
@@ -278,8 +278,8 @@ def rescaled(pair, G, out, into):
 
 
 def by_unit(method, pair, G, rng):
-    """How the move Y goes with units: the p for which ``diag(out)^p Y diag(into)^p`` is nearest to
-    the move in slightly other units, and what it leaves, against all that units change."""
+    """Dependence of the update Y on units: the p for which ``diag(out)^p Y diag(into)^p`` is
+    nearest to the update in slightly other units, and the residual over the change for p = 1."""
     tiny = 1e-6
     u, v = (rng.uniform(-1, 1, size=k) for k in G.shape)
     other, G_other = rescaled(pair, G, np.exp(tiny * u), np.exp(tiny * v))

@@ -42,7 +42,7 @@ def test_factors_in_bfloat16_too(shape):
 
 
 def check_growth(method, shape, **settings):
-    """What is promised: 40 times AdamW's largest entry, its loss and a quarter."""
+    """Check the promise: at most 40 times AdamW's largest entry, and 1.25 times its loss."""
     ours, theirs = (growth(x, *shape, lr=4e-3, steps=1000, **settings) for x in (method, adamw()))
     assert ours.largest <= 40 * theirs.largest
     assert ours.last <= 1.25 * theirs.last
@@ -97,7 +97,7 @@ def test_what_rounding_does_to_the_product():
 @pytest.mark.parametrize("mode", ["relative", "absolute", "covariant"])
 @pytest.mark.parametrize("placement", ["after", "both"])
 def test_the_filter_in_eigenvalues(placement, mode):
-    """Of a diagonal pair everything is diagonal: ``h^-½ (s / h)⁴`` for the Gram s, damped h."""
+    """A diagonal pair keeps everything diagonal: ``h^-½ (s / h)⁴`` for the Gram s, damped h."""
     a, b, delta = np.array([2.0, 1.0, 0.5]), np.array([1.0, 0.03, 0.0]), 1e-2
     small = 1e-6  # what is added to every Gram behind Adam, relative to its mean
     m, n = 48, 3

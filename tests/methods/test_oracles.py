@@ -183,7 +183,7 @@ def test_equals_the_oracle(case, dtype, backend):
 
 
 def damped_inverses(S_A, S_B, mode, damping):
-    """What multiplies a gradient of A, and one of B."""
+    """The preconditioners of a gradient of A, and of one of B."""
     r = len(S_A)
     if mode == "covariant":
         return np.linalg.inv(S_B + damping * np.linalg.inv(S_A)), np.linalg.inv(S_A)

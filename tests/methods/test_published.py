@@ -116,7 +116,7 @@ def published(case):
 
 
 def worst_condition(case):
-    """Of the Grams on the published path; without the start at B = 0, which has none."""
+    """Worst condition number of the Grams on the published path, without the start at B = 0."""
     skip = 1 if META[case]["zero_B"] else 0
     sigma = [
         np.linalg.svd(X, compute_uv=False)
@@ -128,7 +128,7 @@ def worst_condition(case):
 
 
 def tolerance(case, dtype, compute_dtype=None):
-    """Where both are in one precision: the library keeps every eigenvalue of a Gram above
+    """Tolerance for two runs in one precision: the library keeps every eigenvalue of a Gram above
     10 r eps = 30 eps of the trace, which bends an inverse by 30 eps times the condition, and the
     published code has no such floor; 20 steps make up to four times that of it. The measured
     error is the same multiple of eps in float32 and float64: 20 to 120 times eps times the
@@ -210,7 +210,7 @@ def test_rite_escaped_mass():
 
 
 def guarded(case, **guard):
-    """What the guards alone make of the gradients on the published path, and the gradients."""
+    """Gradients on the published path after the guards alone, and before."""
     s, T = META[case]["s"], GOLDEN[f"{case}.T"]
     link = chain(clip_unmagnified(**guard))
     points = [Factors(GOLDEN[f"{case}.A0"], GOLDEN[f"{case}.B0"]), *published(case)][:-1]

@@ -27,7 +27,7 @@ def test_balanced_equals_the_oracle(decay):
 
 @pytest.mark.parametrize("name", INNER)
 def test_balancing_changes_the_split_alone(name, backend):
-    """Of a step; from the same pair. Both Grams are one but for what is added to them."""
+    """One step from the same pair; the two Grams are equal but for what is added to them."""
     method = getattr(rlora, name)()
     problem = make_problem(seed=5)
     uneven = Factors(30.0 * problem.params.A, problem.params.B / 30.0)

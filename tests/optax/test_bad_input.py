@@ -1,4 +1,4 @@
-"""What is not finite stays in its pair; what is wrong is refused, and nothing has changed."""
+"""Values that are not finite stay in their pair; wrong input is refused and changes nothing."""
 
 import numpy as np
 import pytest

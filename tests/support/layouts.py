@@ -62,7 +62,7 @@ class Layer(NamedTuple):
     cut_a: Cut = whole
     cut_b: Cut = whole
     middle: str | None = None
-    """Of a diagonal between the factors."""
+    """Name of a diagonal between the factors."""
 
     def cut(self, values):
         """(A, B) for each pair, of parameters or of whatever has their shapes."""

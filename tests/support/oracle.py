@@ -72,7 +72,7 @@ class ScaledOracle:
         return m_hat / (np.sqrt(v_hat) + self.eps)
 
     def second(self, side, A, B):
-        """What stands behind the moments: a power of the Gram, without what it has no mass in."""
+        """The preconditioner behind the moments: a power of the Gram, without its null space."""
         m, n = B.shape[0], A.shape[1]
         partner, c = (B, (m / n) ** 0.25) if side == "A" else (A.T, (n / m) ** 0.25)
         S = partner.T @ partner

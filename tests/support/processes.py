@@ -26,7 +26,7 @@ class Processes:
             self.processes.append(process)
 
     def run(self, function, *args):
-        """What ``function(*args)`` returns in each process; a failure of any raises here."""
+        """Results of ``function(*args)`` in each process; a failure of any raises here."""
         for end in self.ends:
             end.send((function, args))
         results, waiting = [None] * len(self.ends), set(self.ends)

@@ -1,4 +1,4 @@
-"""What the processes of tests/distributed run: half of a training, saved and gone on with."""
+"""Code for the processes of tests/distributed: half of a training, saved and resumed."""
 
 import torch
 import torch.distributed.checkpoint as dcp

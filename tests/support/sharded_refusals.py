@@ -1,4 +1,4 @@
-"""What the processes of tests/distributed try that must be refused, and what each error says."""
+"""Code for the processes of tests/distributed: layouts that must be refused, and their errors."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What the processes of tests/distributed run: one training, sharded in many ways."""
+"""Code for the processes of tests/distributed: one training, sharded in many ways."""
 
 import torch
 import torch.distributed as dist
@@ -235,7 +235,7 @@ class Traffic(TorchDispatchMode):
 
 
 def traffic(maker, layout, dtype, shapes):
-    """What one step sends after the first; `shapes` are (n, m, r)."""
+    """Traffic of one step after the first; `shapes` are (n, m, r)."""
     torch.manual_seed(0)
     model = nn.Sequential(*(LoRALinear(n, m, r, dtype) for n, m, r in shapes))
     model = shard(model, layout)

@@ -119,7 +119,7 @@ def clip_tokenizer():
 
 
 def clip_text(tokenizer):
-    """What CLIP's encoder of texts is to look like."""
+    """Configuration of CLIP's text encoder."""
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     return {

@@ -19,7 +19,7 @@ KINDS = {
 
 
 def watch(kind, **options):
-    """What a step asks of the device, and where its counters are."""
+    """Synchronisations of a step with the device, and the devices of its counters."""
     made = []
 
     def make(model):

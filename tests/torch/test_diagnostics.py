@@ -1,4 +1,4 @@
-"""What `diagnostics` says against full matrices in float64 NumPy, and that looking costs nothing."""
+"""Figures of `diagnostics` against full matrices in float64 NumPy, at no cost for a step."""
 
 import copy
 import io
@@ -40,7 +40,7 @@ def watched_step(model, optimizer, steps=3):
 
 
 def metrics(A, B, group):
-    """What the group makes of ``A Aᵀ`` and of ``Bᵀ B``, with full matrices."""
+    """Figures of ``A Aᵀ`` and ``Bᵀ B`` under the options of a group, with full matrices."""
     r, damping = len(A), group.get("damping", 0.0)
     floor = 10 * r * np.finfo(group.get("compute_dtype") or "float32").eps
     eye, mode = np.eye(r), group.get("damping_mode", "relative")
@@ -185,7 +185,7 @@ IDLE = ("view", "detach", "reshape", "alias", "_reshape_alias", "transpose", "sl
 
 
 def operations(call):
-    """What a call computes; views and the profiler's marks are left out."""
+    """Operations of a call; views and the profiler's marks are left out."""
     with Counting() as counting:
         call()
     return [op for op in counting.operations if op not in IDLE and "_record_function" not in op]

@@ -1,4 +1,4 @@
-"""What goes wrong in optimizers of this kind, row by row; each test names its failure."""
+"""Failures of optimizers of this kind, row by row; each test names its failure."""
 
 import copy
 

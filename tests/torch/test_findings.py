@@ -1,4 +1,4 @@
-"""What `findings` and warnings say of runs that go wrong, and that sound ones leave them silent."""
+"""`findings` and warnings for runs that go wrong, and silence for sound ones."""
 
 import copy
 import io

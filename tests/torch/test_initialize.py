@@ -71,7 +71,7 @@ def square(model, x):
 
 
 def dense_gradients(net, batches):
-    """What autograd says when the weights are trainable; the mean over the batches."""
+    """Gradients by autograd of trainable weights; the mean over the batches."""
     net = copy.deepcopy(net).requires_grad_(True)
     for x in batches:
         (square(net, x) / len(batches)).backward()

@@ -17,7 +17,7 @@ from rlora.torch.sd_lora import SDLoRALinear
 peft = pytest.importorskip("peft")
 
 WITH_S = ("AdaPreLoRA", "AltLoRA", "AltLoRAPlus", "LoRAMuon", "LoRAProSGD", "RACLoRA")
-"""Of which s changes the step; Adam's quotient hides it from most others but for its eps."""
+"""Classes whose step depends on s; Adam's quotient hides it from most others but for its eps."""
 SCALES = {
     False: {"0": 2.0, "2": 8.0, "4": 0.5, "6": 12.0},
     True: {"0": 4 / 2**0.5, "2": 16 / 2**0.5, "4": 0.5 * 2, "6": 24 / 2**0.5},

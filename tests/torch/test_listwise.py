@@ -96,7 +96,7 @@ def test_narrow_factors(dtype, bound):
 
 
 def test_a_single_layer_equals_itself_in_a_stack():
-    """What a stack holds beside a factor has no effect on it."""
+    """Other factors in a stack have no effect on a factor."""
     together, alone = make_pairs(), make_pairs()[2:3]
     one, other = make_optimizer(together), make_optimizer(alone)
     for step in range(5):

@@ -1,4 +1,4 @@
-"""What an optimizer says of a model that it is built for: what it trains, and why it cannot."""
+"""Report or error of an optimizer for its model: the parameters it trains, or why it cannot."""
 
 import gc
 import time

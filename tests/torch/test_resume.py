@@ -58,7 +58,7 @@ def compare(loaded, model, saved, origin):
 
 @make
 def test_a_state_saved_in_another_order_goes_by_name(make):
-    """Of equal shapes: by place it would load without a word, into the wrong parameters."""
+    """All shapes are equal: by place it would load without a word, into the wrong parameters."""
     origin, model = square_model(), square_model(seed=1)
     saved = make(named(origin))
     run(origin, saved)

@@ -12,7 +12,7 @@ make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
 
 
 def rounded(x, times=1):
-    """What `store` makes of float32 numbers, several times over."""
+    """Results of `store` for float32 numbers, several times over."""
     group = {"stochastic_rounding": True}
     results = []
     for _ in range(times):

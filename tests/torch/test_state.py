@@ -1,4 +1,4 @@
-"""What is in `optimizer.state` is what the next step uses, for every class and however it got there.
+"""The next step uses `optimizer.state` as it stands, for every class and however it got there.
 
 The oracle is another optimizer that was never used: fresh, or loaded with the state in question.
 """
@@ -24,7 +24,7 @@ from rlora.torch import RACLoRA, method_batch, precondition
 
 make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
 CONSTANT = {"scaling", "0.scaling", "inverse", "frame"}
-"""What a method was given, not what it has gathered."""
+"""Entries that a method was given, not ones that it accumulates."""
 
 
 def tensors(optimizer):

@@ -50,7 +50,7 @@ def build(kind, params, config):
 
 
 def loss_of(params):
-    """How far the layer with its pair is from mapping ones to zeros."""
+    """Squared distance of the layer with its pair from mapping ones to zeros."""
     weight, bias, A, B = params
     x = torch.ones(5, dtype=weight.dtype)
     return ((weight + B @ A) @ x + bias).square().sum()
@@ -159,7 +159,7 @@ def test_can_be_printed(kind, config):
 
 @pytest.mark.parametrize("kind, error", ERRORS)
 def test_errors(kind, error):
-    """What torch refuses is refused, in its words but for a lone tensor."""
+    """Errors of torch are raised here too, in its words but for a single tensor."""
     config = error.optimizer_error_input
     params = parameters() if config.params is None else config.params
     pairs = [tuple(params[2:])] if config.params is None else []

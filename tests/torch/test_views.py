@@ -1,4 +1,4 @@
-"""Parameters that hold blocks, experts, turned or tied factors: each as the pairs that they are."""
+"""Parameters that hold blocks, experts, transposed or tied factors: each as pairs of its own."""
 
 import copy
 import io
@@ -153,7 +153,7 @@ def test_methods_refuse_a_diagonal_by_name(kind):
 
 
 class Tied(nn.Module):
-    """An embedding's pair, and the same memory turned for the head, as two more parameters."""
+    """An embedding's pair, and the same memory transposed for the head, as two more parameters."""
 
     def __init__(self):
         super().__init__()
