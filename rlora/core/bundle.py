@@ -39,15 +39,15 @@ class Bundle:
     Parameters
     ----------
     backend : Backend
-        Of the parameters.
+        The backend of the parameters.
     params : sequence of Factors
         A (..., r, n) and B (..., m, r), of any outer sizes; K counts every layer of them.
     moving : sequence of (bool, bool), optional
-        Which factors have a gradient; all by default.
+        True for factors with a gradient; all by default.
     numbers : sequence of Factors, optional
-        What the factors have been multiplied by, (..., 1, 1); see `rank_wise`.
+        Numbers by which the factors have been multiplied, (..., 1, 1); see `rank_wise`.
     dtype : dtype, optional
-        Of the r x r algebra; the parameters' own by default.
+        The dtype of the r x r algebra; the parameters' own by default.
     workspace : dict, optional
         Memory to use again at the next call with factors of the same shapes.
     """

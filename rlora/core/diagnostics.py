@@ -21,7 +21,7 @@ class Damping(NamedTuple):
     relative, absolute, covariant : array of shape (2K,)
         The damping in the place of its mode; the other two are 0.
     eps, smallest, largest : array of shape (2K,)
-        Of that dtype: the distance from 1 to the next number, and its range.
+        The distance from 1 to the next number of that dtype, and its range.
     """
 
     relative: Array
@@ -66,11 +66,11 @@ def gram_figures(backend: Backend, S: Stack, damping: Damping) -> GramFigures:
     Parameters
     ----------
     backend : Backend
-        Of the arrays.
+        The backend of the arrays.
     S : array of shape (2K, r, r)
         ``A Aᵀ`` of every pair, then ``Bᵀ B``; in float64 condition numbers are right up to 1e12.
     damping : Damping
-        Of each of them, that is of the group of the partner, which it preconditions.
+        The damping of each, from the group of the partner, which it preconditions.
     """
     xp, half = backend.xp, S.shape[0] // 2
     nothing, nan = xp.zeros_like(damping.eps), xp.isnan(xp.linalg.trace(S))

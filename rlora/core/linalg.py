@@ -105,7 +105,7 @@ def without_null_space(bundle: Bundle, P: Stack, S: Stack) -> Stack:
     bundle : Bundle
         The pairs.
     P : Stack
-        What acts on each factor, such as `metric_power` gives it.
+        The preconditioner of each factor, as `metric_power` gives it.
     S : Stack
         The Grams of the factors themselves.
     """

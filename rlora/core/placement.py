@@ -45,7 +45,7 @@ def preconditioners(
     Parameters
     ----------
     backend : Backend
-        Of the parameters.
+        The backend of the parameters.
     params : sequence of Factors
         A (..., r, n) and B (..., m, r), of any shapes.
     damping : float
@@ -86,7 +86,7 @@ def rank_grams(
 ) -> list[RankGrams]:
     """``A Aᵀ`` and ``Bᵀ B`` of every pair, rank by rank: the first half of `preconditioners`.
 
-    Of pieces of a factor along its outer axis the Grams add up, so whoever has the pieces apart
+    The Grams of pieces of a factor along its outer axis add up, so code that holds single pieces
     sums the stacks before the second half.
     """
     grams = []
@@ -112,7 +112,7 @@ def gram_powers(
     Parameters
     ----------
     grams : sequence of RankGrams
-        Of whole factors, from `rank_grams`.
+        The Grams of whole factors, from `rank_grams`.
     sizes : sequence of (int, int)
         The m and n of all pairs, of whole factors too.
     placement, damping, damping_mode

@@ -36,7 +36,7 @@ def into_range(
     Returns
     -------
     X : list of arrays
-        What is not finite stays so.
+        Entries that are not finite stay so.
     numbers : list of arrays of shape (..., 1, 1), or None
         None where all are known to be 1.
     """

@@ -15,7 +15,7 @@ def flatten_state(state: State) -> dict[str, Array]:
     Parameters
     ----------
     state : State
-        What `Transform.init` or `update` returned.
+        The result of `Transform.init` or `update`.
 
     Returns
     -------

@@ -100,7 +100,7 @@ def apply_updates(params: Tree, direction: Tree, lr: Array | float) -> Tree:
     params : Factors, or list or dict of them
         A (..., r, n) and B (..., m, r).
     direction : same structure
-        What `Transform.update` gave. Where it is None the parameter comes back as it is.
+        The direction of `Transform.update`. Where it is None the parameter is returned as it is.
     lr : float or array
         Learning rate.
 

@@ -29,7 +29,7 @@ class RLoraFactory:
         optimizer : str
             Name of a class of `rlora.torch`.
         **options
-            Of the class; numbers may be text.
+            Options of the class; numbers may be text.
 
         Returns
         -------

@@ -90,7 +90,7 @@ class Watched:
             - ``skipped_A``, ..: 1 where too small or large to invert: no update of the partner.
             - ``nan_A``, ..: 1 where it has a NaN.
 
-            Of the factors themselves, against what they were before a watched step:
+            Changes of the factors themselves in a watched step:
 
             - ``step``: ``|B A - B0 A0| / |B0 A0|``; inf from zero.
             - ``step_A``, ``step_B``: ``|A - A0| / |A0|`` and the same of B.
@@ -191,7 +191,7 @@ def ends_of(
     Parameters
     ----------
     places : list of int
-        Whose each array of the state is, 2k for A and 2k + 1 for B.
+        The owner of each array of the state, 2k for A and 2k + 1 for B.
     scalars : list of float
         Largest entries of all factors at first and now, of the state, and the reach if a device
         has it.

@@ -36,9 +36,9 @@ def warn_of_nan(optimizer: Any, names: Sequence[str], places: Collection[int]) -
     Parameters
     ----------
     names : sequence of str
-        Of all pairs.
+        Names of all pairs.
     places : sequence of int
-        Where something is not finite: 2k for the A of pair k, 2k + 1 for its B.
+        Factors with values that are not finite: 2k for the A of pair k, 2k + 1 for its B.
     """
     if not places or optimizer._warned:
         return

@@ -40,7 +40,7 @@ def full_gradients(
     modules : iterable of str
         Names of nn.Linear modules, or of transformers' Conv1D, in ``model.named_modules()``.
     batches : iterable
-        What `loss` takes, one after another. With several passes it must restart for each, as
+        Arguments of `loss`, one after another. With several passes it must restart for each, as
         a list or a DataLoader does.
     loss : callable
         ``loss(model, batch)`` is a scalar tensor.
@@ -48,14 +48,14 @@ def full_gradients(
         ``consume(name, G)``. G is freed when it returns, before the next is formed; what it
         returns is kept.
     layers_per_pass : int, optional
-        How many layers share one pass over the batches; None is all of them.
+        Number of layers that share one pass over the batches; None is all of them.
     offload : bool
         Keep X and dY in host memory.
 
     Returns
     -------
     dict of str to object
-        What `consume` returned, by name.
+        Results of `consume`, by name.
 
     Raises
     ------

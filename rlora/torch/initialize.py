@@ -29,7 +29,7 @@ class StartedLayer(NamedTuple):
     Parameters
     ----------
     name : str
-        Of the module that holds the factors.
+        Name of the module that holds the factors.
     shape, rank, scaling : (int, int), int, float or None
         (m, n) of its weight, r, and s where it is known.
     gradient_norm : float, optional
@@ -111,7 +111,7 @@ def initialize(
         transformers' Conv1D, a quantised layer, or a weight of their own. It runs in the mode it
         is in; `eval()` gives a gradient without dropout.
     batches : iterable
-        What `loss` takes. 8 to 64 samples are usual.
+        Arguments of `loss`. 8 to 64 samples are usual.
     loss : callable
         ``loss(model, batch)`` is a scalar tensor; for transformers
         ``lambda model, batch: model(**batch).loss``.
@@ -122,9 +122,9 @@ def initialize(
     adapter, layers : str, and iterable of str, optional
         The adapter to start, where adapters have names, and in which layers; None is all.
     layers_per_pass, offload
-        As in `full_gradients`: what bounds the memory.
+        As in `full_gradients`, to bound the memory.
     **options
-        Of the method: ``gamma``, ``form``, ``lr``, ``alpha``, ``seed``, ``iterations``, ..
+        Options of the method: ``gamma``, ``form``, ``lr``, ``alpha``, ``seed``, ``iterations``, ..
 
     Returns
     -------

@@ -42,7 +42,7 @@ class LoraLayer:
     Parameters
     ----------
     name : str
-        Of the module that holds the factors, in ``named_modules()``.
+        Name of the module that holds the factors, in ``named_modules()``.
     module, base : nn.Module
         That module, and the one whose forward has W; they may be the same.
     A, B : Tensor

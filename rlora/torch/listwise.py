@@ -29,11 +29,11 @@ class ListwiseAdamW:
     Parameters
     ----------
     optimizer : Optimizer
-        Whose state holds step and moments of every factor, as torch's AdamW has them.
+        Its state holds step and moments of every factor, as torch's AdamW has them.
     group : dict
         The parameter group.
     pairs : sequence of TensorPair
-        Of one rank and dtype, dense, on a CPU.
+        Pairs of one rank and dtype, dense, on a CPU.
     moving : sequence of (bool, bool)
         Whether A and B of each pair are to be updated.
     """
@@ -130,7 +130,7 @@ def listwise_work(optimizer: Any, pairs: Sequence[TensorPair], sides: str) -> li
     Parameters
     ----------
     optimizer : Optimizer
-        Whose step is torch's AdamW behind the preconditioner.
+        Its step is torch's AdamW behind the preconditioner.
     pairs : sequence of TensorPair
         All pairs.
     sides : {"A", "B", "AB"}

@@ -12,20 +12,20 @@ from rlora.core.factors import Factors
 
 
 class TensorPair(NamedTuple):
-    """Two parameters, and how they are seen as factors.
+    """Two parameters, and their views as factors.
 
     Parameters
     ----------
     A, B : Tensor
         As they are stored.
     views : tuple of (View, View)
-        Where the factors lie in them.
+        Views of the factors in them.
     middle : Tensor, optional
         AdaLoRA's diagonal: the product is ``B diag(e) A``.
     twins : tuple of (Tensor, ...)
         Tied parameters, which share the memory of A and of B: their gradients are added.
     owners : tuple of (Tensor, Tensor), optional
-        Whose the state is, where A and B are only copies.
+        The parameters that own the state, where A and B are only copies.
     scaling : float, optional
         The s of ``W0 + s B A``, where the model says it.
     """

@@ -16,11 +16,11 @@ class Part:
     Parameters
     ----------
     params : list of Tensor
-        Of one dtype; of one shape if they are stacked.
+        Factors of one dtype; of one shape if they are stacked.
     side : int
         0 for A, 1 for B.
     places : list of int
-        Where their Grams are in the (2K, r, r) stack of all factors.
+        Places of their Grams in the (2K, r, r) stack of all factors.
     stacked : bool
         Whether they are copied to a stack, (k, r, n) or (k, m, r).
     group : dict or None

@@ -32,12 +32,12 @@ def as_plain_lora(
         The model, or an adapter's state: ``peft.get_peft_model_state_dict(model)``, or what
         ``adapter_model.safetensors`` holds. It is not changed.
     offsets : mapping of str to Offset
-        ``InitReport.offsets``, or from `load_offsets`. Their names may lack what PEFT puts before
-        those of the state (``base_model.model.``), or the other way round.
+        ``InitReport.offsets``, or from `load_offsets`. Their names may lack the prefix that PEFT
+        gives to those of the state (``base_model.model.``), or the other way round.
     name : str
-        Of the adapter, where a model is given.
+        Name of the adapter, where a model is given.
     known : mapping of str to Layout, optional
-        Of layers of a state how their factors lie, as in `rlora.find_pairs`; a model knows it.
+        Layouts of factors in a state, by layer, as in `rlora.find_pairs`; a model knows them.
 
     Returns
     -------

@@ -53,7 +53,7 @@ def over_stand_ins(
     Parameters
     ----------
     optimizer : Optimizer
-        Whose groups and state are changed meanwhile.
+        Its groups and state are changed meanwhile.
     params : list of lists of (Tensor, Tensor)
         See `Plan`.
     call : callable

@@ -30,9 +30,9 @@ def as_groups_are(saved: dict[str, Any], groups: Groups, names: Sequence[str | N
     saved : dict
         From ``state_dict()`` of an optimizer.
     groups : sequence of dict
-        Of the optimizer that loads it.
+        The groups of the optimizer that loads it.
     names : sequence of str or None
-        Of all parameters in `groups`.
+        Names of all parameters in `groups`.
 
     Returns
     -------

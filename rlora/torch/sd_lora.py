@@ -26,7 +26,7 @@ class SDLoRALinear(nn.Module):
     rank : int
         r of every pair, at least 1. A starts uniform as a linear layer's weight does, B at zero.
     alpha : float
-        What the magnitude of a new task starts from, above 0.
+        Initial magnitude of a new task, above 0.
     magnitudes : nn.ParameterList, optional
         One list for several layers, which then share one α a task. By default a layer has its own.
 

@@ -112,7 +112,7 @@ class ShardedBatch(Batch):
     recipe : Recipe
         Hyperparameters of the factors to be updated.
     pairs : list of TensorPair
-        Of DTensors.
+        Pairs of DTensors.
     moving : list of Moving
         The factors to be updated.
     summed : list of int

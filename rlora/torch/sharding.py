@@ -177,7 +177,7 @@ def shard_placement(model: nn.Module, mesh: Any = None) -> Callable[[nn.Paramete
     Returns
     -------
     callable
-        Of a parameter the placement, None for the default, which is to cut the first axis. FSDP2
+        The placement of a parameter, None for the default, which is to cut the first axis. FSDP2
         cuts other axes into equal parts only: where n is not a multiple of the number of parts, A
         stays with the default, which is right too, but sends pieces of A.
 

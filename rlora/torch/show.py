@@ -200,7 +200,7 @@ def log_diagnostics(trainer: Any, *, per_pair: bool = False) -> Any:
     Parameters
     ----------
     trainer : transformers.Trainer
-        Whose optimizer is one of `rlora.torch`. Its steps are watched while it trains.
+        Its optimizer is one of `rlora.torch`, whose steps are watched while it trains.
     per_pair : bool
         With the figures of every pair, or only their summary.
 

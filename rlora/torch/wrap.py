@@ -89,7 +89,7 @@ def optimizer_class(method: Method, parent: type[Optimizer] | None = None) -> ty
         Gives a `rlora.Transform` for its keyword-only hyperparameters, as `rlora.lora_rite` does.
         ``b1`` and ``b2`` together are called ``betas`` in torch.
     parent : type, optional
-        What updates parameters that are in no pair: torch's SGD for a method with ``momentum``,
+        The optimizer of parameters in no pair: torch's SGD for a method with ``momentum``,
         else torch's AdamW.
 
     Returns
