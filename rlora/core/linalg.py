@@ -124,11 +124,11 @@ def without_null_space(bundle: Bundle, P: Stack, S: Stack) -> Stack:
 def tangent(
     bundle: Bundle, P: Stack, G: Sequence[Factors], X: Array | None = None
 ) -> list[Factors]:
-    """The pair of updates whose effect on the product comes nearest to a full gradient G.
+    """The pair of directions whose effect on the product comes nearest to a full gradient G.
 
     ``D_A = S_B⁻¹ G_A + X A`` and ``D_B = (I - B S_B⁻¹ Bᵀ) G_B S_A⁻¹ - B X``, so that
     ``B D_A + D_B A`` is the projection of G on the tangent space of the rank-r matrices whatever
-    the gauge X. Where the partner is frozen, the nearest update of one factor alone.
+    the gauge X. Where the partner is frozen, the nearest direction of one factor alone.
 
     Parameters
     ----------

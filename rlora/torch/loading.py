@@ -1,4 +1,4 @@
-"""Loading of a saved state: all of it is checked first, and none of it is narrowed."""
+"""Loading of a saved state: all of it is checked first, and none is cast to a narrower dtype."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping

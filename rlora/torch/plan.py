@@ -1,4 +1,4 @@
-"""One step of an optimizer over stand-ins: their choice, and the parent's step over them.
+"""One step of an optimizer over stand-ins: their construction, and the parent's step.
 
 A stand-in of a parameter in a pair is a tensor that the parent optimizer steps in its place. It is
 made once and serves until parameters, gradients' presence or hyperparameters change.
