@@ -196,10 +196,6 @@ optimizer's state does not fit it.)
 ([decision 10](../decisions/0010-null-space.md)). Methods that divide by a Gram matrix without one,
 and are bold here, are for ranks below both sides of the weight and learning rates that decay;
 `rlora.torch.findings` names a factor that grows, and a pair with r above a side, while it happens.
-
-What is not in the record yet had at most these entries over AdamW's in a smaller table (target rank
-1, float32, noise, 4e-3, other draws): `riemannion` 2.8, `lora_fa` 3.3, `lora_sb` 1.2, `rac_lora`
-4.2, placement "before" 3.3, "after" 150 with a loss that rose, LoRA-Pro "full" 29.
 """
 
 COLUMNS: Final = (
