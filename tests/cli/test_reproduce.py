@@ -97,7 +97,7 @@ def test_it_writes_a_figure_and_a_record(rlora_cli, toy, tmp_path):
     done = rlora_cli("reproduce", "all", "--output", folder)
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in folder.iterdir()) == ["toy.json", "toy.png", "toy.svg"]
-    assert "1 of 1 verdicts as documented" in done.stdout
+    assert "1 of 1 verdict as documented" in done.stdout
     assert "A toy is a toy." in (folder / "toy.svg").read_text()
     record = evidence.read_evidence(folder / "toy.json")
     jsonschema.validate(record, evidence.SCHEMA)
@@ -127,7 +127,7 @@ def test_the_exit_code_is_that_of_the_verdict(
     done = rlora_cli("reproduce", "toy", "--output", tmp_path)
     assert done.exit_code == code
     assert f"toy: {verdict} (" in done.stdout
-    assert f"{1 - code} of 1 verdicts as documented" in done.stdout
+    assert f"{1 - code} of 1 verdict as documented" in done.stdout
     assert evidence.read_evidence(tmp_path / "toy.json")["verdict"] == verdict
 
 
