@@ -3,7 +3,6 @@
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +36,9 @@ class MethodOptimizer(PairOptimizer):
     method: Method
     """Gives the transform for the options of a group."""
 
+    _options: dict[str, Any]
+    """The method's hyperparameters with their defaults; not asked of it in a compiled step."""
+
     def __init__(
         self,
         params: Any,
@@ -51,7 +53,7 @@ class MethodOptimizer(PairOptimizer):
         fused: bool | None = None,
         **options: Any,
     ) -> None:
-        known = self._options()
+        known = self._options
         if unknown := sorted(options.keys() - known.keys()):
             msg = f"{type(self).__name__} has no option {unknown[0]!r}; it has {', '.join(known)}"
             raise TypeError(msg)
@@ -80,7 +82,6 @@ class MethodOptimizer(PairOptimizer):
         super().add_param_group({**kept, **param_group})
 
     @staticmethod
-    @cache
     def options_of(method: Method) -> tuple[inspect.Parameter, ...]:
         """The hyperparameters of a method, as torch calls them."""
         parameters = inspect.signature(method).parameters.values()
@@ -92,17 +93,12 @@ class MethodOptimizer(PairOptimizer):
         betas = b1.replace(name="betas", default=defaults, annotation=tuple[float, float])
         return betas, *options.values()
 
-    @classmethod
-    def _options(cls) -> dict[str, Any]:
-        """The method's hyperparameters with their defaults."""
-        return {p.name: p.default for p in cls.options_of(cls.method)}
-
     def _transform(self, group: Mapping[str, Any]) -> Transform:
         return type(self).method(**self._chosen(group))
 
     def _chosen(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Options of a group for the method, under the names that it has for them."""
-        chosen = {name: group[name] for name in self._options()}
+        chosen = {name: group[name] for name in self._options}
         if "betas" in chosen:
             chosen["b1"], chosen["b2"] = chosen.pop("betas")
         return chosen

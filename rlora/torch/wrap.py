@@ -122,6 +122,7 @@ def _class(method: Method, parent: Any) -> type[MethodOptimizer]:
         (MethodOptimizer, parent),
         {
             "method": staticmethod(method),
+            "_options": {p.name: p.default for p in MethodOptimizer.options_of(method)},
             "__init__": _constructor(method),
             "__doc__": f"The torch optimizer of `rlora.{method.__name__}`.\n\n{doc}",
             "__module__": "rlora.torch",

@@ -119,7 +119,7 @@ def test_any_real_number_is_a_number(kind, number, tmp_path):
     """At construction, per group and in a group that is added: Python's own from there on."""
     model, twin = make_model(), make_model()
     options = {"lr": 2.0**-7, "weight_decay": 2.0**-4, "betas": (0.5, 0.75), "damping": 2.0**-10}
-    known = inspect.signature(kind).parameters if kind not in METHODS.values() else kind._options()
+    known = inspect.signature(kind).parameters if kind not in METHODS.values() else kind._options
     options = {k: v for k, v in options.items() if k == "lr" or k in known}
     given = {
         k: tuple(map(number, v)) if isinstance(v, tuple) else number(v) for k, v in options.items()
