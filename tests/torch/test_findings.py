@@ -109,7 +109,7 @@ def test_a_state_that_is_not_finite_is_named(make, value):
     for letter, key in owners:
         state = optimizer.state[pair["AB".index(letter)]]
         before = state[key].clone()
-        state[key].view(-1)[0] = value
+        state[key][(0,) * before.ndim] = value
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             numbers = optimizer.diagnostics()
