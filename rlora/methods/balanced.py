@@ -82,20 +82,21 @@ def balanced_lora(
     move, rebase = inner.apply, rank_wise(no_state, balance, rescaled=False).update
 
     def apply(params: Tree, direction: Tree, lr: Array | float) -> Tree:
-        new = move(params, direction, lr)
-        backend = get_backend(*leaves_of(new))
-        wide = map_leaves(lambda x: backend.cast(x, backend.compute_dtype(x.dtype)), new)
+        backend = get_backend(*leaves_of(params))
+        # Wide, so that nothing is rounded before it is balanced.
+        wide = map_leaves(lambda x: backend.cast(x, backend.compute_dtype(x.dtype)), params)
+        new = move(wide, direction, lr)
 
         def moving(pair: Factors, d: Factors) -> Factors:
             return Factors(None, None) if d.A is None or d.B is None else pair
 
-        rebased, _ = rebase(map_pairs(moving, wide, direction), (), wide)
+        rebased, _ = rebase(map_pairs(moving, new, direction), (), new)
 
-        def back(pair: Factors, found: Factors) -> Factors:
-            whole = pair if found.A is None else found
+        def back(pair: Factors, moved: Factors, found: Factors) -> Factors:
+            whole = moved if found.A is None else found
             return Factors(*(backend.cast(x, p.dtype) for x, p in zip(whole, pair, strict=True)))
 
-        return map_pairs(back, new, rebased)
+        return map_pairs(back, params, new, rebased)
 
     return inner._replace(apply=still_at_zero(apply))
 
