@@ -89,7 +89,9 @@ def test_four_micro_batches_are_one(name):
             assert_trees_close(moved, params, 0)
     mean = jax.tree.map(lambda *g: sum(g) / 4, *grads)
     updates, _ = optimizer.update(mean, optimizer.init(params), params)
-    assert_trees_close(moved, optax.apply_updates(params, updates), 1e-5)
+    # LoFT's second moment is a sum with cancellation: the roundings of the mean count ten times.
+    bound = 1e-4 if name == "loft" else 1e-5
+    assert_trees_close(moved, optax.apply_updates(params, updates), bound)
 
 
 @EVERY
