@@ -119,9 +119,10 @@ def test_donated_arguments(name):
     donating = jax.jit(step, donate_argnums=(0, 1))
     got, state = donating(given, optimizer.init(given), make_tree(seed=10))
     donating(got, state, make_tree(seed=11))
-    assert_trees_close(
-        jax.jit(step)(kept, optimizer.init(kept), make_tree(seed=10))[0], expected, 1e-6
-    )
+    compiled, _ = jax.jit(step)(kept, optimizer.init(kept), make_tree(seed=10))
+    # Entries up to 3, in which a compiled step rounds otherwise: 3 ulp, and where the factors are
+    # remade by an eigendecomposition, or moments have cancelled, 30.
+    assert_trees_close(compiled, expected, 1e-5 if name in ("balanced_lora", "loft") else 1e-6)
 
 
 def test_scale_by_gram_in_a_chain_is_scaled_sgd():
