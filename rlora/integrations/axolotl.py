@@ -15,7 +15,7 @@ class RLoraArgs(BaseModel):
     """``optimizer``, a class of `rlora.torch`, and its options."""
 
 
-class RLoraPlugin(BasePlugin):  # type: ignore[misc]
+class RLoraPlugin(BasePlugin):
     """Let axolotl's trainer make its optimizer by `RLoraFactory`."""
 
     def get_input_args(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rlora.core.diagnostics import Damping, gram_figures
 from rlora.core.dispatch import get_backend
@@ -35,7 +36,7 @@ Rows = dict[str, dict[str, float]]
 """The figures of every layer, by its name."""
 
 
-class Watched:
+class Watched(Optimizer):
     """The part of an optimizer for LoRA pairs that lets one see what it does."""
 
     _watch: Watch | None = None
@@ -148,8 +149,7 @@ class Watched:
             not looked at: the device would have to be waited for. `diagnostics` looks there too.
         """
         look_on_the_host(self)
-        # A mixin: the method is that of the optimizer class behind it, which mypy cannot see.
-        return cast("dict[str, Any]", super().state_dict())  # type: ignore[misc]
+        return super().state_dict()
 
 
 def rows_of(optimizer: Any) -> Rows:

@@ -138,7 +138,7 @@ def listwise_work(optimizer: Any, pairs: Sequence[TensorPair], sides: str) -> li
     """
     groups = optimizer.param_groups
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
-    fits = [_fits(group) for group in groups]
+    fits = [has_kernel(group) for group in groups]
     work: dict[Any, tuple[list[TensorPair], list[Moving]]] = {}
     for pair in pairs:
         moves = ("A" in sides and pair.A.grad is not None, "B" in sides and pair.B.grad is not None)
@@ -150,10 +150,11 @@ def listwise_work(optimizer: Any, pairs: Sequence[TensorPair], sides: str) -> li
     return [ListwiseAdamW(optimizer, groups[key[0]], *members) for key, members in work.items()]
 
 
-def _fits(group: dict[str, Any]) -> bool:
-    """Return whether the fused kernel has the options of a group on a CPU."""
-    numbers = not any(isinstance(x, Tensor) for x in (group["lr"], *group["betas"]))
-    return numbers and group["fused"] is not False and not (group["foreach"] or group["capturable"])
+def has_kernel(group: dict[str, Any]) -> bool:
+    """Return whether torch's fused AdamW has the options of a group on a CPU."""
+    numbers = [group.get("lr"), *group.get("betas", ())]
+    by_loop = group.get("fused") is False or group.get("foreach") or group.get("capturable")
+    return not (by_loop or any(isinstance(x, Tensor) for x in numbers))
 
 
 def _is_dense(pair: TensorPair) -> bool:

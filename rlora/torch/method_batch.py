@@ -92,7 +92,7 @@ class MethodBatch:
                     start = flatten_state(self._initial()) if start is None else start
                     known = None if fresh else start[name][k]
                 elif getattr(known, "shape", None) != view.shape:
-                    raise _misshapen(key, known, view)
+                    raise misshapen(key, known, view)
                 if known is not None:
                     old.append(view)
                     new.append(known)
@@ -173,7 +173,8 @@ class Share(NamedTuple):
         return held is not None and all(map(is_, map(held.get, self.keys), self.views))
 
 
-def _misshapen(key: str, known: Any, view: Tensor) -> ShapeError:
+def misshapen(key: str, known: Any, view: Tensor) -> ShapeError:
+    """The error for an entry of the optimizer's state that is no tensor of a view's shape."""
     found = tuple(known.shape) if isinstance(known, Tensor) else repr(known)
     msg = (
         f"optimizer.state has {found} as {key!r} of a LoRA factor, expected a tensor of shape "

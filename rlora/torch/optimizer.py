@@ -19,7 +19,7 @@ from rlora.core.placement import Placement
 from rlora.core.transform import Order
 from rlora.torch.batch import Recipe
 from rlora.torch.compiling import inherited
-from rlora.torch.listwise import listwise_work
+from rlora.torch.listwise import has_kernel, listwise_work
 from rlora.torch.matching import Pairs
 from rlora.torch.pair_optimizer import PairOptimizer
 from rlora.torch.pairs import TensorPair
@@ -65,6 +65,10 @@ class GramPreconditioned(PairOptimizer):
                 f"do not see the parameters: it works over AdamW, not {type(self).__name__}"
             )
             raise ValueError(msg)
+
+    def _choices(self, group: dict[str, Any]) -> list[Any]:
+        # What decides whether a step goes over lists, and what state it then has.
+        return [*super()._choices(group), has_kernel(group), group.get("amsgrad")]
 
     def _make_plans(self, pairs: list[TensorPair]) -> list[Plan]:
         """One plan, or with Gauss-Seidel one a side."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlora.core.backend import Backend, Workspace
+from rlora.torch.method_batch import misshapen
 from rlora.torch.rounding import store
 
 
@@ -76,15 +77,17 @@ class Part:
     def follow(self, state: dict[Any, Any]) -> None:
         """Make the moments what the optimizer's state is; what is missing there begins at 0."""
         for p, views in zip(self.params, self.views, strict=True):
-            held = state[p]
+            held = state.setdefault(p, {})
             for name, view in views.items():
                 known = held.get(name)
                 if known is view:
                     continue
                 if known is None:
                     view.zero_()
-                else:
+                elif torch.as_tensor(known).shape == view.shape:  # old states have numbers as steps
                     view.copy_(torch.as_tensor(known))
+                else:
+                    raise misshapen(name, known, view)
                 held[name] = view
 
     def gram(self, backend: Backend, S: Tensor) -> None:
@@ -100,7 +103,11 @@ class Part:
         if self.copied:
             self._gather(self.G, G)
             G = self.G
-        self.D = [g.clone() for g in G] if P is None else self._apply(backend, P, G)
+        # Contiguous as the moments are: the kernel runs through memory without a look at strides.
+        if P is None:
+            self.D = [g.clone(memory_format=torch.contiguous_format) for g in G]
+        else:
+            self.D = self._apply(backend, P, G)
 
     def _apply(
         self,

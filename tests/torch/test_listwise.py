@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import rlora.torch
+from rlora import ShapeError
 from rlora.torch.listwise import ListwiseAdamW
 
 SHAPES = [(70, 50, 5), (40, 600, 5), (70, 50, 5), (12000, 30, 4), (700, 640, 64), (30, 20, 3)]
@@ -157,6 +158,63 @@ def test_another_implementation_is_the_parents(options):
     set_gradients(pairs, 0)
     optimizer.step()
     assert ListwiseAdamW not in works(optimizer)
+
+
+@pytest.mark.parametrize("placement", ["before", "both", "after"])
+def test_gradients_in_another_order_of_memory(placement):
+    """As those of a transposed product: the kernel looks at no strides."""
+    ours, theirs = make_pairs(), make_pairs()
+    one = make_optimizer(ours, placement=placement)
+    other = make_optimizer(theirs, placement=placement, fused=False)
+    for step in range(3):
+        for pairs, optimizer in ((ours, one), (theirs, other)):
+            set_gradients(pairs, step)
+            for p in sum(pairs, ()):
+                p.grad = p.grad.mT.contiguous().mT
+            optimizer.step()
+    assert set(works(one)) == {ListwiseAdamW}
+    assert_same(ours, theirs, one, other, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "change", [{"amsgrad": True}, {"foreach": True}, {"lr": torch.tensor(3e-2).double()}], ids=str
+)
+def test_an_option_changed_between_steps_counts(change):
+    ours, theirs = make_pairs(), make_pairs()
+    one, other = make_optimizer(ours), make_optimizer(theirs, fused=False)
+    for step in range(4):
+        for pairs, optimizer in ((ours, one), (theirs, other)):
+            if step == 2:
+                optimizer.param_groups[0].update(change)
+                if "foreach" not in change:  # torch's loop asks for a maximum only from its start
+                    optimizer.state.clear()
+            set_gradients(pairs, step)
+            optimizer.step()
+    assert_same(ours, theirs, one, other, 1e-12)
+
+
+def test_a_state_of_another_shape_is_refused():
+    """Broadcasting would have taken it."""
+    pairs = make_pairs()
+    optimizer = make_optimizer(pairs)
+    for step in range(2):
+        set_gradients(pairs, step)
+        optimizer.step()
+    A = pairs[0][0]
+    before = A.detach().clone()
+    optimizer.state[A]["exp_avg"] = torch.zeros(1, 1, dtype=A.dtype)
+    with pytest.raises(ShapeError, match=r"\(1, 1\) as 'exp_avg'.*expected.*\(5, 50\)"):
+        optimizer.step()
+    assert torch.equal(A, before)
+
+
+def test_a_state_in_a_plain_dict_is_filled():
+    pairs = make_pairs()
+    optimizer = make_optimizer(pairs)
+    optimizer.state = {}
+    set_gradients(pairs, 0)
+    optimizer.step()
+    assert optimizer.state.keys() == set(sum(pairs, ()))
 
 
 def test_a_step_of_the_users_own_is_what_runs():

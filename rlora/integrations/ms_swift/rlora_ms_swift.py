@@ -13,7 +13,7 @@ from rlora.integrations.options import from_text, optimizer_names
 from rlora.integrations.trainer import RLoraFactory
 
 
-class RLoraOptimizerCallback(OptimizerCallback):  # type: ignore[misc]
+class RLoraOptimizerCallback(OptimizerCallback):
     """Makes the optimizer that ``--optimizer`` names, with the options of ``--optim_args``."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
