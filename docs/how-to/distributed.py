@@ -32,7 +32,7 @@ def build(whole_ranks: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
     for block in model.base_model.model:
         fully_shard(block, shard_placement_fn=placement)
     fully_shard(model, shard_placement_fn=placement)
-    return model, rlora.torch.ScaledAdamW(model, lr=1e-3)
+    return model, rlora.torch.ScaledAdamW(model, lr=4e-3)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, start: int, stop: int) -> float:

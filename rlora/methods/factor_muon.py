@@ -72,8 +72,8 @@ def factor_muon(
     -----
     How far the product moves depends on how it is split; only rotations of the rank leave its path.
     `lora_muon` is Muon for the product. msign is exact here; the authors' five Newton-Schulz steps
-    in bfloat16 leave singular values between about 0.7 and 1.2. Directions below rounding are left
-    out.
+    leave singular values above 3e-3 of the largest between 0.68 and 1.2. Directions below rounding
+    are left out.
 
     References
     ----------

@@ -107,7 +107,7 @@ def test_llama_factory(place, monkeypatch):
     optimizer = registry[described["name"]](model, described)
     assert type(optimizer) is rlora.torch.ScaledAdamW
     (group,) = optimizer.param_groups
-    assert (group["lr"], group["damping"], group["betas"]) == (1e-2, 1e-3, (0.7, 0.8))
+    assert (group["lr"], group["damping"], group["betas"]) == (4e-3, 1e-3, (0.7, 0.8))
     learns(model, optimizer)
 
 
