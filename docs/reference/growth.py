@@ -8,7 +8,7 @@ runs the methods, all or those named, into growth.csv, and makes the page from i
 import csv
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -22,6 +22,8 @@ from rlora.testing.growth import adamw
 
 PAGE: Final = Path(__file__).with_suffix(".md")
 RECORD: Final = Path(__file__).with_suffix(".csv")
+ROUNDING: Final = RECORD.with_name("rounding.csv")
+"""Made by rounding.py."""
 
 SHAPES: Final = (
     (2, 768, 8),
@@ -45,8 +47,6 @@ PROMISED: Final = 40.0
 """Times the largest entry under AdamW."""
 NEAR: Final = 1.25
 """Times AdamW's loss, in bfloat16."""
-SHOWN: Final = Case(1, 0.5, USUAL)
-"""Whose largest entries the first table has, in float32."""
 
 ROWS: Final[dict[str, Callable[[], Transform]]] = {
     **{f"{name}()": getattr(methods, name) for name in methods.__all__},
@@ -96,7 +96,6 @@ def rows(label: str) -> Iterator[dict[str, Any]]:
             **worst("loss_over_first", loss),
             **worst("entry_over_adamw", entry),
             **worst("loss_over_adamw", near),
-            "entry_shown": f"{entry[SHOWN]:.3g}",
         }
 
 
@@ -154,48 +153,51 @@ runs all methods, or those named, into [the record](growth.csv), which has the w
 shape, and makes this page. The grid takes some forty minutes on one core.
 """
 
-TAIL: Final = """
+BFLOAT16: Final = """
 ## bfloat16
 
 Rounding to the nearest loses steps that are smaller than half the spacing of the numbers, AdamW's
 at a rate of 1e-3 as well: there the losses of all methods stay high, and those of preconditioned
 ones higher, whose steps are smaller in some directions. The default is within a quarter of AdamW's
-loss in float32 as soon as it has arrived, but in bfloat16 not on every draw. Medians and worst of
-six draws of targets, rate 4e-3, noise 0.5, loss over that of AdamW in float32:
+loss in float32 as soon as it has arrived, but in bfloat16 not on every draw:
 
-| m x n, r, rank | default, float32 | bfloat16, nearest | bfloat16, stochastic |
-| --- | --- | --- | --- |
-| 8 x 8, 8, 1 | 1.00 / 1.00 | 1.00 / 16.5 | 1.00 / 1.05 |
-| 20 x 3, 8, 1 | 1.00 / 1.01 | 2.7 / 7.4 | 1.00 / 1.03 |
-| 20 x 3, 8, 2 | 0.99 / 1.36 | 2.8 / 30 | 1.01 / 1.6 |
+*Loss of the default over that of AdamW in float32, median / worst of six draws of targets; rate
+4e-3, noise 0.5, 1000 steps.*
+"""
 
-So bfloat16 factors of a rank above what is to be learnt need `stochastic_rounding=True` of the
-torch classes, or weights in float32. (20 x 3 of rank 2 has not
-arrived in float32 either in two of the draws.)
+ROUNDED: Final = """
+For bfloat16 factors of a rank above what is to be learnt `stochastic_rounding=True` of the torch
+classes mends most of it, and weights in float32 all.
 
 ## Rounding a trained adapter
 
 Rounding the factors to bfloat16 changes the product by `|ΔBA|² = 2^-16 / 3 · Σ |b_k|² |a_k|²`,
-summed over the directions of rank: measured 0.24 to 0.39 instead of a third. It does not matter how
-a direction is split between the factors, so that neither its growth nor its balance does; what
-counts is how many directions share one product. AdamW's steps are alike in all r, the sum is 0.17
-to 0.3 of `|BA|²` and the roundings average out. The preconditioner makes directions independent: an
-orthogonal split has 1, and the default 0.45 to 6 in the median of eight draws (800 steps, rate from
-1e-2 to 0, ranks 1 and 2). The change of the product is then 2 to 46 times AdamW's in the median and
-in single draws over 1,000 times, with noise or without (worst for 8 x 8), and that of the loss is
-up to 3e-5 of the loss at the start, 7e-7 to 2e-6 under AdamW. With noise this is lost in what no
-weight can predict; without noise the bound of twice AdamW's change does not hold, and another split
-of the scales cannot mend it. An adapter that must be rounded can be split anew once training is
-over: by the formula `U Σ^½ Q` and `Qᵀ Σ^½ Vᵀ` with a Hadamard matrix Q of size r have the sum
-`(Σ σ)² / r`, for rank 1 an eighth at r = 8, below AdamW's. (Not tried; the product is the same, the
-optimizer's state does not fit it.)
+summed over the directions of rank. It does not matter how a direction is split between the factors,
+so that neither its growth nor its balance does; what counts is how many directions share one
+product. AdamW's steps are alike in all r, and the roundings average out; an orthogonal split has
+`Σ |b_k|² |a_k|² = |BA|²`.
+
+*An adapter trained 800 steps at a rate from 1e-2 to 0 and then rounded; medians of eight draws, of
+the change also the largest.*
+"""
+
+GROW: Final = """
+With noise the change of the loss is lost in what no weight can predict. Without noise the default's
+is larger than AdamW's, and another split of the scales cannot mend that. An adapter that must be
+rounded can be split anew once training is over: by the formula `U Σ^½ Q` and `Qᵀ Σ^½ Vᵀ` with a
+Hadamard matrix Q of size r have the sum `(Σ σ)² / r`, for rank 1 an eighth at r = 8, below AdamW's.
+(Not tried; the product is the same, the optimizer's state does not fit it.)
+
+`python docs/reference/rounding.py` makes [the record](rounding.csv) of these two tables in some
+minutes.
 
 ## Methods that grow
 
 `scaled_adamw` is held by a filter and by equal steps of both factors
 ([decision 10](../decisions/0010-null-space.md)). Methods that divide by a Gram matrix without one,
 and are bold here, are for ranks below both sides of the weight and learning rates that decay;
-`rlora.torch.findings` names a factor that grows, and a pair with r above a side, while it happens.
+`rlora.torch.findings` names a factor that has grown far beyond what AdamW can reach, and a pair with
+r above a side, while it happens.
 """
 
 COLUMNS: Final = (
@@ -217,13 +219,11 @@ def most(lines: Sequence[Row], name: str, *dtypes: str, bound: float) -> str:
     return f"**{value:.2g}**" if value > bound else f"{value:.2g}"
 
 
-def line(label: str, record: Sequence[Row]) -> str:
+def line(label: str, record: Sequence[Row]) -> list[str]:
     """The row of a method."""
     lines = [x for x in record if x["method"] == label]
-    if not lines:
-        return f"| `{label}` | not in the record yet |{' |' * (len(COLUMNS) - 2)}"
     entry, loss = "entry_over_adamw", "loss_over_adamw"
-    cells = (
+    return [
         f"`{label}`",
         f"{sum(int(x['not_finite']) for x in lines)} of {sum(int(x['runs']) for x in lines)}",
         most(lines, "loss_over_first", "float32", "float64", bound=1.0),
@@ -231,15 +231,76 @@ def line(label: str, record: Sequence[Row]) -> str:
         *(most(lines, entry, dtype, bound=PROMISED) for dtype in DTYPES),
         most(lines, loss, "float32", bound=math.inf),
         most(lines, loss, "bfloat16", bound=NEAR),
+    ]
+
+
+def grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
+    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+
+
+def rounding() -> dict[tuple[str, ...], Row]:
+    """The record of roundings: by what was measured, m, n, r, rank, noise and label."""
+    with ROUNDING.open(encoding="utf-8", newline="") as file:
+        keys = ("what", "m", "n", "r", "rank", "noise", "label")
+        return {tuple(x[key] for key in keys): x for x in csv.DictReader(file)}
+
+
+def kept_in_bfloat16() -> list[str]:
+    """Losses of factors that are kept in bfloat16, nearest and stochastic."""
+    record = rounding()
+    labels = ("float32", "nearest", "stochastic")
+    cases = dict.fromkeys(key[1:6] for key in record if key[0] == "kept")
+    rows = []
+    for case in cases:
+        found = [record["kept", *case, label] for label in labels]
+        m, n, r, rank, _ = case
+        rows.append([f"{m} x {n}, {r}, {rank}", *map(both, found)])
+    columns = ("m x n, r, rank", "float32", "bfloat16, nearest", "bfloat16, stochastic")
+    return grid(columns, rows)
+
+
+def rounded_afterwards() -> list[str]:
+    """Changes of trained adapters that are rounded to bfloat16."""
+    record = rounding()
+    rows = []
+    for case in dict.fromkeys(key[1:6] for key in record if key[0] == "change"):
+        m, n, r, rank, noise = case
+        of = {what: (record[what, *case, "AdamW"], record[what, *case, "default"])
+              for what in ("terms", "loss", "law")}  # fmt: skip
+        rows.append([
+            f"{m} x {n}, {r}, {rank}",
+            noise,
+            both(record["change", *case, "default"]),
+            *(" / ".join(short(x["median"]) for x in of[what]) for what in of),
+        ])  # fmt: skip
+    columns = (
+        "m x n, r, rank",
+        "noise",
+        "change of BA over AdamW's, squared: median / largest",
+        "Σ over the product squared: AdamW / default",
+        "change of the loss over its start: AdamW / default",
+        "measured for the third in the formula: AdamW / default",
     )
-    return f"| {' | '.join(cells)} |"
+    return grid(columns, rows)
+
+
+def both(row: Row) -> str:
+    """Median and largest."""
+    return f"{short(row['median'])} / {short(row['largest'])}"
+
+
+def short(text: str) -> str:
+    """A number in two digits."""
+    return f"{float(text):.2g}"
 
 
 def page() -> str:
-    """The whole page, from the record."""
-    head = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS))]
+    """The whole page, from the records."""
     record = read()
-    return "\n".join([HEAD, *head, *(line(label, record) for label in ROWS), TAIL])
+    methods = grid(COLUMNS, [line(label, record) for label in ROWS])
+    parts = [HEAD, *methods, BFLOAT16, *kept_in_bfloat16(), ROUNDED, *rounded_afterwards(), GROW]
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -26,3 +26,10 @@ def test_a_method_in_the_record_has_every_shape_and_dtype(label):
 def test_the_cases_have_ranks_that_fit():
     assert {x.rank for x in DOCS.cases(24, 16, 8)} == {1, 2, 4, 8}
     assert {x.rank for x in DOCS.cases(3, 20, 8)} == {1, 2, 3}
+
+
+def test_the_formula_of_rounding_holds_in_the_record():
+    """A third, in the mean over entries: within half of it either way for medians of eight draws."""
+    law = [float(x["median"]) for key, x in DOCS.rounding().items() if key[0] == "law"]
+    assert len(law) == 24
+    assert all(1 / 6 < x < 1 / 2 for x in law)
