@@ -196,8 +196,8 @@ minutes.
 `scaled_adamw` is held by a filter and by equal steps of both factors
 ([decision 10](../decisions/0010-null-space.md)). Methods that divide by a Gram matrix without one,
 and are bold here, are for ranks below both sides of the weight and learning rates that decay;
-`rlora.torch.findings` names a factor that has grown far beyond what AdamW can reach, and a pair with
-r above a side, while it happens.
+`rlora.torch.findings` names a factor that has grown far beyond what AdamW can reach, and a pair
+with r above a side, while it happens.
 """
 
 COLUMNS: Final = (
