@@ -69,7 +69,7 @@ def check(kind, model, scales, given, steps=4, **options):
 
 
 def options_of(kind):
-    options = kind._options
+    options = dict(kind._options)
     if "betas" in options:
         options["b1"], options["b2"] = options.pop("betas")
     return options
