@@ -343,7 +343,7 @@ def test_a_schedule_of_momentum_counts_or_is_refused(make, cycle):
     """The momentum that is cycled is the one the method takes, or torch says that there is none."""
     model = make_model()
     optimizer = make(model)
-    options = getattr(optimizer, "_options", lambda: {"betas": 0, "momentum": 0})()
+    options = getattr(optimizer, "_options", {"betas": 0, "momentum": 0})
     if not {"betas", "momentum"} & options.keys() or not optimizer.param_groups[0].get(
         "adam", True
     ):
