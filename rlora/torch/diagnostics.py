@@ -21,11 +21,11 @@ from rlora.core.linalg import DampingMode
 from rlora.torch.finite import look_on_the_host, peaks, state_peaks, warn_of_nan
 from rlora.torch.layers import find_layers, plain_weight
 from rlora.torch.pairs import TensorPair, is_distributed
-from rlora.torch.watch import Watch, read, refuse_shards
+from rlora.torch.watch import Watch, lost, read, refuse_shards
 
 MEASURES: tuple[str, ...] = ("cond_A", "cond_B", "damped_cond_A", "damped_cond_B")
 MEASURES += ("anisotropy_A", "anisotropy_B", "step", "step_A", "step_B", "step_in_weight")
-MEASURES += ("grown_A", "grown_B")
+MEASURES += ("grown_A", "grown_B", "lost_A", "lost_B")
 """Figures that the summary gives the least, the median and the largest of."""
 
 MARKS: tuple[str, ...] = ("skipped_A", "skipped_B", "nan_A", "nan_B", "damped_A", "damped_B")
@@ -97,13 +97,16 @@ class Watched(Optimizer):
             - ``step_A``, ``step_B``: ``|A - A0| / |A0|`` and the same of B.
             - ``step_in_weight``: ``s |B A - B0 A0| / |W0|`` where `watch` has found W0; s is 1
               unless the layer or the optimizer says it.
+            - ``lost_A``, ``lost_B``: for parameters narrower than float32 the share of the entries
+              that the step has left as they were, less than half the spacing of numbers away; 0
+              without a gradient and with stochastic rounding.
             - ``no_grad_A``, ``no_grad_B``: 1 where there was no gradient.
 
             And as they are after it:
 
             - ``grown_A``, ``grown_B``: the largest entry of the parameter, against what it was when
-              watching began and the sum of the learning rates since and of ten steps more: as far
-              as AdamW can have moved it.
+              watching began and the sum of the learning rates since and of a hundred steps more: as
+              far as AdamW can have moved it.
             - ``wide_A``, ``wide_B``: 1 where r is above n, or above m: the Gram is singular.
             - ``bad_state_A``, ..: 1 where the optimizer's state has NaN or inf.
 
@@ -162,9 +165,10 @@ def rows_of(optimizer: Any) -> Rows:
     places, state = state_peaks(optimizer, watch.pairs)
     now = peaks([p.detach() for pair in watch.pairs for p in pair[:2]])
     reach = [watch.reach] if isinstance(watch.reach, Tensor) else []
-    parts, scalars = read(watch, [*watch.start, *now, *state, *reach])
-    ends, lost = ends_of(watch, places, scalars, stepped=stepped)
-    warn_of_nan(optimizer, watch.names, lost)
+    shares = lost(watch)
+    parts, scalars = read(watch, [*watch.start, *now, *shares.values(), *state, *reach])
+    ends, bad = ends_of(watch, list(shares), places, scalars, stepped=stepped)
+    warn_of_nan(optimizer, watch.names, bad)
     rows: Rows = {}
     for owners, S, sizes in parts:
         damping = dampings([watch.pairs[i] for i in owners], optimizer)
@@ -184,21 +188,23 @@ def rows_of(optimizer: Any) -> Rows:
 
 
 def ends_of(
-    watch: Watch, places: list[int], scalars: list[float], *, stepped: bool
+    watch: Watch, narrow: list[int], places: list[int], scalars: list[float], *, stepped: bool
 ) -> tuple[list[dict[str, float]], set[int]]:
     """The figures of each pair after the step, and where factors or state are not finite.
 
     Parameters
     ----------
-    places : list of int
-        The owner of each array of the state, 2k for A and 2k + 1 for B.
+    narrow, places : list of int
+        The factors of which shares were lost, and the owner of each array of the state: 2k for A
+        and 2k + 1 for B.
     scalars : list of float
-        Largest entries of all factors at first and now, of the state, and the reach if a device
-        has it.
+        Largest entries of all factors at first and now, the shares, largest entries of the state,
+        and the reach if a device has it.
     """
     count = len(watch.start)
-    first, last = scalars[:count], scalars[count : 2 * count]
-    state = zip(places, scalars[2 * count :], strict=False)
+    first, last, rest = scalars[:count], scalars[count : 2 * count], scalars[2 * count :]
+    stuck = dict(zip(narrow, rest, strict=False))
+    state = zip(places, rest[len(narrow) :], strict=False)
     bad = {place for place, x in state if not math.isfinite(x)}
     reach = scalars[-1] if isinstance(watch.reach, Tensor) else watch.reach
     rows: list[dict[str, float]] = []
@@ -210,6 +216,8 @@ def ends_of(
             row[f"bad_state_{letter}"] = float(at in bad)
             if stepped:
                 row[f"grown_{letter}"] = last[at] / (first[at] + reach or 1.0)
+                if at in stuck:
+                    row[f"lost_{letter}"] = stuck[at]
         rows.append(row)
     return rows, bad | {at for at, x in enumerate(last) if not math.isfinite(x)}
 

@@ -18,8 +18,9 @@ from rlora.pairing import PairReport
 from rlora.torch.finite import peaks
 from rlora.torch.pairs import TensorPair, is_distributed
 
-GRACE = 10
-"""Steps that do not count as growth: the first ones from zero make up for a small partner."""
+GRACE = 100
+"""Steps that do not count as growth: the first ones from zero make up for a small partner, by as
+much as 45 times Adam's step, in Riemannion's."""
 
 
 @dataclass
@@ -39,6 +40,9 @@ class Watch:
     names: list[str] = field(default_factory=list)
     start: list[Tensor] = field(default_factory=list)
     """The largest entries of A and B of every pair when watching began."""
+    pull: dict[int, Tensor] = field(default_factory=dict)
+    """For factors narrower than float32 (2k is the A of pair k, 2k + 1 its B) the largest entry of
+    the gradient times the learning rate; 0 where results are rounded at random."""
     reach: float | Tensor = 0.0
     """The sum of the learning rates since, and `GRACE` steps: as far as Adam moves an entry."""
     kinds: list[tuple[torch.dtype, torch.device]] = field(default_factory=list)
@@ -59,6 +63,7 @@ class Watch:
             steps = 1
         torch._foreach_copy_([p for pair in self.before for p in stored(pair)], now)
         self.moving = [(moves(pair, 0), moves(pair, 1)) for pair in pairs]
+        self.pull = pulls(pairs, groups)
         rates = [group["lr"] for group in groups]
         numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
         self.reach += steps * max(numbers, default=0.0)
@@ -125,6 +130,28 @@ def moves(pair: TensorPair, side: int) -> bool:
     """Return whether a factor, or a tied parameter of it, has a gradient."""
     p = (pair.A, pair.B)[side]
     return any(q.grad is not None for q in (p, *pair.twins[side]))
+
+
+def pulls(pairs: list[TensorPair], groups: Sequence[dict[str, Any]]) -> dict[int, Tensor]:
+    """`Watch.pull` of these pairs."""
+    rates = {
+        p: 0.0 if group.get("stochastic_rounding") else group["lr"]
+        for group in groups
+        for p in group["params"]
+    }
+    factors = [p for pair in pairs for p in pair[:2]]
+    narrow = {at: p.grad for at, p in enumerate(factors) if p.itemsize < 4 and p.grad is not None}
+    sizes = peaks(list(narrow.values()))
+    return {at: size * rates.get(factors[at], 0.0) for at, size in zip(narrow, sizes, strict=True)}
+
+
+def lost(watch: Watch) -> dict[int, Tensor]:
+    """The share of entries that should have moved and have not, for the factors of `Watch.pull`."""
+    shares = {}
+    for at, pull in watch.pull.items():
+        old, new = (pairs[at // 2][at % 2].detach() for pairs in (watch.before, watch.pairs))
+        shares[at] = (old == new).float().mean() * (pull != 0)
+    return shares
 
 
 def refuse_shards(pairs: list[TensorPair]) -> None:

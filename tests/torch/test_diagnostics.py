@@ -25,6 +25,9 @@ from rlora.torch.matching import check_explicit
 from rlora.torch.pair_optimizer import PairOptimizer
 from rlora.torch.watch import Watch, read
 
+WIDE = [key for key in MEASURES if not key.startswith("lost")]
+"""Figures of float32 factors, which lose no step in rounding."""
+
 make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
 NAMES = ("0 (default)", "2 (default)")
 
@@ -95,7 +98,7 @@ def test_every_figure_equals_brute_force(make):
     numbers, before, after = watched_step(model, optimizer)
     compare(numbers, expected_of(before, after, model, optimizer.param_groups[0]))
     rows = {key.rpartition("/")[2] for key in numbers if key.startswith(f"rlora/{NAMES[0]}/")}
-    assert rows == {*MEASURES, *MARKS}
+    assert rows == {*WIDE, *MARKS}
     assert all(isinstance(x, float) for x in numbers.values())
 
 
@@ -137,7 +140,7 @@ def test_the_damping_is_that_of_the_factor_that_moves():
 def test_the_summary_is_that_of_the_pairs():
     model = make_model()
     numbers, *_ = watched_step(model, ScaledAdamW(model, lr=1e-2))
-    for key in MEASURES:
+    for key in WIDE:
         both = [numbers[f"rlora/{name}/{key}"] for name in NAMES]
         known = (min(both), sum(both) / 2, max(both))
         stats = tuple(numbers[f"rlora/{key}/{stat}"] for stat in ("min", "median", "max"))
@@ -422,7 +425,7 @@ def same_rows(one, many, name):
     """Rows of layers of one pair, and of as many pairs by hand."""
     rows = [{k: v for k, v in one.items() if k.startswith(f"rlora/{name}[{i}]/")} for i in range(3)]
     for i, row in enumerate(rows):
-        assert len(row) == len(MEASURES) - 1 + len(MARKS)  # no base weight is known
+        assert len(row) == len(WIDE) - 1 + len(MARKS)  # no base weight is known
         for key, value in row.items():
             if "/grown_" in key:  # of the whole parameter, not of the layer
                 continue
