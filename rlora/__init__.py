@@ -17,6 +17,7 @@ from rlora.core.errors import (
     ShardingError,
 )
 from rlora.core.factors import Factors
+from rlora.core.rebalance import rebalance
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.transform import Transform, apply_updates, chain, step
 from rlora.methods import *  # noqa: F403  a method's export line is in rlora.methods
@@ -49,6 +50,7 @@ __all__ = [
     "flatten_state",
     "initializers",
     "methods",
+    "rebalance",
     "step",
     "unflatten_state",
 ]

@@ -167,26 +167,26 @@ loss in float32 as soon as it has arrived, but in bfloat16 not on every draw:
 
 ROUNDED: Final = """
 For bfloat16 factors of a rank above what is to be learnt `stochastic_rounding=True` of the torch
-classes mends most of it, and weights in float32 all.
+classes mends most of it, and weights in float32 all; `rlora.torch.findings` says so where half of
+the entries of a factor stay as they are under a step.
 
 ## Rounding a trained adapter
 
 Rounding the factors to bfloat16 changes the product by `|ΔBA|² = 2^-16 / 3 · Σ |b_k|² |a_k|²`,
-summed over the directions of rank. It does not matter how a direction is split between the factors,
-so that neither its growth nor its balance does; what counts is how many directions share one
-product. AdamW's steps are alike in all r, and the roundings average out; an orthogonal split has
-`Σ |b_k|² |a_k|² = |BA|²`.
+summed over the directions of rank: it does not matter how a direction is divided between the
+factors, but how many directions share one product. AdamW's steps are alike in all r, and the
+roundings average out; the default concentrates what is learnt in few.
+
+`rlora.rebalance` gives factors of the same product whose directions carry nearly equal parts, and
+`rlora.torch.round_adapter(model)` an adapter's state in bfloat16 by it. Rounded so, the default's
+adapter changes about as much as AdamW's:
 
 *An adapter trained 800 steps at a rate from 1e-2 to 0 and then rounded; medians of eight draws, of
 the change also the largest.*
 """
 
 GROW: Final = """
-With noise the change of the loss is lost in what no weight can predict. Without noise the default's
-is larger than AdamW's, and another split of the scales cannot mend that. An adapter that must be
-rounded can be split anew once training is over: by the formula `U Σ^½ Q` and `Qᵀ Σ^½ Vᵀ` with a
-Hadamard matrix Q of size r have the sum `(Σ σ)² / r`, for rank 1 an eighth at r = 8, below AdamW's.
-(Not tried; the product is the same, the optimizer's state does not fit it.)
+With noise the change of the loss is lost in what no weight can predict.
 
 `python docs/reference/rounding.py` makes [the record](rounding.csv) of these two tables in some
 minutes.
@@ -196,8 +196,8 @@ minutes.
 `scaled_adamw` is held by a filter and by equal steps of both factors
 ([decision 10](../decisions/0010-null-space.md)). Methods that divide by a Gram matrix without one,
 and are bold here, are for ranks below both sides of the weight and learning rates that decay;
-`rlora.torch.findings` names a factor that has grown far beyond what AdamW can reach, and a pair
-with r above a side, while it happens.
+`rlora.torch.findings` names while it happens a factor that has grown six times further than AdamW's
+steps could have taken it, a pair with r above a side, and steps that bfloat16 loses.
 """
 
 COLUMNS: Final = (
@@ -266,21 +266,24 @@ def rounded_afterwards() -> list[str]:
     rows = []
     for case in dict.fromkeys(key[1:6] for key in record if key[0] == "change"):
         m, n, r, rank, noise = case
-        of = {what: (record[what, *case, "AdamW"], record[what, *case, "default"])
+        labels = ("AdamW", "default", "rebalanced")
+        of = {what: [record[what, *case, label] for label in labels]
               for what in ("terms", "loss", "law")}  # fmt: skip
         rows.append([
             f"{m} x {n}, {r}, {rank}",
             noise,
             both(record["change", *case, "default"]),
+            both(record["change", *case, "rebalanced"]),
             *(" / ".join(short(x["median"]) for x in of[what]) for what in of),
         ])  # fmt: skip
     columns = (
         "m x n, r, rank",
         "noise",
         "change of BA over AdamW's, squared: median / largest",
-        "Σ over the product squared: AdamW / default",
-        "change of the loss over its start: AdamW / default",
-        "measured for the third in the formula: AdamW / default",
+        "rebalanced",
+        "Σ over the product squared: AdamW / default / rebalanced",
+        "change of the loss over its start",
+        "measured for the third in the formula",
     )
     return grid(columns, rows)
 

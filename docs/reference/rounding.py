@@ -107,8 +107,13 @@ def trained() -> Iterator[dict[str, Any]]:
         for rank in RANKS:
             for noise in (0.0, 0.5):
                 found = {}
-                for label, make in METHODS.items():
-                    params, T, _ = train(make(), shape, rank, noise, rates, 8)
+                adapters = {
+                    label: train(make(), shape, rank, noise, rates, 8)[:2]
+                    for label, make in METHODS.items()
+                }
+                params, T = adapters["default"]
+                adapters["rebalanced"] = (rlora.rebalance(params), T)
+                for label, (params, T) in adapters.items():
                     A, B = (x.astype(np.float64) for x in params)
                     rounded = bfloat16(B) @ bfloat16(A)
                     size = squares(B @ A)
@@ -119,8 +124,9 @@ def trained() -> Iterator[dict[str, Any]]:
                     yield row("terms", shape, rank, noise, label, terms)
                     yield row("loss", shape, rank, noise, label, loss)
                     yield row("law", shape, rank, noise, label, change / terms * 2**16)
-                change = found["default"] / found["AdamW"]
-                yield row("change", shape, rank, noise, "default", change)
+                for label in ("default", "rebalanced"):
+                    change = found[label] / found["AdamW"]
+                    yield row("change", shape, rank, noise, label, change)
 
 
 def row(

@@ -24,6 +24,7 @@ from rlora.torch.offsets import (
     save_offsets,
 )
 from rlora.torch.plain_lora import as_plain_lora
+from rlora.torch.round_adapter import round_adapter
 from rlora.torch.scaled import ScaledAdamW, ScaledSGD
 from rlora.torch.sd_lora import SDLoRALinear, add_sd_lora, parameter_groups
 from rlora.torch.sharding import shard_placement
@@ -50,6 +51,7 @@ __all__ = [
     "parameter_groups",
     "precondition",
     "restore_offsets",
+    "round_adapter",
     "save_offsets",
     "shard_placement",
 ]

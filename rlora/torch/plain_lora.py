@@ -71,13 +71,7 @@ def as_plain_lora(
     if not offsets:
         msg = "there is no offset: the adapter is an ordinary LoRA already, save it as it is"
         raise PairingError(msg)
-    if isinstance(adapter, nn.Module):
-        told = (what_modules_know(adapter) or {}).items()
-        # Factors in no single pair of an optimizer, as a shared one, are filled up all the same.
-        mine = {x.removesuffix(f" ({name})"): how for x, how in told if isinstance(how, Layout)}
-        state, known = _state(adapter, name), {**mine, **(known or {})}
-    else:
-        state = dict(adapter)
+    state, known = state_of(adapter, name, known)
     plain = {key: tensor.detach().clone() for key, tensor in state.items()}
     met: set[str] = set()
     for pair in _pairs(state, known):
@@ -121,6 +115,18 @@ def _joined(views: Sequence[View], side: int, tensor: Tensor, start: Tensor) -> 
         both = torch.cat([view.read(tensor), view.read(start)], dim=side - 2)
         parts.append(view.of_rank(both.shape[side - 2], side).write(both))
     return torch.cat(parts)
+
+
+def state_of(
+    adapter: nn.Module | Mapping[str, Tensor], name: str, known: Known | None
+) -> tuple[dict[str, Tensor], Known | None]:
+    """An adapter's state, and with a model what its modules know of layouts."""
+    if not isinstance(adapter, nn.Module):
+        return dict(adapter), known
+    told = (what_modules_know(adapter) or {}).items()
+    # Factors in no single pair of an optimizer, as a shared one, count all the same.
+    mine = {x.removesuffix(f" ({name})"): how for x, how in told if isinstance(how, Layout)}
+    return _state(adapter, name), {**mine, **(known or {})}
 
 
 def _state(model: nn.Module, name: str) -> dict[str, Tensor]:
