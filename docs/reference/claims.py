@@ -1,4 +1,4 @@
-"""The page of claims: tries them again, all or those named, then writes claims.md.
+"""Try the claims again, all or those named, and write claims.md.
 
 python docs/reference/claims.py [CLAIM...]
 """
@@ -6,6 +6,7 @@ python docs/reference/claims.py [CLAIM...]
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,11 +28,15 @@ See which statements of the papers hold in small seeded experiments, and try the
     rlora reproduce all                 # figures and records in build/reproduce
     rlora reproduce damping --quick
 
-A verdict is that of the checks under a claim, whose thresholds have their reasons in the claim's
-file; `rlora reproduce` exits with 1 if a verdict is not the documented one. Algebra and rates are
-tested here, not the quality of a fine-tuned model. `python docs/reference/claims.py` makes this
-page. Seconds are those of a machine with other work to do.
+The experiments test algebra and rates, not the quality of a fine-tuned model. A claim holds if all
+of its checks do; the file of the claim gives the reason for each threshold, and `rlora reproduce`
+exits with 1 if a verdict is not the documented one. `python docs/reference/claims.py` makes this page.
 """
+
+REFERENCE: Final = re.compile(
+    r"(?:[A-Z]\.[- ]?(?:[A-Z]\.[- ]?)*[\w-]+(?:, |\. ))+[^.?]*[.?] arXiv:(\d+\.\d+), \d{4}"
+)
+"""Authors, title, number and year of a paper."""
 
 
 def refresh(names: Sequence[str]) -> int:
@@ -54,18 +59,20 @@ def page() -> str:
 def table(records: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each claim."""
     return [
-        "| claim | verdict | of |",
-        "| --- | --- | --- |",
-        *(
-            f"| [{x['claim']}](#{x['claim']}) | {x['verdict']} | {arxiv(x['source'])} |"
-            for x in records
-        ),
+        "| claim | verdict |",
+        "| --- | --- |",
+        *(f"| [{x['claim']}](#{x['claim']}) | {x['verdict']} |" for x in records),
     ]
 
 
-def arxiv(source: str) -> str:
-    """The numbers of the papers in a reference."""
-    return ", ".join(f"arXiv:{number}" for number in re.findall(r"arXiv:(\d+\.\d+)", source))
+def linked(source: str) -> str:
+    """A source with a link in place of each paper's authors and title."""
+    return REFERENCE.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", source).rstrip(".")
+
+
+def wrapped(text: str) -> str:
+    """A paragraph in lines of the source's length."""
+    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
 def section(record: dict[str, Any]) -> str:
@@ -75,17 +82,15 @@ def section(record: dict[str, Any]) -> str:
         "",
         f"## {name}",
         "",
-        f"{record['statement']} **{record['verdict'].capitalize()}.**",
+        wrapped(f"{record['statement']} **{record['verdict'].capitalize()}.**"),
         "",
-        record["source"],
+        wrapped(f"{linked(record['source'])}. [Record](claims/{name}.json)."),
         "",
-        "| measured | value | threshold | |",
-        "| --- | --- | --- | --- |",
+        "| check | measured |",
+        "| --- | --- |",
         *map(check_line, record["checks"]),
         "",
         f"![{name}](claims/{name}.svg)",
-        "",
-        f"[Record](claims/{name}.json): {record['backend']}, {record['seconds']:.0f} s.",
     ]
     return "\n".join(lines)
 
@@ -94,8 +99,8 @@ def check_line(check: dict[str, Any]) -> str:
     """A row of the table of a claim."""
     value = "none" if check["value"] is None else f"{check['value']:.3g}"
     sign = {"<=": "≤", ">=": "≥"}[check["bound"]]
-    holds = "yes" if check["holds"] else "no"
-    return f"| {check['what']} | {value} | {sign} {check['threshold']:.3g} | {holds} |"
+    relation = f"{value} {sign}" if check["holds"] else f"**{value}**, not {sign}"
+    return f"| {check['what']} | {relation} {check['threshold']:.3g} |"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Every default of every public function and class, from their signatures; writes defaults.md.
+"""Write defaults.md: every default of every public function and class, from their signatures.
 
 python docs/reference/defaults.py
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -85,8 +85,8 @@ WHY: Final[dict[str, str]] = {
 
 HEAD: Final = """# All defaults, with reasons
 
-Look up what an option is when you do not set it, and why. `b1` and `b2` are `betas` in the classes
-of `rlora.torch`, whose other options are those of the method of the same name.
+Look up what an option is when you do not set it, and why. A class of `rlora.torch` has the defaults
+of the method of the same name (`b1` and `b2` are its `betas`) and those of its own table.
 `python docs/reference/defaults.py` makes this page from the signatures.
 """
 
@@ -101,17 +101,27 @@ def defaults(things: Iterable[tuple[str, Callable[..., Any]]]) -> dict[str, list
     return dict(sorted(found.items()))
 
 
-def table(title: str, things: list[tuple[str, Callable[..., Any]]]) -> list[str]:
-    """A section with a row for each default."""
+Named = Sequence[tuple[str, Callable[..., Any]]]
+
+
+def table(title: str, things: Named, known: Named = ()) -> list[str]:
+    """A section with a row for each default that those known do not have."""
+    there = defaults(known)
     rows = [
         f"| `{default}` | {said(names, [name for name, _ in things])} | {WHY[default]} |"
         for default, names in defaults(things).items()
+        if [*map(plain, names)] != [*map(plain, there.get(default, []))]
     ]
     return [f"\n## {title}\n", "| default | of | why |", "| --- | --- | --- |", *rows]
 
 
+def plain(name: str) -> str:
+    """The name that a method and its class have in common."""
+    return name.replace("_", "").lower()
+
+
 def said(names: list[str], every: list[str]) -> str:
-    """The names; those that are missing where they are fewer."""
+    """The names, or those that are missing where these are fewer."""
     missing = [name for name in every if name not in names]
     listed = ", ".join(f"`{name}`" for name in (missing if len(missing) < len(names) else names))
     if not missing:
@@ -132,12 +142,15 @@ def classes() -> list[tuple[str, Any]]:
 def page() -> str:
     """The whole page."""
     starts = [(name, getattr(initializers, name)) for name in initializers.__all__]
-    sections = {
-        "Methods": [(name, getattr(methods, name)) for name in methods.__all__],
-        "Torch classes": classes(),
-        "Starts": [(name, thing) for name, thing in starts if inspect.isfunction(thing)],
-    }
-    return "\n".join([HEAD.rstrip(), *(x for s in sections.items() for x in table(*s))]) + "\n"
+    functions = [(name, getattr(methods, name)) for name in methods.__all__]
+    tables = [
+        table("Methods", functions),
+        table("Torch classes", classes(), functions),
+        table(
+            "Initializers", [(name, thing) for name, thing in starts if inspect.isfunction(thing)]
+        ),
+    ]
+    return "\n".join([HEAD.rstrip(), *(line for lines in tables for line in lines)]) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What does each torch optimizer do in detail? Tries it, and writes the tables of promises.md.
+"""Try what each torch optimizer does in detail, and write the tables of promises.md.
 
 python docs/reference/promises.py
 """
@@ -40,7 +40,7 @@ def make_pair(dtype: torch.dtype = torch.float64) -> Pair:
 
 
 def gradients(pair: Pair) -> tuple[Tensor, Tensor]:
-    """Those of one full gradient."""
+    """The gradients of the factors that belong to one full gradient."""
     torch.manual_seed(1)
     G = torch.randn(M, N, dtype=torch.float64)
     A, B = (p.detach().double() for p in pair)
@@ -48,7 +48,7 @@ def gradients(pair: Pair) -> tuple[Tensor, Tensor]:
 
 
 def options_of(kind: Any) -> set[str]:
-    """What a constructor takes."""
+    """Names of the options that a constructor takes."""
     made_of = (kind, kind.method) if hasattr(kind, "method") else kind.__mro__[:-1]
     return {name for part in made_of for name in signature(part).parameters}
 
@@ -61,7 +61,7 @@ def make(kind: Any, pair: Pair, lr: float | Tensor = 0.1, **options: Any) -> Any
 
 
 def moves(kind: Any, *, of: str = "AB", steps: int = 1, **options: Any) -> list[Tensor]:
-    """How far steps move A and B, with the gradients of these factors only."""
+    """Moves of A and B in some steps, with the gradients of these factors only."""
     pair = make_pair()
     optimizer = make(kind, pair, **options)
     for _ in range(steps):
@@ -76,19 +76,19 @@ def moves(kind: Any, *, of: str = "AB", steps: int = 1, **options: Any) -> list[
 
 
 def order(kind: Any) -> str:
-    """Which factors move in a step, and whether they see each other do it."""
+    """The factors that move in a step, together or each for itself."""
     both, moved = moves(kind), [bool(move.any()) for move in moves(kind)]
     if moved != [True, True]:
         later = [bool(move.any()) for move in moves(kind, steps=2)]
         name = "AB"[moved.index(True)]
-        return f"{name} alone" if later == moved else f"in turns, {name} first"
+        return f"{name} alone" if later == moved else f"{name} first, in turns"
     alone = moves(kind, of="A")[0], moves(kind, of="B")[1]
     apart = all(torch.allclose(x, y) for x, y in zip(both, alone, strict=True))
-    return "each from the old pair" if apart else "as one move"
+    return "separate" if apart else "joint"
 
 
 def moments(kind: Any) -> str:
-    """Whether entries are divided by roots, with a corrected first step, and where eps stands."""
+    """Division by roots of second moments: of entries or not, bias correction, place of eps."""
     if "eps" not in options_of(kind):
         return "-"
     start, letter = make_pair(), 0 if moves(kind)[0].any() else 1
@@ -97,18 +97,19 @@ def moments(kind: Any) -> str:
     if torch.equal(size, with_eps):
         return "-"
     if torch.allclose(core, torch.ones_like(core)):
-        return "of each entry of the core, corrected"
+        return "entries of the core, corrected"
     if not torch.allclose(size, size.mean().expand_as(size)):
-        return "of no single entry"
-    if not torch.isclose(size.mean(), torch.ones_like(size.mean())):
-        return "of each entry, not corrected"
+        return "rows or matrices"
+    other = moves(kind, eps=0.0, lr=1.0, betas=(0.5, 0.75))[letter].abs()
+    if not torch.allclose(size, other):  # without correction the first step depends on betas
+        return "entries"
     g = gradients(start)[letter].abs()
-    beside = torch.allclose(with_eps, g / (g + 0.1))
-    return "of each entry, corrected" + (", eps beside the root" if beside else "")
+    outside = torch.allclose(with_eps / size, g / (g + 0.1), rtol=1e-3)  # 1e-6 of damping
+    return "entries, corrected" + (", eps outside" if outside else "")
 
 
 def decay(kind: Any) -> str:
-    """What two steps with gradients of zero do to the factors, with a decay of 0.1 and lr 0.5."""
+    """Shrinking of the factors in two steps with gradients of zero, a decay of 0.1 and lr 0.5."""
     if "weight_decay" not in options_of(kind):
         return "none"
     pair = make_pair()
@@ -130,7 +131,7 @@ def decay(kind: Any) -> str:
 
 
 def state(kind: Any) -> str:
-    """What is kept for the factors of a bfloat16 pair, and in which dtypes."""
+    """Names of the state of a bfloat16 pair, all of it in float32."""
     pair = make_pair(torch.bfloat16)
     optimizer = make(kind, pair, momentum=0.9)
     for p, g in zip(pair, gradients(pair), strict=True):
@@ -142,17 +143,19 @@ def state(kind: Any) -> str:
         for key, value in optimizer.state[p].items()
         if isinstance(value, Tensor)
     }
-    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in found.values()})
-    names = ", ".join(f"`{key}`" for key in found)
-    return f"{names}: {', '.join(dtypes)}" if found else "none"
+    low = [key for key, value in found.items() if value.dtype != torch.float32]
+    if low:
+        msg = f"{kind.__name__}: not in float32: {low}"
+        raise TypeError(msg)
+    return " ".join(f"`{key}`" for key in found) or "none"
 
 
 ASPECTS: Final[dict[str, Callable[[Any], str]]] = {
-    "a step moves": order,
-    "root of squares": moments,
+    "A and B": order,
+    "second moment of": moments,
     "decay": decay,
-    "state for bfloat16 factors": state,
-    "other parameters": lambda kind: (
+    "state": state,
+    "rest": lambda kind: (
         "AdamW"
         if issubclass(kind, torch.optim.AdamW)
         else next(
@@ -283,7 +286,7 @@ def answer(question: Callable[[Any], bool], kind: Any) -> str:
 
 
 def when_table() -> Iterator[str]:
-    """A row for each circumstance: what all classes answer, or which answers what."""
+    """A row for each circumstance: the answer of all classes, or the classes of each answer."""
     yield "| a class | answer |"
     yield "| --- | --- |"
     for words, question in WHEN.items():

@@ -55,7 +55,13 @@ def test_a_verdict_against_the_documents_is_not_hidden():
     off = {**record, "verdict": "FAILS, documented as holding"}
     assert "FAILS, documented as holding" in "\n".join(DOCS.table([off]))
     check = {**record["checks"][0], "value": None, "holds": False}
-    assert DOCS.check_line(check).split(" | ")[1:] == ["none", "≤ 65", "no |"]
+    assert DOCS.check_line(check).split(" | ")[1:] == ["**none**, not ≤ 65 |"]
+
+
+def test_a_paper_is_a_link_and_what_is_said_of_it_stays():
+    source = "From A.-B. C. Dé, E. Fgh. A Title: Is It? arXiv:1234.56789, 2024, with S. Theorem 1."
+    link = "[arXiv:1234.56789](https://arxiv.org/abs/1234.56789)"
+    assert DOCS.linked(source) == f"From {link}, with S. Theorem 1"
 
 
 def test_the_script_keeps_what_the_command_leaves(tmp_path, monkeypatch):

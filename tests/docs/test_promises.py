@@ -52,10 +52,10 @@ def test_the_trials_tell_optimizers_apart(promises):
         (rlora.torch.ScaledSGD,),
         {"__init__": lambda self, *a, **k: rlora.torch.ScaledSGD.__init__(self, *a, order="gauss_seidel", **k)},
     )  # fmt: skip
-    assert promises.order(gauss_seidel) == "as one move"
-    assert promises.order(rlora.torch.ScaledSGD) == "each from the old pair"
+    assert promises.order(gauss_seidel) == "joint"
+    assert promises.order(rlora.torch.ScaledSGD) == "separate"
     coupled = rlora.torch.precondition(
         torch.optim.Adam
     )  # decay through the gradient, a sign at first
-    assert promises.moments(coupled) == "of each entry, corrected, eps beside the root"
+    assert promises.moments(coupled) == "entries, corrected, eps outside"
     assert promises.decay(coupled) != promises.decay(rlora.torch.ScaledAdamW)
