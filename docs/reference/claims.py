@@ -30,7 +30,8 @@ See which statements of the papers hold in small seeded experiments, and try the
 
 The experiments test algebra and rates, not the quality of a fine-tuned model. A claim holds if all
 of its checks do; the file of the claim gives the reason for each threshold, and `rlora reproduce`
-exits with 1 if a verdict is not the documented one. `python docs/reference/claims.py` makes this page.
+exits with 1 if a verdict is not the documented one. This page is made by
+`python docs/reference/claims.py`.
 """
 
 REFERENCE: Final = re.compile(

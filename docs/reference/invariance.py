@@ -34,8 +34,8 @@ See which changes of basis of the factors leave the path of the product as it is
 hidden hyperparameter: the factorization it starts from.
 
 *Largest relative difference of the products over 50 steps on `½|B A - T|²`, (20, 16), rank 3,
-float64; "exact": at most {ROUNDING:.0e}. R is three times the identity (scalar), a signed permutation,
-a rotation, diagonal, or any (general); the last two have condition number 50.*
+float64; "exact": at most {ROUNDING:.0e}. R is three times the identity (scalar), a signed
+permutation, a rotation, diagonal, or any (general); the last two have condition number 50.*
 """
 
 SAME = """
