@@ -61,7 +61,7 @@ class Shadow:
         self.optimizer.step()
 
     def distance(self) -> float:
-        """How far A of the first layer is from there, as a part of the way."""
+        """Distance of A of the first layer from there, as a part of the way."""
         mine, theirs = self.copies[0], factors(self.model)[0]
         return float((theirs - mine).detach().norm() / (mine.detach() - self.start[0]).norm())
 
@@ -71,7 +71,7 @@ def factors(model: nn.Module) -> list[nn.Parameter]:
 
 
 def run(kind: Any, lr: float, steps: int, **options: Any) -> tuple[dict[str, float], float]:
-    """Steps from B = 0: what was seen of the last one, and how far AdamW would have been away."""
+    """Steps from B = 0: the figures of the last one, and the distance from AdamW's way."""
     model = Model()
     optimizer, shadow = kind(model, lr=lr, weight_decay=0.0, **options), Shadow(model, lr)
     optimizer.watch(model)
@@ -80,7 +80,7 @@ def run(kind: Any, lr: float, steps: int, **options: Any) -> tuple[dict[str, flo
         model.loss().backward()
         optimizer.step()
         shadow.step()
-    return optimizer.diagnostics(), shadow.distance()
+    return optimizer.diagnostics(per_pair=False), shadow.distance()
 
 
 def no_effect(console: Console) -> None:
