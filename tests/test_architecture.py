@@ -185,7 +185,7 @@ def test_functions_are_short_and_typed():
 QUESTIONS = ("What", "How", "Whether", "Where", "When", "Of", "Who", "Whose", "Which", "Why")
 SOURCES = [
     path.relative_to(ROOT)
-    for folder in ("rlora", "backends", "cli", "asv_bench")
+    for folder in ("rlora", "backends", "cli", "asv_bench", "docs", "tests")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 

@@ -23,7 +23,7 @@ START: Final = 0.4
 SPLITS: Final = (0.25, 0.63, 1.8)
 """Their a."""
 LARGEST: Final = 3.2
-"""Where the axes end."""
+"""Limits of the axes."""
 TOY: Final[dict[str, tuple[rlora.Transform, float]]] = {
     "gradient descent": (rlora.chain(), 0.25),
     "scaled gradient descent": (rlora.scaled_sgd(damping=1e-6, damping_mode="relative"), 0.25),
@@ -75,7 +75,7 @@ def splits() -> Figure:
 
 
 def inverse(damping: float, mode: Any, alpha: float = 1.0) -> Any:
-    """What the library multiplies the rows of G_A by, with a diagonal B and ``A = alpha I``."""
+    """Factors of the rows of G_A in the library, with a diagonal B and ``A = alpha I``."""
     r = len(SINGULAR_VALUES)
     pair = rlora.Factors(alpha * np.eye(r), np.diag(SINGULAR_VALUES))
     method = rlora.scaled_sgd(damping=damping, damping_mode=mode)

@@ -1,4 +1,4 @@
-"""How exact is a step? Measures it, and writes the tables of precision.md.
+"""Measure how exact a step is, and write the tables of precision.md.
 
 python docs/explanation/precision.py
 """
@@ -49,7 +49,7 @@ WAYS: Final[dict[str, tuple[Backend, str | None]]] = {
     "TF32 inputs": (Coarse(11), None),
     "bfloat16, as under autocast": (Coarse(8, 8), None),
 }
-"""How the Gram of a float32 factor is formed."""
+"""Ways to form the Gram of a float32 factor."""
 
 
 def factor(condition: float) -> Any:
@@ -60,7 +60,7 @@ def factor(condition: float) -> Any:
 
 
 def error(backend: Backend, dtype: str | None, condition: float) -> float:
-    """Of ``B S_B⁻¹ Bᵀ G``, what a step of A does to the product, with no damping asked for."""
+    """Relative error of ``B S_B⁻¹ Bᵀ G``, a step of A in the product, with no damping asked for."""
     B = factor(condition)
     G = np.random.default_rng(1).normal(size=(M, N)).astype(np.float32)
     pair = rlora.Factors(np.eye(R, N, dtype=np.float32), B)
@@ -87,7 +87,7 @@ RATES: Final = (1e-3, 1e-4, 1e-5)
 
 
 def moved(lr: float, dtype: torch.dtype, *, stochastic: bool) -> Any:
-    """How far 200 steps of `ScaledAdamW`, each as long as `lr` says, along one gradient move A."""
+    """Move of A by 200 steps of `ScaledAdamW`, each as long as `lr` says, along one gradient."""
     torch.manual_seed(0)
     start = torch.randn(R, M) / M**0.5
     A, B = (torch.nn.Parameter(x.to(dtype)) for x in (start, torch.randn(N, R) / 4))
@@ -109,7 +109,7 @@ def moved(lr: float, dtype: torch.dtype, *, stochastic: bool) -> Any:
 
 
 def rounding_table() -> Iterator[str]:
-    """Of the way in float32, how much is left in bfloat16."""
+    """Share of the way in float32 that is left in bfloat16."""
     yield f"| bfloat16 factors | lr = {' | '.join(f'{lr:.0e}' for lr in RATES)} |"
     yield f"| --- |{' --- |' * len(RATES)}"
     for name, stochastic in (("rounded to nearest", False), ("`stochastic_rounding=True`", True)):
@@ -122,7 +122,7 @@ def rounding_table() -> Iterator[str]:
 
 
 def moves(size: float, dtype: str) -> bool:
-    """Whether a factor B of this norm lets its partner move."""
+    """True if a factor B of this norm lets its partner move."""
     method = rlora.scaled_sgd(damping=1e-6, damping_mode="relative")
     with np.errstate(over="ignore", invalid="ignore"):
         B = (size * factor(1.0).astype("float64") / R**0.5).astype(dtype)

@@ -20,7 +20,7 @@ from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 
 HOMES = ("rlora", "rlora.initializers", "rlora.torch", "rlora.optax", "rlora.pairing")
-"""Where a thing of several modules is described: in the first of these that has it."""
+"""Modules in the order in which a thing of several is described: the first that has it."""
 
 OUR_NAME = re.compile(r"rlora(\.[A-Za-z_]\w*)+")
 STRANGERS = ("rlora.conventions", "rlora.torch.UnitLoRA")
@@ -28,7 +28,7 @@ STRANGERS = ("rlora.conventions", "rlora.torch.UnitLoRA")
 
 
 def public_names(module: ModuleType) -> list[str]:
-    """What ``__all__`` says; without one the classes and functions defined there."""
+    """Names in ``__all__``; without one the classes and functions defined there."""
     if hasattr(module, "__all__"):
         return list(module.__all__)
     return [

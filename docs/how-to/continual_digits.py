@@ -36,7 +36,7 @@ QUICK = range(3), 8  # seeds, epochs
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained in each task, and how."""
+    """A way to train the tasks: trained parameters, loss and optimizer."""
 
     name: str
     lr: float  # of the pairs, chosen by --sweep
@@ -175,7 +175,7 @@ def choose(indices: Tensor, y: Tensor, classes: list[int]) -> Tensor:
 
 
 def shut_out(classes: list[int]) -> Tensor:
-    """What added to the logits leaves only these classes."""
+    """A mask that, added to the logits, leaves only these classes."""
     logits = torch.full((10,), -torch.inf)
     logits[classes] = 0.0
     return logits

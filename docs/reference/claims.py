@@ -20,7 +20,7 @@ PAGE: Final = Path(__file__).with_suffix(".md")
 FOLDER: Final = Path(__file__).with_suffix("")
 """Folder of the figures and records that the page is made of."""
 
-HEAD: Final = """# The papers' claims, tried here
+HEAD: Final = """# The papers' claims, tested
 
 See which statements of the papers hold in small seeded experiments, and try them again:
 
@@ -29,8 +29,8 @@ See which statements of the papers hold in small seeded experiments, and try the
     rlora reproduce damping --quick
 
 The experiments test algebra and rates, not the quality of a fine-tuned model. A claim holds if all
-of its checks do; the file of the claim gives the reason for each threshold, and `rlora reproduce`
-exits with 1 if a verdict is not the documented one. This page is made by
+of its checks do: the record of a claim has them all, with value and threshold, the page those that
+fail. `rlora reproduce` exits with 1 if a verdict is not the documented one. This page is made by
 `python docs/reference/claims.py`.
 """
 
@@ -54,16 +54,15 @@ def refresh(names: Sequence[str]) -> int:
 def page() -> str:
     """The whole page, from the records."""
     records = [read_evidence(FOLDER / f"{name}.json") for name in CLAIMS]
-    return "\n".join([HEAD, *table(records), *map(section, records)])
+    return "\n".join([HEAD, *summary(records), *map(section, records)])
 
 
-def table(records: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each claim."""
-    return [
-        "| claim | verdict |",
-        "| --- | --- |",
-        *(f"| [{x['claim']}](#{x['claim']}) | {x['verdict']} |" for x in records),
-    ]
+def summary(records: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each verdict, with the claims that have it."""
+    by_verdict: dict[str, list[str]] = {}
+    for x in records:
+        by_verdict.setdefault(x["verdict"], []).append(f"[{x['claim']}](#{x['claim']})")
+    return [wrapped(f"- **{verdict}**: {', '.join(x)}") for verdict, x in by_verdict.items()]
 
 
 def linked(source: str) -> str:
@@ -86,22 +85,24 @@ def section(record: dict[str, Any]) -> str:
         wrapped(f"{record['statement']} **{record['verdict'].capitalize()}.**"),
         "",
         wrapped(f"{linked(record['source'])}. [Record](claims/{name}.json)."),
-        "",
-        "| check | measured |",
-        "| --- | --- |",
-        *map(check_line, record["checks"]),
+        *failed(record["checks"]),
         "",
         f"![{name}](claims/{name}.svg)",
     ]
     return "\n".join(lines)
 
 
+def failed(checks: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of the checks that do not hold, where there are any."""
+    rows = [check_line(check) for check in checks if not check["holds"]]
+    return ["", "| check | measured |", "| --- | --- |", *rows] if rows else []
+
+
 def check_line(check: dict[str, Any]) -> str:
-    """A row of the table of a claim."""
+    """A row of that table."""
     value = "none" if check["value"] is None else f"{check['value']:.3g}"
     sign = {"<=": "≤", ">=": "≥"}[check["bound"]]
-    relation = f"{value} {sign}" if check["holds"] else f"**{value}**, not {sign}"
-    return f"| {check['what']} | {relation} {check['threshold']:.3g} |"
+    return f"| {check['what']} | {value}, not {sign} {check['threshold']:.3g} |"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables that stand on several pages: writes them between their marks, from one place.
+"""Write the tables that stand on several pages between their marks.
 
 python docs/reference/front_tables.py
 """
@@ -55,7 +55,7 @@ def losses() -> str:
     head, *body = rows
     found = {row[0]: dict(zip(head, row, strict=True)) for row in body if len(row) == len(head)}
     lines = [
-        "*Test loss, cross-entropy in natural logarithms (lower is better), each with a learning "
+        "*Test loss, cross-entropy in natural logarithms (lower is better), each with a learning",
         "rate of its own sweep; betas in parentheses; bold: the lowest.*",
         "",
         f"| task | {' | '.join(CONTENDERS.values())} |",

@@ -1,4 +1,4 @@
-"""How large do factors become where the product needs less than they hold? Writes growth.md.
+"""Measure how factors grow where the product needs less than they hold, and write growth.md.
 
 python docs/reference/growth.py [METHOD...]
 

@@ -259,9 +259,9 @@ def option(name: str) -> Callable[[Any], bool]:
 
 
 WHEN: Final[dict[str, Callable[[Any], bool]]] = {
-    "leaves `.grad` as it was": untouched,
-    "takes a closure, and gives its loss back": closure,
-    "takes lr as a tensor": tensor_lr,
+    "leaves `.grad`, takes a closure and lr as a tensor": lambda kind: (
+        untouched(kind) and closure(kind) and tensor_lr(kind)
+    ),
     "moves B where A is frozen": frozen("A"),
     "moves A where B is frozen": frozen("B"),
     "takes kernels of convolutions (4-D)": with_shapes((R, N, 3, 3), (M, R, 1, 1)),

@@ -1,4 +1,4 @@
-"""What finetune_smollm2.py shows of its runs: a table, a plot and a JSON file."""
+"""Report of the runs of finetune_smollm2.py: a table, a plot and a JSON file."""
 
 import json
 from pathlib import Path

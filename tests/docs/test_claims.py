@@ -53,9 +53,11 @@ def test_no_file_is_left_of_a_claim_that_is_gone():
 def test_a_verdict_against_the_documents_is_not_hidden():
     record = read_evidence(DOCS.FOLDER / f"{next(iter(CLAIMS))}.json")
     off = {**record, "verdict": "FAILS, documented as holding"}
-    assert "FAILS, documented as holding" in "\n".join(DOCS.table([off]))
+    assert "FAILS, documented as holding" in "\n".join(DOCS.summary([off]))
     check = {**record["checks"][0], "value": None, "holds": False}
-    assert DOCS.check_line(check).split(" | ")[1:] == ["**none**, not ≤ 65 |"]
+    assert DOCS.check_line(check).split(" | ")[1:] == ["none, not ≤ 65 |"]
+    assert DOCS.failed([check])[-1] == DOCS.check_line(check)
+    assert DOCS.failed(record["checks"]) == []
 
 
 def test_a_paper_is_a_link_and_what_is_said_of_it_stays():

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlora import methods
-
 FOLDER = Path(__file__).parents[2] / "docs" / "explanation"
 PAGES = [
     FOLDER / name
@@ -19,7 +17,6 @@ PAGES = [
         "damping.md",
         "geometry.md",
         "precision.md",
-        "what_methods_share.md",
         "why_not_invariant.md",
         "zero_start.md",
     )
@@ -79,23 +76,6 @@ def test_links_lead_somewhere(page):
             titles = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
             assert anchor in slugs, target
-
-
-def test_the_table_of_what_methods_share_is_what_they_do():
-    page = (FOLDER / "what_methods_share.md").read_text(encoding="utf-8")
-    assert script("what_methods_share").rewritten(page) == page
-    assert all(f"[`{name}`]" in page for name in methods.__all__)
-
-
-def test_the_listener_leaves_the_backend_as_it_was():
-    from rlora.core.dispatch import get_backend
-
-    backend = get_backend(np.zeros(1))
-    before = dict(vars(backend))
-    heard = script("what_methods_share").ask(methods.scaled_sgd(damping_mode="relative"))
-    assert heard.step.keys() >= {"gram of rows", "gram of columns", "S⁻¹", "apply to rows"}
-    assert (heard.both("gram of"), heard.both("apply to"), heard.algebra()) == (1, 1, "1 S⁻¹")
-    assert vars(backend) == before
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ def test_the_page_runs(capsys):
         "reduce": own_model.q.reduce,
         "expand": own_model.q.expand,
     }
-    pages.run("layouts.md", "Tell which parameters form a pair, and how they lie", space)
+    pages.run("layouts.md", "Pair parameters: names and layouts", space)
     assert "2 pairs, 2 parameters updated plainly, 0 refused" in capsys.readouterr().out
     pages.run("layouts.md", "Pairs by hand", space)
     assert [pair.shape_a for pair in space["optimizer"].report] == [(2, 6)]
