@@ -28,6 +28,7 @@ See which statements of the papers hold in small seeded experiments, and try the
     rlora reproduce all                 # figures and records in build/reproduce
     rlora reproduce damping --quick
 
+A *gauge* or *split* is one of the factorizations (R A, B R⁻¹) of a product B A, R invertible.
 The experiments test algebra and rates, not the quality of a fine-tuned model. A claim holds if all
 of its checks do: the record of a claim has them all, with value and threshold, the page those that
 fail. `rlora reproduce` exits with 1 if a verdict is not the documented one. This page is made by
