@@ -44,17 +44,34 @@ class LoadsState(Optimizer, ABC):
         """Shapes of each parameter's saved state; None is a state that it may not have."""
         return lambda p: dict.fromkeys(ELEMENTWISE, p.shape)
 
+    def _fresh_state(self) -> Callable[[Tensor], dict[str, Any]]:
+        """The state that a parameter has at its first step, as far as the parent is known."""
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+
+        def fresh(p: Tensor) -> dict[str, Any]:
+            group = groups[id(p)]
+            if isinstance(self, torch.optim.AdamW):
+                keys = ELEMENTWISE[: 3 if group["amsgrad"] else 2]
+                return {"step": torch.tensor(0.0), **{key: torch.zeros_like(p) for key in keys}}
+            if isinstance(self, torch.optim.SGD) and group["momentum"] and not group["dampening"]:
+                return {"momentum_buffer": torch.zeros_like(p)}
+            return {}
+
+        return fresh
+
     def state_dict(self) -> dict[str, Any]:
         """The state as torch's optimizers give it, with an entry for every trainable parameter.
 
-        Once there is any state: what has none of its own has an empty one, as
-        torch.distributed.checkpoint takes a missing one for an error.
+        Once there is any state: what never had a gradient, as an expert that no token was sent to,
+        has the one it will begin with. torch.distributed.checkpoint takes a missing one for an
+        error, and what a file lacks it would fill with a step that has been counted.
         """
         saved = super().state_dict()
         if saved["state"]:
+            fresh = self._fresh_state()
             for i, p in self._owners(saved):
-                if p.requires_grad:
-                    saved["state"].setdefault(i, {})
+                if p.requires_grad and i not in saved["state"]:
+                    saved["state"][i] = fresh(p)
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from rlora.core.state import flatten_state
 from rlora.core.transform import Transform
 from rlora.torch.loading import Shapes
 from rlora.torch.matching import Pairs, without_middles
-from rlora.torch.method_batch import places_in, portions, stacks_of
+from rlora.torch.method_batch import places_in, portions, start_of
 from rlora.torch.pair_optimizer import PairOptimizer
 from rlora.torch.pairs import TensorPair, is_distributed
 from rlora.torch.plan import Plan, Work
@@ -170,12 +170,32 @@ class MethodOptimizer(PairOptimizer):
     ) -> list[dict[str, torch.Size]]:
         """Shapes of the state that A has, and of the state that B has."""
         shapes: list[dict[str, torch.Size]] = [{}, {}]
-        for member in (pair.whole() if is_distributed(pair.A) else pair).members():
-            flat = flatten_state(self._transform(group).init(stacks_of([[member]])))
-            for name, (_, side, key) in places_in(flat).items():
-                for k in (0, 1) if side is None else (side,):
-                    shapes[k][key + member.suffix] = flat[name].shape[1:]
+        for side, key, x in self._start_of(pair, group):
+            for k in (0, 1) if side is None else (side,):
+                shapes[k][key] = x.shape
         return shapes
+
+    def _start_of(
+        self, pair: TensorPair, group: Mapping[str, Any]
+    ) -> Iterator[tuple[int | None, str, Tensor]]:
+        """The state of a pair before its first step: side (None for both), name and value."""
+        for member in (pair.whole() if is_distributed(pair.A) else pair).members():
+            flat = flatten_state(start_of(self._transform(group), [[member]], group["scaling"]))
+            for name, (_, side, key) in places_in(flat).items():
+                yield side, key + member.suffix, flat[name][0]
+
+    def _fresh_state(self) -> Callable[[Tensor], dict[str, Any]]:
+        plain = super()._fresh_state()
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        paired: dict[int, dict[str, Any]] = {}
+        for pair in self._pairs:
+            paired |= {id(p): {} for p in pair.moved}
+            if is_distributed(pair.A) or any(self.state.get(p) for p in pair[:2]):
+                continue
+            keeper = next(pair.members()).keepers[0]
+            for side, key, x in self._start_of(pair, groups[id(keeper)]):
+                paired[id(keeper if side is None else pair[side])][key] = x
+        return lambda p: paired[id(p)] if id(p) in paired else plain(p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, of this class; see `ScaledAdamW.load_state_dict`.
