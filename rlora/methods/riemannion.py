@@ -13,7 +13,7 @@ from rlora.core.backend import Backend
 from rlora.core.bundle import Bundle, rank_wise
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Factors, Tree, map_leaves, map_pairs
+from rlora.core.factors import Array, Factors, Tree, device_of, map_leaves, map_pairs
 from rlora.core.linalg import add, metric_power, scale, tangent
 from rlora.core.moments import zeros
 from rlora.core.transform import State, Transform, apply_updates, chain
@@ -71,7 +71,7 @@ def riemannion(
     method's choice. The product follows the same path from every split. B = 0 is no point of the
     manifold: the first step is the move of B alone. A pair with a frozen factor moves along a
     straight line. The momentum is stored as it is before orthogonalisation. The move is in units
-    of ``B A``, not of ``s B A``.
+    of ``B A``, not of ``s B A``. A rank direction that is zero in both factors stays zero.
 
     References
     ----------
@@ -154,4 +154,20 @@ def _retract(pair: Factors, d: Factors, lr: Array | float, weight_decay: float) 
     if missing := r - kept:  # a rank above that of the weight
         B = xp.concat([B, xp.zeros_like(wide.B[..., :missing])], axis=-1)
         A = xp.concat([A, xp.zeros_like(wide.A[..., :missing, :])], axis=-2)
+    slots = _slots(backend, wide)
+    A, B = backend.matmul(mT(slots), A), backend.matmul(B, slots)
     return Factors(backend.cast(A, pair.A.dtype), backend.cast(B, pair.B.dtype))
+
+
+def _slots(backend: Backend, pair: Factors) -> Array:
+    """The k-th row has its 1 at the k-th rank direction that is not zero on both sides.
+
+    Zeros on both sides are padding, as PEFT's hotswap makes it: the point has a lower rank, and
+    there is no gradient that could ask for a higher one.
+    """
+    xp, r = backend.xp, pair.A.shape[-2]
+    used = xp.any(pair.A != 0, axis=-1) | xp.any(pair.B != 0, axis=-2)  # (..., r)
+    used = backend.cast(used, pair.A.dtype)
+    k = xp.arange(r, dtype=pair.A.dtype, device=device_of(pair.A))
+    before = backend.matmul(used[..., None, :], backend.cast(k[:, None] < k, pair.A.dtype))
+    return backend.cast(k[:, None] == before, pair.A.dtype) * used[..., None, :]  # (..., r, r)
