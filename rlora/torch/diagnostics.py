@@ -44,6 +44,8 @@ class Watched(Optimizer):
     """True once the warning of values that are not finite has been given."""
     _begun: bool = False
     """True once B has been checked for zeros."""
+    _orphans_told: bool = False
+    """True once the warning of parameters that the model has no more has been given."""
 
     def watch(self, model: nn.Module | None = None) -> None:
         """Keep what `diagnostics` needs of every step from now on: a copy of the factors.

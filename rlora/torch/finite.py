@@ -98,6 +98,38 @@ def check_start(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
         warnings.warn(msg, RuntimeWarning, stacklevel=2)
 
 
+def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
+    """RuntimeWarning, once, when trainable pairs have no gradient because the model has others.
+
+    Of an optimizer that was not given a model: when no pair has a gradient at all.
+    """
+    if optimizer._orphans_told or torch.compiler.is_compiling():
+        return
+    idle = [
+        k
+        for k, pair in enumerate(pairs)
+        if any(p.requires_grad for p in pair[:2]) and all(p.grad is None for p in pair.moved)
+    ]
+    model = optimizer._model and optimizer._model()
+    if idle and model is not None:
+        there = {id(p) for p in model.parameters()}
+        idle = [k for k in idle if not there & {id(p) for p in pairs[k].moved}]
+    elif len(idle) < len(pairs):
+        return
+    if not idle:
+        return
+    optimizer._orphans_told = True
+    kind, first = type(optimizer).__name__, list(optimizer.report)[idle[0]].name
+    why = "no pair has a gradient" if model is None else "they are no longer those of the model"
+    msg = (
+        f"{kind}: {len(idle)} of {len(pairs)} pairs, the first {first}, stand still: {why}; where "
+        f"others have taken their place, as in PEFT's prepare_model_for_compiled_hotswap or a "
+        f"state loaded with assign=True, build the optimizer afterwards: "
+        f"rlora.torch.{kind}(model, ...), and load the old one's state_dict() if ranks are the same"
+    )
+    warnings.warn(msg, RuntimeWarning, stacklevel=2)
+
+
 def _is_on_host(pair: TensorPair) -> bool:
     return pair.A.device.type == "cpu" and not is_distributed(pair.A) and pair.A.data_ptr() != 0
 

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from rlora.pairing import PairReport
 from rlora.pairing.order import BY_ORDER
 from rlora.torch.compiling import inherited
 from rlora.torch.diagnostics import Watched
-from rlora.torch.finite import check_start
+from rlora.torch.finite import check_orphans, check_start
 from rlora.torch.loading import LoadsState
 from rlora.torch.matching import (
     Pairs,
@@ -59,6 +60,9 @@ class PairOptimizer(Watched, LoadsState, ABC):
     _extra += ("_names", "_own", "_pairs", "_source")
     """Attributes that a copy or a pickle takes along."""
 
+    _model: ref[nn.Module] | None = None
+    """The model that the parameters were given as; a copy does not know its own."""
+
     def __init__(
         self,
         params: Any,
@@ -75,6 +79,7 @@ class PairOptimizer(Watched, LoadsState, ABC):
         self._by_hand, self._source = split_source(None if pairs == BY_ORDER else pairs)
         params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
         self._known = what_modules_know(params)
+        self._model = ref(params) if isinstance(params, nn.Module) else None
         own, kwargs = plain_numbers(own), plain_numbers(kwargs)
         groups = as_groups(params, self._source, self._known)
         if pairs == BY_ORDER:
@@ -276,6 +281,7 @@ class PairOptimizer(Watched, LoadsState, ABC):
             if why := misfit(pair.A, pair.B):
                 raise NamespaceError(why)
         check_start(self, pairs)
+        check_orphans(self, pairs)
         return self._make_plans(pairs)
 
     def __getstate__(self) -> dict[str, Any]:

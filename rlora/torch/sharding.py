@@ -119,7 +119,7 @@ def _check_layout(pair: TensorPair) -> None:
             msg = (
                 f"a factor of shape {stored} has become one of {tuple(p.shape)}: it has been "
                 f"flattened or cut after the optimizer was built; shard with fully_shard (FSDP2), "
-                f"or use DDP"
+                f"or use DDP; where it has got another rank, build the optimizer anew"
             )
             raise ShardingError(msg)
     distributed = [is_distributed(p) for p in pair.params]
