@@ -31,6 +31,10 @@ STANDSTILL = (
     "its start: rlora.torch.initialize(model, ..., method='lora_sb')"
 )
 
+NO_START = (
+    "both factors are zero, and so are their gradients: no method leaves that, start A at random"
+)
+
 
 def diagnostics_table(numbers: Mapping[str, float]) -> Any:
     """Figures as a table for a terminal, with `findings` below it.
@@ -155,6 +159,9 @@ def _findings(numbers: Mapping[str, float]) -> Iterator[str]:
     steps = [numbers.get(f"rlora/{key}/max") for key in ("step", "step_A", "step_B")]
     if steps == [0.0, 0.0, 0.0] and numbers["rlora/no_grad_A/count"] < numbers["rlora/pairs"]:
         yield STANDSTILL
+    none = [name for name, row in rows.items() if all(_is_zero(row, x) for x in "AB")]
+    if none:
+        yield f"{NO_START} ({len(none)} of {numbers['rlora/pairs']:.0f} pairs, first {none[0]})"
     for mine, other in (("B", "A"), ("A", "B")):
         if GROWN < (most := numbers.get(f"rlora/grown_{mine}/max", 0.0)) < math.inf:
             grown = max(rows, key=lambda name: _or_least(rows[name][f"grown_{mine}"]), default="")
@@ -187,6 +194,10 @@ def _findings(numbers: Mapping[str, float]) -> Iterator[str]:
             )
         if THROWN < (most := numbers.get(f"rlora/step_{mine}/max", 0.0)) < math.inf:
             yield f"a step has moved {mine} by {most:.2g} times its own size"
+
+
+def _is_zero(row: Mapping[str, float], letter: str) -> bool:
+    return math.isnan(row[f"cond_{letter}"]) and not row[f"nan_{letter}"]
 
 
 def _or_least(x: float) -> float:
