@@ -48,6 +48,48 @@ def test_kohya_names_alphas_and_flattened_kernels(tmp_path):
     np.testing.assert_array_equal(pair.B, up.reshape(6, 4).astype(np.float32))
 
 
+def te1(i):
+    return f"lora_te1_text_model_encoder_layers_{i}_self_attn_q_proj"
+
+
+FAMILIES = {
+    "kohya's first text encoder": (te1, ".lora_down.weight", ".lora_up.weight"),
+    "llama.cpp's GGUF": (lambda i: f"blk.{i}.attn_q.weight", ".lora_a", ".lora_b"),
+    "PEFT's": (lambda i: f"base_model.model.{i}.q_proj", ".lora_A.weight", ".lora_B.weight"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_ranks_that_differ_by_layer_and_alphas(tmp_path, family, dtype):
+    """An alpha is no factor, whatever its shape and dtype."""
+    layer, down, up = family
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for i, r in enumerate((1, 3, 8)):
+        tensors[layer(i) + down] = rng.normal(size=(r, 8)).astype(dtype)
+        tensors[layer(i) + up] = rng.normal(size=(6, r)).astype(dtype)
+        tensors[layer(i) + ".alpha"] = np.full((), r, dtype)
+    save_file(tensors, tmp_path / "x.safetensors")
+    pairs = read_adapter(tmp_path / "x.safetensors")
+    found = {len(pair.A): pair for pair in pairs}
+    assert sorted(found) == [1, 3, 8]
+    for i, r in enumerate((1, 3, 8)):
+        np.testing.assert_array_equal(found[r].A, tensors[layer(i) + down].astype(np.float32))
+        np.testing.assert_array_equal(found[r].B, tensors[layer(i) + up].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04" + bytes(60), b"\x80\x02}q\x00." + bytes(60)]
+)
+@pytest.mark.parametrize("name", ["adapter_model.bin", "x.safetensors"])
+def test_an_empty_file_and_a_pickle_are_refused(tmp_path, content, name):
+    """Nothing is unpickled: the first bytes are no length of a header."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="safetensors"):
+        read_adapter(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", adapters.ADAPTER_NAMES)
 def test_a_directory_stands_for_the_file_in_it(tmp_path, factors, name):
     save_file(factors, tmp_path / name)

@@ -11,7 +11,7 @@ from torch import nn
 import rlora
 import rlora.torch
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
@@ -223,9 +223,9 @@ def test_an_optimizer_of_parameters_that_are_gone_says_so_once(make):
     steps(model, optimizer, 0)
     prepare_model_for_compiled_hotswap(model, target_rank=5)
     model.set_adapter("default")
+    optimizer.zero_grad()
+    backward(model)
     with pytest.warns(RuntimeWarning, match=ORPHANS):
-        optimizer.zero_grad()
-        backward(model)
         optimizer.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
