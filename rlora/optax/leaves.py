@@ -88,6 +88,14 @@ def sort_leaves(tree: Any, pairs: Source | None, hold: Hold, all_paired: bool) -
             f"hold one of a pair still leave both in and name it in hold="
         )
         raise PairingError(msg)
+    if not any(leaves):
+        msg = (
+            f"expected a tree of parameters with names, got {'one array' if leaves else 'none'}: "
+            f"optax.flatten takes the shapes of the factors away, and optax.tree.map_params needs "
+            f"a state of trees like the parameters, but this one is a list over the pairs; map "
+            f"over it by jax.tree.map, and init(params) lays it where the factors lie"
+        )
+        raise PairingError(msg)
     if not report.pairs:
         raise nothing_paired(leaves, report)
     for pair in report:
