@@ -12,12 +12,12 @@ from .console import escape_unencodable, one_line
 from .lazy import Lazy
 
 COMMANDS: Final = {
-    "bench": ".bench",
-    "info": ".info",
-    "reproduce": ".reproduce",
-    "study": ".study",
+    "bench": "rlora.cli.bench",
+    "info": "rlora.cli.info",
+    "reproduce": "rlora.cli.claims.reproduce",
+    "study": "rlora.cli.study",
 }
-"""Command -> the module that has it under the same name."""
+"""Command -> the module that has it under its name."""
 
 USAGE, INTERRUPTED = 2, 130
 

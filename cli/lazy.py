@@ -21,9 +21,9 @@ class Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.where:
             return None
-        module: Any = importlib.import_module(self.where[cmd_name], __package__)
-        command: click.Command = getattr(module, self.where[cmd_name].lstrip("."))
-        return command
+        module: Any = importlib.import_module(self.where[cmd_name])
+        found = (x for x in vars(module).values() if isinstance(x, click.Command))
+        return next(command for command in found if command.name == cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands with their first sentences, wrapped where click would cut them."""

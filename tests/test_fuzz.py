@@ -13,9 +13,9 @@ from models import make_model, same, train, values
 
 import rlora
 from rlora import ShapeError
-from rlora.cli import schema
-from rlora.cli.adapters import read_adapter
-from rlora.cli.record import read_record
+from rlora.cli.bench.adapters import read_adapter
+from rlora.cli.bench.schema import SCHEMA, read_record
+from rlora.cli.records import fault
 from rlora.torch import LoRAProAdamW, LoRARite, ScaledAdamW
 
 JSON = st.recursive(
@@ -142,7 +142,7 @@ def test_a_record_is_valid_or_refused(folder, bad):
         read = read_record(path)
     except ValueError:
         return
-    assert schema.fault(read) is None
+    assert fault(read, SCHEMA) is None
     assert all(math.isfinite(row["median_s"]) for row in read["rows"])
 
 

@@ -48,7 +48,7 @@ def test_wheel_holds_only_rlora(built):
     tops = {name.split("/")[0] for name in names}
     assert tops == {"rlora", f"rlora-{wheel.name.split('-')[1]}.dist-info"}
     inside = {name for name in names if name.startswith("rlora/")}
-    data = {"rlora/py.typed", "rlora/cli/report.html", "rlora/torch/method_classes.pyi"}
+    data = {"rlora/py.typed", "rlora/cli/bench/report.html", "rlora/torch/method_classes.pyi"}
     assert data | {"rlora/backends/torch.py", "rlora/cli/__init__.py"} <= inside
     assert all(name.endswith(".py") for name in inside - data)
     assert not [name for name in names if "test" in name and not name.startswith("rlora/testing/")]

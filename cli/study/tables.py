@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Final, NamedTuple
 
-from rlora.cli import figures
+from rlora.cli import plots
 from rlora.cli.claims.claim import Curve, Panel
-from rlora.cli.record import write_text
+from rlora.cli.records import write_text
 
 from .methods import CONTENDERS
 from .plan import Record, Records, final
@@ -75,7 +75,7 @@ def write_tables(folder: Path) -> None:
         title = f"{model}, {dataset}, rank {rank}, {steps} steps"
         file = f"{model}-{dataset}-r{rank}-{steps}.svg"
         lines += ["", f"## {title}", "", *table(results), "", f"![{title}]({file})"]
-        write_text(folder / file, figures.as_svg(title, [panel(results)]))
+        write_text(folder / file, plots.as_svg(title, [panel(results)]))
     write_text(folder / "tables.md", "\n".join(lines) + "\n")
 
 

@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter
 
 import rlora
-from rlora.cli.pictures import COLORS, FAINT, INK, WIDTH, as_svg
+from rlora.cli.plot_style import COLORS, FAINT, INK, WIDTH, as_svg
 
 FOLDER: Final = Path(__file__).with_suffix("")
 BLUE, ORANGE, GREEN, VIOLET = COLORS[:4]

@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from rlora.cli.claims import CLAIMS
-from rlora.cli.evidence import read_evidence
-from rlora.cli.reproduce import reproduce
+from rlora.cli.claims.evidence import read_evidence
+from rlora.cli.claims.reproduce import reproduce
 
 PAGE: Final = Path(__file__).with_suffix(".md")
 FOLDER: Final = Path(__file__).with_suffix("")

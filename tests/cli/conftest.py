@@ -13,9 +13,9 @@ from rlora.cli.app import app
 @pytest.fixture(autouse=True)
 def quick_peaks(monkeypatch):
     """Peaks by one look at small arrays: no test is about how high they are."""
-    monkeypatch.setattr("rlora.cli.roofline.LONG", 1 << 12)
-    monkeypatch.setattr("rlora.cli.roofline.SQUARE", 16)
-    monkeypatch.setattr("rlora.cli.roofline.SECONDS", 0.0)
+    monkeypatch.setattr("rlora.cli.bench.roofline.LONG", 1 << 12)
+    monkeypatch.setattr("rlora.cli.bench.roofline.SQUARE", 16)
+    monkeypatch.setattr("rlora.cli.bench.roofline.SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -81,11 +81,11 @@ def hostile(tmp_path):
 @pytest.fixture(scope="session")
 def a_record():
     """A record of two rows, true but for its 15 samples each; to be copied, not changed."""
-    from rlora.cli.plan import make_plan
-    from rlora.cli.run import Results
+    from rlora.cli.bench.options import make_options
+    from rlora.cli.bench.run import Results
 
     options = dict.fromkeys(("adapter", "device", "seconds", "threads"))
-    plan = make_plan(
+    plan = make_options(
         backend=["numpy"],
         methods=["scaled_adamw"],
         ranks=["4"],

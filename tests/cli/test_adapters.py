@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rlora.cli import adapters
-from rlora.cli.adapters import read_adapter
+from rlora.cli.bench import adapters
+from rlora.cli.bench.adapters import read_adapter
 
 
-def entry(dtype="F32", shape=(2, 4), offsets=(0, 32)):
+def case(dtype="F32", shape=(2, 4), offsets=(0, 32)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
 A, B = "q.lora_A.weight", "q.lora_B.weight"
-GOOD = {A: entry(), B: entry(shape=(4, 2), offsets=(32, 64))}
+GOOD = {A: case(), B: case(shape=(4, 2), offsets=(32, 64))}
 DATA = np.arange(16, dtype="<f4").tobytes()
 
 
@@ -111,28 +111,28 @@ HOSTILE = {
     "nested too deep": (b"[" * 200_000, b"", None, "JSON"),
     "a list": (b"[]", b"", None, "must be a JSON object"),
     "a name twice": (
-        b'{"x": %s, "x": %s}' % ((json.dumps(entry()).encode(),) * 2),
+        b'{"x": %s, "x": %s}' % ((json.dumps(case()).encode(),) * 2),
         DATA,
         None,
         "twice",
     ),
     "data cut short": (GOOD, DATA[:-4], None, "damaged"),
     "data left over": (GOOD, DATA + b"1234", None, "damaged"),
-    "negative offset": ({**GOOD, A: entry(offsets=(-32, 0))}, DATA, None, "whole numbers"),
-    "backward offsets": ({**GOOD, A: entry(offsets=(32, 0))}, DATA, None, "does not fill"),
-    "overlap": ({**GOOD, B: entry(shape=(4, 2))}, DATA[:32], None, "overlaps"),
-    "gap": ({**GOOD, B: entry(shape=(4, 2), offsets=(36, 68))}, DATA + b"1234", None, "gap"),
-    "unknown dtype": ({**GOOD, A: entry(dtype="F31")}, DATA, None, "unknown dtype"),
-    "dtype no text": ({**GOOD, A: entry(dtype=["F32"])}, DATA, None, "unknown dtype"),
-    "wrong size": ({**GOOD, A: entry(dtype="F64")}, DATA, None, "does not fill"),
-    "shape of truths": ({**GOOD, A: entry(shape=(True, 4))}, DATA, None, "whole numbers"),
-    "monstrous shape": ({**GOOD, A: entry(shape=(2**62,) * 5)}, DATA, None, "whole numbers"),
+    "negative offset": ({**GOOD, A: case(offsets=(-32, 0))}, DATA, None, "whole numbers"),
+    "backward offsets": ({**GOOD, A: case(offsets=(32, 0))}, DATA, None, "does not fill"),
+    "overlap": ({**GOOD, B: case(shape=(4, 2))}, DATA[:32], None, "overlaps"),
+    "gap": ({**GOOD, B: case(shape=(4, 2), offsets=(36, 68))}, DATA + b"1234", None, "gap"),
+    "unknown dtype": ({**GOOD, A: case(dtype="F31")}, DATA, None, "unknown dtype"),
+    "dtype no text": ({**GOOD, A: case(dtype=["F32"])}, DATA, None, "unknown dtype"),
+    "wrong size": ({**GOOD, A: case(dtype="F64")}, DATA, None, "does not fill"),
+    "shape of truths": ({**GOOD, A: case(shape=(True, 4))}, DATA, None, "whole numbers"),
+    "monstrous shape": ({**GOOD, A: case(shape=(2**62,) * 5)}, DATA, None, "whole numbers"),
     "no offsets": ({**GOOD, A: {"dtype": "F32", "shape": [2, 4]}}, DATA, None, "must have"),
-    "entry is a number": ({**GOOD, A: 1}, DATA, None, "must have"),
+    "case is a number": ({**GOOD, A: 1}, DATA, None, "must have"),
     "integers as factors": ({n: {**e, "dtype": "I32"} for n, e in GOOD.items()}, DATA, None, "I32"),
     "NaN": (GOOD, np.full(16, np.nan, "<f4").tobytes(), None, "NaN"),
-    "no pair": ({"weight": entry()}, DATA[:32], None, "no LoRA pair"),
-    "escape codes in a name": ({"\x1b[31m\nred": entry()}, DATA[:32], None, "no LoRA pair"),
+    "no pair": ({"weight": case()}, DATA[:32], None, "no LoRA pair"),
+    "escape codes in a name": ({"\x1b[31m\nred": case()}, DATA[:32], None, "no LoRA pair"),
 }
 
 

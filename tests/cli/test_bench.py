@@ -11,8 +11,9 @@ import jsonschema
 import pytest
 
 import rlora.methods
-from rlora.cli import measure, record, schema
-from rlora.cli.export import FORMATS
+from rlora.cli.bench import schema, timing
+from rlora.cli.bench.export import FORMATS
+from rlora.cli.records import write_record
 
 COLUMNS = ("method", "rank", "step", "spread", "ratio", "to", "state", "peak temporary", "verdict")
 
@@ -152,7 +153,7 @@ def test_no_result_says_whose_machine_it_was(rlora_cli, adapter, tmp_path, monke
 )
 def test_wrong_options_are_refused_in_one_line(refused, monkeypatch, tmp_path, args, why):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(measure, "timed", lambda contender: pytest.fail("it measured first"))
+    monkeypatch.setattr(timing, "timed", lambda stepper: pytest.fail("it measured first"))
     assert why in refused("bench", *args)
     assert list(tmp_path.iterdir()) == []
 
@@ -177,7 +178,7 @@ NAMES = {
 def test_hostile_names_are_names(refused, monkeypatch, tmp_path, option, kind):
     """They are looked up, and neither opened, run nor printed raw."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(measure, "timed", lambda contender: pytest.fail("it measured first"))
+    monkeypatch.setattr(timing, "timed", lambda stepper: pytest.fail("it measured first"))
     message = refused("bench", option, NAMES[kind], "--output", "out.json")
     assert message[:-1].isprintable()
     assert list(tmp_path.iterdir()) == []
@@ -204,14 +205,14 @@ def test_a_peft_without_the_optimizer_is_refused_before_anything_is_timed(
 ):
     pytest.importorskip("torch")
     monkeypatch.setitem(sys.modules, "peft.optimizers", None)
-    monkeypatch.setattr(measure, "timed", lambda contender: pytest.fail("it measured first"))
+    monkeypatch.setattr(timing, "timed", lambda stepper: pytest.fail("it measured first"))
     assert "pip install -U peft" in refused("bench", "--adapter", adapter, "--against", "peft")
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_timed(
     refused, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(measure, "timed", lambda contender: pytest.fail("it measured first"))
+    monkeypatch.setattr(timing, "timed", lambda stepper: pytest.fail("it measured first"))
     (tmp_path / "file").write_text("mine")
     assert "cannot be written" in refused("bench", "--output", tmp_path / "file" / "out.json")
     monkeypatch.setattr(
@@ -227,7 +228,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_timed(
 @pytest.fixture
 def interrupted_after(monkeypatch):
     def after(count):
-        original, calls = measure.timed, []
+        original, calls = timing.timed, []
 
         def timed(contender):
             calls.append(contender)
@@ -235,7 +236,7 @@ def interrupted_after(monkeypatch):
                 raise KeyboardInterrupt
             return original(contender)
 
-        monkeypatch.setattr(measure, "timed", timed)
+        monkeypatch.setattr(timing, "timed", timed)
 
     return after
 
@@ -265,11 +266,11 @@ def test_a_record_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "out.json"
     path.write_text("old")
     with pytest.raises(ValueError, match="JSON"):
-        record.write_record(path, {"rows": [float("nan")]})
+        write_record(path, {"rows": [float("nan")]})
     with pytest.raises(TypeError):
-        record.write_record(path, {"rows": object()})
+        write_record(path, {"rows": object()})
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("out.json", "old")]
-    record.write_record(path, {"rows": []})
+    write_record(path, {"rows": []})
     assert json.loads(path.read_text()) == {"rows": []}
 
 
@@ -345,7 +346,9 @@ HUGE = ("--preset", "100000x100000*10000", "--method", "adamw", "--rank", 64)
 
 
 def test_more_than_the_free_memory_is_refused_in_one_line(refused, monkeypatch):
-    monkeypatch.setattr("rlora.cli.plan.random_problem", lambda *a: pytest.fail("it was made"))
+    monkeypatch.setattr(
+        "rlora.cli.bench.options.random_problem", lambda *a: pytest.fail("it was made")
+    )
     message = refused("bench", *HUGE)
     assert "needs about 4.1 TB" in message  # 200000 x 64 x 10000 numbers of 32 bytes
     assert "--force" in message
@@ -356,7 +359,7 @@ def test_force_goes_on_without_asking_for_free_memory(refused, monkeypatch):
         msg = "it was begun"
         raise MemoryError(msg)
 
-    monkeypatch.setattr("rlora.cli.plan.random_problem", begun)
+    monkeypatch.setattr("rlora.cli.bench.options.random_problem", begun)
     assert "it was begun" in refused("bench", *HUGE, "--force")
 
 
@@ -364,10 +367,10 @@ def test_the_estimate_is_near_what_is_held(rlora_cli, monkeypatch):
     """A factor of two either way: it tells gigabytes from terabytes."""
     import tracemalloc
 
-    from rlora.cli.plan import Plan
+    from rlora.cli.bench.options import Options
 
-    made, least = [], Plan.least_bytes
-    monkeypatch.setattr(Plan, "least_bytes", lambda plan: made.append(least(plan)) or made[-1])
+    made, least = [], Options.least_bytes
+    monkeypatch.setattr(Options, "least_bytes", lambda plan: made.append(least(plan)) or made[-1])
     tracemalloc.start()
     try:
         args = ("--preset", "1024x1024*8", "--method", "adamw", "--rank", 64, "--repeat", 1)

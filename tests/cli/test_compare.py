@@ -3,8 +3,9 @@ import json
 
 import pytest
 
-from rlora.cli.compare import changes
-from rlora.cli.schema import SCHEMA, fault
+from rlora.cli.bench.compare import changes
+from rlora.cli.bench.schema import SCHEMA
+from rlora.cli.records import fault
 
 
 def by_method(found):
@@ -28,7 +29,7 @@ def test_a_method_is_judged_by_its_ratio_to_the_plain_one(a_record, factor, verd
     assert (change.of, change.verdict) == ("ratio", verdict)
     assert change.quotient == pytest.approx(factor)
     assert change.interval[0] <= factor <= change.interval[1]
-    assert found["adamw"].verdict == "yardstick"
+    assert found["adamw"].verdict == "baseline"
 
 
 def test_a_slower_machine_is_no_regression(a_record):

@@ -10,8 +10,8 @@ import jsonschema
 import numpy as np
 import pytest
 
-from rlora.cli.export import FORMATS, full_name
-from rlora.cli.record import read_record
+from rlora.cli.bench.export import FORMATS, full_name
+from rlora.cli.bench.schema import read_record
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NUMBER = {"type": "number"}
@@ -131,9 +131,9 @@ def test_numbers_arrive(a_record):
     latency = json.loads(made["bencher"])[name]["latency"]
     assert latency["value"] == pytest.approx(1e9 * row["median_s"])
     assert latency["lower_value"] <= latency["value"] <= latency["upper_value"]
-    entries = {x["name"]: x for x in json.loads(made["github-action"])}
-    assert entries[f"{name}/step"]["value"] == pytest.approx(1e3 * row["median_s"])
-    assert entries[f"{name}/ratio"]["value"] == row["ratio"]
+    cases = {x["name"]: x for x in json.loads(made["github-action"])}
+    assert cases[f"{name}/step"]["value"] == pytest.approx(1e3 * row["median_s"])
+    assert cases[f"{name}/ratio"]["value"] == row["ratio"]
     (line,) = [x for x in csv.DictReader(io.StringIO(made["csv"])) if x["method"] == row["method"]]
     assert float(line["ratio"]) == row["ratio"]
     assert int(line["samples"]) == len(row["samples_s"])

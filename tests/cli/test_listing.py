@@ -1,8 +1,8 @@
 import rlora.methods
 from rlora.backends import BUILTIN
-from rlora.cli.listing import RIVALS
-from rlora.cli.presets import PRESETS
-from rlora.cli.rivals import KNOWN
+from rlora.cli.bench.list import THIRD_PARTY
+from rlora.cli.bench.presets import PRESETS
+from rlora.cli.bench.third_party import KNOWN
 
 
 def test_every_name_has_a_line(rlora_cli):
@@ -10,8 +10,8 @@ def test_every_name_has_a_line(rlora_cli):
     assert result.exit_code == 0
     lines = [line.split() for line in result.stdout.splitlines() if line.strip()]
     names = [line[0] for line in lines]
-    for name in (*rlora.methods.__all__, *BUILTIN, *PRESETS, *RIVALS):
+    for name in (*rlora.methods.__all__, *BUILTIN, *PRESETS, *THIRD_PARTY):
         assert names.count(name) == 1, name
         assert len(lines[names.index(name)]) > 1
-    assert {name.partition(":")[0] for name in KNOWN} < RIVALS.keys()
+    assert {name.partition(":")[0] for name in KNOWN} < THIRD_PARTY.keys()
     assert "scaled_adamw:before" in result.stdout

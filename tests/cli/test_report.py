@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from rlora.cli import charts as drawing, page, series
-from rlora.cli.record import read_record
+from rlora.cli.bench import chart_data, charts as drawing, html
+from rlora.cli.bench.schema import read_record
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EVIL = "<script>document.title='pwned'</script>\"'&$x_1$\x1b[31m"
@@ -81,7 +81,7 @@ def written(rlora_cli, tmp_path):
 
 def by_kind(*records):
     found = {}
-    for chart in series.charts(records):
+    for chart in chart_data.charts(records):
         found.setdefault(chart.kind, []).append(chart)
     return found
 
@@ -93,7 +93,7 @@ def points(chart, method, panel=0):
 
 def test_every_chart_is_of_the_rows_it_is_about(everything):
     found = by_kind(everything)
-    assert list(found) == list(series.KINDS)
+    assert list(found) == list(chart_data.KINDS)
     (rank,) = found["overhead-rank"]
     assert rank.where == "gpt2-medium, numpy cpu, float32"
     assert points(rank, "scaled_adamw") == [(4, 1.5), (16, 2.5)]
@@ -158,10 +158,10 @@ def test_other_people_stand_beside_the_plain_step_they_are_compared_with(make):
 
 def test_the_report_has_the_charts_and_says_which_are_missing(make, everything, written):
     text = written(everything)
-    for kind in series.KINDS.values():
+    for kind in chart_data.KINDS.values():
         assert f'role="img" aria-label="{kind.title}: ' in text
         assert f"{kind.title} needs" not in text
-    assert text.count("<svg") == text.count("<figcaption>") == len(series.KINDS)
+    assert text.count("<svg") == text.count("<figcaption>") == len(chart_data.KINDS)
     alone = written(make(("lora_rite", "p", 4, 2.0)))
     assert alone.count("<svg") == 1
     assert alone.count("rlora bench run --suite scaling</code>") == 2
@@ -242,7 +242,7 @@ def test_the_page_can_be_read_without_looking(everything, written):
     tags = Tags(written(everything))
     named = {tag: [k for t, k, _ in tags.attributes if t == tag] for tag, *_ in tags.attributes}
     assert named["th"].count("scope") > 10
-    assert named["svg"].count("aria-label") == named["svg"].count("role") == len(series.KINDS)
+    assert named["svg"].count("aria-label") == named["svg"].count("role") == len(chart_data.KINDS)
     assert ("label", "for", "search") in tags.attributes
     assert ("html", "lang", "en") in tags.attributes
     assert {"Search", "All rows", "Environment", "Measure it again"} <= set(tags.texts)
@@ -310,7 +310,7 @@ def test_two_runs_give_the_same_bytes(everything, tmp_path):
         files = {path.name: path.read_bytes() for path in sorted(out.iterdir())}
         found.append({**files, "": (tmp_path / f"{seed}.html").read_bytes()})
     assert found[0] == found[1]
-    assert len(found[0]) == 1 + 2 * len(series.KINDS)
+    assert len(found[0]) == 1 + 2 * len(chart_data.KINDS)
 
 
 def test_pictures_are_files_of_their_own(everything, written, tmp_path):
@@ -327,8 +327,8 @@ def test_pictures_are_files_of_their_own(everything, written, tmp_path):
 
 
 def test_names_of_pictures_are_never_the_same():
-    charts = [series.Chart("roofline", where, []) for where in ("a b", "a-b", "a/b", "x" * 200)]
-    from rlora.cli.report import file_names
+    charts = [chart_data.Chart("roofline", where, []) for where in ("a b", "a-b", "a/b", "x" * 200)]
+    from rlora.cli.bench.report import file_names
 
     names = file_names(charts)
     assert names[:3] == ["roofline-a-b", "roofline-a-b--2", "roofline-a-b--3"]
@@ -359,16 +359,16 @@ def test_how_to_measure_it_again_is_a_command(make, rlora_cli, tmp_path):
     out = tmp_path / "x.json"
     args = ("--preset", "20x16*3", "--rank", 2, "--method", "scaled_sgd", "--repeat", 1)
     rlora_cli("bench", "run", *args, "--seed", 3, "--output", out)
-    assert page.command_of(read_record(out)) == (
+    assert html.command_of(read_record(out)) == (
         "rlora bench run --backend numpy --method scaled_sgd --rank 2 --preset '20x16*3' "
         "--repeat 1 --seed 3"
     )
     record = make(("lora_rite", "p", 4, 2.0))
     record["command"] |= {"suite": "scaling", "adapter": "a; rm -rf b"}
     record["command"]["rounds"] |= {"least": 7, "most": 100, "seconds": 8.0}
-    assert page.command_of(record).startswith("rlora bench run --suite scaling --rank 4")
-    assert page.command_of(record).endswith(" --seconds 8")
-    assert "--adapter 'a; rm -rf b'" in page.command_of(record)
+    assert html.command_of(record).startswith("rlora bench run --suite scaling --rank 4")
+    assert html.command_of(record).endswith(" --seconds 8")
+    assert "--adapter 'a; rm -rf b'" in html.command_of(record)
 
 
 def test_bad_input_is_one_line(refused, everything, tmp_path, monkeypatch):
@@ -392,8 +392,8 @@ def test_bad_input_is_one_line(refused, everything, tmp_path, monkeypatch):
     assert "rows[3] took no time" in refused(*report, tmp_path / "zero.json", "--output", out)
     pictures = ("--pictures", tmp_path / "file")
     assert "is a file" in refused(*report, record, "--output", out, *pictures)
-    monkeypatch.setitem(sys.modules, "rlora.cli.charts", None)
-    monkeypatch.delattr("rlora.cli.charts")
+    monkeypatch.setitem(sys.modules, "rlora.cli.bench.charts", None)
+    monkeypatch.delattr("rlora.cli.bench.charts")
     assert "pip install 'rlora[plot]'" in refused(*report, record, "--output", out)
     assert not out.exists()
 
@@ -455,7 +455,7 @@ class TestInABrowser:
         assert not complaints
         assert "<title>What a step costs, by model" in dom
         drawn = re.findall(r"<svg.*?</svg>", dom, re.DOTALL)
-        assert len(drawn) == len(series.KINDS)
+        assert len(drawn) == len(chart_data.KINDS)
         for svg in drawn:
             assert svg.count("<path") > 10
             assert svg.count("<text") > 5

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from rlora.backends import get
-from rlora.cli import claims, evidence, figures, reproduce
-from rlora.cli.claims import damping, invariance
+from rlora.cli import claims, plots
+from rlora.cli.claims import damping, evidence, invariance, reproduce
 from rlora.cli.claims.claim import Check, Claim, Curve, Outcome, Panel, Setting
 
 EVERY = pytest.mark.parametrize("name", claims.CLAIMS)
@@ -34,8 +34,8 @@ def toy(monkeypatch):
     def put(*values, holds=True):
         found = outcome(*values)
         claim = Claim("toy", "A toy is a toy.", "Nobody, 2024.", lambda setting: found, holds)
-        monkeypatch.setattr("rlora.cli.reproduce.CLAIMS", {"toy": ".toy"})
-        monkeypatch.setattr("rlora.cli.reproduce.load", lambda name: claim)
+        monkeypatch.setattr("rlora.cli.claims.reproduce.CLAIMS", {"toy": ".toy"})
+        monkeypatch.setattr("rlora.cli.claims.reproduce.load", lambda name: claim)
 
     return put
 
@@ -53,7 +53,7 @@ def test_the_verdict_is_the_documented_one(name):
     assert claim.statement.endswith(".")
     assert "arXiv" in claim.source
     assert found.panels
-    assert figures.as_svg(claim.statement, found.panels)
+    assert plots.as_svg(claim.statement, found.panels)
 
 
 @pytest.mark.parametrize("name", ["damping", "feature-learning-adam", "invariance"])
@@ -151,7 +151,7 @@ def test_the_figure_can_be_drawn_from_the_record(rlora_cli, toy, tmp_path):
     toy(2.0, holds=False)
     rlora_cli("reproduce", "toy", "--output", tmp_path)
     record = evidence.read_evidence(tmp_path / "toy.json")
-    drawn = figures.as_svg(evidence.title_of(record), evidence.panels_of(record))
+    drawn = plots.as_svg(evidence.title_of(record), evidence.panels_of(record))
     assert drawn == (tmp_path / "toy.svg").read_text(encoding="utf-8")
     assert "[fails, as documented] A toy" in drawn
 
@@ -163,8 +163,8 @@ def test_refusals(refused, toy, tmp_path, monkeypatch):
     assert "is a file" in refused("reproduce", "toy", "--output", tmp_path / "file")
     assert "is not installed" in refused("reproduce", "toy", "--backend", "no_such_library")
     assert "must be one of" in refused("reproduce", "invariance")  # the toy is alone now
-    monkeypatch.setitem(sys.modules, "rlora.cli.figures", None)
-    monkeypatch.delattr("rlora.cli.figures")
+    monkeypatch.setitem(sys.modules, "rlora.cli.plots", None)
+    monkeypatch.delattr("rlora.cli.plots")
     assert "pip install 'rlora[plot]'" in refused("reproduce", "toy", "--output", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -177,8 +177,8 @@ def test_an_interrupt_keeps_what_is_finished(rlora_cli, toy, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     later = finished._replace(name="later", run=interrupt)
-    monkeypatch.setattr("rlora.cli.reproduce.CLAIMS", {"toy": ".toy", "later": ".later"})
-    monkeypatch.setattr("rlora.cli.reproduce.load", {"toy": finished, "later": later}.get)
+    monkeypatch.setattr("rlora.cli.claims.reproduce.CLAIMS", {"toy": ".toy", "later": ".later"})
+    monkeypatch.setattr("rlora.cli.claims.reproduce.load", {"toy": finished, "later": later}.get)
     assert rlora_cli("reproduce", "--output", tmp_path).exit_code == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == ["toy.json", "toy.png", "toy.svg"]
 
@@ -212,7 +212,7 @@ def test_long_curves_are_thinned_and_keep_their_ends():
     ],
 )
 def test_ticks_are_true_and_short(value, text):
-    assert figures.power(value) == text
+    assert plots.power(value) == text
     assert float(text) == value
 
 

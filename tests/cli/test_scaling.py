@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from rlora.cli import presets, scaling, suite
+from rlora.cli.bench import presets, scaling, suite
 
 
 def test_a_shape_is_a_preset():
@@ -40,21 +40,21 @@ def options(**given):
 
 
 def test_the_suite_varies_width_and_layers():
-    plans = scaling.scaling_plans(None, [], **options())
+    plans = scaling.scaling_options(None, [], **options())
     assert [plan.preset for plan in plans] == [
         *(f"{width}x{width}*8" for width in (256, 512, 1024, 2048, 4096)),
         *(f"1024x1024*{layers}" for layers in (1, 4, 16, 64)),
     ]
     assert {tuple(plan.ranks) for plan in plans} == {(16,)}
     assert sum(plan.rounds.seconds for plan in plans) < 100
-    assert scaling.scaling_plans(None, [], **options(repeat=2))[0].rounds.seconds is None
+    assert scaling.scaling_options(None, [], **options(repeat=2))[0].rounds.seconds is None
 
 
 def test_without_torch_it_is_about_numpy(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda x: None if x == "torch" else find(x))
-    (plan,) = scaling.scaling_plans("64x64*2", ["4"], **options())
-    assert [arena.name for arena in plan.arenas] == ["numpy"]
+    (plan,) = scaling.scaling_options("64x64*2", ["4"], **options())
+    assert [spec.name for spec in plan.specs] == ["numpy"]
 
 
 def test_it_has_no_targets(rlora_cli, tmp_path):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rlora.cli.stats import (
+from rlora.cli.bench.stats import (
     median_interval,
     median_ratio,
     outliers,

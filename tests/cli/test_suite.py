@@ -4,8 +4,9 @@ import jsonschema
 import pytest
 
 import rlora.methods
-from rlora.cli import measure, run, schema, suite, targets
-from rlora.cli.presets import PRESETS, Preset
+from rlora.cli.bench import run, schema, suite, targets, timing
+from rlora.cli.bench.presets import PRESETS, Preset
+from rlora.cli.records import fault
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +115,7 @@ def test_every_method_has_targets():
 def plans(preset=None, ranks=(), **options):
     defaults = {"dtype": "float32", "device": None, "repeat": None, "seconds": None, "seed": 0}
     defaults |= {"adapter": None, "quick": False, "end_to_end": False, "threads": None}
-    return suite.suite_plans("speed", preset, ranks, **{**defaults, **options})
+    return suite.suite_options("speed", preset, ranks, **{**defaults, **options})
 
 
 def test_the_others_take_part_at_one_preset():
@@ -169,9 +170,9 @@ def test_limits_belong_to_what_is_allowed(sense, measured, passed):
     check = targets.make_check("x", "p", 4, sense, 2.0, measured)
     assert check["passed"] is passed
     items = schema.SCHEMA["properties"]["checks"]["items"]
-    assert schema.fault(check, items) is None
+    assert fault(check, items) is None
     assert check.pop("stable")
-    assert schema.fault(check, items) is None  # a record of before
+    assert fault(check, items) is None  # a record of before
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_limits_belong_to_what_is_allowed(sense, measured, passed):
     ],
 )
 def test_wrong_options_are_refused_first(refused, monkeypatch, args, why):
-    monkeypatch.setattr(measure, "timed", lambda contender: pytest.fail("it measured first"))
+    monkeypatch.setattr(timing, "timed", lambda stepper: pytest.fail("it measured first"))
     assert why in refused("bench", *args)
 
 

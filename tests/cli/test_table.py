@@ -3,8 +3,8 @@ import io
 import pytest
 from rich.console import Console
 
+from rlora.cli.bench.table import cells, seconds, show, show_record, size
 from rlora.cli.console import counted
-from rlora.cli.table import cells, seconds, show, show_record, size
 
 ROW = {
     "method": "scaled_adamw",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import threadpoolctl
 
-from rlora.cli.threads import pinned, reserved
+from rlora.cli.bench.threads import pinned, reserved
 
 
 def test_libraries_are_pinned_and_set_free_again():
@@ -26,7 +26,7 @@ def test_xla_makes_as_many_threads_as_were_reserved():
     pytest.importorskip("jax")
     code = (
         "import os, sys\n"
-        "from rlora.cli.threads import reserved\n"
+        "from rlora.cli.bench.threads import reserved\n"
         "with reserved(int(sys.argv[1])):\n"
         "    import jax\n"
         "    jax.numpy.ones(3).block_until_ready()\n"

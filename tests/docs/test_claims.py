@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from rlora.cli.claims import CLAIMS, load
+from rlora.cli.claims.evidence import read_evidence
 from rlora.cli.claims.theory import ROWS
-from rlora.cli.evidence import read_evidence
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "reference" / "claims.py"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlora.cli import launches
+from rlora.cli.bench import device_ops
 from rlora.torch import ScaledAdamW, precondition
 
 KINDS = {
@@ -26,7 +26,7 @@ def watch(kind, **options):
         made.append(kind(model, lr=1e-2, **options))
         return made[0]
 
-    seen = launches.seen_in_a_step(make, 2)
+    seen = device_ops.seen_in_a_step(make, 2)
     counters = [held["step"].device.type for held in made[0].state.values()]
     return seen, counters
 

@@ -261,9 +261,9 @@ def test_the_host_reads_once():
     """On fake CUDA tensors of two ranks: one copy to the host, and no decomposition there."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from rlora.cli import launches
+    from rlora.cli.bench import device_ops
 
-    with FakeTensorMode(), launches._without_guards():
+    with FakeTensorMode(), device_ops._without_guards():
         watch = Watch()
         pairs = [
             tuple(torch.empty(shape, device="cuda") for shape in ((r, 12), (9, r)))

@@ -208,9 +208,9 @@ def test_saving_does_not_wait_for_an_accelerator(monkeypatch):
     """On fake CUDA tensors nothing is asked for."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from rlora.cli import launches
+    from rlora.cli.bench import device_ops
 
-    with FakeTensorMode(), launches._without_guards():
+    with FakeTensorMode(), device_ops._without_guards():
         A, B = (torch.empty(s, device="cuda", requires_grad=True) for s in ((3, 12), (9, 3)))
         optimizer = ScaledAdamW([A, B], pairs=[(A, B)])
         asked = []

@@ -1,0 +1,34 @@
+"""``rlora bench``: what a step costs here, beside the plain step, on shapes of real models."""
+
+import click
+
+from rlora.cli.lazy import Lazy
+
+HELP = """Time steps beside the plain step, on LoRA shapes of models.
+
+`rlora bench` with options and no command is `rlora bench run`: it prints a table, and --output
+keeps the record with every sample and the environment. The other commands read records.
+"""
+
+
+class Bench(Lazy):
+    """The commands; without one, `run`."""
+
+    where = {  # noqa: RUF012
+        "compare": "rlora.cli.bench.compare",
+        "export": "rlora.cli.bench.export",
+        "list": "rlora.cli.bench.list",
+        "report": "rlora.cli.bench.report",
+        "run": "rlora.cli.bench.run",
+        "show": "rlora.cli.bench.show",
+    }
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0] != "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=Bench, help=HELP, epilog="`rlora bench run --help` has the options.")
+def bench() -> None:
+    pass

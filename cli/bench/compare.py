@@ -1,0 +1,120 @@
+"""``rlora bench compare``: what has become faster or slower between two records."""
+
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from rlora.cli.console import console, fitted
+
+from .schema import read_record
+from .stats import FEWEST, Interval, quotient_interval, round_ratios
+
+REGRESSED = 1
+"""Exit code."""
+
+Row = dict[str, Any]
+
+
+class Change(NamedTuple):
+    """One row of both records, or of one."""
+
+    row: Row
+    of: str
+    """Quantity compared: "ratio" to the plain step, or "time"."""
+
+    quotient: float | None
+    interval: Interval | None
+    verdict: str
+
+
+@click.command()
+@click.argument("old", type=Path)
+@click.argument("new", type=Path)
+@click.option("--threshold", type=float, default=0.10, show_default=True, help="What is tolerated.")
+def compare(old: Path, new: Path, threshold: float) -> int:
+    """Compare the records OLD and NEW row by row.
+
+    The exit code is 1 if any row became slower: if the whole interval (95 %, bootstrap) of new over
+    old lies above 1 + threshold.
+    """
+    if not 0 <= threshold < float("inf"):
+        msg = f"--threshold must be a number from 0 up, got {threshold}"
+        raise ValueError(msg)
+    found = changes(read_record(old), read_record(new), threshold)
+    if not any(change.quotient for change in found):
+        msg = f"{old.name} and {new.name} have no row in common"
+        raise ValueError(msg)
+    out = console()
+    out.print(_table(found, out))
+    return REGRESSED if any(change.verdict == "slower" for change in found) else 0
+
+
+def changes(old: dict[str, Any], new: dict[str, Any], threshold: float) -> list[Change]:
+    """Compare two records: the rows of the new one, then those that only the old one has."""
+    before, after = _by_key(old), _by_key(new)
+    found = [_change(key, before, after, threshold) for key in after]
+    return found + [
+        Change(row, "-", None, None, "only in old")
+        for key, row in before.items()
+        if key not in after
+    ]
+
+
+def _by_key(record: dict[str, Any]) -> dict[Any, Row]:
+    return {_key(row, row["backend"], row["method"]): row for row in record["rows"]}
+
+
+def _key(row: Row, backend: str, method: str) -> Any:
+    return backend, method, *(str(row[name]) for name in ("dtype", "preset", "adapter", "rank"))
+
+
+def _change(key: Any, before: dict[Any, Row], after: dict[Any, Row], threshold: float) -> Change:
+    row = after[key]
+    if key not in before:
+        return Change(row, "-", None, None, "only in new")
+    pair = [(before[key], before), (row, after)]
+    samples, of = [_ratios(x, rows) for x, rows in pair], "ratio"
+    plain = row["method"] == row["ratio_to"]
+    if plain or not all(samples):
+        samples, of = [x["samples_s"] for x, _ in pair], "time"
+    medians = [statistics.median(x) for x in samples]
+    interval = quotient_interval(samples[1], samples[0])
+    # Time tells machines apart as well as code: the plain step is there to be divided by.
+    verdict = "baseline" if plain else _verdict(interval, threshold)
+    if min(map(len, samples)) < FEWEST:
+        verdict = "too few samples"
+    return Change(row, of, medians[1] / medians[0], interval, verdict)
+
+
+def _ratios(row: Row, rows: dict[Any, Row]) -> list[float]:
+    plain = rows.get(_key(row, row["ratio_to_backend"], row["ratio_to"]))
+    return round_ratios(row["samples_s"], plain["samples_s"]) if plain else []
+
+
+def _verdict(interval: Interval, threshold: float) -> str:
+    if interval[0] > 1 + threshold:
+        return "slower"
+    return "faster" if interval[1] < 1 / (1 + threshold) else "same"
+
+
+def _table(found: list[Change], out: Console) -> Table:
+    keep = ("method", "on", "rank", "new/old", "verdict")
+    lines = [_cells(change) for change in found]
+    return fitted(None, lines, out, keep=keep, texts=("method", "on", "of", "verdict"))
+
+
+def _cells(change: Change) -> dict[str, str]:
+    row, quotient, interval = change.row, change.quotient, change.interval
+    return {
+        "method": row["method"],
+        "on": f"{row['backend']} {row['device']}",
+        "rank": str(row["rank"]),
+        "of": change.of,
+        "new/old": "-" if quotient is None else f"{quotient:.2f}",
+        "interval": "-" if interval is None else f"{interval[0]:.2f}-{interval[1]:.2f}",
+        "verdict": change.verdict,
+    }

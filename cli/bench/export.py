@@ -1,0 +1,267 @@
+"""``rlora bench export``: a record in the formats of other tools, each a pure function."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import numpy as np
+
+from rlora.cli.records import check_writable, make_folder, write_text
+
+from .schema import read_record
+from .table import cells
+
+Record = dict[str, Any]
+Row = dict[str, Any]
+
+
+def full_name(row: Row) -> str:
+    """Name a row the same in every format and every run: ``gpt2-medium/torch/r16/adamw``."""
+    rank = row["rank"]
+    ranks = "-".join(map(str, rank)) if isinstance(rank, list) else str(rank)
+    return f"{row['preset'] or row['adapter']}/{row['backend']}/r{ranks}/{row['method']}"
+
+
+def pytest_benchmark(record: Record, commit: str) -> str:
+    """Write what ``pytest-benchmark compare`` reads, and several dashboards; seconds."""
+    environment = record["environment"]
+    made = {
+        "machine_info": {
+            "node": "",
+            "processor": environment["cpu"],
+            "machine": environment["machine"],
+            "python_version": environment["python"],
+            "python_implementation": "CPython",
+            "system": environment["system"],
+            "cpu": {"brand_raw": environment["cpu"], "count": environment["cpus"]},
+        },
+        "commit_info": {"id": commit, "time": record["created"], "dirty": False, "branch": ""},
+        "benchmarks": [_pytest_row(row) for row in record["rows"]],
+        "datetime": record["created"],
+        "version": "5.0.0",
+    }
+    return json.dumps(made, indent=1) + "\n"
+
+
+def _pytest_row(row: Row) -> dict[str, Any]:
+    params = {key: row[key] for key in ("method", "backend", "rank", "preset", "adapter", "dtype")}
+    extra = ("ratio", "ratio_to", "state_bytes", "peak_temporary_bytes", "verdict")
+    return {
+        "group": f"{row['preset'] or row['adapter']}, rank {row['rank']}",
+        "name": full_name(row),
+        "fullname": full_name(row),
+        "params": params,
+        "param": full_name(row),
+        "extra_info": {key: row[key] for key in extra},
+        "options": {"disable_gc": True, "timer": "perf_counter", "warmup": True},
+        "stats": _pytest_stats(row["samples_s"]),
+    }
+
+
+def _pytest_stats(samples: list[float]) -> dict[str, Any]:
+    x = np.sort(samples)
+    q1, median, q3 = (float(q) for q in np.quantile(x, (0.25, 0.5, 0.75)))
+    mean, deviation = float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else 0.0
+    inside = x[(x >= q1 - 1.5 * (q3 - q1)) & (x <= q3 + 1.5 * (q3 - q1))]
+    far = int(np.sum(np.abs(x - mean) > deviation))
+    return {
+        "min": float(x[0]),
+        "max": float(x[-1]),
+        "mean": mean,
+        "stddev": deviation,
+        "rounds": len(x),
+        "median": median,
+        "iqr": q3 - q1,
+        "q1": q1,
+        "q3": q3,
+        "iqr_outliers": len(x) - len(inside),
+        "stddev_outliers": far,
+        "outliers": f"{far};{len(x) - len(inside)}",
+        "ld15iqr": float(inside[0]),
+        "hd15iqr": float(inside[-1]),
+        "ops": 1 / mean,
+        "total": float(x.sum()),
+        "iterations": 1,
+        "data": samples,
+    }
+
+
+def github_action(record: Record, commit: str) -> str:
+    """``customSmallerIsBetter`` of github-action-benchmark: step times, then ratios."""
+    cases = []
+    for row in record["rows"]:
+        half = (row["spread"] or 0) * row["median_s"] / 2
+        about = f"{len(row['samples_s'])} samples; {row['verdict']}"
+        step = {"unit": "ms", "value": row["median_s"] * 1e3, "range": f"± {half * 1e3:.3g}"}
+        cases.append({"name": f"{full_name(row)}/step", **step, "extra": about})
+        if row["ratio"] is not None:
+            to = f"x {row['ratio_to']}"
+            cases.append({"name": f"{full_name(row)}/ratio", "unit": to, "value": row["ratio"]})
+    return json.dumps(cases, indent=1) + "\n"
+
+
+def bencher(record: Record, commit: str) -> str:
+    """Bencher Metric Format: latency in nanoseconds, with quartiles, and our own measures."""
+    made = {}
+    for row in record["rows"]:
+        low, middle, high = (float(q) for q in np.quantile(row["samples_s"], (0.25, 0.5, 0.75)))
+        latency = {"value": middle * 1e9, "lower_value": low * 1e9, "upper_value": high * 1e9}
+        measures: dict[str, Any] = {"latency": latency}
+        if row["ratio"] is not None:
+            measures["ratio"] = {"value": row["ratio"]}
+        measures["state-bytes"] = {"value": row["state_bytes"]}
+        made[full_name(row)] = measures
+    return json.dumps(made, indent=1) + "\n"
+
+
+ASV_COLUMNS: Final = [
+    *("result", "params", "version", "started_at", "duration", "stats_ci_99_a", "stats_ci_99_b"),
+    *("stats_q_25", "stats_q_75", "stats_number", "stats_repeat", "samples"),
+]
+
+
+MACHINE: Final = "rlora-bench"
+"""Name of the machine and of the environment in asv's results."""
+
+
+def asv(record: Record, commit: str) -> str:
+    """A result file of asv (version 2): a benchmark for each row, its samples in seconds."""
+    environment, created = record["environment"], _milliseconds(record["created"])
+    machine = _asv_machine(record)
+    made = {
+        "version": 2,
+        "commit_hash": commit,
+        "env_name": MACHINE,
+        "date": created,
+        "params": {**machine, "python": environment["python"]},
+        "python": environment["python"],
+        "requirements": environment["versions"],
+        "env_vars": {},
+        "durations": {},
+        "result_columns": ASV_COLUMNS,
+        "results": {_asv_name(row): _asv_row(row, created) for row in record["rows"]},
+    }
+    return json.dumps(made) + "\n"
+
+
+def _asv_machine(record: Record) -> dict[str, str]:
+    environment = record["environment"]
+    return {
+        "machine": MACHINE,
+        "arch": environment["machine"],
+        "cpu": environment["cpu"],
+        "num_cpu": str(environment["cpus"]),
+        "os": environment["system"],
+        "ram": str(environment["memory_bytes"] or ""),
+    }
+
+
+def write_asv_results(record: Record, commit: str, folder: Path) -> None:
+    """Write a result with all that asv asks for beside it, into its folder of results.
+
+    Its machine, without which asv skips the result, and its benchmarks, added to those that the
+    folder has.
+    """
+    make_folder("--output", folder / MACHINE)
+    known = folder / "benchmarks.json"
+    benchmarks = json.loads(known.read_text()) if known.exists() else {"version": 2}
+    benchmarks |= {_asv_name(row): _asv_benchmark(row) for row in record["rows"]}
+    machine = {**_asv_machine(record), "version": 1}
+    result = folder / MACHINE / f"{commit[:8]}-{MACHINE}.json"
+    write_text(known, json.dumps(benchmarks, indent=1) + "\n")
+    write_text(folder / MACHINE / "machine.json", json.dumps(machine, indent=1) + "\n")
+    write_text(result, asv(record, commit))
+
+
+def _asv_benchmark(row: Row) -> dict[str, Any]:
+    return {
+        "name": _asv_name(row),
+        "version": full_name(row),
+        "code": "",
+        "type": "time",
+        "unit": "seconds",
+        "params": [],
+        "param_names": [],
+    }
+
+
+def _asv_name(row: Row) -> str:
+    return f"{full_name(row).replace('/', '.')}.time_step"
+
+
+def _asv_row(row: Row, created: int) -> list[Any]:
+    samples = row["samples_s"]
+    low, q1, median, q3, high = (
+        [float(q)] for q in np.quantile(samples, (0.0, 0.25, 0.5, 0.75, 1.0))
+    )
+    duration, repeat = sum(samples), [len(samples)]
+    version = full_name(row)
+    return [median, [], version, created, duration, low, high, q1, q3, [1], repeat, [samples]]
+
+
+def _milliseconds(created: str) -> int:
+    return int(datetime.fromisoformat(created).timestamp() * 1000)
+
+
+def as_csv(record: Record, commit: str) -> str:
+    """One line for each row, with the numbers as they are; of the samples their count."""
+    out = io.StringIO()
+    lines = [_csv_row(row) for row in record["rows"]]
+    writer = csv.DictWriter(out, list(lines[0]) if lines else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def _csv_row(row: Row) -> dict[str, Any]:
+    low, high = row["ratio_interval"] or (None, None)
+    rest = {key: value for key, value in row.items() if key not in ("samples_s", "ratio_interval")}
+    return {**rest, "samples": len(row["samples_s"]), "ratio_low": low, "ratio_high": high}
+
+
+def markdown(record: Record, commit: str) -> str:
+    """Give the table as it is on the screen."""
+    lines = [cells(row) for row in record["rows"]]
+    names = [x for x in (lines[0] if lines else ()) if any(line[x] != "-" for line in lines)]
+    rows = [names, ["---"] * len(names), *([line[name] for name in names] for line in lines)]
+    return "".join(f"| {' | '.join(map(_in_cell, row))} |\n" for row in rows)
+
+
+def _in_cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+FORMATS: Final[dict[str, Callable[[Record, str], str]]] = {
+    "asv": asv,
+    "bencher": bencher,
+    "csv": as_csv,
+    "github-action": github_action,
+    "markdown": markdown,
+    "pytest-benchmark": pytest_benchmark,
+}
+
+
+@click.command()
+@click.argument("record", type=Path)
+@click.option("--format", "name", type=click.Choice(list(FORMATS)), required=True)
+@click.option(
+    "--output", type=Path, help="A file, of asv the folder of its results; else standard output."
+)
+@click.option("--commit", default="0" * 40, help="What was measured, for formats that keep it.")
+def export(record: Path, name: str, output: Path | None, commit: str) -> None:
+    """Write RECORD in a format of another tool."""
+    read = read_record(record)
+    if name == "asv" and output is not None:
+        write_asv_results(read, commit, output)
+        return
+    text = FORMATS[name](read, commit)
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    check_writable(output)
+    write_text(output, text)

@@ -1,0 +1,167 @@
+"""Tables of a benchmark, for a terminal."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlora.cli.console import counted, fitted
+
+KEEP = ("method", "on", "rank", "ratio")
+"""Columns of a table at any width: without `on`, rows of two backends would look alike."""
+
+ORDER = (
+    *("step", "verdict", "spread", "state", "peak temporary", "interval", "of training"),
+    *("to", "operations", "first", "compile", "samples", "model", "of roofline"),
+)
+"""Other columns; where not all fit, the last are left out first."""
+
+TEXTS = ("method", "on", "to", "verdict")
+
+SIGNS = {"at most": "<=", "at least": ">=", "exactly": "=="}
+EXACT = 1000
+"""From here on a figure counts something."""
+
+NOTES = {
+    "step": "step: median.",
+    "spread": "spread: interquartile range / median.",
+    "ratio": "ratio: median over the rounds of the step against the plain method's in the same "
+    "round.",
+    "interval": "interval: of the ratio, 95 %.",
+    "first": "first: the first step, after compiling.",
+    "peak temporary": "peak (temporary): most bytes held at once in a step that were not "
+    "before it.",
+    "operations": "operations: handed to torch's dispatcher in a step.",
+    "model": "model: the least time for the bytes and flops of the method at the peaks below.",
+    "of roofline": "of roofline: model / step, above 100 % where arrays fit a cache.",
+    "of training": "of training: step / (step + forward + backward of these layers, 128 tokens).",
+}
+"""The meaning of columns; printed for those that are there."""
+
+
+def show_record(record: dict[str, Any], out: Console) -> None:
+    """Print the rows of a record, a table for each preset, and the verdicts of a suite."""
+    if not record["rows"]:
+        out.print(Text("no rows: it was interrupted before the first round"))
+    partial = ", interrupted" if record["partial"] else ""
+    dtype = record["command"]["dtype"]
+    for where, group in groupby(record["rows"], lambda row: row["preset"] or row["adapter"]):
+        rows = list(group)
+        show(f"{where}: {counted(rows[0]['pairs'], 'pair')}, {dtype}{partial}", rows, out)
+    for peak in record["peaks"]:
+        rates = f"{size(round(peak['bytes_per_s']))}/s, {peak['flops_per_s'] / 1e9:.3g} Gflop/s"
+        out.print(Text(f"peak of {peak['backend']} {peak['device']}: {rates}"))
+    if record["checks"]:
+        out.print(_verdicts(record["checks"], out))
+        passed = sum(check["passed"] for check in record["checks"])
+        unsure = sum(not check.get("stable", True) for check in record["checks"])
+        note = f"; {unsure}, with a ?, by rows that are unstable" if unsure else ""
+        out.print(Text(f"{passed} of {counted(len(record['checks']), 'target')} reached{note}"))
+
+
+def _verdicts(checks: Sequence[dict[str, Any]], out: Console) -> Table:
+    lines = [
+        {
+            "": ("PASS" if check["passed"] else "FAIL") + "?" * (not check.get("stable", True)),
+            "what": check["what"],
+            "preset": check["preset"],
+            "rank": "-" if check["rank"] is None else str(check["rank"]),
+            "limit": f"{SIGNS[check['sense']]} {figure(check['limit'])}",
+            "measured": figure(check["measured"]),
+        }
+        for check in checks
+    ]
+    keep, texts = ("", "what", "preset", "rank"), ("what", "preset", "limit")
+    return fitted(None, lines, out, keep=keep, texts=texts, order=("measured",))
+
+
+def figure(value: float) -> str:
+    """A ratio to two digits behind the point, a number of bytes whole."""
+    return f"{value:.2f}" if value < EXACT else f"{value:.0f}"
+
+
+def show(title: str, rows: Sequence[dict[str, Any]], out: Console) -> None:
+    """Print the rows as a table, and under it the meaning of its columns."""
+    lines = _without_empty([{**cells(row), "verdict": word_of(row)} for row in rows])
+    table = fitted(title, lines, out, keep=KEEP, texts=TEXTS, order=ORDER, section="rank")
+    out.print(table)
+    shown = [str(column.header) for column in table.columns]
+    notes = [note for name, note in NOTES.items() if name in shown]
+    for note in (*notes, *filter(None, (instability(rows),))):
+        out.print(Text(note))
+
+
+def word_of(row: dict[str, Any]) -> str:
+    """Give the first word of a verdict: "ok" or "unstable"."""
+    return str(row["verdict"].partition(":")[0])
+
+
+def instability(rows: Sequence[dict[str, Any]]) -> str | None:
+    """Say once for all rows why they are unstable and what to do; None if none is."""
+    advice: dict[str, list[str]] = {}
+    for row in rows:
+        word, _, why = row["verdict"].partition(": ")
+        if word != "ok":
+            reason, _, hint = why.partition("; ")
+            advice.setdefault(hint, []).append(reason)
+    if not advice:
+        return None
+    said = [
+        f"{len(reasons)} of {counted(len(rows), 'row')}, "
+        f"{'for example ' if len(set(reasons)) > 1 else ''}{reasons[0]} ({hint})"
+        for hint, reasons in advice.items()
+    ]
+    return f"unstable: {'; '.join(said)}."
+
+
+def _without_empty(lines: list[dict[str, str]]) -> list[dict[str, str]]:
+    kept = [name for name in lines[0] if any(line[name] != "-" for line in lines)]
+    return [{name: line[name] for name in kept} for line in lines]
+
+
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """One row as text, by column."""
+    rank, home = row["rank"], row["ratio_to_backend"]
+    interval, operations = row["ratio_interval"], row["operations"]
+    model, rest = row["model_s"], row["forward_backward_s"]
+    return {
+        "method": row["method"],
+        "on": f"{row['backend']} {row['device']}",
+        "rank": f"{rank[0]}-{rank[-1]}" if isinstance(rank, list) else str(rank),
+        "samples": str(len(row["samples_s"])),
+        "step": seconds(row["median_s"]),
+        "spread": "-" if row["spread"] is None else f"{row['spread']:.0%}",
+        "ratio": "-" if row["ratio"] is None else f"{row['ratio']:.2f}",
+        "interval": "-" if interval is None else f"{interval[0]:.2f}-{interval[1]:.2f}",
+        "to": row["ratio_to"] if home == row["backend"] else f"{row['ratio_to']} on {home}",
+        "compile": "-" if row["compile_s"] is None else seconds(row["compile_s"]),
+        "first": seconds(row["first_call_s"]),
+        "state": size(row["state_bytes"]),
+        "peak temporary": size(row["peak_temporary_bytes"]),
+        "operations": "-" if operations is None else str(operations),
+        "model": "-" if model is None else seconds(model),
+        "of roofline": "-" if model is None else f"{model / row['median_s']:.0%}",
+        "of training": "-" if rest is None else f"{row['median_s'] / (row['median_s'] + rest):.1%}",
+        "verdict": row["verdict"],
+    }
+
+
+def seconds(value: float) -> str:
+    """Say a time in the unit that suits it, three digits."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms")):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}" if value * factor < 1e3 else f"{value:.0f} s"
+    return f"{value * 1e6:.3g} us"
+
+
+def size(value: int | None) -> str:
+    """Bytes in the decimal unit that suits them, three digits."""
+    if value is None:
+        return "-"
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value} B"

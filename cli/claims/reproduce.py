@@ -1,0 +1,141 @@
+"""``rlora reproduce``: the claims of the papers, tried here."""
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+from rich.text import Text
+
+from rlora.cli.bench.options import among, make_spec
+from rlora.cli.bench.report import drawing
+from rlora.cli.console import console, counted, text_table
+from rlora.cli.records import check_writable, make_folder, write_bytes, write_record, write_text
+
+from . import CLAIMS, load
+from .claim import Claim, Setting, Track
+from .evidence import make_evidence, panels_of, title_of
+
+T = TypeVar("T")
+
+ALL: Final = "all"
+OFF: Final = 1
+"""Exit code when a verdict is not the documented one."""
+
+HELP = """Try the claims of the papers in small, seeded experiments.
+
+All of them, or those that are named as CLAIM. Each leaves a figure (PNG and SVG) and a record
+(JSON) in the folder --output. The exit code is 1 if any verdict is not the documented one. Figures
+need matplotlib: pip install 'rlora[plot]'.
+"""
+
+
+@click.command(help=HELP, epilog="`rlora reproduce --list` has the claims.")
+@click.argument("names", nargs=-1, metavar="[CLAIM|all]...")
+@click.option("--list", "listing", is_flag=True, help="List the claims, and try none.")
+@click.option("--quick", is_flag=True, help="Smaller experiments, for the same verdicts.")
+@click.option(
+    "--output",
+    type=Path,
+    default=Path("build", "reproduce"),
+    show_default=True,
+    help="A folder for figures and records; made if need be.",
+)
+@click.option("--backend", default="numpy", show_default=True, help="Whose arrays are stepped.")
+def reproduce(
+    names: tuple[str, ...], *, listing: bool, quick: bool, output: Path, backend: str
+) -> int:
+    chosen = [load(name) for name in choose(names)]
+    if listing:
+        show_claims(chosen)
+        return 0
+    draw = drawing("rlora.cli.plots")
+    if backend == "jax":
+        os.environ.setdefault("JAX_ENABLE_X64", "1")  # read when JAX is imported
+    arrays = make_spec(backend, "float64", None)
+    make_folder("--output", output)
+    for claim in chosen:
+        check_writable(output / f"{claim.name}.json")
+    with tracking() as track:
+        setting = Setting(arrays.backend, quick, track)
+        records = [attempt(claim, setting, output, draw) for claim in chosen]
+    off = show_verdicts(records)
+    click.echo(f"figures and records: {output}")
+    return OFF if off else 0
+
+
+def choose(names: tuple[str, ...]) -> list[str]:
+    """The claims of these names, each once, in the order of the registry."""
+    wanted = among("CLAIM", names or (ALL,), (*CLAIMS, ALL))
+    return [name for name in CLAIMS if ALL in wanted or name in wanted]
+
+
+@contextmanager
+def tracking() -> Iterator[Track]:
+    """Bars on a terminal's stderr, one for each loop that is under way; elsewhere nothing."""
+    stderr = Console(stderr=True)
+    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
+
+        def track(items: Iterable[T], label: str) -> Iterable[T]:
+            task = bars.add_task(label, total=len(items) if isinstance(items, Sized) else None)
+            for item in items:
+                yield item
+                bars.advance(task)
+            bars.remove_task(task)
+
+        yield track
+
+
+def attempt(claim: Claim, setting: Setting, output: Path, draw: ModuleType) -> dict[str, Any]:
+    """Try a claim, write its files, and show what came out."""
+    click.echo(f"{claim.name}: {claim.statement}", err=True)
+    start = time.perf_counter()
+    outcome = claim.run(setting)
+    record = make_evidence(claim, outcome, setting, time.perf_counter() - start)
+    # What is drawn is what is kept.
+    title, panels = title_of(record), panels_of(record)
+    write_text(output / f"{claim.name}.svg", draw.as_svg(title, panels))
+    write_bytes(output / f"{claim.name}.png", draw.as_png(title, panels))
+    write_record(output / f"{claim.name}.json", record)
+    show_checks(record)
+    return record
+
+
+def show_checks(record: dict[str, Any]) -> None:
+    """Print each value beside its threshold."""
+    title = f"{record['claim']}: {record['verdict']} ({record['seconds']} s)"
+    table = text_table("", "value", "", "threshold", "holds", title=title)
+    for check in record["checks"]:
+        value = "-" if check["value"] is None else f"{check['value']:.3g}"
+        threshold = f"{check['threshold']:.3g}"
+        holds = "yes" if check["holds"] else "no"
+        table.add_row(*map(Text, (check["what"], value, check["bound"], threshold, holds)))
+    console().print(table)
+
+
+def show_verdicts(records: list[dict[str, Any]]) -> int:
+    """Print the verdicts; give the number of those that are not as documented."""
+    table = text_table("claim", "verdict", "seconds")
+    for record in records:
+        row = (record["claim"], record["verdict"], str(record["seconds"]))
+        table.add_row(*map(Text, row))
+    off = sum(not record["as_documented"] for record in records)
+    out = console()
+    out.print(table)
+    out.print(f"{len(records) - off} of {counted(len(records), 'verdict')} as documented")
+    return off
+
+
+def show_claims(claims: list[Claim]) -> None:
+    """Print claims with what is documented of them."""
+    table = text_table("claim", "documented", "statement")
+    for claim in claims:
+        documented = "holds" if claim.holds else "fails"
+        table.add_row(*map(Text, (claim.name, documented, claim.statement)))
+    console().print(table)

@@ -1,0 +1,107 @@
+import sys
+import types
+
+import pytest
+
+import rlora
+from rlora.backends import get
+from rlora.cli.bench.cases import ArraySpec
+from rlora.cli.bench.problem import random_problem
+from rlora.cli.bench.third_party import find_third_party
+from rlora.cli.bench.torch_cases import SharedTensors, optax_case, torch_cases
+
+torch = pytest.importorskip("torch")
+PROBLEM = random_problem([(40, 30), (24, 30)], 4, seed=0)
+YARDSTICK = ("torch", "adamw")
+
+
+def built(name):
+    shared = SharedTensors(PROBLEM, ArraySpec(get("torch"), "float32", None))
+    (case,) = torch_cases(shared, [], [find_third_party(name)], YARDSTICK)
+    assert (case.name, case.backend, case.ratio_to) == (name, "torch", YARDSTICK)
+    return case.build()
+
+
+@pytest.mark.parametrize("flag", ["foreach", "fused"])
+def test_flags_of_adamw(flag):
+    stepper = built(f"torch.adamw:{flag}")
+    assert stepper._optimizer.param_groups[0][flag]
+    assert stepper.operations() > 0
+
+
+def test_any_torch_optimizer_by_its_path():
+    stepper = built("torch.optim:NAdam")
+    stepper.refresh()
+    stepper.step()
+    assert isinstance(stepper._optimizer, torch.optim.NAdam)
+
+
+def test_a_class_of_the_folder_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "mine_alone.py").write_text("from torch.optim import SGD as Mine\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [x for x in sys.path if x])
+    assert isinstance(built("mine_alone:Mine")._optimizer, torch.optim.SGD)
+    monkeypatch.delitem(sys.modules, "mine_alone")
+
+
+@pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
+def test_packages_that_may_be_there(package, monkeypatch):
+    module = types.SimpleNamespace(AdamW8bit=torch.optim.SGD)
+    monkeypatch.setitem(sys.modules, f"{package}.optim", module)
+    monkeypatch.setitem(sys.modules, package, types.SimpleNamespace(optim=module))
+    assert isinstance(built(package)._optimizer, torch.optim.SGD)
+    monkeypatch.setitem(sys.modules, f"{package}.optim", None)
+    with pytest.raises(rlora.BackendError, match=f"pip install -U {package}"):
+        find_third_party(package)
+
+
+class Absent:
+    """A finder that says of PEFT what Python says of a package that is not installed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "peft":
+            raise ModuleNotFoundError("No module named 'peft'", name="peft")
+
+
+def test_a_package_that_is_not_installed_is_not_called_old(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
+    with pytest.raises(rlora.BackendError, match=r"peft is not installed: pip install peft$"):
+        find_third_party("peft")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("lion", "module:Class"),
+        ("torch.adamw:fast", "torch.adamw:foreach"),
+        ("no_such_module:X", "cannot be imported"),
+        ("torch.optim:Lion", "cannot be imported"),
+        ("torch.optim:LBFGS", None),
+        ("torch.nn:Linear", "cannot be called as Linear"),
+        ("types:SimpleNamespace", "cannot be called"),
+    ],
+)
+def test_wrong_names(name, why):
+    if why is None:
+        assert find_third_party(name).framework == "torch"
+        return
+    with pytest.raises(ValueError, match=why):
+        find_third_party(name)
+
+
+def test_optax_takes_the_steps_of_optax():
+    jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
+    spec = ArraySpec(get("jax"), "float32", None)
+    stepper = optax_case(PROBLEM, spec, find_third_party("optax.adamw"), ("jax", "adamw")).build()
+    assert stepper.compile() > 0
+    stepper.step()
+    params = spec.factors(PROBLEM.pairs)
+    adamw = optax.adamw(1e-4, weight_decay=0.01)
+    updates, _ = adamw.update(spec.factors(PROBLEM.grads), adamw.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    same = jax.tree.map(lambda x, y: bool(abs(x - y).max() < 1e-7), stepper._params, moved)
+    assert all(jax.tree.leaves(same))
+    assert stepper.state_bytes() >= 2 * 4 * PROBLEM.parameters
+    assert stepper.peak_temporary_bytes() > 0
