@@ -1,8 +1,10 @@
 """Standard output and stderr: tables that fit a terminal, progress bars, messages on one line."""
 
+import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import click
@@ -42,12 +44,14 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def text_table(*heads: str, title: str | None = None) -> Table:
+def text_table(*heads: str, rows: Iterable[Iterable[str]] = (), title: str | None = None) -> Table:
     """Make a table of text, whose cells wrap and are never cut."""
     table = Table(box=SIMPLE_HEAD, title=None if title is None else Text(title))
     table.title_justify, table.title_style = "left", "bold"
     for head in heads:
         table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -138,3 +142,12 @@ def progress(label: str, total: int, *, log: bool = False) -> Iterator[Any]:
             bar.refresh()
 
         yield tick
+
+
+def load_plots(module: str = "rlora.cli.plots") -> ModuleType:
+    """Import what draws, or what writes HTML; an ImportError says how to get what it needs."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        msg = "figures need matplotlib and Jinja2: pip install 'rlora[plot]'"
+        raise ImportError(msg) from error

@@ -16,38 +16,25 @@ from .environment import BASE, EXTRAS, blas, cpu_count, cpu_model, versions
 @click.command()
 def info() -> None:
     """Show versions, backends with their devices, and BLAS libraries."""
-    backends = rlora.backends.available()
-    out = console()
-    out.print(_pairs({"rlora": rlora.__version__, **_system(), **_versions()}))
-    table = text_table("backend", "version", "devices, or why it cannot be used")
-    for name, found in backends.items():
-        says = ", ".join(found.devices) if found.usable else one_line(found.why_not or "unusable")
-        table.add_row(Text(name), Text(found.version or "-"), Text(says))
-    out.print(table)
-    out.print(_blas())
-
-
-def _system() -> dict[str, str]:
-    return {
+    found = rlora.backends.available()  # first: CuPy tells its version when it is imported
+    told = {
+        "rlora": rlora.__version__,
         "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
         "cpu": f"{cpu_model()}, {cpu_count()} logical",
+        **versions((*BASE, *EXTRAS)),
     }
-
-
-def _versions() -> dict[str, str]:
-    return {name: found or "not installed" for name, found in versions((*BASE, *EXTRAS)).items()}
-
-
-def _pairs(lines: dict[str, str]) -> Table:
     grid = Table.grid(padding=(0, 2))
-    for name, value in lines.items():
-        grid.add_row(Text(name), Text(value))
-    return grid
+    for name, value in told.items():
+        grid.add_row(Text(name), Text(value or "not installed"))
+    heads = ("backend", "version", "devices, or why it cannot be used")
+    backends = [(name, x.version or "-", usable(x)) for name, x in found.items()]
+    libraries = [(x["library"], x["version"] or "-", str(x["threads"])) for x in blas()]
+    out = console()
+    out.print(grid)
+    out.print(text_table(*heads, rows=backends))
+    out.print(text_table("BLAS, OpenMP", "version", "threads", rows=libraries))
 
 
-def _blas() -> Table:
-    table = text_table("BLAS, OpenMP", "version", "threads")
-    for library in blas():
-        told = (library["library"], library["version"] or "-", str(library["threads"]))
-        table.add_row(*map(Text, told))
-    return table
+def usable(found: rlora.backends.BackendInfo) -> str:
+    """Name the devices of a backend, or say why it cannot be used."""
+    return ", ".join(found.devices) if found.usable else one_line(found.why_not or "unusable")

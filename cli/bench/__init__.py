@@ -1,10 +1,10 @@
-"""``rlora bench``: what a step costs here, beside the plain step, on shapes of real models."""
+"""``rlora bench``: what a step costs here, beside plain AdamW's, on shapes of real models."""
 
 import click
 
 from rlora.cli.lazy import Lazy
 
-HELP = """Time steps beside the plain step, on LoRA shapes of models.
+HELP = """Time optimizer steps beside plain AdamW's, on LoRA shapes of models.
 
 `rlora bench` with options and no command is `rlora bench run`: it prints a table, and --output
 keeps the record with every sample and the environment. The other commands read records.

@@ -60,7 +60,7 @@ class Case(NamedTuple):
     backend: str
     name: str
     ratio_to: Key
-    """The plain method it is compared with; itself, if it is one."""
+    """The baseline it is compared with; itself, if it is one."""
 
     build: Callable[[], Stepper]
 
@@ -115,7 +115,7 @@ PLAIN: Final = ("adamw", "sgd")
 
 
 def baseline_of(method: str) -> str:
-    """Name the plain method that a method is compared with."""
+    """Name the baseline that a method is compared with."""
     return "sgd" if method.endswith("sgd") else "adamw"
 
 

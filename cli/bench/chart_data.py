@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
+from rlora.cli.chart import Curve, Interval, Panel
 from rlora.cli.console import one_line
 
-from .join import Measured, Record, Row, join, setups
+from .join import Measured, join, setups
 from .presets import SHAPE
+from .schema import Record, Row
 
 Roof = tuple[float, float]
 """Bytes and flops per second."""
@@ -23,8 +25,8 @@ class Kind(NamedTuple):
 
 
 _RATIO: Final = (
-    "A step over the plain step (the line at 1) of the same run, with its 95 % interval. "
-    "Hollow marks: unstable."
+    "A step over that of the baseline, plain AdamW or SGD (the line at 1), in the same run, with "
+    "its 95 % interval. Hollow marks: unstable."
 )
 KINDS: Final[Mapping[str, Kind]] = {
     "overhead-rank": Kind(
@@ -69,55 +71,42 @@ KINDS: Final[Mapping[str, Kind]] = {
 """By the name of the chart's file."""
 
 
-class Point(NamedTuple):
-    """A mark, with its interval where there is one."""
-
-    x: float
-    y: float
-    interval: tuple[float, float] | None
-    steady: bool
-
-
-class Curve(NamedTuple):
-    """The points of one method, from left to right."""
-
-    method: str
-    points: list[Point]
-
-
-class Panel(NamedTuple):
-    """One pair of axes; of several in a chart each has a name."""
-
-    name: str
-    y: str
-    curves: list[Curve]
-
-    @property
-    def said(self) -> str:
-        """Label of the vertical axis."""
-        return f"{self.name}, {self.y}" if self.name else self.y
-
-
 class Chart(NamedTuple):
     """One picture."""
 
     kind: str
     where: str
     panels: list[Panel]
-    roof: Roof | None = None
+
+    @property
+    def title(self) -> str:
+        """Title of the picture; of a roofline with its peaks."""
+        lines = [KINDS[self.kind].title, self.where]
+        for slope, height in (panel.roof for panel in self.panels if panel.roof):
+            lines.append(f"{slope:.3g} GB/s, {height:.3g} Gflop/s at best")
+        return "\n".join(lines)
 
     def words(self) -> str:
         """Say for each method what there is to see."""
         said = [f"{KINDS[self.kind].title}: {self.where}."]
         for panel in self.panels:
-            said.append(f"{panel.said}, by {KINDS[self.kind].x}:")
-            said += [f"{curve.method} {_course(curve.points)};" for curve in panel.curves]
+            said.append(f"{', '.join(filter(None, (panel.title, panel.y)))}, by {panel.x}:")
+            said += [f"{curve.label} {_course(curve)};" for curve in panel.curves]
         return " ".join(said)
 
 
-def _course(points: Sequence[Point]) -> str:
-    ends = points if len(points) == 1 else (points[0], points[-1])
-    return " to ".join(f"{point.y:.3g} at {point.x:.3g}" for point in ends)
+def _course(curve: Curve) -> str:
+    points = list(zip(curve.x, curve.y, strict=True))
+    return " to ".join(f"{y:.3g} at {x:.3g}" for x, y in dict.fromkeys((points[0], points[-1])))
+
+
+class Point(NamedTuple):
+    """A mark, with its interval where there is one."""
+
+    x: float
+    y: float
+    interval: Interval | None
+    hollow: bool
 
 
 def charts(records: Sequence[Record]) -> list[Chart]:
@@ -191,7 +180,7 @@ def _point(
         return None
     low, high = interval if interval and all(map(_plausible, interval)) else (y, y)
     around = (min(low, y), max(high, y)) if interval else None
-    return Point(float(x), float(y), around, one.row["verdict"] == "ok")
+    return Point(float(x), float(y), around, one.row["verdict"] != "ok")
 
 
 def _plausible(value: float | None) -> bool:
@@ -199,12 +188,12 @@ def _plausible(value: float | None) -> bool:
     return value is not None and 1e-12 < value < 1e18
 
 
-OVERHEAD: Final = (("", "step / plain step", _overhead),)
+OVERHEAD: Final = (("", "step / baseline", _overhead),)
 MEMORY: Final = (
     ("state", "× AdamW's state", _state),
     ("peak temporary", "× AdamW's state", _temporary),
 )
-"""Panels: name, axis and timing."""
+"""Panels: title, axis and measure."""
 
 
 def _swept(
@@ -220,21 +209,32 @@ def _swept(
             places.setdefault(found[0], []).append((one, found[1]))
     for where, here in places.items():
         panels = [
-            Panel(name, y, _curves((one, measure(one, x)) for one, x in here))
-            for name, y, measure in measures
+            Panel(
+                title,
+                KINDS[kind].x,
+                y,
+                _curves((one, measure(one, x)) for one, x in here),
+                log_x=True,
+                log_y=measures is OVERHEAD,
+                threshold=float(measures is OVERHEAD),
+                least=2.4,
+            )
+            for title, y, measure in measures
         ]
-        if all(any(len(curve.points) > 1 for curve in panel.curves) for panel in panels):
+        if all(any(len(curve.x) > 1 for curve in panel.curves) for panel in panels):
             yield Chart(kind, where, panels)
 
 
-def _curves(points: Iterable[tuple[Measured, Point | None]]) -> list[Curve]:
+def _curves(points: Iterable[tuple[Measured, Point | None]]) -> tuple[Curve, ...]:
     found: dict[str, list[Point]] = {}
     for one, point in points:
         if point is not None:
             found.setdefault(_label(one.row), []).append(point)
-    curves = [Curve(name, sorted(points)) for name, points in found.items()]
+    curves = [
+        Curve(name, *map(list, zip(*sorted(points), strict=True))) for name, points in found.items()
+    ]
     # As they stand above each other at the right, so does a legend name them.
-    return sorted(curves, key=lambda curve: -curve.points[-1].y)
+    return tuple(sorted(curves, key=lambda curve: -curve.y[-1]))
 
 
 def _label(row: Row) -> str:
@@ -268,4 +268,6 @@ def _rooflines(rows: Iterable[Measured], peaks: Mapping[tuple[str, ...], Roof]) 
             places.setdefault((where, roof), []).append((one, point))
     for (where, roof), here in places.items():
         if curves := _curves(here):
-            yield Chart("roofline", where, [Panel("", "Gflop/s", curves)], roof)
+            x, in_g = KINDS["roofline"].x, (roof[0] / 1e9, roof[1] / 1e9)
+            panel = Panel("", x, "Gflop/s", curves, log_x=True, roof=in_g)
+            yield Chart("roofline", where, [panel])

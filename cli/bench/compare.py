@@ -10,13 +10,11 @@ from rich.table import Table
 
 from rlora.cli.console import console, fitted
 
-from .schema import read_record
+from .schema import Row, read_record
 from .stats import FEWEST, Interval, quotient_interval, round_ratios
 
 REGRESSED = 1
 """Exit code."""
-
-Row = dict[str, Any]
 
 
 class Change(NamedTuple):
@@ -24,7 +22,7 @@ class Change(NamedTuple):
 
     row: Row
     of: str
-    """Quantity compared: "ratio" to the plain step, or "time"."""
+    """Quantity compared: "ratio" to the baseline, or "time"."""
 
     quotient: float | None
     interval: Interval | None
@@ -83,7 +81,7 @@ def _change(key: Any, before: dict[Any, Row], after: dict[Any, Row], threshold: 
         samples, of = [x["samples_s"] for x, _ in pair], "time"
     medians = [statistics.median(x) for x in samples]
     interval = quotient_interval(samples[1], samples[0])
-    # Time tells machines apart as well as code: the plain step is there to be divided by.
+    # Time tells machines apart as well as code: the baseline is there to be divided by.
     verdict = "baseline" if plain else _verdict(interval, threshold)
     if min(map(len, samples)) < FEWEST:
         verdict = "too few samples"

@@ -14,6 +14,7 @@ from typing import Any, Final
 import click
 
 from .cases import LR, split_variant
+from .memory import watching
 from .targets import Check, make_check
 from .torch_cases import torch_class
 
@@ -102,23 +103,18 @@ def _model(layers: int) -> Any:
     return model
 
 
-@contextmanager
-def _watching(seen: Seen) -> Iterator[None]:
-    mode = importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
+def _watching(seen: Seen) -> Any:
     leaves = importlib.import_module("torch.utils._pytree").tree_leaves
 
-    def dispatch(_: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = op(*args, **(kwargs or {}))
+    def add(op: Any, args: Any, result: Any) -> None:
         if op.namespace == "aten" and not op.is_view:
             name = op.overloadpacket.__name__
             seen.operations += 1
             devices = {x.device for x in leaves((args, result)) if hasattr(x, "device")}
             if name in WAITING or (name in COPYING and len(devices) > 1):
                 seen.waits.append(name)
-        return result
 
-    with type("Watch", (mode,), {"__torch_dispatch__": dispatch})():
-        yield
+    return watching(add)
 
 
 @contextmanager

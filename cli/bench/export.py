@@ -13,11 +13,8 @@ import numpy as np
 
 from rlora.cli.records import check_writable, make_folder, write_text
 
-from .schema import read_record
+from .schema import Record, Row, read_record
 from .table import cells
-
-Record = dict[str, Any]
-Row = dict[str, Any]
 
 
 def full_name(row: Row) -> str:

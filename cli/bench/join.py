@@ -1,12 +1,11 @@
 """The rows of several records together, each with what its record knows of it."""
 
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from rlora.cli.console import one_line
 
-Record = dict[str, Any]
-Row = dict[str, Any]
+from .schema import Record, Row
 
 MACHINE: Final = ("cpu", "cpus", "system", "accelerators")
 """Keys of the environment that make a set-up, with the number of threads."""
@@ -18,7 +17,7 @@ class Measured(NamedTuple):
     row: Row
     setup: str
     home: str
-    """Backend and device of the plain method that it is compared with."""
+    """Backend and device of the baseline that it is compared with."""
 
     baseline: int | None
     """Bytes of AdamW's state on the same problem."""

@@ -1,15 +1,13 @@
 """``rlora bench list``: every name that `rlora bench run` takes, a line each."""
 
 import inspect
-from collections.abc import Mapping
 
 import click
-from rich.table import Table
-from rich.text import Text
 
 import rlora.backends
 import rlora.methods
-from rlora.cli.console import console, counted, one_line, text_table
+from rlora.cli.console import console, counted, text_table
+from rlora.cli.info import usable
 
 from .cases import VARIANTS
 from .presets import PRESETS
@@ -28,10 +26,10 @@ THIRD_PARTY = {
 def listing() -> None:
     """List methods, backends, presets and third-party optimizers."""
     out = console()
-    out.print(_table("--method", methods()))
-    out.print(_table("--backend", backends()))
-    out.print(_table("--preset", presets()))
-    out.print(_table("--against", THIRD_PARTY))
+    backends = {name: usable(found) for name, found in rlora.backends.available().items()}
+    found = {"method": methods(), "backend": backends, "preset": presets(), "against": THIRD_PARTY}
+    for option, lines in found.items():
+        out.print(text_table(f"--{option}", "", rows=lines.items()))
 
 
 def methods() -> dict[str, str]:
@@ -46,14 +44,6 @@ def methods() -> dict[str, str]:
     return found
 
 
-def backends() -> dict[str, str]:
-    """Every backend with its devices, or why it cannot be used."""
-    return {
-        name: ", ".join(info.devices) if info.usable else one_line(info.why_not or "unusable")
-        for name, info in rlora.backends.available().items()
-    }
-
-
 def presets() -> dict[str, str]:
     """Every preset with its targets and sizes; then how to say any other."""
     found = {
@@ -62,10 +52,3 @@ def presets() -> dict[str, str]:
         for name, preset in PRESETS.items()
     }
     return {**found, "MxN*K": "any size: K pairs for weights of M x N, as in 1024x1024*24"}
-
-
-def _table(title: str, lines: Mapping[str, str]) -> Table:
-    table = text_table(title, "")
-    for name, text in lines.items():
-        table.add_row(Text(name), Text(text))
-    return table

@@ -52,17 +52,27 @@ def of_xla(compiled: Any) -> int | None:
 
 def operations(step: Callable[[], None]) -> int:
     """Count the operations that a step hands to torch's dispatcher, views among them."""
-    mode = importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
     count = 0
 
-    def dispatch(_: Any, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def seen(*_: Any) -> None:
         nonlocal count
         count += 1
-        return f(*args, **(kwargs or {}))
 
-    with type("Counter", (mode,), {"__torch_dispatch__": dispatch})():
+    with watching(seen):
         step()
     return count
+
+
+def watching(seen: Callable[[Any, Any, Any], None]) -> Any:
+    """Call back for each operation that torch dispatches: with it, its arguments, its result."""
+    mode = importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
+
+    def dispatch(_: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        seen(op, args, result)
+        return result
+
+    return type("Watch", (mode,), {"__torch_dispatch__": dispatch})()
 
 
 def hush_profiler() -> None:

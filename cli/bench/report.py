@@ -1,16 +1,14 @@
-"""``rlora bench report``: records as a page that anybody can open, and as plot_style."""
+"""``rlora bench report``: records as a page that anybody can open, and as pictures."""
 
-import importlib
 import re
 from pathlib import Path
-from types import ModuleType
 
 import click
 
+from rlora.cli.console import load_plots
 from rlora.cli.records import check_writable, make_folder, write_bytes, write_text
 
 from .chart_data import Chart, charts
-from .html import page
 from .schema import read_record
 
 
@@ -21,36 +19,28 @@ from .schema import read_record
 def report(records: tuple[Path, ...], output: Path, pictures: Path | None) -> None:
     """Write charts and tables of the RECORDs into one HTML file.
 
-    The file needs no network and no other file. Charts need matplotlib: pip install 'rlora[plot]'.
+    The file needs no network and no other file. This command needs matplotlib and Jinja2:
+    pip install 'rlora[plot]'.
     """
     read = {}
     for i, path in enumerate(records):
         read[path.name if path.name not in read else f"{path.name} ({i + 1})"] = read_record(path)
     check_writable(output)
-    draw = drawing("rlora.cli.bench.charts")
+    plots, html = load_plots(), load_plots("rlora.cli.bench.html")
     found = charts([*read.values()])
-    drawn = [(chart, draw.for_page(chart, f"chart{i}")) for i, chart in enumerate(found)]
-    made = page(read, drawn)
+    svgs = [plots.as_svg(chart.title, chart.panels, by_name=True) for chart in found]
+    drawn = [
+        (chart, plots.inline(svg, f"chart{i}", chart.words()))
+        for i, (chart, svg) in enumerate(zip(found, svgs, strict=True))
+    ]
+    made = html.render(read, drawn)
     if pictures is not None:
-        save(found, pictures, draw)
+        make_folder("--pictures", pictures)
+        for name, chart, svg in zip(file_names(found), found, svgs, strict=True):
+            write_text(pictures / f"{name}.svg", svg)
+            png = plots.as_png(chart.title, chart.panels, by_name=True)
+            write_bytes(pictures / f"{name}.png", png)
     write_text(output, made)
-
-
-def drawing(module: str) -> ModuleType:
-    """Import what draws, or say how to get it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        msg = "pictures need matplotlib, which is not installed: pip install 'rlora[plot]'"
-        raise ImportError(msg) from error
-
-
-def save(found: list[Chart], folder: Path, draw: ModuleType) -> None:
-    """Write every chart twice into a folder, which is made if need be."""
-    make_folder("--pictures", folder)
-    for name, chart in zip(file_names(found), found, strict=True):
-        write_bytes(folder / f"{name}.svg", draw.as_svg(chart).encode())
-        write_bytes(folder / f"{name}.png", draw.as_png(chart))
 
 
 def file_names(found: list[Chart]) -> list[str]:

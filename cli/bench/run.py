@@ -18,15 +18,16 @@ from .options import QUICK_RANKS, QUICK_ROUNDS, RANKS, ROUNDS, Options, listed, 
 from .presets import DEFAULT
 from .problem import Problem
 from .roofline import Peaks, measure_peaks
-from .schema import make_record
+from .schema import Row, make_record
 from .suite import SPEED, WATCHED, judge, suite_options
 from .targets import Check
 from .third_party import KNOWN
 from .threads import pinned, reserved
-from .timing import Row, Timing
+from .timing import Timing
 
-HELP = """Time a step of each method beside the plain step.
+HELP = """Time a step of each method beside its baseline's.
 
+The baseline is plain AdamW, which knows of no pairs, or plain SGD for the methods named so.
 The optimizers take turns, one step each, so that their ratio means something on a busy machine
 too, until the median of each ratio is known to 5 % or its share of the time is spent. The table is
 for reading; --output keeps the record with every sample and the environment.
@@ -44,15 +45,21 @@ def _words(numbers: tuple[int, ...]) -> str:
 
 
 @click.command(help=HELP, epilog="Options that take several may be repeated, or use commas.")
-@click.option("--backend", multiple=True, help="Which backends.  [default: numpy]")
-@click.option("--method", "methods", multiple=True, help="Which methods.  [default: all]")
-@click.option("--rank", "ranks", multiple=True, help=f"Which ranks.  [default: {_words(RANKS)}]")
+@click.option("--backend", multiple=True, help="Array libraries.  [default: numpy]")
+@click.option("--method", "methods", multiple=True, help="Methods to time.  [default: all]")
+@click.option(
+    "--rank", "ranks", multiple=True, help=f"Ranks of the factors.  [default: {_words(RANKS)}]"
+)
 @click.option("--preset", help=f"Shapes of a model, or MxN*K.  [default: {DEFAULT}]")
 @click.option("--adapter", type=Path, help="Shapes and values of a saved adapter: file or folder.")
-@click.option("--dtype", default="float32", show_default=True, help="Of factors and gradients.")
+@click.option(
+    "--dtype", default="float32", show_default=True, help="Dtype of factors and gradients."
+)
 @click.option("--device", help="A device of the backend, such as cuda:0.")
 @click.option(
-    "--against", multiple=True, help=f"In the same run also: {', '.join(KNOWN)}, module:Class."
+    "--against",
+    multiple=True,
+    help=f"Third-party optimizers to time too: {', '.join(KNOWN)}, module:Class.",
 )
 @click.option("--output", type=Path, help="JSON file for the record; its folder must exist.")
 @click.option("--repeat", type=int, help="Samples of each row.  [default: by precision]")
@@ -66,7 +73,7 @@ def _words(numbers: tuple[int, ...]) -> str:
 @click.option("--end-to-end", is_flag=True, help="Also forward and backward; rank 32, torch.")
 @click.option("--suite", help="Instead: speed, a table of targets; or scaling, widths and depths.")
 @click.option("--force", is_flag=True, help="Go on when it needs more memory than is free.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of values and order.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of values and order.")
 def run(
     output: Path | None, threads: int | None, suite: str | None, *, force: bool, **given: Any
 ) -> None:
@@ -94,8 +101,8 @@ def suite_of(suite: str, **given: Any) -> list[Options]:
             option = name.removesuffix("s").replace("_", "-")
             msg = f"--suite {suite} brings its own methods and backends; leave out --{option}"
             raise ValueError(msg)
-    given = {name: given[name] for name in given if name not in SUITE_HAS}
-    return suite_options(suite, given["preset"], listed("--rank", given["ranks"]), **given)
+    left = {name: given[name] for name in given if name not in SUITE_HAS}
+    return suite_options(suite, given["preset"], listed("--rank", given["ranks"]), **left)
 
 
 def check_memory(runs: Sequence[Options]) -> None:

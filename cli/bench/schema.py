@@ -21,6 +21,12 @@ from rlora.cli.records import (
 
 NAME: Final = "rlora-bench/2"
 
+Record = dict[str, Any]
+"""Valid by `SCHEMA`."""
+
+Row = dict[str, Any]
+"""One line of the table: an item of the record's `rows`."""
+
 _RANK: Final = {"type": "integer", "minimum": 1}
 _RANKS: Final = {"type": "array", "items": _RANK, "minItems": 1}
 

@@ -33,18 +33,18 @@ def outliers(samples: Sequence[float]) -> int:
     return int(np.sum((np.asarray(samples) < low - reach) | (np.asarray(samples) > high + reach)))
 
 
-def round_ratios(samples: Sequence[float], plain: Sequence[float]) -> list[float]:
-    """Time against the plain method's in the same round.
+def round_ratios(samples: Sequence[float], baseline: Sequence[float]) -> list[float]:
+    """Time against the baseline's in the same round.
 
     What slows a whole round down cancels out of it, unlike out of a ratio of two medians. A
     case that stopped early, or an interrupted round, lacks the later ones.
     """
-    return [mine / theirs for mine, theirs in zip(samples, plain, strict=False)]
+    return [mine / theirs for mine, theirs in zip(samples, baseline, strict=False)]
 
 
-def median_ratio(samples: Sequence[float], plain: Sequence[float]) -> float | None:
+def median_ratio(samples: Sequence[float], baseline: Sequence[float]) -> float | None:
     """Median of the ratios of the rounds; None without a round."""
-    ratios = round_ratios(samples, plain)
+    ratios = round_ratios(samples, baseline)
     return statistics.median(ratios) if ratios else None
 
 

@@ -12,8 +12,8 @@ from .cost_model import STATE
 from .options import RANKS, Options, make_options
 from .presets import DEFAULT, is_shape
 from .scaling import NAME as SCALING, scaling_options
+from .schema import Row
 from .targets import PLAIN, Check, Predicted, Ratio, State, Target, Temporaries, make_check
-from .timing import Row
 
 SPEED: Final = "speed"
 PRESETS_OF: Final = {SPEED: ("gpt2-medium", "smollm2-135m", "llama-7b", "llama-7b-quarter")}

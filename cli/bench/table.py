@@ -1,14 +1,17 @@
 """Tables of a benchmark, for a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from operator import itemgetter
+from typing import Any, Final, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rlora.cli.console import counted, fitted
+
+from .schema import Record, Row
 
 KEEP = ("method", "on", "rank", "ratio")
 """Columns of a table at any width: without `on`, rows of two backends would look alike."""
@@ -28,8 +31,8 @@ EXACT = 1000
 NOTES = {
     "step": "step: median.",
     "spread": "spread: interquartile range / median.",
-    "ratio": "ratio: median over the rounds of the step against the plain method's in the same "
-    "round.",
+    "ratio": "ratio: step / step of the baseline (plain AdamW or SGD) in the same round, median "
+    "over the rounds.",
     "interval": "interval: of the ratio, 95 %.",
     "first": "first: the first step, after compiling.",
     "peak temporary": "peak (temporary): most bytes held at once in a step that were not "
@@ -42,7 +45,7 @@ NOTES = {
 """The meaning of columns; printed for those that are there."""
 
 
-def show_record(record: dict[str, Any], out: Console) -> None:
+def show_record(record: Record, out: Console) -> None:
     """Print the rows of a record, a table for each preset, and the verdicts of a suite."""
     if not record["rows"]:
         out.print(Text("no rows: it was interrupted before the first round"))
@@ -83,7 +86,7 @@ def figure(value: float) -> str:
     return f"{value:.2f}" if value < EXACT else f"{value:.0f}"
 
 
-def show(title: str, rows: Sequence[dict[str, Any]], out: Console) -> None:
+def show(title: str, rows: Sequence[Row], out: Console) -> None:
     """Print the rows as a table, and under it the meaning of its columns."""
     lines = _without_empty([{**cells(row), "verdict": word_of(row)} for row in rows])
     table = fitted(title, lines, out, keep=KEEP, texts=TEXTS, order=ORDER, section="rank")
@@ -94,12 +97,12 @@ def show(title: str, rows: Sequence[dict[str, Any]], out: Console) -> None:
         out.print(Text(note))
 
 
-def word_of(row: dict[str, Any]) -> str:
+def word_of(row: Row) -> str:
     """Give the first word of a verdict: "ok" or "unstable"."""
     return str(row["verdict"].partition(":")[0])
 
 
-def instability(rows: Sequence[dict[str, Any]]) -> str | None:
+def instability(rows: Sequence[Row]) -> str | None:
     """Say once for all rows why they are unstable and what to do; None if none is."""
     advice: dict[str, list[str]] = {}
     for row in rows:
@@ -122,33 +125,6 @@ def _without_empty(lines: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{name: line[name] for name in kept} for line in lines]
 
 
-def cells(row: dict[str, Any]) -> dict[str, str]:
-    """One row as text, by column."""
-    rank, home = row["rank"], row["ratio_to_backend"]
-    interval, operations = row["ratio_interval"], row["operations"]
-    model, rest = row["model_s"], row["forward_backward_s"]
-    return {
-        "method": row["method"],
-        "on": f"{row['backend']} {row['device']}",
-        "rank": f"{rank[0]}-{rank[-1]}" if isinstance(rank, list) else str(rank),
-        "samples": str(len(row["samples_s"])),
-        "step": seconds(row["median_s"]),
-        "spread": "-" if row["spread"] is None else f"{row['spread']:.0%}",
-        "ratio": "-" if row["ratio"] is None else f"{row['ratio']:.2f}",
-        "interval": "-" if interval is None else f"{interval[0]:.2f}-{interval[1]:.2f}",
-        "to": row["ratio_to"] if home == row["backend"] else f"{row['ratio_to']} on {home}",
-        "compile": "-" if row["compile_s"] is None else seconds(row["compile_s"]),
-        "first": seconds(row["first_call_s"]),
-        "state": size(row["state_bytes"]),
-        "peak temporary": size(row["peak_temporary_bytes"]),
-        "operations": "-" if operations is None else str(operations),
-        "model": "-" if model is None else seconds(model),
-        "of roofline": "-" if model is None else f"{model / row['median_s']:.0%}",
-        "of training": "-" if rest is None else f"{row['median_s'] / (row['median_s'] + rest):.1%}",
-        "verdict": row["verdict"],
-    }
-
-
 def seconds(value: float) -> str:
     """Say a time in the unit that suits it, three digits."""
     for factor, unit in ((1.0, "s"), (1e3, "ms")):
@@ -165,3 +141,58 @@ def size(value: int | None) -> str:
         if value >= factor:
             return f"{value / factor:.3g} {unit}"
     return f"{value} B"
+
+
+class Column(NamedTuple):
+    """A column: its value in a row, None where that was not measured, and how it is written."""
+
+    value: Callable[[Row], Any]
+    write: Callable[[Any], str] = str
+
+
+def _ratio_to(row: Row) -> str:
+    to, backend = str(row["ratio_to"]), row["ratio_to_backend"]
+    return to if backend == row["backend"] else f"{to} on {backend}"
+
+
+def _of_roofline(row: Row) -> float | None:
+    return None if row["model_s"] is None else float(row["model_s"] / row["median_s"])
+
+
+def _of_training(row: Row) -> float | None:
+    step, rest = row["median_s"], row["forward_backward_s"]
+    return None if rest is None else float(step / (step + rest))
+
+
+def _span(ranks: int | list[int]) -> str:
+    return f"{ranks[0]}-{ranks[-1]}" if isinstance(ranks, list) else str(ranks)
+
+
+COLUMNS: Final[Mapping[str, Column]] = {
+    "method": Column(itemgetter("method")),
+    "on": Column("{0[backend]} {0[device]}".format),
+    "rank": Column(itemgetter("rank"), _span),
+    "samples": Column(lambda row: len(row["samples_s"])),
+    "step": Column(itemgetter("median_s"), seconds),
+    "spread": Column(itemgetter("spread"), "{:.0%}".format),
+    "ratio": Column(itemgetter("ratio"), "{:.2f}".format),
+    "interval": Column(itemgetter("ratio_interval"), "{0[0]:.2f}-{0[1]:.2f}".format),
+    "to": Column(_ratio_to),
+    "compile": Column(itemgetter("compile_s"), seconds),
+    "first": Column(itemgetter("first_call_s"), seconds),
+    "state": Column(itemgetter("state_bytes"), size),
+    "peak temporary": Column(itemgetter("peak_temporary_bytes"), size),
+    "operations": Column(itemgetter("operations")),
+    "model": Column(itemgetter("model_s"), seconds),
+    "of roofline": Column(_of_roofline, "{:.0%}".format),
+    "of training": Column(_of_training, "{:.1%}".format),
+    "verdict": Column(itemgetter("verdict")),
+}
+
+
+def cells(row: Row) -> dict[str, str]:
+    """One row as text, by column; "-" for what was not measured."""
+    values = {name: column.value(row) for name, column in COLUMNS.items()}
+    return {
+        name: "-" if value is None else COLUMNS[name].write(value) for name, value in values.items()
+    }

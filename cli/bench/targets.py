@@ -6,8 +6,8 @@ from typing import Any, Final, NamedTuple, Protocol
 from .cases import Key
 from .cost_model import STATE
 from .presets import named
+from .schema import Row
 from .stats import median_ratio
-from .timing import Row
 
 Check = dict[str, Any]
 """One line of the verdict; `schema.SCHEMA` has its keys."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from rlora.cli.environment import load_average
 
 from .cases import Case, Key, Stepper
 from .problem import Problem
+from .schema import Row
 from .stats import FEWEST, median_interval, median_ratio, outliers, relative_spread, round_ratios
 
 MAX_SPREAD: Final = 0.15
@@ -37,10 +38,6 @@ class Rounds(NamedTuple):
     most: int
     seconds: float | None = None
     precision: float = 0.05
-
-
-Row = dict[str, Any]
-"""One line of the table; `schema.SCHEMA` has its keys."""
 
 
 def timed(stepper: Stepper) -> float:
@@ -91,7 +88,7 @@ class Timing:
     problem : Problem
         What they work on, for the rows.
     cases : sequence of Case
-        Who takes part, the plain methods among them.
+        Who takes part, the baselines among them.
     seed : int
         Of the order within each round.
     """
@@ -115,7 +112,7 @@ class Timing:
                 tick()
 
     def _next(self, rounds: Rounds) -> list[TimedCase]:
-        """List who is in the next round: those that want more samples, and their plain methods."""
+        """List who is in the next round: those that want more samples, and their baselines."""
         share = None if rounds.seconds is None else rounds.seconds / len(self._timed)
         eager = [one for one in self._timed.values() if self._wants(one, rounds, share)]
         keys = {key for one in eager for key in (one.case.key, one.case.ratio_to)}

@@ -1,10 +1,11 @@
 """Claims, and outcomes of their experiments."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from rlora import Factors, Transform, step
+from rlora.cli.chart import Curve as Curve, Panel as Panel
 from rlora.core.backend import Backend
 from rlora.core.factors import Array
 
@@ -73,41 +74,6 @@ class Check(NamedTuple):
         if self.bound == "<=":
             return self.value <= self.threshold
         return self.value >= self.threshold
-
-
-class Curve(NamedTuple):
-    """A line of a figure."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-
-
-class Panel(NamedTuple):
-    """Curves that share their axes.
-
-    Parameters
-    ----------
-    title, x, y : str
-        Over the panel, and of its axes.
-    curves : tuple of Curve
-        In the order of the legend. The same label has the same look in every panel.
-    log_x, log_y : bool
-        Which axes are logarithmic.
-    rows : tuple of str
-        Names of y = 0, 1, 2, ..., from the top down; the curves are then dots in these rows.
-    threshold : float, optional
-        Where a line is drawn across: on the y axis, or on the x axis of a panel with rows.
-    """
-
-    title: str
-    x: str
-    y: str
-    curves: tuple[Curve, ...]
-    log_x: bool = False
-    log_y: bool = True
-    rows: tuple[str, ...] = ()
-    threshold: float | None = None
 
 
 class Outcome(NamedTuple):

@@ -98,7 +98,7 @@ def make_evidence(
 def _panel(panel: Panel) -> dict[str, Any]:
     curves = [thinned(curve, log=panel.log_x) for curve in panel.curves]
     return {
-        **panel._asdict(),
+        **{key: getattr(panel, key) for key in _PANEL["properties"]},
         "curves": [
             {"label": c.label, "x": [*map(_number, c.x)], "y": [*map(_number, c.y)]} for c in curves
         ],

@@ -11,11 +11,9 @@ from typing import Any, Final, TypeVar
 import click
 from rich.console import Console
 from rich.progress import Progress
-from rich.text import Text
 
 from rlora.cli.bench.options import among, make_spec
-from rlora.cli.bench.report import drawing
-from rlora.cli.console import console, counted, text_table
+from rlora.cli.console import console, counted, load_plots, text_table
 from rlora.cli.records import check_writable, make_folder, write_bytes, write_record, write_text
 
 from . import CLAIMS, load
@@ -47,7 +45,9 @@ need matplotlib: pip install 'rlora[plot]'.
     show_default=True,
     help="A folder for figures and records; made if need be.",
 )
-@click.option("--backend", default="numpy", show_default=True, help="Whose arrays are stepped.")
+@click.option(
+    "--backend", default="numpy", show_default=True, help="Array library of the experiments."
+)
 def reproduce(
     names: tuple[str, ...], *, listing: bool, quick: bool, output: Path, backend: str
 ) -> int:
@@ -55,7 +55,7 @@ def reproduce(
     if listing:
         show_claims(chosen)
         return 0
-    draw = drawing("rlora.cli.plots")
+    draw = load_plots()
     if backend == "jax":
         os.environ.setdefault("JAX_ENABLE_X64", "1")  # read when JAX is imported
     arrays = make_spec(backend, "float64", None)
@@ -109,33 +109,32 @@ def attempt(claim: Claim, setting: Setting, output: Path, draw: ModuleType) -> d
 
 def show_checks(record: dict[str, Any]) -> None:
     """Print each value beside its threshold."""
+    rows = [
+        (
+            check["what"],
+            "-" if check["value"] is None else f"{check['value']:.3g}",
+            check["bound"],
+            f"{check['threshold']:.3g}",
+            "yes" if check["holds"] else "no",
+        )
+        for check in record["checks"]
+    ]
     title = f"{record['claim']}: {record['verdict']} ({record['seconds']} s)"
-    table = text_table("", "value", "", "threshold", "holds", title=title)
-    for check in record["checks"]:
-        value = "-" if check["value"] is None else f"{check['value']:.3g}"
-        threshold = f"{check['threshold']:.3g}"
-        holds = "yes" if check["holds"] else "no"
-        table.add_row(*map(Text, (check["what"], value, check["bound"], threshold, holds)))
-    console().print(table)
+    heads = ("", "value", "", "threshold", "holds")
+    console().print(text_table(*heads, rows=rows, title=title))
 
 
 def show_verdicts(records: list[dict[str, Any]]) -> int:
     """Print the verdicts; give the number of those that are not as documented."""
-    table = text_table("claim", "verdict", "seconds")
-    for record in records:
-        row = (record["claim"], record["verdict"], str(record["seconds"]))
-        table.add_row(*map(Text, row))
+    rows = [(record["claim"], record["verdict"], str(record["seconds"])) for record in records]
     off = sum(not record["as_documented"] for record in records)
     out = console()
-    out.print(table)
+    out.print(text_table("claim", "verdict", "seconds", rows=rows))
     out.print(f"{len(records) - off} of {counted(len(records), 'verdict')} as documented")
     return off
 
 
 def show_claims(claims: list[Claim]) -> None:
     """Print claims with what is documented of them."""
-    table = text_table("claim", "documented", "statement")
-    for claim in claims:
-        documented = "holds" if claim.holds else "fails"
-        table.add_row(*map(Text, (claim.name, documented, claim.statement)))
-    console().print(table)
+    rows = [(claim.name, "holds" if claim.holds else "fails", claim.statement) for claim in claims]
+    console().print(text_table("claim", "documented", "statement", rows=rows))

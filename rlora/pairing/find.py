@@ -74,9 +74,9 @@ def find_pairs(
     ...     "score.weight": np.zeros((2, 576)),
     ... })
     >>> print(report)
-    1 pair, 1 parameter updated plainly, 0 refused
+    1 pair, 1 unpaired parameter, 0 refused
       pair 576 x 576, rank 8: 1 time, model.layers.0.self_attn.q_proj (default)
-      plain: score.weight
+      unpaired, so updated without preconditioning: score.weight
     """
     items = list(named.items() if isinstance(named, Mapping) else named)
     tensors = dict(items)

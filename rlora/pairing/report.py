@@ -89,7 +89,7 @@ class PairReport:
     def __str__(self) -> str:
         lines = [
             f"{number_of(len(self.pairs), 'pair')}, "
-            f"{number_of(len(self.plain), 'parameter')} updated plainly, "
+            f"{number_of(len(self.plain), 'unpaired parameter')}, "
             f"{len(self.refused)} refused"
         ]
         kinds: dict[str, list[str]] = {}
@@ -98,7 +98,7 @@ class PairReport:
         for kind, names in kinds.items():
             lines.append(f"  pair {kind}: {number_of(len(names), 'time')}, {_some(names)}")
         if self.plain:
-            lines.append(f"  plain: {_some(self.plain)}")
+            lines.append(f"  unpaired, so updated without preconditioning: {_some(self.plain)}")
         lines += [f"  refused {name}: {why}" for name, why in self.refused.items()]
         lines += [f"  tied {name}: updated with {twin}" for name, twin in self.tied.items()]
         return "\n".join(lines)

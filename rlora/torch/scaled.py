@@ -96,7 +96,7 @@ class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):
     >>> layer.lora_B = torch.nn.Parameter(torch.zeros(32, 4))
     >>> optimizer = rlora.torch.ScaledAdamW(layer, lr=1e-3)
     >>> print(optimizer.report)
-    1 pair, 0 parameters updated plainly, 0 refused
+    1 pair, 0 unpaired parameters, 0 refused
       pair 32 x 16, rank 4: 1 time, lora_A
     """
 

@@ -203,9 +203,9 @@ def add_sd_lora(
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> layers = add_sd_lora(model, 2, ["0"])
     >>> print(rlora.torch.find_pairs(model))
-    1 pair, 3 parameters updated plainly, 0 refused
+    1 pair, 3 unpaired parameters, 0 refused
       pair 8 x 8, rank 2: 1 time, 0
-      plain: 0.magnitudes.0, 2.weight, 2.bias
+      unpaired, so updated without preconditioning: 0.magnitudes.0, 2.weight, 2.bias
     """
     named = dict(list(model.named_modules(remove_duplicate=False))[1:])  # tied ones by all names
     ends = "" if isinstance(targets, str) else "|".join(map(re.escape, targets))

@@ -200,6 +200,15 @@ def test_long_curves_are_thinned_and_keep_their_ends():
     assert evidence.thinned(Curve("short", [1], [2]), log=True) == Curve("short", [1], [2])
 
 
+def test_every_dot_of_a_row_is_drawn():
+    """Marks of a long line are thinned out; each dot is a result of its own."""
+    rows = tuple(f"row {i}" for i in range(40))
+    curve = Curve("dots", [1.0] * 40, range(40))
+    (axes,) = plots.draw("t", [Panel("t", "x", "y", (curve,), rows=rows)]).subfigs[0].axes
+    drawn = [x for line in axes.lines if line.get_marker() == "o" for x in line.get_ydata()]
+    assert len(drawn) == 40
+
+
 @pytest.mark.parametrize(
     "value, text",
     [

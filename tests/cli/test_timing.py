@@ -256,7 +256,7 @@ def test_the_profiler_says_nothing_of_memory_that_was_there_before():
 
     pytest.importorskip("torch")
     code = (
-        "from rlora.cli import memory\n"
+        "from rlora.cli.bench import memory\n"
         "memory.hush_profiler()\n"
         "import torch\n"
         "kept = [torch.ones(1000)]\n"

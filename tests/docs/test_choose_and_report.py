@@ -65,7 +65,7 @@ def test_what_a_report_asks_for_can_be_had(capsys):
     exec(of_what, space)
     said = capsys.readouterr().out
     assert "damping: 0.01" in said
-    assert "2 pairs, 2 parameters updated plainly, 0 refused" in said
+    assert "2 pairs, 2 unpaired parameters, 0 refused" in said
     exec(what_happened, space | {"train_step": train_step})
     assert "cond" in capsys.readouterr().out
     exec(smallest, {})

@@ -24,7 +24,7 @@ def test_the_page_runs(capsys):
         "expand": own_model.q.expand,
     }
     pages.run("layouts.md", "Pair parameters: names and layouts", space)
-    assert "2 pairs, 2 parameters updated plainly, 0 refused" in capsys.readouterr().out
+    assert "2 pairs, 2 unpaired parameters, 0 refused" in capsys.readouterr().out
     pages.run("layouts.md", "Pairs by hand", space)
     assert [pair.shape_a for pair in space["optimizer"].report] == [(2, 6)]
     assert len(space["query_key_value"].views((12, 64), (96, 4))) == 3

@@ -438,7 +438,7 @@ def test_explicit_pairs_and_groups_added_by_hand():
         optimizer.add_param_group({"params": [E], "pairs": [(C, torch.randn(4, 2))]})
     assert len(optimizer.param_groups) == 2
     grouped = ScaledAdamW([{"params": [A, B], "pairs": [(A, B)]}, {"params": [E]}], lr=0.1)
-    assert str(grouped.report).startswith("1 pair, 1 parameter updated plainly")
+    assert str(grouped.report).startswith("1 pair, 1 unpaired parameter")
 
 
 def test_numbers_of_a_group_are_validated():

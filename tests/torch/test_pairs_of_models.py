@@ -86,12 +86,12 @@ def test_frozen_weights_are_not_updated():
         for report in (*reports, rlora.torch.find_pairs(given)):
             assert report.plain == ("base_model.model.0.base_layer.bias",)
             assert len(report) == 2
-            assert "1 parameter updated plainly" in str(report)
+            assert "1 unpaired parameter" in str(report)
     A, B = nn.Parameter(torch.ones(2, 6)), nn.Parameter(torch.ones(6, 2))
     frozen, free = nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(3))
     by_hand = ScaledAdamW([A, B, frozen, free], lr=1e-3, pairs=[(A, B)])
     assert by_hand.report.plain == ("parameter 3",)
-    assert str(by_hand.report).startswith("1 pair, 1 parameter updated plainly, 0 refused")
+    assert str(by_hand.report).startswith("1 pair, 1 unpaired parameter, 0 refused")
     assert "rank 2: 1 time, pairs[0]" in str(by_hand.report)
 
 

@@ -1,0 +1,52 @@
+"""Charts as data: curves, and the panels that they share. `plots` draws them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Interval = tuple[float, float]
+
+
+class Curve(NamedTuple):
+    """A line of a chart."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    intervals: Sequence[Interval | None] = ()
+    """An interval through each point, or None."""
+
+    hollow: Sequence[bool] = ()
+    """True for points whose marks are hollow: not to be relied on."""
+
+
+class Panel(NamedTuple):
+    """Curves that share their axes.
+
+    Parameters
+    ----------
+    title, x, y : str
+        Over the panel, and of its axes.
+    curves : tuple of Curve
+        In the order of the legend. The same label has the same look in every panel.
+    log_x, log_y : bool
+        Which axes are logarithmic.
+    rows : tuple of str
+        Names of y = 0, 1, 2, ..., from the top down; the curves are then dots in these rows.
+    threshold : float, optional
+        Where a line is drawn across: on the y axis, or on the x axis of a panel with rows.
+    roof : tuple of float, optional
+        Slope and height of the line that no point can be above; the curves are then dots.
+    least : float
+        Least ratio of the ends of a logarithmic y axis, or noise would look large.
+    """
+
+    title: str
+    x: str
+    y: str
+    curves: tuple[Curve, ...]
+    log_x: bool = False
+    log_y: bool = True
+    rows: tuple[str, ...] = ()
+    threshold: float | None = None
+    roof: tuple[float, float] | None = None
+    least: float = 10.0
