@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from threadpoolctl import threadpool_info
 
-BASE: Final = ("numpy", "array-api-compat", "click", "rich", "threadpoolctl")
+BASE: Final = ("numpy", "array-api-compat", "click", "rich", "threadpoolctl", "safetensors")
 EXTRAS: Final = ("torch", "jax", "jaxlib", "optax", "cupy", "peft", "transformers")
 
 

@@ -63,7 +63,7 @@ def test_metadata(built):
     assert meta["License-Expression"] == "Apache-2.0"
     needs = meta.get_all("Requires-Dist")
     base = {n.split(">")[0] for n in needs if "extra" not in n}
-    assert base == {"numpy", "array-api-compat", "click", "rich", "threadpoolctl"}
+    assert base == {"numpy", "array-api-compat", "click", "rich", "threadpoolctl", "safetensors"}
     assert not [n for n in needs if "@" in n]
     extras = {"torch", "jax", "cupy", "peft", "plot", "bench", "docs", "test", "demo", "lint"}
     assert extras <= set(meta.get_all("Provides-Extra"))

@@ -308,7 +308,7 @@ def test_base_dependencies_are_enough(adapter):
         "class Absent:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in ('torch', 'jax', 'peft', 'psutil',"
-        " 'safetensors', 'scipy'):\n"
+        " 'jinja2', 'matplotlib', 'scipy'):\n"
         "            raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Absent())\n"
         "import rlora.cli; rlora.cli.main()\n"
