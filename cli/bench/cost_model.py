@@ -1,77 +1,32 @@
 """Bytes and flops that a step cannot do without, and the least time they take.
 
 A step reads parameters and gradients, writes parameters, reads and writes its state; its flops are
-those of the products with a long axis, as `docs/reference/methods/index.md` counts them. Memory
-and arithmetic may go on at once, so the least time is the longer of the two.
+those of its matrix products, counted in a step on NumPy arrays. Memory and arithmetic may go on at
+once, so the least time is the longer of the two.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Final, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from math import prod
+from typing import Any, Final, NamedTuple
 
-from .problem import Problem
+import numpy as np
+
+import rlora
+from rlora import Factors, Transform
+from rlora.core import dispatch
+from rlora.core.backend import Backend
+
+from .cases import PLAIN, make_method, method_names
+from .problem import Problem, random_problem
 from .roofline import Peaks
 
-Count = Callable[[int, int, int], int]
-"""Function of m, n and r."""
+SAME_AS: Final = {"peft": "scaled_adamw:before", "torch.adamw": "adamw", "optax.adamw": "adamw"}
+"""Optimizers of others that do the arithmetic of one of ours."""
 
-FLOPS: Final[Mapping[str, Count]] = {
-    "sgd": lambda m, n, r: 0,
-    "adamw": lambda m, n, r: 0,
-    "torch.adamw": lambda m, n, r: 0,
-    "optax.adamw": lambda m, n, r: 0,
-    "peft": lambda m, n, r: 4 * (m + n) * r**2,
-    "scaled_sgd": lambda m, n, r: 4 * (m + n) * r**2,
-    "scaled_adamw": lambda m, n, r: 6 * (m + n) * r**2,
-    "scaled_adamw:before": lambda m, n, r: 4 * (m + n) * r**2,
-    "scaled_adamw:after": lambda m, n, r: 4 * (m + n) * r**2,
-    "lora_rite": lambda m, n, r: 10 * (m + n) * r**2,
-    "lora_pro_sgd": lambda m, n, r: 10 * (m + n) * r**2,
-    "lora_pro_adamw": lambda m, n, r: 10 * (m + n) * r**2,
-    "alt_lora": lambda m, n, r: 8 * (m + n) * r**2,
-    "alt_lora_plus": lambda m, n, r: 8 * (m + n) * r**2,
-    "loft": lambda m, n, r: (
-        2 * m * n * r**2 + 6 * m * n * r + 4 * (m + n) * r**3 + 10 * (m + n) * r**2
-    ),
-    "ref_lora": lambda m, n, r: 4 * (m + n) * r**2,
-    "adapre_lora": lambda m, n, r: 28 * (m + n) * r**2,
-    "factor_muon": lambda m, n, r: 4 * (m + n) * r**2,
-    "balanced_lora": lambda m, n, r: 4 * (m + n) * r**2,
-    "stable_lora": lambda m, n, r: 0,
-    "lora_muon": lambda m, n, r: 6 * (m + n) * r**2,
-    "riemannion": lambda m, n, r: 78 * (m + n) * r**2,
-    "graft_adamw": lambda m, n, r: 10 * (m + n) * r**2,
-    "lora_fa": lambda m, n, r: 2 * m * r**2,
-    "lora_plus": lambda m, n, r: 0,
-    "rac_lora": lambda m, n, r: 2 * (m + n) * r**2,
-    "lora_sb": lambda m, n, r: 4 * n * r**2,
-}
-"""For each pair. A method that is not here has no prediction, and is timed all the same."""
-
-STATE: Final[Mapping[str, Count]] = {
-    "scaled_sgd": lambda m, n, r: 0,
-    "scaled_adamw": lambda m, n, r: 2 * (m + n) * r + 2,
-    "lora_rite": lambda m, n, r: (m + n) * r + 4 * r**2 + 2 * r + 4,
-    "lora_pro_sgd": lambda m, n, r: 1,
-    "lora_pro_adamw": lambda m, n, r: 2 * (m + n) * r + 3,
-    "alt_lora": lambda m, n, r: (m + n) * r + 2 * r**2 + 2,
-    "alt_lora_plus": lambda m, n, r: 2 * (m + n) * r + 2 * r**2 + 2,
-    "loft": lambda m, n, r: (m + n) * (r + r**2) + 2 * r**2 + 4,
-    "ref_lora": lambda m, n, r: 0,
-    "adapre_lora": lambda m, n, r: (m + n) * r + m + n + 5,
-    "factor_muon": lambda m, n, r: (m + n) * r + 2,
-    "balanced_lora": lambda m, n, r: 2 * (m + n) * r + 2,
-    "stable_lora": lambda m, n, r: 2 * (m + n) * r + 2,
-    "lora_muon": lambda m, n, r: (m + n) * r + 3,
-    "riemannion": lambda m, n, r: (m + n) * r,
-    "graft_adamw": lambda m, n, r: 2 * (m + n) * r + 3,
-    "lora_fa": lambda m, n, r: 2 * m * r + r**2 + 1,
-    "lora_plus": lambda m, n, r: 2 * (m + n) * r + 2,
-    "rac_lora": lambda m, n, r: 1,
-    "lora_sb": lambda m, n, r: n * r + 3 * r**2 + 1,
-}
-"""Numbers that each pair keeps between two steps, as the pages list them."""
-
-FROZEN: Final[Mapping[str, Count]] = {
+FROZEN: Final[Mapping[str, Callable[[int, int, int], int]]] = {
     "lora_fa": lambda m, n, r: 7 * m * r,  # B, its gradient and its two moments
     "rac_lora": lambda m, n, r: (3 * m + n) * r,  # B and its gradient; A is read
     "lora_sb": lambda m, n, r: 4 * n * r,  # A and its gradient; the start of A is read
@@ -86,19 +41,81 @@ class Work(NamedTuple):
     bytes: int
 
 
+class _Counter:
+    """Namespace that counts the flops of its matrix products and QR decompositions."""
+
+    def __init__(self, xp: Any) -> None:
+        self.flops, self.xp, self.linalg = 0, xp, _Linalg(self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.xp, name)
+
+    def matmul(self, x: Any, y: Any) -> Any:
+        product = self.xp.matmul(x, y)
+        self.flops += 2 * product.size * x.shape[-1]
+        return product
+
+
+class _Linalg:
+    def __init__(self, counter: _Counter) -> None:
+        self._counter = counter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._counter.xp.linalg, name)
+
+    def qr(self, x: Any) -> Any:
+        rows, columns = x.shape[-2:]  # Householder, and forming Q: 2 N k^2 each
+        self._counter.flops += prod(x.shape[:-2]) * 4 * rows * columns**2
+        return self._counter.xp.linalg.qr(x)
+
+
+@contextmanager
+def _counting() -> Iterator[_Counter]:
+    """Let steps on NumPy arrays be counted."""
+    usual = dispatch.get_backend(np.ones(1))
+    counter = _Counter(usual.xp)
+    dispatch._by_type[np.ndarray] = Backend(counter, "numpy")
+    try:
+        yield counter
+    finally:
+        dispatch._by_type[np.ndarray] = usual
+
+
+def step_flops(method: Transform, params: Factors, grads: Factors) -> int:
+    """Count the flops of one step on NumPy arrays."""
+    state = method.init(params)
+    with _counting() as counter:
+        rlora.step(method, params, grads, state, 1e-4)
+    return counter.flops
+
+
+@cache
+def _flops(method: str, m: int, n: int, r: int) -> int:
+    problem = random_problem([(m, n)], r, 0)
+    return step_flops(make_method(method), problem.pairs[0], problem.grads[0])
+
+
+@cache
+def state_numbers(method: str, m: int, n: int, r: int) -> int:
+    """Count the numbers that a pair keeps between two steps."""
+    pair = Factors(np.zeros((r, n), np.float32), np.zeros((m, r), np.float32))
+    state = rlora.flatten_state(make_method(method).init(pair))
+    return sum(prod(x.shape) for x in state.values())
+
+
 def least_seconds(flops: int, moved: int, peaks: Peaks) -> float:
     """No step can be faster, unless its arrays fit a cache."""
     return max(moved / peaks.bytes_per_s, flops / peaks.flops_per_s)
 
 
 def work(method: str, problem: Problem, item_bytes: int, state_bytes: int) -> Work | None:
-    """Count the work of a step; None for a method that nobody has counted."""
+    """Count the work of a step; None for an optimizer whose arithmetic is unknown."""
     name = method.partition(":")[0]
-    count = FLOPS.get(method) or FLOPS.get(name)
-    if count is None:
+    known = SAME_AS.get(name, method)
+    if known not in (*PLAIN, *method_names()):
         return None
-    shapes = [(B.shape[0], A.shape[1], A.shape[0]) for A, B in problem.pairs]
+    shapes = Counter((B.shape[0], A.shape[1], A.shape[0]) for A, B in problem.pairs)
     moved = 3 * problem.parameters * item_bytes + 2 * state_bytes
     if name in FROZEN:
-        moved = item_bytes * sum(FROZEN[name](*shape) for shape in shapes)
-    return Work(sum(count(*shape) for shape in shapes), moved)
+        moved = item_bytes * sum(k * FROZEN[name](*shape) for shape, k in shapes.items())
+    return Work(sum(k * _flops(known, *shape) for shape, k in shapes.items()), moved)

@@ -8,7 +8,6 @@ from typing import Any, Final
 import rlora.methods
 
 from .cases import Key
-from .cost_model import STATE
 from .options import RANKS, Options, make_options
 from .presets import DEFAULT, is_shape
 from .scaling import NAME as SCALING, scaling_options
@@ -48,7 +47,7 @@ TARGETS: Final[tuple[Target, ...]] = (
     Ratio(("jax", PUBLISHED), ("jax", "optax.adamw"), {JAX_RANK: 3.0}),
     *map(Predicted, OTHERS),
     *map(Temporaries, (PUBLISHED, "lora_rite", "lora_pro_adamw")),
-    *map(State, STATE),
+    *map(State, rlora.methods.__all__),
 )
 GEOMETRIC_MEAN: Final = 4.0
 """At least so many times faster than PEFT, over all presets and ranks."""

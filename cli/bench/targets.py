@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, Protocol
 
 from .cases import Key
-from .cost_model import STATE
+from .cost_model import state_numbers
 from .presets import named
 from .schema import Row
 from .stats import median_ratio
@@ -126,7 +126,7 @@ class Temporaries(NamedTuple):
 
 
 class State(NamedTuple):
-    """Bytes that a torch class keeps: those of the arrays its page lists, and not one more."""
+    """Bytes that a torch class keeps: those of the method's arrays, and not one more."""
 
     method: str
 
@@ -139,8 +139,8 @@ class State(NamedTuple):
         # torch counts its steps in float32 beside moments of float64.
         if not row or row["dtype"] == "float64":
             return None
-        shapes, count = named(row["preset"]).pairs(), STATE[self.method]
-        limit = _wide(row) * sum(count(m, n, row["rank"]) for m, n in shapes)
+        shapes, rank = named(row["preset"]).pairs(), row["rank"]
+        limit = _wide(row) * sum(state_numbers(self.method, m, n, rank) for m, n in shapes)
         kept = row["state_bytes"]
         return make_check(self.words, row["preset"], row["rank"], "exactly", limit, kept)
 

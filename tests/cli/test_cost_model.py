@@ -10,7 +10,7 @@ import pytest
 import rlora.methods
 from rlora.backends import get
 from rlora.cli.bench.cases import ArraySpec, functional_cases, method_names
-from rlora.cli.bench.cost_model import FLOPS, FROZEN, STATE, least_seconds, work
+from rlora.cli.bench.cost_model import FROZEN, least_seconds, state_numbers, work
 from rlora.cli.bench.problem import random_problem
 from rlora.cli.bench.roofline import Peaks, measure_peaks
 
@@ -21,7 +21,6 @@ NAMES = {
     "scaled_adamw:after": 'scaled_adamw(placement="after")',
     "peft": 'scaled_adamw(placement="before")',
 }
-PLAIN = {"sgd", "adamw", "torch.adamw", "optax.adamw"}
 SHAPES = [(768, 512, 4), (512, 1024, 6)]
 
 
@@ -43,18 +42,24 @@ def value(formula, m, n, r):
     return eval(compile(tree, "page", "eval"), {"m": m, "n": n, "r": r})
 
 
-@pytest.mark.parametrize("name", sorted(FLOPS.keys() - PLAIN))
+@pytest.mark.parametrize("name", [*method_names(), "peft"])
 def test_flops_are_those_of_the_pages(name):
+    """And of products of r x r matrices, which the pages leave out."""
     call = NAMES.get(name, f"{name}()")
-    for shape in SHAPES:
-        assert FLOPS[name](*shape) == value(on_the_pages()[call], *shape)
+    if call not in on_the_pages():
+        pytest.skip("a placement without a row of its own")
+    for m, n, r in SHAPES:
+        flops = work(name, random_problem([(m, n)], r, 0), 4, 0).flops
+        expected = value(on_the_pages()[call], m, n, r)
+        assert expected <= flops <= 1.05 * expected
+        assert (flops - expected) % (2 * r**3) == 0
 
 
 @pytest.mark.parametrize("name", rlora.methods.__all__)
 def test_numbers_kept_are_those_of_the_pages(name):
     formula = on_the_pages(1)[NAMES.get(name, f"{name}()")]
     for shape in SHAPES:
-        assert STATE[name](*shape) == value(formula, *shape)
+        assert state_numbers(name, *shape) == value(formula, *shape)
 
 
 def test_every_method_has_a_prediction():
@@ -70,11 +75,14 @@ def test_bytes_added_up_by_hand():
     numbers = 4 * (70 + 54)
     found = work("scaled_adamw", problem, 4, state_bytes=1000)
     assert found.bytes == 3 * 4 * numbers + 2000
-    assert found.flops == 6 * (70 + 54) * 16
+    long = 6 * (70 + 54) * 16
+    assert long <= found.flops < 1.5 * long
+    assert (found.flops - long) % (2 * 4**3) == 0  # the rest are products of 4 x 4 matrices
     assert work("lora_fa", problem, 2, 0).bytes == 2 * 7 * (40 + 24) * 4
     assert work("torch.adamw:foreach", problem, 4, 0).flops == 0
     for placement in ("before", "after"):
-        assert work(f"scaled_adamw:{placement}", problem, 4, 0).flops == 4 * (70 + 54) * 16
+        rest = work(f"scaled_adamw:{placement}", problem, 4, 0).flops - 4 * (70 + 54) * 16
+        assert 0 <= rest < 2 * (70 + 54) * 16
 
 
 @pytest.mark.parametrize("name", FROZEN)
