@@ -4,12 +4,13 @@ import importlib
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from .bed import Bed
-
 LARGE: Final = {"gpt2": ".gpt2", "mistral": ".mistral", "diffusion": ".diffusion"}
 """Those that want a GPU, and weights and data from elsewhere; they have `PRESETS` too."""
 
-MODELS: Final = {"digits": ".digits", "smollm2": ".smollm2", **LARGE}
+STACKED: Final = {"strings": ".stacks"}
+"""Those whose runs are trained many at once: they have a `run` and `CONTENDERS` of their own."""
+
+MODELS: Final = {"digits": ".digits", "smollm2": ".smollm2", **STACKED, **LARGE}
 """Model -> the module with its `load` and its `DATASETS`; imported when it is asked for."""
 
 
@@ -37,11 +38,9 @@ def check_dataset(model: str, dataset: str) -> None:
         raise ValueError(msg)
 
 
-def load_bed(model: str, dataset: str, kept: Path, quick: bool, origin: Origin) -> Bed:
-    """Load a model with a task; `kept` is a folder for what takes long to compute."""
+def load_bed(model: str, dataset: str, kept: Path, quick: bool, origin: Origin) -> Any:
+    """Load a `Bed`, or a stacked one; `kept` is a folder for what takes long to compute."""
     if model in LARGE:
-        large: Bed = module_of(model).load(dataset, quick=quick, **origin._asdict())
-        return large
+        return module_of(model).load(dataset, quick=quick, **origin._asdict())
     file = kept / f"{model}-{dataset}{'-quick' if quick else ''}.pt"
-    bed: Bed = module_of(model).load(dataset, kept=file, quick=quick)
-    return bed
+    return module_of(model).load(dataset, kept=file, quick=quick)

@@ -1,6 +1,7 @@
 """``rlora study``: optimizers for LoRA on a real model, each at its own best learning rate."""
 
 import importlib.util
+from itertools import product
 from pathlib import Path
 from typing import Final
 
@@ -9,6 +10,7 @@ import click
 SMALL: Final = ("torch", "peft", "matplotlib")
 PACKAGES: Final = {
     "plots": ("study", ("torch", "matplotlib")),
+    "strings": ("study", ("torch", "matplotlib")),
     "digits": ("study", (*SMALL, "sklearn")),
     "smollm2": ("study", (*SMALL, "transformers", "gguf", "sentencepiece")),
     **dict.fromkeys(
@@ -41,14 +43,33 @@ def check_installed(model: str, dataset: str) -> None:
     "--model",
     default="smollm2",
     show_default=True,
-    help="digits, smollm2; on a GPU gpt2, mistral, diffusion.",
+    help="strings, digits, smollm2; on a GPU gpt2, mistral, diffusion.",
 )
-@click.option("--dataset", default="chain_sum", show_default=True, help="One that the model has.")
+@click.option(
+    "--dataset",
+    "datasets",
+    multiple=True,
+    default=("chain_sum",),
+    show_default=True,
+    help="One that the model has; may be repeated.",
+)
 @click.option("--weights", help="Of a large model: its name on the hub, or a folder.")
 @click.option("--data", type=Path, help="Of a large model: a folder; else they come from the hub.")
 @click.option("--device", default="cuda", show_default=True, help="Of a large model.")
-@click.option("--rank", type=click.IntRange(1), help="8, or what the paper has.")
-@click.option("--steps", type=click.IntRange(2), help="Of a run, instead of the usual ones.")
+@click.option(
+    "--rank",
+    "ranks",
+    multiple=True,
+    type=click.IntRange(1),
+    help="8, or what the paper has; may be repeated.",
+)
+@click.option(
+    "--steps",
+    "lengths",
+    multiple=True,
+    type=click.IntRange(2),
+    help="Of a run, instead of the usual ones; may be repeated.",
+)
 @click.option("--contender", "names", multiple=True, help="Only this one; may be repeated.")
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--output", type=Path, default=Path("build/study"), show_default=True)
@@ -56,12 +77,12 @@ def check_installed(model: str, dataset: str) -> None:
 @click.option("--tables", is_flag=True, help="Train nothing: tables and plots of all records.")
 def study(
     model: str,
-    dataset: str,
+    datasets: tuple[str, ...],
     weights: str | None,
     data: Path | None,
     device: str,
-    rank: int | None,
-    steps: int | None,
+    ranks: tuple[int, ...],
+    lengths: tuple[int, ...],
     names: tuple[str, ...],
     processes: int,
     output: Path,
@@ -73,13 +94,18 @@ def study(
     Each contender has its own sweep of learning rates, which grows while the best lies at an end;
     the best by validation loss is then run on other seeds, and only those read the test part.
     Every run is written down when it is done: started again, the study goes on where it was.
+    Strings is a small transformer that knows seven tasks and is taught others, made in a minute;
+    its runs are trained many at once, and it says first how long that takes.
     """
-    check_installed("plots" if tables else model, dataset)
-    from .beds import Origin
+    for dataset in datasets:
+        check_installed("plots" if tables else model, dataset)
+    from .beds import STACKED, Origin
     from .conduct import conduct  # torch, and more: not for `rlora --help`
+    from .regret import write_regrets
     from .tables import write_tables
 
     if not tables:
         origin = Origin(weights, data, device)
-        conduct(model, dataset, rank, steps, names, processes, output, quick, origin)
-    write_tables(output)
+        for dataset, rank, steps in product(datasets, ranks or (None,), lengths or (None,)):
+            conduct(model, dataset, rank, steps, names, processes, output, quick, origin)
+    (write_regrets if model in STACKED else write_tables)(output)

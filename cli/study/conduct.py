@@ -7,11 +7,11 @@ from typing import Final, NamedTuple
 from rlora.cli.console import console, counted
 
 from .beds import LARGE, Origin, check_dataset
-from .methods import CONTENDERS, check_contenders
+from .methods import check_contenders
 from .plan import Entry, Record, Records, final, rounds
 from .preset import contenders_of, preset_of
 from .train import Job
-from .work import Place, do, prepare
+from .work import Place, do, estimate, prepare
 
 
 class Size(NamedTuple):
@@ -22,9 +22,9 @@ class Size(NamedTuple):
     seeds: int
 
 
-SIZES: Final = {"digits": Size(200, 4, 20), "smollm2": Size(160, 1, 3)}
+SIZES: Final = {"digits": Size(200, 4, 20), "smollm2": Size(160, 1, 3), "strings": Size(300, 1, 0)}
 QUICK: Final = Size(8, 1, 1)
-QUICK_CONTENDERS: Final = ("adamw", "scaled-both-fast")
+QUICK_CONTENDERS: Final = ("adamw", "scaled-both-fast", "scaled")
 RANK: Final = 8
 
 
@@ -53,6 +53,8 @@ def conduct(
     processes = 1 if model in LARGE else processes  # one model fills a GPU
     for jobs in rounds(records, entries):
         console().print(f"{counted(len(jobs), 'run')} to do")
+        if (seconds := estimate(place, jobs, processes)) is not None:
+            console().print(f"about {seconds / 60:.1f} min")
         for row in do(place, jobs, processes):
             records.add(row)
             console().print(line(row))
@@ -78,7 +80,8 @@ def usual(model: str, dataset: str, quick: bool) -> tuple[str, ...]:
     preset = preset_of(model, dataset)
     if preset:
         return tuple(preset.contenders())
-    return QUICK_CONTENDERS if quick else tuple(CONTENDERS)
+    known = contenders_of(model, dataset)
+    return tuple(name for name in known if name in QUICK_CONTENDERS or not quick)
 
 
 def entry_of(like: Job, size: Size) -> Entry:

@@ -84,9 +84,9 @@ def sweep(records: Records, entry: Entry) -> list[Job]:
             break
         best = min(rates, key=lambda lr: found[lr])
         if best == rates[0]:
-            rates = (rates[0] / 2, *rates)
+            rates = (rates[0] * (rates[0] / rates[1]), *rates)
         elif best == rates[-1]:
-            rates = (*rates, 2 * rates[-1])
+            rates = (*rates, rates[-1] * (rates[-1] / rates[-2]))
         else:
             break
     return [entry.like._replace(lr=lr, seed=seed) for lr in rates for seed in entry.sweep_seeds]

@@ -8,7 +8,7 @@ from torch import nn
 
 import rlora.torch
 
-from .beds import LARGE, module_of
+from .beds import LARGE, STACKED, module_of
 from .methods import CONTENDERS, Contender
 
 
@@ -52,7 +52,10 @@ def preset_of(model: str, dataset: str) -> Preset | None:
     return preset
 
 
-def contenders_of(model: str, dataset: str) -> dict[str, Contender]:
-    """Those of the study, and for a large model the paper's own."""
+def contenders_of(model: str, dataset: str) -> Mapping[str, Any]:
+    """Those of the study, and for a large model the paper's own; a stacked one has others."""
+    if model in STACKED:
+        own: Mapping[str, Any] = module_of(model).CONTENDERS
+        return own
     preset = preset_of(model, dataset)
     return {**CONTENDERS, **(preset.contenders() if preset else {})}

@@ -8,8 +8,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from .bed import Bed
-from .beds import Origin, load_bed
+from .beds import STACKED, Origin, load_bed, module_of
 from .train import Job, run
 
 
@@ -23,15 +22,18 @@ class Place(NamedTuple):
     origin: Origin
 
 
-_beds: Final[dict[Place, Bed]] = {}
+_beds: Final[dict[Place, Any]] = {}
 """The bed of this process: loaded once, for all runs that the process does."""
 
 
 def do(place: Place, jobs: list[Job], processes: int) -> Iterator[dict[str, Any]]:
     """Records of the jobs, in the order in which they are done."""
     prepare(place)  # first of all here: what it keeps in a file, the others find
+    stacked = place.model in STACKED
+    stacks = module_of(place.model).together(jobs) if stacked else [[job] for job in jobs]
     if processes == 1:
-        yield from (work(place, job) for job in jobs)
+        for stack in stacks:
+            yield from work(place, stack)
         return
     with ProcessPoolExecutor(
         processes,
@@ -39,11 +41,20 @@ def do(place: Place, jobs: list[Job], processes: int) -> Iterator[dict[str, Any]
         initializer=prepare,
         initargs=(place,),
     ) as pool:
-        for done in as_completed([pool.submit(work, place, job) for job in jobs]):
-            yield done.result()
+        for done in as_completed([pool.submit(work, place, stack) for stack in stacks]):
+            yield from done.result()
 
 
-def prepare(place: Place) -> Bed:
+def estimate(place: Place, jobs: list[Job], processes: int) -> float | None:
+    """Seconds that stacked runs will take, by a few steps of each kind; None for other models."""
+    if place.model not in STACKED:
+        return None
+    bed = prepare(place)
+    stacks: list[list[Job]] = module_of(place.model).together(jobs)
+    return float(sum(bed.seconds(stack) for stack in stacks)) / processes
+
+
+def prepare(place: Place) -> Any:
     """Load the bed, with one thread for a process."""
     torch.set_num_threads(1)
     if place not in _beds:
@@ -52,6 +63,10 @@ def prepare(place: Place) -> Bed:
     return _beds[place]
 
 
-def work(place: Place, job: Job) -> dict[str, Any]:
-    """One run on this process's bed."""
-    return run(_beds[place], job)
+def work(place: Place, jobs: list[Job]) -> list[dict[str, Any]]:
+    """Runs on this process's bed, at once if it can."""
+    bed = _beds[place]
+    if place.model in STACKED:
+        rows: list[dict[str, Any]] = bed.run(jobs)
+        return rows
+    return [run(bed, job) for job in jobs]

@@ -1,0 +1,277 @@
+"""Tables of the study of strings from its records, one learning rate for all settings first."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Final, NamedTuple
+
+from rlora.cli import figures
+from rlora.cli.claims.claim import Curve, Panel
+from rlora.cli.record import write_text
+
+from .plan import Record, Records, final
+from .stacks import CONTENDERS
+from .strings import DATASETS, DIGITS
+from .tables import line
+
+BASELINE: Final = "adamw"
+"""Contender against whose best rate in a setting all others are held."""
+
+GUESSING: Final = math.log(DIGITS)
+"""Loss of an answer drawn at random; what is worse, or diverged, counts as this."""
+
+CLOSE: Final = 0.02
+"""Nats a digit that may be lost against the tuned baseline."""
+
+MOST: Final = 9
+"""Contenders in a figure."""
+
+
+class Setting(NamedTuple):
+    """Settings of a sweep, apart from the contender."""
+
+    dataset: str
+    rank: int
+    steps: int
+
+    def __str__(self) -> str:
+        return f"`{self.dataset}`, rank {self.rank}, {self.steps} steps"
+
+
+class Sweep(NamedTuple):
+    """Mean validation loss, and share of exact answers, by learning rate in rising order."""
+
+    losses: dict[float, float]
+    exact: dict[float, float]
+
+    @property
+    def best(self) -> float:
+        """The learning rate with the lowest loss."""
+        return min(self.losses, key=lambda lr: self.losses[lr])
+
+
+Sweeps = dict[Setting, dict[str, Sweep]]
+
+
+def sweeps_of(rows: Iterable[Record]) -> Sweeps:
+    """The sweeps in records; contenders in the order of `CONTENDERS`."""
+    found: dict[Setting, dict[str, list[Record]]] = {}
+    for row in rows:
+        if not row["tested"]:
+            setting = Setting(row["dataset"], row["rank"], row["steps"])
+            found.setdefault(setting, {}).setdefault(row["contender"], []).append(row)
+    order = list(DATASETS)
+    return {
+        setting: {
+            name: sweep_of(found[setting][name]) for name in CONTENDERS if name in found[setting]
+        }
+        for setting in sorted(found, key=lambda x: (x.steps, x.rank, order.index(x.dataset)))
+    }
+
+
+def sweep_of(rows: Sequence[Record]) -> Sweep:
+    """Means over the seeds."""
+    rates = sorted({row["lr"] for row in rows})
+
+    def means(value: Callable[[Record], float]) -> dict[float, float]:
+        return {lr: mean(value(row) for row in rows if row["lr"] == lr) for lr in rates}
+
+    return Sweep(means(lambda row: min(final(row), GUESSING)), means(lambda row: row["exact"]))
+
+
+def write_regrets(folder: Path) -> None:
+    """Write ``tables.md`` and a plot of all records in a folder."""
+    paths = sorted(folder.glob("strings-*.jsonl"))
+    if not paths:
+        msg = f"{folder} has no records of strings (strings-*.jsonl)"
+        raise ValueError(msg)
+    sweeps = sweeps_of(row for path in paths for row in Records(path).rows.values())
+    parts = {
+        "Best losses": best_losses(sweeps),
+        "One learning rate for all settings": one_rate(sweeps),
+        "Learning rate against rank": slopes(sweeps),
+        "The rate of the usual task on its unusual forms": transferred(sweeps),
+    }
+    lines = ["# Tables of the study of strings", ""]
+    lines.append("Made by `rlora study --model strings --tables` from the records beside.")
+    for title, table in parts.items():
+        lines += ["", f"## {title}", "", *(table or ["No records for this table."])]
+    if curves := curves_of(sweeps):
+        title = "Mean loss over settings against learning rate"
+        write_text(folder / "rates.svg", figures.as_svg(title, [curves]))
+        lines += ["", f"![{title}](rates.svg)", "", f"*{title}.*"]
+    write_text(folder / "tables.md", "\n".join(lines) + "\n")
+
+
+def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table under a caption."""
+    return [f"*{caption}*", "", line(head), line(["---"] * len(head)), *map(line, rows)]
+
+
+def best_losses(sweeps: Sweeps) -> list[str]:
+    """Lowest loss of each sweep with the share of exact answers at that rate."""
+    names = [name for name in CONTENDERS if any(name in group for group in sweeps.values())]
+
+    def cell(sweep: Sweep | None, low: float) -> str:
+        if sweep is None:
+            return "-"
+        text = f"{sweep.losses[sweep.best]:.3f} ({100 * sweep.exact[sweep.best]:.0f} %)"
+        return f"**{text}**" if sweep.losses[sweep.best] == low else text
+
+    rows = []
+    for setting, group in sweeps.items():
+        low = min(sweep.losses[sweep.best] for sweep in group.values())
+        rows.append([str(setting), *(cell(group.get(name), low) for name in names)])
+    caption = (
+        "Validation loss, nats a digit, of each contender at its best rate, and exact answers; "
+        "bold: the lowest; -: not run."
+    )
+    return table(caption, ["setting", *(f"`{name}`" for name in names)], rows)
+
+
+class Default(NamedTuple):
+    """A contender at one learning rate in every setting in which the baseline was tuned too."""
+
+    settings: list[Setting]
+    means: dict[float, float]
+    """Learning rate -> mean loss over the settings, of rates that were tried in all of them."""
+
+    @property
+    def rate(self) -> float:
+        """The rate with the lowest mean."""
+        return min(self.means, key=lambda lr: self.means[lr])
+
+
+def default_of(sweeps: Sweeps, name: str) -> Default | None:
+    """The one rate of a contender; None if it shares no setting with the baseline."""
+    settings = [x for x, group in sweeps.items() if name in group and BASELINE in group]
+    if not settings:
+        return None
+    tried = [set(sweeps[x][name].losses) for x in settings]
+    common = sorted(set.intersection(*tried))
+    means = {lr: mean(sweeps[x][name].losses[lr] for x in settings) for lr in common}
+    return Default(settings, means) if means else None
+
+
+def one_rate(sweeps: Sweeps) -> list[str]:
+    """Regret of one rate everywhere against a baseline that is tuned for each setting."""
+    rows = []
+    for name in CONTENDERS:
+        if (found := default_of(sweeps, name)) is None:
+            continue
+        lr, pairs = found.rate, [(sweeps[x][name], sweeps[x][BASELINE]) for x in found.settings]
+        regrets = [mine.losses[lr] - theirs.losses[theirs.best] for mine, theirs in pairs]
+        close = sum(x <= CLOSE for x in regrets)
+        rows.append(
+            [
+                *(f"`{name}`", f"{lr:.2g}", f"{close} of {len(regrets)}"),
+                *(f"{f(regrets):+.3f}" for f in (median, mean, max)),
+                f"{100 * mean(mine.exact[lr] for mine, _ in pairs):.0f} %",
+                f"{100 * mean(theirs.exact[theirs.best] for _, theirs in pairs):.0f} %",
+            ]
+        )
+    caption = (
+        f"Each contender at the one rate with its lowest mean loss over all its settings; regret: "
+        f"validation loss less that of `{BASELINE}` at the best rate for each setting, nats a "
+        f"digit; close: at most {CLOSE}. Guessing has {GUESSING:.2f}, and so counts a run that "
+        f"diverged."
+    )
+    head = ["contender", "rate", "close", "median regret", "mean", "worst", "exact"]
+    return table(caption, [*head, f"exact of tuned `{BASELINE}`"], rows) if rows else []
+
+
+def slopes(sweeps: Sweeps) -> list[str]:
+    """Powers of the rank by which best rates go, where a sweep was run at several ranks."""
+    found: dict[str, list[float]] = {}
+    for setting, group in sweeps.items():
+        for name, sweep in group.items():
+            higher = [
+                other
+                for other in sweeps
+                if other._replace(rank=setting.rank) == setting
+                and other.rank > setting.rank
+                and name in sweeps[other]
+            ]
+            if higher:
+                top = max(higher)
+                rates = optimum(sweeps[top][name].losses) / optimum(sweep.losses)
+                found.setdefault(name, []).append(
+                    math.log(rates) / math.log(top.rank / setting.rank)
+                )
+    rows = [
+        [
+            *(f"`{name}`", f"{len(found[name])}", f"{mean(found[name]):+.2f}"),
+            f"{stdev(found[name]) / len(found[name]) ** 0.5:.2f}" if len(found[name]) > 1 else "-",
+        ]
+        for name in CONTENDERS
+        if name in found
+    ]
+    caption = "Power p of the rank in the best rate, lr ~ r^p; alpha = 2 r at every rank."
+    return (
+        table(caption, ["contender", "pairs of settings", "p", "standard error"], rows)
+        if rows
+        else []
+    )
+
+
+def optimum(losses: Mapping[float, float]) -> float:
+    """The vertex of a parabola in log(lr), through the log losses at and beside the best rate."""
+    rates = list(losses)
+    i = min(range(len(rates)), key=lambda k: losses[rates[k]])
+    if not 0 < i < len(rates) - 1:
+        return rates[i]
+    x = [math.log(rates[k]) for k in (i - 1, i, i + 1)]
+    y = [math.log(losses[rates[k]]) for k in (i - 1, i, i + 1)]
+    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    if left == right:
+        return rates[i]
+    bend = (right - left) / (x[2] - x[0])
+    return math.exp((x[0] + x[1]) / 2 - left / (2 * bend))
+
+
+def transferred(sweeps: Sweeps) -> list[str]:
+    """Losses of settings with a usual twin, at the rate that is best for the twin."""
+    rows = []
+    for setting, group in sweeps.items():
+        mine = DATASETS[setting.dataset]
+        twin = setting._replace(dataset=mine.task)
+        if (
+            twin == setting
+            or mine._replace(start=1.0, dtype=DATASETS[mine.task].dtype) != DATASETS[mine.task]
+        ):
+            continue
+        for name, sweep in group.items():
+            usual = sweeps.get(twin, {}).get(name)
+            if usual is not None and usual.best in sweep.losses:
+                lr = usual.best
+                rows.append(
+                    [
+                        *(str(setting), f"`{name}`", f"{lr:.2g}", f"{usual.losses[lr]:.3f}"),
+                        *(f"{sweep.losses[lr]:.3f}", f"{sweep.losses[sweep.best]:.3f}"),
+                        f"{sweep.best:.2g}",
+                    ]
+                )
+    caption = "Loss when the factors alone differ from those of the usual task."
+    head = ["setting", "contender", "usual best rate", "usual loss", "loss here at that rate"]
+    return table(caption, [*head, "lowest loss here", "its rate"], rows) if rows else []
+
+
+def curves_of(sweeps: Sweeps) -> Panel | None:
+    """Mean loss against learning rate, for the contenders that share most settings."""
+    found = {name: default_of(sweeps, name) for name in CONTENDERS}
+    most = max((len(x.settings) for x in found.values() if x), default=0)
+    drawn = {name: x for name, x in found.items() if x and len(x.settings) == most}
+    if not drawn:
+        return None
+    curves = [
+        Curve(name, list(x.means), list(x.means.values())) for name, x in list(drawn.items())[:MOST]
+    ]
+    return Panel(
+        f"Mean over {most} settings",
+        "learning rate",
+        "validation loss, nats a digit",
+        tuple(curves),
+        log_x=True,
+        log_y=True,
+    )

@@ -1,0 +1,221 @@
+"""Many runs of one contender as one computation: each adapter has an axis for the runs.
+
+Runs that differ in learning rate and seed alone share every call. The methods of `rlora` take the
+axis for one of equal layers, so that the step of a run is what it would be alone.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+import rlora
+from rlora import Factors, Transform
+from rlora.core.state import flatten_state
+
+from .bed import Part
+from .methods import FAST, PUBLISHED, USUAL, rates
+from .strings import DATASETS, Examples, parts_of
+from .train import DIVERGED, Job, share
+from .transformer import (
+    STEPS,
+    Adapters,
+    exact,
+    kept_weights,
+    logits,
+    losses,
+    new_adapters,
+    widened,
+)
+
+BATCH: Final = 8
+SCALING: Final = 2.0
+"""alpha / r, for every rank."""
+
+MOST: Final = 16
+"""Runs in a stack."""
+
+WIDENED: Final = 1
+"""Block that `Setting.widened` is about."""
+
+TRIAL: Final = 4
+"""Steps by which the time of a study is estimated."""
+
+QUICK_STEPS: Final = 30
+"""Steps of the base in a quick study."""
+
+
+class Contender(NamedTuple):
+    """A method with its settings; everything but the learning rate."""
+
+    make: Callable[[], Transform]
+    rates: tuple[float, ...]
+    """Learning rates of the sweep, in rising order, a factor of four apart."""
+
+
+def adamw(b1: float, b2: float, ratio: float = 1.0) -> Callable[[], Transform]:
+    """AdamW, or with a ratio LoRA+."""
+    return lambda: rlora.lora_plus(ratio=ratio, b1=b1, b2=b2)
+
+
+def scaled(b1: float, b2: float, **options: Any) -> Callable[[], Transform]:
+    """Scaled AdamW."""
+    return lambda: rlora.scaled_adamw(b1=b1, b2=b2, weight_decay=0.0, **options)
+
+
+BETAS: Final = ((0.9, 0.95), (0.9, 0.99))
+"""Those between `FAST` and `USUAL`."""
+
+CONTENDERS: Final[Mapping[str, Contender]] = {
+    "adamw": Contender(adamw(*USUAL), rates(5e-4, 5, 4)),
+    "adamw-fast": Contender(adamw(*FAST), rates(5e-4, 5, 4)),
+    "lora-plus-16": Contender(adamw(*USUAL, ratio=16.0), rates(1.25e-4, 5, 4)),
+    "lora-plus-4": Contender(adamw(*USUAL, ratio=4.0), rates(5e-4, 5, 4)),
+    "scaled": Contender(scaled(*FAST), rates(5e-4, 5, 4)),
+    "scaled-usual": Contender(scaled(*USUAL), rates(5e-4, 5, 4)),
+    "scaled-before": Contender(scaled(*USUAL, **PUBLISHED), rates(5e-4, 5, 4)),
+    "lora-rite": Contender(rlora.lora_rite, rates(5e-4, 5, 4)),
+    "lora-pro": Contender(rlora.lora_pro_adamw, rates(5e-4, 5, 4)),
+    "lora-muon": Contender(rlora.lora_muon, rates(5e-4, 5, 4)),
+    "ref-lora": Contender(rlora.ref_lora, rates(0.032, 5, 4)),
+    **{f"adamw-{b1}-{b2}": Contender(adamw(b1, b2), rates(5e-4, 5, 4)) for b1, b2 in BETAS},
+    **{f"scaled-{b1}-{b2}": Contender(scaled(b1, b2), rates(5e-4, 5, 4)) for b1, b2 in BETAS},
+}
+"""Betas: fast ones are (0.7, 0.8), those of `scaled` too; all others (0.9, 0.999) if not named."""
+
+
+class Strings:
+    """The base with one task of strings."""
+
+    def __init__(self, dataset: str, kept: Path | None, quick: bool) -> None:
+        self.setting = DATASETS[dataset]
+        base = kept_weights(kept, QUICK_STEPS if quick else STEPS)
+        self.weights = widened(base, WIDENED, self.setting.widened)
+        self.parts = parts_of(self.setting)
+
+    def adapters(self, rank: int, seeds: Sequence[int]) -> Adapters:
+        """Adapters of a stack; those of a run depend on its seed alone."""
+        runs = [
+            new_adapters(self.weights, rank, torch.Generator().manual_seed(seed)) for seed in seeds
+        ]
+        start, dtype = self.setting.start, self.setting.dtype
+        pairs = {}
+        for name in runs[0]:
+            A, B = map(torch.cat, zip(*(run[name] for run in runs), strict=True))
+            pairs[name] = Factors((start * A).to(dtype), B.to(dtype))
+        return pairs
+
+    def batches(self, steps: int, seeds: Sequence[int]) -> Iterator[Examples]:
+        """Training strings of each step, (runs, BATCH, ...), drawn by the seed of the run."""
+        tokens, answers = self.parts["train"]
+        shape = (steps, BATCH)
+        drawn = [
+            torch.randint(len(answers), shape, generator=torch.Generator().manual_seed(~seed))
+            for seed in seeds
+        ]
+        for index in torch.stack(drawn, 1):
+            yield Examples(tokens[index], answers[index])
+
+    def gradients(self, adapters: Adapters, batch: Examples) -> tuple[Tensor, Adapters]:
+        """Return the loss of each run, and its gradients."""
+        leaves = [factor.requires_grad_() for pair in adapters.values() for factor in pair]
+        found = losses(logits(self.weights, batch.tokens, adapters, SCALING), batch.answers)
+        flat = iter(torch.autograd.grad(found.sum(), leaves))
+        return found.detach(), {name: Factors(next(flat), next(flat)) for name in adapters}
+
+    @torch.no_grad()
+    def evaluate(self, adapters: Adapters, part: Part) -> list[dict[str, float]]:
+        """Loss, and share of exact answers, of each run on a part."""
+        tokens, answers = (x[None] for x in self.parts[part])
+        found = []
+        for k in range(count(adapters)):
+            scores = logits(self.weights, tokens, chosen(adapters, slice(k, k + 1)), SCALING)
+            loss, right = losses(scores, answers), exact(scores, answers)
+            found.append({"loss": rounded(loss), "exact": rounded(right)})
+        return found
+
+    def train(self, jobs: Sequence[Job]) -> tuple[Adapters, list[bool], dict[str, Any]]:
+        """Train a stack: its adapters, whether each run diverged, and what a step costs a run."""
+        job, seeds = jobs[0], [job.seed for job in jobs]
+        transform = CONTENDERS[job.contender].make()
+        adapters = self.adapters(job.rank, seeds)
+        state = transform.init(adapters, SCALING)
+        lr = torch.tensor([job.lr for job in jobs])[:, None, None]
+        bound = torch.full((len(jobs),), math.inf)
+        seconds = []
+        for done, batch in enumerate(self.batches(job.steps, seeds)):
+            found, grads = self.gradients(adapters, batch)
+            bound = DIVERGED * found if done == 0 else bound
+            bound = torch.where(found <= bound, bound, -1.0)  # also when NaN: for good
+            lives = (bound > 0)[:, None, None]
+            start = time.perf_counter()
+            # A run that diverged stays where it is, and leaves no NaN in the state of the stack.
+            grads = {
+                name: Factors(*(torch.where(lives, x, 0) for x in pair))
+                for name, pair in grads.items()
+            }
+            rate = share(done, job.steps) * lr * lives
+            adapters, state = rlora.step(transform, adapters, grads, state, rate)
+            seconds.append(time.perf_counter() - start)
+        cost = {
+            "step_ms": round(1e3 * statistics.median(seconds) / len(jobs), 4),
+            "state_bytes": sum(x.nbytes for x in flatten_state(state).values()) // len(jobs),
+        }
+        return adapters, (bound < 0).tolist(), cost
+
+    def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """Train a stack; a record for each job."""
+        adapters, diverged, cost = self.train(jobs)
+        scores = self.evaluate(adapters, "validation")
+        tests = self.evaluate(adapters, "test") if jobs[0].tested else None
+        rows = []
+        for k, job in enumerate(jobs):
+            lost = diverged[k] or not math.isfinite(scores[k]["loss"])
+            row = job._asdict() | {
+                "validation": [] if lost else [[job.steps, scores[k]["loss"]]],
+                "exact": 0.0 if lost else scores[k]["exact"],
+                "diverged": lost,
+                **cost,
+            }
+            rows.append(row if tests is None or lost else row | {"test": tests[k]})
+        return rows
+
+    def seconds(self, jobs: Sequence[Job]) -> float:
+        """Time that a stack will take, by a few steps of it."""
+        begin = time.perf_counter()
+        self.train([job._replace(steps=TRIAL) for job in jobs])
+        return (time.perf_counter() - begin) / TRIAL * jobs[0].steps
+
+
+def chosen(adapters: Adapters, runs: slice) -> Adapters:
+    """The adapters of some runs."""
+    return {name: Factors(A[runs], B[runs]) for name, (A, B) in adapters.items()}
+
+
+def count(adapters: Adapters) -> int:
+    """Number of runs in a stack."""
+    return len(next(iter(adapters.values())).A)
+
+
+def rounded(x: Tensor) -> float:
+    """A number short enough for a record."""
+    return float(f"{float(x):.5g}")
+
+
+def together(jobs: Sequence[Job]) -> list[list[Job]]:
+    """The jobs in stacks, in each of which only learning rates and seeds differ."""
+    alike: dict[Job, list[Job]] = {}
+    for job in jobs:
+        alike.setdefault(job._replace(lr=0.0, seed=0), []).append(job)
+    return [x[i : i + MOST] for x in alike.values() for i in range(0, len(x), MOST)]
+
+
+def load(dataset: str, *, kept: Path | None = None, quick: bool = False) -> Strings:
+    """The base with a task; `kept` is the file of its weights, one for all tasks."""
+    file = kept and kept.with_name(f"strings{'-quick' if quick else ''}.pt")
+    return Strings(dataset, file, quick)

@@ -1,0 +1,291 @@
+"""The bed of strings: tasks, base, stacks of runs, the command, and the tables of regret."""
+
+import math
+
+import pytest
+import torch
+
+from rlora import Factors
+from rlora.cli.study import regret, stacks, strings, transformer
+from rlora.cli.study.plan import Records
+from rlora.cli.study.train import Job
+
+JOB = Job("strings", "cipher", 4, "adamw", 8e-3, 0, 12, tested=False)
+
+ORACLES = {
+    "copy": lambda x: x,
+    "reverse": lambda x: x[::-1],
+    "rise": sorted,
+    "increment": lambda x: [0 if d == 9 else d + 1 for d in x],
+    "rotate": lambda x: x[1:] + x[:1],
+    "halves": lambda x: x[3:] + x[:3],
+    "highest": lambda x: [max(x[: i + 1]) for i in range(len(x))],
+    "fall": lambda x: sorted(x)[::-1],
+    "cipher": lambda x: [int("3819062574"[d]) for d in x],
+    "reverse_plus_three": lambda x: [int("3456789012"[d]) for d in x[::-1]],
+    "lowest": lambda x: [min(x[: i + 1]) for i in range(len(x))],
+    "exchange": lambda x: [{0: 2, 2: 0}.get(d, d) for d in x],
+}
+"""Each rule once more, for one list of digits."""
+
+
+# --- tasks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [*strings.KNOWN, *strings.NEW])
+def test_every_label_is_what_the_rule_says(task):
+    numbers = torch.randint(10**6, (200,), generator=torch.Generator().manual_seed(0))
+    prompts = strings.digits_of(numbers)
+    answers = {**strings.KNOWN, **strings.NEW}[task](prompts)
+    assert answers.tolist() == [ORACLES[task](x) for x in prompts.tolist()]
+
+
+def test_new_tasks_are_no_known_ones():
+    prompts = strings.digits_of(torch.arange(0, 10**6, 997))
+    answers = [rule(prompts) for rule in (*strings.KNOWN.values(), *strings.NEW.values())]
+    for i, mine in enumerate(answers):
+        assert all((mine != other).any() for other in answers[:i])
+
+
+@pytest.mark.parametrize("dataset", strings.DATASETS)
+def test_parts_share_no_prompt_and_only_training_is_noisy(dataset):
+    setting = strings.DATASETS[dataset]
+    parts = strings.parts_of(setting)
+    prompts = {p: x.tokens[:, 1 : 1 + strings.LENGTH].tolist() for p, x in parts.items()}
+    flat = [tuple(x) for mine in prompts.values() for x in mine]
+    assert len(set(flat)) == len(flat) == setting.examples + 2 * strings.HELD_OUT
+    wrong = {
+        part: (parts[part].answers != torch.tensor([*map(ORACLES[setting.task], mine)]))
+        for part, mine in prompts.items()
+    }
+    assert not wrong["validation"].any()
+    assert not wrong["test"].any()
+    # A digit drawn at random is right once in ten; five standard deviations of 24576 draws.
+    assert float(wrong["train"].double().mean()) == pytest.approx(0.9 * setting.noise, abs=0.015)
+
+
+def test_strings_are_task_prompt_equals_and_all_but_the_last_digit():
+    prompt, answer = torch.tensor([[1, 2, 3, 4, 5, 6]]), torch.tensor([[6, 5, 4, 3, 2, 1]])
+    tokens, answers = strings.examples_of("reverse", prompt, answer)
+    assert tokens.tolist() == [[strings.TOKENS["reverse"], 1, 2, 3, 4, 5, 6, 10, 6, 5, 4, 3, 2]]
+    assert answers.tolist() == answer.tolist()
+
+
+# --- the transformer ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return transformer.new_weights(torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def adapters(weights):
+    """Two runs, with a B that is not zero."""
+    generator = torch.Generator().manual_seed(1)
+    runs = [transformer.new_adapters(weights, 3, generator) for _ in range(2)]
+    return {
+        name: Factors(
+            torch.cat([run[name].A for run in runs]),
+            0.1 * torch.randn(2, len(weights[name]), 3, generator=generator),
+        )
+        for name in runs[0]
+    }
+
+
+def test_a_training_step_on_the_mixture_teaches_the_base():
+    made = [transformer.trained(steps, seed=0) for steps in (1, 40, 40)]
+    tokens, answers = strings.mixture(64, torch.Generator().manual_seed(9))
+    first, later, again = (
+        float(transformer.losses(transformer.logits(x, tokens, {}, 0.0), answers)) for x in made
+    )
+    assert later == again < 0.9 * first
+
+
+def test_scores_do_not_see_the_digits_they_are_of(weights):
+    """So the likeliest digit after the right ones is what greedy decoding says."""
+    tokens, _ = strings.mixture(1, torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[:, -2:] = (changed[:, -2:] + 1) % 10
+    here, there = (transformer.logits(weights, x, {}, 0.0) for x in (tokens, changed))
+    assert torch.equal(here[:, :-2], there[:, :-2])
+    assert not torch.allclose(here[:, -2:], there[:, -2:])
+
+
+def test_adapters_of_a_run_do_what_they_do_when_merged(weights, adapters):
+    tokens = strings.mixture(2, torch.Generator().manual_seed(0)).tokens
+    both = transformer.logits(weights, torch.stack([tokens, tokens]), adapters, 2.0)
+    for k in range(2):
+        merged = {n: weights[n] + 2.0 * pair.B[k] @ pair.A[k] for n, pair in adapters.items()}
+        alone = transformer.logits({**weights, **merged}, tokens, {}, 0.0)
+        # Another order of sums in float32, of scores around 1.
+        torch.testing.assert_close(both[k], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_widened_block_is_the_same_function(weights):
+    wide = transformer.widened(weights, 1, 4)
+    assert wide["1.up"].shape[0] == wide["1.down"].shape[1] == 4 * transformer.HIDDEN
+    tokens = strings.mixture(2, torch.Generator().manual_seed(0)).tokens
+    here, there = (transformer.logits(x, tokens, {}, 0.0) for x in (weights, wide))
+    torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)  # other sums in float32
+
+
+# --- stacks ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """The file of a base of few steps."""
+    file = tmp_path_factory.mktemp("strings") / "x.pt"
+    stacks.load("cipher", kept=file, quick=True)
+    return file
+
+
+def test_a_run_is_the_same_alone_and_in_a_stack(kept):
+    bed = stacks.load("cipher", kept=kept, quick=True)
+    jobs = [
+        JOB._replace(lr=lr, seed=seed, contender="scaled") for lr, seed in ((8e-3, 0), (2e-3, 1))
+    ]
+    for job, row in zip(jobs, bed.run(jobs), strict=True):
+        (alone,) = bed.run([job])
+        assert {k: row[k] for k in Job._fields} == job._asdict()
+        # Products of a stack sum in another order; twelve steps do not magnify that.
+        assert row["validation"][0][1] == pytest.approx(alone["validation"][0][1], rel=1e-3)
+        assert row["state_bytes"] == alone["state_bytes"]
+
+
+def test_a_run_that_diverges_leaves_the_others_as_they_were(kept):
+    bed = stacks.load("cipher", kept=kept, quick=True)
+    calm, wild = JOB, JOB._replace(lr=1e6)
+    rows = bed.run([calm, wild])
+    assert rows[1]["diverged"]
+    assert rows[1]["validation"] == []
+    assert not rows[0]["diverged"]
+    alone = bed.run([calm])[0]["validation"][0][1]
+    assert rows[0]["validation"][0][1] == pytest.approx(alone, rel=1e-3)  # as above
+
+
+def test_starts_and_dtypes_are_those_of_the_setting(kept):
+    usual, large, narrow = (
+        stacks.load(x, kept=kept, quick=True).adapters(4, [0, 1])["0.query"]
+        for x in ("fall", "fall-large-start", "fall-bfloat16")
+    )
+    assert torch.equal(large.A, 8 * usual.A)
+    assert narrow.A.dtype == narrow.B.dtype == torch.bfloat16
+    assert not torch.equal(usual.A[0], usual.A[1])
+    assert not usual.B.any()
+
+
+@pytest.mark.parametrize("name", stacks.CONTENDERS)
+def test_every_contender_learns(kept, name):
+    bed = stacks.load("cipher", kept=kept, quick=True)
+    start = bed.evaluate(bed.adapters(4, [0]), "validation")[0]["loss"]
+    rate = stacks.CONTENDERS[name].rates[2]
+    (row,) = bed.run([JOB._replace(contender=name, lr=rate, steps=30)])
+    assert row["validation"][0][1] < start
+
+
+def test_stacks_differ_in_rates_and_seeds_alone():
+    jobs = [
+        JOB._replace(contender=c, lr=1e-3 * k, seed=s)
+        for c in ("adamw", "scaled")
+        for k in range(1, 10)
+        for s in (0, 1)
+    ]
+    made = stacks.together(jobs)
+    assert sorted(job for stack in made for job in stack) == sorted(jobs)
+    assert all(len(stack) <= stacks.MOST for stack in made)
+    assert all(len({job.contender for job in stack}) == 1 for stack in made)
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+
+def test_a_quick_study_says_its_time_first_and_goes_on_where_it_was(tmp_path, rlora_cli):
+    arguments = ("study", "--model", "strings", "--quick", "--processes", 1, "--output", tmp_path)
+    arguments = (*arguments, "--dataset", "cipher", "--dataset", "exchange", "--rank", 2)
+    done = rlora_cli(*arguments)
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert [lines[0].split()[1:], lines[1].split()[0]] == [["runs", "to", "do"], "about"]
+    rows = Records(tmp_path / "strings-exchange.jsonl").rows
+    assert {job.contender for job in rows} == {"adamw", "scaled"}
+    tables = (tmp_path / "tables.md").read_text()
+    assert "| `exchange`, rank 2, 8 steps |" in tables
+    again = rlora_cli(*arguments)
+    assert "to do" not in again.stdout
+    assert (tmp_path / "tables.md").read_text() == tables
+
+
+def test_tables_without_records_are_refused(tmp_path, refused):
+    message = refused("study", "--model", "strings", "--tables", "--output", tmp_path)
+    assert "has no records of strings" in message
+
+
+# --- tables ------------------------------------------------------------------------------------------
+
+
+def rows_of(contender, losses, dataset="cipher", rank=4):
+    """Records of a sweep: learning rate -> loss."""
+    return [
+        {
+            **JOB._replace(contender=contender, dataset=dataset, rank=rank, lr=lr)._asdict(),
+            "diverged": math.isinf(loss),
+            "validation": [[12, loss]],
+            "exact": 0.5,
+        }
+        for lr, loss in losses.items()
+    ]
+
+
+def cells(table, first):
+    """The cells of the row that begins so."""
+    (row,) = (x for x in table if x.startswith(f"| {first} |"))
+    return [x.strip() for x in row.strip("|").split("|")]
+
+
+def test_regret_is_against_the_baseline_tuned_for_each_setting():
+    """By hand: rate 2 has the lowest mean, 0.4; regrets 0.3 - 0.2 and 0.5 - 0.6."""
+    sweeps = regret.sweeps_of(
+        rows_of("adamw", {1.0: 0.2, 2.0: 0.9})
+        + rows_of("adamw", {1.0: math.inf, 2.0: 0.6}, "fall")
+        + rows_of("scaled", {1.0: 0.1, 2.0: 0.3})
+        + rows_of("scaled", {1.0: 9.0, 2.0: 0.5, 4.0: 0.0}, "fall")
+    )
+    found = cells(regret.one_rate(sweeps), "`scaled`")
+    assert found[1:] == ["2", "1 of 2", "+0.000", "+0.000", "+0.100", "50 %", "50 %"]
+    # AdamW too has one rate: 2, with 0.9 - 0.2 and 0; what diverges counts as guessing.
+    assert cells(regret.one_rate(sweeps), "`adamw`")[1:6] == [
+        "2",
+        "1 of 2",
+        "+0.350",
+        "+0.350",
+        "+0.700",
+    ]
+    assert cells(regret.best_losses(sweeps), "`fall`, rank 4, 12 steps")[2] == "**0.000 (50 %)**"
+
+
+def test_slopes_are_powers_of_the_rank():
+    """Losses are parabolas in log(lr) with known vertices: at 0.01, and at rank 16 at half of it."""
+
+    def parabola(vertex):
+        rates = [1e-3 * 4**k for k in range(5)]
+        return {lr: math.exp(0.1 * math.log(lr / vertex) ** 2 - 1) for lr in rates}
+
+    assert regret.optimum(parabola(0.01)) == pytest.approx(0.01)
+    sweeps = regret.sweeps_of(
+        rows_of("scaled", parabola(0.01)) + rows_of("scaled", parabola(0.005), rank=16)
+    )
+    assert cells(regret.slopes(sweeps), "`scaled`")[1:] == ["1", "-0.50", "-"]
+
+
+def test_unusual_factors_are_shown_at_the_rate_of_the_usual_ones():
+    sweeps = regret.sweeps_of(
+        rows_of("scaled", {1.0: 0.1, 2.0: 0.3}, "fall")
+        + rows_of("scaled", {1.0: 0.7, 2.0: 0.4}, "fall-large-start")
+        + rows_of("scaled", {1.0: 0.7, 2.0: 0.4}, "fall-few")  # other data: not in the table
+    )
+    table = regret.transferred(sweeps)
+    found = cells(table, "`fall-large-start`, rank 4, 12 steps")
+    assert found[1:] == ["`scaled`", "1", "0.100", "0.700", "0.400", "2"]
+    assert not any("few" in row for row in table)
