@@ -58,7 +58,7 @@ class Setting(NamedTuple):
 
     task: str
     examples: int = 4096
-    """For training."""
+    """Number of them for training."""
 
     noise: float = 0.0
     """Share of the digits in training answers that are drawn at random instead."""
@@ -70,7 +70,7 @@ class Setting(NamedTuple):
     """Factor on the A that a run starts with."""
 
     dtype: torch.dtype = torch.float32
-    """Of the factors."""
+    """Dtype of the factors."""
 
 
 DATASETS: Final[Mapping[str, Setting]] = {
