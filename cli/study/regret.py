@@ -166,7 +166,7 @@ def one_rate(sweeps: Sweeps) -> list[str]:
         rows.append(
             [
                 *(f"`{name}`", f"{lr:.2g}", f"{close} of {len(regrets)}"),
-                *(f"{f(regrets):+.3f}" for f in (median, mean, max)),
+                *(f"{x:+.3f}" for x in (median(regrets), mean(regrets), max(regrets))),
                 f"{100 * mean(mine.exact[lr] for mine, _ in pairs):.0f} %",
                 f"{100 * mean(theirs.exact[theirs.best] for _, theirs in pairs):.0f} %",
             ]
