@@ -21,7 +21,7 @@ ALLOWED = {
     "optax": {"core", "methods", "pairing"},
     "torch": {"core", "methods", "pairing", "initializers"},  # the shell around them
     "__init__": {"core", "methods", "pairing", "initializers"},
-    "integrations": {"torch"},  # and nobody imports them but their trainers
+    "integrations": {"torch", "optax", "__init__"},  # and nobody imports them but their trainers
     "cli": {"core", "methods", "pairing", "testing", "backends", "torch", "optax", "__init__"},
 }
 FRAMEWORKS = {
@@ -39,13 +39,15 @@ FRAMEWORKS = {
         "rlora.optax.meshes",
         "rlora.backends.jax",
     },
-    "optax": {"rlora.optax", "rlora.optax.leaves"},
+    "optax": {"rlora.optax", "rlora.optax.leaves", "rlora.integrations.tunix"},
     "cupy": {"rlora.backends.cupy"},
     "axolotl": {"rlora.integrations.axolotl"},
+    "deepspeed": {"rlora.integrations.deepspeed"},
     "pydantic": {"rlora.integrations.axolotl"},
     "llamafactory": {"rlora.integrations.llama_factory"},
     "swift": {"rlora.integrations.ms_swift"},
-    "transformers": {"rlora.cli.study"},
+    "transformers": {"rlora.cli.study", "rlora.integrations.trainer_callback"},
+    "tunix": {"rlora.integrations.tunix"},
 }
 
 

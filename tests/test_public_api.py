@@ -1,9 +1,11 @@
 """Every public name is in __all__, documented, and its example runs."""
 
+import ast
 import doctest
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +26,7 @@ MODULES = [
     for info in pkgutil.walk_packages(rlora.__path__[:1], "rlora.")
     if not info.name.startswith(("rlora.backends.", "rlora.cli", "rlora.integrations."))
 ]
+INTEGRATIONS = sorted((Path(rlora.__file__).parent / "integrations").rglob("*.py"))
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -60,6 +63,18 @@ def test_functions_say_what_they_take_and_give(name):
             assert "Parameters\n" in thing.__doc__, public
             gives = inspect.signature(thing).return_annotation is not None
             assert not gives or "Returns\n" in thing.__doc__, public
+
+
+@pytest.mark.parametrize("path", INTEGRATIONS, ids=lambda path: path.stem)
+def test_integrations_too(path):
+    """Read from the source: most of them import a trainer that is not installed."""
+    for thing in ast.parse(path.read_text()).body:
+        if isinstance(thing, ast.ClassDef | ast.FunctionDef) and not thing.name.startswith("_"):
+            doc = ast.get_docstring(thing)
+            assert doc, f"{thing.name} has no docstring"
+            if isinstance(thing, ast.FunctionDef):
+                assert not ast.unparse(thing.args) or "Parameters\n" in doc, thing.name
+                assert ast.unparse(thing.returns) == "None" or "Returns\n" in doc, thing.name
 
 
 def test_methods_cite_their_paper():

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from rlora.cli import figures
 from rlora.cli.claims.claim import Curve, Panel
-from rlora.cli.record import write_text
+from rlora.cli.records import write_text
 
 from .plan import Record, Records, final
 from .stacks import CONTENDERS

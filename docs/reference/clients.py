@@ -19,18 +19,22 @@ HOW_TO = {
     "axolotl": "axolotl",
     "DDP": "distributed",
     "flax nnx": "optax",
-    "FSDP1, ZeRO, tensor parallelism": "deepspeed",
+    "DeepSpeed ZeRO 1 to 3": "deepspeed",
+    "FSDP1, tensor parallelism": "distributed",
     "FSDP2": "distributed",
     "kohya sd-scripts, musubi-tuner": "kohya",
     "Lightning": "lightning",
+    "LLaMA-Factory v0": "llama_factory",
     "LLaMA-Factory v1": "llama_factory",
     "mlx-lm": "optax",
     "ms-swift": "ms_swift",
     "optax": "optax",
     "PEFT": "layouts",
+    "PEFT's method comparison": "method_comparison",
     "torch.compile": "compile",
     "transformers Trainer": "transformers",
     "TRL SFTTrainer": "trl",
+    "tunix": "tunix",
 }
 """Pages of docs/how-to, by client."""
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from rlora.integrations.deepspeed import under_zero
 from rlora.integrations.options import from_mapping, optimizer_named, optimizer_names
 
 try:
@@ -20,9 +21,24 @@ except ImportError:  # up to 0.9.5
 
 
 def create(optimizer: str, model: nn.Module, optim_config: Mapping[str, Any]) -> Optimizer:
-    """The optimizer that ``optim_config`` describes: its name, ``lr`` and options of the class."""
+    """The optimizer that ``optim_config`` describes.
+
+    Parameters
+    ----------
+    optimizer : str
+        Name of a class of `rlora.torch`.
+    model : Module
+        With its adapter.
+    optim_config : dict
+        Its name, ``lr`` and options of the class.
+
+    Returns
+    -------
+    Optimizer
+        Under DeepSpeed it is a `ZeroOptimizer`.
+    """
     options: dict[str, Any] = from_mapping({k: v for k, v in optim_config.items() if k != "name"})
-    return optimizer_named(optimizer)(model, **options)
+    return under_zero(optimizer_named(optimizer)(model, **options))
 
 
 for _name in optimizer_names():

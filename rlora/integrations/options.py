@@ -10,13 +10,35 @@ import rlora.torch
 
 
 def optimizer_names() -> list[str]:
-    """Names of the optimizer classes of `rlora.torch`."""
+    """Names of the optimizer classes of `rlora.torch`.
+
+    Returns
+    -------
+    list of str
+        As `optimizer_named` takes them.
+    """
     named = [(name, getattr(rlora.torch, name)) for name in rlora.torch.__all__]
     return [name for name, x in named if isinstance(x, type) and issubclass(x, Optimizer)]
 
 
 def optimizer_named(name: str) -> Callable[..., Optimizer]:
-    """The optimizer class of a name; ValueError with those there are."""
+    """The optimizer class of a name.
+
+    Parameters
+    ----------
+    name : str
+        One of `optimizer_names`.
+
+    Returns
+    -------
+    type
+        The class.
+
+    Raises
+    ------
+    ValueError
+        When there is none of this name; it says which there are.
+    """
     names = optimizer_names()
     if name not in names:
         msg = f"rlora has no optimizer {name!r}; it has {', '.join(names)}"
@@ -27,6 +49,16 @@ def optimizer_named(name: str) -> Callable[..., Optimizer]:
 
 def from_text(text: str | None) -> dict[str, Any]:
     """Options written as in a call: ``damping=1e-3, betas=(0.7, 0.8), placement=both``.
+
+    Parameters
+    ----------
+    text : str, optional
+        None and blanks stand for no options.
+
+    Returns
+    -------
+    dict
+        Values by name, each as `from_word` reads it.
 
     Raises
     ------
@@ -45,7 +77,18 @@ def from_text(text: str | None) -> dict[str, Any]:
 
 
 def from_word(value: Any) -> Any:
-    """An option that may have come as text: "1e-3" is a number, "both" a word; lists as tuples."""
+    """An option that may have come as text: "1e-3" is a number, "both" a word; lists as tuples.
+
+    Parameters
+    ----------
+    value : object
+        As a config file or a command line gave it.
+
+    Returns
+    -------
+    object
+        As the optimizer takes it.
+    """
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
@@ -55,5 +98,16 @@ def from_word(value: Any) -> Any:
 
 
 def from_mapping(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a mapping that a config file gave."""
+    """The options of a mapping that a config file gave.
+
+    Parameters
+    ----------
+    options : dict
+        Values by name, which may be text.
+
+    Returns
+    -------
+    dict
+        Each value as `from_word` reads it.
+    """
     return {name: from_word(value) for name, value in options.items()}

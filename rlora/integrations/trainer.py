@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from rlora.integrations.deepspeed import under_zero
 from rlora.integrations.options import from_mapping, optimizer_named
 
 
@@ -35,7 +36,8 @@ class RLoraFactory:
         -------
         Optimizer
             Its second group is empty and without decay: so the schedule and the checkpoint of
-            Trainer's own AdamW over an adapter, which has two groups, fit.
+            Trainer's own AdamW over an adapter, which has two groups, fit. Under DeepSpeed it is a
+            `ZeroOptimizer`.
 
         Raises
         ------
@@ -49,4 +51,4 @@ class RLoraFactory:
             chosen = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **chosen}
         made = optimizer_named(optimizer)(model, **chosen)
         made.add_param_group({"params": [], "weight_decay": 0.0})
-        return made
+        return under_zero(made)

@@ -35,9 +35,10 @@ Pairs: TypeAlias = Iterable[ByHand] | Source | Literal["by_order"] | None
 
 
 def in_order(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, Tensor]]:
-    """The pairs among the tensors of groups, across them, by order and shapes."""
+    """The pairs among the trainable tensors of groups, across them, by order and shapes."""
     given = [p for group in groups for p in group["params"]]
     tensors = [p[1] if isinstance(p, tuple) else p for p in given]
+    tensors = [p for p in tensors if p.requires_grad]  # model.parameters() has the base too
     places = pairs_by_order([tuple(p.shape) for p in tensors])
     return [(tensors[a], tensors[b]) for a, b in places]
 

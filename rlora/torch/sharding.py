@@ -49,8 +49,8 @@ def _flattened(name: str, p: Tensor, factor: bool) -> str | None:
 def _cut(name: str, p: Any, tensors: dict[str, Tensor]) -> str | None:
     if hasattr(p, "ds_id"):
         return (
-            "is partitioned by DeepSpeed ZeRO; use its stage 0, which is plain data parallel, or "
-            "fully_shard (FSDP2)"
+            "is partitioned by DeepSpeed ZeRO; build the optimizer before, in "
+            "rlora.integrations.deepspeed.ZeroOptimizer, or use DDP or fully_shard (FSDP2)"
         )
     if getattr(p, "tensor_model_parallel", False) and _tensor_parallel():
         return (
@@ -96,8 +96,8 @@ def check_swap(strangers: int, gone: int) -> None:
         msg = (
             f"{strangers} parameters of the groups are not those that the optimizer was built "
             f"with, and {gone} pairs are gone: a training library such as DeepSpeed ZeRO has put "
-            f"others in their place; use DDP or FSDP2, or build the optimizer anew (new parameters "
-            f"are added by add_param_group)"
+            f"others in their place; use rlora.integrations.deepspeed.ZeroOptimizer, DDP or FSDP2, "
+            f"or build the optimizer anew (new parameters are added by add_param_group)"
         )
         raise ShardingError(msg)
 

@@ -120,3 +120,46 @@ def test_a_prepared_optimizer_can_be_pickled(kind):
     optimizer = pickle.loads(pickle.dumps(space["optimizer"]))
     assert type(optimizer.optimizer) is getattr(rlora.torch, kind)
     assert len(optimizer.optimizer.report) == PAIRS
+
+
+@pytest.mark.parametrize("by_order", [False, True])
+@pytest.mark.works("accelerate", "a state of plain AdamW goes on, also in diffusers' scripts")
+def test_a_state_of_plain_adamw_goes_on(by_order, tmp_path):
+    """As diffusers' LoRA scripts have it: AdamW over the trainable tensors, save_state, load_state.
+
+    They give it `filter(lambda p: p.requires_grad, unet.parameters())`, without names
+    (docs/source/en/training/lora.md of huggingface/diffusers).
+    """
+
+    def trainable(model):
+        return filter(lambda p: p.requires_grad, model.parameters())
+
+    def prepared_by(make):
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = adapted()
+        optimizer = make(model)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=20)
+        parts = accelerator.prepare(model, optimizer, rows(4), scheduler)
+        names = ("model", "optimizer", "loader", "scheduler")
+        return {"accelerator": accelerator, **dict(zip(names, parts, strict=True))}
+
+    def ours(model):
+        given = {"params": trainable(model), "pairs": "by_order"} if by_order else {"params": model}
+        return rlora.torch.ScaledAdamW(**given, lr=4e-3)
+
+    plain = prepared_by(lambda model: torch.optim.AdamW(trainable(model), lr=3e-3))
+    run(PAGE, "Train", plain)
+    run(PAGE, "Save", plain | {"folder": tmp_path})
+    space = prepared_by(ours)
+    run(PAGE, "Go on", space | {"folder": tmp_path})
+    assert same(trained(space["model"]), trained(plain["model"]))
+    before = [s["exp_avg"] for s in plain["optimizer"].state.values()]
+    after = [s["exp_avg"] for s in space["optimizer"].state.values()]
+    assert len(after) == 2 * PAIRS
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    (group,) = space["optimizer"].param_groups
+    assert (group["betas"], group["initial_lr"]) == ((0.9, 0.999), 3e-3)  # of the file
+    start = loss_on_all(space["model"])
+    run(PAGE, "Train", space)
+    space["model"].eval()
+    assert loss_on_all(space["model"]) < start

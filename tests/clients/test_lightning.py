@@ -108,6 +108,30 @@ def test_bfloat16(kind, tmp_path):
     assert {p.dtype for p in trained(space["model"]).values()} == {torch.float32}
 
 
+@pytest.mark.works("Lightning", "a checkpoint of plain AdamW goes on")
+def test_a_checkpoint_of_plain_adamw_goes_on(tmp_path, monkeypatch):
+    """Its moments and its options; the schedule goes on too."""
+
+    def plain(module, lr):
+        return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rlora.torch, "ScaledAdamW", plain)
+        fit(AUTOMATIC, "ScaledAdamW", tmp_path, max_epochs=1)
+    checkpoint = str(tmp_path / "epoch=0.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)
+    model = adapted()
+    model.load_state_dict({k.removeprefix("model."): v for k, v in saved["state_dict"].items()})
+    start = loss_on_all(model)
+    space = fit(AUTOMATIC, "ScaledAdamW", tmp_path, adapted(seed=1), checkpoint, max_epochs=2)
+    (optimizer,) = space["trainer"].optimizers
+    assert type(optimizer) is rlora.torch.ScaledAdamW
+    assert space["trainer"].global_step == 2 * EPOCH
+    assert counts(optimizer) == 2 * EPOCH
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)  # of the file
+    assert loss_on_all(space["model"]) < start
+
+
 @kinds
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
 @pytest.mark.works("Lightning", "fp16 with a GradScaler")

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from pages import HOW_TO, run
-from tiny import PAIRS, adapted, batches, loss_on_all, sequences
+from tiny import PAIRS, adapted, batches, loss_on_all, same, sequences, trained
 
 import rlora
 import rlora.torch
@@ -187,3 +187,64 @@ def test_options_in_words():
 def test_an_unknown_name_says_which_there_are():
     with pytest.raises(ValueError, match=r"no optimizer 'AdamW'; it has .*ScaledAdamW"):
         RLoraFactory()(torch.nn.Linear(2, 2), optimizer="AdamW")
+
+
+@pytest.mark.works("LLaMA-Factory v0", "a callback, in the real Trainer below it; resume")
+@pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRARite"])
+def test_the_callback_in_the_real_trainer(kind, tmp_path, monkeypatch):
+    """The page's script, by v0's `run_exp(args, callbacks)`; the run is that of the factory."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    runs = []
+
+    def trainer_of(folder, **changes):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / folder),
+            max_steps=8,
+            save_steps=4,
+            learning_rate=1e-2,
+            weight_decay=0.05,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        return transformers.Trainer(adapted(), arguments, train_dataset=sequences(), **changes)
+
+    def run_exp(args=None, callbacks=None):
+        trainer = trainer_of("ours", callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=args)
+        runs.append(trainer)
+
+    stand_in(monkeypatch, "llamafactory.train.tuner", run_exp=run_exp)
+    space = run("llama_factory.md", "v0", {}, kind)
+    assert type(runs[0].optimizer.optimizer) is getattr(rlora.torch, kind)
+    assert len(runs[0].optimizer.optimizer.report) == PAIRS
+    chosen = {"optimizer": kind, "lr": 1e-2, "weight_decay": 0.05, **space["options"]}
+    choice = (RLoraFactory, chosen)
+    reference = trainer_of("reference", optimizer_cls_and_kwargs=choice)
+    reference.train()
+    assert same(trained(runs[0].model), trained(reference.model))
+    checkpoint = str(tmp_path / "ours" / "checkpoint-4")
+    if kind == "LoRARite":  # the Trainer loads it into its AdamW before any callback
+        with pytest.raises(KeyError, match="step"):
+            run_exp(checkpoint, [space["callback"]])
+        return
+    run_exp(checkpoint, [space["callback"]])
+    assert runs[1].state.global_step == 8
+    assert same(trained(runs[1].model), trained(runs[0].model))
+
+
+def test_the_callback_refuses_a_step_that_is_not_the_optimizers():
+    pytest.importorskip("transformers", minversion="5.0")
+    from rlora.integrations.trainer_callback import OptimizerCallback
+
+    model = adapted()
+    plain = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    strange = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    for optimizer in (
+        SimpleNamespace(optimizer=plain, scaler=object()),
+        SimpleNamespace(optimizer=strange, scaler=None),
+        plain,
+    ):
+        with pytest.raises(TypeError, match="without DeepSpeed"):
+            OptimizerCallback().on_train_begin(None, None, None, model=model, optimizer=optimizer)

@@ -95,6 +95,32 @@ def test_the_loss_falls_on_the_schedule_and_a_checkpoint_resumes_bit_for_bit(way
     assert same(trained(resumed.model), trained(trainer.model))
 
 
+@pytest.mark.works("TRL SFTTrainer", "its own AdamW's checkpoint goes on")
+def test_the_checkpoint_of_its_own_adamw_goes_on(tmp_path):
+    """`RLoraFactory` makes two groups, as SFTTrainer's AdamW has; its options come from the file."""
+    from rlora.integrations.trainer import RLoraFactory
+
+    def trainer_of(**changes):
+        return trl.SFTTrainer(
+            base(),
+            arguments_of(tmp_path, learning_rate=1e-2),
+            train_dataset=dataset(),
+            processing_class=tokenizer(),
+            peft_config=lora(),
+            **changes,
+        )
+
+    trainer_of().train()
+    trainer = trainer_of(optimizer_cls_and_kwargs=(RLoraFactory, {"lr": 4e-3}))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert trainer.state.global_step == STEPS
+    optimizer = trainer.optimizer.optimizer
+    assert len(optimizer.report) == PAIRS
+    assert [g["betas"] for g in optimizer.param_groups] == [(0.9, 0.999)] * 2
+    assert {int(s["step"]) for s in optimizer.state.values()} == {STEPS}
+    assert sum(losses(trainer)[-5:]) < sum(losses(trainer)[:5])
+
+
 @pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRARite"])
 def test_trls_own_defaults(kind, tmp_path):
     """bfloat16 autocast, packed sequences, accumulated gradients."""

@@ -1,0 +1,202 @@
+"""DeepSpeed's ZeRO 1 to 3: steps on whole factors from within the engine's own step.
+
+ZeRO gives an optimizer flat partitions in place of its parameters. `ZeroOptimizer` takes those, and
+gathers from them what the optimizer of `rlora.torch` steps: every factor, whole, on every process.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rlora import ShardingError
+
+
+class ZeroOptimizer(Optimizer):
+    """An optimizer of `rlora.torch` in the form that DeepSpeed's engine can partition.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        Built over the model while its factors are whole: before ``deepspeed.initialize`` or
+        ``accelerator.prepare``. Its parameters become float32 copies.
+
+    Raises
+    ------
+    ShardingError
+        When two parameters share memory, or a pair lies in two groups, which ZeRO steps in turn.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.inner = optimizer
+        self._params = [list(group["params"]) for group in optimizer.param_groups]
+        self._check()
+        # DeepSpeed drops empty groups, and a schedule made before would miss them.
+        groups = [
+            {**_options(group), "params": params, "index": i}
+            for i, (group, params) in enumerate(
+                zip(optimizer.param_groups, self._params, strict=True)
+            )
+            if params
+        ]
+        super().__init__(groups, dict(optimizer.defaults))
+        for group in optimizer.param_groups:
+            group["params"] = [
+                torch.nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in group["params"]
+            ]
+
+    def _check(self) -> None:
+        everything = [p for params in self._params for p in params]
+        if len({p.data_ptr() for p in everything if p.numel()}) < len(everything):
+            msg = "two of the parameters share memory, and ZeRO would tear them apart; use DDP"
+            raise ShardingError(msg)
+        home = {id(p): i for i, params in enumerate(self._params) for p in params}
+        for pair in self.inner._pairs:  # type: ignore[attr-defined]
+            if len({home[id(p)] for p in pair.params}) > 1:
+                msg = (
+                    f"factors {tuple(pair.A.shape)} and {tuple(pair.B.shape)} of a pair lie in two "
+                    f"parameter groups, and ZeRO steps one group after the other; put them in one"
+                )
+                raise ShardingError(msg)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Gather masters and gradients of the groups that the engine steps, and step them.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the loss and its gradients, with gradients enabled.
+
+        Returns
+        -------
+        The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        flats, moved = [], []
+        for group in self.param_groups:
+            i = group["index"]
+            self.inner.param_groups[i].update(_options(group))
+            if not group["params"]:  # ZeRO-3 steps another group now
+                continue
+            copies = self.inner.param_groups[i]["params"]
+            moved += list(zip(self._params[i], copies, strict=True))
+            flats += group["params"]
+        if flats[0] is moved[0][0]:
+            _step_whole(self.inner, moved)
+        else:
+            _step_partitions(self.inner, flats, moved)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state of whole factors, equal on every process."""
+        for group in self.param_groups:  # a schedule has moved since the step
+            self.inner.param_groups[group["index"]].update(_options(group))
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, or the state of the same optimizer without DeepSpeed.
+
+        Parameters
+        ----------
+        state_dict : dict
+            Of the optimizer inside.
+        """
+        self.inner.load_state_dict(state_dict)
+        for group in self.param_groups:
+            group.update(_options(self.inner.param_groups[group["index"]]))
+
+
+def under_zero(optimizer: Optimizer) -> Optimizer:
+    """The optimizer in a `ZeroOptimizer` where accelerate is set to use DeepSpeed.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        Of `rlora.torch`.
+
+    Returns
+    -------
+    Optimizer
+        Itself, without DeepSpeed.
+    """
+    # Trainers give a factory nothing else that would tell.
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return ZeroOptimizer(optimizer) if zero else optimizer
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in group.items() if k not in ("params", "param_names", "index")}
+
+
+def _step_whole(optimizer: Optimizer, moved: list[tuple[Any, Tensor]]) -> None:
+    """Step without ZeRO: under its stage 0, or without DeepSpeed."""
+    for p, copy in moved:
+        copy.copy_(p)
+        copy.grad = None if p.grad is None else p.grad.float()
+    optimizer.step()
+    for p, copy in moved:
+        p.copy_(copy)
+        copy.grad = None
+
+
+def _step_partitions(
+    optimizer: Optimizer, flats: list[Tensor], moved: list[tuple[Any, Tensor]]
+) -> None:
+    """Step what the partitions are made of, on copies, and write the own part of each back."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    _check_all_here(flats, moved)
+    for p, copy in moved:
+        copy.copy_(safe_get_full_fp32_param(p))
+    for flat in flats:  # gradients are gathered in the place of the masters
+        master = flat.detach().clone()
+        flat.copy_(flat.grad)
+        flat.grad.copy_(master)
+    for p, copy in moved:
+        copy.grad = safe_get_full_fp32_param(p).float()
+    optimizer.step()
+    for flat in flats:
+        flat.copy_(flat.grad)
+    for p, copy in moved:
+        _set(p, copy)
+        copy.grad = None
+
+
+def _check_all_here(flats: list[Tensor], moved: list[tuple[Any, Tensor]]) -> None:
+    """ShardingError when stage 3 has cut a group, which it then steps piece by piece."""
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    parts = [safe_get_local_fp32_param(p).numel() for p, _ in moved if hasattr(p, "ds_id")]
+    if sum(parts) > sum(flat.numel() for flat in flats):
+        msg = (
+            f"DeepSpeed steps {sum(flat.numel() for flat in flats)} of the {sum(parts)} numbers "
+            f"that this process has of a group; raise zero_optimization.sub_group_size"
+        )
+        raise ShardingError(msg)
+
+
+def _set(p: Any, whole: Tensor) -> None:
+    """Write this process's part of a parameter into its float32 master."""
+    from deepspeed import comm
+    from deepspeed.utils import (
+        safe_get_local_fp32_param,
+        safe_set_full_fp32_param,
+        safe_set_local_fp32_param,
+    )
+
+    if not hasattr(p, "ds_id"):
+        safe_set_full_fp32_param(p, whole)
+        return
+    # The last part is padded, which DeepSpeed's own function for whole tensors does not allow for.
+    part = torch.zeros_like(safe_get_local_fp32_param(p))
+    begin = comm.get_rank(p.ds_process_group) * part.numel()
+    mine = whole.flatten()[begin : begin + part.numel()]
+    part[: mine.numel()] = mine
+    safe_set_local_fp32_param(p, part)

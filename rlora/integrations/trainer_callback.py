@@ -1,0 +1,76 @@
+"""A callback for trainers built on transformers' Trainer that let nobody name an optimizer.
+
+LLaMA-Factory v0: ``run_exp(callbacks=[OptimizerCallback("ScaledAdamW")])``
+"""
+
+from typing import Any
+
+from torch.optim import Optimizer
+from transformers import TrainerCallback
+
+from rlora.integrations.options import from_mapping, optimizer_named
+
+
+class OptimizerCallback(TrainerCallback):
+    """Put an optimizer of `rlora.torch` in the place of the Trainer's AdamW when training begins.
+
+    Its groups, learning rate, weight decay and schedule stay.
+
+    Parameters
+    ----------
+    optimizer : str
+        Name of a class of `rlora.torch`.
+    **options
+        Options of the class; ``lr`` and ``weight_decay`` come from the Trainer.
+    """
+
+    def __init__(self, optimizer: str = "ScaledAdamW", **options: Any) -> None:
+        self._make, self._options = optimizer_named(optimizer), from_mapping(options)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        """Build the optimizer over the Trainer's groups, with the state of a checkpoint if any.
+
+        Parameters
+        ----------
+        args, state, control
+            The Trainer's.
+        **parts
+            ``model``, ``optimizer`` and ``lr_scheduler`` among others.
+
+        Raises
+        ------
+        TypeError
+            Under DeepSpeed, and with the gradient scaler of float16: these hold the optimizer's
+            step themselves.
+        """
+        prepared = parts["optimizer"]
+        names = {id(p): name for name, p in parts["model"].named_parameters()}
+        old = getattr(prepared, "optimizer", None)
+        fits = isinstance(old, Optimizer) and all(
+            id(p) in names for group in old.param_groups for p in group["params"]
+        )
+        if not fits or getattr(prepared, "scaler", None) is not None:
+            msg = (
+                f"the Trainer's optimizer cannot be replaced: expected accelerate's wrapper of one "
+                f"over the model's parameters, without a gradient scaler, got "
+                f"{type(prepared).__name__} of {type(old).__name__}; train without DeepSpeed, in "
+                f"bfloat16 or float32"
+            )
+            raise TypeError(msg)
+        new = self._make(parts["model"], **self._options)  # the model tells more than its names
+        (mine,) = new.param_groups
+        new.param_groups = [
+            {
+                **mine,
+                **{k: v for k, v in group.items() if k in ("lr", "initial_lr", "weight_decay")},
+                "params": list(group["params"]),
+                "param_names": [names[id(p)] for p in group["params"]],
+            }
+            for group in old.param_groups
+        ]
+        if old.state:  # loaded from a checkpoint before training began
+            new.load_state_dict({**new.state_dict(), "state": old.state_dict()["state"]})
+        prepared.optimizer = new
+        schedule = getattr(parts["lr_scheduler"], "scheduler", parts["lr_scheduler"])
+        if schedule.optimizer is old:
+            schedule.optimizer = new

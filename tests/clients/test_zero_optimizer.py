@@ -1,0 +1,59 @@
+"""`ZeroOptimizer` without DeepSpeed; tests/distributed/test_deepspeed.py has it with DeepSpeed."""
+
+import pytest
+import torch
+from models import loss_of, make_model, values
+from tiny import same
+
+import rlora
+from rlora.integrations.deepspeed import ZeroOptimizer, under_zero
+from rlora.torch import LoRARite, ScaledAdamW
+
+kinds = pytest.mark.parametrize("kind", [ScaledAdamW, LoRARite])
+
+
+@kinds
+def test_whole_parameters_are_stepped_as_without_it(kind):
+    """Bit for bit, on a schedule, saved and loaded in between."""
+    model, twin = make_model(), make_model()
+    plain, wrapped = kind(twin, lr=1e-2), ZeroOptimizer(kind(model, lr=1e-2))
+    schedules = [torch.optim.lr_scheduler.StepLR(o, 1, 0.5) for o in (plain, wrapped)]
+    for t in range(4):
+        for m, o, schedule in zip((twin, model), (plain, wrapped), schedules, strict=True):
+            o.zero_grad()
+            loss_of(m, t).backward()
+            o.step()
+            schedule.step()
+        if t == 1:
+            saved = wrapped.state_dict()
+            assert saved["param_groups"][0]["lr"] == 1e-2 / 4  # as the schedule has it now
+            wrapped.load_state_dict(saved)
+    assert same(values(model), values(twin))
+    assert wrapped.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
+
+
+def test_what_zero_would_tear_apart_is_refused():
+    model = make_model()
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    sides = [[x for x in named if ("lora_A" in x[0]) == first] for first in (True, False)]
+    with pytest.raises(rlora.ShardingError, match="in two parameter groups"):
+        ZeroOptimizer(ScaledAdamW([{"params": side} for side in sides]))
+    optimizer = ScaledAdamW(model)
+    first, other = optimizer.param_groups[0]["params"][:2]
+    other.data = first.data
+    with pytest.raises(rlora.ShardingError, match="share memory"):
+        ZeroOptimizer(optimizer)
+
+
+def test_empty_groups_stay_inside():
+    """DeepSpeed would drop them, and a schedule made before would not fit."""
+    optimizer = ScaledAdamW(make_model())
+    optimizer.add_param_group({"params": []})
+    assert len(ZeroOptimizer(optimizer).param_groups) == 1
+
+
+def test_factories_use_it_where_accelerate_uses_deepspeed(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert type(under_zero(ScaledAdamW(make_model()))) is ZeroOptimizer
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    assert type(under_zero(ScaledAdamW(make_model()))) is ScaledAdamW

@@ -1,0 +1,217 @@
+"""Code for the processes of tests/distributed/test_deepspeed.py: one training, by DeepSpeed."""
+
+import gc
+import os
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import InitProcessGroupKwargs
+from deepspeed.utils import safe_get_full_fp32_param
+from pages import run
+from tiny import adapted, batches, sequences, trained
+from torch.utils.data import DataLoader
+
+import rlora
+import rlora.torch
+from rlora.integrations.deepspeed import ZeroOptimizer
+
+# Its shared memory collectives are compiled on first use; gloo does without.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+STEPS = 5
+
+
+def config_of(stage, bf16=False, **zero):
+    return {
+        "train_micro_batch_size_per_gpu": 12 // dist.get_world_size(),
+        "gradient_clipping": 1.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, **zero},
+        "bf16": {"enabled": bf16},
+    }
+
+
+def made(kind, model, groups=None):
+    return getattr(rlora.torch, kind)(model if groups is None else groups(model), lr=4e-3)
+
+
+def by_hand(kind, groups=None):
+    """The same run without DeepSpeed; what it trained, and how the losses went."""
+    model = adapted()
+    model.train()
+    optimizer, losses = made(kind, model, groups), []
+    for batch in batches(12)[:STEPS]:
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return trained(model), losses
+
+
+def whole(engine):
+    """The masters of what is trained, by name, without DeepSpeed's marks."""
+    named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+    if engine.zero_optimization_stage() == 0:
+        return trained(engine.module)
+    return {n: safe_get_full_fp32_param(p).detach().clone() for n, p in named}
+
+
+def engine_of(kind, stage, groups=None, seed=0, **options):
+    model = adapted(seed)
+    model.train()
+    optimizer = ZeroOptimizer(made(kind, model, groups))
+    config = config_of(stage, **options)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def share(batch):
+    rows = 12 // dist.get_world_size()
+    return {k: v[dist.get_rank() * rows :][:rows] for k, v in batch.items()}
+
+
+def train(engine, some):
+    losses = []
+    for batch in some:
+        loss = engine(**share(batch)).loss
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().float().clone()
+        dist.all_reduce(total)
+        losses.append(float(total) / dist.get_world_size())
+    return losses
+
+
+def trains(kind, stage, **options):
+    """What is trained, and the losses."""
+    engine = engine_of(kind, stage, **options)
+    losses = train(engine, batches(12)[:STEPS])
+    return whole(engine), losses
+
+
+def two_groups(model):
+    """A group for the first layer, one of its own rate for the second."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [x for x in named if ".0." in x[0]]},
+        {"params": [x for x in named if ".0." not in x[0]], "lr": 1e-2},
+    ]
+
+
+def trains_two_groups(stage):
+    return trains("ScaledAdamW", stage, groups=two_groups)
+
+
+def by_hand_two_groups():
+    return by_hand("ScaledAdamW", two_groups)
+
+
+def resumes(kind, stage, bf16, folder):
+    """What is trained by a whole run, and by one that was saved, and loaded into another model."""
+    engine = engine_of(kind, stage, bf16=bf16)
+    train(engine, batches(12)[:3])
+    engine.save_checkpoint(folder)
+    train(engine, batches(12)[3:STEPS])
+    expected = whole(engine)
+    later = engine_of(kind, stage, bf16=bf16, seed=1)
+    later.load_checkpoint(folder)
+    train(later, batches(12)[3:STEPS])
+    return expected, whole(later)
+
+
+def refusals():
+    said = []
+    for wrong in (pair_in_two_groups, tied, cut_groups, partitioned_before):
+        try:
+            wrong()
+        except rlora.ShardingError as error:
+            said.append(str(error))
+    return said
+
+
+def pair_in_two_groups():
+    named = [(n, p) for n, p in adapted().named_parameters() if p.requires_grad]
+    sides = [[x for x in named if side in x[0]] for side in ("lora_A", "lora_B")]
+    ZeroOptimizer(rlora.torch.ScaledAdamW([{"params": side} for side in sides]))
+
+
+def tied():
+    model = adapted()
+    optimizer = rlora.torch.ScaledAdamW(model)
+    params = optimizer.param_groups[0]["params"]
+    params[2].data = params[0].data
+    ZeroOptimizer(optimizer)
+
+
+def cut_groups():
+    train(engine_of("ScaledAdamW", 3, sub_group_size=100), batches(12)[:1])
+
+
+def partitioned_before():
+    engine = engine_of("ScaledAdamW", 3)
+    rlora.torch.ScaledAdamW(engine.module)
+
+
+def forget():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    gc.collect()  # transformers holds the config of ZeRO-3 by a weak reference
+
+
+def by_accelerate(kind, stage):
+    """The page's lines, in a loop."""
+    plugin = DeepSpeedPlugin(zero_stage=stage, gradient_clipping=1.0)
+    gloo = InitProcessGroupKwargs(backend="gloo")  # without it there is one process on CPUs
+    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[gloo])
+    model = adapted()
+    model.train()
+    rows = [{k: v[0] for k, v in b.items()} for b in batches(1)[: 12 * STEPS]]
+    space = {"model": model, "accelerator": accelerator}
+    space["loader"] = DataLoader(rows, batch_size=12 // dist.get_world_size())
+    title = "With accelerate, or DeepSpeed alone"
+    run("deepspeed.md", title, space, kind)
+    for batch in space["loader"]:
+        accelerator.backward(space["model"](**batch).loss)
+        space["optimizer"].step()
+        space["optimizer"].zero_grad()
+    result = whole(space["model"])
+    forget()
+    return result
+
+
+def by_trainer(kind, stage, folder):
+    """The page's lines: a run, and one from its checkpoint."""
+    from transformers import TrainingArguments
+
+    results = []
+    for checkpoint in (None, f"{folder}/checkpoint-4"):
+        arguments = TrainingArguments(
+            folder,
+            max_steps=8,
+            save_steps=4,
+            per_device_train_batch_size=4,
+            logging_steps=1,
+            ddp_backend="gloo",
+            dataloader_pin_memory=False,
+            report_to=[],
+            disable_tqdm=True,
+            deepspeed={
+                "zero_optimization": {"stage": stage},
+                "gradient_clipping": "auto",
+                "train_micro_batch_size_per_gpu": "auto",
+            },
+        )
+        space = {"model": adapted(), "arguments": arguments, "dataset": sequences()}
+        space["checkpoint"] = checkpoint
+        title = "In transformers' Trainer and those built on it"
+        trainer = run("deepspeed.md", title, space, kind)["trainer"]
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        results.append((whole(trainer.model_wrapped), losses))
+        del space, trainer, arguments
+        forget()
+    return results
