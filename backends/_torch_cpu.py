@@ -73,10 +73,14 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
+def is_eager_cpu(x: Tensor) -> bool:
+    """Return whether values can be asked for without a wait and outside of a graph or a trace."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def all_true(x: Tensor) -> bool:
     """Return whether every entry is known to be true, without a wait and outside of a graph."""
-    known = type(x) is Tensor and x.device.type == "cpu"
-    return known and not torch.compiler.is_compiling() and bool(x.numpy().all())
+    return is_eager_cpu(x) and bool(x.numpy().all())
 
 
 def eigh_waits(S: Tensor) -> bool:

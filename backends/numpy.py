@@ -41,6 +41,9 @@ class NumPyBackend(Backend):
         W = np.tril(np.linalg.inv(L))
         return W[..., ::-1, ::-1] if upper else W
 
+    def pseudo_half(self, S: Array) -> Array:
+        return self.cholesky_half(S)
+
     def adam(
         self, mu: Array, nu: Array, g: Array, b1: float, b2: float, c1: Any, root2: Any, eps: Any
     ) -> tuple[Array, Array, Array]:

@@ -2,17 +2,26 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from rlora.core.algebra import ROUNDING, Damped
 from rlora.core.backend import Backend, Tall, Workspace
-from rlora.core.errors import NumericsError
 from rlora.core.factors import Array
 
-from ._torch_cpu import all_true, eigh_waits, empty, fused_adam, is_plain, is_within, reusing
+from ._torch_cpu import (
+    all_true,
+    eigh_waits,
+    empty,
+    fused_adam,
+    is_eager_cpu,
+    is_plain,
+    is_within,
+    reusing,
+)
+from ._torch_precision import exact
 from ._torch_stacks import (
     buckets_of,
     factors_of,
@@ -190,6 +199,9 @@ class TorchBackend(Backend):
         squared = torch.matrix_power(Z @ S @ Z, 2)
         return squared @ squared @ Z
 
+    def pseudo_half(self, S: Array) -> Array:
+        return self.cholesky_half(S) if is_eager_cpu(S) else self.pseudo_power(S, -0.5)
+
     def inverse_root(self, V: Array, shift: Array, eps: float) -> Array:
         if not eigh_waits(V):
             return super().inverse_root(V, shift, eps)
@@ -225,9 +237,7 @@ class TorchBackend(Backend):
 
     def exact(self, like: Array) -> AbstractContextManager[Any]:
         """No autocast and no TF32 or bfloat16 products inside."""
-        if torch.compiler.is_compiling():
-            return _exact_graph(like)
-        return _exact(like)
+        return exact(like)
 
     def devices(self) -> list[str]:
         names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -239,62 +249,6 @@ class TorchBackend(Backend):
     def synchronize(self, *arrays: Array) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-
-
-@contextmanager
-def _exact(like: Array) -> Iterator[None]:
-    with torch.autocast(like.device.type, enabled=False), _ieee_products():
-        yield
-
-
-def _exact_graph(like: Array) -> AbstractContextManager[Any]:
-    if _constant_rounds_inputs():
-        msg = (
-            "products of float32 are rounded under this setting, and a compiled step cannot change "
-            'it; call torch.set_float32_matmul_precision("highest"), or do not compile the step'
-        )
-        raise NumericsError(msg)
-    return torch.autocast(like.device.type, enabled=False)
-
-
-@contextmanager
-def _ieee_products() -> Iterator[None]:
-    matmuls = _matmuls()
-    if not matmuls:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    saved = [matmul.fp32_precision for matmul in matmuls]
-    try:
-        for matmul in matmuls:
-            matmul.fp32_precision = "ieee"
-        yield
-    finally:
-        for matmul, precision in zip(matmuls, saved, strict=True):
-            matmul.fp32_precision = precision
-
-
-def _matmuls() -> list[Any]:
-    """The places where torch keeps the precision of its products; none before torch 2.9."""
-    parts = (torch.backends.cuda, torch.backends.mkldnn)
-    matmuls: list[Any] = [getattr(part, "matmul", None) for part in parts]
-    return matmuls if all(hasattr(matmul, "fp32_precision") for matmul in matmuls) else []
-
-
-def _rounds_inputs() -> bool:
-    """Return whether torch may round the inputs of a float32 product."""
-    if matmuls := _matmuls():
-        return any(matmul.fp32_precision not in ("ieee", "none") for matmul in matmuls)
-    return torch.get_float32_matmul_precision() != "highest"
-
-
-# Read when a graph is made; torch makes a new one when the setting changes.
-_constant: Any = torch.compiler.assume_constant_result
-_constant_rounds_inputs = _constant(_rounds_inputs)
 
 
 BACKEND = TorchBackend

@@ -34,7 +34,9 @@ def add_decayed_weights(weight_decay: float) -> Transform:
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         if is_zero(weight_decay):
             return grads, state
-        return map_leaves(lambda d, p: d + weight_decay * p, grads, params), state
+        return map_leaves(
+            lambda d, p: get_backend(d, p).descend(d, p, -weight_decay), grads, params
+        ), state
 
     return Transform(no_state, update)
 

@@ -7,6 +7,7 @@ RITE: Robust Invariant Transformation Equilibration for LoRA Optimization. arXiv
 import math
 from typing import Any, Final, NamedTuple
 
+from rlora.core.algebra import mT
 from rlora.core.backend import Backend
 from rlora.core.bundle import Bundle, Stack, rank_wise, record_turn
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
@@ -64,26 +65,26 @@ def scale_by_rite(
         decay1, decay2 = corrected_decay(xp, b1, t), corrected_decay(xp, b2, t)
 
         S = bundle.partner(bundle.gram(bundle.params))
-        W = backend.pseudo_power(S, -0.5)  # W G is the unmagnified gradient
-        R = backend.matmul(S, W)  # S^½
-        T = backend.matmul(backend.matmul(W, W), bundle.stack(state.turn))  # old coordinates to new
+        W = backend.pseudo_half(S)  # W G is the unmagnified gradient, in some orthonormal basis
+        U = backend.matmul(W, bundle.stack(state.turn))
+        T = backend.matmul(mT(W), U)  # old coordinates to new
 
-        V = congruence(backend, backend.matmul(R, T), bundle.stack(state.nu))
+        V = congruence(backend, U, bundle.stack(state.nu))
         rho, spectrum = bundle.spread(state.escaped), bundle.stack(state.spectrum)
         if escape:
             rho = decay2 * (rho + _escaped(backend, spectrum, V))
         G, numbers = bundle.in_range(G)
         Q = congruence(backend, W, bundle.gram(G)) / bundle.columns()
         # Back to the gradient's own size, or less where its square would leave the range.
-        size = xp.sqrt(_trace(xp, Q)) * xp.clip(_trace(xp, W), min=1.0)
+        size = xp.sqrt(_trace(xp, Q)) * xp.clip(_size(xp, W), min=1.0)
         back = 1 / xp.clip(size / _largest_root(xp, V), min=numbers)
         V = decay2 * V + (1 - decay2) * (back * Q) * back
         if escape:
             spectrum, _ = backend.eigh(V)
 
-        X = congruence(backend, W, back * backend.inverse_root(V, rho, eps))
+        X = congruence(backend, mT(W), back * backend.inverse_root(V, rho, eps))
         mu = bundle.apply((1 - decay1) * X, G, onto=bundle.apply(decay1 * T, state.mu))
-        nu = bundle.unstack(congruence(backend, W, V))
+        nu = bundle.unstack(congruence(backend, mT(W), V))
         return mu, RiteState(
             mu,
             nu,
@@ -110,6 +111,11 @@ def _init(params: Tree, scaling: float = 1.0) -> RiteState:
 
 def _trace(xp: Any, S: Stack) -> Stack:
     return xp.reshape(xp.linalg.trace(S), (-1, 1, 1))
+
+
+def _size(xp: Any, W: Stack) -> Stack:
+    """A bound of the spectral norm, whose squares may be out of range."""
+    return xp.sum(xp.abs(W), axis=(-2, -1), keepdims=True)
 
 
 def _largest_root(xp: Any, V: Stack) -> float:
@@ -148,7 +154,7 @@ def clip_unmagnified(max_norm: float | None = None, max_rms: float | None = None
             check_nonnegative(name, value)
 
     def measure(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
-        W = bundle.backend.pseudo_power(bundle.partner(bundle.gram(bundle.params)), -0.5)
+        W = bundle.backend.pseudo_half(bundle.partner(bundle.gram(bundle.params)))
         G, numbers = bundle.in_range(G)
         squares = _trace(bundle.xp, congruence(bundle.backend, W, bundle.gram(G)))
         norms = squares**0.5 / numbers

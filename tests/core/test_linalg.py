@@ -169,6 +169,32 @@ def test_hard_members_stay_alone(backend, exponent, dtype):
     assert np.isfinite(P[4]).all()
 
 
+def test_pseudo_half_is_a_half_of_the_pseudo_power(backend):
+    """Ordinary, rank-one, zero, tiny and nearly singular Grams in one batch."""
+    good = np.array([[4.0, 1.0, 0.5], [1.0, 2.0, 0.3], [0.5, 0.3, 1.0]])
+    stack = np.stack(
+        [good, np.ones((3, 3)), 0 * good, 1e-320 * good, 1e-3 * good + 1e14, 1e30 * good]
+    )
+    S = backend.asarray(stack, "float64")
+    W = backend.to_numpy(backend.pseudo_half(S))
+    found, expected = mT(W) @ W, backend.to_numpy(backend.pseudo_power(S, -1.0))
+    for k in range(len(stack)):
+        assert_close(found[k], expected[k], rtol=1e-13)
+    assert (W[2:4] == 0).all()
+    nan = backend.asarray(np.full((1, 3, 3), np.nan), "float64")
+    assert np.isnan(backend.to_numpy(backend.pseudo_half(nan))).all()
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_pseudo_half_needs_no_eigenvalues_of_an_ordinary_gram(name, monkeypatch):
+    from rlora.backends import get
+
+    backend = get(name)
+    monkeypatch.setattr(type(backend), "eigh", None)
+    W = backend.to_numpy(backend.pseudo_half(backend.asarray(np.diag([4.0, 1.0])[None], "float64")))
+    assert_close(W[0], np.diag([0.5, 1.0]), rtol=1e-15)
+
+
 @pytest.mark.parametrize("n", [64, 4096, 20000])
 @pytest.mark.parametrize("r", [4, 16, 64])
 def test_rank_deficient_grams_never_fail(r, n):

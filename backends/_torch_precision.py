@@ -1,0 +1,71 @@
+"""Products in the full precision of their dtype, whatever torch's settings are."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from rlora.core.errors import NumericsError
+from rlora.core.factors import Array
+
+
+def exact(like: Array) -> AbstractContextManager[Any]:
+    """`Backend.exact`, also in a graph."""
+    return _exact_graph(like) if torch.compiler.is_compiling() else _exact(like)
+
+
+@contextmanager
+def _exact(like: Array) -> Iterator[None]:
+    with torch.autocast(like.device.type, enabled=False), _ieee_products():
+        yield
+
+
+def _exact_graph(like: Array) -> AbstractContextManager[Any]:
+    if _constant_rounds_inputs():
+        msg = (
+            "products of float32 are rounded under this setting, and a compiled step cannot change "
+            'it; call torch.set_float32_matmul_precision("highest"), or do not compile the step'
+        )
+        raise NumericsError(msg)
+    return torch.autocast(like.device.type, enabled=False)
+
+
+@contextmanager
+def _ieee_products() -> Iterator[None]:
+    matmuls = _matmuls()
+    if not matmuls:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    saved = [matmul.fp32_precision for matmul in matmuls]
+    try:
+        for matmul in matmuls:
+            matmul.fp32_precision = "ieee"
+        yield
+    finally:
+        for matmul, precision in zip(matmuls, saved, strict=True):
+            matmul.fp32_precision = precision
+
+
+def _matmuls() -> list[Any]:
+    """The places where torch keeps the precision of its products; none before torch 2.9."""
+    parts = (torch.backends.cuda, torch.backends.mkldnn)
+    matmuls: list[Any] = [getattr(part, "matmul", None) for part in parts]
+    return matmuls if all(hasattr(matmul, "fp32_precision") for matmul in matmuls) else []
+
+
+def _rounds_inputs() -> bool:
+    """Return whether torch may round the inputs of a float32 product."""
+    if matmuls := _matmuls():
+        return any(matmul.fp32_precision not in ("ieee", "none") for matmul in matmuls)
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+# Read when a graph is made; torch makes a new one when the setting changes.
+_constant: Any = torch.compiler.assume_constant_result
+_constant_rounds_inputs = _constant(_rounds_inputs)
