@@ -93,8 +93,11 @@ def is_within(x: Tensor, low: float, high: float) -> bool:
     if not low:  # in one pass
         least, most = (float(end.numpy()) for end in torch.aminmax(x))
         return -high < least and most < high
-    values = x.numpy().reshape(-1, x.shape[-2] * x.shape[-1])
-    peak = np.maximum(values.max(axis=1), -values.min(axis=1))
+    layers = x.numpy().reshape(-1, x.shape[-2] * x.shape[-1])
+    if len(layers) == 1:  # in one pass
+        least, most = (float(end.numpy()) for end in torch.aminmax(x))
+        return low <= max(-least, most) < high or least == most == 0
+    peak = np.maximum(layers.max(axis=1), -layers.min(axis=1))
     return bool(((peak < high) & ((peak >= low) | (peak == 0))).all())
 
 

@@ -79,7 +79,7 @@ def block_diagonal(P: Array, fold: int) -> Array:
 
 def is_stacked(F: Array) -> bool:
     # On an accelerator the number of launches should not depend on the number of layers.
-    return bool(F.device.type != "cpu" or F.ndim > 2 or F.numel() < LARGE)
+    return bool(F.device.type != "cpu" or F.numel() < LARGE)
 
 
 def stacked(tall: list[Array], dtype: Any, workspace: Workspace | None) -> Array:

@@ -1,6 +1,8 @@
 """NumPy: products into one stack, LAPACK's batched inverse, entrywise work in place."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,8 @@ import numpy as np
 from rlora.core.algebra import mT
 from rlora.core.backend import Backend, Tall, Workspace
 from rlora.core.factors import Array
+
+from ._cpu import cholesky_half
 
 
 class NumPyBackend(Backend):
@@ -42,13 +46,14 @@ class NumPyBackend(Backend):
         return W[..., ::-1, ::-1] if upper else W
 
     def pseudo_half(self, S: Array) -> Array:
-        return self.cholesky_half(S)
+        return cholesky_half(self, S)
 
     def adam(
         self, mu: Array, nu: Array, g: Array, b1: float, b2: float, c1: Any, root2: Any, eps: Any
     ) -> tuple[Array, Array, Array]:
-        """In place on arrays of its own: fresh pages cost more than the arithmetic."""
-        mu, nu, work = b1 * mu, b2 * nu, (1 - b1) * g
+        """In place on arrays of its own, or donated: fresh pages cost more than the arithmetic."""
+        mu, nu = _times(b1, mu), _times(b2, nu)
+        work = (1 - b1) * g
         mu += work
         np.multiply(g, g, out=work)
         work *= 1 - b2
@@ -60,9 +65,29 @@ class NumPyBackend(Backend):
         work /= c1
         return work, mu, nu
 
-    def descend(self, param: Array, d: Array, lr: Array | float) -> Array:
+    @contextmanager
+    def reusing(self, workspace: Workspace) -> Iterator[None]:
+        token = _donated.set(True)
+        try:
+            yield
+        finally:
+            _donated.reset(token)
+
+    def descend(
+        self, param: Array, d: Array, lr: Array | float, into: Array | None = None
+    ) -> Array:
         moved = np.asarray(lr * d)
-        return np.subtract(param, moved, out=moved)
+        fits = into is not None and into.flags.writeable
+        return np.subtract(param, moved, out=into if fits else moved)
+
+
+_donated: ContextVar[bool] = ContextVar("donated", default=False)
+
+
+def _times(number: float, x: Array) -> Array:
+    """``number x``, of a donated x in its own memory."""
+    own = _donated.get() and x.flags.writeable
+    return np.multiply(x, number, out=x if own else None)
 
 
 def is_within(x: Any, low: float, high: float) -> bool:

@@ -11,6 +11,7 @@ from rlora.core.algebra import ROUNDING, Damped
 from rlora.core.backend import Backend, Tall, Workspace
 from rlora.core.factors import Array
 
+from ._cpu import cholesky_half
 from ._torch_cpu import (
     all_true,
     eigh_waits,
@@ -200,7 +201,7 @@ class TorchBackend(Backend):
         return squared @ squared @ Z
 
     def pseudo_half(self, S: Array) -> Array:
-        return self.cholesky_half(S) if is_eager_cpu(S) else self.pseudo_power(S, -0.5)
+        return cholesky_half(self, S) if is_eager_cpu(S) else self.pseudo_power(S, -0.5)
 
     def inverse_root(self, V: Array, shift: Array, eps: float) -> Array:
         if not eigh_waits(V):
@@ -221,11 +222,15 @@ class TorchBackend(Backend):
         d = nu.sqrt().div_(root2).add_(eps)
         return torch.div(mu, d, out=d).div_(c1), mu, nu
 
-    def descend(self, param: Array, d: Array, lr: Array | float) -> Array:
+    def descend(
+        self, param: Array, d: Array, lr: Array | float, into: Array | None = None
+    ) -> Array:
         if not isinstance(lr, float):
             return param - lr * d
-        out = empty(d.shape, d.dtype, d.device) if is_plain(param, d) else None
-        return torch.sub(param, d, alpha=lr, out=out)
+        if not is_plain(param, d):
+            return torch.sub(param, d, alpha=lr)
+        into = empty(d.shape, d.dtype, d.device) if into is None else into
+        return torch.sub(param, d, alpha=lr, out=into)
 
     def reusing(self, workspace: Workspace) -> AbstractContextManager[None]:
         return nullcontext() if torch.compiler.is_compiling() else reusing(workspace)

@@ -19,7 +19,8 @@ from rlora.core.errors import (
 from rlora.core.factors import Factors
 from rlora.core.rebalance import rebalance
 from rlora.core.state import flatten_state, unflatten_state
-from rlora.core.transform import Transform, apply_updates, chain, step
+from rlora.core.step import step
+from rlora.core.transform import Transform, apply_updates, chain
 from rlora.methods import *  # noqa: F403  a method's export line is in rlora.methods
 from rlora.pairing import Pair, PairReport, find_pairs
 

@@ -4,6 +4,7 @@ import inspect
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import rlora
@@ -142,18 +143,26 @@ def functional_cases(problem: Problem, spec: ArraySpec, methods: list[str]) -> l
     def case(name: str) -> Case:
         def build() -> Stepper:
             method = make_method(name)
-            return PureStepper(
+            kind, donate = (DonatedStepper, True) if spec.name == "numpy" else (PureStepper, False)
+            return kind(
                 spec,
                 params,
                 grads,
                 method.init(params),
-                lambda params, grads, state: rlora.step(method, params, grads, state, LR),
+                partial(_stepped, method, donate),
                 lambda state: rlora.flatten_state(state).values(),
             )
 
         return Case(spec.name, name, (spec.name, baseline_of(name)), build)
 
     return [case(name) for name in methods]
+
+
+def _stepped(
+    method: Transform, donate: bool, params: list[Factors], grads: list[Factors], state: Any
+) -> tuple[list[Factors], Any]:
+    moved: tuple[list[Factors], Any] = rlora.step(method, params, grads, state, LR, donate=donate)
+    return moved
 
 
 class PureStepper(Stepper):
@@ -201,3 +210,20 @@ class PureStepper(Stepper):
         if hasattr(self._step, "memory_analysis"):
             return memory.of_xla(self._step)
         return None
+
+
+class DonatedStepper(PureStepper):
+    """A step that may write over what it is given: copies, as cases share their arrays."""
+
+    def __init__(
+        self, spec: ArraySpec, params: list[Factors], grads: list[Factors], *rest: Any
+    ) -> None:
+        super().__init__(spec, _copies(params), grads, *rest)
+        self._source = grads
+
+    def refresh(self) -> None:
+        self._grads = _copies(self._source)
+
+
+def _copies(pairs: list[Factors]) -> list[Factors]:
+    return [Factors(pair.A.copy(), pair.B.copy()) for pair in pairs]

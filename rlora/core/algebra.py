@@ -145,7 +145,7 @@ class MatrixAlgebra:
         come back as large as the others.
         """
         xp = self.xp
-        H, unit, rounding = self._of_trace_r(S)
+        H, unit, rounding = self.of_trace_r(S)
         w, Q = self.eigh(H)
         gone = w <= rounding
         power = xp.where(gone, xp.zeros_like(w), xp.where(gone, xp.ones_like(w), w) ** exponent)
@@ -155,22 +155,7 @@ class MatrixAlgebra:
         """One of the W with ``Wᵀ W = pseudo_power(S, -1)``, for methods that no choice changes."""
         return self.pseudo_power(S, -0.5)
 
-    def cholesky_half(self, S: Array) -> Array:
-        """`pseudo_half` without an eigh for the members that have no direction near rounding.
-
-        For libraries with boolean indexing, where asking for a value costs nothing. With ``Wᵀ W =
-        S⁻¹`` the least eigenvalue of S is above ``1 / tr(S⁻¹) = 1 / |W|²``.
-        """
-        xp = self.xp
-        H, unit, rounding = self._of_trace_r(S)
-        W = self.inverse_cholesky(H)
-        lost = ~(xp.sum(W * W, axis=(-2, -1)) * rounding < 1)  # NaN too
-        W = W * unit**-0.5
-        if bool(xp.any(lost)):
-            W[lost] = self.pseudo_power(S[lost], -0.5)
-        return W
-
-    def _of_trace_r(self, S: Array) -> tuple[Array, Array, float]:
+    def of_trace_r(self, S: Array) -> tuple[Array, Array, float]:
         """Grams of trace r, 0 for one too small, their divisors, and what rounding leaves of 0."""
         xp, r, info = self.xp, S.shape[-1], self.xp.finfo(S.dtype)
         rounding = ROUNDING * r * float(info.eps)

@@ -113,8 +113,10 @@ class Backend(MatrixAlgebra):
         nu = b2 * nu + (1 - b2) * (g * g)
         return (mu / c1) / (self.xp.sqrt(nu) / root2 + eps), mu, nu
 
-    def descend(self, param: Array, d: Array, lr: Array | float) -> Array:
-        """``param - lr d``."""
+    def descend(
+        self, param: Array, d: Array, lr: Array | float, into: Array | None = None
+    ) -> Array:
+        """``param - lr d``, which may be written into an array such as `param` itself."""
         return param - lr * d
 
     # --- small change ---------------------------------------------------------------------------

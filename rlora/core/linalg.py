@@ -122,7 +122,13 @@ def without_null_space(bundle: Bundle, P: Stack, S: Stack) -> Stack:
 
 
 def tangent(
-    bundle: Bundle, P: Stack, G: Sequence[Factors], X: Array | None = None
+    bundle: Bundle,
+    P: Stack,
+    G: Sequence[Factors],
+    X: Array | None = None,
+    *,
+    cross: Stack | None = None,
+    scale: Stack | float = 1.0,
 ) -> list[Factors]:
     """The pair of directions whose effect on the product comes nearest to a full gradient G.
 
@@ -140,15 +146,19 @@ def tangent(
         ``Bᵀ G`` and ``G Aᵀ``.
     X : array of shape (K, r, r), optional
         The gauge; 0 by default.
+    cross : Stack, optional
+        ``A G_Aᵀ`` and ``Bᵀ G_B``, where they are known.
+    scale : Stack or float
+        Numbers that multiply the directions.
     """
     matmul = bundle.backend.matmul
     P_A, P_B = bundle.halves(P)
-    _, C = bundle.halves(bundle.cross(bundle.params, G))  # Bᵀ G_B
+    _, C = bundle.halves(bundle.cross(bundle.params, G) if cross is None else cross)  # Bᵀ G_B
     both = bundle.both_move()
     Y = matmul(matmul(P_A, C), P_B)  # (K, r, r), what both factors would do twice
     X = bundle.xp.zeros_like(Y) if X is None else X
-    from_params = bundle.apply(bundle.xp.concat([both * X, -both * mT(X + Y)]), bundle.params)
-    return bundle.apply(P, G, onto=from_params)
+    shares = scale * bundle.xp.concat([both * X, -both * mT(X + Y)])
+    return bundle.apply(scale * P, G, onto=bundle.apply(shares, bundle.params))
 
 
 def add(X: Sequence[Factors], Y: Sequence[Factors]) -> list[Factors]:

@@ -1,6 +1,7 @@
 """Elementwise transformations: momentum, Adam, clipping. Each factor has its own counter."""
 
 import math
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, is_traced, is_zero
@@ -242,8 +243,8 @@ def small_zeros(params: Tree, axes: int) -> Tree:
     def pair_of_zeros(pair: Factors) -> Factors:
         A, r = pair.A, pair.A.shape[-2]
         shape = (*A.shape[:-2], *([r] * axes))
-        zeros = get_backend(A).xp.zeros(shape, dtype=A.dtype, device=device_of(A))
-        return Factors(zeros, zeros)
+        make = partial(get_backend(A).xp.zeros, shape, dtype=A.dtype, device=device_of(A))
+        return Factors(make(), make())  # each its own memory, as a step may write to it
 
     return map_pairs(pair_of_zeros, params)
 

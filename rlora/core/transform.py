@@ -1,11 +1,11 @@
-"""A method is a pair of pure functions, a chain of methods is a method, a step is one function."""
+"""A method is a pair of pure functions, and a chain of methods is a method."""
 
 from functools import wraps
 from numbers import Real
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from rlora.core.backend import Backend
-from rlora.core.checks import check_rate, check_scaling
+from rlora.core.checks import check_scaling
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import (
     Array,
@@ -15,7 +15,6 @@ from rlora.core.factors import (
     detached,
     leaves_of,
     map_leaves,
-    map_pairs,
     pairs_of,
 )
 from rlora.core.structure import check_state, same_shapes
@@ -79,9 +78,9 @@ def still_at_zero(apply: ApplyFn) -> ApplyFn:
     """
 
     @wraps(apply)
-    def move(params: Tree, direction: Tree, lr: Array | float) -> Tree:
+    def move(params: Tree, direction: Tree, lr: Array | float, **how: bool) -> Tree:
         if isinstance(lr, Real):
-            return apply(params, direction, lr) if lr else params
+            return apply(params, direction, lr, **how) if lr else params
 
         def unless_zero(old: Array, new: Array) -> Array:  # nothing asks an array for its value
             return get_backend(old).xp.where(lr == 0, old, new)
@@ -92,7 +91,9 @@ def still_at_zero(apply: ApplyFn) -> ApplyFn:
 
 
 @still_at_zero
-def apply_updates(params: Tree, direction: Tree, lr: Array | float) -> Tree:
+def apply_updates(
+    params: Tree, direction: Tree, lr: Array | float, *, donate: bool = False
+) -> Tree:
     """``params - lr * direction``, rounded to the parameters' dtype last.
 
     Parameters
@@ -103,18 +104,22 @@ def apply_updates(params: Tree, direction: Tree, lr: Array | float) -> Tree:
         The direction of `Transform.update`. Where it is None the parameter is returned as it is.
     lr : float or array
         Learning rate.
+    donate : bool
+        Write over the parameters where that saves memory; not where `lr` is an array.
 
     Returns
     -------
     Factors, or list or dict of them
-        New arrays; the given ones are not written to. With an `lr` of 0 the given ones.
+        New arrays; the given ones are not written to without `donate`. With an `lr` of 0 the given
+        ones.
     """
 
     def move(param: Array, d: Array) -> Array:
         if d is None:
             return param
         backend = get_backend(param, d)
-        moved = backend.descend(backend.cast(param, d.dtype), d, lr)
+        wide = backend.cast(param, d.dtype)
+        moved = backend.descend(wide, d, lr, into=param if donate and wide is param else None)
         return backend.cast(moved, param.dtype)
 
     return map_leaves(move, params, direction)
@@ -147,70 +152,6 @@ class Transform(NamedTuple):
     apply: ApplyFn = apply_updates
     order: Order = "jacobi"
     transport: TransportFn = stay
-
-
-def step(
-    transform: Transform, params: Tree, grads: Tree, state: State, lr: Array | float
-) -> tuple[Tree, State]:
-    """One optimizer step: the direction, then the update of the parameters.
-
-    Parameters
-    ----------
-    transform : Transform
-        A method, such as `rlora.scaled_adamw()`.
-    params, grads : Factors, or list or dict of them
-        A (..., r, n) and B (..., m, r) with their gradients; a gradient may be None.
-    state : State
-        From ``transform.init(params)`` or the step before.
-    lr : float or array
-        Learning rate, finite and at least 0; of an array of one number the value is not asked for.
-
-    Returns
-    -------
-    params, state
-        New arrays in the structure of the old. Those of torch require no gradient, whatever came:
-        a step is no part of a graph. For the next one set ``requires_grad_()``.
-
-    Raises
-    ------
-    ShapeError
-        When pairs, gradients or state do not fit together.
-    ValueError, TypeError
-        When the learning rate is out of its range, or no number.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import rlora
-    >>> rng = np.random.default_rng(0)
-    >>> target = rng.normal(size=(30, 2)) @ rng.normal(size=(2, 20))
-    >>> pair = rlora.Factors(rng.normal(size=(4, 20)) / 4, np.zeros((30, 4)))
-    >>> method = rlora.scaled_sgd()
-    >>> state = method.init(pair)
-    >>> for _ in range(20):
-    ...     error = pair.B @ pair.A - target
-    ...     grads = rlora.Factors(pair.B.T @ error, error @ pair.A.T)
-    ...     pair, state = rlora.step(method, pair, grads, state, lr=0.5)
-    >>> bool(np.abs(pair.B @ pair.A - target).max() < 1e-2)
-    True
-    """
-    check_rate(lr)
-    params = map_leaves(detached, params)
-    if transform.order == "jacobi":
-        return _move(transform, params, grads, state, lr)
-    for side in ("A", "B"):
-        other = {"B": None} if side == "A" else {"A": None}
-        one_sided = map_pairs(lambda pair, other=other: pair._replace(**other), grads)
-        params, state = _move(transform, params, one_sided, state, lr)
-    return params, state
-
-
-def _move(
-    transform: Transform, params: Tree, grads: Tree, state: State, lr: Array | float
-) -> tuple[Tree, State]:
-    direction, state = transform.update(grads, state, params)
-    moved = transform.apply(params, direction, lr)
-    return moved, transform.transport(state, params, moved)
 
 
 def chain(*links: Transform) -> Transform:

@@ -18,7 +18,6 @@ from rlora.core.moments import (
     each,
     keep_scaling,
     momentum as momentum_link,
-    over,
     per_pair,
     scale_by_adam,
 )
@@ -43,20 +42,24 @@ def scale_by_pro(
     def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
         S = bundle.gram(bundle.params)
         P = metric_power(bundle, S, -1.0, damping, damping_mode)
-        X = gauge_of(gauge, bundle, S, P, G)
-        D = tangent(bundle, P, G, X)
-        return [over(d, s**2) for s, d in zip(state.scaling, D, strict=True)], state
+        cross = bundle.cross(bundle.params, G)
+        X = gauge_of(gauge, bundle, S, P, cross)
+        s = bundle.spread([Factors(s, s) for s in state.scaling])
+        return tangent(bundle, P, G, X, cross=cross, scale=1 / s**2), state
 
     return rank_wise(keep_scaling, rule, compute_dtype=compute_dtype)
 
 
-def gauge_of(gauge: Gauge, bundle: Bundle, S: Stack, P: Stack, G: list[Factors]) -> Array | None:
-    """The X of the solution family, (K, r, r), in units in which s is 1."""
+def gauge_of(gauge: Gauge, bundle: Bundle, S: Stack, P: Stack, cross: Stack) -> Array | None:
+    """The X of the solution family, (K, r, r), in units in which s is 1.
+
+    `cross` has ``A G_Aᵀ`` and ``Bᵀ G_B``.
+    """
     if gauge == "zero":
         return None
     backend, matmul = bundle.backend, bundle.backend.matmul
     P_A, P_B = bundle.halves(P)  # S_B⁻¹, S_A⁻¹
-    C_A, C_B = bundle.halves(bundle.cross(bundle.params, G))  # A G_Aᵀ, Bᵀ G_B
+    C_A, C_B = bundle.halves(cross)
     if gauge == "balanced":
         return -0.5 * matmul(matmul(P_A, C_B), P_B)
     S_A, S_B = bundle.halves(S)
@@ -108,8 +111,8 @@ def scale_by_full_adam(
             A, shape = pair.A, (*pair.B.shape[:-1], pair.A.shape[-1])  # (..., m, n)
             return get_backend(A).xp.zeros(shape, dtype=A.dtype, device=device_of(A))
 
-        zero = map_pairs(moment, params)
-        return FullState(zero, zero, per_pair(params, 0.0), per_pair(params, scaling))
+        mu, nu = map_pairs(moment, params), map_pairs(moment, params)
+        return FullState(mu, nu, per_pair(params, 0.0), per_pair(params, scaling))
 
     def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], FullState]:
         matmul = bundle.backend.matmul
@@ -127,8 +130,10 @@ def scale_by_full_adam(
             Factors(matmul(mT(pair.B), d), matmul(d, mT(pair.A)))
             for pair, d in zip(bundle.params, adam, strict=True)
         ]
-        D = tangent(bundle, P, G, gauge_of(gauge, bundle, S, P, G))
-        D = [over(d, s) for s, d in zip(state.scaling, D, strict=True)]
+        cross = bundle.cross(bundle.params, G)
+        X = gauge_of(gauge, bundle, S, P, cross)
+        s = bundle.spread([Factors(s, s) for s in state.scaling])
+        D = tangent(bundle, P, G, X, cross=cross, scale=1 / s)
         return D, FullState(mu, nu, count, state.scaling)
 
     return rank_wise(init, rule, compute_dtype=compute_dtype)

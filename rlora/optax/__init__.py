@@ -16,7 +16,8 @@ import optax
 from rlora import methods
 from rlora.core.factors import Array, Factors, map_leaves
 from rlora.core.linalg import DampingMode
-from rlora.core.transform import State, Transform, step
+from rlora.core.step import step
+from rlora.core.transform import State, Transform
 from rlora.methods.scaled import scale_by_gram as gram_link
 from rlora.optax.leaves import (
     Hold,

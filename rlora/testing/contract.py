@@ -8,7 +8,8 @@ import numpy as np
 from rlora.core.backend import Backend, dtype_name
 from rlora.core.factors import Factors, Tree, leaves_of, map_leaves
 from rlora.core.state import flatten_state, unflatten_state
-from rlora.core.transform import Transform, step
+from rlora.core.step import step
+from rlora.core.transform import Transform
 from rlora.testing.growth import adamw, growth
 from rlora.testing.problems import Problem, assert_close, make_problem, run
 

@@ -11,7 +11,8 @@ from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors
 from rlora.core.moments import scale_by_adam
-from rlora.core.transform import Transform, chain, step
+from rlora.core.step import step
+from rlora.core.transform import Transform, chain
 
 
 class Case(NamedTuple):

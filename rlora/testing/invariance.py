@@ -7,7 +7,8 @@ import numpy as np
 from rlora.core.backend import Backend
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors
-from rlora.core.transform import Transform, step
+from rlora.core.step import step
+from rlora.core.transform import Transform
 from rlora.testing.problems import make_problem
 
 Gauge = Literal["scalar", "signed permutation", "rotation", "diagonal", "general"]

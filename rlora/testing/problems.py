@@ -9,7 +9,8 @@ from rlora.core.algebra import mT
 from rlora.core.backend import Backend
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors
-from rlora.core.transform import Transform, step
+from rlora.core.step import step
+from rlora.core.transform import Transform
 
 MethodFactory = Callable[[], Transform]
 

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlora.core.backend import Workspace
+from rlora.core.backend import LARGE, Workspace
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import ShapeError
-from rlora.core.factors import Factors
+from rlora.core.factors import Factors, map_leaves
 from rlora.core.state import flatten_state, unflatten_state
-from rlora.core.transform import State, Transform, step
+from rlora.core.step import move
+from rlora.core.transform import State, Transform
 from rlora.torch.compiling import keep
 from rlora.torch.pairs import Member, TensorPair
 from rlora.torch.rounding import store
@@ -25,9 +26,10 @@ PORTION = 1 << 22
 class MethodBatch:
     """The pairs of one group on one device, layers of equal shapes on one stack.
 
-    So the number of operations in a step depends on the number of shapes, not of layers. What
-    counts is the optimizer's state: the stacks in which a step reads it are memory for the views
-    that stand there, and follow whatever else is put in their place.
+    So the number of operations in a step depends on the number of shapes, not of layers. On a CPU
+    large factors are a stack by themselves, read and written where they are. What counts is the
+    optimizer's state: the stacks in which a step reads it are memory for the views that stand
+    there, and follow whatever else is put in their place.
     """
 
     def __init__(
@@ -38,7 +40,8 @@ class MethodBatch:
         for member in members:
             still = [member.gradient(side) is None for side in (0, 1)]
             key = (*member.shapes, member.params[0].dtype, *still)
-            alike.setdefault(key, []).append(member)
+            own = (id(member.owners[0]), member.suffix) if is_large(member) else ()
+            alike.setdefault((*key, *own), []).append(member)
         self._buckets = list(alike.values())
         options = optimizer.param_groups[group]
         self._chosen = optimizer._chosen(options)
@@ -102,7 +105,7 @@ class MethodBatch:
             torch._foreach_copy_(old, new)
 
     def prepare(self) -> tuple[dict[str, Factors], State]:
-        """The pairs and their state after the step; no parameter has changed yet."""
+        """The pairs and their state after the step, some of them written to already."""
         group = self._optimizer.param_groups[self._group]
         if (chosen := self._optimizer._chosen(group)) != self._chosen:  # by a scheduler, say
             self._chosen, self._transform = chosen, self._optimizer._transform(group)
@@ -114,12 +117,12 @@ class MethodBatch:
             A, B, G_A, G_B = (self._stack(x, (i, k), wide) for k, x in enumerate(values))
             params[f"{i}"], grads[f"{i}"] = Factors(A, B), Factors(G_A, G_B)
         if group["maximize"]:
-            torch._foreach_neg_([g for pair in grads.values() for g in pair if g is not None])
+            grads = map_leaves(torch.neg, grads)
         like = self._buckets[0][0].params[0]
         backend = get_backend(like)
         with backend.exact(like), backend.reusing(self._memory):
-            moved: tuple[dict[str, Factors], State] = step(
-                self._transform, params, grads, self._state, group["lr"]
+            moved: tuple[dict[str, Factors], State] = move(
+                self._transform, params, grads, self._state, group["lr"], donate=True
             )
         return moved
 
@@ -128,6 +131,8 @@ class MethodBatch:
         if tensors[0] is None:
             return None
         dtype = torch.float32 if wide and tensors[0].itemsize == 2 else tensors[0].dtype
+        if len(tensors) == 1 and tensors[0].dtype == dtype:
+            return tensors[0].detach()[None]
         if tensors[0].device.type != "cpu":
             return torch.stack(tensors).to(dtype)
         shape = torch.Size((len(tensors), *tensors[0].shape))
@@ -143,10 +148,14 @@ class MethodBatch:
         for bucket, stacks in zip(self._buckets, params.values(), strict=True):
             for side in (0, 1):
                 if bucket[0].gradient(side) is not None:
-                    old += [member.part(side) for member in bucket]
-                    layers = zip(bucket, stacks[side].unbind(0), strict=True)
-                    new += [member.write(side, layer) for member, layer in layers]
-        store(old, new, self._optimizer.param_groups[self._group])
+                    layers = stacks[side].unbind(0)
+                    for member, layer in zip(bucket, layers, strict=True):
+                        written, value = member.part(side), member.write(side, layer)
+                        if not lies_in(written, value):
+                            old.append(written)
+                            new.append(value)
+        if old:
+            store(old, new, self._optimizer.param_groups[self._group])
         mine, theirs = flatten_state(self._state), flatten_state(state)
         changed = [name for name, x in mine.items() if x is not theirs[name]]
         if changed:
@@ -155,6 +164,19 @@ class MethodBatch:
             for share in self._shares:
                 for key, view in zip(share.keys, share.views, strict=True):
                     keep(self._optimizer.state[share.owner], key, view)
+
+
+def is_large(member: Member) -> bool:
+    """Return whether copies of a pair would cost more than a call for each factor."""
+    on_cpu = member.pair.A.device.type == "cpu"
+    return on_cpu and sum(map(prod, member.shapes)) >= 2 * LARGE
+
+
+def lies_in(p: Tensor, value: Tensor) -> bool:
+    """Return whether the values of a parameter have been written where they belong."""
+    if p.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return p.data_ptr() == value.data_ptr()
 
 
 class Share(NamedTuple):

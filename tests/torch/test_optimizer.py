@@ -92,6 +92,38 @@ def test_layers_in_portions_equal_the_functional_method(name, monkeypatch):
     assert [len(work._batches) for work in batches] == [len(pairs_in(model))]
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_large_layers_in_place_equal_the_functional_method(name, monkeypatch):
+    """Factors are read and written where they are."""
+    monkeypatch.setattr(method_batch, "LARGE", 1)
+    model = make_model(dtype=torch.float64, bias=False)
+    optimizer = METHODS[name](model, lr=1e-2)
+    options = optimizer._chosen(optimizer.param_groups[0])
+    run_beside(model, optimizer, type(optimizer).method(**options), 6)
+
+
+@pytest.mark.parametrize("large", [1, method_batch.LARGE])
+@pytest.mark.parametrize("name", ["LoRARite", "LoRAProAdamW", "LoRAProSGD", "LoRAPlus"])
+def test_gradients_are_only_read(name, large, monkeypatch):
+    monkeypatch.setattr(method_batch, "LARGE", large)
+    model = make_model(dtype=torch.float64, bias=False)
+    twin = copy.deepcopy(model)
+    options = {"momentum": 0.9} if name == "LoRAProSGD" else {}
+    up = METHODS[name](model, lr=1e-2, maximize=True, **options)
+    down = METHODS[name](twin, lr=1e-2, **options)
+    for t in range(3):
+        up.zero_grad()
+        loss_of(model, t).backward()
+        before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = None if p.grad is None else -p.grad
+        up.step()
+        down.step()
+        after = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(map(torch.equal, before, after))
+    assert same(values(model), values(twin))
+
+
 @pytest.mark.parametrize("name, method_of, changes", [
     ("LoRARite", rlora.lora_rite, {"betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.2}),
     ("LoRAProAdamW", rlora.lora_pro_adamw, {"betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.2}),

@@ -1,0 +1,19 @@
+"""Steps that NumPy and torch share on a CPU, where asking for a value costs nothing."""
+
+from rlora.core.backend import Backend
+from rlora.core.factors import Array
+
+
+def cholesky_half(backend: Backend, S: Array) -> Array:
+    """`Backend.pseudo_half` without an eigh for the members that have no direction near rounding.
+
+    With ``Wᵀ W = S⁻¹`` the least eigenvalue of S is at least ``1 / tr(S⁻¹) = 1 / |W|²``.
+    """
+    xp = backend.xp
+    H, unit, rounding = backend.of_trace_r(S)
+    W = backend.inverse_cholesky(H)
+    lost = ~(xp.sum(W * W, axis=(-2, -1)) * rounding < 1)  # NaN too
+    W = W * unit**-0.5
+    if bool(xp.any(lost)):
+        W[lost] = backend.pseudo_power(S[lost], -0.5)
+    return W

@@ -1,0 +1,105 @@
+"""One optimizer step with any method: a function of parameters, gradients and state."""
+
+from rlora.core.checks import check_rate
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import Array, Tree, detached, leaves_of, map_leaves, map_pairs
+from rlora.core.transform import State, Transform, apply_updates, stay
+
+
+def step(
+    transform: Transform,
+    params: Tree,
+    grads: Tree,
+    state: State,
+    lr: Array | float,
+    *,
+    donate: bool = False,
+) -> tuple[Tree, State]:
+    """One optimizer step: the direction, then the update of the parameters.
+
+    Parameters
+    ----------
+    transform : Transform
+        A method, such as `rlora.scaled_adamw()`.
+    params, grads : Factors, or list or dict of them
+        A (..., r, n) and B (..., m, r) with their gradients; a gradient may be None.
+    state : State
+        From ``transform.init(params)`` or the step before.
+    lr : float or array
+        Learning rate, finite and at least 0; of an array of one number the value is not asked for.
+    donate : bool
+        Parameters, gradients and state may be written over, and what comes back may lie in their
+        memory: quicker where memory is what a step spends its time on, in NumPy most of all. Use
+        what comes back, and nothing of what was given, not even after an error.
+
+    Returns
+    -------
+    params, state
+        Arrays in the structure of the old, new ones without `donate`. Those of torch require no
+        gradient, whatever came: a step is no part of a graph. For the next one set
+        ``requires_grad_()``.
+
+    Raises
+    ------
+    ShapeError
+        When pairs, gradients or state do not fit together.
+    ValueError, TypeError
+        When the learning rate is out of its range, or no number.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import rlora
+    >>> rng = np.random.default_rng(0)
+    >>> target = rng.normal(size=(30, 2)) @ rng.normal(size=(2, 20))
+    >>> pair = rlora.Factors(rng.normal(size=(4, 20)) / 4, np.zeros((30, 4)))
+    >>> method = rlora.scaled_sgd()
+    >>> state = method.init(pair)
+    >>> for _ in range(20):
+    ...     error = pair.B @ pair.A - target
+    ...     grads = rlora.Factors(pair.B.T @ error, error @ pair.A.T)
+    ...     pair, state = rlora.step(method, pair, grads, state, lr=0.5)
+    >>> bool(np.abs(pair.B @ pair.A - target).max() < 1e-2)
+    True
+    """
+    if not donate:
+        return move(transform, params, grads, state, lr)
+    backend = get_backend(*leaves_of(params))
+    with backend.reusing({}):
+        return move(transform, params, grads, state, lr, donate=True)
+
+
+def move(
+    transform: Transform,
+    params: Tree,
+    grads: Tree,
+    state: State,
+    lr: Array | float,
+    *,
+    donate: bool = False,
+) -> tuple[Tree, State]:
+    """A `step` that is donated the parameters alone; the state inside of `Backend.reusing`."""
+    check_rate(lr)
+    params = map_leaves(detached, params)
+    if transform.order == "jacobi":
+        return _move(transform, params, grads, state, lr, donate)
+    for side in ("A", "B"):
+        other = {"B": None} if side == "A" else {"A": None}
+        one_sided = map_pairs(lambda pair, other=other: pair._replace(**other), grads)
+        params, state = _move(transform, params, one_sided, state, lr, donate)
+    return params, state
+
+
+def _move(
+    transform: Transform,
+    params: Tree,
+    grads: Tree,
+    state: State,
+    lr: Array | float,
+    donate: bool,
+) -> tuple[Tree, State]:
+    direction, state = transform.update(grads, state, params)
+    if donate and transform.apply is apply_updates and transform.transport is stay:
+        return apply_updates(params, direction, lr, donate=True), state
+    moved = transform.apply(params, direction, lr)
+    return moved, transform.transport(state, params, moved)

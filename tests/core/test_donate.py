@@ -1,0 +1,141 @@
+"""`rlora.step` with `donate`: the same numbers in the memory that was given."""
+
+import numpy as np
+import pytest
+
+import rlora
+import rlora.methods
+from rlora import Factors
+from rlora.backends import get
+from rlora.core.factors import pairs_of
+
+SHAPES = [(3, 6, 8), (3, 6, 8), (2, 9, 4)]
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def backend(request):
+    pytest.importorskip(request.param)
+    return get(request.param)
+
+
+def pairs(backend, seed, dtype="float64"):
+    rng = np.random.default_rng(seed)
+    return [
+        Factors(*(backend.asarray(rng.normal(size=s), dtype) for s in ((r, n), (m, r))))
+        for r, m, n in SHAPES
+    ]
+
+
+def copies(backend, arrays):
+    return [backend.to_numpy(x).copy() for x in arrays]
+
+
+def leaves(tree):
+    return [x for pair in pairs_of(tree) for x in pair]
+
+
+def address(x):
+    return x.data_ptr() if hasattr(x, "data_ptr") else x.__array_interface__["data"][0]
+
+
+def run(method, backend, donate, dtype="float64"):
+    params = pairs(backend, 0, dtype)
+    state = method.init(params)
+    for t in range(4):
+        grads = pairs(backend, t + 1, dtype)
+        params, state = rlora.step(method, params, grads, state, 1e-2, donate=donate)
+    return copies(backend, [*leaves(params), *rlora.flatten_state(state).values()])
+
+
+@pytest.mark.parametrize("name", rlora.methods.__all__)
+def test_a_donated_step_gives_the_same_numbers(backend, name):
+    """Bit for bit: the same operations, only their results lie elsewhere."""
+    method = getattr(rlora.methods, name)()
+    for x, y in zip(run(method, backend, False), run(method, backend, True), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("options", [{"order": "gauss_seidel"}, {"weight_decay": 0.1}], ids=str)
+def test_options_of_a_donated_step(backend, options):
+    method = rlora.scaled_adamw(**options)
+    for x, y in zip(run(method, backend, False), run(method, backend, True), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_float32_too(backend):
+    method = rlora.lora_pro_adamw(weight_decay=0.1)
+    pure, donated = (run(method, backend, donate, "float32") for donate in (False, True))
+    for x, y in zip(pure, donated, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_parameters_and_moments_stay_where_they_were(backend):
+    method = rlora.lora_pro_adamw()
+    params = pairs(backend, 0)
+    state = method.init(params)
+
+    def places(params, state):
+        flat = rlora.flatten_state(state)
+        moments = [flat[name] for name in flat if name.split(".")[1] in ("mu", "nu")]
+        return [address(x) for x in [*leaves(params), *moments]]
+
+    before = places(params, state)
+    assert len(before) == 18
+    assert before == places(
+        *rlora.step(method, params, pairs(backend, 1), state, 1e-2, donate=True)
+    )
+
+
+def test_nothing_is_written_to_without_it(backend):
+    method = rlora.lora_pro_adamw()
+    params, grads = pairs(backend, 0), pairs(backend, 1)
+    _, state = rlora.step(method, params, grads, method.init(params), 1e-2)
+    given = [*leaves(params), *leaves(grads), *rlora.flatten_state(state).values()]
+    before = copies(backend, given)
+    rlora.step(method, params, grads, state, 1e-2)
+    for x, y in zip(before, copies(backend, given), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_read_only_arrays_are_left_alone():
+    backend = get("numpy")
+    method = rlora.lora_pro_adamw()
+    params, grads = pairs(backend, 0), pairs(backend, 1)
+    state = method.init(params)
+    given = [*leaves(params), *rlora.flatten_state(state).values()]
+    expected = rlora.step(method, params, grads, state, 1e-2)
+    for x in given:
+        x.flags.writeable = False
+    found = rlora.step(method, params, grads, state, 1e-2, donate=True)
+    for x, y in zip(leaves(found[0]), leaves(expected[0]), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_the_page(backend):
+    """The block of docs/how-to/own_loop.md: the product comes nearer to its target."""
+    from pages import run
+
+    params = pairs(backend, 0)
+    targets = [pair.B @ pair.A for pair in pairs(backend, 1)]
+
+    def errors(params):
+        return [pair.B @ pair.A - W for pair, W in zip(params, targets, strict=True)]
+
+    def gradients(params):
+        both = zip(params, errors(params), strict=True)
+        return [Factors(pair.B.T @ E, E @ pair.A.T) for pair, E in both]
+
+    def loss(params):
+        return sum(float((E * E).sum()) for E in errors(params))
+
+    start = loss(params)
+    space = {"params": params, "gradients": gradients}
+    assert loss(run("own_loop.md", "Arrays instead of modules", space)["params"]) < 0.9 * start
+
+
+@pytest.mark.parametrize("name", rlora.methods.__all__)
+def test_no_two_arrays_of_a_new_state_share_memory(name):
+    """Or a donated step would write over one with the other."""
+    state = getattr(rlora.methods, name)().init(pairs(get("numpy"), 0))
+    places = [address(x) for x in rlora.flatten_state(state).values() if x.size]
+    assert len(set(places)) == len(places)
