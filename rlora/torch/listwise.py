@@ -1,171 +1,231 @@
-"""Scaled AdamW over lists of tensors on a CPU: no stand-ins, and no copy of a large factor.
+"""The step of pairs over lists of tensors: Grams, preconditioned gradients, torch's kernel.
 
-Large factors are read and written where they are. Small ones of one shape lie on a stack, with
-their moments, so that one call serves all of them. Adam itself is torch's fused kernel.
+The factors and their gradients are read where they lie. Torch's own AdamW or SGD steps the
+parameters along ``P G``; where a second half follows, it steps zeros, which then are the move, and
+the parameter moves by that times the second half.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from itertools import accumulate
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from rlora.core.backend import LARGE
-from rlora.core.bundle import Bundle
+from rlora.core.backend import Backend, Workspace
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors
-from rlora.core.placement import split_power
-from rlora.torch.batch import recipe_of
-from rlora.torch.pairs import TensorPair, is_distributed
-from rlora.torch.parts import Part
+from rlora.core.linalg import DampingMode
+from rlora.core.placement import (
+    Placement,
+    Preconditioners,
+    RankGrams,
+    gram_powers,
+    rank_grams,
+)
+from rlora.torch.kernels import Kernel, Number
+from rlora.torch.pairs import TensorPair, local
+from rlora.torch.rounding import store
 
-Moving: TypeAlias = tuple[bool, bool]
-"""True for A, and for B, if it is to be updated."""
+
+class Recipe(NamedTuple):
+    """The hyperparameters of one factor's preconditioner, as its group has them."""
+
+    damping: float
+    damping_mode: DampingMode
+    placement: Placement
+    compute_dtype: str | None
+    stochastic_rounding: bool
 
 
-class ListwiseAdamW:
-    """The step of all pairs of one group, rank and dtype.
+def recipe_of(group: dict[str, Any]) -> Recipe:
+    """The preconditioner's hyperparameters of a parameter group."""
+    return Recipe(*(group[name] for name in Recipe._fields))
+
+
+class Job(NamedTuple):
+    """A factor to be updated, and where it belongs."""
+
+    param: Tensor
+    pair: TensorPair
+    place: int
+    """The position of its pair among those of the step."""
+    side: int
+    live: bool = True
+    """False for a factor without gradient that takes part in what processes do together."""
+
+    def read(self, stored: Tensor) -> list[Tensor]:
+        """The factors in what has the shape of the parameter."""
+        return [views[self.side].read(stored) for views in self.pair.views]
+
+    def write(self, factors: Sequence[Tensor]) -> Tensor:
+        """The inverse of `read`."""
+        parts = [v[self.side].write(x) for v, x in zip(self.pair.views, factors, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class ListStep:
+    """The step of pairs of one group, dtype and device.
 
     Parameters
     ----------
     optimizer : Optimizer
-        Its state holds step and moments of every factor, as torch's AdamW has them.
+        Its state holds what the kernel carries.
     group : dict
         The parameter group.
-    pairs : sequence of TensorPair
-        Pairs of one rank and dtype, dense, on a CPU.
-    moving : sequence of (bool, bool)
-        Whether A and B of each pair are to be updated.
+    kernel : type
+        The `Kernel` that steps the targets.
+    pairs : list of TensorPair
+        Both factors of every pair, whether they move or not.
+    jobs : list of Job
+        The factors to be updated.
     """
 
     def __init__(
         self,
         optimizer: Any,
         group: dict[str, Any],
-        pairs: Sequence[TensorPair],
-        moving: Sequence[Moving],
+        kernel: type[Kernel],
+        pairs: list[TensorPair],
+        jobs: list[Job],
     ) -> None:
-        self.optimizer, self.group, self.recipe = optimizer, group, recipe_of(group)
-        alike: dict[Any, list[int]] = {}
-        factors = [pair[:2] for pair in pairs]
-        for side in (0, 1):
-            for i, both in enumerate(factors):
-                p = both[side]
-                shape = p.shape if p.numel() < LARGE else None
-                alike.setdefault((side, shape, moving[i][side]), []).append(i)
-        count = len(pairs)
-        self.parts = [
-            Part(
-                [factors[i][side] for i in members],
-                side,
-                [i + side * count for i in members],
-                shape is not None,
-                group if moves else None,
-            )
-            for (side, shape, moves), members in alike.items()
-        ]
-        self.moving = [part for part in self.parts if part.group is not None]
-        self.params = [p for part in self.moving for p in part.params]
-        self.dtype, r = self.parts[0].dtype, pairs[0].A.shape[0]
-        self.backend = get_backend(pairs[0].A)
-        dtype = self.backend.compute_dtype(self.dtype, self.recipe.compute_dtype)
-        self.S = torch.empty((2 * count, r, r), dtype=dtype)
-        self.sizes = [(pair.B.shape[0], pair.A.shape[1]) for pair in pairs]
-        values = [Factors(A.detach(), B.detach()) for A, B in factors]
-        self.bundle = Bundle(self.backend, values, dtype=dtype, workspace={})
-
-    def prepare(self) -> Tensor | None:
-        """Grams, their powers and the preconditioned gradients; the power behind Adam, if any."""
-        for part in self.moving:
-            part.follow(self.optimizer.state)
-        damping, damping_mode, placement = self.recipe[:3]
-        with self.backend.exact(self.S):
-            for part in self.parts:
-                part.gram(self.backend, self.S)
-            powers = split_power(self.bundle, self.S, self.sizes, placement, damping, damping_mode)
-            first, second = (None if P is None else P.to(self.dtype) for P in powers)
-            for part in self.moving:
-                part.precondition(self.backend, first)
-        return second
-
-    def finish(self, second: Tensor | None) -> None:
-        """Adam, then the update along its direction, times the power behind it if there is one."""
-        lr, weight_decay = float(self.group["lr"]), self.group["weight_decay"]
-        if second is None:
-            self._adam(True, lr, weight_decay)
-        else:
-            # A decay of 1 at a rate of 1 leaves the negative direction alone in the target.
-            self._adam(False, 1.0, 1.0)
-            if lr:
-                with self.backend.exact(self.S):
-                    for part in self.moving:
-                        part.move(self.backend, lr * second, 1 - lr * weight_decay)
-        for part in self.moving:
-            part.write()
-
-    def _adam(self, own: bool, lr: float, weight_decay: float) -> None:
-        group = self.group
-        lists = zip(*(some for part in self.moving for some in part.kernel(own)), strict=True)
-        targets, gradients, steps, exp_avgs, exp_avg_sqs, *maxima = map(list, lists)
-        torch._fused_adamw_(
-            targets,
-            gradients,
-            exp_avgs,
-            exp_avg_sqs,
-            maxima[0] if maxima else [],
-            steps,
-            lr=lr,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=weight_decay,
-            eps=group["eps"],
-            amsgrad=group["amsgrad"],
-            maximize=group["maximize"],
+        self.group, self.recipe, self.pairs = group, recipe_of(group), pairs
+        self.jobs = sorted(jobs, key=lambda job: job.side)
+        self.workspace: Workspace = {}
+        self.plain = all(view.is_plain for pair in pairs for both in pair.views for view in both)
+        # Reading a dense parameter gives a view, which stays valid.
+        dense = all(p.is_contiguous() for pair in pairs for p in (pair.A, pair.B))
+        self.stays = (self.plain or dense) and all(pair.middle is None for pair in pairs)
+        self.values: list[Factors] = []
+        ends = [*accumulate((len(pair.views) for pair in pairs), initial=0)]
+        self.products = [range(ends[job.place], ends[job.place + 1]) for job in self.jobs]
+        own = [local(job.param).detach() for job in self.jobs]
+        self.own = own
+        # Kernels run through memory without a look at strides: what they step lies as their state.
+        self.copied = self.recipe.placement != "before" or not all(map(_lies_well, own))
+        self.targets = [_scratch(p) for p in own] if self.copied else own
+        self.live = [k for k, job in enumerate(self.jobs) if job.live]
+        self.kernel = kernel(
+            optimizer, group, self._living([j.param for j in self.jobs]), self._living(self.targets)
         )
 
+    def _living(self, x: Sequence[Any]) -> list[Any]:
+        return [x[k] for k in self.live]
 
-def listwise_work(optimizer: Any, pairs: Sequence[TensorPair], sides: str) -> list[ListwiseAdamW]:
-    """Work for the pairs that can be stepped over lists: dense ones on a CPU, each in one group.
+    # --- before anything moves ------------------------------------------------------------------
 
-    Parameters
-    ----------
-    optimizer : Optimizer
-        Its step is torch's AdamW behind the preconditioner.
-    pairs : sequence of TensorPair
-        All pairs.
-    sides : {"A", "B", "AB"}
-        The factors to be updated.
-    """
-    groups = optimizer.param_groups
-    group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
-    fits = [has_kernel(group) for group in groups]
-    work: dict[Any, tuple[list[TensorPair], list[Moving]]] = {}
-    for pair in pairs:
-        moves = ("A" in sides and pair.A.grad is not None, "B" in sides and pair.B.grad is not None)
-        owners = {group_of[id(p)] for p, moving in zip(pair[:2], moves, strict=True) if moving}
-        if len(owners) == 1 and fits[i := owners.pop()] and _is_dense(pair):
-            members = work.setdefault((i, pair.A.shape[0], pair.A.dtype), ([], []))
-            members[0].append(pair)
-            members[1].append(moves)
-    return [ListwiseAdamW(optimizer, groups[key[0]], *members) for key, members in work.items()]
+    def prepare(self) -> Preconditioners:
+        """Do everything that may fail; the preconditioners around the kernel."""
+        return self.direct(self.grams())
+
+    def factors(self) -> list[Factors]:
+        """Both factors of every product."""
+        return [factors for pair in self.pairs for factors in pair.factors()]
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """The m and n of every product."""
+        return [(pair.B.shape[-2], pair.A.shape[-1]) for pair in self.values]
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the factors to be updated."""
+        return [cast("Tensor", job.pair.gradient(job.side)) for job in self.jobs]
+
+    def grams(self) -> list[RankGrams]:
+        """The Grams of both factors of every product, rank by rank."""
+        if not (self.stays and self.values):
+            self.values = self.factors()
+        like, dtype = self.values[0].A, self.recipe.compute_dtype
+        backend = get_backend(like)
+        with backend.exact(like):
+            return rank_grams(backend, self.values, compute_dtype=dtype, workspace=self.workspace)
+
+    def direct(self, grams: list[RankGrams]) -> Preconditioners:
+        """Do as `prepare`, from Grams that are given."""
+        backend, gradients = get_backend(self.values[0].A), self.gradients()
+        placement = self.recipe.placement
+        with backend.exact(self.values[0].A):
+            P = gram_powers(
+                grams,
+                self.sizes(),
+                placement=placement,
+                damping=self.recipe.damping,
+                damping_mode=self.recipe.damping_mode,
+            )
+            directions = self._apply(backend, P.first, gradients)
+        pairs = zip(directions, self.targets, strict=True)
+        self.directions = self._living([_laid_as(d, target) for d, target in pairs])
+        self.kernel.prepare(self.directions)
+        if placement != "before":
+            torch._foreach_zero_(self.targets)
+        elif self.copied:
+            torch._foreach_copy_(self.targets, self.own)
+        return P
+
+    def _apply(
+        self, backend: Backend, P: list[Factors] | None, stored: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """``P X`` for what belongs to an A, ``X P`` for what belongs to a B."""
+        if P is None:
+            return stored
+        sides: tuple[tuple[list[Tensor], list[Tensor]], ...] = (([], []), ([], []))
+        for job, products, x in zip(self.jobs, self.products, stored, strict=True):
+            powers, factors = sides[job.side]
+            powers += [P[i][job.side] for i in products]
+            factors += [x] if self.plain else job.read(x)
+        (P_A, X_A), (P_B, X_B) = sides
+        done = backend.apply_left(P_A, X_A, self.workspace)
+        done += backend.apply_right(X_B, P_B, self.workspace)
+        if self.plain:
+            return done
+        rest = iter(done)
+        return [job.write([next(rest) for _ in job.pair.views]) for job in self.jobs]
+
+    # --- the move -------------------------------------------------------------------------------
+
+    def finish(self, P: Preconditioners) -> None:
+        """The kernel, and the second half behind it if there is one."""
+        lr, weight_decay = self.group["lr"], self.group.get("weight_decay", 0.0)
+        if self.live:
+            self.kernel.run(self.directions, lr, weight_decay if P.second is None else 0.0)
+        if P.second is not None:
+            self._move(P.second, 1 - lr * weight_decay)
+        elif self.copied:
+            store(self.own, self.targets, self.group)
+        if self.own[0].device.type != "cpu":  # there the workspace keeps them
+            self.directions = []
+
+    def _move(self, P: list[Factors], keep: Number) -> None:
+        """``X <- keep X + P D``, where D is what the kernel has made of zeros."""
+        backend = get_backend(self.values[0].A)
+        with backend.exact(self.values[0].A):
+            moves = self._living(self._apply(backend, P, self.targets))
+        params = self._living(self.own)
+        if not params:
+            return
+        wide = [p.to(moves[0].dtype) for p in params]  # the parameters themselves where wide
+        torch._foreach_mul_(wide, keep)
+        torch._foreach_add_(wide, moves)
+        if wide[0] is not params[0]:
+            store(params, wide, self.group)
 
 
-def has_kernel(group: dict[str, Any]) -> bool:
-    """Return whether torch's fused AdamW has the options of a group on a CPU."""
-    numbers = [group.get("lr"), *group.get("betas", ())]
-    by_loop = group.get("fused") is False or group.get("foreach") or group.get("capturable")
-    return not (by_loop or any(isinstance(x, Tensor) for x in numbers))
+def _scratch(p: Tensor) -> Tensor:
+    wide = torch.promote_types(p.dtype, torch.float32)
+    return torch.empty_like(p, dtype=wide)  # gaps are not preserved
 
 
-def _is_dense(pair: TensorPair) -> bool:
-    """Return whether the parameters of a pair are the factors themselves, on a CPU."""
-    return (
-        len(pair.views) == 1
-        and all(view.is_plain for view in pair.views[0])
-        and pair.middle is None
-        and not any(pair.twins)
-        and pair.A.ndim == pair.B.ndim == 2
-        and pair.A.device.type == "cpu"
-        and not is_distributed(pair.A)
-        and pair.A.dtype == pair.B.dtype
-    )
+def _lies_well(p: Tensor) -> bool:
+    """Return whether a kernel may step the parameter itself."""
+    scratch = _scratch(p)
+    return p.dtype == scratch.dtype and p.stride() == scratch.stride()
+
+
+def _laid_as(direction: Tensor, target: Tensor) -> Tensor:
+    """The direction with the dtype, shape and strides of what is stepped along it."""
+    if direction.dtype != target.dtype:
+        direction = direction.to(target.dtype)
+    if direction.shape != target.shape:
+        direction = direction.view(target.shape)
+    if direction.stride() != target.stride():
+        direction = torch.empty_like(target).copy_(direction)
+    return direction

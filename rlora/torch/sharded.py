@@ -11,7 +11,7 @@ piece: all processes call the same ones in the same order.
 
 from collections.abc import Iterable, Sequence
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from rlora.core.backend import Backend
 from rlora.core.factors import Factors
 from rlora.core.placement import Preconditioners, RankGrams
-from rlora.torch.batch import Batch, Job, Recipe, recipe_of
+from rlora.torch.kernels import Kernel
+from rlora.torch.listwise import Job, ListStep
 from rlora.torch.pairs import TensorPair, local
 from rlora.torch.sharding import cut_dims, mesh_of
 
@@ -92,55 +93,36 @@ def _chunks(size: int, parts: int) -> list[int]:
     return [max(0, min(step, size - i * step)) for i in range(parts)]
 
 
-class Moving(NamedTuple):
-    """A factor that a plan is for."""
-
-    pair: int
-    """The position of its pair in the batch."""
-    side: int
-    """0 for A, 1 for B."""
-    param: Any
-    stand_in: Any
-    group: dict[str, Any]
-
-
-class ShardedBatch(Batch):
-    """Pairs of one recipe, dtype and layout, stepped on this process's pieces of them.
+class ShardedStep(ListStep):
+    """The step of pairs of one group, dtype and layout, on this process's pieces of them.
 
     Parameters
     ----------
-    recipe : Recipe
-        Hyperparameters of the factors to be updated.
-    pairs : list of TensorPair
-        Pairs of DTensors.
-    moving : list of Moving
-        The factors to be updated.
+    optimizer, group, kernel, pairs, jobs
+        As `ListStep` has them; the pairs are of DTensors.
     summed : list of int
         The dimensions of the mesh over which the Grams are summed.
     """
 
     def __init__(
-        self, recipe: Recipe, pairs: list[TensorPair], moving: list[Moving], summed: list[int]
+        self,
+        optimizer: Any,
+        group: dict[str, Any],
+        kernel: type[Kernel],
+        pairs: list[TensorPair],
+        jobs: list[Job],
+        summed: list[int],
     ) -> None:
-        self.moving = sorted(moving, key=lambda factor: factor.side)
+        super().__init__(optimizer, group, kernel, pairs, jobs)
         factors: list[tuple[Any, int]] = [(pair[side], side) for side in (0, 1) for pair in pairs]
         self.of_factors = Exchange(factors)
-        self.of_jobs = Exchange([(f.param, f.side) for f in self.moving])
+        self.of_jobs = Exchange([(job.param, job.side) for job in self.jobs])
         # Replicated entries are counted once, where the coordinates are 0.
         mesh = mesh_of(pairs[0].A)
         self.copies = [
             any(mesh.get_local_rank(d) and p.placements[d].is_replicate() for d in summed)
             for p, _ in factors
         ]
-        sides: tuple[list[tuple[int, Job]], list[tuple[int, Job]]] = ([], [])
-        for f in self.moving:
-            live = f.param.grad is not None
-            job = Job(local(f.param), local(f.stand_in), f.group, pairs[f.pair], f.side, live)
-            sides[f.side].append((f.pair, job))
-        in_place = all(
-            local(f.param).data_ptr() == local(f.stand_in).data_ptr() for f in self.moving
-        )
-        super().__init__(recipe, in_place, pairs, *sides)
         self.stays, self.plain = not self.of_factors.places, True
 
     def factors(self) -> list[Factors]:
@@ -153,9 +135,9 @@ class ShardedBatch(Batch):
     def sizes(self) -> list[tuple[int, int]]:
         return [(pair.B.shape[0], prod(pair.A.shape[1:])) for pair in self.pairs]
 
-    def grads(self) -> list[Tensor]:
+    def gradients(self) -> list[Tensor]:
         """The pieces of the gradients; zeros where this process has none, to be dropped later."""
-        return [_piece_of_grad(f.param) for f in self.moving]
+        return [_piece_of_grad(job.param) for job in self.jobs]
 
     def grams(self) -> list[RankGrams]:
         """The Grams of the pieces, to be summed."""
@@ -168,45 +150,32 @@ class ShardedBatch(Batch):
                     S[k] = 0.0
         return grams
 
-    def direct(self, grams: list[RankGrams]) -> Preconditioners:
-        P = super().direct(grams)
-        for factor, job in zip(self.moving, self.jobs, strict=True):
-            held, direction = factor.stand_in.grad, cast("Tensor", job.stand_in.grad)
-            # To wrap takes longer than to see that it is there.
-            if held is None or local(held).data_ptr() != direction.data_ptr():
-                factor.stand_in.grad = _like(factor.param, direction)
-        return P
-
-    def finish(self, P: Preconditioners) -> None:
-        super().finish(P)
-        if not self.keeps_directions:
-            for factor in self.moving:
-                factor.stand_in.grad = None
-
-    def _precondition(
-        self, backend: Backend, P: list[Factors], stored: list[Tensor]
-    ) -> list[Tensor]:
+    def _apply(
+        self, backend: Backend, P: list[Factors] | None, stored: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        if P is None:
+            return stored
         columns = self.of_jobs.to_columns([x.flatten(1) for x in stored])  # kernels as matrices
-        done = self.of_jobs.to_rows(super()._precondition(backend, P, columns))
-        return [x.reshape(job.param.shape) for x, job in zip(done, self.jobs, strict=True)]
+        done = self.of_jobs.to_rows(list(super()._apply(backend, P, columns)))
+        return [x.reshape(own.shape) for x, own in zip(done, self.own, strict=True)]
 
 
-class ShardedWork:
+class ShardedSteps:
     """All pairs on one mesh: their Grams are summed together."""
 
-    def __init__(self, batches: list[ShardedBatch], groups: list[Any]) -> None:
-        self.batches, self.groups = batches, groups
+    def __init__(self, steps: list[ShardedStep], groups: list[Any]) -> None:
+        self.steps, self.groups = steps, groups
 
     def prepare(self) -> list[Preconditioners]:
-        """Directions for all stand-ins."""
-        grams = [batch.grams() for batch in self.batches]
+        """Do everything that may fail, and all that processes do together before the kernels."""
+        grams = [step.grams() for step in self.steps]
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for part in grams:
             for gram in part:
                 by_dtype.setdefault(gram.S.dtype, []).append(gram.S)
         for stacks in by_dtype.values():
             self._sum(stacks)
-        return [batch.direct(part) for batch, part in zip(self.batches, grams, strict=True)]
+        return [step.direct(part) for step, part in zip(self.steps, grams, strict=True)]
 
     def _sum(self, stacks: list[Tensor]) -> None:
         """Over all processes, in place, the upper halves in one message."""
@@ -221,66 +190,57 @@ class ShardedWork:
             S[:, i, j] = S[:, j, i] = sums.view(len(S), -1)
 
     def finish(self, halves: list[Preconditioners]) -> None:
-        """The rest of every batch."""
-        for batch, P in zip(self.batches, halves, strict=True):
-            batch.finish(P)
+        """The rest of every step."""
+        for step, P in zip(self.steps, halves, strict=True):
+            step.finish(P)
 
 
-def sharded_work(
-    pairs: Iterable[TensorPair], group_of: dict[int, dict[str, Any]], sides: str
-) -> tuple[list[ShardedWork], dict[int, Tensor]]:
-    """For each mesh its work on the factors in `sides`, and the stand-ins of those with a gradient.
+def sharded_steps(
+    optimizer: Any,
+    kernel: type[Kernel],
+    pairs: Iterable[TensorPair],
+    group_of: dict[int, int],
+    sides: str,
+) -> list[ShardedSteps]:
+    """For each mesh the steps of the factors in `sides`.
 
-    The `pairs` are of DTensors, each with both factors on one mesh; `group_of` has the group of a
-    parameter by its id; `sides`, "A", "B" or "AB", says which factors are to be updated.
+    The `pairs` are of DTensors, each with both factors on one mesh; `group_of` has the place of a
+    parameter's group by its id; `sides`, "A", "B" or "AB", says which factors are to be updated.
     """
     by_mesh: dict[Any, list[TensorPair]] = {}
     for pair in pairs:
         by_mesh.setdefault(mesh_of(pair.A), []).append(pair)
-    work, stand_ins = [], {}
+    work = []
     for mesh, members in by_mesh.items():
-        batches, summed = _batches(members, group_of, sides)
-        for f in (f for batch in batches for f in batch.moving if f.param.grad is not None):
-            stand_ins[id(f.param)] = f.stand_in
-        work.append(ShardedWork(batches, [mesh.get_group(d) for d in summed]))
-    return work, stand_ins
+        factors = [p for pair in members for p in pair[:2]]
+        summed = sorted({d for p in factors for axis in (0, 1) for d in cut_dims(p, axis)})
+        steps = [
+            ShardedStep(optimizer, optimizer.param_groups[key[0]], kernel, *part, summed)
+            for key, part in _parts(members, group_of, sides).items()
+        ]
+        work.append(ShardedSteps(steps, [mesh.get_group(d) for d in summed]))
+    return work
 
 
-def _batches(
-    pairs: list[TensorPair], group_of: dict[int, dict[str, Any]], sides: str
-) -> tuple[list[ShardedBatch], list[int]]:
-    """The pairs of one mesh, and the dimensions of it along which any of their factors is cut."""
-    parts: dict[Any, tuple[list[TensorPair], list[Moving]]] = {}
-    place: dict[Any, int] = {}
-    for k, pair in enumerate(pairs):
+def _parts(
+    pairs: list[TensorPair], group_of: dict[int, int], sides: str
+) -> dict[Any, tuple[list[TensorPair], list[Job]]]:
+    """The pairs of one mesh by group, dtype and the dimension along which a rank axis is cut."""
+    parts: dict[Any, tuple[list[TensorPair], list[Job]]] = {}
+    for pair in pairs:
         exchanged = [d for side in (0, 1) for d in cut_dims(pair[side], side)]
         for side, (letter, p) in enumerate(zip("AB", pair[:2], strict=True)):
             if letter not in sides or not p.requires_grad:
                 continue
-            group = group_of[id(p)]
-            recipe = recipe_of(group)
-            key = (recipe, p.dtype, *exchanged[:1])
-            members, moving = parts.setdefault(key, ([], []))
-            i = place.setdefault((key, k), len(members))
-            if i == len(members):
+            key = (group_of[id(p)], p.dtype, *exchanged[:1])
+            members, jobs = parts.setdefault(key, ([], []))
+            if not members or members[-1] is not pair:
                 members.append(pair)
-            moving.append(Moving(i, side, p, _stand_in(p, recipe.placement), group))
-    factors = [p for pair in pairs for p in pair[:2]]
-    summed = sorted({d for p in factors for axis in (0, 1) for d in cut_dims(p, axis)})
-    return [ShardedBatch(key[0], *part, summed) for key, part in parts.items()], summed
+            jobs.append(Job(p, pair, len(members) - 1, side, p.grad is not None))
+    return parts
 
 
-def _stand_in(p: Any, placement: str) -> DTensor:
-    """The parameter's own memory where the parent may write its result there, else scratch."""
-    piece = local(p)
-    wide = torch.promote_types(p.dtype, torch.float32)
-    if placement == "before" and p.dtype == wide and piece.is_contiguous():
-        own: DTensor = p.detach()
-        return own
-    return _like(p, torch.empty(piece.shape, dtype=wide, device=piece.device))
-
-
-def _like(p: Any, piece: Tensor) -> DTensor:
+def wrapped(p: Any, piece: Tensor) -> DTensor:
     """A DTensor laid out as another is."""
     return DTensor.from_local(
         piece, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()

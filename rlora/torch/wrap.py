@@ -8,7 +8,8 @@ import torch
 from torch.optim import Optimizer
 
 from rlora.torch.method_optimizer import Method, MethodOptimizer
-from rlora.torch.optimizer import GramPreconditioned, over_wide
+from rlora.torch.optimizer import GramPreconditioned
+from rlora.torch.standins import over_wide
 
 
 @functools.cache
