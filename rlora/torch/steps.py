@@ -48,7 +48,7 @@ def steps_of(
             members[1].append((0 in moves, 1 in moves))
             continue
         for side in moves:
-            p = pair[side]
+            p = pair[:2][side]
             some, jobs = listed.setdefault((group_of[id(p)], p.dtype, p.device), ([], []))
             if not some or some[-1] is not pair:
                 some.append(pair)

@@ -246,3 +246,14 @@ def test_factors_in_two_groups():
         optimizer.step()
         found.append(optimizer)
     assert_same(ours, theirs, *found, 1e-13)
+
+
+@pytest.mark.parametrize("name", ["step", "_init_group"])
+def test_a_placement_behind_a_step_of_the_users_own_is_refused(name):
+    """What it makes of the parameters' values nobody knows; before it, anything works."""
+    own = type("Own", (torch.optim.AdamW,), {name: lambda self, *args: None})
+    kind = rlora.torch.precondition(own)
+    for placement in ("both", "after"):
+        with pytest.raises(ValueError, match="AdamW with torch's own step, not over"):
+            make_optimizer(make_pairs(), kind, placement=placement)
+    make_optimizer(make_pairs(), kind)
