@@ -147,11 +147,11 @@ def pulls(pairs: list[TensorPair], groups: Sequence[dict[str, Any]]) -> dict[int
 
 def lost(watch: Watch) -> dict[int, Tensor]:
     """The share of entries that should have moved and have not, for the factors of `Watch.pull`."""
-    shares = {}
-    for at, pull in watch.pull.items():
-        old, new = (pairs[at // 2][at % 2].detach() for pairs in (watch.before, watch.pairs))
-        shares[at] = (old == new).float().mean() * (pull != 0)
-    return shares
+    old, new = ([p for pair in xs for p in pair[:2]] for xs in (watch.before, watch.pairs))
+    return {
+        at: (old[at] == new[at].detach()).float().mean() * (pull != 0)
+        for at, pull in watch.pull.items()
+    }
 
 
 def refuse_shards(pairs: list[TensorPair]) -> None:
