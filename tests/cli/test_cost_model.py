@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import rlora.methods
+from rlora import Factors
 from rlora.backends import get
 from rlora.cli.bench.cases import ArraySpec, functional_cases, method_names
 from rlora.cli.bench.cost_model import FROZEN, least_seconds, state_numbers, work
-from rlora.cli.bench.problem import random_problem
+from rlora.cli.bench.problem import random_problem, with_gradients
 from rlora.cli.bench.roofline import Peaks, measure_peaks
 
 PAGES = Path(__file__).parents[2] / "docs" / "reference" / "methods"
@@ -68,6 +69,12 @@ def test_every_method_has_a_prediction():
         assert work(name, problem, 4, 0) is not None
     assert work("brand_new", problem, 4, 0) is None
     assert set(rlora.methods.__all__) >= FROZEN.keys()
+
+
+def test_an_adapter_of_a_rank_above_a_side_of_its_weight_is_counted():
+    pair = Factors(np.ones((8, 6), np.float32), np.ones((20, 8), np.float32))
+    found = work("scaled_adamw:before", with_gradients([pair], 0), 4, 0)
+    assert found.flops >= 4 * (20 + 6) * 8**2
 
 
 def test_bytes_added_up_by_hand():
