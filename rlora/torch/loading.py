@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class LoadsState(Optimizer, ABC):
 
     _own: tuple[str, ...]
     _names: list[str | None]
+    _pairs: list[TensorPair]
 
     @abstractmethod
     def _current_pairs(self) -> list[TensorPair]:
@@ -47,14 +49,17 @@ class LoadsState(Optimizer, ABC):
     def _fresh_state(self) -> Callable[[Tensor], dict[str, Any]]:
         """The state that a parameter has at its first step, as far as the parent is known."""
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        paired = {id(p) for pair in self._pairs for p in pair.moved}
 
         def fresh(p: Tensor) -> dict[str, Any]:
             group = groups[id(p)]
+            wide = torch.promote_types(p.dtype, torch.float32) if id(p) in paired else p.dtype
+            zeros = partial(torch.zeros_like, p, dtype=wide, requires_grad=False)
             if isinstance(self, torch.optim.AdamW):
                 keys = ELEMENTWISE[: 3 if group["amsgrad"] else 2]
-                return {"step": torch.tensor(0.0), **{key: torch.zeros_like(p) for key in keys}}
+                return {"step": torch.tensor(0.0), **{key: zeros() for key in keys}}
             if isinstance(self, torch.optim.SGD) and group["momentum"] and not group["dampening"]:
-                return {"momentum_buffer": torch.zeros_like(p)}
+                return {"momentum_buffer": zeros()}
             return {}
 
         return fresh
