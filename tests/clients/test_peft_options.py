@@ -116,6 +116,7 @@ def test_trainable_tokens(tied, ensure):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.works("PEFT", "trainable tokens, replicated layers, hotswap's padding")
 def test_repeated_layers_have_pairs_of_their_own():
     """`layer_replication` shares the base weights of layers 0, 1, 0, 1, not the adapters."""
     config = LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [0, 2]])

@@ -192,6 +192,7 @@ def test_orbax_saves_and_restores(kind, tmp_path):
 
 
 @KINDS
+@pytest.mark.refuses("optax", "optax.flatten around pairs, optax.tree.map_params")
 def test_flatten_and_map_params_are_refused_with_the_reason(kind):
     optimizer = getattr(rlora.optax, kind)(1e-2)
     params = make_tree()
