@@ -176,13 +176,16 @@ def has_kernel(group: dict[str, Any]) -> bool:
     return not (by_loop or any(isinstance(x, Tensor) for x in numbers))
 
 
-def like_param(p: Tensor, piece: Tensor) -> Tensor:
+def like_param(p: Any, piece: Tensor) -> Tensor:
     """The tensor itself, or for a piece of a DTensor a DTensor that is laid out as `p`."""
     if not is_distributed(p):
         return piece
-    from rlora.torch.sharded import wrapped  # DTensors take half a second to import
+    from torch.distributed.tensor import DTensor  # half a second
 
-    return wrapped(p, piece)
+    whole: Tensor = DTensor.from_local(
+        piece, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
+    return whole
 
 
 def _check_capture(optimizer: Any) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from rlora.core.backend import Backend
 from rlora.core.factors import Factors
@@ -238,13 +237,6 @@ def _parts(
                 members.append(pair)
             jobs.append(Job(p, pair, len(members) - 1, side, p.grad is not None))
     return parts
-
-
-def wrapped(p: Any, piece: Tensor) -> DTensor:
-    """A DTensor laid out as another is."""
-    return DTensor.from_local(
-        piece, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-    )
 
 
 def _piece_of_grad(p: Any) -> Tensor:
