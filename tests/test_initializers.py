@@ -4,6 +4,9 @@ float64 figures are compared to 1e-8: vectors of a spectrum whose neighbours dif
 good to about 1e-15, and subspace iteration adds (σ_{k+1}/σ_r)^(2q+1), 1e-9 or less here.
 """
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -13,13 +16,18 @@ from rlora import Factors
 from rlora.backends import get
 from rlora.initializers import (
     Start,
+    eva,
     gaussian,
     goat,
     goat_scaling,
+    init_ab,
     loi,
     lora_ga,
     lora_one,
     lora_sb,
+    milora,
+    olora,
+    orthogonal,
     pissa,
     randomized_svd,
 )
@@ -67,7 +75,31 @@ def expected(name, M):
         "lora_ga peft": lambda: (Vt[first], c * U[:, second] * sigma[second]),
         "pissa": lambda: (half @ Vt[first] / S**0.5, U[:, first] @ half / S**0.5),
         "loi": lambda: (0.3 * Vt[second], U[:, first]),
+        "milora": lambda: minor(U, sigma, Vt),
+        "olora": lambda: gram_schmidt(M),
+        "eva": lambda: (principal(M), np.zeros((7, R))),
     }[name]()
+
+
+def minor(U, sigma, Vt):
+    half = np.diag((sigma[-R:] / S) ** 0.5)
+    return half @ Vt[-R:], U[:, -R:] @ half
+
+
+def gram_schmidt(M):
+    """Q_r and R_r column by column: orthonormal columns whose products with W0's own are positive."""
+    Q = np.zeros((len(M), R))
+    for j in range(R):
+        q = M[:, j] - Q @ (Q.T @ M[:, j])
+        q -= Q @ (Q.T @ q)  # once more, for orthogonality to the last place
+        Q[:, j] = q / norm(q)
+    return Q.T @ M, Q
+
+
+def principal(X):
+    """Eigenvectors of the covariance, most variance first, the largest entry of each positive."""
+    V = np.linalg.eigh(np.cov(X.T))[1][:, ::-1][:, :R]
+    return (V * np.sign(np.take_along_axis(V, np.abs(V).argmax(0)[None], 0))).T
 
 
 STARTS = {
@@ -79,8 +111,13 @@ STARTS = {
     "loi": lambda M, r: loi(M, r, alpha=0.3),
     # The signs of a gradient have a flat spectrum: search all of it.
     "lora_sb": lambda M, r: lora_sb(M, r, lr=0.1, oversample=40),
+    "milora": lambda M, r: milora(M, r, scaling=S),
+    "olora": olora,
+    "eva": lambda M, r: eva(M, r, out_features=7),
 }
-WITH_OFFSET = {"lora_ga", "lora_ga peft", "pissa", "loi"}
+# float32 knows the least singular values to 1e-7 of the largest: let them be no smaller than 0.05.
+RATIO = {"milora": 0.9}
+WITH_OFFSET = {"lora_ga", "lora_ga peft", "pissa", "loi", "milora", "olora"}
 
 
 # --- formulas, on every library -----------------------------------------------------------------------
@@ -89,7 +126,7 @@ WITH_OFFSET = {"lora_ga", "lora_ga peft", "pissa", "loi"}
 @pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
 @pytest.mark.parametrize("name", STARTS)
 def test_equals_its_formula_on_every_library(name, dtype, tolerance, backend):
-    M = spectrum()
+    M = spectrum(ratio=RATIO.get(name, 0.7))
     start = STARTS[name](backend.asarray(M, dtype), R)
     assert str(start.params.A.dtype).endswith(dtype)
     pair = numpy_pair(backend, start.params)
@@ -101,7 +138,7 @@ def test_equals_its_formula_on_every_library(name, dtype, tolerance, backend):
 @pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
 @pytest.mark.parametrize("name", STARTS)
 def test_the_function_stays_where_there_is_an_offset(name, dtype, tolerance, backend):
-    M = backend.asarray(spectrum(), dtype)
+    M = backend.asarray(spectrum(ratio=RATIO.get(name, 0.7)), dtype)
     W0 = backend.asarray(np.random.default_rng(1).normal(size=(40, 30)), dtype)
     start = STARTS[name](M, R)
     W = start.base(W0, S)
@@ -143,6 +180,48 @@ def test_gaussian_start(backend):
     assert_close(A, np.random.default_rng(0).standard_normal((6, 500)) / 6, rtol=1e-15)
 
 
+def test_init_ab(backend):
+    """Uniform in ±size/√n: over 3000 entries the mean square is right to 2 %; twice that."""
+    W0 = backend.asarray(spectrum(100, 30), "float64")
+    start = init_ab(W0, 30, size=2.0)
+    A, B = numpy_pair(backend, start.params)
+    for x, shape in ((A, (30, 30)), (B, (100, 30))):
+        assert x.shape == shape
+        assert abs(x).max() <= 2 / 30**0.5
+    assert abs((B**2).mean() * 30 / 4 * 3 - 1) < 0.04
+    assert start.base(W0, S) is W0
+    kept = init_ab(W0, 30, size=2.0, offset=True)
+    W = backend.to_numpy(kept.base(W0, S))
+    assert_close(W + S * B @ A, spectrum(100, 30), rtol=1e-12)
+
+
+def test_orthogonal_start(backend):
+    """Two starts from zero side by side: Grams of rank r/2, and a product of zero."""
+    start = orthogonal(backend.asarray(np.zeros((50, 400)), "float64"), 6)
+    A, B = numpy_pair(backend, start.params)
+    assert (A.shape, B.shape, start.offset) == ((6, 400), (50, 6), None)
+    assert_close(B @ A, np.zeros((50, 400)), atol=1e-15)
+    for gram, size in ((A @ A.T, 400), (B.T @ B, 50)):
+        w = np.linalg.eigvalsh(gram)
+        assert abs(w[:3]).max() < 1e-13
+        # Squared singular values of a Gaussian (3, size), by 0.1²: size times (1 ± √(3/size))².
+        spread = (3 / size) ** 0.5
+        assert (
+            0.01 * size * (1 - 2 * spread) ** 2 < w[3] < w[5] < 0.01 * size * (1 + 2 * spread) ** 2
+        )
+
+
+def test_random_starts_of_stacks():
+    W0 = np.zeros((2, 3, 8, 6), np.float32)
+    for make in (init_ab, orthogonal):
+        start = make(W0, 4)
+        assert start.params.A.shape == (2, 3, 4, 6)
+        assert start.params.B.shape == (2, 3, 8, 4)
+        assert start.params.A.dtype == start.params.B.dtype == np.float32
+        assert (start.params.A[0, 0] != start.params.A[1, 2]).all()
+        assert (make(W0, 4, seed=1).params.A != start.params.A).all()
+
+
 def test_stacks_of_layers(backend):
     """Leading axes: each layer as if it were alone."""
     M = backend.asarray(spectrum(24, 20, lead=(2, 3)), "float64")
@@ -153,6 +232,9 @@ def test_stacks_of_layers(backend):
     experts = goat(M, 4, experts=2, scaling=1.0)
     assert experts.params.A.shape == (2, 3, 2, 2, 20)
     assert experts.offset.B.shape == (2, 3, 24, 4)
+    for make in (milora, olora, lambda M, r: eva(M, r, out_features=5)):
+        for x, y in zip(make(M, R).params, make(M[1, 2, ...], R).params, strict=True):
+            assert_close(backend.to_numpy(x)[1, 2], backend.to_numpy(y), rtol=1e-8)
     assert gaussian(M, 4).params.B.shape == lora_one(M, 4).params.B.shape == (2, 3, 24, 4)
 
 
@@ -282,6 +364,15 @@ GOOD = np.ones((8, 6))
         (lambda: pissa(GOOD, 7), ValueError, r"rank must be in 1\.\.6 for \(8, 6\), got 7"),
         (lambda: lora_ga(GOOD, 4), ValueError, r"rank must be in 1\.\.3"),
         (lambda: loi(GOOD, 4), ValueError, r"rank must be in 1\.\.3"),
+        (lambda: milora(GOOD, 7), ValueError, r"rank must be in 1\.\.6 for \(8, 6\), got 7"),
+        (lambda: milora(GOOD, 2, scaling=0.0), ValueError, "scaling"),
+        (lambda: olora(GOOD, 7), ValueError, r"rank must be in 1\.\.6"),
+        (lambda: eva(GOOD, 7, out_features=4), ValueError, r"rank must be in 1\.\.6"),
+        (lambda: eva(GOOD, 2, out_features=0), ValueError, "out_features"),
+        (lambda: orthogonal(GOOD, 3), rlora.ShapeError, "rank must be even .* got 3"),
+        (lambda: orthogonal(GOOD, 2, size=0.0), ValueError, "size must be positive"),
+        (lambda: init_ab(GOOD, 2, size=-1.0), ValueError, "size"),
+        (lambda: init_ab(GOOD, 2, seed=-1), ValueError, "seed"),
         (lambda: lora_sb(GOOD, 2.0, lr=0.1), TypeError, "rank must be an integer, got 2.0"),
         (lambda: gaussian(GOOD, True), TypeError, "rank"),
         (lambda: gaussian(GOOD, 2, seed=-1), ValueError, "seed"),
@@ -472,6 +563,13 @@ def test_goat_shifts_nothing_in_expectation():
     assert norm(start.base(W0, 2.0) + 2.0 * products[0] - W0) > 0.1 * norm(2.0 * products[0])
 
 
+def test_the_page_of_starts_has_every_start():
+    page = Path(__file__).parents[1] / "docs" / "reference" / "starts.md"
+    named = re.findall(r"^\| `(\w+)` \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    no_starts = {"Start", "goat_scaling", "randomized_svd"}
+    assert sorted(named) == sorted(set(rlora.initializers.__all__) - no_starts)
+
+
 # --- PEFT -------------------------------------------------------------------------------------------------
 
 
@@ -507,6 +605,59 @@ def test_pissa_is_peft_s():
     assert_close(start.base(W0, S), base, rtol=1e-5)
     for x, y in zip(start.params, pair, strict=True):
         assert_close(abs(x), abs(y), rtol=1e-4)  # PEFT leaves the signs to the library
+
+
+def test_olora_is_peft_s():
+    """Up to the sign of each column, which PEFT leaves to the library."""
+    pair, base, W0, _ = peft_layer(init_lora_weights="olora")
+    start = olora(W0, 3)
+    for x, y in zip(start.params, pair, strict=True):
+        assert_close(abs(x), abs(y), rtol=1e-5)
+    assert_close(start.base(W0, S), base, rtol=1e-5)
+
+
+def test_orthogonal_is_peft_s():
+    """The same law: a product of zero, Grams of rank 1 of 2, and entries of mean square 1/200.
+
+    12,000 entries in 2,000 independent pairs with four degrees of freedom: 2 %, and thrice that.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4000, 2000, bias=False))
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="orthogonal")
+    layer = get_peft_model(model, config).base_model.model[0]
+    theirs = Factors(*(m["default"].weight.detach().numpy() for m in (layer.lora_A, layer.lora_B)))
+    ours = orthogonal(np.zeros((2000, 4000), np.float32), 2).params
+    for A, B in (theirs, ours):
+        assert abs(B @ A).max() < 1e-6
+        assert np.linalg.matrix_rank(A) == np.linalg.matrix_rank(B) == 1
+        for x in (A, B):
+            assert abs(200 * (x**2).mean() - 1) < 0.06
+
+
+def test_eva_is_peft_s():
+    """PEFT looks at a batch twice before it calls its directions found; float32 throughout."""
+    import torch
+    from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+
+    torch.manual_seed(0)
+    x = torch.randn(40, 12) @ torch.diag(0.7 ** torch.arange(12.0)) + 3.0
+    config = LoraConfig(
+        r=3, target_modules=["0"], init_lora_weights="eva", eva_config=EvaConfig(rho=1.0)
+    )
+    model = torch.nn.Sequential(torch.nn.Linear(12, 16, bias=False))
+    model = get_peft_model(model, config, low_cpu_mem_usage=True)
+    initialize_lora_eva_weights(
+        model, [x, x], forward_fn=lambda model, x: model(x), prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None, show_progress_bar=False,
+    )  # fmt: skip
+    layer = model.base_model.model[0]
+    A, B = eva(x, 3, out_features=16).params
+    assert_close(abs(A), abs(layer.lora_A["default"].weight.detach()), rtol=1e-4)
+    assert not B.any()
+    assert not layer.lora_B["default"].weight.any()
 
 
 def test_lora_ga_is_peft_s():

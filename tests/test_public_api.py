@@ -47,7 +47,7 @@ def test_the_contract_of_names():
     functional = """Factors Transform chain apply_updates find_pairs scaled_sgd scaled_adamw lora_rite
     lora_pro_sgd lora_pro_adamw lora_fa lora_plus alt_lora ref_lora adapre_lora lora_muon"""
     assert set(functional.split()) <= set(rlora.__all__)
-    starts = ("lora_one", "lora_ga", "lora_sb", "pissa", "gaussian")
+    starts = ("lora_one", "lora_ga", "lora_sb", "pissa", "gaussian", "eva", "olora", "milora")
     assert set(starts) <= set(rlora.initializers.__all__)
     shells = """ScaledSGD ScaledAdamW LoRARite LoRAProSGD LoRAProAdamW LoRAFA LoRAPlus AltLoRA RefLoRA
     AdaPreLoRA LoRAMuon Riemannion RACLoRA LoRASB precondition find_pairs initialize PairReport"""

@@ -1,11 +1,12 @@
-"""Starts from the base weight W0, and the plain one, which takes only its shape."""
+"""Starts from the base weight W0."""
 
 import math
 
+from rlora.core.algebra import mT
 from rlora.core.checks import hyperparameters
-from rlora.core.factors import Array, Factors, device_of
+from rlora.core.factors import Array, Factors
 from rlora.initializers.start import Start, balanced
-from rlora.initializers.svd import check_count, check_positive, door, normal, randomized_svd
+from rlora.initializers.svd import check_count, check_positive, door, randomized_svd
 
 
 @hyperparameters
@@ -60,6 +61,116 @@ def pissa(weight: Array, rank: int, *, scaling: float = 1.0, **svd: int) -> Star
     check_positive("scaling", scaling)
     U, S, Vt = randomized_svd(weight, rank, **{"iterations": 16, **svd})
     pair = balanced(U, S / scaling, Vt)
+    return Start(pair, offset=pair)
+
+
+@hyperparameters
+def milora(weight: Array, rank: int, *, scaling: float = 1.0) -> Start:
+    """MiLoRA: the minor part of the weight, by its exact SVD; W0 is offset.
+
+    Parameters
+    ----------
+    weight : array of shape (..., m, n)
+        W0.
+    rank : int
+        In 1..min(m, n).
+    scaling : float
+        The s of ``W0 + s B A``, positive.
+
+    Returns
+    -------
+    Start
+        With the pair itself as its offset.
+
+    Raises
+    ------
+    ShapeError
+        When `weight` has fewer than two axes.
+    NamespaceError
+        When it is no real floating-point array.
+    ValueError, TypeError
+        When another argument is out of its range or of the wrong type.
+
+    Notes
+    -----
+    ``B = U (S/s)^½`` and ``A = (S/s)^½ Vᵀ`` of the `rank` least singular triplets of W0, which no
+    subspace iteration finds. Factors are as small as those singular values, and zero in the null
+    space of W0.
+
+    References
+    ----------
+    H. Wang, Y. Li, S. Wang, G. Chen, Y. Chen. MiLoRA: Harnessing Minor Singular Components for
+    Parameter-Efficient LLM Finetuning. arXiv:2406.09044, 2024.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import rlora
+    >>> W0 = np.diag([4.0, 1.0])
+    >>> start = rlora.initializers.milora(W0, 1)
+    >>> bool(np.allclose(start.base(W0, scaling=1.0), np.diag([4.0, 0.0])))
+    True
+    """
+    check_positive("scaling", scaling)
+    _, W = door(weight, rank)
+    U, S, Vt = randomized_svd(W, min(W.shape[-2:]))
+    pair = balanced(U[..., -rank:], S[..., -rank:] / scaling, Vt[..., -rank:, :])
+    return Start(pair, offset=pair)
+
+
+@hyperparameters
+def olora(weight: Array, rank: int) -> Start:
+    """OLoRA: an orthonormal B from the QR decomposition of the weight; W0 is offset.
+
+    Parameters
+    ----------
+    weight : array of shape (..., m, n)
+        W0.
+    rank : int
+        In 1..min(m, n).
+
+    Returns
+    -------
+    Start
+        With the pair itself as its offset.
+
+    Raises
+    ------
+    ShapeError
+        When `weight` has fewer than two axes.
+    NamespaceError
+        When it is no real floating-point array.
+    ValueError, TypeError
+        When another argument is out of its range or of the wrong type.
+
+    Notes
+    -----
+    ``B = Q_r`` and ``A = R_r``, the first `rank` columns of Q and rows of R in ``W0 = Q R`` with a
+    positive diagonal. Q_r spans the first `rank` columns of W0, so that it is found from those
+    alone, and ``A = Q_rᵀ W0``: which input features come first decides. As in PEFT, ``s B A``
+    leaves W0 whatever s is.
+
+    References
+    ----------
+    K. Büyükakyüz. OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models.
+    arXiv:2406.01775, 2024.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import rlora
+    >>> start = rlora.initializers.olora(np.array([[0.0, 1.0], [-2.0, 3.0]]), 1)
+    >>> start.params.A.tolist()
+    [[2.0, -3.0]]
+    """
+    backend, W = door(weight, rank)
+    xp = backend.xp
+    with backend.exact(W):
+        Q, R = xp.linalg.qr(W[..., :, :rank])
+        corner = xp.linalg.diagonal(R)  # (..., r)
+        one = xp.ones_like(corner)
+        Q = Q * xp.where(corner < 0, -one, one)[..., None, :]
+        pair = Factors(backend.matmul(mT(Q), W), Q)
     return Start(pair, offset=pair)
 
 
@@ -172,49 +283,3 @@ def goat_scaling(n: int, rank: int, *, eta: float = 1.0) -> float:
     check_count("rank", rank, 1)
     check_positive("eta", eta)
     return math.sqrt(3.0 * eta * n / rank)
-
-
-@hyperparameters
-def gaussian(weight: Array, rank: int, *, seed: int = 0) -> Start:
-    """The plain start: a Gaussian A, B zero; W0 stays.
-
-    Parameters
-    ----------
-    weight : array of shape (..., m, n)
-        Only its shape, dtype, library and device count.
-    rank : int
-        At least 1; it may be above m or n.
-    seed : int
-        At least 0; give each layer one of its own.
-
-    Returns
-    -------
-    Start
-        Without an offset.
-
-    Raises
-    ------
-    ShapeError
-        When `weight` has fewer than two axes.
-    NamespaceError
-        When it is no real floating-point array.
-    ValueError, TypeError
-        When another argument is out of its range or of the wrong type.
-
-    Notes
-    -----
-    Entries of A are drawn from ``N(0, 1/r²)``, as with PEFT's ``init_lora_weights="gaussian"``.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import rlora
-    >>> A, B = rlora.initializers.gaussian(np.zeros((6, 4)), 2).params
-    >>> A.shape, float(abs(B).max())
-    ((2, 4), 0.0)
-    """
-    backend, W = door(weight, rank, times=0)
-    check_count("seed", seed, 0)
-    A = normal(backend, (*W.shape[:-2], rank, W.shape[-1]), seed, W) / rank
-    B = backend.xp.zeros((*W.shape[:-1], rank), dtype=W.dtype, device=device_of(W))
-    return Start(Factors(A, B))

@@ -1,26 +1,22 @@
-"""Start LoRA layers from the gradient of a few batches, or from the base weights."""
+"""Start LoRA layers from the gradient or the inputs of a few batches, or from the base weights."""
 
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rlora import initializers
 from rlora.core.checks import check_choice
-from rlora.core.errors import NumericsError, PairingError, ShapeError
-from rlora.core.factors import Factors
+from rlora.core.errors import PairingError
 from rlora.initializers import Start
 from rlora.pairing.report import number_of
 from rlora.torch.gradients import Loss, capture
 from rlora.torch.layers import LoraLayer, choose, find_layers, movable_weight, weight_owners
 from rlora.torch.offsets import Offset, take_offset
-
-Method = Literal["lora_one", "lora_ga", "lora_sb", "loi", "pissa", "gaussian"]
-FROM_WEIGHT = ("pissa", "gaussian")
+from rlora.torch.rows import InputRows, Rows
+from rlora.torch.starts import FROM_GRADIENT, Method, check_layer, moves_weights, start_of
 
 
 class StartedLayer(NamedTuple):
@@ -90,17 +86,24 @@ def initialize(
     offload: bool = False,
     **options: Any,
 ) -> InitReport:
-    """Start the LoRA layers of a model from the full gradient of a few batches, in place.
+    """Start the LoRA layers ``W = W0 + s B A`` of a model, in place.
 
-    For each layer ``W = W0 + s B A`` the mean gradient ``G = dL/dW`` (m, n) is formed, one layer
-    at a time, and decomposed:
+    From the mean gradient ``G = dL/dW`` (m, n) of a few batches, formed one layer at a time:
 
     - "lora_one": ``s B A`` is a step along ``[-G]_r``; the base weight stays.
     - "lora_sb": ``B A = [-lr sign(G)]_r``. As "lora_one"; s must be 1.
     - "lora_ga", "loi": the first step is along ``[G]_2r``. The base becomes ``W0 - s B A``, so
       the model computes what it did.
-    - "pissa": A and B are the leading part of W0 itself, offset in the same way; "gaussian" is
-      PEFT's plain start. Both need neither batches nor a loss.
+
+    From the inputs of a layer in a few batches, without a backward pass:
+
+    - "eva": A holds their principal directions, B is zero.
+
+    From W0, or from its shape, with neither batches nor a loss:
+
+    - "pissa", "milora", "olora": A and B are a part of W0 itself, offset in the same way.
+    - "gaussian": PEFT's plain start. "orthogonal": A and B not zero, ``B A`` zero. "init_ab": A and
+      B random, and ``s B A`` noise that is not offset unless ``offset=True``.
 
     Build the optimizer before or after: the parameters stay the same objects.
 
@@ -154,8 +157,8 @@ def initialize(
     Over several processes, initialize before wrapping the model in DDP, which then sends the
     start of rank 0 to all. Layers that the loss never calls, or with a gradient of zero, are
     skipped, and so are embeddings, convolutions and DoRA, and layers of a rank that the method
-    cannot give: above a side of the weight, for "lora_ga" and "loi" above half of it; "gaussian"
-    gives every rank.
+    cannot give: above a side of the weight, for "lora_ga" and "loi" above half of it, for "eva"
+    above the tokens seen, for "orthogonal" odd. "gaussian" and "init_ab" give every rank.
 
     References
     ----------
@@ -183,18 +186,18 @@ def initialize(
       layer 4 x 6, rank 2: 1 time, 0
     """
     check_choice("method", method, Method)
-    moves = _probe(method, options)
+    moves = moves_weights(method, options)
     found, skipped = find_layers(model, adapter, scaling)
     chosen = choose(found, layers)
     owners = weight_owners(model)
     weights: dict[str, Tensor] = {}
     for name, layer in chosen.items():
-        _check(layer, method)
+        check_layer(layer, method)
         if moves:
             weights[name] = movable_weight(layer, owners)
-    begin = partial(_start, chosen, method, options)
-    if method in FROM_WEIGHT:
-        # "gaussian" needs only the shape of the weight: a matrix without memory.
+    begin = partial(start_of, chosen, method, options)
+    if method not in (*FROM_GRADIENT, "eva"):
+        # Random starts need only the shape of the weight: a matrix without memory.
         blank = {n: x.B.detach().new_zeros(()).expand(x.shape) for n, x in chosen.items()}
         starts = {n: begin(n, W) for n, W in {**blank, **weights}.items()}
     elif loss is None:
@@ -202,7 +205,8 @@ def initialize(
         raise TypeError(msg)
     else:
         targets = {name: layer.target() for name, layer in chosen.items()}
-        starts = capture(model, targets, batches, loss, begin, layers_per_pass, offload)
+        kind = InputRows if method == "eva" else Rows
+        starts = capture(model, targets, batches, loss, begin, layers_per_pass, offload, kind)
     for name in chosen:
         start = starts.get(name, "the loss never calls it")
         if isinstance(start, str):
@@ -211,64 +215,6 @@ def initialize(
         msg = f"no layer can be started; {next(iter(chosen))}: {skipped[next(iter(chosen))]}"
         raise PairingError(msg)
     return _write(method, list(chosen.values()), skipped, starts, weights)
-
-
-def _probe(method: str, options: Mapping[str, Any]) -> bool:
-    """Return whether the method changes base weights; raises for options that it does not take."""
-    kwargs = {"scaling": 1.0, **options} if method == "pissa" else options
-    start: Start = getattr(initializers, method)(torch.eye(4), 1, **kwargs)
-    return start.offset is not None
-
-
-def _check(layer: LoraLayer, method: str) -> None:
-    if getattr(layer.module, "merged", False):
-        msg = f"{layer.name} has its adapter merged into W; unmerge it first"
-        raise PairingError(msg)
-    if method == "lora_sb" and layer.scaling != 1.0:
-        msg = (
-            f"lora_sb needs a scaling of 1, but that of {layer.name} is {layer.scaling}; set "
-            f"alpha = r, or pass scaling=1.0 if the layer says none"
-        )
-        raise ValueError(msg)
-
-
-@torch.no_grad()
-def _start(
-    chosen: Mapping[str, LoraLayer],
-    method: str,
-    options: Mapping[str, Any],
-    name: str,
-    matrix: Tensor,
-) -> tuple[Start, float | None] | str:
-    """The start in the dtype of the layer's factors and the norm of its gradient, or why none."""
-    layer = chosen[name]
-    given = method not in FROM_WEIGHT
-    if given and not matrix.any():
-        return "its gradient is zero"
-    kwargs = dict(options)
-    if method == "pissa":
-        kwargs["scaling"] = layer.scaling
-    elif method == "gaussian":  # the order of the layers must not matter
-        kwargs["seed"] = kwargs.get("seed", 0) + zlib.crc32(layer.name.encode())
-    try:
-        start: Start = getattr(initializers, method)(matrix, layer.rank, **kwargs)
-    except ShapeError as error:
-        return f"{error}, of which {method} has no start; method='gaussian' has one"
-    except Exception as error:
-        error.add_note(f"in layer {layer.name}, {layer.shape}, rank {layer.rank}")
-        raise
-    params = _rounded(layer, start.params)
-    offset = None if start.offset is None else _rounded(layer, start.offset)
-    for x in params:
-        if not torch.isfinite(x).all():
-            msg = f"the start of {layer.name} is not finite in {x.dtype}"
-            raise NumericsError(msg)
-    return Start(params, offset), float(torch.linalg.matrix_norm(matrix)) if given else None
-
-
-def _rounded(layer: LoraLayer, pair: Factors) -> Factors:
-    A, B = pair
-    return Factors(A.to(layer.A.device, layer.A.dtype), B.to(layer.B.device, layer.B.dtype))
 
 
 @torch.no_grad()

@@ -296,5 +296,5 @@ def movable_weight(layer: LoraLayer, owners: Owners) -> Tensor:
         raise ValueError(msg)
     else:
         return weight
-    msg = f"{why}, and this method changes base weights; lora_one and lora_sb do not"
+    msg = f"{why}, and this method changes base weights; lora_one, lora_sb and eva do not"
     raise PairingError(msg)

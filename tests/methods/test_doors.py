@@ -35,16 +35,25 @@ def test_a_number_of_any_library_has_no_say_in_a_dtype(name, number):
         np.testing.assert_array_equal(runs[1][key], x, err_msg=key)
 
 
-@pytest.mark.parametrize("name", ["lora_one", "lora_ga", "lora_sb", "loi", "pissa", "goat"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in initializers.__all__
+        if name not in ("Start", "goat_scaling", "randomized_svd")
+    ],
+)
 def test_starts_too(name):
     start = getattr(initializers, name)
     options = {
         p.name: 0.5
         for p in inspect.signature(start).parameters.values()
-        if p.name in ("scaling", "lr", "gamma", "alpha", "rho")
+        if p.name in ("scaling", "lr", "gamma", "alpha", "rho", "size")
     }
     if name == "goat":
         options["experts"] = 2
+    if name == "eva":
+        options["out_features"] = 5
     W = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
     plain, other = (
         start(W, rank, **{k: kind(v) if v == 0.5 else v for k, v in options.items()})

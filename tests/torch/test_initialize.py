@@ -29,10 +29,16 @@ METHODS = {
     "lora_sb": {"lr": 1e-2},
     "lora_ga": {},
     "loi": {"alpha": 0.1},
+    "eva": {},
     "pissa": {},
+    "milora": {},
+    "olora": {},
     "gaussian": {},
+    "init_ab": {},
+    "orthogonal": {},
 }
-MOVES = ("lora_ga", "loi", "pissa")
+MOVES = ("lora_ga", "loi", "pissa", "milora", "olora")
+ZERO_B = ("gaussian", "eva")
 
 
 class Net(nn.Module):
@@ -355,10 +361,10 @@ def test_every_method_on_a_peft_model(fresh, method):
     assert all(p is kept[name] for name, p in model.named_parameters())
     for name, p in model.named_parameters():
         moved = not torch.equal(p, before[name])
-        zero_B = method == "gaussian" and "lora_B" in name
+        zero_B = method in ZERO_B and "lora_B" in name
         adapted = "base_layer.weight" in name and method in MOVES
         assert moved == (("lora_" in name and not zero_B) or adapted), name
-    if method in (*MOVES, "gaussian"):
+    if method in (*MOVES, *ZERO_B, "orthogonal"):
         torch.testing.assert_close(logits(model), old, rtol=1e-5, atol=1e-5)
     else:
         assert (logits(model) - old).abs().max() > 1e-4
@@ -378,6 +384,51 @@ def test_the_start_is_the_initializer_of_the_dense_gradient(fresh):
         expected = initializers.lora_one(G, 4, seed=3).params
         for got, want in zip(factors(model, layer.name), expected, strict=True):
             close(got.detach(), want, 1e-3)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_eva_sees_the_inputs_of_every_layer(way):
+    """Those of all batches and calls; running statistics, random state and hooks are as before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(LoRALinear(6, 8, 2), nn.BatchNorm1d(8), LoRALinear(8, 5, 3)).double()
+    batches = [torch.randn(4, 6).double(), torch.randn(9, 6).double()]
+    seen = torch.cat([model[:2](x).detach() for x in batches])
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    report = initialize(model, batches, square, method="eva", seed=3, **way)
+    inputs = (torch.cat(batches), seen)
+    for (A, B), X, (rank, m) in zip(pairs_in(model), inputs, [(2, 8), (3, 5)], strict=True):
+        want = initializers.eva(X, rank, out_features=m, seed=3).params
+        close(A.detach(), want.A, 1e-9)
+        assert not B.any()
+    assert [layer.gradient_norm for layer in report.layers] == [None, None]
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    assert not any(m._forward_hooks for m in model.modules())
+    assert all(p.grad is None and p.requires_grad for p in pairs_in(model)[0])
+
+
+def test_eva_of_fewer_tokens_than_its_rank_leaves_out_the_layer():
+    model = make_model(zero_B=True, bias=False)
+    with pytest.raises(PairingError, match=r"rank must be in 1\.\.1 for \(1, \d+\), got"):
+        initialize(model, [torch.randn(1, 6)], square, method="eva", scaling=2.0)
+
+
+def test_eva_notices_an_input_that_was_overwritten():
+    """A residual added in place after the layer has read it, as some models do."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(LoRALinear(6, 6, 2)), torch.randn(9, 6)
+
+    def loss(model, x):
+        h = torch.tanh(x)
+        return h.add_(model(h)).square().mean()
+
+    with pytest.raises(NumericsError, match="an input of 0 was overwritten"):
+        initialize(model, [x], loss, method="eva")
+    initialize(model, [x], loss, method="eva", offload=True)
+    close(
+        pairs_in(model)[0][0].detach(),
+        initializers.eva(torch.tanh(x), 2, out_features=6).params.A,
+        1e-5,
+    )
 
 
 def test_pissa_takes_the_leading_part_out_of_the_base(fresh):
@@ -409,6 +460,13 @@ def test_the_offset_takes_up_the_rounding_of_bfloat16(method):
         # The only error is the rounding of W itself, half a unit in its last place.
         error = (sum_ - turned(old.detach().double())).abs()
         assert (error <= 2.0**-8 * turned(new.detach().double()).abs() + 1e-6).all()
+
+
+def test_noise_that_the_base_takes_up(fresh):
+    model = copy.deepcopy(fresh)
+    report = initialize(model, method="init_ab", offset=True)
+    assert set(report.offsets) == {layer.name for layer in report.layers}
+    torch.testing.assert_close(logits(model), logits(fresh), rtol=1e-5, atol=1e-5)
 
 
 def test_loralib_and_plain_modules():
@@ -485,12 +543,13 @@ def test_a_rank_above_a_side_leaves_out_that_layer_alone(method):
     before = [p.detach().clone() for p in factors(model, narrow)]
     report = initialize(model, [x], square, method=method, **METHODS[method])
     A, B = factors(model, narrow)
-    if method == "gaussian":
+    if method in ("gaussian", "init_ab", "orthogonal", "eva"):
         assert [layer.name for layer in report.layers] == [wide, narrow]
-        want = initializers.gaussian(torch.zeros(3, 12), 4, seed=zlib.crc32(narrow.encode()))
-        assert torch.equal(A, want.params.A)
-        assert A.shape == (4, 12)
-        assert torch.equal(B, torch.zeros(3, 4))
+        if method != "eva":
+            make = getattr(initializers, method)
+            want = make(torch.zeros(3, 12), 4, seed=zlib.crc32(narrow.encode())).params
+            assert torch.equal(A, want.A)
+            assert torch.equal(B, want.B)
         return
     assert [layer.name for layer in report.layers] == [wide]
     assert report.skipped.keys() == {narrow}
@@ -528,13 +587,14 @@ def test_a_quantised_base():
     weight = model[0].base.dense[0].clone().requires_grad_(True)
     F.linear(x, weight, model[0].base.bias).square().mean().backward()
     for method in MOVES:
-        with pytest.raises(PairingError, match=r"quantised or packed .*lora_one and lora_sb"):
+        with pytest.raises(PairingError, match=r"quantised or packed .*lora_one, lora_sb and eva"):
             initialize(model, [x], pytest.fail, method=method)
     initialize(model, [x], square, gamma=1.0, form="theory")
     A, B = pairs_in(model)[0]
     want = initializers.lora_one(weight.grad, 2, gamma=1.0, form="theory").params
     close((B @ A).detach(), want.B @ want.A, 1e-5)
     initialize(model, [x], square, method="lora_sb", lr=1e-3)
+    initialize(model, [x], square, method="eva")
     initialize(model, method="gaussian")
 
 
@@ -563,7 +623,7 @@ def refusals(model):
         "unknown layer": (PairingError, "no adapted linear layer 7; there are 0, 2", None, {"layers": ["7"]}),
         "no layer": (PairingError, "in an empty list", None, {"layers": []}),
         "no scaling": (ValueError, "pass scaling=", None, {"scaling": None}),
-        "method": (ValueError, "method must be one of", None, {"method": "eva"}),
+        "method": (ValueError, "method must be one of", None, {"method": "corda"}),
         "no option": (TypeError, "gama", None, {"gama": 1.0}),
         "bad option": (ValueError, "gamma", None, {"gamma": -1.0}),
         "scaling of lora_sb": (ValueError, "scaling of 1", None, {"method": "lora_sb", "lr": 0.1}),
