@@ -24,6 +24,8 @@ CLAIMS: Final = {
     "learning-rate-sgd": ".learning_rate_sgd",
     "learning-rate-adamw": ".learning_rate_adamw",
     "learning-rate-both": ".learning_rate_both",
+    "gradient-flow": ".gradient_flow",
+    "gradient-rank": ".gradient_rank",
 }
 """Claim -> the module whose ``CLAIM`` it is, imported when it is asked for."""
 

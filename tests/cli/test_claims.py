@@ -11,6 +11,7 @@ from rlora import Factors
 from rlora.backends import get
 from rlora.cli.claims import (
     digits,
+    gradient_rank,
     learning_rates,
     lora_ga_first_step,
     lora_one_alignment,
@@ -226,3 +227,26 @@ def test_one_sketch_leaves_what_lies_outside_of_it():
     outside = np.eye(size) - np.linalg.pinv(A[0]) @ A[0]
     expected = np.linalg.norm(target[0] @ outside) ** 2 / np.linalg.norm(target) ** 2
     assert found[-1, 0] == pytest.approx(expected, rel=1e-10)
+
+
+# --- the head of attention --------------------------------------------------------------------------
+
+
+def test_gradients_of_the_adapter_are_autograds():
+    head = gradient_rank.attention(40, 2.0)
+    A, B = (torch.tensor(F, requires_grad=True) for F in head.adapter)
+    X, W_Q, W_K, W_V, target = map(torch.tensor, head[:5])
+    scores = X @ (W_Q + B @ A).mT @ (X @ W_K.mT).mT
+    out = torch.softmax(scores, dim=1) @ (X @ W_V.mT)
+    (0.5 * (out - target).square().sum() / 40).backward()
+    for mine, leaf in zip(gradient_rank.exact_gradients(head), (A, B), strict=True):
+        np.testing.assert_allclose(mine, leaf.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_chained_gradients_become_exact_with_the_degree():
+    """Scores of 1.3: 1.3^21 / 21! of exp is left behind degree 20, below rounding."""
+    head = gradient_rank.attention(40, 1.0)
+    for mine, exact in zip(
+        gradient_rank.chained_gradients(head, 20), gradient_rank.exact_gradients(head), strict=True
+    ):
+        np.testing.assert_allclose(mine, exact, rtol=1e-9, atol=1e-14)
