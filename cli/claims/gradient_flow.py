@@ -42,8 +42,8 @@ def run(setting: Setting) -> Outcome:
     for part in setting.track(parts, "starts"):
         found = errors(setting, part)  # (STEPS + 1, sizes)
         ends[part], paths[part] = found[-1], found
-    small = slice(1, None)  # the largest start is for the figure: its outside decays
-    by_size = exponent(SIZES[small], ends[1.0][small].tolist())
+    # The largest start is for the figure: its outside decays.
+    by_size = exponent(SIZES[1:], ends[1.0][1:].tolist())
     by_part = exponent(PARTS, [float(ends[part][-2]) for part in PARTS])
     return Outcome(
         checks=(
@@ -73,7 +73,7 @@ def errors(setting: Setting, part: float) -> Matrix:
     norm = setting.backend.xp.linalg.matrix_norm
     path = islice(setting.path(rlora.chain(), pairs, grads, LR), STEPS + 1)
     found = [setting.backend.to_numpy(norm(pair.B @ pair.A - D)) for pair in path]
-    return np.stack(found) / np.linalg.norm(target)
+    return np.asarray(np.stack(found) / np.linalg.norm(target))
 
 
 def problem(part: float) -> tuple[Matrix, Factors]:
@@ -89,7 +89,8 @@ def misaligned(F: Matrix, basis: Matrix, part: float) -> Matrix:
     """The columns' part inside of a basis, of length 1, and `part` of what is outside."""
     inside = basis @ (basis.T @ F)
     outside = F - inside
-    return inside / np.linalg.norm(inside) + part * outside / np.linalg.norm(outside)
+    inside /= np.linalg.norm(inside)
+    return np.asarray(inside + part * outside / np.linalg.norm(outside))
 
 
 def panels(ends: dict[float, Any], paths: dict[float, Any]) -> tuple[Panel, ...]:

@@ -80,7 +80,7 @@ def size(x: Any) -> float:
     return float(np.exp(np.mean(np.log(each)) / 2))
 
 
-def exponent(widths: Sequence[int], sizes: Sequence[float]) -> float:
+def exponent(widths: Sequence[float], sizes: Sequence[float]) -> float:
     """The power of the width that fits the sizes best."""
     return float(np.polyfit(np.log(widths), np.log(sizes), 1)[0])
 
