@@ -147,7 +147,7 @@ def _step_whole(optimizer: Optimizer, moved: list[tuple[Any, Tensor]]) -> None:
 
 
 def _step_partitions(
-    optimizer: Optimizer, flats: list[Tensor], moved: list[tuple[Any, Tensor]]
+    optimizer: Optimizer, flats: list[Any], moved: list[tuple[Any, Tensor]]
 ) -> None:
     """Step what the partitions are made of, on copies, and write the own part of each back."""
     from deepspeed.utils import safe_get_full_fp32_param
@@ -169,7 +169,7 @@ def _step_partitions(
         copy.grad = None
 
 
-def _check_all_here(flats: list[Tensor], moved: list[tuple[Any, Tensor]]) -> None:
+def _check_all_here(flats: list[Any], moved: list[tuple[Any, Tensor]]) -> None:
     """ShardingError when stage 3 has cut a group, which it then steps piece by piece."""
     from deepspeed.utils import safe_get_local_fp32_param
 
