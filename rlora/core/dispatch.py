@@ -18,7 +18,10 @@ ENTRY_POINT_GROUP = "rlora.backends"
 
 def get_backend(*arrays: Array) -> Backend:
     """The backend of these arrays; a NamespaceError when they are of two libraries."""
-    backends = {_backend_of(type(x)) or _backend_for(x) for x in arrays if x is not None}
+    backends = set()
+    for x in arrays:
+        if x is not None:
+            backends.add(_by_type.get(type(x)) or _backend_for(x))
     if len(backends) != 1:
         names = sorted(backend.name for backend in backends)
         msg = (
@@ -31,10 +34,6 @@ def get_backend(*arrays: Array) -> Backend:
 
 
 _by_type: dict[type, Backend] = {}
-
-
-def _backend_of(kind: type) -> Backend | None:
-    return _by_type.get(kind)
 
 
 def _backend_for(x: Array) -> Backend:

@@ -84,9 +84,10 @@ def map_leaves(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """``f`` on every array and its counterparts; where `tree` has None the result has None."""
 
     def both(pair: Factors, *others: Factors) -> Factors:
-        return Factors(
-            *(None if x is None else f(x, *xs) for x, *xs in zip(pair, *others, strict=True))
-        )
+        found = []
+        for x, *xs in zip(pair, *others, strict=True):  # a generator would be a call for each
+            found.append(None if x is None else f(x, *xs))
+        return Factors(*found)
 
     return map_pairs(both, tree, *rest)
 

@@ -1,5 +1,7 @@
 """One optimizer step with any method: a function of parameters, gradients and state."""
 
+from collections.abc import Callable
+
 from rlora.core.checks import check_rate
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Tree, detached, leaves_of, map_leaves, map_pairs
@@ -100,6 +102,7 @@ def _move(
 ) -> tuple[Tree, State]:
     direction, state = transform.update(grads, state, params)
     if donate and transform.apply is apply_updates and transform.transport is stay:
-        return apply_updates(params, direction, lr, donate=True), state
+        in_place: Callable[..., Tree] = apply_updates  # with more than an `ApplyFn` must have
+        return in_place(params, direction, lr, donate=True), state
     moved = transform.apply(params, direction, lr)
     return moved, transform.transport(state, params, moved)

@@ -132,7 +132,8 @@ class MethodBatch:
             return None
         dtype = torch.float32 if wide and tensors[0].itemsize == 2 else tensors[0].dtype
         if len(tensors) == 1 and tensors[0].dtype == dtype:
-            return tensors[0].detach()[None]
+            where_it_is: Tensor = tensors[0].detach()[None]
+            return where_it_is
         if tensors[0].device.type != "cpu":
             return torch.stack(tensors).to(dtype)
         shape = torch.Size((len(tensors), *tensors[0].shape))
