@@ -30,7 +30,7 @@ PARTS: Final = (1.0, 1e-1, 1e-2)
 """Length of the part of a start outside of the singular spaces over that inside."""
 
 SQUARE: Final = 0.1
-"""How far an exponent may be from 2: the outside still decays a little from the largest starts."""
+"""Largest distance of an exponent from 2: from large starts the outside still decays a little."""
 EXACT: Final = 1e-12
 """Rounding of a thousand steps in float64 is 1e-15."""
 
