@@ -45,7 +45,7 @@ class OptimizerCallback(TrainerCallback):
         """
         prepared = parts["optimizer"]
         names = {id(p): name for name, p in parts["model"].named_parameters()}
-        old = getattr(prepared, "optimizer", None)
+        old: Any = getattr(prepared, "optimizer", None)
         fits = isinstance(old, Optimizer) and all(
             id(p) in names for group in old.param_groups for p in group["params"]
         )
