@@ -12,8 +12,8 @@ def cholesky_half(backend: Backend, S: Array) -> Array:
     xp = backend.xp
     H, unit, rounding = backend.of_trace_r(S)
     W = backend.inverse_cholesky(H)
-    lost = ~(xp.sum(W * W, axis=(-2, -1)) * rounding < 1)  # NaN too
+    sound = xp.sum(W * W, axis=(-2, -1)) * rounding < 1  # false for NaN too
     W = W * unit**-0.5
-    if bool(xp.any(lost)):
-        W[lost] = backend.pseudo_power(S[lost], -0.5)
+    if not backend.to_numpy(sound).all():
+        W[~sound] = backend.pseudo_power(S[~sound], -0.5)
     return W

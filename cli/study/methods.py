@@ -18,7 +18,11 @@ FAST: Final = (0.7, 0.8)
 """The betas with which the paper trains scaled AdamW on GPT-2."""
 
 COVARIANT: Final = {"damping": 1e-4, "damping_mode": "covariant"}
-PUBLISHED: Final = {"placement": "before", "damping": 1e-6, "damping_mode": "relative"}
+PUBLISHED: Final[dict[str, Any]] = {
+    "placement": "before",
+    "damping": 1e-6,
+    "damping_mode": "relative",
+}
 
 
 class Contender(NamedTuple):

@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Final, NamedTuple
 
-from rlora.cli import figures
-from rlora.cli.claims.claim import Curve, Panel
+from rlora.cli import plots
+from rlora.cli.chart import Curve, Panel
 from rlora.cli.records import write_text
 
 from .plan import Record, Records, final
@@ -99,7 +99,7 @@ def write_regrets(folder: Path) -> None:
         lines += ["", f"## {title}", "", *(table or ["No records for this table."])]
     if curves := curves_of(sweeps):
         title = "Mean loss over settings against learning rate"
-        write_text(folder / "rates.svg", figures.as_svg(title, [curves]))
+        write_text(folder / "rates.svg", plots.as_svg(title, [curves]))
         lines += ["", f"![{title}](rates.svg)", "", f"*{title}.*"]
     write_text(folder / "tables.md", "\n".join(lines) + "\n")
 

@@ -110,7 +110,7 @@ def parts_of(setting: Setting) -> dict[Part, Examples]:
     generator = torch.Generator().manual_seed(SEED)
     prompts = digits_of(torch.randperm(DIGITS**LENGTH, generator=generator))
     sizes: dict[Part, int] = {"validation": HELD_OUT, "test": HELD_OUT, "train": setting.examples}
-    pieces = prompts[: sum(sizes.values())].split(list(sizes.values()))
+    pieces = torch.split_with_sizes(prompts[: sum(sizes.values())], list(sizes.values()))
     parts = {}
     for part, mine in zip(sizes, pieces, strict=True):
         answers = NEW[setting.task](mine)

@@ -93,13 +93,15 @@ def logits(
             return y
         A, B = (factor.to(x.dtype) for factor in adapters[name])
         low = scaling * (x.flatten(1, -2) @ A.mT)  # (runs, strings * positions, r)
-        return y + (low @ B.mT).unflatten(1, x.shape[1:-1])
+        moved: Tensor = y + (low @ B.mT).view(len(x), *x.shape[1:-1], -1)
+        return moved
 
     def normal(x: Tensor) -> Tensor:
         return functional.layer_norm(x, (WIDTH,))
 
     def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (HEADS, -1)).transpose(-2, -3)  # (..., heads, positions, width)
+        split = x.view(*x.shape[:-1], HEADS, -1)
+        return split.transpose(-2, -3)  # (..., heads, positions, width)
 
     x = weights["tokens"][tokens] + weights["positions"]
     for block in range(BLOCKS):

@@ -112,8 +112,11 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
     ]
     model = optimizer._model and optimizer._model()
     if idle and model is not None:
-        there = {id(p) for p in model.parameters()}
-        idle = [k for k in idle if not there & {id(p) for p in pairs[k].moved}]
+        there, layers = {id(p) for p in model.parameters()}, {n for n, _ in model.named_modules()}
+        names = [pair.layer for pair in optimizer.report]  # groups may be added from other models
+        idle = [
+            k for k in idle if names[k] in layers and not there & {id(p) for p in pairs[k].moved}
+        ]
     elif len(idle) < len(pairs):
         return
     if not idle:

@@ -1,4 +1,4 @@
-"""What PEFT does with adapters around an optimizer: a second one, switches, padding, other tensors."""
+"""Adapters of PEFT that change around an optimizer: a second one, switches, padding, other tensors."""
 
 import copy
 import warnings

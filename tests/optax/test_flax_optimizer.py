@@ -92,7 +92,7 @@ def test_nnx_optimizer(kind):
 
 
 def labels(params):
-    """Of factors, of the head, and of what stays."""
+    """Labels: factors, the head, and frozen parameters."""
 
     def label(path, _):
         names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]

@@ -87,7 +87,7 @@ def train(engine, some):
 
 
 def trains(kind, stage, **options):
-    """What is trained, and the losses."""
+    """The trained parameters, and the losses."""
     engine = engine_of(kind, stage, **options)
     losses = train(engine, batches(12)[:STEPS])
     return whole(engine), losses

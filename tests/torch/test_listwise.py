@@ -250,7 +250,7 @@ def test_factors_in_two_groups():
 
 @pytest.mark.parametrize("name", ["step", "_init_group"])
 def test_a_placement_behind_a_step_of_the_users_own_is_refused(name):
-    """What it makes of the parameters' values nobody knows; before it, anything works."""
+    """It may use the parameters' values, which stand-ins behind it do not have; before it, anything works."""
     own = type("Own", (torch.optim.AdamW,), {name: lambda self, *args: None})
     kind = rlora.torch.precondition(own)
     for placement in ("both", "after"):

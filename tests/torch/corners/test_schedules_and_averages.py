@@ -1,4 +1,4 @@
-"""What is put over and under an optimizer: averages of weights, schedules that look at the loss.
+"""Wrappers over and under an optimizer: averages of weights, schedules that look at the loss.
 
 OneCycleLR and CyclicLR with a momentum that cycles are in tests/torch/test_state.py.
 """
