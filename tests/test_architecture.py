@@ -114,6 +114,19 @@ def test_frameworks_stay_in_their_files(name):
             assert wing(name) == "cli"
 
 
+@EVERY
+def test_folders_of_torch_import_downwards(name):
+    """Pairs, then a step over them, starts and monitors; optimizers stand on all of these."""
+    floors = {"pairing": 0, "step": 1, "init": 1, "monitor": 1, "optimizers": 2}
+    mine, *rest = name.removeprefix("rlora.torch.").split(".")
+    if not name.startswith("rlora.torch.") or mine not in floors or not rest:
+        return
+    for target in imports(name):
+        theirs = target.removeprefix("rlora.torch.").split(".")[0]
+        if target.startswith("rlora.torch.") and theirs != mine:
+            assert floors[theirs] < floors[mine], f"{name} imports {target}"
+
+
 def test_no_import_circle():
     graph = {name: {t for t in imports(name) if t in MODULES and t != name} for name in MODULES}
     # A package's __init__ re-exports its modules: what counts is who needs whom.
@@ -215,7 +228,7 @@ def test_the_guard_sees_what_it_should():
     code = '"""Fine."""\nX = 1\n"""Of X."""\ndef f():\n    """Whether it is so."""\n'
     assert [d.split()[0] for d in docstrings(ast.parse(code))] == ["Fine.", "Of", "Whether"]
     assert "rlora.core.linalg" in set(imports("rlora.methods.scaled"))
-    assert "torch" in set(imports("rlora.torch.plan"))
+    assert "torch" in set(imports("rlora.torch.step.plan"))
     assert len(MODULES) > 15
 
 

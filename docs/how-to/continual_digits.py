@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from rlora.torch import ScaledSGD
-from rlora.torch.sd_lora import SDLoRALinear, add_sd_lora, parameter_groups
+from rlora.torch.init.sd_lora import SDLoRALinear, add_sd_lora, parameter_groups
 
 TASKS, WIDTH, RANK, BATCH, MOMENTUM = 5, 128, 8, 32, 0.9
 HEAD_LR = 0.01  # of the head and of the magnitudes, for every method

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rlora.torch
 from rlora import methods
-from rlora.torch.wrap import class_name
+from rlora.torch.optimizers.factory import class_name
 
 PAGE: Final = Path(__file__).with_suffix(".md")
 M, N, R = 12, 10, 3

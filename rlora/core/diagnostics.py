@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from rlora.core.algebra import ROUNDING
 from rlora.core.backend import Backend
-from rlora.core.bundle import Bundle, Stack
 from rlora.core.factors import Array, Factors, device_of
+from rlora.core.rank_group import RankGroup, Stack
 
 
 class Damping(NamedTuple):
@@ -96,23 +96,23 @@ def gram_figures(backend: Backend, S: Stack, damping: Damping) -> GramFigures:
     )
 
 
-def step_norms(bundle: Bundle, old: Sequence[Factors]) -> Array:
+def step_norms(group: RankGroup, old: Sequence[Factors]) -> Array:
     """Norms of the changes since `old`, and of the old values, as (6, K).
 
     ``|B A - B0 A0|, |A - A0|, |B - B0|`` and ``|B0 A0|, |A0|, |B0|`` in the Frobenius norm. The
     change of the product is ``dB A + B0 dA``: its norm needs nothing larger than r x r, and a small
     change is not the difference of two large numbers.
     """
-    backend, dtype = bundle.backend, bundle.dtype
-    new, old = ([_cast(backend, pair, dtype) for pair in pairs] for pairs in (bundle.params, old))
+    backend, dtype = group.backend, group.dtype
+    new, old = ([_cast(backend, pair, dtype) for pair in pairs] for pairs in (group.params, old))
     move = [Factors(x.A - x0.A, x.B - x0.B) for x, x0 in zip(new, old, strict=True)]
-    D_A, D_B = bundle.halves(bundle.gram(move))
-    S_A, S_B = bundle.halves(bundle.gram(old))
-    cross = bundle.cross(
+    D_A, D_B = group.halves(group.gram(move))
+    S_A, S_B = group.halves(group.gram(old))
+    cross = group.cross(
         [Factors(x.A, D.B) for x, D in zip(new, move, strict=True)],
         [Factors(D.A, x0.B) for x0, D in zip(old, move, strict=True)],
     )
-    C_A, C_B = bundle.halves(cross)  # A dAᵀ and dBᵀ B0
+    C_A, C_B = group.halves(cross)  # A dAᵀ and dBᵀ B0
     new_A = backend.gram_rows([x.A for x in new], dtype)
     change = _root(backend, D_B * new_A + 2 * C_A * C_B + S_B * D_A)
     sizes = [backend.xp.sqrt(backend.xp.linalg.trace(S)) for S in (D_A, D_B, S_A, S_B)]

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from rlora.core.algebra import ROUNDING, mT
 from rlora.core.backend import Backend
-from rlora.core.bundle import Bundle, Stack, by_rank
 from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative
 from rlora.core.factors import Array, Factors, device_of
+from rlora.core.rank_group import RankGroup, Stack, indices_by_rank
 
 DampingMode = Literal["relative", "absolute", "covariant"]
 Side = Literal["A", "B"]
@@ -42,7 +42,7 @@ def frozen_powers(
     gram = backend.gram_rows if frozen == "A" else backend.gram_columns
     factors = [getattr(pair, frozen) for pair in params]
     powers = list(factors)
-    for members in by_rank(params):
+    for members in indices_by_rank(params):
         alike = [factors[i] for i in members]
         S = gram(alike, backend.compute_dtype(alike[0].dtype, compute_dtype))
         shift = 0.0 if damping_mode == "covariant" else damping
@@ -54,7 +54,7 @@ def frozen_powers(
 
 
 def metric_power(
-    bundle: Bundle,
+    group: RankGroup,
     S: Stack,
     exponent: float = -1.0,
     damping: float = 0.0,
@@ -66,15 +66,15 @@ def metric_power(
     `S` are the Grams of the factors themselves. A factor whose partner is zero gets 0. The shift is
     at least `least` times the mean eigenvalue, in every mode.
     """
-    power, concat = partial(bundle.backend.damped_power, least=least), bundle.xp.concat
+    power, concat = partial(group.backend.damped_power, least=least), group.xp.concat
     if damping_mode != "covariant":
-        return power(bundle.partner(S), exponent, damping, relative=damping_mode == "relative")
-    S_A, S_B = bundle.halves(S)
+        return power(group.swap_sides(S), exponent, damping, relative=damping_mode == "relative")
+    S_A, S_B = group.halves(S)
     return power(concat([S_B + damping * power(S_A, -1.0), S_A]), exponent)
 
 
 def metric_half(
-    bundle: Bundle, S: Stack, damping: float, damping_mode: DampingMode, least: float
+    group: RankGroup, S: Stack, damping: float, damping_mode: DampingMode, least: float
 ) -> Stack:
     """Triangular P with ``Pᵀ P = H⁻¹``, where H is as in `metric_power`: upper for A, lower for B.
 
@@ -82,19 +82,19 @@ def metric_half(
     T⁻¹``, the halves of B are ``P T⁻¹`` and, under covariant damping, those of A ``P Tᵀ``: what P
     makes of a gradient is the same in both bases.
     """
-    half = partial(bundle.backend.damped_half, least=least)
-    S_A, S_B = bundle.halves(S)
+    half = partial(group.backend.damped_half, least=least)
+    S_A, S_B = group.halves(S)
     if damping_mode == "covariant":
         P_B = half(S_A)
-        P_A = half(S_B + damping * bundle.backend.matmul(mT(P_B), P_B), upper=True)
+        P_A = half(S_B + damping * group.backend.matmul(mT(P_B), P_B), upper=True)
     else:
         relative = damping_mode == "relative"
         P_B = half(S_A, damping, relative=relative)
         P_A = half(S_B, damping, relative=relative, upper=True)
-    return bundle.xp.concat([P_A, P_B])
+    return group.xp.concat([P_A, P_B])
 
 
-def without_null_space(bundle: Bundle, P: Stack, S: Stack) -> Stack:
+def without_null_space(group: RankGroup, P: Stack, S: Stack) -> Stack:
     """P without the directions in which no partner of that shape can have anything.
 
     A rank above the outer side of a factor leaves its Gram a null space whatever its entries are,
@@ -102,19 +102,19 @@ def without_null_space(bundle: Bundle, P: Stack, S: Stack) -> Stack:
 
     Parameters
     ----------
-    bundle : Bundle
+    group : RankGroup
         The pairs.
     P : Stack
         The preconditioner of each factor, as `metric_power` gives it.
     S : Stack
         The Grams of the factors themselves.
     """
-    r, xp, matmul = bundle.rank, bundle.xp, bundle.backend.matmul
-    sides = [(pair.A.shape[-1], pair.B.shape[-2]) for pair in bundle.params]
+    r, xp, matmul = group.rank, group.xp, group.backend.matmul
+    sides = [(pair.A.shape[-1], pair.B.shape[-2]) for pair in group.params]
     if all(min(both) >= r for both in sides):
         return P
-    _, Q = bundle.backend.eigh(bundle.partner(S))
-    first = bundle.partner(bundle.constant([(float(r - n), float(r - m)) for n, m in sides]))
+    _, Q = group.backend.eigh(group.swap_sides(S))
+    first = group.swap_sides(group.constant([(float(r - n), float(r - m)) for n, m in sides]))
     places = xp.arange(r, dtype=S.dtype, device=device_of(S))  # of ascending eigenvalues
     Q = xp.where(places < first, xp.zeros_like(Q), Q)
     kept = matmul(Q, mT(Q))
@@ -122,7 +122,7 @@ def without_null_space(bundle: Bundle, P: Stack, S: Stack) -> Stack:
 
 
 def tangent(
-    bundle: Bundle,
+    group: RankGroup,
     P: Stack,
     G: Sequence[Factors],
     X: Array | None = None,
@@ -138,7 +138,7 @@ def tangent(
 
     Parameters
     ----------
-    bundle : Bundle
+    group : RankGroup
         The pairs.
     P : Stack
         Inverse metrics: S_B⁻¹ for A and S_A⁻¹ for B.
@@ -151,14 +151,14 @@ def tangent(
     scale : Stack or float
         Numbers that multiply the directions.
     """
-    matmul = bundle.backend.matmul
-    P_A, P_B = bundle.halves(P)
-    _, C = bundle.halves(bundle.cross(bundle.params, G) if cross is None else cross)  # Bᵀ G_B
-    both = bundle.both_move()
+    matmul = group.backend.matmul
+    P_A, P_B = group.halves(P)
+    _, C = group.halves(group.cross(group.params, G) if cross is None else cross)  # Bᵀ G_B
+    both = group.both_move()
     Y = matmul(matmul(P_A, C), P_B)  # (K, r, r), what both factors would do twice
-    X = bundle.xp.zeros_like(Y) if X is None else X
-    shares = scale * bundle.xp.concat([both * X, -both * mT(X + Y)])
-    return bundle.apply(scale * P, G, onto=bundle.apply(shares, bundle.params))
+    X = group.xp.zeros_like(Y) if X is None else X
+    shares = scale * group.xp.concat([both * X, -both * mT(X + Y)])
+    return group.apply(scale * P, G, onto=group.apply(shares, group.params))
 
 
 def add(X: Sequence[Factors], Y: Sequence[Factors]) -> list[Factors]:

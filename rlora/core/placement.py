@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from rlora.core.algebra import mT
 from rlora.core.backend import Backend, Workspace
-from rlora.core.bundle import Bundle, Stack, by_rank
 from rlora.core.factors import Factors
 from rlora.core.linalg import DampingMode, metric_half, metric_power
+from rlora.core.rank_group import RankGroup, Stack, indices_by_rank
 
 Placement = Literal["before", "after", "both"]
 
@@ -73,7 +73,7 @@ class RankGrams(NamedTuple):
 
     members: list[int]
     """Positions of the pairs."""
-    bundle: Bundle
+    group: RankGroup
     S: Stack
 
 
@@ -90,12 +90,12 @@ def rank_grams(
     sums the stacks before the second half.
     """
     grams = []
-    for members in by_rank(params, workspace):
+    for members in indices_by_rank(params, workspace):
         pairs = [params[i] for i in members]
         memory = None if workspace is None else workspace.setdefault(pairs[0].A.shape[-2], {})
         dtype = backend.compute_dtype(pairs[0].A.dtype, compute_dtype)
-        bundle = Bundle(backend, pairs, dtype=dtype, workspace=memory)
-        grams.append(RankGrams(members, bundle, bundle.gram(pairs)))
+        group = RankGroup(backend, pairs, dtype=dtype, workspace=memory)
+        grams.append(RankGrams(members, group, group.gram(pairs)))
     return grams
 
 
@@ -119,12 +119,12 @@ def gram_powers(
         As `preconditioners` has them.
     """
     lists: tuple[list[Any], list[Any]] = ([None] * len(sizes), [None] * len(sizes))
-    for members, bundle, S in grams:
+    for members, group, S in grams:
         own = [sizes[i] for i in members]
-        powers = split_power(bundle, S, own, placement, damping, damping_mode)
+        powers = split_power(group, S, own, placement, damping, damping_mode)
         for P, result in zip(powers, lists, strict=True):
             if P is not None:
-                for i, pair in zip(members, bundle.unstack(P), strict=True):
+                for i, pair in zip(members, group.unstack(P), strict=True):
                     result[i] = Factors(pair.A, mT(pair.B))
     first, second = lists
     return Preconditioners(
@@ -138,7 +138,7 @@ space far below the damping, so that the filter finds it."""
 
 
 def split_power(
-    bundle: Bundle,
+    group: RankGroup,
     S: Stack,
     sizes: Sizes,
     placement: Placement,
@@ -160,12 +160,12 @@ def split_power(
 
     Parameters
     ----------
-    bundle : Bundle
+    group : RankGroup
         The pairs.
     S : Stack
         Grams of the factors themselves.
     sizes : sequence of (int, int)
-        The m and n of the bundle's pairs.
+        The m and n of the group's pairs.
     placement, damping, damping_mode
         As `preconditioners` has them.
 
@@ -175,19 +175,19 @@ def split_power(
         None for the identity.
     """
     if placement == "before":
-        return metric_power(bundle, S, -1.0, damping, damping_mode), None
-    xp, matmul, both = bundle.xp, bundle.backend.matmul, placement == "both"
+        return metric_power(group, S, -1.0, damping, damping_mode), None
+    xp, matmul, both = group.xp, group.backend.matmul, placement == "both"
     if both:
-        P = metric_half(bundle, S, damping, damping_mode, LEAST)
+        P = metric_half(group, S, damping, damping_mode, LEAST)
     else:
-        P = metric_power(bundle, S, -1.0, damping, damping_mode, LEAST)
+        P = metric_power(group, S, -1.0, damping, damping_mode, LEAST)
     # A Gram that is zero or has overflowed has P = 0, and 0 times inf would be NaN.
     live = xp.any(xp.linalg.diagonal(P) != 0, axis=-1)[:, None, None]
-    F = matmul(xp.where(live, bundle.partner(S), xp.zeros_like(P)), mT(P))
+    F = matmul(xp.where(live, group.swap_sides(S), xp.zeros_like(P)), mT(P))
     F = matmul(P, F) if both else F
     F = matmul(F, F)
     second = matmul(mT(P), matmul(F, F))
-    c = bundle.constant([((m / n) ** 0.25, (n / m) ** 0.25) for m, n in sizes])
+    c = group.constant([((m / n) ** 0.25, (n / m) ** 0.25) for m, n in sizes])
     return (P if both else None), c * second
 
 

@@ -7,7 +7,6 @@ arXiv:2605.08734, 2026.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rlora.core.bundle import Bundle, Stack, rank_wise
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
@@ -22,6 +21,7 @@ from rlora.core.linalg import (
     without_null_space,
 )
 from rlora.core.moments import corrected_decay, counts, momentum, over, per_pair
+from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.sizes import in_pairs, into_range
 from rlora.core.transform import State, Transform, chain
 
@@ -61,36 +61,36 @@ def scale_by_adapre(
 
         return AdaPreState(map_pairs(along, params), counts(params), per_pair(params, scaling))
 
-    def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], AdaPreState]:
-        xp = bundle.xp
+    def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], AdaPreState]:
+        xp = group.xp
         g = [over(G_k, s) for G_k, s in zip(G, state.scaling, strict=True)]
-        g, number = _in_range(bundle, g)
-        P = _inverses(bundle, bundle.gram(bundle.params), damping, damping_mode)
+        g, number = _in_range(group, g)
+        P = _inverses(group, group.gram(group.params), damping, damping_mode)
 
         def average(old: Array, new: Array, count: Array) -> Array:
             decay = corrected_decay(xp, b2, count)[..., None]
             return _hypot(xp, decay**0.5 * old, (1 - decay) ** 0.5 * new)
 
-        now = product_norms(bundle, tangent(bundle, P, g), number)
+        now = product_norms(group, tangent(group, P, g), number)
         norms = [
             Factors(*map(average, old, new, count))
             for old, new, count in zip(state.norms, now, state.count, strict=True)
         ]
         weights = [Factors(*(_root_weight(xp, x, eps) for x in pair)) for pair in norms]
-        D = weighted_tangent(bundle, g, weights, damping, damping_mode)
+        D = weighted_tangent(group, g, weights, damping, damping_mode)
         D = [over(d, s * c) for d, s, c in zip(D, state.scaling, number, strict=True)]
         count = [Factors(c.A + 1, c.B + 1) for c in state.count]
         return D, AdaPreState(norms, count, state.scaling)
 
-    return rank_wise(init, rule, compute_dtype=compute_dtype)
+    return by_rank(init, rule, compute_dtype=compute_dtype)
 
 
-def _in_range(bundle: Bundle, X: Sequence[Factors]) -> tuple[list[Factors], list[Array | float]]:
+def _in_range(group: RankGroup, X: Sequence[Factors]) -> tuple[list[Factors], list[Array | float]]:
     """Both factors of each pair times one number that brings squares into range; the numbers."""
-    _, found = into_range(bundle.backend, [x for pair in X for x in pair])
+    _, found = into_range(group.backend, [x for pair in X for x in pair])
     if found is None:
         return list(X), [1.0] * len(X)
-    numbers = [bundle.xp.minimum(*both) for both in in_pairs(found)]
+    numbers = [group.xp.minimum(*both) for both in in_pairs(found)]
     pairs = [Factors(c * x.A, c * x.B) for c, x in zip(numbers, X, strict=True)]
     return pairs, [c[..., 0, 0] for c in numbers]
 
@@ -103,34 +103,34 @@ def _hypot(xp: Any, x: Array, y: Array) -> Array:
 
 
 def product_norms(
-    bundle: Bundle, D: Sequence[Factors], number: Sequence[Array | float]
+    group: RankGroup, D: Sequence[Factors], number: Sequence[Array | float]
 ) -> list[Factors]:
     """Norms of the columns and rows of ``B D_A + D_B A``, divided by one number for each pair."""
-    D, own = _in_range(bundle, D)
-    squares = energies(bundle, D)
+    D, own = _in_range(group, D)
+    squares = energies(group, D)
 
     def row(c: Array | float) -> Array | float:
         return c if isinstance(c, float) else c[..., None]
 
     return [
-        Factors(*(bundle.xp.clip(x, min=0.0) ** 0.5 / row(c) / row(d) for x in pair))
+        Factors(*(group.xp.clip(x, min=0.0) ** 0.5 / row(c) / row(d) for x in pair))
         for pair, c, d in zip(squares, own, number, strict=True)
     ]
 
 
-def energies(bundle: Bundle, D: Sequence[Factors]) -> list[Factors]:
+def energies(group: RankGroup, D: Sequence[Factors]) -> list[Factors]:
     """Squares of ``B D_A + D_B A`` summed over its columns, (..., n), and rows, (..., m).
 
     In row form, with F and D of the factor and F', D' of its partner, column j of the product is
     ``F'ᵀ d_j + D'ᵀ f_j``: only r x r matrices of the partner are needed.
     """
-    pairs, apply = bundle.params, bundle.apply
-    own, mixed = bundle.gram(pairs), bundle.cross(pairs, D)
+    pairs, apply = group.params, group.apply
+    own, mixed = group.gram(pairs), group.cross(pairs, D)
     left = add(
-        apply(bundle.partner(own), D), apply(2 * bundle.partner(mixed), pairs)
+        apply(group.swap_sides(own), D), apply(2 * group.swap_sides(mixed), pairs)
     )  # F'F'ᵀ d + 2 F'D'ᵀ f
-    right = apply(bundle.partner(bundle.gram(D)), pairs)  # D'D'ᵀ f
-    total = bundle.xp.sum
+    right = apply(group.swap_sides(group.gram(D)), pairs)  # D'D'ᵀ f
+    total = group.xp.sum
     return [
         Factors(total(d.A * x.A + f.A * y.A, axis=-2), total(d.B * x.B + f.B * y.B, axis=-1))
         for f, d, x, y in zip(pairs, D, left, right, strict=True)
@@ -152,13 +152,13 @@ def _root_weight(xp: Any, norms: Array, eps: float) -> Array:
     return xp.where(zero, xp.ones_like(weight), weight * most**0.5)
 
 
-def _inverses(bundle: Bundle, S: Stack, damping: float, damping_mode: DampingMode) -> Stack:
-    P = metric_power(bundle, S, -1.0, damping, damping_mode)
-    return without_null_space(bundle, P, S)
+def _inverses(group: RankGroup, S: Stack, damping: float, damping_mode: DampingMode) -> Stack:
+    P = metric_power(group, S, -1.0, damping, damping_mode)
+    return without_null_space(group, P, S)
 
 
 def weighted_tangent(
-    bundle: Bundle,
+    group: RankGroup,
     g: Sequence[Factors],
     weights: Sequence[Factors],
     damping: float = 0.0,
@@ -173,31 +173,31 @@ def weighted_tangent(
 
     Parameters
     ----------
-    bundle : Bundle
+    group : RankGroup
         The pairs.
     g : sequence of Factors
         ``Bᵀ G`` and ``G Aᵀ``.
     weights : sequence of Factors
         The diagonals of R^½, (..., n), and L^½, (..., m).
     """
-    matmul = bundle.backend.matmul
+    matmul = group.backend.matmul
     weighted = [
         Factors(f.A * w.A[..., None, :], f.B * w.B[..., :, None])
-        for f, w in zip(bundle.params, weights, strict=True)
+        for f, w in zip(group.params, weights, strict=True)
     ]
     scaled = [
         Factors(x.A / w.A[..., None, :], x.B / w.B[..., :, None])
         for x, w in zip(g, weights, strict=True)
     ]
-    S = symmetric(bundle.cross(weighted, bundle.params))
-    P = _inverses(bundle, S, damping, damping_mode)  # of the partner
+    S = symmetric(group.cross(weighted, group.params))
+    P = _inverses(group, S, damping, damping_mode)  # of the partner
     # From the left: the rounding of a product that already has one inverse in it would otherwise be
     # multiplied by the other one, and where both factors have lost rank both are huge.
-    C = matmul(matmul(P, bundle.cross(g, bundle.params)), bundle.partner(P))  # S'⁻¹ g Fᵀ S⁻¹
-    both = bundle.both_move()
-    halves = [both * X for X in bundle.halves(-0.5 * C)]
-    shared = bundle.apply(bundle.xp.concat(halves), bundle.params)
-    return add(bundle.apply(P, scaled), shared)
+    C = matmul(matmul(P, group.cross(g, group.params)), group.swap_sides(P))  # S'⁻¹ g Fᵀ S⁻¹
+    both = group.both_move()
+    halves = [both * X for X in group.halves(-0.5 * C)]
+    shared = group.apply(group.xp.concat(halves), group.params)
+    return add(group.apply(P, scaled), shared)
 
 
 @hyperparameters

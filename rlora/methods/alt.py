@@ -7,12 +7,12 @@ Adaptation with Alternating Projections. arXiv:2505.12455, 2025.
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from rlora.core.bundle import Bundle, rank_wise, record_turn
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, counterparts, pairs_of, rebuild
 from rlora.core.linalg import DampingMode, check_damping, metric_power
 from rlora.core.moments import each, per_pair, small_zeros, zeros
+from rlora.core.rank_group import RankGroup, by_rank, record_turn
 from rlora.core.transform import State, Transform, chain
 
 First = Literal["A", "B"]
@@ -91,34 +91,34 @@ def alternate(
     def turn_of(letter: str, count: Array) -> Array:
         return each(count) % 2 == (0 if letter == first else 1)
 
-    def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
-        backend, xp = bundle.backend, bundle.xp
-        S = bundle.gram(bundle.params)
-        T = backend.matmul(metric_power(bundle, S), bundle.stack(state.turn))
-        mu = bundle.apply(T, state.mu)  # in the coordinates that the partner has now
-        g = bundle.apply(metric_power(bundle, S, -1.0, damping, damping_mode), G)
+    def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
+        backend, xp = group.backend, group.xp
+        S = group.gram(group.params)
+        T = backend.matmul(metric_power(group, S), group.stack(state.turn))
+        mu = group.apply(T, state.mu)  # in the coordinates that the partner has now
+        g = group.apply(metric_power(group, S, -1.0, damping, damping_mode), G)
 
         def move(k: int, letter: str) -> tuple[Array, Array, Array | None]:
             nu = None if rates.b2 is None else getattr(state.nu[k], letter)
             old, g_k = (getattr(x[k], letter) for x in (mu, g))
             d, *new = rates.half_step(xp, old, nu, g_k / each(state.scaling[k]) ** 2)
-            if not all(bundle.moving[k]):  # the partner is frozen: every turn is this factor's
+            if not all(group.moving[k]):  # the partner is frozen: every turn is this factor's
                 return d, new[0], new[1]
             turn = turn_of(letter, state.count[k])
             kept = None if nu is None else xp.where(turn, new[1], nu)
             return xp.where(turn, d, xp.zeros_like(d)), xp.where(turn, new[0], old), kept
 
-        moves = [(move(k, "A"), move(k, "B")) for k in range(len(bundle.params))]
+        moves = [(move(k, "A"), move(k, "B")) for k in range(len(group.params))]
         D, mu, nu = ([Factors(a[i], b[i]) for a, b in moves] for i in range(3))
         moved = state._replace(
             mu=mu,
             # Whoever moves the parameters without `transport` shall see it at once.
-            turn=bundle.unstack(T * float("nan")),
+            turn=group.unstack(T * float("nan")),
             count=[count + 1 for count in state.count],
         )
         return D, moved if rates.b2 is None else moved._replace(nu=nu)
 
-    link = rank_wise(init, rule, transport=record_turn, compute_dtype=compute_dtype)
+    link = by_rank(init, rule, transport=record_turn, compute_dtype=compute_dtype)
     return link if is_zero(rates.weight_decay) else decay_in_turn(link, rates.weight_decay, turn_of)
 
 

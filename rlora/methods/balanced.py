@@ -7,13 +7,13 @@ Accelerate Convergence. arXiv:2605.31484, 2026.
 from typing import Final
 
 from rlora.core.algebra import mT
-from rlora.core.bundle import Bundle, rank_wise
 from rlora.core.checks import hyperparameters
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, device_of, leaves_of, map_leaves, map_pairs
 from rlora.core.linalg import geometric_mean
 from rlora.core.moments import scale_by_adam
+from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, chain, no_state, still_at_zero
 
 SINGULAR: Final = 1e-6
@@ -79,7 +79,7 @@ def balanced_lora(
     if inner.order != "jacobi":
         msg = "balanced_lora expected a method of order='jacobi', got 'gauss_seidel'; give it that"
         raise ValueError(msg)
-    move, rebase = inner.apply, rank_wise(no_state, balance, rescaled=False).update
+    move, rebase = inner.apply, by_rank(no_state, balance, rescaled=False).update
 
     def apply(params: Tree, direction: Tree, lr: Array | float) -> Tree:
         backend = get_backend(*leaves_of(params))
@@ -101,26 +101,26 @@ def balanced_lora(
     return inner._replace(apply=still_at_zero(apply))
 
 
-def balance(bundle: Bundle, X: list[Factors], state: State) -> tuple[list[Factors], State]:
-    """``K^½ A`` and ``B K^-½`` of a bundle's own factors X."""
-    backend, xp = bundle.backend, bundle.xp
-    S = bundle.gram(bundle.params)
+def balance(group: RankGroup, X: list[Factors], state: State) -> tuple[list[Factors], State]:
+    """``K^½ A`` and ``B K^-½`` of a group's own factors X."""
+    backend, xp = group.backend, group.xp
+    S = group.gram(group.params)
     trace = xp.reshape(xp.linalg.trace(S), (-1, 1, 1))
-    a, b = bundle.halves(trace)
+    a, b = group.halves(trace)
     info = xp.finfo(S.dtype)
     least, most = float(info.smallest_normal) / float(info.eps), float(info.max)
     live = (a > least) & (b > least) & (a < most) & (b < most)
     live = xp.concat([live, live])
-    eye = xp.eye(bundle.rank, dtype=S.dtype, device=device_of(S))
+    eye = xp.eye(group.rank, dtype=S.dtype, device=device_of(S))
     unit = xp.where(live, trace, xp.ones_like(trace))
-    S_A, S_B = bundle.halves(xp.where(live, S / unit + SINGULAR / bundle.rank * eye, eye))
+    S_A, S_B = group.halves(xp.where(live, S / unit + SINGULAR / group.rank * eye, eye))
     w, Q = backend.eigh(geometric_mean(backend, S_A, S_B))
     w = xp.clip(w, min=float(info.eps) * xp.max(w, axis=-1, keepdims=True))[..., None, :]
     half, back = (backend.matmul(Q * w**p, mT(Q)) for p in (0.5, -0.5))
-    c = (bundle.partner(unit) / unit) ** 0.25
-    if bundle.numbers is not None:  # huge factors, of which these Grams are not
-        n = bundle.stack(bundle.numbers)
-        c = c * n**0.5 / bundle.partner(n) ** 0.5
+    c = (group.swap_sides(unit) / unit) ** 0.25
+    if group.numbers is not None:  # huge factors, of which these Grams are not
+        n = group.stack(group.numbers)
+        c = c * n**0.5 / group.swap_sides(n) ** 0.5
     P = xp.where(live, c * xp.concat([half, back]), eye)
-    sized, number = bundle.in_range(X)
-    return bundle.apply(P / number, sized), state
+    sized, number = group.in_range(X)
+    return group.apply(P / number, sized), state

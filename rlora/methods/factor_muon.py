@@ -5,11 +5,11 @@ K. Jordan et al. Muon: An optimizer for hidden layers in neural networks. 2024. 
 is that of J. Liu et al. Muon is Scalable for LLM Training. arXiv:2502.16982, 2025.
 """
 
-from rlora.core.bundle import Bundle, rank_wise
 from rlora.core.checks import check_unit, hyperparameters, is_zero
 from rlora.core.decay import add_decayed_weights
 from rlora.core.factors import Factors
 from rlora.core.moments import momentum as momentum_link
+from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, chain, no_state
 
 RMS = 0.2
@@ -19,14 +19,14 @@ RMS = 0.2
 def scale_by_sign(*, compute_dtype: str | None = None) -> Transform:
     """``0.2 sqrt(max(r, N)) msign(M)`` of each factor, without momentum, as a link."""
 
-    def rule(bundle: Bundle, M: list[Factors], state: State) -> tuple[list[Factors], State]:
-        M, _ = bundle.in_range(M)  # of which msign knows the direction alone
-        r = float(bundle.rank)
-        sides = [(pair.A.shape[-1], pair.B.shape[-2]) for pair in bundle.params]
-        size = bundle.constant([(RMS * max(r, n) ** 0.5, RMS * max(r, m) ** 0.5) for n, m in sides])
-        return bundle.apply(size * bundle.backend.pseudo_power(bundle.gram(M), -0.5), M), state
+    def rule(group: RankGroup, M: list[Factors], state: State) -> tuple[list[Factors], State]:
+        M, _ = group.in_range(M)  # of which msign knows the direction alone
+        r = float(group.rank)
+        sides = [(pair.A.shape[-1], pair.B.shape[-2]) for pair in group.params]
+        size = group.constant([(RMS * max(r, n) ** 0.5, RMS * max(r, m) ** 0.5) for n, m in sides])
+        return group.apply(size * group.backend.pseudo_power(group.gram(M), -0.5), M), state
 
-    return rank_wise(no_state, rule, compute_dtype=compute_dtype, rescaled=False)
+    return by_rank(no_state, rule, compute_dtype=compute_dtype, rescaled=False)
 
 
 @hyperparameters

@@ -6,12 +6,12 @@ Learning Rates. arXiv:2002.11803, 2020.
 
 from typing import NamedTuple
 
-from rlora.core.bundle import Bundle, Stack, filled, rank_wise
 from rlora.core.checks import hyperparameters
 from rlora.core.decay import add_decayed_weights
 from rlora.core.factors import Factors, Tree
 from rlora.core.linalg import metric_power
 from rlora.core.moments import keep_scaling, scale_by_adam
+from rlora.core.rank_group import RankGroup, Stack, by_rank, filled
 from rlora.core.transform import State, Transform, chain, no_state
 
 DAMPING = 1e-4
@@ -86,9 +86,9 @@ def graft_adamw(
     >>> method = rlora.graft_adamw(rlora.lora_rite(), weight_decay=0.01)
     """
     adam = scale_by_adam(b1, b2, eps)
-    inner = rank_wise(keep_scaling, scaled_gradient) if inner is None else inner
+    inner = by_rank(keep_scaling, scaled_gradient) if inner is None else inner
     direction, transport = inner.update, inner.transport
-    resize = rank_wise(no_state, to_size, rescaled=False).update
+    resize = by_rank(no_state, to_size, rescaled=False).update
 
     def init(params: Tree, scaling: float = 1.0) -> GraftState:
         return GraftState(inner.init(params, scaling), adam.init(params, scaling))
@@ -106,24 +106,26 @@ def graft_adamw(
     return chain(grafted, add_decayed_weights(weight_decay))
 
 
-def scaled_gradient(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
+def scaled_gradient(
+    group: RankGroup, G: list[Factors], state: State
+) -> tuple[list[Factors], State]:
     """``(S_B + δ S_A⁻¹)⁻¹ G_A`` and ``G_B S_A⁻¹``."""
-    P = metric_power(bundle, bundle.gram(bundle.params), -1.0, DAMPING, "covariant")
-    return bundle.apply(P, G), state
+    P = metric_power(group, group.gram(group.params), -1.0, DAMPING, "covariant")
+    return group.apply(P, G), state
 
 
-def to_size(bundle: Bundle, D: list[Factors], state: State) -> tuple[list[Factors], State]:
+def to_size(group: RankGroup, D: list[Factors], state: State) -> tuple[list[Factors], State]:
     """D, each factor in the size of its U."""
-    xp = bundle.xp
-    S = bundle.partner(bundle.gram(bundle.params))
+    xp = group.xp
+    S = group.swap_sides(group.gram(group.params))
 
     def size(X: list[Factors]) -> Stack:
         """``|B X_A|`` and ``|X_B A|``, (2K, 1, 1)."""
-        return xp.sqrt(xp.sum(S * bundle.gram(X), axis=(-2, -1), keepdims=True))
+        return xp.sqrt(xp.sum(S * group.gram(X), axis=(-2, -1), keepdims=True))
 
-    U = [filled(u, pair) for u, pair in zip(state.U, bundle.params, strict=True)]
-    (D, _), (U, number) = bundle.in_range(D), bundle.in_range(U)
+    U = [filled(u, pair) for u, pair in zip(state.U, group.params, strict=True)]
+    (D, _), (U, number) = group.in_range(D), group.in_range(U)
     has, wanted = size(D), size(U) / number
     ratio = wanted / xp.where(has > 0, has, xp.ones_like(has))
-    scales = bundle.unstack(ratio)
+    scales = group.unstack(ratio)
     return [Factors(c.A * d.A, c.B * d.B) for c, d in zip(scales, D, strict=True)], state

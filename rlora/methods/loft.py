@@ -8,12 +8,12 @@ import math
 from typing import Literal, NamedTuple
 
 from rlora.core.algebra import ROUNDING, mT
-from rlora.core.bundle import Bundle, rank_wise, record_turn
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, counterparts, map_pairs, pairs_of, rebuild
 from rlora.core.linalg import DampingMode, check_damping, metric_power
 from rlora.core.moments import corrected_decay, counts, each, over, per_pair, small_zeros, zeros
+from rlora.core.rank_group import RankGroup, by_rank, record_turn
 from rlora.core.transform import State, Transform, chain
 
 First = Literal["A", "B"]
@@ -69,43 +69,43 @@ def scale_by_loft(
             per_pair(params, scaling),
         )
 
-    def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], LoftState]:
-        xp, matmul = bundle.xp, bundle.backend.matmul
-        S = bundle.gram(bundle.params)
-        T = matmul(metric_power(bundle, S), bundle.stack(state.turn))  # old coordinates to new
-        P = metric_power(bundle, S, -1.0, damping, damping_mode)
-        g = [over(d, s) for d, s in zip(bundle.apply(P, G), state.scaling, strict=True)]
-        old, to_new = bundle.apply(T, state.mu), bundle.unstack(T)
+    def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], LoftState]:
+        xp, matmul = group.xp, group.backend.matmul
+        S = group.gram(group.params)
+        T = matmul(metric_power(group, S), group.stack(state.turn))  # old coordinates to new
+        P = metric_power(group, S, -1.0, damping, damping_mode)
+        g = [over(d, s) for d, s in zip(group.apply(P, G), state.scaling, strict=True)]
+        old, to_new = group.apply(T, state.mu), group.unstack(T)
 
         inputs = zip(old, to_new, g, state.nu, state.count, strict=True)
-        moments = [averages(bundle, (b1, b2), *of_pair) for of_pair in inputs]
+        moments = [averages(group, (b1, b2), *of_pair) for of_pair in inputs]
         mu, rows = ([moment[i] for moment in moments] for i in (0, 1))
         seen = [
             seen_by_factors(
-                bundle, pair, *moment, turn_of("B", first, state.steps[k], bundle.moving[k]), eps
+                group, pair, *moment, turn_of("B", first, state.steps[k], group.moving[k]), eps
             )
-            for k, (pair, moment) in enumerate(zip(bundle.params, moments, strict=True))
+            for k, (pair, moment) in enumerate(zip(group.params, moments, strict=True))
         ]
         D = []
-        for k, d in enumerate(bundle.apply(P, seen)):
-            turns = (each(turn_of(x, first, state.steps[k], bundle.moving[k])) for x in "AB")
+        for k, d in enumerate(group.apply(P, seen)):
+            turns = (each(turn_of(x, first, state.steps[k], group.moving[k])) for x in "AB")
             d = over(d, state.scaling[k])
             D.append(Factors(*(xp.where(t, x, 0 * x) for t, x in zip(turns, d, strict=True))))
         return D, LoftState(
             mu,
             rows,
             # Whoever moves the parameters without `transport` shall see it at once.
-            turn=bundle.unstack(T * float("nan")),
+            turn=group.unstack(T * float("nan")),
             count=[Factors(c.A + 1, c.B + 1) for c in state.count],
             steps=[steps + 1 for steps in state.steps],
             scaling=state.scaling,
         )
 
-    return rank_wise(init, rule, transport=record_turn, compute_dtype=compute_dtype)
+    return by_rank(init, rule, transport=record_turn, compute_dtype=compute_dtype)
 
 
 def averages(
-    bundle: Bundle,
+    group: RankGroup,
     rates: tuple[float, float],
     old: Factors,
     to_new: Factors,
@@ -114,7 +114,7 @@ def averages(
     counts: Factors,
 ) -> tuple[Factors, Factors]:
     """Both moments without bias: of a partner that has turned, carried along."""
-    xp, matmul = bundle.xp, bundle.backend.matmul
+    xp, matmul = group.xp, group.backend.matmul
     mu, rows = [], []
     sides = zip(old, to_new, nu, g, in_rows(g), strict=True)
     for (m, turn, C, x, v), count in zip(sides, counts, strict=True):
@@ -126,10 +126,10 @@ def averages(
 
 
 def seen_by_factors(
-    bundle: Bundle, pair: Factors, mu: Factors, rows: Factors, b_moves: Array, eps: float
+    group: RankGroup, pair: Factors, mu: Factors, rows: Factors, b_moves: Array, eps: float
 ) -> Factors:
     """``Bᵀ U`` and ``U Aᵀ`` of the full update U of this turn, (..., m, n)."""
-    xp, matmul = bundle.xp, bundle.backend.matmul
+    xp, matmul = group.xp, group.backend.matmul
     A, B = pair
     own, b_side = in_rows(pair), each(b_moves)
     M = matmul(xp.where(b_side, mu.B, B), xp.where(b_side, A, mu.A))
@@ -137,7 +137,7 @@ def seen_by_factors(
     right = xp.where(b_side, flat(products(own.A)), flat(rows.A))  # (..., n, r²)
     V = matmul(left, mT(right))
     # An entry that is lost in the rounding of its sum counts as that rounding.
-    least = [xp.sum(x[..., :: bundle.rank + 1], axis=-1) for x in (left, right)]
+    least = [xp.sum(x[..., :: group.rank + 1], axis=-1) for x in (left, right)]
     rounding = ROUNDING * float(xp.finfo(V.dtype).eps)
     V = xp.maximum(V, rounding * least[0][..., :, None] * least[1][..., None, :])
     U = M / (xp.sqrt(V) + eps)

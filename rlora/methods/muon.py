@@ -6,12 +6,12 @@ a product: Intrinsic Muon: Spectral Optimization on Riemannian Matrix Manifolds.
 2026.
 """
 
-from rlora.core.bundle import Bundle, rank_wise
 from rlora.core.checks import check_unit, hyperparameters, is_zero
 from rlora.core.decay import decay_product_around
 from rlora.core.factors import Factors
 from rlora.core.linalg import congruence
 from rlora.core.moments import keep_scaling, momentum as momentum_link, over
+from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, chain
 
 
@@ -21,15 +21,15 @@ def scale_by_spectral_norm(*, compute_dtype: str | None = None) -> Transform:
     ``msign(S_B^-½ M_A) = (S_B^-½ M_A M_Aᵀ S_B^-½)^-½ S_B^-½ M_A``: one product of the tall matrix.
     """
 
-    def rule(bundle: Bundle, M: list[Factors], state: State) -> tuple[list[Factors], State]:
-        backend = bundle.backend
-        W = backend.pseudo_power(bundle.partner(bundle.gram(bundle.params)), -0.5)
-        M, _ = bundle.in_range(M)  # of which msign knows the direction alone
-        sign = backend.pseudo_power(congruence(backend, W, bundle.gram(M)), -0.5)
-        D = bundle.apply(congruence(backend, W, sign), M)
+    def rule(group: RankGroup, M: list[Factors], state: State) -> tuple[list[Factors], State]:
+        backend = group.backend
+        W = backend.pseudo_power(group.swap_sides(group.gram(group.params)), -0.5)
+        M, _ = group.in_range(M)  # of which msign knows the direction alone
+        sign = backend.pseudo_power(congruence(backend, W, group.gram(M)), -0.5)
+        D = group.apply(congruence(backend, W, sign), M)
         return [over(d, 2 * s) for d, s in zip(D, state.scaling, strict=True)], state
 
-    return rank_wise(keep_scaling, rule, compute_dtype=compute_dtype)
+    return by_rank(keep_scaling, rule, compute_dtype=compute_dtype)
 
 
 @hyperparameters

@@ -7,7 +7,6 @@ arXiv:2407.18242, 2024.
 from typing import Literal, NamedTuple
 
 from rlora.core.algebra import mT
-from rlora.core.bundle import Bundle, Stack, rank_wise
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.decay import add_decayed_weights, decay_product
 from rlora.core.dispatch import get_backend
@@ -21,6 +20,7 @@ from rlora.core.moments import (
     per_pair,
     scale_by_adam,
 )
+from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.transform import State, Transform, chain
 
 Gauge = Literal["sylvester", "balanced", "zero"]
@@ -39,34 +39,34 @@ def scale_by_pro(
     check_choice("gauge", gauge, Gauge)
     check_damping(damping, damping_mode)
 
-    def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
-        S = bundle.gram(bundle.params)
-        P = metric_power(bundle, S, -1.0, damping, damping_mode)
-        cross = bundle.cross(bundle.params, G)
-        X = gauge_of(gauge, bundle, S, P, cross)
-        s = bundle.spread([Factors(s, s) for s in state.scaling])
-        return tangent(bundle, P, G, X, cross=cross, scale=1 / s**2), state
+    def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
+        S = group.gram(group.params)
+        P = metric_power(group, S, -1.0, damping, damping_mode)
+        cross = group.cross(group.params, G)
+        X = gauge_of(gauge, group, S, P, cross)
+        s = group.per_layer([Factors(s, s) for s in state.scaling])
+        return tangent(group, P, G, X, cross=cross, scale=1 / s**2), state
 
-    return rank_wise(keep_scaling, rule, compute_dtype=compute_dtype)
+    return by_rank(keep_scaling, rule, compute_dtype=compute_dtype)
 
 
-def gauge_of(gauge: Gauge, bundle: Bundle, S: Stack, P: Stack, cross: Stack) -> Array | None:
+def gauge_of(gauge: Gauge, group: RankGroup, S: Stack, P: Stack, cross: Stack) -> Array | None:
     """The X of the solution family, (K, r, r), in units in which s is 1.
 
     `cross` has ``A G_Aᵀ`` and ``Bᵀ G_B``.
     """
     if gauge == "zero":
         return None
-    backend, matmul = bundle.backend, bundle.backend.matmul
-    P_A, P_B = bundle.halves(P)  # S_B⁻¹, S_A⁻¹
-    C_A, C_B = bundle.halves(cross)
+    backend, matmul = group.backend, group.backend.matmul
+    P_A, P_B = group.halves(P)  # S_B⁻¹, S_A⁻¹
+    C_A, C_B = group.halves(cross)
     if gauge == "balanced":
         return -0.5 * matmul(matmul(P_A, C_B), P_B)
-    S_A, S_B = bundle.halves(S)
+    S_A, S_B = group.halves(S)
     C = -matmul(P_A, mT(C_A))
-    if bundle.numbers is not None:  # huge factors: S_B / c_B² to S_A / c_A², neither enlarged
-        c_A, c_B = bundle.halves(bundle.stack(bundle.numbers))
-        most = bundle.xp.maximum(c_A, c_B)
+    if group.numbers is not None:  # huge factors: S_B / c_B² to S_A / c_A², neither enlarged
+        c_A, c_B = group.halves(group.stack(group.numbers))
+        most = group.xp.maximum(c_A, c_B)
         by_A, by_B = (c_B / most) ** 2, (c_A / most) ** 2
         S_A, S_B, C = by_A * S_A, by_B * S_B, by_A * C
     return sylvester_spd(backend, S_B, S_A, C)
@@ -114,29 +114,29 @@ def scale_by_full_adam(
         mu, nu = map_pairs(moment, params), map_pairs(moment, params)
         return FullState(mu, nu, per_pair(params, 0.0), per_pair(params, scaling))
 
-    def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], FullState]:
-        matmul = bundle.backend.matmul
-        S = bundle.gram(bundle.params)
-        P = metric_power(bundle, S, -1.0, damping, damping_mode)
-        g = tangent(bundle, P, G)  # times s²: the equivalent gradient is the same in every gauge
+    def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], FullState]:
+        matmul = group.backend.matmul
+        S = group.gram(group.params)
+        P = metric_power(group, S, -1.0, damping, damping_mode)
+        g = tangent(group, P, G)  # times s²: the equivalent gradient is the same in every gauge
 
         out = []
-        for k, (pair, move, s) in enumerate(zip(bundle.params, g, state.scaling, strict=True)):
+        for k, (pair, move, s) in enumerate(zip(group.params, g, state.scaling, strict=True)):
             equivalent = (matmul(pair.B, move.A) + matmul(move.B, pair.A)) / each(s)  # (..., m, n)
             out.append(adam_step(state.mu[k], state.nu[k], state.count[k], equivalent, b1, b2, eps))
         adam, mu, nu, count = (list(column) for column in zip(*out, strict=True))
 
         G = [
             Factors(matmul(mT(pair.B), d), matmul(d, mT(pair.A)))
-            for pair, d in zip(bundle.params, adam, strict=True)
+            for pair, d in zip(group.params, adam, strict=True)
         ]
-        cross = bundle.cross(bundle.params, G)
-        X = gauge_of(gauge, bundle, S, P, cross)
-        s = bundle.spread([Factors(s, s) for s in state.scaling])
-        D = tangent(bundle, P, G, X, cross=cross, scale=1 / s)
+        cross = group.cross(group.params, G)
+        X = gauge_of(gauge, group, S, P, cross)
+        s = group.per_layer([Factors(s, s) for s in state.scaling])
+        D = tangent(group, P, G, X, cross=cross, scale=1 / s)
         return D, FullState(mu, nu, count, state.scaling)
 
-    return rank_wise(init, rule, compute_dtype=compute_dtype)
+    return by_rank(init, rule, compute_dtype=compute_dtype)
 
 
 @hyperparameters

@@ -6,12 +6,12 @@ of Large Models. arXiv:2505.18877, 2025.
 
 from typing import Literal
 
-from rlora.core.bundle import Bundle, Stack, rank_wise
 from rlora.core.checks import check_choice, hyperparameters, is_zero
 from rlora.core.decay import add_decayed_weights
 from rlora.core.factors import Factors, device_of
 from rlora.core.linalg import geometric_mean
 from rlora.core.moments import momentum as momentum_link
+from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.transform import State, Transform, chain, no_state
 
 Form = Literal["matrix", "scalar"]
@@ -21,27 +21,27 @@ def scale_by_refactor(form: Form = "matrix", *, compute_dtype: str | None = None
     """The direction ``K G_A`` and ``G_B K⁻¹`` of `ref_lora`, as a link."""
     check_choice("form", form, Form)
 
-    def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
-        S = bundle.gram(bundle.params)
-        return bundle.apply(balancing(bundle, S, form), G), state
+    def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
+        S = group.gram(group.params)
+        return group.apply(balancing(group, S, form), G), state
 
-    return rank_wise(no_state, rule, compute_dtype=compute_dtype, rescaled=False)
+    return by_rank(no_state, rule, compute_dtype=compute_dtype, rescaled=False)
 
 
-def balancing(bundle: Bundle, S: Stack, form: Form) -> Stack:
+def balancing(group: RankGroup, S: Stack, form: Form) -> Stack:
     """``K = S_B⁻¹ # S_A`` for A and its inverse for B; the identity where a factor is zero."""
-    backend, xp = bundle.backend, bundle.xp
-    partner = bundle.partner(S)
+    backend, xp = group.backend, group.xp
+    partner = group.swap_sides(S)
     own_trace, its_trace = (xp.reshape(xp.linalg.trace(X), (-1, 1, 1)) for X in (S, partner))
-    eye = xp.eye(bundle.rank, dtype=S.dtype, device=device_of(S))
+    eye = xp.eye(group.rank, dtype=S.dtype, device=device_of(S))
     zero = (own_trace == 0) | (its_trace == 0)
     if form == "scalar":
         K = (own_trace / xp.where(zero, xp.ones_like(its_trace), its_trace)) ** 0.5 * eye
     else:
         K = geometric_mean(backend, partner, S)
-    if bundle.numbers is not None:
-        c = bundle.stack(bundle.numbers)
-        K = K * (bundle.partner(c) / c)
+    if group.numbers is not None:
+        c = group.stack(group.numbers)
+        K = K * (group.swap_sides(c) / c)
     return xp.where(zero, eye, K)
 
 

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from rlora.core.algebra import ROUNDING, mT
 from rlora.core.backend import Backend
-from rlora.core.bundle import Bundle, rank_wise
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, device_of, map_leaves, map_pairs
 from rlora.core.linalg import add, metric_power, scale, tangent
 from rlora.core.moments import zeros
+from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, apply_updates, chain
 
 
@@ -90,25 +90,25 @@ def riemannion(
     def init(params: Tree, scaling: float = 1.0) -> RiemannionState:
         return RiemannionState(map_pairs(lambda pair: Tangent(*pair), zeros(params)))
 
-    def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
-        P = metric_power(bundle, bundle.gram(bundle.params))
-        mu = add(tangent(bundle, P, G), scale(b1, state.mu))
-        seen = [_seen_msign(bundle.backend, X, M) for X, M in zip(bundle.params, mu, strict=True)]
-        return tangent(bundle, P, seen), RiemannionState([Tangent(*M) for M in mu])
+    def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
+        P = metric_power(group, group.gram(group.params))
+        mu = add(tangent(group, P, G), scale(b1, state.mu))
+        seen = [_seen_msign(group.backend, X, M) for X, M in zip(group.params, mu, strict=True)]
+        return tangent(group, P, seen), RiemannionState([Tangent(*M) for M in mu])
 
-    def transport(bundle: Bundle, old: Sequence[Factors], state: State) -> RiemannionState:
+    def transport(group: RankGroup, old: Sequence[Factors], state: State) -> RiemannionState:
         # What the new factors see of the old tangent vector: its projection needs no more.
-        turn = bundle.partner(bundle.cross(bundle.params, old))
-        move = bundle.partner(bundle.cross(bundle.params, state.mu))
-        seen = add(bundle.apply(turn, state.mu), bundle.apply(move, old))
-        P = metric_power(bundle, bundle.gram(bundle.params))
-        return RiemannionState([Tangent(*M) for M in tangent(bundle, P, seen)])
+        turn = group.swap_sides(group.cross(group.params, old))
+        move = group.swap_sides(group.cross(group.params, state.mu))
+        seen = add(group.apply(turn, state.mu), group.apply(move, old))
+        P = metric_power(group, group.gram(group.params))
+        return RiemannionState([Tangent(*M) for M in tangent(group, P, seen)])
 
     def retract(params: Tree, direction: Tree, lr: Array | float) -> Tree:
         return map_pairs(lambda pair, d: _retract(pair, d, lr, weight_decay), params, direction)
 
     return chain(
-        rank_wise(init, rule, transport=transport, apply=retract, compute_dtype=compute_dtype)
+        by_rank(init, rule, transport=transport, apply=retract, compute_dtype=compute_dtype)
     )
 
 

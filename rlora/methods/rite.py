@@ -9,13 +9,13 @@ from typing import Any, Final, NamedTuple
 
 from rlora.core.algebra import mT
 from rlora.core.backend import Backend
-from rlora.core.bundle import Bundle, Stack, rank_wise, record_turn
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
 from rlora.core.linalg import congruence
 from rlora.core.moments import corrected_decay, counts, small_zeros, zeros
+from rlora.core.rank_group import RankGroup, Stack, by_rank, record_turn
 from rlora.core.sizes import euclidean_norm, into_range, shrink_to
 from rlora.core.transform import State, Transform, apply_updates, chain, no_state, pass_on
 
@@ -59,22 +59,22 @@ def scale_by_rite(
     check_unit("b2", b2)
     check_nonnegative("eps", eps)
 
-    def rule(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], RiteState]:
-        backend, xp = bundle.backend, bundle.xp
-        t = bundle.spread(state.count)
+    def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], RiteState]:
+        backend, xp = group.backend, group.xp
+        t = group.per_layer(state.count)
         decay1, decay2 = corrected_decay(xp, b1, t), corrected_decay(xp, b2, t)
 
-        S = bundle.partner(bundle.gram(bundle.params))
+        S = group.swap_sides(group.gram(group.params))
         W = backend.pseudo_half(S)  # W G is the unmagnified gradient, in some orthonormal basis
-        U = backend.matmul(W, bundle.stack(state.turn))
+        U = backend.matmul(W, group.stack(state.turn))
         T = backend.matmul(mT(W), U)  # old coordinates to new
 
-        V = congruence(backend, U, bundle.stack(state.nu))
-        rho, spectrum = bundle.spread(state.escaped), bundle.stack(state.spectrum)
+        V = congruence(backend, U, group.stack(state.nu))
+        rho, spectrum = group.per_layer(state.escaped), group.stack(state.spectrum)
         if escape:
             rho = decay2 * (rho + _escaped(backend, spectrum, V))
-        G, numbers = bundle.in_range(G)
-        Q = congruence(backend, W, bundle.gram(G)) / bundle.columns()
+        G, numbers = group.in_range(G)
+        Q = congruence(backend, W, group.gram(G)) / group.columns()
         # Back to the gradient's own size, or less where its square would leave the range.
         size = xp.sqrt(_trace(xp, Q)) * xp.clip(_size(xp, W), min=1.0)
         back = 1 / xp.clip(size / _largest_root(xp, V), min=numbers)
@@ -83,19 +83,19 @@ def scale_by_rite(
             spectrum, _ = backend.eigh(V)
 
         X = congruence(backend, mT(W), back * backend.inverse_root(V, rho, eps))
-        mu = bundle.apply((1 - decay1) * X, G, onto=bundle.apply(decay1 * T, state.mu))
-        nu = bundle.unstack(congruence(backend, mT(W), V))
+        mu = group.apply((1 - decay1) * X, G, onto=group.apply(decay1 * T, state.mu))
+        nu = group.unstack(congruence(backend, mT(W), V))
         return mu, RiteState(
             mu,
             nu,
             # Whoever moves the parameters without `transport` shall see it at once.
-            turn=bundle.unstack(T * float("nan")),
-            spectrum=bundle.unstack(spectrum),
-            escaped=bundle.unstack(rho[:, 0, 0]),
+            turn=group.unstack(T * float("nan")),
+            spectrum=group.unstack(spectrum),
+            escaped=group.unstack(rho[:, 0, 0]),
             count=[Factors(c.A + 1, c.B + 1) for c in state.count],
         )
 
-    return rank_wise(_init, rule, transport=record_turn, compute_dtype=compute_dtype)
+    return by_rank(_init, rule, transport=record_turn, compute_dtype=compute_dtype)
 
 
 def _init(params: Tree, scaling: float = 1.0) -> RiteState:
@@ -153,16 +153,16 @@ def clip_unmagnified(max_norm: float | None = None, max_rms: float | None = None
         if value is not None:
             check_nonnegative(name, value)
 
-    def measure(bundle: Bundle, G: list[Factors], state: State) -> tuple[list[Factors], State]:
-        W = bundle.backend.pseudo_half(bundle.partner(bundle.gram(bundle.params)))
-        G, numbers = bundle.in_range(G)
-        squares = _trace(bundle.xp, congruence(bundle.backend, W, bundle.gram(G)))
+    def measure(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
+        W = group.backend.pseudo_half(group.swap_sides(group.gram(group.params)))
+        G, numbers = group.in_range(G)
+        squares = _trace(group.xp, congruence(group.backend, W, group.gram(G)))
         norms = squares**0.5 / numbers
-        if bundle.numbers is not None:
-            norms = norms * bundle.partner(bundle.stack(bundle.numbers))
-        return bundle.unstack(norms[:, 0, 0]), state
+        if group.numbers is not None:
+            norms = norms * group.swap_sides(group.stack(group.numbers))
+        return group.unstack(norms[:, 0, 0]), state
 
-    unmagnified_norms = rank_wise(no_state, measure, rescaled=False).update
+    unmagnified_norms = by_rank(no_state, measure, rescaled=False).update
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         norms, _ = unmagnified_norms(grads, (), params)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlora.core.axes import View
 from rlora.core.errors import NamespaceError, PairingError, ShapeError
 from rlora.core.factors import Array, Factors
+from rlora.core.layout import View
 from rlora.pairing import Pair, Source, find_pairs, nothing_paired
 
 Hold: TypeAlias = Collection[str] | Callable[[str], bool]

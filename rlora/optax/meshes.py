@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rlora.core.axes import Shape
+from rlora.core.layout import Shape
 from rlora.optax.leaves import Leaves
 
 make_spec: Any = PartitionSpec  # untyped

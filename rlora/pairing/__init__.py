@@ -3,7 +3,7 @@
 Anything with a ``shape`` will do as a tensor: arrays, parameters, entries of a safetensors header.
 """
 
-from rlora.core.axes import Layout, View
+from rlora.core.layout import Layout, View
 from rlora.pairing.conventions import Convention, Known
 from rlora.pairing.find import Source, find_pairs
 from rlora.pairing.names import is_factor

@@ -11,8 +11,8 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
-from rlora.core.axes import Layout, Shape, Views
 from rlora.core.errors import ShapeError
+from rlora.core.layout import Layout, Shape, Views
 
 ENTRY_POINT_GROUP = "rlora.conventions"
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from math import prod
 from typing import Any, TypeAlias
 
-from rlora.core.axes import Layout, Shape, Views
 from rlora.core.errors import PairingError, ShapeError
+from rlora.core.layout import Layout, Shape, Views
 from rlora.pairing.conventions import Convention, Known, registered
 from rlora.pairing.names import Candidate, sort_names
 from rlora.pairing.report import Pair, PairReport

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from math import prod
 
-from rlora.core.axes import Shape
 from rlora.core.errors import PairingError
+from rlora.core.layout import Shape
 
 BY_ORDER = "by_order"
 """The word for it in the option ``pairs``."""

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
-from rlora.core.axes import Shape, Views, read_pairs
 from rlora.core.errors import PairingError
 from rlora.core.factors import Array, Factors
+from rlora.core.layout import Shape, Views, read_pairs
 from rlora.pairing.conventions import registered
 
 

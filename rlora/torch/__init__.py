@@ -13,23 +13,23 @@ method of `rlora.methods` has a class of its name here, such as ``LoRARite``, ``
 
 from rlora.pairing import PairReport
 from rlora.torch import method_classes
-from rlora.torch.gradients import full_gradients
-from rlora.torch.initialize import InitReport, initialize
-from rlora.torch.matching import find_pairs
-from rlora.torch.method_classes import *  # noqa: F403  (as many as there are methods)
-from rlora.torch.offsets import (
+from rlora.torch.init.gradients import full_gradients
+from rlora.torch.init.initialize import InitReport, initialize
+from rlora.torch.init.offsets import (
     Offset,
     load_offsets,
     restore_offsets,
     save_offsets,
 )
-from rlora.torch.plain_lora import as_plain_lora
-from rlora.torch.round_adapter import round_adapter
-from rlora.torch.scaled import ScaledAdamW, ScaledSGD
-from rlora.torch.sd_lora import SDLoRALinear, add_sd_lora, parameter_groups
-from rlora.torch.sharding import shard_placement
-from rlora.torch.show import diagnostics_table, findings, log_diagnostics
-from rlora.torch.wrap import optimizer_class, precondition
+from rlora.torch.init.plain_lora import as_plain_lora
+from rlora.torch.init.round_adapter import round_adapter
+from rlora.torch.init.sd_lora import SDLoRALinear, add_sd_lora, parameter_groups
+from rlora.torch.method_classes import *  # noqa: F403  (as many as there are methods)
+from rlora.torch.monitor.format import diagnostics_table, findings, log_diagnostics
+from rlora.torch.optimizers.factory import optimizer_class, precondition
+from rlora.torch.optimizers.scaled import ScaledAdamW, ScaledSGD
+from rlora.torch.pairing.discovery import find_pairs
+from rlora.torch.pairing.sharding_checks import shard_placement
 
 __all__ = [
     "InitReport",

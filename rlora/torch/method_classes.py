@@ -7,8 +7,8 @@ The stub beside this file says the same to type checkers and editors, which do n
 from typing import Any
 
 from rlora import methods
-from rlora.torch import scaled
-from rlora.torch.wrap import class_name, optimizer_class
+from rlora.torch.optimizers import scaled
+from rlora.torch.optimizers.factory import class_name, optimizer_class
 
 _CLASSES: dict[str, Any] = {
     class_name(name): optimizer_class(getattr(methods, name))

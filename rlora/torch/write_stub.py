@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlora.torch.matching import Pairs
-from rlora.torch.method_optimizer import MethodOptimizer
+from rlora.torch.pairing.discovery import Pairs
+from rlora.torch.optimizers.method_optimizer import MethodOptimizer
 '''
 
 

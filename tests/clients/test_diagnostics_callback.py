@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from rlora.torch import LoRARite, ScaledAdamW, log_diagnostics  # noqa: E402
-from rlora.torch.diagnostics import MARKS, MEASURES  # noqa: E402
+from rlora.torch.monitor.diagnostics import MARKS, MEASURES  # noqa: E402
 
 # What peft 0.21 asks of transformers 5.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from rlora import ShapeError
-from rlora.core.axes import Layout
+from rlora.core.layout import Layout
 
 SIZES = {"r": 2, "n": 5, "m": 3, "e": 4, "k": 3}
 PATTERNS = {

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from rlora import Factors
-from rlora.core.bundle import Bundle
 from rlora.core.diagnostics import Damping, gram_figures, step_norms
+from rlora.core.rank_group import RankGroup
 from rlora.testing import assert_close
 
 FLOAT32 = np.finfo("float32")
@@ -33,7 +33,7 @@ def layers(trees):
 
 def bundle_of(backend, trees):
     arrays = [Factors(*(backend.asarray(x, "float64") for x in pair)) for pair in trees]
-    return Bundle(backend, arrays, dtype=backend.xp.float64), arrays
+    return RankGroup(backend, arrays, dtype=backend.xp.float64), arrays
 
 
 def figures(backend, Grams, relative=0.0, absolute=0.0, covariant=0.0, info=FLOAT32):

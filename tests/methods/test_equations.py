@@ -11,9 +11,9 @@ from hypothesis import given, settings, strategies as st
 import rlora
 from rlora import Factors, chain
 from rlora.backends import get
-from rlora.core.bundle import Bundle
 from rlora.core.decay import add_decayed_weights
 from rlora.core.moments import scale_by_adam
+from rlora.core.rank_group import RankGroup
 from rlora.methods.adapre import energies
 from rlora.methods.fa import scale_by_frozen_gram
 from rlora.methods.pro import scale_by_full_adam
@@ -265,7 +265,7 @@ def test_energies_are_sums_of_squares(sizes, seed):
     rng = np.random.default_rng(seed)
     pairs = [make_pair(m, n, 3, seed=seed + k)[0] for k, (m, n, _) in enumerate(sizes)]
     D = [Factors(*(rng.normal(size=x.shape) for x in pair)) for pair in pairs]
-    found = energies(Bundle(get("numpy"), pairs), D)
+    found = energies(RankGroup(get("numpy"), pairs), D)
     for pair, d, (columns, rows) in zip(pairs, D, found, strict=True):
         squares = effect(pair, d) ** 2
         assert_close(columns, squares.sum(axis=0), rtol=EXACT)

@@ -5,8 +5,8 @@ import pytest
 
 import rlora
 from rlora.backends import get
-from rlora.core.bundle import Bundle
 from rlora.core.placement import split_power
+from rlora.core.rank_group import RankGroup
 from rlora.testing import assert_close, make_problem, run
 from rlora.testing.growth import Case, _nearest, adamw, growth, growths
 
@@ -102,9 +102,9 @@ def test_the_filter_in_eigenvalues(placement, mode):
     small = 1e-6  # what is added to every Gram behind Adam, relative to its mean
     m, n = 48, 3
     pair = rlora.Factors(np.diag(a), np.vstack([np.diag(b), np.zeros((m - 3, 3))]))
-    bundle = Bundle(get("numpy"), [pair])
-    S = bundle.gram([pair])
-    _, second = split_power(bundle, S, [(m, n)], placement, delta, mode)
+    group = RankGroup(get("numpy"), [pair])
+    S = group.gram([pair])
+    _, second = split_power(group, S, [(m, n)], placement, delta, mode)
     for own, partner, c, Q in ((a, b, 2.0, second[0]), (b, a, 0.5, second[1])):
         s = partner**2
         shift = {"relative": delta * s.mean(), "absolute": delta, "covariant": 0.0}[mode]

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import rlora.torch
-from rlora.torch.method_optimizer import MethodOptimizer
+from rlora.torch.optimizers.method_optimizer import MethodOptimizer
 
 
 class LoRALinear(nn.Module):

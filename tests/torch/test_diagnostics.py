@@ -16,14 +16,14 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlora.torch
-from rlora.core.axes import read_pairs
+from rlora.core.layout import read_pairs
 from rlora.pairing import Layout
 from rlora.torch import ScaledAdamW, ScaledSGD, diagnostics_table, findings
-from rlora.torch.compiling import inherited
-from rlora.torch.diagnostics import MARKS, MEASURES
-from rlora.torch.matching import check_explicit
-from rlora.torch.pair_optimizer import PairOptimizer
-from rlora.torch.watch import Watch, read
+from rlora.torch.monitor.diagnostics import MARKS, MEASURES
+from rlora.torch.monitor.snapshot import Watch, read
+from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
+from rlora.torch.pairing.discovery import check_explicit
+from rlora.torch.step.compiling import inherited
 
 WIDE = [key for key in MEASURES if not key.startswith("lost")]
 """Figures of float32 factors, which lose no step in rounding."""
@@ -204,7 +204,7 @@ def test_off_costs_not_one_operation_and_keeps_nothing(make):
     def plans_alone():
         with torch.no_grad():
             for plan in optimizer._current_plans():
-                plan.run(optimizer, inherited(type(optimizer), "step", PairOptimizer))
+                plan.run(optimizer, inherited(type(optimizer), "step", LoRAOptimizer))
 
     alone, never = operations(plans_alone), operations(optimizer.step)
     assert never == alone
@@ -279,7 +279,7 @@ def test_the_host_reads_once():
 
 def test_the_host_reads_once_for_a_real_optimizer(monkeypatch):
     """Whatever asks for numbers of a factor does it in `read`, which is called once."""
-    from rlora.torch import diagnostics
+    from rlora.torch.monitor import diagnostics
 
     calls = []
     monkeypatch.setattr(diagnostics, "read", lambda *args: calls.append(1) or read(*args))
@@ -604,8 +604,8 @@ def test_nothing_is_imported_before_it_is_needed():
 
 
 def test_every_class_can_be_watched():
-    assert all(hasattr(PairOptimizer, name) for name in ("watch", "unwatch", "diagnostics"))
+    assert all(hasattr(LoRAOptimizer, name) for name in ("watch", "unwatch", "diagnostics"))
     kinds = [getattr(rlora.torch, name) for name in rlora.torch.__all__]
     optimizers = [k for k in kinds if isinstance(k, type) and issubclass(k, torch.optim.Optimizer)]
     assert len(optimizers) > 10
-    assert all(issubclass(kind, PairOptimizer) for kind in optimizers)
+    assert all(issubclass(kind, LoRAOptimizer) for kind in optimizers)

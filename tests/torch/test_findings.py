@@ -13,9 +13,9 @@ from rich.console import Console
 from torch import nn
 
 from rlora.torch import LoRASB, ScaledAdamW, ScaledSGD, diagnostics_table, findings
-from rlora.torch.finite import look_on_the_host
-from rlora.torch.show import GROWN, in_common
-from rlora.torch.watch import GRACE
+from rlora.torch.monitor.finite import look_on_the_host
+from rlora.torch.monitor.format import GROWN, in_common
+from rlora.torch.monitor.snapshot import GRACE
 
 make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
 
@@ -214,7 +214,9 @@ def test_saving_does_not_wait_for_an_accelerator(monkeypatch):
         A, B = (torch.empty(s, device="cuda", requires_grad=True) for s in ((3, 12), (9, 3)))
         optimizer = ScaledAdamW([A, B], pairs=[(A, B)])
         asked = []
-        monkeypatch.setattr("rlora.torch.finite.peaks", lambda tensors: asked.extend(tensors) or [])
+        monkeypatch.setattr(
+            "rlora.torch.monitor.finite.peaks", lambda tensors: asked.extend(tensors) or []
+        )
         look_on_the_host(optimizer)
         assert not asked
 

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from rlora import PairingError, ShapeError, initializers
 from rlora.core.errors import NamespaceError, NumericsError, RLoraError, ShardingError
 from rlora.torch import ScaledSGD, as_plain_lora
-from rlora.torch.gradients import full_gradients
-from rlora.torch.initialize import initialize
-from rlora.torch.offsets import load_offsets, restore_offsets, save_offsets
+from rlora.torch.init.gradients import full_gradients
+from rlora.torch.init.initialize import initialize
+from rlora.torch.init.offsets import load_offsets, restore_offsets, save_offsets
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 METHODS = {

@@ -12,7 +12,7 @@ from torch import nn
 
 import rlora
 from rlora.torch import LoRAMuon, LoRAProSGD, ScaledSGD
-from rlora.torch.sd_lora import SDLoRALinear
+from rlora.torch.init.sd_lora import SDLoRALinear
 
 peft = pytest.importorskip("peft")
 

@@ -9,8 +9,8 @@ import torch
 
 import rlora.torch
 from rlora import ShapeError
-from rlora.torch.listwise import ListStep
-from rlora.torch.stacks import StackedAdamW
+from rlora.torch.step.listwise import ListStep
+from rlora.torch.step.stacks import StackedAdamW
 
 SHAPES = [(70, 50, 5), (40, 600, 5), (70, 50, 5), (12000, 30, 4), (700, 640, 64), (30, 20, 3)]
 """(m, n, r): stacks of several and of one, and with 12000 x 4 and 64 x 640 large factors."""

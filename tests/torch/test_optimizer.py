@@ -15,7 +15,8 @@ import rlora
 import rlora.torch
 from rlora import Factors
 from rlora.methods.scaled import PEFT
-from rlora.torch import ScaledAdamW, ScaledSGD, method_batch, precondition
+from rlora.torch import ScaledAdamW, ScaledSGD, precondition
+from rlora.torch.step import method_batch
 
 make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
 

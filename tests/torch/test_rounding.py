@@ -6,7 +6,7 @@ from models import CLASSES, loss_of, make_model, pairs_in, same, train, values
 
 import rlora.torch
 from rlora.torch import ScaledAdamW
-from rlora.torch.rounding import count_roundings, store
+from rlora.torch.step.rounding import count_roundings, store
 
 make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
 

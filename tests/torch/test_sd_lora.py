@@ -17,8 +17,9 @@ from torch import nn
 import rlora
 import rlora.torch
 from rlora import Factors
-from rlora.torch import ScaledAdamW, ScaledSGD, find_pairs, sd_lora
-from rlora.torch.sd_lora import SDLoRALinear, add_sd_lora, parameter_groups
+from rlora.torch import ScaledAdamW, ScaledSGD, find_pairs
+from rlora.torch.init import sd_lora
+from rlora.torch.init.sd_lora import SDLoRALinear, add_sd_lora, parameter_groups
 
 RECIPE = Path(__file__).parents[2] / "docs" / "how-to" / "continual_digits.py"
 

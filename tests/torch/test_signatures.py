@@ -8,7 +8,7 @@ import torch
 
 import rlora.torch
 from rlora.torch import method_classes
-from rlora.torch.method_optimizer import MethodOptimizer
+from rlora.torch.optimizers.method_optimizer import MethodOptimizer
 from rlora.torch.write_stub import stub
 
 CLASSES = [getattr(rlora.torch, name) for name in method_classes.__all__]

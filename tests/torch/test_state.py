@@ -20,7 +20,8 @@ import rlora
 import rlora.torch
 from rlora import Factors
 from rlora.core.state import flatten_state, unflatten_state
-from rlora.torch import RACLoRA, method_batch, precondition
+from rlora.torch import RACLoRA, precondition
+from rlora.torch.step import method_batch
 
 make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
 CONSTANT = {"scaling", "0.scaling", "inverse", "frame"}

@@ -1,0 +1,300 @@
+"""All pairs of one rank at once: lists of factors, and one stack of r x r matrices for the model.
+
+In *row form*, A as it is and B transposed, both factors are (r, N), a change of basis acts on both
+from the left, and a formula for A is one for B. A stack (2K, r, r) has first what belongs to the K
+A factors, then what belongs to the K B factors; P acts as ``P A`` and as ``(P Bᵀ)ᵀ = B Pᵀ``.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from math import prod
+from typing import Any, TypeAlias
+
+from rlora.core.algebra import mT
+from rlora.core.backend import Backend, Workspace
+from rlora.core.checks import ComputeDtype, check_choice
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import (
+    Array,
+    Factors,
+    Tree,
+    counterparts,
+    device_of,
+    leaves_of,
+    pairs_of,
+    rebuild,
+    where_moving,
+)
+from rlora.core.sizes import in_pairs, into_range, moderate, swapped
+from rlora.core.transform import ApplyFn, State, Transform, apply_updates
+
+Stack: TypeAlias = Array
+"""(2K, ...): members of the A factors, then members of the B factors."""
+
+
+class RankGroup:
+    """Pairs of one rank, dtype and device.
+
+    Parameters
+    ----------
+    backend : Backend
+        The backend of the parameters.
+    params : sequence of Factors
+        A (..., r, n) and B (..., m, r), of any outer sizes; K counts every layer of them.
+    moving : sequence of (bool, bool), optional
+        True for factors with a gradient; all by default.
+    numbers : sequence of Factors, optional
+        Numbers by which the factors have been multiplied, (..., 1, 1); see `by_rank`.
+    dtype : dtype, optional
+        The dtype of the r x r algebra; the parameters' own by default.
+    workspace : dict, optional
+        Memory to use again at the next call with factors of the same shapes.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        params: Sequence[Factors],
+        *,
+        moving: Sequence[tuple[bool, bool]] | None = None,
+        numbers: Sequence[Factors] | None = None,
+        dtype: Any = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        self.backend, self.xp, self.params = backend, backend.xp, params
+        self.like = params[0].A
+        self.rank: int = self.like.shape[-2]
+        self.dtype = dtype or self.like.dtype
+        self.workspace = workspace
+        self.moving = moving or [(True, True)] * len(params)
+        self.numbers = numbers
+        self._leads = [tuple(pair.A.shape[:-2]) for pair in params]
+        self.layers = sum(map(prod, self._leads))
+
+    # --- factor-sized work ----------------------------------------------------------------------
+
+    def gram(self, X: Sequence[Factors]) -> Stack:
+        """``X Xᵀ`` in row form: ``A Aᵀ`` and ``Bᵀ B``."""
+        A, B = [pair.A for pair in X], [pair.B for pair in X]
+        rows = self.backend.gram_rows(A, self.dtype, self.workspace)
+        columns = self.backend.gram_columns(B, self.dtype, self.workspace)
+        return self.xp.concat([rows, columns])
+
+    def cross(self, X: Sequence[Factors], Y: Sequence[Factors]) -> Stack:
+        """``X Yᵀ`` in row form."""
+        A = self.backend.cross_rows([x.A for x in X], [y.A for y in Y], self.dtype)
+        B = self.backend.cross_rows([mT(x.B) for x in X], [mT(y.B) for y in Y], self.dtype)
+        return self.xp.concat([A, B])
+
+    def apply(
+        self, P: Stack, X: Sequence[Factors], onto: Sequence[Factors] | None = None
+    ) -> list[Factors]:
+        """``P X`` in row form, ``P X_A`` and ``X_B Pᵀ``; plus `onto`, which may be overwritten."""
+        A, B = [pair.A for pair in X], [pair.B for pair in X]
+        P = self.backend.cast(P, self.backend.compute_dtype(self.like.dtype))
+        pieces = list(self.backend.unstack(P, A + B))
+        to_A, to_B = (None, None) if onto is None else zip(*onto, strict=True)
+        left = self.backend.apply_left(pieces[: len(A)], A, self.workspace, to_A)
+        transposed = [mT(piece) for piece in pieces[len(A) :]]
+        right = self.backend.apply_right(B, transposed, self.workspace, to_B)
+        return [Factors(*pair) for pair in zip(left, right, strict=True)]
+
+    def in_range(self, X: Sequence[Factors]) -> tuple[list[Factors], Stack | float]:
+        """X, each factor times a number that brings its squares into range, and the numbers."""
+        flat, numbers = into_range(self.backend, [x for pair in X for x in pair])
+        return in_pairs(flat), 1.0 if numbers is None else self.stack(in_pairs(numbers))
+
+    # --- the stack ------------------------------------------------------------------------------
+
+    def swap_sides(self, S: Stack) -> Stack:
+        """The members of the partner of each factor: the halves are swapped."""
+        return self.xp.concat([S[self.layers :, ...], S[: self.layers, ...]])
+
+    def halves(self, S: Stack) -> tuple[Array, Array]:
+        """The members of the A factors and those of the B factors."""
+        return S[: self.layers, ...], S[self.layers :, ...]
+
+    def stack(self, X: Sequence[Factors]) -> Stack:
+        """Small arrays, one per factor with the leading axes of its pair, as (2K, ...)."""
+        flat = []
+        for letter in "AB":
+            for lead, pair in zip(self._leads, X, strict=True):
+                x = self.backend.cast(getattr(pair, letter), self.dtype)
+                flat.append(self.xp.reshape(x, (prod(lead), *x.shape[len(lead) :])))
+        return self.xp.concat(flat)
+
+    def unstack(self, S: Stack) -> list[Factors]:
+        """The inverse of `stack`."""
+        S = self.backend.cast(S, self.backend.compute_dtype(self.like.dtype))
+        count = len(self.params)
+        owners = [pair.A for pair in self.params] + [pair.B for pair in self.params]
+        pieces = list(self.backend.unstack(S, owners))
+        return [Factors(*pair) for pair in zip(pieces[:count], pieces[count:], strict=True)]
+
+    def per_layer(self, X: Sequence[Factors]) -> Stack:
+        """One number per factor, or one per layer of it, as (2K, 1, 1)."""
+        flat = []
+        for letter in "AB":
+            for lead, pair in zip(self._leads, X, strict=True):
+                x = self.backend.cast(getattr(pair, letter), self.dtype)
+                flat.append(self.xp.reshape(self.xp.broadcast_to(x, lead), (-1,)))
+        return self.xp.reshape(self.xp.concat(flat), (-1, 1, 1))
+
+    def constant(self, values: Sequence[tuple[float, float]]) -> Stack:
+        """Python numbers, two for each pair, as (2K, 1, 1)."""
+        kept = {} if self.workspace is None else self.workspace
+        key = ("constant", tuple(values))
+        if key not in kept:
+            flat = [
+                value[side]
+                for side in (0, 1)
+                for lead, value in zip(self._leads, values, strict=True)
+                for _ in range(prod(lead))
+            ]
+            # Made where they are used: a list of numbers would have to be copied there.
+            make = partial(self.xp.full, dtype=self.dtype, device=device_of(self.like))
+            runs = [(value, len(list(run))) for value, run in groupby(flat)]
+            kept[key] = self.xp.concat([make((count, 1, 1), value) for value, count in runs])
+        constant: Stack = kept[key]
+        return constant
+
+    def columns(self) -> Stack:
+        """N, the number of columns in row form: n for an A, m for a B."""
+        return self.constant([(pair.A.shape[-1], pair.B.shape[-2]) for pair in self.params])
+
+    def both_move(self) -> Array | float:
+        """For each pair 1 where both factors have a gradient, else 0: (K, 1, 1)."""
+        if all(all(letters) for letters in self.moving):
+            return 1.0
+        both = [float(a and b) for a, b in self.moving]
+        return self.constant(list(zip(both, both, strict=True)))[: self.layers, ...]
+
+
+def indices_by_rank(
+    params: Sequence[Factors], workspace: Workspace | None = None
+) -> list[list[int]]:
+    """Positions of the pairs of one rank, dtype and device."""
+    groups: dict[Any, list[int]] | None = (workspace or {}).get("by rank")
+    if groups is None:
+        groups = {}
+        for i, (A, _) in enumerate(params):
+            where = str(device_of(A))  # those of CuPy have no hash
+            groups.setdefault((A.shape[-2], A.dtype, where), []).append(i)
+        if workspace is not None:
+            workspace["by rank"] = groups
+    return list(groups.values())
+
+
+Rule: TypeAlias = Callable[[RankGroup, list[Factors], State], tuple[list[Factors], State]]
+"""``rule(group, grads, state) -> (directions, state)`` for all pairs of one rank: lists of
+Factors, and a named tuple of lists of whatever the state has for each pair. A factor without a
+gradient comes with a zero one; its direction is dropped, and its share of the state stays."""
+
+TransportRule: TypeAlias = Callable[[RankGroup, Sequence[Factors], State], State]
+"""``transport(group, old, state) -> state`` for all pairs of one rank, after the group's
+parameters were `old`."""
+
+
+def by_rank(
+    init: Callable[..., State],
+    rule: Rule,
+    *,
+    transport: TransportRule | None = None,
+    apply: ApplyFn = apply_updates,
+    compute_dtype: str | None = None,
+    rescaled: bool = True,
+) -> Transform:
+    """A transform out of a rule for all pairs of one rank.
+
+    Parameters
+    ----------
+    init : callable
+        ``init(params, scaling)``, a named tuple of trees that have at each pair of the parameters
+        Factors or one array.
+    rule, transport : callable
+        See `Rule` and `TransportRule`.
+    apply : callable
+        See `rlora.Transform`.
+    compute_dtype : {None, "float32", "float64"}
+        Precision of the r x r algebra; None is the parameters' own, at least float32.
+    rescaled : bool
+        Huge factors come brought down to an ordinary size, their gradients are those by such
+        factors, and the directions shrink as much; with False both are left as they are, for a
+        rule whose direction does not shrink as the partner grows.
+    """
+    check_choice("compute_dtype", compute_dtype, ComputeDtype)
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        G = pairs_of(grads)
+
+        def work(group: RankGroup, members: list[int], part: State) -> tuple[list[Factors], State]:
+            numbers = group.numbers
+            whole = [filled(G[i], pair) for i, pair in zip(members, group.params, strict=True)]
+            if numbers is None or not rescaled:
+                return rule(group, whole, part)
+            D, part = rule(group, swapped(numbers, whole), part)
+            return swapped(numbers, D), part
+
+        return _each_rank(work, params, grads, state, compute_dtype)
+
+    if transport is None:
+        return Transform(init, update, apply)
+    carried = transport
+
+    def carry(state: State, old: Tree, new: Tree) -> State:
+        before = pairs_of(old)
+
+        def work(group: RankGroup, members: list[int], part: State) -> tuple[list[Factors], State]:
+            old, _ = moderate(group.backend, [before[i] for i in members])
+            return list(group.params), carried(group, old, part)
+
+        return _each_rank(work, new, new, state, compute_dtype)[1]
+
+    return Transform(init, update, apply, transport=carry)
+
+
+def record_turn(group: RankGroup, old: Sequence[Factors], state: State) -> State:
+    """A transport that stores, for each factor, its partner's new rows times its old ones.
+
+    With it the next step finds the old coordinates again: S⁻¹ turn takes them to the new ones.
+    """
+    return state._replace(turn=group.unstack(group.swap_sides(group.cross(group.params, old))))
+
+
+def _each_rank(
+    work: Callable[..., tuple[list[Factors], State]],
+    tree: Tree,
+    grads: Tree,
+    state: State,
+    compute_dtype: str | None,
+) -> tuple[Tree, State]:
+    """Do `work` rank by rank, and put its results back in their places."""
+    pairs, G = pairs_of(tree), pairs_of(grads)
+    backend = get_backend(*leaves_of(tree))
+    fields = [counterparts(tree, field) for field in state]
+    directions, moved = list(pairs), [list(field) for field in fields]
+    with backend.exact(pairs[0].A):
+        for members in indices_by_rank(pairs):
+            params, numbers = moderate(backend, [pairs[i] for i in members])
+            group = RankGroup(
+                backend,
+                params,
+                numbers=numbers,
+                moving=[(G[i].A is not None, G[i].B is not None) for i in members],
+                dtype=backend.compute_dtype(pairs[members[0]].A.dtype, compute_dtype),
+            )
+            part = type(state)(*([field[i] for i in members] for field in fields))
+            found, part = work(group, members, part)
+            for k, i in enumerate(members):
+                directions[i] = where_moving(G[i], found[k], Factors(None, None))
+                for field, values in zip(moved, part, strict=True):
+                    field[i] = where_moving(G[i], values[k], field[i])
+    return rebuild(tree, directions), type(state)(*(rebuild(tree, field) for field in moved))
+
+
+def filled(grads: Factors, params: Factors) -> Factors:
+    """Zeros where there is no gradient."""
+    xp = get_backend(params.A).xp
+    both = zip(grads, params, strict=True)
+    return Factors(*(xp.zeros_like(p) if g is None else g for g, p in both))

@@ -1,0 +1,98 @@
+"""The start of one layer by a method of `rlora.initializers`."""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from rlora import initializers
+from rlora.core.errors import NumericsError, PairingError, ShapeError
+from rlora.core.factors import Factors
+from rlora.initializers import Start
+from rlora.torch.pairing.layers import LoraLayer
+
+Method = Literal[
+    "lora_one",
+    "lora_ga",
+    "lora_sb",
+    "loi",
+    "eva",
+    "pissa",
+    "milora",
+    "olora",
+    "gaussian",
+    "init_ab",
+    "orthogonal",
+]
+FROM_GRADIENT: Final = ("lora_one", "lora_ga", "lora_sb", "loi")
+FROM_SHAPE: Final = ("gaussian", "init_ab", "orthogonal")
+
+
+def moves_weights(method: str, options: Mapping[str, Any]) -> bool:
+    """Return whether the method changes base weights; raises for options that it does not take."""
+    given = {**options, **of_layer(method, options, "", 1.0, 4)}
+    start: Start = getattr(initializers, method)(torch.eye(4), 2, **given)
+    return start.offset is not None
+
+
+def of_layer(
+    method: str, options: Mapping[str, Any], name: str, scaling: float | None, out_features: int
+) -> dict[str, Any]:
+    """Options of a method that come from the layer."""
+    if method in ("pissa", "milora"):
+        return {"scaling": scaling}
+    if method == "eva":
+        return {"out_features": out_features}
+    if method in FROM_SHAPE:  # the order of the layers must not matter
+        return {"seed": options.get("seed", 0) + zlib.crc32(name.encode())}
+    return {}
+
+
+def check_layer(layer: LoraLayer, method: str) -> None:
+    if getattr(layer.module, "merged", False):
+        msg = f"{layer.name} has its adapter merged into W; unmerge it first"
+        raise PairingError(msg)
+    if method == "lora_sb" and layer.scaling != 1.0:
+        msg = (
+            f"lora_sb needs a scaling of 1, but that of {layer.name} is {layer.scaling}; set "
+            f"alpha = r, or pass scaling=1.0 if the layer says none"
+        )
+        raise ValueError(msg)
+
+
+@torch.no_grad()
+def start_of(
+    chosen: Mapping[str, LoraLayer],
+    method: str,
+    options: Mapping[str, Any],
+    name: str,
+    matrix: Tensor,
+) -> tuple[Start, float | None] | str:
+    """The start in the dtype of the layer's factors and the norm of its gradient, or why none."""
+    layer = chosen[name]
+    from_gradient = method in FROM_GRADIENT
+    if from_gradient and not matrix.any():
+        return "its gradient is zero"
+    told = of_layer(method, options, name, layer.scaling, layer.shape[0])
+    try:
+        start: Start = getattr(initializers, method)(matrix, layer.rank, **{**options, **told})
+    except ShapeError as error:
+        return f"{error}, of which {method} has no start; method='gaussian' has one"
+    except Exception as error:
+        error.add_note(f"in layer {layer.name}, {layer.shape}, rank {layer.rank}")
+        raise
+    params = _rounded(layer, start.params)
+    offset = None if start.offset is None else _rounded(layer, start.offset)
+    for x in params:
+        if not torch.isfinite(x).all():
+            msg = f"the start of {layer.name} is not finite in {x.dtype}"
+            raise NumericsError(msg)
+    norm = float(torch.linalg.matrix_norm(matrix)) if from_gradient else None
+    return Start(params, offset), norm
+
+
+def _rounded(layer: LoraLayer, pair: Factors) -> Factors:
+    A, B = pair
+    return Factors(A.to(layer.A.device, layer.A.dtype), B.to(layer.B.device, layer.B.dtype))

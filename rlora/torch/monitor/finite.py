@@ -1,0 +1,146 @@
+"""The largest entries of factors and of their state, and a word when a run cannot go on."""
+
+import math
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlora.torch.pairing.pairs import TensorPair, is_distributed
+
+
+def peaks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The largest absolute entry of each, a scalar where the tensor is; NaN where there is one."""
+    return list(torch._foreach_norm(list(tensors), math.inf)) if tensors else []
+
+
+def state_peaks(optimizer: Any, pairs: Sequence[TensorPair]) -> tuple[list[int], list[Tensor]]:
+    """Owner (2k for A, 2k + 1 for B) and peak of every array in the state of paired factors."""
+    held = [
+        (2 * k + side, x)
+        for k, pair in enumerate(pairs)
+        for side in (0, 1)
+        for x in _arrays(optimizer.state.get(pair[side], {}))
+        # Steps are counted on the host: what is elsewhere is not looked at. Nor are subclasses,
+        # such as moments of 8 bits, of which nobody may have a norm.
+        if type(x) is Tensor and x.device == pair.A.device and x.is_floating_point() and x.numel()
+    ]
+    return [place for place, _ in held], peaks([x for _, x in held])
+
+
+def warn_of_nan(optimizer: Any, names: Sequence[str], places: Collection[int]) -> None:
+    """RuntimeWarning, once an optimizer, that names the first pair that is not finite.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Names of all pairs.
+    places : sequence of int
+        Factors with values that are not finite: 2k for the A of pair k, 2k + 1 for its B.
+    """
+    if not places or optimizer._warned:
+        return
+    optimizer._warned = True
+    first = min(places)
+    count = len({place // 2 for place in places})
+    msg = (
+        f"{type(optimizer).__name__}: {'AB'[first % 2]} of {names[first // 2]}, or its state, is "
+        f"not finite, the first of {count} such pairs of {len(names)}: nothing that it touches "
+        f"will be; go back to a checkpoint, with a lower learning rate"
+    )
+    warnings.warn(msg, RuntimeWarning, stacklevel=4)
+
+
+def look_on_the_host(optimizer: Any) -> None:
+    """`warn_of_nan` of the pairs on a CPU: what lies on an accelerator would have to be awaited."""
+    if optimizer._warned:
+        return
+    pairs = optimizer._pairs  # as the last step had them: saving refuses nothing
+    here = [k for k, pair in enumerate(pairs) if _is_on_host(pair)]
+    places, found = state_peaks(optimizer, [pairs[k] for k in here])
+    factors = peaks([p.detach() for k in here for p in pairs[k][:2]])
+    if not factors:
+        return
+    values = torch.stack([x.double() for x in (*factors, *found)])
+    bad = values.isfinite().logical_not().nonzero().view(-1).tolist()
+    where = [*range(len(factors)), *places]
+    at = [2 * here[where[i] // 2] + where[i] % 2 for i in bad]
+    warn_of_nan(optimizer, [pair.name for pair in optimizer.report], at)
+
+
+def check_start(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
+    """RuntimeWarning, once, at the first step of a method that cannot leave B = 0.
+
+    The one time that a step asks a device for values, and of such methods alone.
+    """
+    start = getattr(getattr(type(optimizer), "method", None), "start", None)
+    if start is None or optimizer._begun or torch.compiler.is_compiling():
+        return
+    optimizer._begun = True
+    fresh = [
+        k
+        for k, pair in enumerate(pairs)
+        if not optimizer.state.get(pair.A) and not is_distributed(pair.A) and pair.B.data_ptr()
+    ]
+    largest = peaks([pairs[k].B.detach() for k in fresh])
+    if not largest:
+        return
+    values = torch.stack([x.to(largest[0].device, torch.float32) for x in largest]).tolist()
+    still = [k for k, x in zip(fresh, values, strict=True) if x == 0]
+    if still:
+        msg = (
+            f"{type(optimizer).__name__} never moves B, and B is zero in {len(still)} of "
+            f"{len(pairs)} pairs, the first {list(optimizer.report)[still[0]].name}: they stand "
+            f"still; begin with rlora.torch.initialize(model, ..., method={start!r})"
+        )
+        warnings.warn(msg, RuntimeWarning, stacklevel=2)
+
+
+def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
+    """RuntimeWarning, once, when trainable pairs have no gradient because the model has others.
+
+    Of an optimizer that was not given a model: when no pair has a gradient at all.
+    """
+    if optimizer._orphans_told or torch.compiler.is_compiling():
+        return
+    idle = [
+        k
+        for k, pair in enumerate(pairs)
+        if any(p.requires_grad for p in pair[:2]) and all(p.grad is None for p in pair.moved)
+    ]
+    model = optimizer._model and optimizer._model()
+    if idle and model is not None:
+        there, layers = {id(p) for p in model.parameters()}, {n for n, _ in model.named_modules()}
+        names = [pair.layer for pair in optimizer.report]  # groups may be added from other models
+        idle = [
+            k for k in idle if names[k] in layers and not there & {id(p) for p in pairs[k].moved}
+        ]
+    elif len(idle) < len(pairs):
+        return
+    if not idle:
+        return
+    optimizer._orphans_told = True
+    kind, first = type(optimizer).__name__, list(optimizer.report)[idle[0]].name
+    why = "no pair has a gradient" if model is None else "they are no longer those of the model"
+    msg = (
+        f"{kind}: {len(idle)} of {len(pairs)} pairs, the first {first}, stand still: {why}; where "
+        f"others have taken their place, as in PEFT's prepare_model_for_compiled_hotswap or a "
+        f"state loaded with assign=True, build the optimizer afterwards: "
+        f"rlora.torch.{kind}(model, ...), and load the old one's state_dict() if ranks are the same"
+    )
+    warnings.warn(msg, RuntimeWarning, stacklevel=2)
+
+
+def _is_on_host(pair: TensorPair) -> bool:
+    return pair.A.device.type == "cpu" and not is_distributed(pair.A) and pair.A.data_ptr() != 0
+
+
+def _arrays(state: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Plain ones, no quantised or sharded kinds; bitsandbytes wraps its own in a dict."""
+    for value in state.values():
+        if isinstance(value, Mapping):
+            yield from _arrays(value)
+        elif type(value) is Tensor and value.itemsize > 1:
+            yield value

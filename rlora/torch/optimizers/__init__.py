@@ -1,0 +1,1 @@
+"""The optimizer classes: their groups, state and construction."""

@@ -1,0 +1,293 @@
+"""Base class of the optimizers: pairs, groups, step and state_dict.
+
+It finds the pairs among its parameters by name or takes them by hand, keeps to them whatever
+training libraries do to the groups, steps them by its own plans and the rest by its parent's step,
+and loads its state as it was saved.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from rlora.core.checks import check_nonnegative, plain_number
+from rlora.core.errors import NamespaceError
+from rlora.pairing import PairReport
+from rlora.pairing.order import BY_ORDER
+from rlora.torch.monitor.diagnostics import Watched
+from rlora.torch.monitor.finite import check_orphans, check_start
+from rlora.torch.optimizers.state_dict import LoadsState
+from rlora.torch.pairing.discovery import (
+    Pairs,
+    check_explicit,
+    in_order,
+    match,
+    no_pair,
+    split_source,
+    told_apart,
+)
+from rlora.torch.pairing.modules import scalings_in, what_modules_know
+from rlora.torch.pairing.pairs import TensorPair, signature
+from rlora.torch.pairing.param_groups import (
+    as_groups,
+    as_list,
+    check_grad,
+    misfit,
+    plain_numbers,
+    rename,
+    split_names,
+    without_names,
+)
+from rlora.torch.pairing.sharding_checks import check_layouts, check_swap
+from rlora.torch.step.compiling import inherited
+from rlora.torch.step.plan import Plan
+from rlora.torch.step.rounding import check_rounding, count_roundings
+
+NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
+
+
+class LoRAOptimizer(Watched, LoadsState, ABC):
+    """A torch optimizer that knows the pairs among its parameters. Not to be used by itself."""
+
+    report: PairReport
+    """The pairs, the parameters that are updated plainly, and those refused, with the reason."""
+
+    _extra: tuple[str, ...] = ("report", "_adapter", "_by_hand", "_by_name", "_known", "_members")
+    _extra += ("_names", "_own", "_pairs", "_source")
+    """Attributes that a copy or a pickle takes along."""
+
+    _model: ref[nn.Module] | None = None
+    """The model that the parameters were given as; a copy does not know its own."""
+
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        own: dict[str, Any],
+        pairs: Pairs,
+        adapter: str | None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("differentiable"):
+            msg = "differentiable=True is not supported: the step of a pair is not differentiated"
+            raise ValueError(msg)
+        self._adapter, self._own = adapter, tuple(own)
+        self._by_hand, self._source = split_source(None if pairs == BY_ORDER else pairs)
+        params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
+        self._known = what_modules_know(params)
+        self._model = ref(params) if isinstance(params, nn.Module) else None
+        own, kwargs = plain_numbers(own), plain_numbers(kwargs)
+        groups = as_groups(params, self._source, self._known)
+        if pairs == BY_ORDER:
+            self._by_hand = in_order(groups)
+        self._by_name = not self._by_hand
+        super().__init__(groups, *map(plain_number, args), **kwargs)
+        self.defaults.update(own)
+        for group in self.param_groups:
+            for name, value in own.items():
+                group.setdefault(name, value)
+            self._check(group)
+        # Fused kernels would take gradients that GradScaler has not unscaled yet.
+        self._step_supports_amp_scaling = False
+        self._plans: tuple[Any, list[Plan]] | None = None
+        self._members: list[Tensor] = []
+        self._names: list[str | None] = []  # of the members, None where there is none
+        for group in self.param_groups:
+            self._enroll(group)
+        self._pair_up(scalings_in(params))
+        if not self._pairs:
+            raise no_pair(self._names, self.report, type(self).__name__)
+
+    # --- for subclasses ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def _make_plans(self, pairs: list[TensorPair]) -> list[Plan]:
+        """The plans that step these pairs, and the parameters in no pair."""
+
+    @abstractmethod
+    def _check_own(self, group: dict[str, Any]) -> None:
+        """Refuse values of the subclass's own options that make no sense."""
+
+    def _choices(self, group: dict[str, Any]) -> list[Any]:
+        """The options of a group that a plan is made for."""
+        return [group[name] for name in self._own]
+
+    # --- pairs ----------------------------------------------------------------------------------
+
+    def _enroll(self, group: dict[str, Any]) -> None:
+        self._members = self._members + group["params"]
+        self._names = self._names + group.get("param_names", [None] * len(group["params"]))
+
+    def _pair_up(self, scalings: Mapping[int, float]) -> None:
+        """The pairs given by hand, and unless the constructor got some, those found by name.
+
+        `scalings` has the s of layers by the identity of their factors.
+        """
+        pairs, report = check_explicit(self._by_hand, self._members)
+        groups = self._named_groups() if self._by_name else []
+        if any(groups):
+            named = told_apart(groups, self._known, self._source)
+            found, by_name = match(named, self._known, self._adapter, self._source)
+            by_hand = {id(p) for pair in pairs for p in pair.moved}
+            nameless = [
+                f"parameter {i}"
+                for i, (name, p) in enumerate(zip(self._names, self._members, strict=True))
+                if name is None and id(p) not in by_hand
+            ]
+            pairs = pairs + found
+            plain = (*by_name.plain, *nameless)
+            report = replace(by_name, pairs=report.pairs + by_name.pairs, plain=plain)
+        check_layouts(pairs)
+        self._pairs = [p._replace(scaling=scalings.get(id(p.A), p.scaling)) for p in pairs]
+        self.report = report
+
+    def _named_groups(self) -> list[list[tuple[str, Tensor]]]:
+        """The members with a name, group by group."""
+        names = dict(zip(map(id, self._members), self._names, strict=True))
+        return [
+            [(name, p) for p in group["params"] if (name := names[id(p)]) is not None]
+            for group in self.param_groups
+        ]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its LoRA factors are paired by name, or by a key ``pairs`` of the group.
+
+        Parameters
+        ----------
+        param_group : dict
+            As torch takes it; ``params`` may be named, whether those of other groups are or not.
+            Those without names are updated plainly unless they are in ``pairs``.
+        """
+        group = plain_numbers(dict(param_group))
+        group["params"] = as_list(group["params"])
+        explicit = list(group.pop("pairs", ()))
+        scalings = scalings_in([param_group])
+        if not hasattr(self, "_pairs"):  # the parent's constructor is at work
+            self._by_hand += explicit
+            super().add_param_group(group)
+            return
+        names = split_names(group)
+        self._check({**self.defaults, **group})
+        scalings |= {id(p.A): p.scaling for p in self._current_pairs() if p.scaling is not None}
+        check_explicit([*self._by_hand, *explicit], [*self._members, *group["params"]])
+        kept = self._members, self._names, self._by_hand
+        with without_names(self.param_groups):
+            super().add_param_group(group)
+        if names is not None:
+            group["param_names"] = names
+        try:
+            self._enroll(group)
+            self._by_hand = self._by_hand + explicit
+            self._pair_up(scalings)
+        except Exception:  # ambiguous names, factors that do not fit
+            self.param_groups.pop()
+            self._members, self._names, self._by_hand = kept
+            raise
+        self._plans = None
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Numbers and choices of a group; torch checks those of the constructor only."""
+        for name in NONNEGATIVE & group.keys():
+            if not isinstance(group[name], Tensor):
+                check_nonnegative(name, group[name])
+        check_rounding(group["stochastic_rounding"])
+        self._check_own(group)
+
+    def _current_pairs(self) -> list[TensorPair]:
+        """The pairs as the groups hold them now.
+
+        Training libraries swap parameters for others at the same positions, and people take
+        parameters of a deleted adapter out of the groups: neither may shift a pair.
+        """
+        now = [p for group in self.param_groups for p in group["params"]]
+        if len(now) == len(self._members) and all(
+            p is q for p, q in zip(now, self._members, strict=True)
+        ):
+            return self._pairs
+        place = {id(p): i for i, p in enumerate(self._members)}
+        successor = {id(p): p for p in now}
+        if len(now) == len(self._members) and all(
+            p is q or id(p) not in place for p, q in zip(now, self._members, strict=True)
+        ):
+            successor = {old: now[i] for old, i in place.items()}
+        else:
+            self._names = [self._names[place[id(p)]] if id(p) in place else None for p in now]
+            rename(self.param_groups, self._names)
+        replaced = [pair.replaced(lambda p: successor.get(id(p))) for pair in self._pairs]
+        check_swap(strangers=len(successor.keys() - place.keys()), gone=replaced.count(None))
+        kept = zip(self.report, replaced, strict=True)
+        self.report = replace(self.report, pairs=tuple(n for n, pair in kept if pair is not None))
+        self._pairs = [pair for pair in replaced if pair is not None]
+        self._by_hand = [
+            (successor[id(a)], successor[id(b)], *layout)
+            for a, b, *layout in self._by_hand
+            if {id(a), id(b)} <= successor.keys()
+        ]
+        self._members, self._plans = now, None
+        return self._pairs
+
+    # --- the step -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step the pairs as the method does, and all other parameters as the parent does.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the loss and its gradients. It is called once, first, with gradients enabled.
+
+        Returns
+        -------
+        The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plans = self._current_plans()
+        count_roundings(self.param_groups)
+        if self._watch is not None:
+            self._watch.note(self._pairs, self.report, self.param_groups)
+        parent_step = inherited(type(self), "step", LoRAOptimizer)
+        for plan in plans:
+            plan.run(self, parent_step)
+        return loss
+
+    def _init_group(self, *args: Any) -> Any:
+        """Called by the steps of torch's own optimizers."""
+        return inherited(type(self), "_init_group", LoRAOptimizer)(self, *args)
+
+    def _current_plans(self) -> list[Plan]:
+        """The plans, rebuilt when their inputs (see `signature`) have changed."""
+        pairs = self._current_pairs()
+        if torch.compiler.is_compiling():  # the graph is what is kept, and torch guards it
+            return self._new_plans(pairs)
+        choices = [self._choices(group) for group in self.param_groups]
+        now = signature(pairs, self.param_groups, choices)
+        if self._plans is None or self._plans[0] != now:
+            self._plans = (now, self._new_plans(pairs))
+        return self._plans[1]
+
+    def _new_plans(self, pairs: list[TensorPair]) -> list[Plan]:
+        check_layouts(pairs)
+        for pair in pairs:
+            for p in pair.params:
+                check_grad(p)
+            if why := misfit(pair.A, pair.B):
+                raise NamespaceError(why)
+        check_start(self, pairs)
+        check_orphans(self, pairs)
+        return self._make_plans(pairs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._extra}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._step_supports_amp_scaling = False
+        self._plans = None

@@ -1,0 +1,228 @@
+"""A torch optimizer out of any method: its pure step over the pairs, the parent's over the rest."""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlora.core.checks import check_nonnegative
+from rlora.core.errors import PairingError
+from rlora.core.state import flatten_state
+from rlora.core.transform import Transform
+from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
+from rlora.torch.optimizers.saved_order import ELEMENTWISE
+from rlora.torch.optimizers.state_dict import Shapes
+from rlora.torch.pairing.discovery import Pairs, without_middles
+from rlora.torch.pairing.pairs import TensorPair, is_distributed
+from rlora.torch.step.method_batch import places_in, portions, start_of
+from rlora.torch.step.plan import Plan, Work
+
+Method = Callable[..., Transform]
+
+PLAIN = {"lr", "betas", "eps", "weight_decay", "momentum", "maximize"}
+"""Options that the parent keeps in its groups too."""
+
+MOMENTUM = {"betas", "momentum"}
+"""Options that OneCycleLR and CyclicLR cycle if they are among the defaults: so those that only the
+parent has, without effect on the pairs, must not be there."""
+
+
+class MethodOptimizer(LoRAOptimizer):
+    """Class that `optimizer_class` puts in front of AdamW or SGD. Not to be used by itself."""
+
+    method: Method
+    """Gives the transform for the options of a group."""
+
+    _options: dict[str, Any]
+    """The method's hyperparameters with their defaults; not asked of it in a compiled step."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        pairs: Pairs = None,
+        adapter: str | None = None,
+        scaling: float | None = None,
+        stochastic_rounding: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        **options: Any,
+    ) -> None:
+        known = self._options
+        if unknown := sorted(options.keys() - known.keys()):
+            msg = f"{type(self).__name__} has no option {unknown[0]!r}; it has {', '.join(known)}"
+            raise TypeError(msg)
+        options = {**known, **options}
+        plain = {name: options.pop(name) for name in PLAIN & options.keys()}
+        super().__init__(
+            params,
+            lr=lr,
+            own={**options, "scaling": scaling, "stochastic_rounding": stochastic_rounding},
+            pairs=pairs,
+            adapter=adapter,
+            maximize=maximize,
+            foreach=foreach,
+            fused=fused,
+            **plain,
+        )
+        without = options.get("adam") is False  # a method with Adam on request: betas do nothing
+        for name in MOMENTUM if without else MOMENTUM - known.keys():
+            self.defaults.pop(name, None)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; see `LoRAOptimizer.add_param_group`."""
+        # The parent needs its numbers also where they are no longer among the defaults.
+        first = self.param_groups[0] if self.param_groups else {}
+        kept = {k: first[k] for k in MOMENTUM & first.keys() - self.defaults.keys()}
+        super().add_param_group({**kept, **param_group})
+
+    @staticmethod
+    def options_of(method: Method) -> tuple[inspect.Parameter, ...]:
+        """The hyperparameters of a method, as torch calls them."""
+        parameters = inspect.signature(method).parameters.values()
+        options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+        if not {"b1", "b2"} <= options.keys():
+            return tuple(options.values())
+        b1, b2 = options.pop("b1"), options.pop("b2")
+        defaults = (b1.default, b2.default)
+        betas = b1.replace(name="betas", default=defaults, annotation=tuple[float, float])
+        return betas, *options.values()
+
+    def _transform(self, group: Mapping[str, Any]) -> Transform:
+        return type(self).method(**self._chosen(group))
+
+    def _chosen(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a group for the method, under the names that it has for them."""
+        chosen = {name: group[name] for name in self._options}
+        if "betas" in chosen:
+            chosen["b1"], chosen["b2"] = chosen.pop("betas")
+        return chosen
+
+    def _choices(self, group: dict[str, Any]) -> list[Any]:
+        return [*super()._choices(group), bool(group.get("momentum"))]  # without one, no state
+
+    def _check_own(self, group: dict[str, Any]) -> None:
+        self._transform(group)
+        if (s := group["scaling"]) is not None:
+            check_nonnegative("scaling", s)
+            if s == 0:
+                msg = "scaling must be positive, or None for what each layer says, got 0"
+                raise ValueError(msg)
+
+    def _pair_up(self, scalings: Mapping[int, float]) -> None:
+        super()._pair_up(scalings)
+        self._pairs, self.report = without_middles(self._pairs, self.report)
+
+    def _make_plans(self, pairs: list[TensorPair]) -> list[Plan]:
+        owner = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        work: dict[Any, list[TensorPair]] = {}
+        for pair in pairs:
+            if len(groups := {owner[id(p)] for p in pair.moved}) > 1:
+                msg = (
+                    f"the factors of a pair of shapes {tuple(pair.A.shape)} and "
+                    f"{tuple(pair.B.shape)} are in two parameter groups; {type(self).__name__} "
+                    f"moves them together: put both in one (for two learning rates: LoRAPlus)"
+                )
+                raise PairingError(msg)
+            work.setdefault((is_distributed(pair.A), groups.pop()), []).append(pair)
+        batches: list[Work] = []
+        for (cut, group), members in work.items():
+            if cut:
+                from rlora.torch.step.dtensor_gather import (
+                    Gathered,  # DTensors take half a second to import
+                )
+
+                batches.append(Gathered(self, group, members))
+            else:
+                batches += portions(self, group, members)
+        paired = {id(p) for pair in pairs for p in pair.moved}
+        plain = [
+            [(p, p) for p in group["params"] if id(p) not in paired] for group in self.param_groups
+        ]
+        return [Plan(batches, plain)]
+
+    def _state_shapes(self) -> Callable[[Tensor], Shapes]:
+        plain = super()._state_shapes()
+        sides = {
+            id(p): (pair, side)
+            for pair in self._current_pairs()
+            for side, p in enumerate((pair.A, pair.B))
+        }
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        kinds: dict[Any, list[dict[str, torch.Size]]] = {}  # pairs of one shape are alike
+
+        def shapes_of(p: Tensor) -> Shapes:
+            if id(p) not in sides:
+                return plain(p)
+            pair, side = sides[id(p)]
+            kind = (id(groups[id(p)]), pair.views, p.dtype, p.device)
+            if kind not in kinds:
+                kinds[kind] = self._shapes_of_pair(pair, groups[id(p)])
+            return {**dict.fromkeys(ELEMENTWISE), **kinds[kind][side]}
+
+        return shapes_of
+
+    def _shapes_of_pair(
+        self, pair: TensorPair, group: Mapping[str, Any]
+    ) -> list[dict[str, torch.Size]]:
+        """Shapes of the state that A has, and of the state that B has."""
+        shapes: list[dict[str, torch.Size]] = [{}, {}]
+        for side, key, x in self._start_of(pair, group):
+            for k in (0, 1) if side is None else (side,):
+                shapes[k][key] = x.shape
+        return shapes
+
+    def _start_of(
+        self, pair: TensorPair, group: Mapping[str, Any]
+    ) -> Iterator[tuple[int | None, str, Tensor]]:
+        """The state of a pair before its first step: side (None for both), name and value."""
+        for member in (pair.whole() if is_distributed(pair.A) else pair).members():
+            flat = flatten_state(start_of(self._transform(group), [[member]], group["scaling"]))
+            for name, (_, side, key) in places_in(flat).items():
+                yield side, key + member.suffix, flat[name][0]
+
+    def _fresh_state(self) -> Callable[[Tensor], dict[str, Any]]:
+        plain = super()._fresh_state()
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        paired: dict[int, dict[str, Any]] = {}
+        for pair in self._pairs:
+            paired |= {id(p): {} for p in pair.moved}
+            if is_distributed(pair.A) or any(self.state.get(p) for p in pair[:2]):
+                continue
+            keeper = next(pair.members()).keepers[0]
+            for side, key, x in self._start_of(pair, groups[id(keeper)]):
+                paired[id(keeper if side is None else pair[side])][key] = x
+        return lambda p: paired[id(p)] if id(p) in paired else plain(p)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, of this class; see `ScaledAdamW.load_state_dict`.
+
+        The s of a pair is no memory of training: the group's `scaling` of the file counts, where
+        it is None what the layer says today, and the s in the state only where neither is known.
+        """
+        super().load_state_dict(state_dict)
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        for pair in self._current_pairs():
+            given = groups[id(pair.A)].get("scaling")
+            s = pair.scaling if given is None else given
+            if s is None:
+                continue
+            for p in pair.moved:
+                held = self.state.get(p, {})
+                for key in held:
+                    if "scaling" in key.split("."):
+                        held[key] = torch.full_like(held[key], s)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The parent would look for its own entries in the state of the pairs.
+        pairs = state.get("_pairs") or self._current_pairs()
+        paired = {id(p) for pair in pairs for p in pair.moved}
+        everything = state["state"]
+        plain = {p: held for p, held in everything.items() if id(p) not in paired}
+        super().__setstate__({**state, "state": plain})
+        self.state = defaultdict(dict, everything)

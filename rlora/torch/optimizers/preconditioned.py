@@ -1,0 +1,103 @@
+"""Torch optimizers on gradients preconditioned pair by pair: AdamW, SGD, and any other."""
+
+import inspect
+from typing import Any, ClassVar
+
+import torch
+
+from rlora.core.checks import check_choice
+from rlora.core.linalg import DampingMode, check_damping
+from rlora.core.placement import Placement
+from rlora.core.transform import Order
+from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
+from rlora.torch.pairing.discovery import Pairs
+from rlora.torch.pairing.pairs import TensorPair
+from rlora.torch.step.compiling import inherited
+from rlora.torch.step.kernels import SGD, AdamW, Kernel, has_kernel
+from rlora.torch.step.listwise import Recipe
+from rlora.torch.step.plan import Plan
+from rlora.torch.step.standins import StandIns, is_narrow
+from rlora.torch.step.steps import steps_of
+
+KERNELS: dict[Any, type[Kernel]] = {torch.optim.AdamW: AdamW, torch.optim.SGD: SGD}
+
+
+class GramPreconditioned(LoRAOptimizer):
+    """Class that `precondition` puts in front of an optimizer class. Not to be used by itself."""
+
+    order: Order
+    """Order of the updates: both factors at once, or B after A."""
+
+    _kernel: ClassVar[type[Kernel]]
+    """The kernel of torch's own AdamW and SGD; the step of any other parent, over stand-ins."""
+
+    _extra = (*LoRAOptimizer._extra, "order")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._kernel = next((k for kind, k in KERNELS.items() if _steps_as(cls, kind)), StandIns)
+
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        pairs: Pairs = None,
+        adapter: str | None = None,
+        damping: float = 1e-4,
+        damping_mode: DampingMode = "covariant",
+        placement: Placement = "before",
+        order: Order = "jacobi",
+        compute_dtype: str | None = None,
+        stochastic_rounding: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_choice("order", order, Order)
+        self.order = order
+        own = Recipe(damping, damping_mode, placement, compute_dtype, stochastic_rounding)
+        super().__init__(params, *args, own=own._asdict(), pairs=pairs, adapter=adapter, **kwargs)
+        for p in (p for pair in self._pairs for p in pair.moved):  # parents that make state at once
+            held = self.state.get(p, {})
+            held.update((key, x.float()) for key, x in held.items() if is_narrow(x))
+
+    def _check_own(self, group: dict[str, Any]) -> None:
+        check_damping(group["damping"], group["damping_mode"], group["compute_dtype"])
+        check_choice("placement", group["placement"], Placement)
+        if group["placement"] != "before" and self._kernel is not AdamW:
+            msg = (
+                f"placement {group['placement']!r} needs decoupled weight decay and moments that "
+                f"do not see the parameters: it works over AdamW with torch's own step, not over "
+                f"{type(self).__name__}; use placement='before'"
+            )
+            raise ValueError(msg)
+
+    def _choices(self, group: dict[str, Any]) -> list[Any]:
+        # What decides in which memory a step works, and what state it then has.
+        flags = [group.get(name) for name in ("amsgrad", "capturable", "fused")]
+        return [*super()._choices(group), has_kernel(group), *flags]
+
+    def _make_plans(self, pairs: list[TensorPair]) -> list[Plan]:
+        """One plan, or with Gauss-Seidel one a side."""
+        paired = {id(p) for pair in pairs for p in pair.moved}
+        plans = []
+        for sides in ("AB",) if self.order == "jacobi" else ("A", "B"):
+            steps, stand_ins = steps_of(self, self._kernel, pairs, sides)
+            plain = sides[0] == "A"
+            members = [
+                [
+                    (p, stand_ins.get(id(p), p))
+                    for p in group["params"]
+                    if id(p) in stand_ins or (plain and id(p) not in paired)
+                ]
+                for group in self.param_groups
+            ]
+            plans.append(Plan(steps, members))
+        return plans
+
+
+def _steps_as(kind: type, parent: Any) -> bool:
+    """Return whether a class steps as torch's own class does."""
+    return issubclass(kind, parent) and all(
+        inspect.unwrap(inherited(kind, name, LoRAOptimizer))
+        is inspect.unwrap(getattr(parent, name))
+        for name in ("step", "_init_group")
+    )

@@ -1,0 +1,202 @@
+"""Loading of a saved state: all of it is checked first, and none is cast to a narrower dtype."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+from torch.optim import Optimizer
+
+from rlora.core.errors import ShapeError
+from rlora.torch.optimizers.saved_order import ELEMENTWISE, as_groups_are
+from rlora.torch.pairing.pairs import TensorPair
+from rlora.torch.pairing.sharding_checks import check_kind
+
+Shapes = Mapping[str, Size | None]
+
+OF_METHODS = {"mu", "count", "scaling", "inverse", "frame", "turn"}
+"""Words in the names of the state of method classes, each of which has one."""
+
+
+class Ids(list[Any]):
+    """Ids of a saved group: torch asks for every tensor of the state whether its id is here."""
+
+    def __init__(self, ids: Iterable[Any] = ()) -> None:
+        super().__init__(ids)
+        self._known = set(self)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._known
+
+
+class LoadsState(Optimizer, ABC):
+    """The loading of an optimizer that knows pairs. Not to be used by itself."""
+
+    _own: tuple[str, ...]
+    _names: list[str | None]
+    _pairs: list[TensorPair]
+
+    @abstractmethod
+    def _current_pairs(self) -> list[TensorPair]:
+        """The pairs as the groups hold them now."""
+
+    def _state_shapes(self) -> Callable[[Tensor], Shapes]:
+        """Shapes of each parameter's saved state; None is a state that it may not have."""
+        return lambda p: dict.fromkeys(ELEMENTWISE, p.shape)
+
+    def _fresh_state(self) -> Callable[[Tensor], dict[str, Any]]:
+        """The state that a parameter has at its first step, as far as the parent is known."""
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        paired = {id(p) for pair in self._pairs for p in pair.moved}
+
+        def fresh(p: Tensor) -> dict[str, Any]:
+            group = groups[id(p)]
+            wide = torch.promote_types(p.dtype, torch.float32) if id(p) in paired else p.dtype
+            zeros = partial(torch.zeros_like, p, dtype=wide, requires_grad=False)
+            if isinstance(self, torch.optim.AdamW):
+                keys = ELEMENTWISE[: 3 if group["amsgrad"] else 2]
+                return {"step": torch.tensor(0.0), **{key: zeros() for key in keys}}
+            if isinstance(self, torch.optim.SGD) and group["momentum"] and not group["dampening"]:
+                return {"momentum_buffer": zeros()}
+            return {}
+
+        return fresh
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch's optimizers give it, with an entry for every trainable parameter.
+
+        Once there is any state: what never had a gradient, as an expert that no token was sent to,
+        has the one it will begin with. torch.distributed.checkpoint takes a missing one for an
+        error, and what a file lacks it would fill with a step that has been counted.
+        """
+        saved = super().state_dict()
+        if saved["state"]:
+            fresh = self._fresh_state()
+            for i, p in self._owners(saved):
+                if p.requires_grad and i not in saved["state"]:
+                    saved["state"][i] = fresh(p)
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, of this optimizer or of the plain parent; whole or not at all.
+
+        Moments of paired factors keep their dtype, at least float32, whatever the parameters have.
+        Where both have names, a state goes to the parameter of its name, in whatever order and
+        groups they were saved. Without names it goes by place as in torch, and where the groups
+        differ by shape, if that is unambiguous; frozen parameters without state may be missing
+        on either side.
+
+        As in torch all options of the saved groups come along: learning rate, ``betas``, ``eps``,
+        weight decay and the parent's flags. What a saved group lacks, as one of the plain parent
+        lacks damping and placement, stays as constructed, and so do options on which saved
+        groups disagree that are one here.
+
+        Parameters
+        ----------
+        state_dict : dict
+            From `state_dict`.
+
+        Raises
+        ------
+        ShapeError, ShardingError
+            When a saved moment has another shape than its parameter, is one of an optimizer that
+            keeps others, or is whole and the parameter is sharded, or the other way round; nothing
+            has been loaded then. A ShapeError too where there are no names, the groups differ, and
+            shapes do not identify the owner of each state.
+        ValueError
+            When a trainable parameter is not among the saved names, or a saved one with state is
+            not here.
+        """
+        incoming: list[dict[str, Any]] = []
+
+        def take(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            incoming.append(self._completed(saved))
+            return incoming[-1]
+
+        def restore(_: Optimizer) -> None:
+            self._restore_dtypes(incoming[-1])
+
+        handles = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        load = super().load_state_dict
+        if getattr(load, "__func__", None) is not Optimizer.load_state_dict:
+            state_dict = take(self, state_dict)  # a parent's own loading may run no hooks
+        kept = self.state, self.param_groups
+        try:
+            load(state_dict)
+        except BaseException:  # torch may find out late, when both are those of the file already
+            self.state, self.param_groups = kept
+            raise
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _owners(self, saved: dict[str, Any]) -> list[tuple[Any, Tensor]]:
+        """(id in the saved state, parameter)."""
+        ids = [i for group in saved["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        return list(zip(ids, params, strict=True))
+
+    def _completed(self, saved: dict[str, Any]) -> dict[str, Any]:
+        self._current_pairs()  # names follow the parameters as they are now
+        saved = as_groups_are(saved, self.param_groups, self._names)
+        shapes_of = self._state_shapes()
+        for i, p in self._owners(saved):
+            _check(i, saved["state"].get(i, {}), p, shapes_of(p))
+        groups = [
+            {**{name: mine[name] for name in self._own}, **theirs}
+            for mine, theirs in zip(self.param_groups, saved["param_groups"], strict=True)
+        ]
+        params = ({**group, "params": Ids(group["params"])} for group in groups)  # found fast
+        return {**saved, "param_groups": list(params)}
+
+    def _restore_dtypes(self, saved: dict[str, Any]) -> None:
+        """Undo torch's cast of every state to its parameter's dtype."""
+        paired = {id(p) for pair in self._current_pairs() for p in pair.moved}
+        for i, p in self._owners(saved):
+            for key, value in saved["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
+                    least = torch.float32 if id(p) in paired else value.dtype
+                    dtype = torch.promote_types(value.dtype, least)
+                    self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
+
+
+def _check(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> None:
+    """ShapeError or ShardingError unless the saved tensors of a parameter are as they should be."""
+    for key, value in _tensors(state):
+        if key not in shapes and not _of_method(key, value):
+            continue
+        shape = shapes.get(key)
+        if shape is None:
+            wanted = ", ".join(name for name in shapes if shapes[name] is not None)
+            msg = (
+                f"saved {key} of parameter {i} is the state of another optimizer; this one "
+                f"keeps {wanted or 'nothing'} for it: begin without the saved state"
+            )
+            raise ShapeError(msg)
+        if key in ELEMENTWISE:  # a method's state is whole on every process
+            check_kind(f"{key} of parameter {i}", value, p)
+        if value.shape != shape:
+            msg = (
+                f"saved {key} of parameter {i} has shape {tuple(value.shape)}, expected "
+                f"{tuple(shape)}; was the rank changed?"
+            )
+            raise ShapeError(msg)
+
+
+def _of_method(key: str, value: Tensor) -> bool:
+    words = OF_METHODS & {*key.split(".")}
+    return bool(words) and (words != {"mu"} or value.ndim > 1)  # torch's ASGD has a number mu
+
+
+def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """By name, also those that bitsandbytes wraps in a dict of its own."""
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _tensors(value)
+        elif isinstance(value, Tensor):
+            yield key, value

@@ -1,0 +1,243 @@
+"""Pairs of torch parameters: found by name, declared by module attributes, or given by hand."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from rlora.core.errors import NamespaceError, PairingError, ShapeError
+from rlora.core.layout import Layout
+from rlora.pairing import (
+    Convention,
+    Known,
+    Pair,
+    PairReport,
+    Source,
+    find_pairs as find_named_pairs,
+    is_factor,
+    nothing_paired,
+    pairs_by_order,
+)
+from rlora.pairing.find import check_source
+from rlora.pairing.report import number_of
+from rlora.torch.pairing.modules import in_group, what_modules_know
+from rlora.torch.pairing.pairs import TensorPair
+from rlora.torch.pairing.param_groups import misfit, trainable
+from rlora.torch.pairing.sharding_checks import check_whole
+
+ByHand: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Layout]
+"""A and B, and how they lie where that is not (r, n) and (m, r)."""
+
+Pairs: TypeAlias = Iterable[ByHand] | Source | Literal["by_order"] | None
+"""Pairs by hand, or where names of pairs come from; by default from the known conventions."""
+
+
+def in_order(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, Tensor]]:
+    """The pairs among the trainable tensors of groups, across them, by order and shapes."""
+    given = [p for group in groups for p in group["params"]]
+    tensors = [p[1] if isinstance(p, tuple) else p for p in given]
+    tensors = [p for p in tensors if p.requires_grad]  # model.parameters() has the base too
+    places = pairs_by_order([tuple(p.shape) for p in tensors])
+    return [(tensors[a], tensors[b]) for a, b in places]
+
+
+def find_pairs(
+    params: nn.Module | Iterable[tuple[str, Tensor]],
+    *,
+    adapter: str | None = None,
+    pairs: Source | None = None,
+) -> PairReport:
+    """The pairs that an optimizer of `rlora.torch` would find, without building it.
+
+    Parameters
+    ----------
+    params : Module or iterable of (str, Tensor)
+        A model, or its ``named_parameters()``. Of a model, only trainable parameters count, and
+        the frozen partners of trainable factors; and its modules tell what shapes cannot: the
+        experts of PEFT, the blocks of loralib and litgpt, activations between the factors.
+    adapter : str, optional
+        Only pairs of this adapter.
+    pairs : Convention or several, sequence of names, or callable
+        See `rlora.find_pairs`.
+
+    Returns
+    -------
+    PairReport
+        Print it to see what was found.
+
+    Raises
+    ------
+    ShardingError
+        When factors have been flattened or cut by a sharding scheme.
+
+    Examples
+    --------
+    >>> import torch, rlora.torch
+    >>> layer = torch.nn.Module()
+    >>> layer.lora_A = torch.nn.Parameter(torch.ones(4, 16))
+    >>> layer.lora_B = torch.nn.Parameter(torch.zeros(32, 4))
+    >>> len(rlora.torch.find_pairs(layer))
+    1
+    """
+    given = params if isinstance(params, nn.Module) else list(params)
+    known = what_modules_know(given)
+    named = trainable(given, pairs, known) if isinstance(given, nn.Module) else given
+    return match(named, known, adapter, pairs)[1]
+
+
+def split_source(pairs: Pairs) -> tuple[list[Any], Source | None]:
+    """Pairs by hand, or where their names come from."""
+    check_source(pairs)
+    if pairs is None or callable(pairs) or isinstance(pairs, Convention):
+        return [], pairs
+    given: list[Any] = list(pairs)
+    check_source(given)
+    names = [isinstance(x, Convention) or isinstance(x[0], str) for x in given]
+    return ([], given) if names and all(names) else (given, None)
+
+
+def told_apart(
+    groups: Sequence[Sequence[tuple[str, Tensor]]], known: Known | None, source: Source | None
+) -> list[tuple[str, Tensor]]:
+    """Named tensors of all groups; names that several groups have say the group.
+
+    A factor without a partner in its own group keeps its name: it may have one in another.
+    """
+    named = [item for group in groups for item in group]
+    count = Counter(name for name, _ in named)
+    doubled = {name for name in count if count[name] > 1}
+    if not doubled or any(len(dict(group)) < len(group) for group in groups):
+        return named
+    given: Any = [source] if source is None or isinstance(source, Convention) else source
+    if callable(source) or any(not isinstance(x, Convention | None) for x in given):
+        return named  # whoever gives names of pairs knows which
+    found = list[tuple[str, Tensor]]()
+    for i, group in enumerate(groups):
+        refused = find_named_pairs(group, pairs=source, known=known).refused
+        alone = {name for name in refused if source is not None or is_factor(name)}
+        found += [(in_group(i, n) if n in doubled - alone else n, p) for n, p in group]
+    return found
+
+
+def match(
+    named: Sequence[tuple[str, Tensor]],
+    known: Known | None,
+    adapter: str | None = None,
+    source: Source | None = None,
+) -> tuple[list[TensorPair], PairReport]:
+    """The pairs among named tensors; of those that cannot work together, the reason."""
+    check_whole(named)
+    report = find_named_pairs(named, adapter=adapter, pairs=source, known=known)
+    tensors = dict(named)
+    pairs: dict[Pair, TensorPair] = {}
+    refused, tied = dict(report.refused), dict[str, str]()
+    owners: dict[int, tuple[Pair, int]] = {}  # of memory: the pair, and the side in it
+    for pair in report:
+        a, b = tensors[pair.a], tensors[pair.b]
+        middle = None if pair.middle is None else tensors[pair.middle]
+        known_a, known_b = owners.get(memory(a)), owners.get(memory(b))
+        if why := misfit(a, b):
+            refused |= {pair.a: why, pair.b: why}
+        elif known_a is None and known_b is None:
+            owners |= {memory(a): (pair, 0), memory(b): (pair, 1)}
+            pairs[pair] = TensorPair(a, b, pair.views, middle)
+        else:
+            first, turned = _owner_of_both(pair, known_a, known_b)
+            pairs[first] = pairs[first].with_twins(*((b, a) if turned else (a, b)))
+            names = (first.b, first.a) if turned else (first.a, first.b)
+            tied |= dict(zip((pair.a, pair.b), names, strict=True))
+    plain = tuple(name for name in report.plain if moves(tensors[name]))
+    return list(pairs.values()), PairReport(tuple(pairs), plain, refused, tied)
+
+
+def moves(p: Tensor) -> bool:
+    """Return whether a step can move a parameter: a frozen one never gets a gradient."""
+    return p.requires_grad or p.grad is not None
+
+
+def memory(p: Tensor) -> int:
+    """Address of a parameter's memory, its id if it has none: equal where memory is shared."""
+    return p.data_ptr() or id(p)
+
+
+Owner: TypeAlias = tuple[Pair, int] | None
+"""The pair that has a memory already, and the side on which."""
+
+
+def _owner_of_both(pair: Pair, of_a: Owner, of_b: Owner) -> tuple[Pair, bool]:
+    """The pair that has the memory of both factors of another, and whether in swapped roles."""
+    if of_a is None or of_b is None or of_a[0] is not of_b[0]:
+        msg = (
+            f"{pair.a} or {pair.b} shares its memory with a factor of another pair, but its "
+            f"partner does not: a tied factor has no single partner; leave one of the pairs out"
+        )
+        raise PairingError(msg)
+    return of_a[0], of_a[1] == 1
+
+
+def check_explicit(
+    pairs: Iterable[Any], members: Sequence[Tensor]
+) -> tuple[list[TensorPair], PairReport]:
+    """Pairs given by hand: every one must be right, and among the parameters, and there once."""
+    known = {id(p) for p in members}
+    used: set[int] = set()
+    checked: list[TensorPair] = []
+    report: list[Pair] = []
+    for i, pair in enumerate(pairs):
+        where = f"pairs[{i}]"
+        if not (isinstance(pair, (tuple, list)) and len(pair) in (2, 3)):
+            msg = f"{where} must be (A, B) or (A, B, Layout), got {type(pair).__name__}"
+            raise PairingError(msg)
+        a, b, layout = (*pair, Layout())[:3]
+        if missing := [letter for letter, p in (("A", a), ("B", b)) if id(p) not in known]:
+            msg = f"{' and '.join(missing)} of {where} is not among the optimizer's parameters"
+            raise PairingError(msg)
+        if used & {id(a), id(b)} or a is b:
+            msg = f"{where} has a factor of another pair; a tied factor has no single partner"
+            raise PairingError(msg)
+        used |= {id(a), id(b)}
+        try:
+            views = layout.views(tuple(a.shape), tuple(b.shape))
+        except ShapeError as error:
+            msg = (
+                f"{where} does not fit: A is {tuple(a.shape)} and B is {tuple(b.shape)}, but A "
+                f"must be (r, n) and B (m, r) with the same r, or lie as a Layout says ({error})"
+            )
+            raise ShapeError(msg) from error
+        if why := misfit(a, b):
+            msg = f"{where}: {why}"
+            raise NamespaceError(msg)
+        checked.append(TensorPair(a, b, views))
+        report.append(Pair(where, f"{where}[0]", f"{where}[1]", views))
+    plain = [f"parameter {i}" for i, p in enumerate(members) if id(p) not in used and moves(p)]
+    return checked, PairReport(tuple(report), tuple(plain))
+
+
+def no_pair(names: Sequence[str | None], report: PairReport, kind: str) -> PairingError:
+    """The error for parameters among which there is no pair, or that have no names."""
+    if report.refused or not names or any(name is not None for name in names):
+        return nothing_paired((name for name in names if name is not None), report)
+    msg = (
+        f"no LoRA pair among {number_of(len(names), 'parameter')} without names; give the model, "
+        f"its named_parameters(), groups of (name, tensor), or pairs=[(A, B), ...], or "
+        f"pairs='by_order' where every A comes before its B; in transformers' Trainer "
+        f"optimizer_cls_and_kwargs=(lambda: {kind}, {{...}}) hands over the model"
+    )
+    return PairingError(msg)
+
+
+def without_middles(
+    pairs: Sequence[TensorPair], report: PairReport
+) -> tuple[list[TensorPair], PairReport]:
+    """Pairs that are plain products; of the others, which an optimizer cannot take, the reason."""
+    plain = tuple(pair for pair in report if pair.middle is None)
+    refused = {
+        name: f"the diagonal {pair.middle} stands between the factors; ScaledAdamW can take it"
+        for pair in report
+        if pair.middle is not None
+        for name in (pair.a, pair.b)
+    }
+    kept = [pair for pair in pairs if pair.middle is None]
+    return kept, replace(report, pairs=plain, refused={**report.refused, **refused})

@@ -1,0 +1,187 @@
+"""Pairs of torch parameters, and how they are seen as factors."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from rlora.core.errors import PairingError
+from rlora.core.factors import Factors
+from rlora.core.layout import Shape, Views, read_pairs
+
+
+class TensorPair(NamedTuple):
+    """Two parameters, and their views as factors.
+
+    Parameters
+    ----------
+    A, B : Tensor
+        As they are stored.
+    views : tuple of (View, View)
+        Views of the factors in them.
+    middle : Tensor, optional
+        AdaLoRA's diagonal: the product is ``B diag(e) A``.
+    twins : tuple of (Tensor, ...)
+        Tied parameters, which share the memory of A and of B: their gradients are added.
+    owners : tuple of (Tensor, Tensor), optional
+        The parameters that own the state, where A and B are only copies.
+    scaling : float, optional
+        The s of ``W0 + s B A``, where the model says it.
+    """
+
+    A: Tensor
+    B: Tensor
+    views: tuple[Views, ...]
+    middle: Tensor | None = None
+    twins: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] = ((), ())
+    owners: tuple[Tensor, Tensor] | None = None
+    scaling: float | None = None
+
+    @property
+    def moved(self) -> tuple[Tensor, ...]:
+        """Every parameter that is updated with the pair."""
+        return (self.A, self.B, *self.twins[0], *self.twins[1])
+
+    @property
+    def params(self) -> tuple[Tensor, ...]:
+        """Every parameter that the step reads."""
+        return self.moved if self.middle is None else (*self.moved, self.middle)
+
+    def gradient(self, side: int) -> Tensor | None:
+        """The gradient of A (0) or B (1), with those of its tied parameters."""
+        p, twins = self[:2][side], self.twins[side]
+        if not twins:
+            return p.grad
+        grads = [q.grad if _lies_as(q, p) else q.grad.mT for q in (p, *twins) if q.grad is not None]
+        return torch.stack(grads).sum(0) if grads else None
+
+    def with_twins(self, A: Tensor, B: Tensor) -> "TensorPair":
+        """The pair with two more tied parameters, of the memory of A and B."""
+        for p, twin in ((self.A, A), (self.B, B)):
+            if not (_lies_as(twin, p) or _lies_as(twin.mT, p)):
+                msg = (
+                    f"tied factors of shapes {tuple(p.shape)} and {tuple(twin.shape)} are neither "
+                    f"the same nor the transpose of each other"
+                )
+                raise PairingError(msg)
+        return self._replace(twins=((*self.twins[0], A), (*self.twins[1], B)))
+
+    def whole(self) -> "TensorPair":
+        """The same of whole tensors, zero, whose state belongs to the parameters of this one."""
+        A, B = (torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in (self.A, self.B))
+        owners = (self.A, self.B)
+        return TensorPair(A, B, self.views, owners=owners, scaling=self.scaling)
+
+    def members(self) -> "Iterator[Member]":
+        """The pair's products one by one."""
+        several = len(self.views) > 1
+        for i, views in enumerate(self.views):
+            plain = (views[0].is_plain, views[1].is_plain)
+            yield Member(self, views, f".{i}" if several else "", plain)
+
+    def factors(self) -> list[Factors]:
+        """The factors, whose Grams are the partners' metrics; a diagonal counts with both."""
+        A, B = self.A.detach(), self.B.detach()
+        if self.middle is not None:
+            e = self.middle.detach().view(-1)
+            A, B = A * e[:, None], B * e  # (r, n), (m, r)
+        return read_pairs(self.views, A, B)
+
+    def replaced(self, successor: Callable[[Tensor], Tensor | None]) -> "TensorPair | None":
+        """The pair of the successors of its parameters; None where A, B or the diagonal has none.
+
+        Parameters
+        ----------
+        successor : callable
+            Gives what stands in a parameter's place now, or None.
+        """
+        core = [None if p is None else successor(p) for p in (self.A, self.B, self.middle)]
+        if core[0] is None or core[1] is None or (self.middle is not None and core[2] is None):
+            return None
+        twins = [tuple(q for p in side if (q := successor(p)) is not None) for side in self.twins]
+        return self._replace(A=core[0], B=core[1], middle=core[2], twins=(twins[0], twins[1]))
+
+
+class Member(NamedTuple):
+    """One product, or one stack of products, of a pair."""
+
+    pair: TensorPair
+    views: Views
+    suffix: str
+    """Suffix in the names of its state that distinguishes it from others of its pair."""
+    plain: tuple[bool, bool]
+    """True for A, and for B, if the parameter is the factor itself."""
+
+    @property
+    def params(self) -> tuple[Tensor, Tensor]:
+        """The parameters it lies in."""
+        return self.pair.A, self.pair.B
+
+    @property
+    def owners(self) -> tuple[Tensor, Tensor]:
+        """The parameters that own the state."""
+        return self.pair.owners or self.params
+
+    @property
+    def keepers(self) -> tuple[Tensor, Tensor]:
+        """The parameter whose state holds the entries that a pair has once, and its partner.
+
+        That of A, or that of B where A is frozen: the state of frozen parameters is not loaded by
+        everyone.
+        """
+        A, B = self.owners
+        return (B, A) if B.requires_grad and not A.requires_grad else (A, B)
+
+    @property
+    def shapes(self) -> tuple[Shape, Shape]:
+        """Shapes of its factors."""
+        return self.views[0].shape, self.views[1].shape
+
+    def read(self, side: int) -> Tensor:
+        """One of its factors."""
+        p = self.params[side].detach()
+        return p if self.plain[side] else cast("Tensor", self.views[side].read(p))
+
+    def write(self, side: int, factor: Tensor) -> Tensor:
+        """The inverse of `read`: the values of `part` of the parameter that hold this factor."""
+        return factor if self.plain[side] else cast("Tensor", self.views[side].write(factor))
+
+    def part(self, side: int) -> Tensor:
+        """The rows of the parameter in which the factor lies."""
+        return cast("Tensor", self.views[side].part(self.params[side]))
+
+    def gradient(self, side: int) -> Tensor | None:
+        """The gradient of one of its factors."""
+        grad = self.pair.gradient(side)
+        if grad is None or self.plain[side]:
+            return grad
+        return cast("Tensor", self.views[side].read(grad.detach()))
+
+
+def signature(
+    pairs: Iterable[TensorPair], groups: Iterable[dict[str, Any]], choices: Sequence[Any]
+) -> tuple[Any, ...]:
+    """Inputs of a plan, which is rebuilt when they change."""
+    seen = []
+    for p in (p for pair in pairs for p in pair.params):
+        grad = p.grad
+        layout = 0 if grad is None else grad.layout
+        memory = p.data_ptr() or local(p).data_ptr()  # a DTensor returns 0
+        seen.append((memory, p.dtype, type(grad), layout))
+    return seen, choices, [(id(group), len(group["params"])) for group in groups]
+
+
+def is_distributed(p: Any) -> bool:
+    """Return whether a tensor is a DTensor, without importing the distributed package."""
+    return hasattr(p, "device_mesh")
+
+
+def local(p: Any) -> Tensor:
+    """The piece of a DTensor that this process has, another tensor itself: inside a step."""
+    return cast("Tensor", p.to_local() if is_distributed(p) else p)
+
+
+def _lies_as(p: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same entries at the same places of one memory."""
+    return p.shape == other.shape and p.stride() == other.stride()

@@ -1,0 +1,159 @@
+"""From what people hand to a torch optimizer to named groups, and what a factor must be."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from rlora.core.checks import plain_number
+from rlora.core.errors import NamespaceError, PairingError, ShardingError
+from rlora.pairing import Known, Source, find_pairs as find_named_pairs, is_factor
+from rlora.pairing.report import number_of
+from rlora.torch.pairing.pairs import is_distributed
+
+
+def trainable(
+    model: nn.Module, pairs: Source | None = None, known: Known | None = None
+) -> list[tuple[str, Tensor]]:
+    """Named trainable parameters, and the frozen partners of trainable LoRA factors.
+
+    A frozen factor gets neither gradients nor updates, but its Gram preconditions the other.
+    """
+    named = dict(model.named_parameters())
+    wanted = {name for name, p in named.items() if p.requires_grad}
+    for pair in find_named_pairs(named, pairs=pairs, known=known):
+        factors = {name for name in (pair.a, pair.b, pair.middle) if name is not None}
+        if wanted & factors:
+            wanted |= factors
+    return [(name, p) for name, p in named.items() if name in wanted]
+
+
+def as_groups(
+    params: Any, pairs: Source | None = None, known: Known | None = None
+) -> list[dict[str, Any]]:
+    """Parameter groups as torch takes them, with names where there are any."""
+    if isinstance(params, nn.Module):
+        params = trainable(params, pairs, known) or _nothing_trainable(params)
+    if isinstance(params, Tensor):
+        msg = "params must be a model, named_parameters(), tensors or groups, got one Tensor"
+        raise TypeError(msg)
+    items = list(params)
+    if not items:
+        _nothing_trainable()
+    if not isinstance(items[0], dict):
+        return [{"params": items}]
+    groups = [{**group, "params": as_list(group["params"], pairs, known)} for group in items]
+    if not any(group["params"] for group in groups):
+        _nothing_trainable(*(g["params"] for g in items if isinstance(g["params"], nn.Module)))
+    if any(isinstance(p, tuple) for group in groups for p in group["params"]):
+        for group in groups:  # torch takes groups with names or without; an empty one has none
+            if not group["params"]:
+                group["param_names"] = []
+    return groups
+
+
+def plain_numbers(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a group with Python's numbers, so that any file and any kernel takes them."""
+    return {k: v if k == "params" else plain_number(v) for k, v in options.items()}
+
+
+def split_names(group: dict[str, Any]) -> list[str] | None:
+    """Take the names out of a group, its ``params`` being tensors then; None if it has none."""
+    params = group["params"]
+    names: list[str] | None = group.pop("param_names", None)
+    if params and all(isinstance(p, tuple) for p in params):  # torch refuses a mixture
+        names, group["params"] = [p[0] for p in params], [p[1] for p in params]
+    if names is not None and len(names) != len(group["params"]):
+        msg = f"a group has {len(group['params'])} params, but {len(names)} param_names"
+        raise ValueError(msg)
+    return names
+
+
+def rename(groups: list[dict[str, Any]], names: Iterable[str | None]) -> None:
+    """Give groups whose parameters were changed by hand the names of those they have."""
+    rest = iter(names)
+    for group in groups:
+        own = [next(rest) for _ in group["params"]]
+        if group.pop("param_names", None) is not None and None not in own:
+            group["param_names"] = own
+
+
+@contextmanager
+def without_names(groups: list[dict[str, Any]]) -> Iterator[None]:
+    """Hide the names of groups from torch, which wants them of all groups or of none."""
+    names = [group.pop("param_names", None) for group in groups]
+    try:
+        yield
+    finally:
+        for group, kept in zip(groups, names, strict=False):
+            if kept is not None:
+                group["param_names"] = kept
+
+
+def _nothing_trainable(*models: nn.Module) -> NoReturn:
+    """Say why there is nothing to train: a frozen adapter, a merged one, or an unknown reason."""
+    factors = [name for m in models for name, _ in m.named_parameters() if is_factor(name)]
+    load = "PeftModel.from_pretrained(model, path, is_trainable=True)"
+    if factors:
+        msg = (
+            f"no parameter of the model is trainable: its {number_of(len(factors), 'LoRA factor')},"
+            f" such as {factors[0]}, are frozen; load the adapter by {load}, or call "
+            f"requires_grad_(True) on its factors first"
+        )
+    elif models:
+        msg = (
+            f"no parameter of the model ({type(models[0]).__name__}) is trainable and none is a "
+            f"LoRA factor: it has no adapter yet, or none any more, as after merge_and_unload() or "
+            f"unload(); build the optimizer while the adapter is in the model"
+        )
+    else:
+        msg = (
+            f"got an empty parameter list: a merged adapter has no parameters, and one loaded "
+            f"without is_trainable is frozen; load it by {load}, and give the model itself"
+        )
+    raise PairingError(msg)
+
+
+def as_list(params: Any, pairs: Source | None = None, known: Known | None = None) -> list[Any]:
+    """A group's params as a list, of a model with names."""
+    if isinstance(params, nn.Module):
+        return trainable(params, pairs, known)
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+def misfit(a: Tensor, b: Tensor) -> str | None:
+    """The reason why two tensors of fitting shapes cannot be a pair, or None."""
+    if a.dtype != b.dtype or a.device != b.device:
+        return (
+            f"the factors are {a.dtype} on {a.device} and {b.dtype} on {b.device}; "
+            f"bring both to one dtype and device"
+        )
+    if not a.is_floating_point():
+        return f"the factors have dtype {a.dtype}; they must be real floating-point tensors"
+    return None
+
+
+def check_grad(p: Tensor) -> None:
+    """Refuse a gradient that the arithmetic is not made for, before any parameter changes."""
+    if p.is_meta:
+        msg = (
+            f"a LoRA factor of shape {tuple(p.shape)} is on the meta device and has no values; "
+            f"load the model, or model.to_empty(device=...) and initialise it, before a step"
+        )
+        raise NamespaceError(msg)
+    grad = p.grad
+    if grad is None:
+        return
+    if grad.layout != torch.strided or not grad.is_floating_point():
+        kind = "sparse" if grad.layout != torch.strided else str(grad.dtype)
+        msg = (
+            f"a LoRA factor of shape {tuple(p.shape)} has a {kind} gradient; dense real ones are "
+            f"needed (for an embedding, build it with sparse=False)"
+        )
+        raise NamespaceError(msg)
+    if is_distributed(grad) != is_distributed(p):
+        kinds = [type(x).__name__ for x in (p, grad)]
+        msg = f"a LoRA factor is a {kinds[0]}, but its gradient a {kinds[1]}; both must be DTensors"
+        raise ShardingError(msg)

@@ -1,0 +1,249 @@
+"""The step of pairs whose factors are DTensors, as FSDP2 makes them.
+
+Of pieces of A along n, and of B along m, the Grams ``A Aᵀ`` and ``Bᵀ B`` add up. So every process
+forms the Grams of its pieces, one all-reduce sums those of all pairs, and the directions ``P G``
+are made of pieces again. FSDP2 cuts A along its rank axis by default: then pieces of
+rows are exchanged for pieces of columns first, and the directions go back.
+
+Which collectives run depends on layouts and options alone, never on who has a gradient or an empty
+piece: all processes call the same ones in the same order.
+"""
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlora.core.backend import Backend
+from rlora.core.factors import Factors
+from rlora.core.placement import Preconditioners, RankGrams
+from rlora.torch.pairing.pairs import TensorPair, local
+from rlora.torch.pairing.sharding_checks import cut_dims, mesh_of
+from rlora.torch.step.kernels import Kernel
+from rlora.torch.step.listwise import Job, ListStep
+
+
+class Exchange:
+    """Pieces of rows for pieces of columns and back, in one all-to-all for many matrices.
+
+    Parameters
+    ----------
+    factors : sequence of (DTensor, int)
+        Each with 0 for an A or 1 for a B. Only those that are cut along their rank axis are
+        exchanged, and all of these along the same dimension of the mesh.
+    """
+
+    def __init__(self, factors: Sequence[tuple[Any, int]]) -> None:
+        cut = [(k, p, side) for k, (p, side) in enumerate(factors) if cut_dims(p, side)]
+        self.places = [(k, side) for k, _, side in cut]
+        if not cut:
+            return
+        _, p, side = cut[0]
+        self.group = p.device_mesh.get_group(cut_dims(p, side)[0])
+        self.me, parts = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.rows = [_chunks(p.shape[side], parts) for _, p, side in cut]
+        self.columns = [_chunks(local(p).flatten(1).shape[1 - side], parts) for _, p, side in cut]
+
+    def to_columns(self, pieces: list[Tensor]) -> list[Tensor]:
+        """From (r_i, N), the rows that this process has, to (r, N_i); a B the other way round."""
+        return self._replaced(pieces, self.columns, self.rows, axis=1) if self.places else pieces
+
+    def to_rows(self, pieces: list[Tensor]) -> list[Tensor]:
+        """The way back."""
+        return self._replaced(pieces, self.rows, self.columns, axis=0) if self.places else pieces
+
+    def _replaced(
+        self, pieces: list[Tensor], cut: list[list[int]], joined: list[list[int]], axis: int
+    ) -> list[Tensor]:
+        """Each matrix cut along `axis`, sent, and what came joined along the other one."""
+        turned: list[Any] = [pieces[k].mT if side else pieces[k] for k, side in self.places]
+        blocks = [x.split(sizes, axis) for x, sizes in zip(turned, cut, strict=True)]
+        to_each = [torch.cat([b.reshape(-1) for b in row]) for row in zip(*blocks, strict=True)]
+        shapes = [
+            [(size, mine[self.me]) if axis else (mine[self.me], size) for size in sizes]
+            for sizes, mine in zip(joined, cut, strict=True)
+        ]
+        from_each = [[prod(shape) for shape in row] for row in zip(*shapes, strict=True)]
+        inbox: Any = to_each[0].new_empty(sum(map(sum, from_each)))
+        dist.all_to_all_single(
+            inbox,
+            torch.cat(to_each),
+            [sum(sizes) for sizes in from_each],
+            [len(x) for x in to_each],
+            group=self.group,
+        )
+        came = iter(inbox.split([size for sizes in from_each for size in sizes]))
+        parts = zip(*([next(came) for _ in shapes] for _ in from_each), strict=True)
+        result = list(pieces)
+        for (k, side), each, sizes in zip(self.places, parts, shapes, strict=True):
+            x = torch.cat(
+                [part.view(size) for part, size in zip(each, sizes, strict=True)], 1 - axis
+            )
+            result[k] = x.mT if side else x
+        return result
+
+
+def _chunks(size: int, parts: int) -> list[int]:
+    """Sizes of the pieces as DTensor cuts, the last ones smaller or empty."""
+    step = -(-size // parts)
+    return [max(0, min(step, size - i * step)) for i in range(parts)]
+
+
+class ShardedStep(ListStep):
+    """The step of pairs of one group, dtype and layout, on this process's pieces of them.
+
+    Parameters
+    ----------
+    optimizer, group, kernel, pairs, jobs
+        As `ListStep` has them; the pairs are of DTensors.
+    summed : list of int
+        The dimensions of the mesh over which the Grams are summed.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        group: dict[str, Any],
+        kernel: type[Kernel],
+        pairs: list[TensorPair],
+        jobs: list[Job],
+        summed: list[int],
+    ) -> None:
+        super().__init__(optimizer, group, kernel, pairs, jobs)
+        factors: list[tuple[Any, int]] = [(pair[side], side) for side in (0, 1) for pair in pairs]
+        self.of_factors = Exchange(factors)
+        self.of_jobs = Exchange([(job.param, job.side) for job in self.jobs])
+        # Replicated entries are counted once, where the coordinates are 0.
+        mesh = mesh_of(pairs[0].A)
+        self.copies = [
+            any(mesh.get_local_rank(d) and p.placements[d].is_replicate() for d in summed)
+            for p, _ in factors
+        ]
+        self.stays, self.plain = not self.of_factors.places, True
+
+    def factors(self) -> list[Factors]:
+        """The pieces, of which each has whole columns of A or whole rows of B."""
+        pieces = [local(pair[side]).flatten(1) for side in (0, 1) for pair in self.pairs]
+        pieces = self.of_factors.to_columns(pieces)
+        count = len(self.pairs)
+        return [Factors(*pair) for pair in zip(pieces[:count], pieces[count:], strict=True)]
+
+    def sizes(self) -> list[tuple[int, int]]:
+        return [(pair.B.shape[0], prod(pair.A.shape[1:])) for pair in self.pairs]
+
+    def gradients(self) -> list[Tensor]:
+        """The pieces of the gradients; zeros where this process has none, to be dropped later."""
+        return [_piece_of_grad(job.param) for job in self.jobs]
+
+    def grams(self) -> list[RankGrams]:
+        """The Grams of the pieces, to be summed."""
+        grams = super().grams()
+        count = len(self.pairs)
+        for members, _, S in grams:
+            places = [*members, *(i + count for i in members)]
+            for k, place in enumerate(places):
+                if self.copies[place]:
+                    S[k] = 0.0
+        return grams
+
+    def _apply(
+        self, backend: Backend, P: list[Factors] | None, stored: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        if P is None:
+            return stored
+        columns = self.of_jobs.to_columns([x.flatten(1) for x in stored])  # kernels as matrices
+        done = self.of_jobs.to_rows(list(super()._apply(backend, P, columns)))
+        return [x.reshape(own.shape) for x, own in zip(done, self.own, strict=True)]
+
+
+class ShardedSteps:
+    """All pairs on one mesh: their Grams are summed together."""
+
+    def __init__(self, steps: list[ShardedStep], groups: list[Any]) -> None:
+        self.steps, self.groups = steps, groups
+
+    def prepare(self) -> list[Preconditioners]:
+        """Do everything that may fail, and all that processes do together before the kernels."""
+        grams = [step.grams() for step in self.steps]
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for part in grams:
+            for gram in part:
+                by_dtype.setdefault(gram.S.dtype, []).append(gram.S)
+        for stacks in by_dtype.values():
+            self._sum(stacks)
+        return [step.direct(part) for step, part in zip(self.steps, grams, strict=True)]
+
+    def _sum(self, stacks: list[Tensor]) -> None:
+        """Over all processes, in place, the upper halves in one message."""
+        halves = [torch.triu_indices(*S.shape[1:], device=S.device) for S in stacks]
+        message: Any = torch.cat(
+            [S[:, i, j].reshape(-1) for S, (i, j) in zip(stacks, halves, strict=True)]
+        )
+        for group in self.groups:
+            dist.all_reduce(message, group=group)
+        sizes = [len(S) * half.shape[1] for S, half in zip(stacks, halves, strict=True)]
+        for S, (i, j), sums in zip(stacks, halves, message.split(sizes), strict=True):
+            S[:, i, j] = S[:, j, i] = sums.view(len(S), -1)
+
+    def finish(self, halves: list[Preconditioners]) -> None:
+        """The rest of every step."""
+        for step, P in zip(self.steps, halves, strict=True):
+            step.finish(P)
+
+
+def sharded_steps(
+    optimizer: Any,
+    kernel: type[Kernel],
+    pairs: Iterable[TensorPair],
+    group_of: dict[int, int],
+    sides: str,
+) -> list[ShardedSteps]:
+    """For each mesh the steps of the factors in `sides`.
+
+    The `pairs` are of DTensors, each with both factors on one mesh; `group_of` has the place of a
+    parameter's group by its id; `sides`, "A", "B" or "AB", says which factors are to be updated.
+    """
+    by_mesh: dict[Any, list[TensorPair]] = {}
+    for pair in pairs:
+        by_mesh.setdefault(mesh_of(pair.A), []).append(pair)
+    work = []
+    for mesh, members in by_mesh.items():
+        factors = [p for pair in members for p in pair[:2]]
+        summed = sorted({d for p in factors for axis in (0, 1) for d in cut_dims(p, axis)})
+        steps = [
+            ShardedStep(optimizer, optimizer.param_groups[key[0]], kernel, *part, summed)
+            for key, part in _parts(members, group_of, sides).items()
+        ]
+        work.append(ShardedSteps(steps, [mesh.get_group(d) for d in summed]))
+    return work
+
+
+def _parts(
+    pairs: list[TensorPair], group_of: dict[int, int], sides: str
+) -> dict[Any, tuple[list[TensorPair], list[Job]]]:
+    """The pairs of one mesh by group, dtype and the dimension along which a rank axis is cut."""
+    parts: dict[Any, tuple[list[TensorPair], list[Job]]] = {}
+    for pair in pairs:
+        exchanged = [d for side in (0, 1) for d in cut_dims(pair[side], side)]
+        for side, (letter, p) in enumerate(zip("AB", pair[:2], strict=True)):
+            if letter not in sides or not p.requires_grad:
+                continue
+            key = (group_of[id(p)], p.dtype, *exchanged[:1])
+            members, jobs = parts.setdefault(key, ([], []))
+            if not members or members[-1] is not pair:
+                members.append(pair)
+            jobs.append(Job(p, pair, len(members) - 1, side, p.grad is not None))
+    return parts
+
+
+def _piece_of_grad(p: Any) -> Tensor:
+    """The gradient of this process's piece of the parameter; zeros for none."""
+    if p.grad is None:
+        return torch.zeros_like(local(p))
+    grad = p.grad
+    return local(
+        grad if grad.placements == p.placements else grad.redistribute(placements=p.placements)
+    )

@@ -1,0 +1,197 @@
+"""Torch's own AdamW and SGD over lists of tensors, with their state where torch has it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from rlora.torch.pairing.pairs import is_distributed, local
+from rlora.torch.step.method_batch import misshapen
+
+Number: TypeAlias = float | Tensor
+
+
+class Kernel(ABC):
+    """The entrywise half of a step: what an optimizer makes of preconditioned gradients.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        Its state holds what is carried from step to step.
+    group : dict
+        The parameter group; its options are read at each step.
+    params : sequence of Tensor
+        The parameters, which own the state.
+    targets : sequence of Tensor
+        Tensors to be stepped, in memory as the state is: of a DTensor this process's piece.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        group: dict[str, Any],
+        params: Sequence[Tensor],
+        targets: Sequence[Tensor],
+    ) -> None:
+        self.optimizer, self.group = optimizer, group
+        self.params, self.targets = params, targets
+
+    @abstractmethod
+    def prepare(self, directions: Sequence[Tensor]) -> None:
+        """Do everything that may fail."""
+
+    @abstractmethod
+    def run(self, directions: Sequence[Tensor], lr: Number, weight_decay: float) -> None:
+        """Step the targets along gradients of their shapes and strides, which may be changed."""
+
+
+class WithState(Kernel):
+    """A kernel whose state is in ``optimizer.state``, where others may have put something else."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._seen: list[dict[str, Any]] = [{} for _ in self.params]
+        self._pieces: list[dict[str, Tensor]] = [{} for _ in self.params]
+
+    def follow(self, names: Sequence[str], *, begin: bool = True) -> list[list[Any]]:
+        """For each name the arrays of all parameters; what is missing begins at 0, or is None."""
+        arrays: list[list[Any]] = [[] for _ in names]
+        for k, p in enumerate(self.params):
+            held = self.optimizer.state.setdefault(p, {})
+            for name, array in zip(names, arrays, strict=True):
+                known = held.get(name)
+                if known is None and not begin:
+                    array.append(None)
+                    continue
+                if known is None or known is not self._seen[k].get(name):
+                    entry = self._fitting(k, name, known)
+                    if entry is not known:
+                        held[name] = entry
+                    self._seen[k][name], self._pieces[k][name] = entry, local(entry)
+                array.append(self._pieces[k][name])
+        return arrays
+
+    def _fitting(self, k: int, name: str, known: Any) -> Tensor:
+        """The entry of a state, or what it becomes where it does not lie as the target does."""
+        if name == "step":
+            return self._counter(k, known)
+        like = self.targets[k]
+        if known is None:
+            return like_param(self.params[k], torch.zeros_like(like))
+        x = local(torch.as_tensor(known))
+        if x.shape != like.shape:
+            raise misshapen(name, known, like)
+        if (x.dtype, x.device, x.stride()) == (like.dtype, like.device, like.stride()):
+            return known  # type: ignore[no-any-return]
+        return like_param(self.params[k], torch.empty_like(like).copy_(x))
+
+    def _counter(self, k: int, known: Any) -> Tensor:
+        """On the host as torch has it, unless a kernel is to read it on the device."""
+        fused = self.group["fused"]
+        on_device = self.group["capturable"] or fused
+        device = self.targets[k].device if on_device else torch.device("cpu")
+        if known is None:
+            wide = torch.get_default_dtype() == torch.float64 and not fused
+            return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
+        count = torch.as_tensor(known)
+        return count.to(device) if on_device else count
+
+
+class AdamW(WithState):
+    """Torch's AdamW."""
+
+    def prepare(self, directions: Sequence[Tensor]) -> None:
+        if self.targets and self.targets[0].device.type != "cpu":
+            _check_capture(self.optimizer)
+        names = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        self._arrays = self.follow(names if self.group["amsgrad"] else names[:3])
+
+    def run(self, directions: Sequence[Tensor], lr: Number, weight_decay: float) -> None:
+        steps, exp_avgs, exp_avg_sqs, *maxima = self._arrays
+        group = self.group
+        adamw(
+            list(self.targets),
+            list(directions),
+            exp_avgs,
+            exp_avg_sqs,
+            maxima[0] if maxima else [],
+            steps,
+            amsgrad=group["amsgrad"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=group["eps"],
+            maximize=group["maximize"],
+            foreach=group["foreach"],
+            capturable=group["capturable"],
+            fused=self._fused(),
+        )
+
+    def _fused(self) -> bool | None:
+        if torch.compiler.is_compiling():  # then fusing is the compiler's business
+            return None
+        fused: bool | None = self.group["fused"]
+        if fused is None and self.targets[0].device.type == "cpu" and has_kernel(self.group):
+            return True
+        return fused
+
+
+class SGD(WithState):
+    """Torch's SGD, whose momentum begins as the first gradient."""
+
+    def prepare(self, directions: Sequence[Tensor]) -> None:
+        self._buffers: list[Any] = []
+        if self.group["momentum"]:
+            (self._buffers,) = self.follow(["momentum_buffer"], begin=False)
+
+    def run(self, directions: Sequence[Tensor], lr: Number, weight_decay: float) -> None:
+        group, buffers = self.group, list(self._buffers)
+        sgd(
+            list(self.targets),
+            list(directions),
+            buffers,
+            weight_decay=weight_decay,
+            momentum=group["momentum"],
+            lr=lr,  # type: ignore[arg-type]
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            foreach=group["foreach"],
+            fused=None if torch.compiler.is_compiling() else group["fused"],
+        )
+        for p, old, new in zip(self.params, self._buffers, buffers, strict=bool(buffers)):
+            if old is None:
+                self.optimizer.state[p]["momentum_buffer"] = like_param(p, new)
+
+
+def has_kernel(group: dict[str, Any]) -> bool:
+    """Return whether torch's fused AdamW has the options of a group on a CPU."""
+    numbers = [group.get("lr"), *group.get("betas", ())]
+    by_loop = group.get("fused") is False or group.get("foreach") or group.get("capturable")
+    return not (by_loop or any(isinstance(x, Tensor) for x in numbers))
+
+
+def like_param(p: Any, piece: Tensor) -> Tensor:
+    """The tensor itself, or for a piece of a DTensor a DTensor that is laid out as `p`."""
+    if not is_distributed(p):
+        return piece
+    from torch.distributed.tensor import DTensor  # half a second
+
+    whole: Tensor = DTensor.from_local(
+        piece, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
+    return whole
+
+
+def _check_capture(optimizer: Any) -> None:
+    """Torch's error for a step in a CUDA graph whose counters are on the host."""
+    names = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+    for name in names:  # torch renamed it
+        if check := getattr(optimizer, name, None):
+            check()
+            return

@@ -1,0 +1,231 @@
+"""The step of pairs over lists of tensors: Grams, preconditioned gradients, torch's kernel.
+
+The factors and their gradients are read where they lie. Torch's own AdamW or SGD steps the
+parameters along ``P G``; where a second half follows, it steps zeros, which then are the move, and
+the parameter moves by that times the second half.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from rlora.core.backend import Backend, Workspace
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import Factors
+from rlora.core.linalg import DampingMode
+from rlora.core.placement import (
+    Placement,
+    Preconditioners,
+    RankGrams,
+    gram_powers,
+    rank_grams,
+)
+from rlora.torch.pairing.pairs import TensorPair, local
+from rlora.torch.step.kernels import Kernel, Number
+from rlora.torch.step.rounding import store
+
+
+class Recipe(NamedTuple):
+    """The hyperparameters of one factor's preconditioner, as its group has them."""
+
+    damping: float
+    damping_mode: DampingMode
+    placement: Placement
+    compute_dtype: str | None
+    stochastic_rounding: bool
+
+
+def recipe_of(group: dict[str, Any]) -> Recipe:
+    """The preconditioner's hyperparameters of a parameter group."""
+    return Recipe(*(group[name] for name in Recipe._fields))
+
+
+class Job(NamedTuple):
+    """A factor to be updated, and where it belongs."""
+
+    param: Tensor
+    pair: TensorPair
+    place: int
+    """The position of its pair among those of the step."""
+    side: int
+    live: bool = True
+    """False for a factor without gradient that takes part in what processes do together."""
+
+    def read(self, stored: Tensor) -> list[Tensor]:
+        """The factors in what has the shape of the parameter."""
+        return [views[self.side].read(stored) for views in self.pair.views]
+
+    def write(self, factors: Sequence[Tensor]) -> Tensor:
+        """The inverse of `read`."""
+        parts = [v[self.side].write(x) for v, x in zip(self.pair.views, factors, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class ListStep:
+    """The step of pairs of one group, dtype and device.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        Its state holds what the kernel carries.
+    group : dict
+        The parameter group.
+    kernel : type
+        The `Kernel` that steps the targets.
+    pairs : list of TensorPair
+        Both factors of every pair, whether they move or not.
+    jobs : list of Job
+        The factors to be updated.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        group: dict[str, Any],
+        kernel: type[Kernel],
+        pairs: list[TensorPair],
+        jobs: list[Job],
+    ) -> None:
+        self.group, self.recipe, self.pairs = group, recipe_of(group), pairs
+        self.jobs = sorted(jobs, key=lambda job: job.side)
+        self.workspace: Workspace = {}
+        self.plain = all(view.is_plain for pair in pairs for both in pair.views for view in both)
+        # Reading a dense parameter gives a view, which stays valid.
+        dense = all(p.is_contiguous() for pair in pairs for p in (pair.A, pair.B))
+        self.stays = (self.plain or dense) and all(pair.middle is None for pair in pairs)
+        self.values: list[Factors] = []
+        ends = [*accumulate((len(pair.views) for pair in pairs), initial=0)]
+        self.products = [range(ends[job.place], ends[job.place + 1]) for job in self.jobs]
+        own = [local(job.param).detach() for job in self.jobs]
+        self.own = own
+        # Kernels run through memory without a look at strides: what they step lies as their state.
+        self.copied = self.recipe.placement != "before" or not all(map(_lies_well, own))
+        self.targets = [_scratch(p) for p in own] if self.copied else own
+        self.live = [k for k, job in enumerate(self.jobs) if job.live]
+        self.kernel = kernel(
+            optimizer, group, self._living([j.param for j in self.jobs]), self._living(self.targets)
+        )
+
+    def _living(self, x: Sequence[Any]) -> list[Any]:
+        return [x[k] for k in self.live]
+
+    # --- before anything moves ------------------------------------------------------------------
+
+    def prepare(self) -> Preconditioners:
+        """Do everything that may fail; the preconditioners around the kernel."""
+        return self.direct(self.grams())
+
+    def factors(self) -> list[Factors]:
+        """Both factors of every product."""
+        return [factors for pair in self.pairs for factors in pair.factors()]
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """The m and n of every product."""
+        return [(pair.B.shape[-2], pair.A.shape[-1]) for pair in self.values]
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the factors to be updated."""
+        return [cast("Tensor", job.pair.gradient(job.side)) for job in self.jobs]
+
+    def grams(self) -> list[RankGrams]:
+        """The Grams of both factors of every product, rank by rank."""
+        if not (self.stays and self.values):
+            self.values = self.factors()
+        like, dtype = self.values[0].A, self.recipe.compute_dtype
+        backend = get_backend(like)
+        with backend.exact(like):
+            return rank_grams(backend, self.values, compute_dtype=dtype, workspace=self.workspace)
+
+    def direct(self, grams: list[RankGrams]) -> Preconditioners:
+        """Do as `prepare`, from Grams that are given."""
+        backend, gradients = get_backend(self.values[0].A), self.gradients()
+        placement = self.recipe.placement
+        with backend.exact(self.values[0].A):
+            P = gram_powers(
+                grams,
+                self.sizes(),
+                placement=placement,
+                damping=self.recipe.damping,
+                damping_mode=self.recipe.damping_mode,
+            )
+            directions = self._apply(backend, P.first, gradients)
+        pairs = zip(directions, self.targets, strict=True)
+        self.directions = self._living([_laid_as(d, target) for d, target in pairs])
+        self.kernel.prepare(self.directions)
+        if placement != "before":
+            torch._foreach_zero_(self.targets)
+        elif self.copied:
+            torch._foreach_copy_(self.targets, self.own)
+        return P
+
+    def _apply(
+        self, backend: Backend, P: list[Factors] | None, stored: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """``P X`` for what belongs to an A, ``X P`` for what belongs to a B."""
+        if P is None:
+            return stored
+        sides: tuple[tuple[list[Tensor], list[Tensor]], ...] = (([], []), ([], []))
+        for job, products, x in zip(self.jobs, self.products, stored, strict=True):
+            powers, factors = sides[job.side]
+            powers += [P[i][job.side] for i in products]
+            factors += [x] if self.plain else job.read(x)
+        (P_A, X_A), (P_B, X_B) = sides
+        done = backend.apply_left(P_A, X_A, self.workspace)
+        done += backend.apply_right(X_B, P_B, self.workspace)
+        if self.plain:
+            return done
+        rest = iter(done)
+        return [job.write([next(rest) for _ in job.pair.views]) for job in self.jobs]
+
+    # --- the move -------------------------------------------------------------------------------
+
+    def finish(self, P: Preconditioners) -> None:
+        """The kernel, and the second half behind it if there is one."""
+        lr, weight_decay = self.group["lr"], self.group.get("weight_decay", 0.0)
+        if self.live:
+            self.kernel.run(self.directions, lr, weight_decay if P.second is None else 0.0)
+        if P.second is not None:
+            self._move(P.second, 1 - lr * weight_decay)
+        elif self.copied:
+            store(self.own, self.targets, self.group)
+        if self.own[0].device.type != "cpu":  # there the workspace keeps them
+            self.directions = []
+
+    def _move(self, P: list[Factors], keep: Number) -> None:
+        """``X <- keep X + P D``, where D is what the kernel has made of zeros."""
+        backend = get_backend(self.values[0].A)
+        with backend.exact(self.values[0].A):
+            moves = self._living(self._apply(backend, P, self.targets))
+        params = self._living(self.own)
+        if not params:
+            return
+        wide = [p.to(moves[0].dtype) for p in params]  # the parameters themselves where wide
+        torch._foreach_mul_(wide, keep)
+        torch._foreach_add_(wide, moves)
+        if wide[0] is not params[0]:
+            store(params, wide, self.group)
+
+
+def _scratch(p: Tensor) -> Tensor:
+    wide = torch.promote_types(p.dtype, torch.float32)
+    return torch.empty_like(p, dtype=wide)  # gaps are not preserved
+
+
+def _lies_well(p: Tensor) -> bool:
+    """Return whether a kernel may step the parameter itself."""
+    scratch = _scratch(p)
+    return p.dtype == scratch.dtype and p.stride() == scratch.stride()
+
+
+def _laid_as(direction: Tensor, target: Tensor) -> Tensor:
+    """The direction with the dtype, shape and strides of what is stepped along it."""
+    if direction.dtype != target.dtype:
+        direction = direction.to(target.dtype)
+    if direction.shape != target.shape:
+        direction = direction.view(target.shape)
+    if direction.stride() != target.stride():
+        direction = torch.empty_like(target).copy_(direction)
+    return direction

@@ -1,0 +1,295 @@
+"""The step of a method over the pairs of one group: its pure function on stacks of equal layers."""
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlora.core.backend import LARGE, Workspace
+from rlora.core.dispatch import get_backend
+from rlora.core.errors import ShapeError
+from rlora.core.factors import Factors, map_leaves
+from rlora.core.state import flatten_state, unflatten_state
+from rlora.core.step import move
+from rlora.core.transform import State, Transform
+from rlora.torch.pairing.pairs import Member, TensorPair
+from rlora.torch.step.compiling import keep
+from rlora.torch.step.rounding import store
+
+PORTION = 1 << 22
+"""Numbers in the factors that are stepped at once on a CPU."""
+
+
+class MethodBatch:
+    """The pairs of one group on one device, layers of equal shapes on one stack.
+
+    So the number of operations in a step depends on the number of shapes, not of layers. On a CPU
+    large factors are a stack by themselves, read and written where they are. What counts is the
+    optimizer's state: the stacks in which a step reads it are memory for the views that stand
+    there, and follow whatever else is put in their place.
+    """
+
+    def __init__(
+        self, optimizer: Any, group: int, members: list[Member], memory: Workspace
+    ) -> None:
+        self._optimizer, self._group, self._memory = optimizer, group, memory
+        alike: dict[Any, list[Member]] = {}
+        for member in members:
+            still = [member.gradient(side) is None for side in (0, 1)]
+            key = (*member.shapes, member.params[0].dtype, *still)
+            own = (id(member.owners[0]), member.suffix) if is_large(member) else ()
+            alike.setdefault((*key, *own), []).append(member)
+        self._buckets = list(alike.values())
+        options = optimizer.param_groups[group]
+        self._chosen = optimizer._chosen(options)
+        self._transform = optimizer._transform(options)
+        start = self._initial()
+        # Each array its own memory: it is written to after a step.
+        memory = {name: x.clone() for name, x in flatten_state(start).items()}
+        self._state = unflatten_state(memory, start)
+        self._shares = self._shares_of(memory)
+        self.follow(flatten_state(start))
+
+    def _initial(self) -> State:
+        scaling = self._optimizer.param_groups[self._group]["scaling"]
+        return start_of(self._transform, self._buckets, scaling)
+
+    def _shares_of(self, flat: Mapping[str, Tensor]) -> "list[Share]":
+        """For each parameter that has a state what the stacks hold of it."""
+        shares: dict[int, Share] = {}
+        for name, (i, side, key) in places_in(flat).items():
+            for k, member in enumerate(self._buckets[i]):
+                owner, partner = member.keepers if side is None else (member.owners[side], None)
+                share = shares.setdefault(id(owner), Share(owner, [], [], []))
+                share.keys.append(key + member.suffix)
+                share.views.append(flat[name][k])
+                share.sources.append((name, k, partner))
+        return list(shares.values())
+
+    def follow(self, start: Mapping[str, Tensor] | None = None) -> None:
+        """Fill the stacks from the optimizer's state; entries missing there are initialised.
+
+        Parameters
+        ----------
+        start : mapping of str to Tensor, optional
+            The flat state of a fresh start, if it is known already.
+        """
+        state, fresh = self._optimizer.state, start is not None  # then it is in the stacks
+        old: list[Tensor] = []
+        new: list[Tensor] = []
+        for share in self._shares:
+            if share.stands_in(state):
+                continue
+            held = state.setdefault(share.owner, {})
+            for key, view, source in zip(share.keys, share.views, share.sources, strict=True):
+                name, k, partner = source
+                known = held.get(key)
+                if known is view:
+                    continue
+                if known is None and partner is not None:  # one was frozen or freed meanwhile
+                    known = state.get(partner, {}).pop(key, None)
+                if known is None:
+                    start = flatten_state(self._initial()) if start is None else start
+                    known = None if fresh else start[name][k]
+                elif getattr(known, "shape", None) != view.shape:
+                    raise misshapen(key, known, view)
+                if known is not None:
+                    old.append(view)
+                    new.append(known)
+                if not torch.compiler.is_compiling():  # a graph writes into what is there, later
+                    held[key] = view
+        if old:
+            torch._foreach_copy_(old, new)
+
+    def prepare(self) -> tuple[dict[str, Factors], State]:
+        """The pairs and their state after the step, some of them written to already."""
+        group = self._optimizer.param_groups[self._group]
+        if (chosen := self._optimizer._chosen(group)) != self._chosen:  # by a scheduler, say
+            self._chosen, self._transform = chosen, self._optimizer._transform(group)
+        params, grads = {}, {}
+        for i, bucket in enumerate(self._buckets):
+            readers = (Member.read, Member.gradient)
+            values = [[read(m, side) for m in bucket] for read in readers for side in (0, 1)]
+            wide = group["stochastic_rounding"]
+            A, B, G_A, G_B = (self._stack(x, (i, k), wide) for k, x in enumerate(values))
+            params[f"{i}"], grads[f"{i}"] = Factors(A, B), Factors(G_A, G_B)
+        if group["maximize"]:
+            grads = map_leaves(torch.neg, grads)
+        like = self._buckets[0][0].params[0]
+        backend = get_backend(like)
+        with backend.exact(like), backend.reusing(self._memory):
+            moved: tuple[dict[str, Factors], State] = move(
+                self._transform, params, grads, self._state, group["lr"], donate=True
+            )
+        return moved
+
+    def _stack(self, tensors: list[Any], slot: Any, wide: bool) -> Tensor | None:
+        """Matrices on a stack of this step; on a CPU in memory of the last one."""
+        if tensors[0] is None:
+            return None
+        dtype = torch.float32 if wide and tensors[0].itemsize == 2 else tensors[0].dtype
+        if len(tensors) == 1 and tensors[0].dtype == dtype:
+            where_it_is: Tensor = tensors[0].detach()[None]
+            return where_it_is
+        if tensors[0].device.type != "cpu":
+            return torch.stack(tensors).to(dtype)
+        shape = torch.Size((len(tensors), *tensors[0].shape))
+        held = self._memory.get(slot)
+        if held is None or held.numel() < shape.numel() or held.dtype != dtype:
+            held = self._memory[slot] = torch.empty(shape.numel(), dtype=dtype)
+        return torch.stack(tensors, out=held[: shape.numel()].view(shape))
+
+    def finish(self, moved: tuple[dict[str, Factors], State]) -> None:
+        """Write both where they belong."""
+        params, state = moved
+        old, new = [], []
+        for bucket, stacks in zip(self._buckets, params.values(), strict=True):
+            for side in (0, 1):
+                if bucket[0].gradient(side) is not None:
+                    layers = stacks[side].unbind(0)
+                    for member, layer in zip(bucket, layers, strict=True):
+                        written, value = member.part(side), member.write(side, layer)
+                        if not lies_in(written, value):
+                            old.append(written)
+                            new.append(value)
+        if old:
+            store(old, new, self._optimizer.param_groups[self._group])
+        mine, theirs = flatten_state(self._state), flatten_state(state)
+        changed = [name for name, x in mine.items() if x is not theirs[name]]
+        if changed:
+            torch._foreach_copy_([mine[n] for n in changed], [theirs[n] for n in changed])
+        if torch.compiler.is_compiling():
+            for share in self._shares:
+                for key, view in zip(share.keys, share.views, strict=True):
+                    keep(self._optimizer.state[share.owner], key, view)
+
+
+def is_large(member: Member) -> bool:
+    """Return whether copies of a pair would cost more than a call for each factor."""
+    on_cpu = member.pair.A.device.type == "cpu"
+    return on_cpu and sum(map(prod, member.shapes)) >= 2 * LARGE
+
+
+def lies_in(p: Tensor, value: Tensor) -> bool:
+    """Return whether the values of a parameter have been written where they belong."""
+    if p.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return p.data_ptr() == value.data_ptr()
+
+
+class Share(NamedTuple):
+    """One parameter's share of the state in the stacks of a batch."""
+
+    owner: Tensor
+    keys: list[str]
+    views: list[Tensor]
+    sources: list[tuple[str, int, Tensor | None]]
+    """For each view its stack's name in the flat state, its layer, and the other parameter that may
+    have kept it."""
+
+    def stands_in(self, state: Mapping[Any, Any]) -> bool:
+        """Return whether the optimizer's state of the parameter is these very tensors."""
+        held = state.get(self.owner)
+        return held is not None and all(map(is_, map(held.get, self.keys), self.views))
+
+
+def misshapen(key: str, known: Any, view: Tensor) -> ShapeError:
+    """The error for an entry of the optimizer's state that is no tensor of a view's shape."""
+    found = tuple(known.shape) if isinstance(known, Tensor) else repr(known)
+    msg = (
+        f"optimizer.state has {found} as {key!r} of a LoRA factor, expected a tensor of shape "
+        f"{tuple(view.shape)}; remove the entry for a fresh start"
+    )
+    return ShapeError(msg)
+
+
+class Portions:
+    """Batches that are stepped and written back one after the other, in the same memory.
+
+    On a CPU a few layers at a time, equal shapes together, in memory that all portions share. On an
+    accelerator all at once, so that the number of launches does not depend on the layers.
+    """
+
+    def __init__(self, optimizer: Any, group: int, members: list[Member]) -> None:
+        memory: Workspace = {}
+        parts: list[list[Member]] = []
+        room = 0
+        cpu = members[0].params[0].device.type == "cpu"
+        for member in sorted(members, key=lambda member: member.shapes):
+            size = sum(map(prod, member.shapes))
+            if not parts or (cpu and size > room):
+                parts.append([])
+                room = PORTION
+            parts[-1].append(member)
+            room -= size
+        self._batches = [MethodBatch(optimizer, group, part, memory) for part in parts]
+
+    def prepare(self) -> None:
+        """Take over the state, which may be refused, before any parameter changes."""
+        if not torch.compiler.is_compiling():  # then the batches have just been made
+            for batch in self._batches:
+                batch.follow()
+
+    def finish(self, _: None) -> None:
+        """Step every batch."""
+        for batch in self._batches:
+            batch.finish(batch.prepare())
+
+
+def portions(optimizer: Any, group: int, pairs: Iterable[TensorPair]) -> list[Portions]:
+    """For each device the portions of the pairs of a group that have a gradient."""
+    members: dict[torch.device, list[Member]] = {}
+    for pair in pairs:
+        if pair.gradient(0) is not None or pair.gradient(1) is not None:
+            members.setdefault(pair.A.device, []).extend(pair.members())
+    return [Portions(optimizer, group, some) for some in members.values()]
+
+
+def start_of(transform: Transform, buckets: list[list[Member]], given: float | None) -> State:
+    """The state before the first step; layers of one stack may have different s.
+
+    `given` is the s of all; without one a layer's own counts, and 1 where it does not say it.
+    """
+    scales = [[given or member.pair.scaling or 1.0 for member in bucket] for bucket in buckets]
+    first, *others = dict.fromkeys(s for row in scales for s in row)
+    start = transform.init(stacks_of(buckets), first)
+    # Each array its own memory: it is written to after a step.
+    memory = {name: x.clone() for name, x in flatten_state(start).items()}
+    places = places_in(memory)
+    for s in others:
+        layers = [[k for k, own in enumerate(row) if own == s] for row in scales]
+        some = [[bucket[k] for k in rows] for bucket, rows in zip(buckets, layers, strict=True)]
+        for name, x in flatten_state(transform.init(stacks_of(some), s)).items():
+            memory[name][layers[places[name][0]]] = x
+    return unflatten_state(memory, start)
+
+
+def stacks_of(buckets: list[list[Member]]) -> dict[str, Factors]:
+    """The factors of each bucket on two stacks, by its position; of an empty one none."""
+    return {
+        f"{i}": Factors(*(torch.stack([m.read(side) for m in bucket]) for side in (0, 1)))
+        for i, bucket in enumerate(buckets)
+        if bucket
+    }
+
+
+def places_in(flat: Mapping[str, Tensor]) -> dict[str, tuple[int, int | None, str]]:
+    """Bucket, side and name of each array of a state over `stacks_of`.
+
+    The side is 0 for A, 1 for B, and None for what a pair has once. A name is the field's own;
+    where two transformations of a chain have a field of one name, the place in the chain is first.
+    """
+    places = {}
+    for name in flat:
+        *path, last = name.split(".")
+        side = "AB".index(last) if last in ("A", "B") else None
+        bucket = last if side is None else path.pop()
+        places[name] = (int(bucket), side, ".".join(path))
+    keys = {key for _, _, key in places.values()}
+    short = {key: key.rpartition(".")[2] for key in keys}
+    if len(set(short.values())) < len(keys):
+        return places
+    return {name: (bucket, side, short[key]) for name, (bucket, side, key) in places.items()}

@@ -1,0 +1,139 @@
+"""The default step of AdamW on a CPU, in which small factors of one shape lie on stacks.
+
+Their moments lie there too, so that one call serves all of them; large factors are read and written
+where they are. Adam itself is torch's fused kernel, whose target is the gradient where a second
+half follows: so nothing has to be zeroed.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rlora.core.backend import LARGE
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import Factors
+from rlora.core.placement import split_power
+from rlora.core.rank_group import RankGroup
+from rlora.torch.pairing.pairs import TensorPair, is_distributed
+from rlora.torch.step.listwise import recipe_of
+from rlora.torch.step.parts import Part
+
+Moving: TypeAlias = tuple[bool, bool]
+"""True for A, and for B, if it is to be updated."""
+
+
+class StackedAdamW:
+    """The step of all pairs of one group, rank and dtype.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        Its state holds step and moments of every factor, as torch's AdamW has them.
+    group : dict
+        The parameter group.
+    pairs : sequence of TensorPair
+        Pairs of one rank and dtype, dense, on a CPU.
+    moving : sequence of (bool, bool)
+        Whether A and B of each pair are to be updated.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        group: dict[str, Any],
+        pairs: Sequence[TensorPair],
+        moving: Sequence[Moving],
+    ) -> None:
+        self.optimizer, self.group, self.recipe = optimizer, group, recipe_of(group)
+        alike: dict[Any, list[int]] = {}
+        factors = [pair[:2] for pair in pairs]
+        for side in (0, 1):
+            for i, both in enumerate(factors):
+                p = both[side]
+                shape = p.shape if p.numel() < LARGE else None
+                alike.setdefault((side, shape, moving[i][side]), []).append(i)
+        count = len(pairs)
+        self.parts = [
+            Part(
+                [factors[i][side] for i in members],
+                side,
+                [i + side * count for i in members],
+                shape is not None,
+                group if moves else None,
+            )
+            for (side, shape, moves), members in alike.items()
+        ]
+        self.moving = [part for part in self.parts if part.group is not None]
+        self.params = [p for part in self.moving for p in part.params]
+        self.dtype, r = self.parts[0].dtype, pairs[0].A.shape[0]
+        self.backend = get_backend(pairs[0].A)
+        dtype = self.backend.compute_dtype(self.dtype, self.recipe.compute_dtype)
+        self.S = torch.empty((2 * count, r, r), dtype=dtype)
+        self.sizes = [(pair.B.shape[0], pair.A.shape[1]) for pair in pairs]
+        values = [Factors(A.detach(), B.detach()) for A, B in factors]
+        self.ranks = RankGroup(self.backend, values, dtype=dtype, workspace={})
+
+    def prepare(self) -> Tensor | None:
+        """Grams, their powers and the preconditioned gradients; the power behind Adam, if any."""
+        for part in self.moving:
+            part.follow(self.optimizer.state)
+        damping, damping_mode, placement = self.recipe[:3]
+        with self.backend.exact(self.S):
+            for part in self.parts:
+                part.gram(self.backend, self.S)
+            powers = split_power(self.ranks, self.S, self.sizes, placement, damping, damping_mode)
+            first, second = (None if P is None else P.to(self.dtype) for P in powers)
+            for part in self.moving:
+                part.precondition(self.backend, first)
+        return second
+
+    def finish(self, second: Tensor | None) -> None:
+        """Adam, then the update along its direction, times the power behind it if there is one."""
+        lr, weight_decay = float(self.group["lr"]), self.group["weight_decay"]
+        if second is None:
+            self._adam(True, lr, weight_decay)
+        else:
+            # A decay of 1 at a rate of 1 leaves the negative direction alone in the target.
+            self._adam(False, 1.0, 1.0)
+            if lr:
+                with self.backend.exact(self.S):
+                    for part in self.moving:
+                        part.move(self.backend, lr * second, 1 - lr * weight_decay)
+        for part in self.moving:
+            part.write()
+
+    def _adam(self, own: bool, lr: float, weight_decay: float) -> None:
+        group = self.group
+        lists = zip(*(some for part in self.moving for some in part.kernel(own)), strict=True)
+        targets, gradients, steps, exp_avgs, exp_avg_sqs, *maxima = map(list, lists)
+        torch._fused_adamw_(
+            targets,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
+            maxima[0] if maxima else [],
+            steps,
+            lr=lr,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=weight_decay,
+            eps=group["eps"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+        )
+
+
+def is_dense(pair: TensorPair) -> bool:
+    """Return whether the parameters of a pair are the factors themselves, on a CPU."""
+    return (
+        len(pair.views) == 1
+        and all(view.is_plain for view in pair.views[0])
+        and pair.middle is None
+        and not any(pair.twins)
+        and pair.A.ndim == pair.B.ndim == 2
+        and pair.A.device.type == "cpu"
+        and not is_distributed(pair.A)
+        and pair.A.dtype == pair.B.dtype
+    )
