@@ -3,7 +3,8 @@
 import pytest
 import torch
 from models import loss_of, make_model, values
-from tiny import same
+from pages import run
+from tiny import adapted, batches, loss_on_all, same
 
 import rlora
 from rlora.integrations.deepspeed import ZeroOptimizer, under_zero
@@ -57,3 +58,20 @@ def test_factories_use_it_where_accelerate_uses_deepspeed(monkeypatch):
     assert type(under_zero(ScaledAdamW(make_model()))) is ZeroOptimizer
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
     assert type(under_zero(ScaledAdamW(make_model()))) is ScaledAdamW
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRARite"])
+def test_the_page_of_deepspeed_runs_without_it_too(kind):
+    """accelerate's own loop in one process, where parameters are whole."""
+    accelerate = pytest.importorskip("accelerate")
+    pytest.importorskip("peft")
+    model, accelerator = adapted(), accelerate.Accelerator(cpu=True)
+    start = loss_on_all(model)
+    space = {"model": model, "accelerator": accelerator, "loader": batches()}
+    run("deepspeed.md", "With accelerate, or DeepSpeed alone", space, kind)
+    for batch in batches():
+        space["optimizer"].zero_grad()
+        accelerator.backward(space["model"](**batch).loss)
+        space["optimizer"].step()
+    assert loss_on_all(model) < start

@@ -24,7 +24,9 @@ NAMELESS = {
     "group of values": lambda model: [{"params": NAMELESS["values"](model)}],
     "map": lambda model: map(itemgetter(1), FORMS["filter"](model)),
 }
-make = pytest.mark.parametrize("make", [CLASSES["adamw"], CLASSES["LoRARite"]], ids=str)
+make = pytest.mark.parametrize(
+    "make", [CLASSES["adamw"], CLASSES["LoRARite"]], ids=["ScaledAdamW", "LoRARite"]
+)
 
 
 @make
