@@ -42,7 +42,9 @@ def test_quick_prints_every_column_and_keeps_a_valid_record(rlora_cli, tmp_path)
         assert len(row["samples_s"]) == 3
         assert row["pairs"] == 24
         assert row["parameters"] == row["rank"] * 24 * 1536
-        assert row["peak_temporary_bytes"] > 4 * row["parameters"]  # the new parameters at least
+        assert row["peak_temporary_bytes"] > 0
+        if row["method"] == "sgd":  # a donated step needs no new parameters
+            assert row["peak_temporary_bytes"] < 4 * row["parameters"]
         assert row["method"] in result.stdout
     state = {row["method"]: row["state_bytes"] for row in found["rows"] if row["rank"] == 16}
     moments = 2 * 4 * 16 * 24 * 1536
