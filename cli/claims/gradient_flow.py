@@ -117,9 +117,9 @@ def panels(ends: dict[float, Any], paths: dict[float, Any]) -> tuple[Panel, ...]
 CLAIM = Claim(
     name="gradient-flow",
     statement=(
-        "From a small start, gradient flow of a pair with rank to spare ends at an error that "
-        "falls with the square of the start's size and of its misalignment with the singular "
-        "spaces of the change to learn; from a start inside them it reaches any precision."
+        "From a small start, gradient flow of a pair with rank to spare ends at an error in the "
+        "square of the start's size and of its part outside the target's singular spaces; from "
+        "inside them it is exact."
     ),
     source=(
         "Z. Xu, H. Min, L. E. MacDonald, J. Luo, S. Tarmoun, E. Mallada, R. Vidal. Understanding "
