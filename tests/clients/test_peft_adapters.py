@@ -66,7 +66,7 @@ def names_of(report):
 
 
 def test_a_second_adapter_beside_a_frozen_one(tmp_path):
-    """What is trained is what the report names, adapter by adapter."""
+    """The report names what is trained, adapter by adapter."""
     for name, seed in (("one", 1), ("two", 2)):
         adapted(seed).save_pretrained(tmp_path / name)
     model = PeftModel.from_pretrained(base(), tmp_path / "one", adapter_name="one")
@@ -245,6 +245,8 @@ def test_orphans_after_a_state_that_was_assigned():
         model.set_adapter("default")
         backward(model)
         count = "2 of 2" if by_name else "1 of 2"
+        if by_name:  # one step without gradients may have other reasons
+            optimizer.step()
         with pytest.warns(RuntimeWarning, match=f"{count} pairs, the first base_model.model"):
             optimizer.step()
 

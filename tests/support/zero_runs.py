@@ -111,7 +111,7 @@ def by_hand_two_groups():
 
 
 def resumes(kind, stage, bf16, folder):
-    """What is trained by a whole run, and by one that was saved, and loaded into another model."""
+    """Parameters after a whole run, and after one that was saved, and loaded into another model."""
     engine = engine_of(kind, stage, bf16=bf16)
     train(engine, batches(12)[:3])
     engine.save_checkpoint(folder)

@@ -46,6 +46,8 @@ class Watched(Optimizer):
     """True once B has been checked for zeros."""
     _orphans_told: bool = False
     """True once the warning of parameters that the model has no more has been given."""
+    _idle: bool = False
+    """True if no pair had a gradient in the last step, and the next one is to be looked at too."""
 
     def watch(self, model: nn.Module | None = None) -> None:
         """Keep what `diagnostics` needs of every step from now on: a copy of the factors.

@@ -101,7 +101,7 @@ def check_start(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
 def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
     """RuntimeWarning, once, when trainable pairs have no gradient because the model has others.
 
-    Of an optimizer that was not given a model: when no pair has a gradient at all.
+    Of an optimizer that was not given a model: when no pair has a gradient in two steps running.
     """
     if optimizer._orphans_told or torch.compiler.is_compiling():
         return
@@ -117,13 +117,15 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
         idle = [
             k for k in idle if names[k] in layers and not there & {id(p) for p in pairs[k].moved}
         ]
-    elif len(idle) < len(pairs):
-        return
+    else:
+        before, optimizer._idle = optimizer._idle, len(idle) == len(pairs) > 0
+        if not (before and optimizer._idle):
+            return
     if not idle:
         return
-    optimizer._orphans_told = True
+    optimizer._orphans_told, optimizer._idle = True, False
     kind, first = type(optimizer).__name__, list(optimizer.report)[idle[0]].name
-    why = "no pair has a gradient" if model is None else "they are no longer those of the model"
+    why = "no pair has had a gradient in two steps" if model is None else "they are no longer those of the model"
     msg = (
         f"{kind}: {len(idle)} of {len(pairs)} pairs, the first {first}, stand still: {why}; where "
         f"others have taken their place, as in PEFT's prepare_model_for_compiled_hotswap or a "

@@ -270,7 +270,9 @@ class LoRAOptimizer(Watched, LoadsState, ABC):
         choices = [self._choices(group) for group in self.param_groups]
         now = signature(pairs, self.param_groups, choices)
         if self._plans is None or self._plans[0] != now:
-            self._plans = (now, self._new_plans(pairs))
+            plans = self._new_plans(pairs)
+            self._plans = None if self._idle else (now, plans)
+            return plans
         return self._plans[1]
 
     def _new_plans(self, pairs: list[TensorPair]) -> list[Plan]:
