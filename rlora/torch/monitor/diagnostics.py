@@ -47,7 +47,9 @@ class Watched(Optimizer):
     _orphans_told: bool = False
     """True once the warning of parameters that the model has no more has been given."""
     _idle: bool = False
-    """True if no pair had a gradient in the last step, and the next one is to be looked at too."""
+    """True if no pair had a gradient in the first step: the next one is to be looked at too."""
+    _has_moved: bool = False
+    """True once a pair of an optimizer without a model has had a gradient."""
 
     def watch(self, model: nn.Module | None = None) -> None:
         """Keep what `diagnostics` needs of every step from now on: a copy of the factors.

@@ -101,7 +101,7 @@ def check_start(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
 def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
     """RuntimeWarning, once, when trainable pairs have no gradient because the model has others.
 
-    Of an optimizer that was not given a model: when no pair has a gradient in two steps running.
+    Of an optimizer that was not given a model: when no pair has a gradient in its first two steps.
     """
     if optimizer._orphans_told or torch.compiler.is_compiling():
         return
@@ -118,14 +118,20 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
             k for k in idle if names[k] in layers and not there & {id(p) for p in pairs[k].moved}
         ]
     else:
-        before, optimizer._idle = optimizer._idle, len(idle) == len(pairs) > 0
+        first_steps, before = not optimizer._has_moved, optimizer._idle
+        optimizer._has_moved |= len(idle) < len(pairs)
+        optimizer._idle = first_steps and len(idle) == len(pairs) > 0
         if not (before and optimizer._idle):
             return
     if not idle:
         return
     optimizer._orphans_told, optimizer._idle = True, False
     kind, first = type(optimizer).__name__, list(optimizer.report)[idle[0]].name
-    why = "no pair has had a gradient in two steps" if model is None else "they are no longer those of the model"
+    why = (
+        "no pair had a gradient in the first two steps"
+        if model is None
+        else "they are no longer those of the model"
+    )
     msg = (
         f"{kind}: {len(idle)} of {len(pairs)} pairs, the first {first}, stand still: {why}; where "
         f"others have taken their place, as in PEFT's prepare_model_for_compiled_hotswap or a "
