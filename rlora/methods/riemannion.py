@@ -169,5 +169,6 @@ def _slots(backend: Backend, pair: Factors) -> Array:
     used = xp.any(pair.A != 0, axis=-1) | xp.any(pair.B != 0, axis=-2)  # (..., r)
     used = backend.cast(used, pair.A.dtype)
     k = xp.arange(r, dtype=pair.A.dtype, device=device_of(pair.A))
-    before = backend.matmul(used[..., None, :], backend.cast(k[:, None] < k, pair.A.dtype))
+    below = backend.cast(k[:, None] < k, pair.A.dtype)
+    before = xp.sum(used[..., :, None] * below, axis=-2, keepdims=True)  # (..., 1, r)
     return backend.cast(k[:, None] == before, pair.A.dtype) * used[..., None, :]  # (..., r, r)

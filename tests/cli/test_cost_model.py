@@ -53,6 +53,7 @@ def test_flops_are_those_of_the_pages(name):
         flops = work(name, random_problem([(m, n)], r, 0), 4, 0).flops
         expected = value(on_the_pages()[call], m, n, r)
         assert expected <= flops <= 1.05 * expected
+        assert (flops - expected) % (2 * r**3) == 0
 
 
 @pytest.mark.parametrize("name", rlora.methods.__all__)
