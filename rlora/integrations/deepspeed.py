@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rlora import ShardingError
+from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 
 
 class ZeroOptimizer(Optimizer):
@@ -21,16 +22,24 @@ class ZeroOptimizer(Optimizer):
     Parameters
     ----------
     optimizer : Optimizer
-        Built over the model while its factors are whole: before ``deepspeed.initialize`` or
-        ``accelerator.prepare``. Its parameters become float32 copies.
+        Of `rlora.torch`, built over the model while its factors are whole: before
+        ``deepspeed.initialize`` or ``accelerator.prepare``. Its parameters become float32 copies.
 
     Raises
     ------
+    TypeError
+        For an optimizer that knows no pairs, which DeepSpeed takes as it is.
     ShardingError
         When two parameters share memory, or a pair lies in two groups, which ZeRO steps in turn.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: LoRAOptimizer) -> None:
+        if not isinstance(optimizer, LoRAOptimizer):
+            msg = (
+                f"expected an optimizer of rlora.torch, got {type(optimizer).__name__}: give that "
+                f"to DeepSpeed as it is"
+            )
+            raise TypeError(msg)
         self.inner = optimizer
         self._params = [list(group["params"]) for group in optimizer.param_groups]
         self._check()
@@ -54,7 +63,7 @@ class ZeroOptimizer(Optimizer):
             msg = "two of the parameters share memory, and ZeRO would tear them apart; use DDP"
             raise ShardingError(msg)
         home = {id(p): i for i, params in enumerate(self._params) for p in params}
-        for pair in self.inner._pairs:  # type: ignore[attr-defined]
+        for pair in self.inner._pairs:
             if len({home[id(p)] for p in pair.params}) > 1:
                 msg = (
                     f"factors {tuple(pair.A.shape)} and {tuple(pair.B.shape)} of a pair lie in two "
@@ -113,7 +122,7 @@ class ZeroOptimizer(Optimizer):
             group.update(_options(self.inner.param_groups[group["index"]]))
 
 
-def under_zero(optimizer: Optimizer) -> Optimizer:
+def under_zero(optimizer: LoRAOptimizer) -> Optimizer:
     """The optimizer in a `ZeroOptimizer` where accelerate is set to use DeepSpeed.
 
     Parameters
@@ -155,15 +164,16 @@ def _step_partitions(
     _check_all_here(flats, moved)
     for p, copy in moved:
         copy.copy_(safe_get_full_fp32_param(p))
-    for flat in flats:  # gradients are gathered in the place of the masters
-        master = flat.detach().clone()
-        flat.copy_(flat.grad)
-        flat.grad.copy_(master)
-    for p, copy in moved:
-        copy.grad = safe_get_full_fp32_param(p).float()
-    optimizer.step()
-    for flat in flats:
-        flat.copy_(flat.grad)
+    masters = [flat.detach().clone() for flat in flats]
+    try:
+        for flat in flats:  # gradients are gathered in the place of the masters
+            flat.copy_(flat.grad)
+        for p, copy in moved:
+            copy.grad = safe_get_full_fp32_param(p).float()
+    finally:
+        for flat, master in zip(flats, masters, strict=True):
+            flat.copy_(master)
+    optimizer.step()  # what refuses does so before anything has moved
     for p, copy in moved:
         _set(p, copy)
         copy.grad = None

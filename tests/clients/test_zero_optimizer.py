@@ -46,6 +46,21 @@ def test_what_zero_would_tear_apart_is_refused():
         ZeroOptimizer(optimizer)
 
 
+def test_an_optimizer_without_pairs_is_refused():
+    with pytest.raises(TypeError, match="expected an optimizer of rlora.torch, got AdamW"):
+        ZeroOptimizer(torch.optim.AdamW(make_model().parameters()))
+
+
+def test_factors_that_stage_3_has_cut_are_refused_with_the_way_out():
+    """DeepSpeed leaves empty tensors with an attribute in the place of parameters."""
+    model = make_model()
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.ds_id, p.data = 0, torch.empty(0)
+    with pytest.raises(rlora.ShardingError, match="build the optimizer before, in .*ZeroOptimizer"):
+        ScaledAdamW(model)
+
+
 def test_empty_groups_stay_inside():
     """DeepSpeed would drop them, and a schedule made before would not fit."""
     optimizer = ScaledAdamW(make_model())

@@ -32,7 +32,7 @@ def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
     tensors = dict(named)
     for name, p in tensors.items():
         factor = is_factor(name)
-        if why := _flattened(name, p, factor) or (factor and _cut(name, p, tensors)):
+        if why := (factor and _cut(name, p, tensors)) or _flattened(name, p, factor):
             msg = f"{name} {why}"
             raise ShardingError(msg)
 

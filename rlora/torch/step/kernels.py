@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -82,11 +82,12 @@ class WithState(Kernel):
         like = self.targets[k]
         if known is None:
             return like_param(self.params[k], torch.zeros_like(like))
-        x = local(torch.as_tensor(known))
+        entry: Tensor = torch.as_tensor(known)
+        x = local(entry)
         if x.shape != like.shape:
             raise misshapen(name, known, like)
         if (x.dtype, x.device, x.stride()) == (like.dtype, like.device, like.stride()):
-            return known  # type: ignore[no-any-return]
+            return entry
         return like_param(self.params[k], torch.empty_like(like).copy_(x))
 
     def _counter(self, k: int, known: Any) -> Tensor:
@@ -157,7 +158,7 @@ class SGD(WithState):
             buffers,
             weight_decay=weight_decay,
             momentum=group["momentum"],
-            lr=lr,  # type: ignore[arg-type]
+            lr=cast("float", lr),  # torch's own SGD hands it tensors too
             dampening=group["dampening"],
             nesterov=group["nesterov"],
             maximize=group["maximize"],
