@@ -47,7 +47,7 @@ def test_what_zero_would_tear_apart_is_refused():
 
 
 def test_an_optimizer_without_pairs_is_refused():
-    with pytest.raises(TypeError, match="expected an optimizer of rlora.torch, got AdamW"):
+    with pytest.raises(TypeError, match=r"expected an optimizer of rlora\.torch, got AdamW"):
         ZeroOptimizer(torch.optim.AdamW(make_model().parameters()))
 
 
@@ -57,7 +57,9 @@ def test_factors_that_stage_3_has_cut_are_refused_with_the_way_out():
     for name, p in model.named_parameters():
         if "lora_" in name:
             p.ds_id, p.data = 0, torch.empty(0)
-    with pytest.raises(rlora.ShardingError, match="build the optimizer before, in .*ZeroOptimizer"):
+    with pytest.raises(
+        rlora.ShardingError, match=r"build the optimizer before, in .*ZeroOptimizer"
+    ):
         ScaledAdamW(model)
 
 

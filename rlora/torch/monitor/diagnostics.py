@@ -46,10 +46,8 @@ class Watched(Optimizer):
     """True once B has been checked for zeros."""
     _orphans_told: bool = False
     """True once the warning of parameters that the model has no more has been given."""
-    _idle: bool = False
-    """True if no pair had a gradient in the first step: the next one is to be looked at too."""
-    _has_moved: bool = False
-    """True once a pair of an optimizer without a model has had a gradient."""
+    _idle_steps: int | None = 0
+    """First steps in which no pair had a gradient; None once one had, or the warning was given."""
 
     def watch(self, model: nn.Module | None = None) -> None:
         """Keep what `diagnostics` needs of every step from now on: a copy of the factors.

@@ -111,27 +111,23 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
         if any(p.requires_grad for p in pair[:2]) and all(p.grad is None for p in pair.moved)
     ]
     model = optimizer._model and optimizer._model()
-    if idle and model is not None:
+    if model is not None and idle:
+        why = "they are no longer those of the model"
         there, layers = {id(p) for p in model.parameters()}, {n for n, _ in model.named_modules()}
         names = [pair.layer for pair in optimizer.report]  # groups may be added from other models
         idle = [
             k for k in idle if names[k] in layers and not there & {id(p) for p in pairs[k].moved}
         ]
-    else:
-        first_steps, before = not optimizer._has_moved, optimizer._idle
-        optimizer._has_moved |= len(idle) < len(pairs)
-        optimizer._idle = first_steps and len(idle) == len(pairs) > 0
-        if not (before and optimizer._idle):
+    elif model is None:
+        why = "no pair had a gradient in the first two steps"
+        count, all_idle = optimizer._idle_steps, len(idle) == len(pairs) > 0
+        optimizer._idle_steps = count + 1 if all_idle and count is not None else None
+        if optimizer._idle_steps != 2:  # one alone may be there to make state, or by chance
             return
     if not idle:
         return
-    optimizer._orphans_told, optimizer._idle = True, False
+    optimizer._orphans_told, optimizer._idle_steps = True, None
     kind, first = type(optimizer).__name__, list(optimizer.report)[idle[0]].name
-    why = (
-        "no pair had a gradient in the first two steps"
-        if model is None
-        else "they are no longer those of the model"
-    )
     msg = (
         f"{kind}: {len(idle)} of {len(pairs)} pairs, the first {first}, stand still: {why}; where "
         f"others have taken their place, as in PEFT's prepare_model_for_compiled_hotswap or a "

@@ -54,7 +54,7 @@ class LoRAOptimizer(Watched, LoadsState, ABC):
     """A torch optimizer that knows the pairs among its parameters. Not to be used by itself."""
 
     report: PairReport
-    """The pairs, the parameters that are updated plainly, and those refused, with the reason."""
+    """The pairs, the unpaired parameters, which the parent steps, and those refused."""
 
     _extra: tuple[str, ...] = ("report", "_adapter", "_by_hand", "_by_name", "_known", "_members")
     _extra += ("_names", "_own", "_pairs", "_source")
@@ -160,7 +160,7 @@ class LoRAOptimizer(Watched, LoadsState, ABC):
         ----------
         param_group : dict
             As torch takes it; ``params`` may be named, whether those of other groups are or not.
-            Those without names are updated plainly unless they are in ``pairs``.
+            The parent steps those without names, unless they are in ``pairs``.
         """
         group = plain_numbers(dict(param_group))
         group["params"] = as_list(group["params"])
@@ -271,7 +271,7 @@ class LoRAOptimizer(Watched, LoadsState, ABC):
         now = signature(pairs, self.param_groups, choices)
         if self._plans is None or self._plans[0] != now:
             plans = self._new_plans(pairs)
-            self._plans = None if self._idle else (now, plans)
+            self._plans = None if self._idle_steps else (now, plans)  # looked at once more
             return plans
         return self._plans[1]
 
