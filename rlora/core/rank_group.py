@@ -273,9 +273,13 @@ def _each_rank(
     pairs, G = pairs_of(tree), pairs_of(grads)
     backend = get_backend(*leaves_of(tree))
     fields = [counterparts(tree, field) for field in state]
-    directions, moved = list(pairs), [list(field) for field in fields]
+    directions, moved = [Factors(None, None)] * len(pairs), [list(field) for field in fields]
     with backend.exact(pairs[0].A):
-        for members in indices_by_rank(pairs):
+        for everyone in indices_by_rank(pairs):
+            # What has no gradient at all is left out: nothing of it may be written to.
+            members = [i for i in everyone if any(g is not None for g in G[i])]
+            if not members:
+                continue
             params, numbers = moderate(backend, [pairs[i] for i in members])
             group = RankGroup(
                 backend,
@@ -287,7 +291,7 @@ def _each_rank(
             part = type(state)(*([field[i] for i in members] for field in fields))
             found, part = work(group, members, part)
             for k, i in enumerate(members):
-                directions[i] = where_moving(G[i], found[k], Factors(None, None))
+                directions[i] = where_moving(G[i], found[k], directions[i])
                 for field, values in zip(moved, part, strict=True):
                     field[i] = where_moving(G[i], values[k], field[i])
     return rebuild(tree, directions), type(state)(*(rebuild(tree, field) for field in moved))

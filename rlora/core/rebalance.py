@@ -60,7 +60,7 @@ def _even(backend: Backend, pair: Factors) -> Factors:
         V, L = xp.linalg.qr(mT(xp.where(sound, A / a, xp.zeros_like(A))))
         u, s, vt = xp.linalg.svd(backend.matmul(R, mT(L)), full_matrices=False)
         C = backend.asarray_like(cosines(A.shape[-2])[: s.shape[-1]], A)
-        root = s[..., None, :] ** 0.5 * (a * b) ** 0.5
+        root = s[..., None, :] ** 0.5 * a**0.5 * b**0.5
         new_B = backend.matmul(backend.matmul(U, u) * root, C)
         new_A = mT(backend.matmul(backend.matmul(V, mT(vt)) * root, C))
     sound = sound & (xp.max(s, axis=-1)[..., None, None] > 0)

@@ -38,11 +38,14 @@ def address(x):
     return x.data_ptr() if hasattr(x, "data_ptr") else x.__array_interface__["data"][0]
 
 
-def run(method, backend, donate, dtype="float64"):
+def run(method, backend, donate, dtype="float64", missing=None):
+    """Four steps; `missing` has (pair, factors without a gradient) by step."""
     params = pairs(backend, 0, dtype)
     state = method.init(params)
     for t in range(4):
         grads = pairs(backend, t + 1, dtype)
+        for k, factors in (missing or {}).get(t, ()):
+            grads[k] = grads[k]._replace(**dict.fromkeys(factors))
         params, state = rlora.step(method, params, grads, state, 1e-2, donate=donate)
     return copies(backend, [*leaves(params), *rlora.flatten_state(state).values()])
 
@@ -52,6 +55,21 @@ def test_a_donated_step_gives_the_same_numbers(backend, name):
     """Bit for bit: the same operations, only their results lie elsewhere."""
     method = getattr(rlora.methods, name)()
     for x, y in zip(run(method, backend, False), run(method, backend, True), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+MISSING = {1: [(0, "AB")], 2: [(0, "A"), (1, "AB"), (2, "AB")], 3: [(1, "B"), (2, "A")]}
+METHODS = {name: getattr(rlora.methods, name)() for name in rlora.methods.__all__} | {
+    "full": rlora.lora_pro_adamw(mode="full"),
+    "one after the other": rlora.scaled_adamw(order="gauss_seidel"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_has_no_gradient_keeps_its_state(backend, name):
+    """Pairs and factors, none at all in some steps."""
+    runs = [run(METHODS[name], backend, donate, missing=MISSING) for donate in (False, True)]
+    for x, y in zip(*runs, strict=True):
         np.testing.assert_array_equal(x, y)
 
 

@@ -76,19 +76,15 @@ def test_zero_and_values_that_are_not_finite_stay():
     assert_close(rebalance(stack).A[0], rebalance(pair).A, rtol=1e-12)
 
 
-@pytest.mark.parametrize("size", [1e-18, 1e18])
-def test_huge_and_tiny_factors(size):
-    """Squares of these entries leave the range of float32."""
+@pytest.mark.parametrize("sizes", [(1e-18, 1e18), (1e18, 1e-18), (1e24, 1e24), (1e-24, 1e-24)])
+def test_huge_and_tiny_factors(sizes):
+    """Squares of these entries, and some of the products, leave the range of float32."""
     pair = Factors(
-        *(
-            np.asarray(x * s, np.float32)
-            for x, s in zip(draw(5, 7, 3), (size, 1 / size), strict=True)
-        )
+        *(np.asarray(x * s, np.float32) for x, s in zip(draw(5, 7, 3), sizes, strict=True))
     )
     new = rebalance(pair)
-    assert_close(
-        new.B @ new.A, pair.B @ pair.A, rtol=0, atol=1e-3 * float(np.abs(pair.B @ pair.A).max())
-    )
+    expected, found = (x.B.astype("float64") @ x.A.astype("float64") for x in (pair, new))
+    assert_close(found / sizes[0] / sizes[1], expected / sizes[0] / sizes[1], rtol=0, atol=1e-3)
 
 
 def test_collections_and_refusals():

@@ -46,12 +46,9 @@ class MethodBatch:
         options = optimizer.param_groups[group]
         self._chosen = optimizer._chosen(options)
         self._transform = optimizer._transform(options)
-        start = self._initial()
-        # Each array its own memory: it is written to after a step.
-        memory = {name: x.clone() for name, x in flatten_state(start).items()}
-        self._state = unflatten_state(memory, start)
-        self._shares = self._shares_of(memory)
-        self.follow(flatten_state(start))
+        self._state = self._initial()
+        self._shares = self._shares_of(flatten_state(self._state))
+        self.follow(fresh=True)
 
     def _initial(self) -> State:
         scaling = self._optimizer.param_groups[self._group]["scaling"]
@@ -69,15 +66,15 @@ class MethodBatch:
                 share.sources.append((name, k, partner))
         return list(shares.values())
 
-    def follow(self, start: Mapping[str, Tensor] | None = None) -> None:
+    def follow(self, *, fresh: bool = False) -> None:
         """Fill the stacks from the optimizer's state; entries missing there are initialised.
 
         Parameters
         ----------
-        start : mapping of str to Tensor, optional
-            The flat state of a fresh start, if it is known already.
+        fresh : bool
+            True if the stacks hold a fresh start.
         """
-        state, fresh = self._optimizer.state, start is not None  # then it is in the stacks
+        state, start = self._optimizer.state, dict[str, Tensor]()
         old: list[Tensor] = []
         new: list[Tensor] = []
         for share in self._shares:
@@ -91,10 +88,10 @@ class MethodBatch:
                     continue
                 if known is None and partner is not None:  # one was frozen or freed meanwhile
                     known = state.get(partner, {}).pop(key, None)
-                if known is None:
-                    start = flatten_state(self._initial()) if start is None else start
-                    known = None if fresh else start[name][k]
-                elif getattr(known, "shape", None) != view.shape:
+                if known is None and not fresh:
+                    start = start or flatten_state(self._initial())
+                    known = start[name][k]
+                elif known is not None and getattr(known, "shape", None) != view.shape:
                     raise misshapen(key, known, view)
                 if known is not None:
                     old.append(view)
