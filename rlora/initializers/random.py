@@ -111,6 +111,9 @@ def init_ab(
     backend, W = door(weight, rank, times=0)
     check_positive("size", size)
     check_count("seed", seed, 0)
+    if not isinstance(offset, bool):
+        msg = f"offset must be True or False, got {offset!r} ({type(offset).__name__})"
+        raise TypeError(msg)
     rng, n, bound = np.random.default_rng(seed), W.shape[-1], size / W.shape[-1] ** 0.5
     A = rng.uniform(-bound, bound, (*W.shape[:-2], rank, n))
     B = rng.uniform(-bound, bound, (*W.shape[:-1], rank))

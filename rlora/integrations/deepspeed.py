@@ -54,8 +54,25 @@ class ZeroOptimizer(Optimizer):
         super().__init__(groups, dict(optimizer.defaults))
         for group in optimizer.param_groups:
             group["params"] = [
-                torch.nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in group["params"]
+                torch.nn.Parameter(p.detach().to(torch.float32, copy=True), p.requires_grad)
+                for p in group["params"]
             ]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse groups that come later: the optimizer inside has none for them.
+
+        Raises
+        ------
+        ShardingError
+            After construction.
+        """
+        if "index" not in param_group:
+            msg = (
+                f"a group of {len(list(param_group['params']))} parameters came after "
+                f"ZeroOptimizer; add it to the optimizer of rlora.torch, and build this one then"
+            )
+            raise ShardingError(msg)
+        super().add_param_group(param_group)
 
     def _check(self) -> None:
         everything = [p for params in self._params for p in params]
@@ -88,16 +105,17 @@ class ZeroOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        flats, moved = [], []
+        flats, originals, moved = [], list[Any](), list[tuple[Any, Tensor]]()
         for group in self.param_groups:
             i = group["index"]
             self.inner.param_groups[i].update(_options(group))
             if not group["params"]:  # ZeRO-3 steps another group now
                 continue
-            copies = self.inner.param_groups[i]["params"]
-            moved += list(zip(self._params[i], copies, strict=True))
+            copies = zip(self._params[i], self.inner.param_groups[i]["params"], strict=True)
+            moved += [both for both in copies if both[1].requires_grad]  # frozen ones stay
+            originals += self._params[i]
             flats += group["params"]
-        if flats[0] is moved[0][0]:
+        if all(flat is p for flat, p in zip(flats, originals, strict=False)):
             _step_whole(self.inner, moved)
         else:
             _step_partitions(self.inner, flats, moved)

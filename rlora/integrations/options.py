@@ -2,7 +2,7 @@
 
 import ast
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from torch.optim import Optimizer
 
@@ -65,19 +65,26 @@ def from_text(text: str | None) -> dict[str, Any]:
     ValueError
         When the text is something else.
     """
+    source = f"options({text or ''})"
     try:
-        call = ast.parse(f"options({text or ''})", mode="eval").body
+        call = ast.parse(source, mode="eval").body
     except SyntaxError:
         call = None
     words = call.keywords if isinstance(call, ast.Call) and not call.args else []
     if text and text.strip() and not (words and all(word.arg for word in words)):
         msg = f"options must be name=value, separated by commas, got {text!r}"
         raise ValueError(msg)
-    return {str(word.arg): from_word(ast.unparse(word.value)) for word in words}
+    return {str(word.arg): from_word(ast.get_source_segment(source, word.value)) for word in words}
+
+
+WORDS: Final = {"true": True, "false": False, "none": None, "null": None}
+"""Values that config files and command lines spell in their own ways."""
 
 
 def from_word(value: Any) -> Any:
     """An option that may have come as text: "1e-3" is a number, "both" a word; lists as tuples.
+
+    "true", "false", "none" and "null" are values in any case of letters.
 
     Parameters
     ----------
@@ -90,6 +97,8 @@ def from_word(value: Any) -> Any:
         As the optimizer takes it.
     """
     if isinstance(value, str):
+        if value.strip().lower() in WORDS:
+            return WORDS[value.strip().lower()]
         try:
             value = ast.literal_eval(value)
         except (SyntaxError, ValueError):

@@ -21,10 +21,21 @@ class OptimizerCallback(TrainerCallback):
     optimizer : str
         Name of a class of `rlora.torch`.
     **options
-        Options of the class; ``lr`` and ``weight_decay`` come from the Trainer.
+        Options of the class.
+
+    Raises
+    ------
+    ValueError
+        For ``lr`` and ``weight_decay``, which come from the Trainer.
     """
 
     def __init__(self, optimizer: str = "ScaledAdamW", **options: Any) -> None:
+        if taken := sorted({"lr", "weight_decay"} & options.keys()):
+            msg = (
+                f"{' and '.join(taken)} would be ignored: the groups are the Trainer's; set it in "
+                f"its arguments"
+            )
+            raise ValueError(msg)
         self._make, self._options = optimizer_named(optimizer), from_mapping(options)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:

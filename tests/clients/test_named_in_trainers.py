@@ -184,6 +184,19 @@ def test_options_in_words():
             from_text(wrong)
 
 
+@pytest.mark.parametrize("words", ["maximize=false", "maximize=False", "maximize=FALSE"])
+def test_false_is_not_true(words):
+    assert from_text(words) == {"maximize": False}
+    assert from_text("a=none,b=null,c=true,d=a-b") == {
+        "a": None,
+        "b": None,
+        "c": True,
+        "d": "a-b",
+    }
+    model = adapted()
+    learns(model, RLoraFactory()(model, optimizer="LoRARite", lr=1e-2, maximize="false"))
+
+
 def test_an_unknown_name_says_which_there_are():
     with pytest.raises(ValueError, match=r"no optimizer 'AdamW'; it has .*ScaledAdamW"):
         RLoraFactory()(torch.nn.Linear(2, 2), optimizer="AdamW")

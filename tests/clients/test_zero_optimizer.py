@@ -2,22 +2,23 @@
 
 import pytest
 import torch
-from models import loss_of, make_model, values
+from models import CLASSES, loss_of, make_model, values
 from pages import run
 from tiny import adapted, batches, loss_on_all, same
 
 import rlora
 from rlora.integrations.deepspeed import ZeroOptimizer, under_zero
-from rlora.torch import LoRARite, ScaledAdamW
-
-kinds = pytest.mark.parametrize("kind", [ScaledAdamW, LoRARite])
+from rlora.torch import ScaledAdamW
 
 
-@kinds
-def test_whole_parameters_are_stepped_as_without_it(kind):
+@pytest.mark.parametrize("frozen", [None, "lora_A", "lora_B"])
+@pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
+def test_whole_parameters_are_stepped_as_without_it(make, frozen):
     """Bit for bit, on a schedule, saved and loaded in between."""
     model, twin = make_model(), make_model()
-    plain, wrapped = kind(twin, lr=1e-2), ZeroOptimizer(kind(model, lr=1e-2))
+    for name, p in (*model.named_parameters(), *twin.named_parameters()):
+        p.requires_grad_(not (frozen and frozen in name) and p.requires_grad)
+    plain, wrapped = make(twin), ZeroOptimizer(make(model))
     schedules = [torch.optim.lr_scheduler.StepLR(o, 1, 0.5) for o in (plain, wrapped)]
     for t in range(4):
         for m, o, schedule in zip((twin, model), (plain, wrapped), schedules, strict=True):
@@ -27,7 +28,8 @@ def test_whole_parameters_are_stepped_as_without_it(kind):
             schedule.step()
         if t == 1:
             saved = wrapped.state_dict()
-            assert saved["param_groups"][0]["lr"] == 1e-2 / 4  # as the schedule has it now
+            first = schedules[0].base_lrs[0]
+            assert saved["param_groups"][0]["lr"] == first / 4  # as the schedule has it now
             wrapped.load_state_dict(saved)
     assert same(values(model), values(twin))
     assert wrapped.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
@@ -61,6 +63,12 @@ def test_factors_that_stage_3_has_cut_are_refused_with_the_way_out():
         rlora.ShardingError, match=r"build the optimizer before, in .*ZeroOptimizer"
     ):
         ScaledAdamW(model)
+
+
+def test_a_group_that_comes_later_is_refused():
+    optimizer = ZeroOptimizer(ScaledAdamW(make_model()))
+    with pytest.raises(rlora.ShardingError, match="a group of 1 parameters came after"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
 
 
 def test_empty_groups_stay_inside():

@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+from models import METHODS
 from tiny import PAIRS, adapted, same, trained
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -49,12 +50,26 @@ def near(weights, expected):
 @kinds
 @stages
 @pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.works("DeepSpeed ZeRO 1 to 3", "`ZeroOptimizer` over every class, by its engine")
 def test_it_is_the_loop_without_deepspeed(world, stage, kind, groups):
     """In three processes the partitions are padded."""
     expected = by_hand(kind)
     assert not same(expected[0], trained(adapted()))
     check(groups(world).run(runs.trains, kind, stage), expected)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.works("DeepSpeed ZeRO 1 to 3", "`ZeroOptimizer` over every class, by its engine")
+def test_every_class(kind, groups):
+    """From B away from zero, where LoRA-SB moves and nobody enlarges what rounding leaves of A."""
+    start = {"zero_B": False}
+    check(groups(2).run(runs.trains_from, kind, 2, start), runs.by_hand(kind, **start))
+
+
+@pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRAFA"])
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_a_frozen_factor(stage, kind, groups):
+    start = {"frozen": "lora_A"}
+    check(groups(2).run(runs.trains_from, kind, stage, start), runs.by_hand(kind, **start))
 
 
 @stages

@@ -34,14 +34,27 @@ def config_of(stage, bf16=False, **zero):
     }
 
 
+def prepared(seed=0, frozen=None, zero_B=True):
+    """The adapted model in training, with the factors of one side frozen if asked."""
+    model = adapted(seed)
+    model.train()
+    if not zero_B:
+        torch.manual_seed(1)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.1)
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and not (frozen and frozen in name))
+    return model
+
+
 def made(kind, model, groups=None):
     return getattr(rlora.torch, kind)(model if groups is None else groups(model), lr=4e-3)
 
 
-def by_hand(kind, groups=None):
+def by_hand(kind, groups=None, **start):
     """The same run without DeepSpeed; what it trained, and how the losses went."""
-    model = adapted()
-    model.train()
+    model = prepared(**start)
     optimizer, losses = made(kind, model, groups), []
     for batch in batches(12)[:STEPS]:
         optimizer.zero_grad()
@@ -61,9 +74,8 @@ def whole(engine):
     return {n: safe_get_full_fp32_param(p).detach().clone() for n, p in named}
 
 
-def engine_of(kind, stage, groups=None, seed=0, **options):
-    model = adapted(seed)
-    model.train()
+def engine_of(kind, stage, groups=None, seed=0, start=None, **options):
+    model = prepared(seed, **(start or {}))
     optimizer = ZeroOptimizer(made(kind, model, groups))
     config = config_of(stage, **options)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
@@ -100,6 +112,10 @@ def two_groups(model):
         {"params": [x for x in named if ".0." in x[0]]},
         {"params": [x for x in named if ".0." not in x[0]], "lr": 1e-2},
     ]
+
+
+def trains_from(kind, stage, start):
+    return trains(kind, stage, start=start)
 
 
 def trains_two_groups(stage):

@@ -408,8 +408,35 @@ def test_eva_sees_the_inputs_of_every_layer(way):
 
 def test_eva_of_fewer_tokens_than_its_rank_leaves_out_the_layer():
     model = make_model(zero_B=True, bias=False)
-    with pytest.raises(PairingError, match=r"rank must be in 1\.\.1 for \(1, \d+\), got"):
+    with pytest.raises(PairingError, match="1 rows of inputs came for rank 4; give more batches"):
         initialize(model, [torch.randn(1, 6)], square, method="eva", scaling=2.0)
+
+
+def test_eva_of_inputs_that_are_all_alike_leaves_out_the_layer():
+    model = make_model(zero_B=True, bias=False)
+    with pytest.raises(PairingError, match="its inputs are all alike"):
+        initialize(model, [torch.ones(9, 6)], square, method="eva", scaling=2.0)
+
+
+def test_eva_needs_no_backward_pass():
+    """Not where the input asks for a gradient, nor where a checkpoint would run the layer again."""
+    model, x = make_model(zero_B=True, bias=False), torch.randn(9, 6, requires_grad=True)
+    rows = []
+
+    def loss(model, x):
+        h = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+        return h.square().mean()
+
+    model[0].register_forward_hook(lambda *_: rows.append(1))
+    initialize(model, [x], loss, method="eva")
+    assert x.grad is None
+    assert len(rows) == 1
+
+
+@pytest.mark.parametrize("seed", ["1", True, -1])
+def test_a_seed_that_is_no_count_is_refused(seed):
+    with pytest.raises((TypeError, ValueError), match="seed must be"):
+        initialize(make_model(zero_B=True, bias=False), method="gaussian", seed=seed)
 
 
 def test_eva_notices_an_input_that_was_overwritten():

@@ -271,6 +271,16 @@ def test_an_adapter_in_bfloat16_loses_less_rebalanced():
     assert np.median(lost) < 0.25
 
 
+def test_a_factor_that_two_layers_share_is_not_rebalanced_for_one():
+    model = adapt(
+        nn.ModuleDict({"q": nn.Linear(6, 8), "k": nn.Linear(6, 8)}), target_modules=["q", "k"]
+    )
+    q, k = (model.base_model.model[name].lora_A for name in "qk")
+    k["default"] = q["default"]
+    with pytest.raises(rlora.PairingError, match=r"cannot be rebalanced: .*round this adapter"):
+        round_adapter(model)
+
+
 def test_what_cannot_be_rounded():
     with pytest.raises(TypeError, match=r"floating-point torch.dtype.*got torch.int8"):
         round_adapter({}, torch.int8)

@@ -145,7 +145,8 @@ def _pass(model: nn.Module, group: Sequence[Rows], batches: Iterable[Any], loss:
             for batch in batches:
                 value = loss(model, batch)
                 _check_loss(value, count)
-                if value.requires_grad:  # otherwise no layer of this group took part
+                # Without a graph no layer of this group took part.
+                if value.requires_grad and group[0].backward:
                     cast("Any", value).backward()
                 count += 1
                 del value, batch

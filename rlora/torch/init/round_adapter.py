@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rlora.core.errors import ShardingError
+from rlora.core.errors import PairingError, ShardingError
 from rlora.core.factors import Factors
 from rlora.core.layout import read_pairs
 from rlora.core.rebalance import rebalance
@@ -51,7 +51,8 @@ def round_adapter(
     ShardingError
         When a factor is a DTensor: gather the state first.
     PairingError
-        When the model has no adapter `name`.
+        When the model has no adapter `name`, or something like a factor is in no pair, as one that
+        two layers share.
 
     Examples
     --------
@@ -70,7 +71,11 @@ def round_adapter(
             msg = f"{key} is a DTensor: gather the state first (full_tensor), then round it"
             raise ShardingError(msg)
     rounded = {key: _cast(x, dtype) for key, x in state.items()}
-    for pair in find_pairs(state, known=known):
+    report = find_pairs(state, known=known)
+    for key, why in report.refused.items():
+        msg = f"{key} cannot be rebalanced: {why}; round this adapter as it is, by .to({dtype})"
+        raise PairingError(msg)
+    for pair in report:
         if pair.middle is None:
             factors = read_pairs(pair.views, state[pair.a].detach(), state[pair.b].detach())
             even = rebalance([Factors(*map(_wide, x)) for x in factors])

@@ -1,6 +1,6 @@
 """Records of what goes into one linear layer and of the gradient that comes back."""
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from rlora.torch.pairing.layers import Target
 
 class Rows:
     """Records of one layer: its inputs and output gradients, or the sum of their products."""
+
+    backward: ClassVar[bool] = True
+    """True if gradients are needed."""
 
     def __init__(self, name: str, target: Target, *, offload: bool, sum_at_once: bool) -> None:
         self.name, self.target = name, target
@@ -81,8 +84,8 @@ class Rows:
         """Raise where an input is no longer what the layer saw."""
         if x._version != version:
             msg = (
-                f"an input of {self.name} was overwritten after its batch; give each batch memory "
-                f"of its own, or set offload=True"
+                f"an input of {self.name} was overwritten since, by the model or by the next "
+                f"batch; give each batch memory of its own, or set offload=True"
             )
             raise errors.NumericsError(msg)
 
@@ -117,6 +120,8 @@ class _Tap(torch.autograd.Function):
 
 class InputRows(Rows):
     """Records of the inputs of one layer alone; nothing is asked of its gradient."""
+
+    backward = False
 
     def passed(self, x: Any, output: Any) -> None:
         x = x.detach().reshape(-1, x.shape[-1])

@@ -11,6 +11,7 @@ from rlora import initializers
 from rlora.core.errors import NumericsError, PairingError, ShapeError
 from rlora.core.factors import Factors
 from rlora.initializers import Start
+from rlora.initializers.svd import check_count
 from rlora.torch.pairing.layers import LoraLayer
 
 Method = Literal[
@@ -46,6 +47,7 @@ def of_layer(
     if method == "eva":
         return {"out_features": out_features}
     if method in FROM_SHAPE:  # the order of the layers must not matter
+        check_count("seed", options.get("seed", 0), 0)
         return {"seed": options.get("seed", 0) + zlib.crc32(name.encode())}
     return {}
 
@@ -75,11 +77,17 @@ def start_of(
     from_gradient = method in FROM_GRADIENT
     if from_gradient and not matrix.any():
         return "its gradient is zero"
+    if method == "eva":
+        if len(matrix) < layer.rank:
+            return f"{len(matrix)} rows of inputs came for rank {layer.rank}; give more batches"
+        sizes = [torch.linalg.matrix_norm(x) for x in (matrix - matrix.mean(0), matrix)]
+        if sizes[0] <= 10 * torch.finfo(matrix.dtype).eps * sizes[1]:  # rounding of the rows
+            return "its inputs are all alike"
     told = of_layer(method, options, name, layer.scaling, layer.shape[0])
     try:
         start: Start = getattr(initializers, method)(matrix, layer.rank, **{**options, **told})
     except ShapeError as error:
-        return f"{error}, of which {method} has no start; method='gaussian' has one"
+        return f"{error} ({method}); method='gaussian' starts a layer of any rank"
     except Exception as error:
         error.add_note(f"in layer {layer.name}, {layer.shape}, rank {layer.rank}")
         raise

@@ -1,4 +1,4 @@
-"""Weights that somebody writes between two steps, as a weight sync does: no step uses old ones."""
+"""Weights that somebody writes between two steps: what counts is these and the state, nothing else."""
 
 import copy
 
