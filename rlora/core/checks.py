@@ -1,6 +1,7 @@
 """Hyperparameters are checked where they are given, and the message says what may be given."""
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import wraps
 from numbers import Integral, Real
@@ -87,6 +88,31 @@ def check_nonnegative(name: str, value: Any) -> None:
     if not 0.0 <= float(value) < float("inf"):
         msg = f"{name} must be finite and at least 0, got {value!r}"
         raise ValueError(msg)
+
+
+def check_count(name: str, value: Any, least: int, most: float = math.inf, where: str = "") -> None:
+    """TypeError unless the value is an integer, ValueError unless it is in its range."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        msg = f"{name} must be an integer, got {value!r} ({type(value).__name__})"
+        raise TypeError(msg)
+    if not least <= int(value) <= most:
+        msg = f"{name} must be in {least}..{most}{where}, got {value}"
+        raise ValueError(msg)
+
+
+def check_positive(name: str, value: Any) -> None:
+    """ValueError or TypeError unless the value is a positive number."""
+    check_nonnegative(name, value)
+    if value == 0:
+        msg = f"{name} must be positive, got {value!r}"
+        raise ValueError(msg)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        msg = f"{name} must be True or False, got {value!r} ({type(value).__name__})"
+        raise TypeError(msg)
 
 
 def _check_traced(name: str, value: Any) -> None:

@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from rlora.core.checks import check_choice, hyperparameters
+from rlora.core.checks import check_choice, check_positive, hyperparameters
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors
 from rlora.initializers.start import Start, balanced
-from rlora.initializers.svd import check_positive, door, randomized_svd
+from rlora.initializers.svd import door, randomized_svd
 
 OneForm = Literal["algorithm", "theory"]
 GAForm = Literal["original", "peft"]

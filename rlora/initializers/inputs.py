@@ -1,10 +1,10 @@
 """Starts from the inputs of a layer."""
 
 from rlora.core.algebra import mT
-from rlora.core.checks import hyperparameters
+from rlora.core.checks import check_count, hyperparameters
 from rlora.core.factors import Array, Factors, device_of
 from rlora.initializers.start import Start
-from rlora.initializers.svd import check_count, door, randomized_svd
+from rlora.initializers.svd import door, randomized_svd
 
 
 @hyperparameters

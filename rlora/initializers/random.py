@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from rlora.core.checks import hyperparameters
+from rlora.core.checks import check_count, check_flag, check_positive, hyperparameters
 from rlora.core.errors import ShapeError
 from rlora.core.factors import Array, Factors, device_of
 from rlora.initializers.start import Start
-from rlora.initializers.svd import check_count, check_positive, door, normal
+from rlora.initializers.svd import door, normal
 
 
 @hyperparameters
@@ -111,9 +111,7 @@ def init_ab(
     backend, W = door(weight, rank, times=0)
     check_positive("size", size)
     check_count("seed", seed, 0)
-    if not isinstance(offset, bool):
-        msg = f"offset must be True or False, got {offset!r} ({type(offset).__name__})"
-        raise TypeError(msg)
+    check_flag("offset", offset)
     rng, n, bound = np.random.default_rng(seed), W.shape[-1], size / W.shape[-1] ** 0.5
     A = rng.uniform(-bound, bound, (*W.shape[:-2], rank, n))
     B = rng.uniform(-bound, bound, (*W.shape[:-1], rank))

@@ -1,14 +1,12 @@
 """The leading singular triplets of a matrix, and what may be asked of them."""
 
 import math
-from numbers import Integral
-from typing import Any
 
 import numpy as np
 
 from rlora.core.algebra import mT
 from rlora.core.backend import Backend
-from rlora.core.checks import check_nonnegative
+from rlora.core.checks import check_count
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import ShapeError
 from rlora.core.factors import Array
@@ -98,24 +96,6 @@ def door(matrix: Array, rank: int, *, times: int = 1) -> tuple[Backend, Array]:
     except ValueError as error:
         raise ShapeError(*error.args) from None
     return backend, backend.cast(matrix, backend.compute_dtype(matrix.dtype))
-
-
-def check_count(name: str, value: Any, least: int, most: float = math.inf, where: str = "") -> None:
-    """TypeError unless the value is an integer, ValueError unless it is in its range."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        msg = f"{name} must be an integer, got {value!r} ({type(value).__name__})"
-        raise TypeError(msg)
-    if not least <= int(value) <= most:
-        msg = f"{name} must be in {least}..{most}{where}, got {value}"
-        raise ValueError(msg)
-
-
-def check_positive(name: str, value: Any) -> None:
-    """ValueError or TypeError unless the value is a positive number."""
-    check_nonnegative(name, value)
-    if value == 0:
-        msg = f"{name} must be positive, got {value!r}"
-        raise ValueError(msg)
 
 
 def normal(backend: Backend, shape: tuple[int, ...], seed: int, like: Array) -> Array:

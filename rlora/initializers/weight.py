@@ -3,10 +3,10 @@
 import math
 
 from rlora.core.algebra import mT
-from rlora.core.checks import hyperparameters
+from rlora.core.checks import check_count, check_positive, hyperparameters
 from rlora.core.factors import Array, Factors
 from rlora.initializers.start import Start, balanced
-from rlora.initializers.svd import check_count, check_positive, door, randomized_svd
+from rlora.initializers.svd import door, randomized_svd
 
 
 @hyperparameters

@@ -33,7 +33,7 @@ class ZeroOptimizer(Optimizer):
         When two parameters share memory, or a pair lies in two groups, which ZeRO steps in turn.
     """
 
-    def __init__(self, optimizer: LoRAOptimizer) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         if not isinstance(optimizer, LoRAOptimizer):
             msg = (
                 f"expected an optimizer of rlora.torch, got {type(optimizer).__name__}: give that "
@@ -140,7 +140,7 @@ class ZeroOptimizer(Optimizer):
             group.update(_options(self.inner.param_groups[group["index"]]))
 
 
-def under_zero(optimizer: LoRAOptimizer) -> Optimizer:
+def under_zero(optimizer: Optimizer) -> Optimizer:
     """The optimizer in a `ZeroOptimizer` where accelerate is set to use DeepSpeed.
 
     Parameters

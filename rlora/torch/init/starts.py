@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from rlora import initializers
+from rlora.core.checks import check_count
 from rlora.core.errors import NumericsError, PairingError, ShapeError
 from rlora.core.factors import Factors
 from rlora.initializers import Start
-from rlora.initializers.svd import check_count
 from rlora.torch.pairing.layers import LoraLayer
 
 Method = Literal[

@@ -14,7 +14,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from rlora.core.checks import check_nonnegative, plain_number
+from rlora.core.checks import check_flag, check_nonnegative, plain_number
 from rlora.core.errors import NamespaceError
 from rlora.pairing import PairReport
 from rlora.pairing.order import BY_ORDER
@@ -45,7 +45,7 @@ from rlora.torch.pairing.param_groups import (
 from rlora.torch.pairing.sharding_checks import check_layouts, check_swap
 from rlora.torch.step.compiling import inherited
 from rlora.torch.step.plan import Plan
-from rlora.torch.step.rounding import check_rounding, count_roundings
+from rlora.torch.step.rounding import count_roundings
 
 NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
 
@@ -194,7 +194,7 @@ class LoRAOptimizer(Watched, LoadsState, ABC):
         for name in NONNEGATIVE & group.keys():
             if not isinstance(group[name], Tensor):
                 check_nonnegative(name, group[name])
-        check_rounding(group["stochastic_rounding"])
+        check_flag("stochastic_rounding", group["stochastic_rounding"])
         self._check_own(group)
 
     def _current_pairs(self) -> list[TensorPair]:

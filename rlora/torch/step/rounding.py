@@ -10,13 +10,6 @@ HALF = 1 << 16
 """bfloat16 is the upper half of float32; the lower half has so many values."""
 
 
-def check_rounding(value: Any) -> None:
-    """TypeError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        msg = f"stochastic_rounding must be True or False, got {value!r} ({type(value).__name__})"
-        raise TypeError(msg)
-
-
 def count_roundings(groups: Iterable[dict[str, Any]]) -> None:
     """Advance the rounding seed once per step."""
     for group in groups:
