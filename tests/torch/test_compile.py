@@ -1,6 +1,8 @@
 """Compiled steps: one graph for every class, no other after it, and the eager step's numbers."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -227,3 +229,21 @@ def test_the_how_to_runs(one_graph):
     assert graphs() == 1
     # The page's learning rate is a float64 tensor here: only the order of sums differs.
     torch.testing.assert_close(*losses, rtol=1e-9, atol=0)
+
+
+@few
+def test_the_first_step_of_a_process_may_be_compiled(name):
+    """Nothing that a graph rests on is left to a step before it."""
+    code = f"""
+import torch
+import rlora.torch
+pair = [torch.nn.Parameter(torch.randn(shape)) for shape in ((2, 8), (6, 2))]
+optimizer = rlora.torch.{"ScaledAdamW" if name == "adamw" else name}(pair, pairs=[tuple(pair)])
+before = [p.detach().clone() for p in pair]
+for p in pair:
+    p.grad = torch.randn_like(p)
+torch.compile(optimizer.step, fullgraph=True, backend="eager")()
+assert not any(map(torch.equal, pair, before))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr[-2000:]

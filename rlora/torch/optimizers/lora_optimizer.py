@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlora.core.checks import check_flag, check_nonnegative, plain_number
+from rlora.core.dispatch import get_backend
 from rlora.core.errors import NamespaceError
 from rlora.pairing import PairReport
 from rlora.pairing.order import BY_ORDER
@@ -101,6 +102,8 @@ class LoRAOptimizer(Watched, LoadsState, ABC):
         self._pair_up(scalings_in(params))
         if not self._pairs:
             raise no_pair(self._names, self.report, type(self).__name__)
+        for kind in (Tensor, nn.Parameter):  # a compiled step cannot look for a backend
+            get_backend(kind(torch.empty(0)))
 
     # --- for subclasses ---------------------------------------------------------------------------
 

@@ -74,7 +74,8 @@ class MethodBatch:
         fresh : bool
             True if the stacks hold a fresh start.
         """
-        state, start = self._optimizer.state, dict[str, Tensor]()
+        state = self._optimizer.state
+        start: dict[str, Tensor] = {}
         old: list[Tensor] = []
         new: list[Tensor] = []
         for share in self._shares:
