@@ -10,6 +10,10 @@ from rlora.core.errors import NumericsError
 from rlora.core.factors import Array
 
 
+EXACT = ("ieee", "none")
+"""Settings under which torch rounds no inputs."""
+
+
 def exact(like: Array) -> AbstractContextManager[Any]:
     """`Backend.exact`, also in a graph."""
     return _exact_graph(like) if torch.compiler.is_compiling() else _exact(like)
@@ -42,14 +46,16 @@ def _ieee_products() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
-    saved = [matmul.fp32_precision for matmul in matmuls]
+    saved = [(m, m.fp32_precision) for m in matmuls if m.fp32_precision not in EXACT]
     try:
-        for matmul in matmuls:
+        for matmul, _ in saved:
             matmul.fp32_precision = "ieee"
         yield
     finally:
-        for matmul, precision in zip(matmuls, saved, strict=True):
-            matmul.fp32_precision = precision
+        for matmul, precision in saved:
+            # One that follows the setting for all of torch is to follow it from here on too.
+            inherited = precision == torch.backends.fp32_precision
+            matmul.fp32_precision = "none" if inherited else precision
 
 
 def _matmuls() -> list[Any]:
@@ -62,7 +68,7 @@ def _matmuls() -> list[Any]:
 def _rounds_inputs() -> bool:
     """Return whether torch may round the inputs of a float32 product."""
     if matmuls := _matmuls():
-        return any(matmul.fp32_precision not in ("ieee", "none") for matmul in matmuls)
+        return any(matmul.fp32_precision not in EXACT for matmul in matmuls)
     return torch.get_float32_matmul_precision() != "highest"
 
 

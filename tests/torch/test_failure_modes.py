@@ -509,3 +509,22 @@ def test_step_without_a_scheduler_or_grad_leaves_no_state():
     assert not optimizer.state
     x, _ = batch()
     assert model(x).shape == (16, 8)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9 has one setting"
+)
+@pytest.mark.parametrize("precision", ["none", "ieee", "tf32"])
+def test_the_setting_for_all_of_torch_still_reaches_products_after_a_step(precision):
+    """Reading the setting of products gives the inherited one, which is not to be written there."""
+    matmul = torch.backends.cuda.matmul
+    explicit = matmul.fp32_precision
+    try:
+        matmul.fp32_precision, torch.backends.fp32_precision = "none", "tf32"
+        model = make_model()
+        train(model, ScaledAdamW(model, lr=1e-2), 1)
+        assert matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = precision
+        assert matmul.fp32_precision == precision
+    finally:
+        torch.backends.fp32_precision, matmul.fp32_precision = "none", explicit
