@@ -43,3 +43,17 @@ def test_a_capturable_step_reads_nothing_back(kind, options):
 def test_without_it_the_counters_stay_on_the_host():
     _, counters = watch(ScaledAdamW, foreach=True)
     assert set(counters) == {"cpu"}
+
+
+def test_on_a_cpu_it_is_refused_before_anything_moves():
+    """Torch's own check comes within the kernel, when the group before has been stepped."""
+    pairs = [[torch.nn.Parameter(torch.randn(shape)) for shape in ((4, 16), (8, 4))] for _ in "ab"]
+    groups = [{"params": pair, "capturable": i == 1} for i, pair in enumerate(pairs)]
+    optimizer = ScaledAdamW(groups, pairs=[tuple(pair) for pair in pairs])
+    params = [p for pair in pairs for p in pair]
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    with pytest.raises(ValueError, match=r"capturable=True .* cuda, got some on cpu"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))

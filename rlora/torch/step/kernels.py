@@ -106,8 +106,10 @@ class AdamW(WithState):
     """Torch's AdamW."""
 
     def prepare(self, directions: Sequence[Tensor]) -> None:
-        if self.targets and self.targets[0].device.type != "cpu":
-            _check_capture(self.optimizer)
+        if self.targets:
+            _check_capturable(self.group, self.targets[0].device.type)
+            if self.targets[0].device.type != "cpu":
+                _check_capture(self.optimizer)
         names = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
         self._arrays = self.follow(names if self.group["amsgrad"] else names[:3])
 
@@ -187,6 +189,16 @@ def like_param(p: Any, piece: Tensor) -> Tensor:
         piece, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
     )
     return whole
+
+
+def _check_capturable(group: dict[str, Any], device: str) -> None:
+    """ValueError where torch's kernel would refuse, once other groups have moved."""
+    if group["capturable"] and device in ("cpu", "mps") and not torch.compiler.is_compiling():
+        msg = (
+            f"capturable=True is for parameters on a device that captures graphs, such as cuda, "
+            f"got some on {device}; leave it out there"
+        )
+        raise ValueError(msg)
 
 
 def _check_capture(optimizer: Any) -> None:
