@@ -9,8 +9,10 @@ import torch
 
 import rlora.torch
 from rlora import ShapeError
+from rlora.torch.step.kernels import AdamW
 from rlora.torch.step.listwise import ListStep
 from rlora.torch.step.stacks import StackedAdamW
+from rlora.torch.step.standins import StandIns
 
 SHAPES = [(70, 50, 5), (40, 600, 5), (70, 50, 5), (12000, 30, 4), (700, 640, 64), (30, 20, 3)]
 """(m, n, r): stacks of several and of one, and with 12000 x 4 and 64 x 640 large factors."""
@@ -257,3 +259,28 @@ def test_a_placement_behind_a_step_of_the_users_own_is_refused(name):
         with pytest.raises(ValueError, match="AdamW with torch's own step, not over"):
             make_optimizer(make_pairs(), kind, placement=placement)
     make_optimizer(make_pairs(), kind)
+
+
+class WithAStepOfItsOwn(torch.optim.AdamW):
+    """AdamW, which nothing tells from an optimizer that uses what its parameters are."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "weight_decay": 0.1}], ids=str)
+def test_stand_ins_give_the_numbers_of_the_lists(options):
+    """Float64, 20 steps with gradients that come and go: rounding alone, about 1e-14."""
+    kinds = rlora.torch.precondition(WithAStepOfItsOwn), rlora.torch.precondition(torch.optim.AdamW)
+    runs = make_pairs(), make_pairs()
+    optimizers = [
+        make_optimizer(pairs, kind, fused=False, **options)
+        for pairs, kind in zip(runs, kinds, strict=True)
+    ]
+    for step in range(20):
+        missing = {(step % 6, step % 2), ((step + 2) % 6, 0)}
+        for pairs, optimizer in zip(runs, optimizers, strict=True):
+            set_gradients(pairs, step, missing)
+            optimizer.step()
+    assert [x._kernel for x in optimizers] == [StandIns, AdamW]
+    assert_same(*runs, *optimizers, 1e-12)
