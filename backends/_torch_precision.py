@@ -9,7 +9,6 @@ import torch
 from rlora.core.errors import NumericsError
 from rlora.core.factors import Array
 
-
 EXACT = ("ieee", "none")
 """Settings under which torch rounds no inputs."""
 
