@@ -112,7 +112,10 @@ def rounding_table() -> Iterator[str]:
     """Share of the way in float32 that is left in bfloat16."""
     yield f"| bfloat16 factors | lr = {' | '.join(f'{lr:.0e}' for lr in RATES)} |"
     yield f"| --- |{' --- |' * len(RATES)}"
-    for name, stochastic in (("rounded to nearest", False), ("`stochastic_rounding=True`", True)):
+    for name, stochastic in (
+        ("`stochastic_rounding=False`", False),
+        ("`stochastic_rounding=True`, the default", True),
+    ):
         shares = []
         for lr in RATES:
             whole = moved(lr, torch.float32, stochastic=False)

@@ -80,7 +80,7 @@ WHY: Final[dict[str, str]] = {
     "seed=0": "the same start every time",
     "oversample=10": "usual for a randomized SVD",
     "iterations=4": "usual for a randomized SVD",
-    "stochastic_rounding=False": "rounding to nearest, as everywhere",
+    "stochastic_rounding=True": "[bfloat16 drops small steps](../decisions/0015-rounding.md)",
     "weight_decay=0.0": "a LoRA adapter is small; opt in",
     "weight_decay=0.01": "torch's AdamW",
 }

@@ -159,16 +159,18 @@ BFLOAT16: Final = """
 Rounding to the nearest loses steps that are smaller than half the spacing of the numbers, AdamW's
 at a rate of 1e-3 as well: there the losses of all methods stay high, and those of preconditioned
 ones higher, whose steps are smaller in some directions. The default is within a quarter of AdamW's
-loss in float32 as soon as it has arrived, but in bfloat16 not on every draw:
+loss in float32 as soon as it has arrived (768 x 2 and 20 x 3 have not), in bfloat16 rounded to the
+nearest not on every draw, and in bfloat16 rounded at random again as in float32:
 
 *Loss of the default over that of AdamW in float32, median / worst of six draws of targets; rate
 4e-3, noise 0.5, 1000 steps.*
 """
 
 ROUNDED: Final = """
-For bfloat16 factors of a rank above what is to be learnt `stochastic_rounding=True` of the torch
-classes mends most of it, and weights in float32 all; `rlora.torch.findings` says so where half of
-the entries of a factor stay as they are under a step.
+So the torch classes round bfloat16 factors at random by default
+([decision 15](../decisions/0015-rounding.md)); `rlora.step`, which these tables are of, rounds to
+the nearest. `rlora.torch.findings` says so where half of the entries of a factor stay as they are
+under a step.
 
 ## Rounding a trained adapter
 

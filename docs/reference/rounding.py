@@ -19,7 +19,16 @@ from rlora.testing.growth import adamw
 
 RECORD: Final = Path(__file__).with_suffix(".csv")
 
-KEPT: Final = ((8, 8, 8), (20, 3, 8), (24, 16, 8))
+KEPT: Final = (
+    (8, 8, 8),
+    (3, 20, 8),
+    (20, 3, 8),
+    (24, 16, 8),
+    (2, 2, 16),
+    (1, 256, 8),
+    (2, 768, 8),
+    (768, 2, 8),
+)
 """m, n and r of factors that are kept in bfloat16."""
 TRAINED: Final = ((24, 16, 8), (2, 64, 8), (8, 8, 8))
 """m, n and r of factors that are rounded once training is over."""
@@ -87,7 +96,7 @@ def kept() -> Iterator[dict[str, Any]]:
     """Losses of six draws with noise at 4e-3, over those of AdamW in float32."""
     rates = np.full(1000, 4e-3)
     for shape in KEPT:
-        for rank in RANKS:
+        for rank in sorted({k for k in RANKS if k < min(shape)} | {min(shape)}):
             random = np.random.default_rng(7)
             stores: dict[str, Store] = {
                 "float32": exact,

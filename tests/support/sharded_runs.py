@@ -22,7 +22,7 @@ MAKERS = {
     "default": lambda m: ScaledAdamW(m, lr=1e-2),
     "default-gs": lambda m: ScaledAdamW(m, lr=1e-2, order="gauss_seidel"),
     "adamw": lambda m: ScaledAdamW(m, lr=1e-2, **BEFORE),
-    "fused": lambda m: ScaledAdamW(m, lr=1e-2, fused=True, **BEFORE),
+    "fused": lambda m: ScaledAdamW(m, lr=1e-2, fused=True, stochastic_rounding=False, **BEFORE),
     "foreach": lambda m: ScaledAdamW(m, lr=1e-2, foreach=True, **BEFORE),
     "after": lambda m: ScaledAdamW(m, lr=1e-2, placement="after", **RELATIVE),
     "both": lambda m: ScaledAdamW(m, lr=1e-2, placement="both", **ABSOLUTE),
@@ -114,9 +114,12 @@ def values(model):
 
 
 def trained_on_given_gradients(layout, dtype):
-    """The same gradients for all processes, so that only the optimizer can differ."""
+    """The same gradients for all processes, so that only the optimizer can differ.
+
+    Pieces are rounded at random otherwise than the whole: here all are rounded to the nearest.
+    """
     model = shard(make_model(dtype), layout)
-    optimizer = MAKERS["adamw"](model)
+    optimizer = ScaledAdamW(model, lr=1e-2, stochastic_rounding=False, **BEFORE)
     g = torch.Generator().manual_seed(5)
     for _ in range(STEPS):
         for p in (p for p in model.parameters() if p.requires_grad):

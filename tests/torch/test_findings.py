@@ -99,7 +99,10 @@ def test_methods_that_grow_in_a_null_space_are_named(kind, m, n, r):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_steps_lost_in_rounding_are_named(dtype):
-    """Next to 1 bfloat16 has no number nearer than 2^-8, and float16 none nearer than 2^-11."""
+    """Next to 1 bfloat16 has no number nearer than 2^-8, and float16 none nearer than 2^-11.
+
+    Only bfloat16 is rounded at random.
+    """
     pair = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((4, 8), (6, 4))]
 
     def watched(lr, gradient=1.0, rounded=False):
@@ -119,7 +122,8 @@ def test_steps_lost_in_rounding_are_named(dtype):
     assert [x.split(" as it")[0] for x in about("lost in rounding", bad)] == [
         f"a step has left 100% of {letter}" for letter in "BA"
     ]
-    for sound in (watched(0.0), watched(1e-5, 0.0), watched(1e-5, rounded=True), watched(4.0)):
+    assert watched(1e-5, rounded=True)["rlora/lost_A/max"] == (dtype == torch.float16)
+    for sound in (watched(0.0), watched(1e-5, 0.0), watched(4.0)):
         assert sound["rlora/lost_A/max"] == sound["rlora/lost_B/max"] == 0
         assert not about("lost in rounding", sound)
 

@@ -13,13 +13,13 @@ make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
 
 def rounded(x, times=1):
     """Results of `store` for float32 numbers, several times over."""
-    group = {"stochastic_rounding": True}
+    p = torch.empty_like(x, dtype=torch.bfloat16)
+    group = {"stochastic_rounding": True, "params": [p]}
     results = []
     for _ in range(times):
         count_roundings([group])
-        p = torch.empty_like(x, dtype=torch.bfloat16)
         store([p], [x], group)
-        results.append(p)
+        results.append(p.clone())
     return torch.stack(results)
 
 
@@ -36,6 +36,19 @@ def test_a_number_goes_to_either_neighbour_and_the_mean_is_the_number():
     assert (error.abs() <= 5 * (share * (1 - share) / 2000).sqrt() + 1e-9).all()
 
 
+def test_roundings_of_neighbours_and_of_following_steps_have_nothing_in_common():
+    """A number halfway between two of bfloat16 goes up half of the time."""
+    up = (rounded(torch.full((200_000,), 1 + 2.0**-8), times=4) > 1).double()
+    for share in (
+        up.mean(),
+        (up[:, 1:] == up[:, :-1]).double().mean(),
+        (up[:, 64:] == up[:, :-64]).double().mean(),
+        (up[1:] == up[:-1]).double().mean(),
+    ):
+        # 5 standard deviations, 0.5 / sqrt(N) each, of the smallest N
+        assert abs(share - 0.5) < 5 * 0.5 / 600_000**0.5
+
+
 def test_what_needs_no_rounding_stays():
     exact = torch.randn(100).bfloat16().float()
     special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan")])
@@ -45,18 +58,37 @@ def test_what_needs_no_rounding_stays():
     assert rounded(nan, 20).isnan().all()
 
 
+def test_a_compiled_step_rounds_as_an_eager_one():
+    """One graph, which advances the count as well."""
+    models = [make_model(dtype=torch.bfloat16, bias=False) for _ in range(2)]
+    optimizers = [ScaledAdamW(model, stochastic_rounding=True) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 1)
+    step = torch.compile(optimizers[0].step, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for t in range(1, 5):
+            for model, move in zip(models, (step, optimizers[1].step), strict=True):
+                model.zero_grad()
+                loss_of(model, t).backward()
+                move()
+    assert optimizers[0].param_groups[0]["rounded"] == 5
+    same_as = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in models]
+    # The same bits; sums in another order may have changed the last one of few float32 results.
+    assert (same_as[0] == same_as[1]).double().mean() > 0.99
+
+
 def test_only_bfloat16_is_rounded_at_random():
     x = torch.randn(1000, dtype=torch.float32)
     for dtype in (torch.float16, torch.float32):
         p = torch.empty_like(x, dtype=dtype)
-        store([p], [x], {"stochastic_rounding": True, "rounded": 1})
+        store([p], [x], {"stochastic_rounding": True, "rounded": torch.tensor(1)})
         assert torch.equal(p, x.to(dtype))
 
 
 def test_a_tensor_is_rounded_alike_whatever_stands_beside_it():
     """So a factor that several processes hold stays equal where their other shards are not."""
     x, y = torch.randn(40, 4), torch.randn(7, 4)
-    group = {"stochastic_rounding": True, "rounded": 3}
+    group = {"stochastic_rounding": True, "rounded": torch.tensor(3)}
     alone, beside, other = (torch.empty_like(z, dtype=torch.bfloat16) for z in (x, x, y))
     store([alone], [x], group)
     store([other, beside], [y, x], group)

@@ -171,7 +171,7 @@ def _findings(numbers: Mapping[str, float]) -> Iterator[str]:
         if (most := numbers.get(f"rlora/lost_{mine}/max", 0.0)) > LOST:
             yield (
                 f"a step has left {most:.0%} of {mine} as it was, lost in rounding: keep adapters "
-                f"in float32, or set stochastic_rounding=True"
+                f"in float32, or bfloat16 ones at stochastic_rounding=True"
             )
         marks = {
             "bad_state": f"the state of {mine} has NaN or inf: {mine} has it too after a step",

@@ -135,7 +135,7 @@ def moves(pair: TensorPair, side: int) -> bool:
 def pulls(pairs: list[TensorPair], groups: Sequence[dict[str, Any]]) -> dict[int, Tensor]:
     """`Watch.pull` of these pairs."""
     rates = {
-        p: 0.0 if group.get("stochastic_rounding") else group["lr"]
+        p: 0.0 if group["stochastic_rounding"] and p.dtype == torch.bfloat16 else group["lr"]
         for group in groups
         for p in group["params"]
     }

@@ -47,7 +47,7 @@ class MethodOptimizer(LoRAOptimizer):
         pairs: Pairs = None,
         adapter: str | None = None,
         scaling: float | None = None,
-        stochastic_rounding: bool = False,
+        stochastic_rounding: bool = True,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,

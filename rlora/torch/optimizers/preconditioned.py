@@ -48,7 +48,7 @@ class GramPreconditioned(LoRAOptimizer):
         placement: Placement = "before",
         order: Order = "jacobi",
         compute_dtype: str | None = None,
-        stochastic_rounding: bool = False,
+        stochastic_rounding: bool = True,
         **kwargs: Any,
     ) -> None:
         check_choice("order", order, Order)

@@ -51,7 +51,7 @@ class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):
         float32.
     stochastic_rounding : bool
         Round bfloat16 factors up or down at random, so that steps smaller than their last bit
-        count in the mean. Not within torch.compile.
+        count in the mean; False for the nearest. The same run gives the same numbers.
     pairs : iterable of (Tensor, Tensor), optional
         The pairs (A, B) by hand, A (r, n) and B (m, r), instead of by name; (A, B, Layout) where
         they lie otherwise. Or a `rlora.pairing.Convention`, names of pairs, or a callable that
@@ -115,7 +115,7 @@ class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):
         placement: Placement = "both",
         order: Order = "jacobi",
         compute_dtype: str | None = None,
-        stochastic_rounding: bool = False,
+        stochastic_rounding: bool = True,
         pairs: Pairs = None,
         adapter: str | None = None,
         maximize: bool = False,
@@ -198,7 +198,7 @@ class ScaledSGD(GramPreconditioned, torch.optim.SGD):
         damping_mode: DampingMode = "covariant",
         order: Order = "jacobi",
         compute_dtype: str | None = None,
-        stochastic_rounding: bool = False,
+        stochastic_rounding: bool = True,
         pairs: Pairs = None,
         adapter: str | None = None,
         maximize: bool = False,

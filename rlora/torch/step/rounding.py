@@ -9,12 +9,28 @@ from torch import Tensor
 HALF = 1 << 16
 """bfloat16 is the upper half of float32; the lower half has so many values."""
 
+GOLDEN = 0x9E3779B9 - (1 << 32)
+"""2^32 over the golden ratio, as a signed number: what the places of two steps are apart by."""
+
+ROUNDS = (16, 0x85EBCA6B - (1 << 32)), (13, 0xC2B2AE35 - (1 << 32))
+"""Shifts and factors of MurmurHash3's finalizer (A. Appleby, public domain)."""
+
 
 def count_roundings(groups: Iterable[dict[str, Any]]) -> None:
-    """Advance the rounding seed once per step."""
+    """Advance the seed of each group with bfloat16 parameters, once per step.
+
+    It is a tensor, on their device, so that a compiled or a captured step advances it too.
+    """
     for group in groups:
         if group["stochastic_rounding"]:
-            group["rounded"] = group.get("rounded", 0) + 1
+            narrow = [p.device for p in group["params"] if p.dtype == torch.bfloat16]
+            if narrow:
+                count = group.get("rounded", 0)
+                if isinstance(count, Tensor) and count.device == narrow[0]:
+                    count.add_(1)
+                else:
+                    now = torch.full((), int(count) + 1, dtype=torch.int32, device=narrow[0])
+                    group["rounded"] = now
 
 
 def store(params: Sequence[Tensor], wide: Sequence[Tensor], group: dict[str, Any]) -> None:
@@ -35,11 +51,16 @@ def store(params: Sequence[Tensor], wide: Sequence[Tensor], group: dict[str, Any
     torch._foreach_copy_(list(params), results)
 
 
-def _random_bits(like: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator(like.device).manual_seed(seed)
-    return torch.randint(
-        HALF, like.shape, dtype=torch.int32, device=like.device, generator=generator
-    )
+def _random_bits(like: Tensor, count: Tensor) -> Tensor:
+    """16 bits for each number: MurmurHash3's finalizer of its place and the count.
+
+    Integer arithmetic, which wraps, gives the same on every device and in every graph.
+    """
+    place = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
+    h = place + count.to(like.device) * GOLDEN
+    for shift, factor in ROUNDS:
+        h = (h ^ (h >> shift & (1 << 32 - shift) - 1)) * factor  # the sign is not to be shifted in
+    return (h ^ h >> 16) & HALF - 1
 
 
 def _at_random(x: Tensor, bits: Tensor) -> Tensor:
