@@ -5,7 +5,6 @@ those of its matrix products, counted in a step on NumPy arrays. Memory and arit
 once, so the least time is the longer of the two.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -20,7 +19,7 @@ from rlora.core import dispatch
 from rlora.core.backend import Backend
 
 from .cases import PLAIN, make_method, method_names
-from .problem import Problem
+from .problem import Shapes
 from .roofline import Peaks
 
 SAME_AS: Final = {"peft": "scaled_adamw:before", "torch.adamw": "adamw", "optax.adamw": "adamw"}
@@ -84,13 +83,31 @@ def _counting() -> Iterator[_Counter]:
 def step_flops(method: Transform, params: Factors, grads: Factors) -> int:
     """Count the flops of one step on NumPy arrays."""
     state = method.init(params)
-    with _counting() as counter:
+    # Of random numbers, and above full rank, some have no root: nobody looks at them.
+    with _counting() as counter, np.errstate(invalid="ignore"):
         rlora.step(method, params, grads, state, 1e-4)
     return counter.flops
 
 
+def _from_small_layers(
+    count: Callable[[str, int, int, int], int], method: str, m: int, n: int, r: int
+) -> int:
+    """Extrapolate a count to (m, n), as a step on a large layer takes seconds and gigabytes.
+
+    The shapes of every method's arrays are linear in m and in n once both reach 2 r, the columns
+    of the widest QR.
+    """
+    if m > 4 * r:
+        low, high = (_from_small_layers(count, method, k * r, n, r) for k in (2, 4))
+        return low + (high - low) * (m - 2 * r) // (2 * r)
+    if n > 4 * r:
+        low, high = (count(method, m, k * r, r) for k in (2, 4))
+        return low + (high - low) * (n - 2 * r) // (2 * r)
+    return count(method, m, n, r)
+
+
 @cache
-def _flops(method: str, m: int, n: int, r: int) -> int:
+def _small_flops(method: str, m: int, n: int, r: int) -> int:
     rng = np.random.default_rng(0)
     params, grads = (
         Factors(rng.standard_normal((r, n), np.float32), rng.standard_normal((m, r), np.float32))
@@ -100,11 +117,15 @@ def _flops(method: str, m: int, n: int, r: int) -> int:
 
 
 @cache
-def state_numbers(method: str, m: int, n: int, r: int) -> int:
-    """Count the numbers that a pair keeps between two steps."""
+def _small_state(method: str, m: int, n: int, r: int) -> int:
     pair = Factors(np.zeros((r, n), np.float32), np.zeros((m, r), np.float32))
     state = rlora.flatten_state(make_method(method).init(pair))
     return sum(prod(x.shape) for x in state.values())
+
+
+def state_numbers(method: str, m: int, n: int, r: int) -> int:
+    """Count the numbers that a pair keeps between two steps."""
+    return _from_small_layers(_small_state, method, m, n, r)
 
 
 def least_seconds(flops: int, moved: int, peaks: Peaks) -> float:
@@ -112,14 +133,15 @@ def least_seconds(flops: int, moved: int, peaks: Peaks) -> float:
     return max(moved / peaks.bytes_per_s, flops / peaks.flops_per_s)
 
 
-def work(method: str, problem: Problem, item_bytes: int, state_bytes: int) -> Work | None:
+def work(method: str, shapes: Shapes, item_bytes: int, state_bytes: int) -> Work | None:
     """Count the work of a step; None for an optimizer whose arithmetic is unknown."""
     name = method.partition(":")[0]
     known = SAME_AS.get(name, method)
     if known not in (*PLAIN, *method_names()):
         return None
-    shapes = Counter((B.shape[0], A.shape[1], A.shape[0]) for A, B in problem.pairs)
-    moved = 3 * problem.parameters * item_bytes + 2 * state_bytes
+    numbers = sum(k * (m + n) * r for (m, n, r), k in shapes.items())
+    moved = 3 * numbers * item_bytes + 2 * state_bytes
     if name in FROZEN:
         moved = item_bytes * sum(k * FROZEN[name](*shape) for shape, k in shapes.items())
-    return Work(sum(k * _flops(known, *shape) for shape, k in shapes.items()), moved)
+    flops = sum(k * _from_small_layers(_small_flops, known, *shape) for shape, k in shapes.items())
+    return Work(flops, moved)

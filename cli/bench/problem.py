@@ -1,6 +1,7 @@
 """Problems to time steps on: factors and gradients, as NumPy arrays."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,9 @@ from numpy.typing import NDArray
 from rlora import Factors
 
 from .presets import Shape
+
+Shapes = Mapping[tuple[int, int, int], int]
+"""Number of pairs of each m, n, r."""
 
 GRADIENT_SCALE = 1e-2
 B_SCALE = 1e-2
@@ -26,6 +30,11 @@ class Problem(NamedTuple):
         """The rank, or every one that occurs."""
         ranks = sorted({pair.A.shape[0] for pair in self.pairs})
         return ranks[0] if len(ranks) == 1 else ranks
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes alone, for those who outlive the arrays."""
+        return Counter((B.shape[0], A.shape[1], A.shape[0]) for A, B in self.pairs)
 
     @property
     def parameters(self) -> int:

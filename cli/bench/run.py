@@ -16,7 +16,7 @@ from .device_ops import device_op_checks
 from .forward_backward import forward_backward_seconds
 from .options import QUICK_RANKS, QUICK_ROUNDS, RANKS, ROUNDS, Options, listed, make_options
 from .presets import DEFAULT
-from .problem import Problem
+from .problem import Shapes
 from .roofline import Peaks, measure_peaks
 from .schema import Row, make_record
 from .suite import SPEED, WATCHED, judge, suite_options
@@ -124,7 +124,7 @@ class Results:
 
     def __init__(self, runs: list[Options], suite: str | None = None) -> None:
         self.runs, self.suite = runs, suite
-        self.rows: list[Row] = []
+        self.rows: list[tuple[Row, Shapes]] = []
         self.peaks: dict[str, Peaks] = {}
         self.device_ops: list[Check] = []
 
@@ -140,8 +140,11 @@ class Results:
                     with progress(where, options.rounds.most, log=bool(self.suite)) as tick:
                         timing.run(options.rounds, tick)
                 finally:
-                    done = [self._finished(row, options, problem) for row in timing.rows()]
-                    self.rows += done
+                    done = timing.rows()
+                    for row in done:
+                        row |= {"dtype": options.dtype, **options.source()}
+                        row["forward_backward_s"] = None
+                    self.rows += [(row, problem.shapes) for row in done]
                 if options.end_to_end:
                     seconds = forward_backward_seconds(problem, options.everywhere()["torch"])
                     for row in done:
@@ -152,24 +155,13 @@ class Results:
                     self.device_ops += device_op_checks(method)
                     tick()
 
-    def _finished(self, row: Row, options: Options, problem: Problem) -> Row:
-        """Add to a row where it is from, and the work it could not do without."""
-        counted = work(row["method"], problem, int(options.dtype[-2:]) // 8, row["state_bytes"])
-        return {
-            **row,
-            "flops": counted and counted.flops,
-            "bytes_moved": counted and counted.bytes,
-            "forward_backward_s": None,
-            "dtype": options.dtype,
-            **options.source(),
-        }
-
-    def _predicted(self, row: Row) -> Row:
-        """Add to a row the least time it can take by the best peaks of the whole run."""
-        flops, moved = row["flops"], row["bytes_moved"]
-        peaks = self.peaks[row["backend"]]
-        least = None if flops is None else least_seconds(flops, moved, peaks)
-        return {**row, "model_s": least}
+    def _finished(self, row: Row, shapes: Shapes) -> Row:
+        """Add the work a row could not do without, and its least time by the run's best peaks."""
+        counted = work(row["method"], shapes, int(row["dtype"][-2:]) // 8, row["state_bytes"])
+        if counted is None:
+            return {**row, "flops": None, "bytes_moved": None, "model_s": None}
+        least = least_seconds(*counted, self.peaks[row["backend"]])
+        return {**row, "flops": counted.flops, "bytes_moved": counted.bytes, "model_s": least}
 
     def record(self, *, partial: bool = False) -> dict[str, Any]:
         """Make the record that `write_record` takes."""
@@ -179,7 +171,7 @@ class Results:
             ranks = dict.fromkeys(rank for options in self.runs for rank in options.ranks or ())
             command |= {"suite": self.suite, "ranks": list(ranks)}
             command["preset"] = command["preset"] if len(presets) == 1 else None
-        rows = [self._predicted(row) for row in self.rows]
+        rows = [self._finished(row, shapes) for row, shapes in self.rows]
         return make_record(
             command,
             rows,

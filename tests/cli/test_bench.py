@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 import rlora.methods
-from rlora.cli.bench import schema, timing
+from rlora.cli.bench import cost_model, schema, timing
 from rlora.cli.bench.export import FORMATS
 from rlora.cli.records import write_record
 
@@ -232,11 +232,11 @@ def interrupted_after(monkeypatch):
     def after(count):
         original, calls = timing.timed, []
 
-        def timed(contender):
-            calls.append(contender)
+        def timed(stepper):
+            calls.append(stepper)
             if len(calls) > count:
                 raise KeyboardInterrupt
-            return original(contender)
+            return original(stepper)
 
         monkeypatch.setattr(timing, "timed", timed)
 
@@ -255,6 +255,25 @@ def test_an_interrupt_keeps_what_was_measured(rlora_cli, adapter, tmp_path, inte
     assert found["partial"]
     assert sorted(len(row["samples_s"]) for row in found["rows"]) == [1, 1, 2, 2]
     assert all("unstable" in row["verdict"] for row in found["rows"])
+
+
+def test_an_interrupt_takes_no_step_of_the_size_that_was_timed(
+    rlora_cli, tmp_path, interrupted_after, monkeypatch
+):
+    """Work is counted on small layers: at 8192 x 8192 a step of loft takes ten seconds."""
+    interrupted_after(3 + 1)  # first steps, a third of a round
+    cost_model._small_flops.cache_clear()
+    counted = []
+    original = cost_model.step_flops
+    monkeypatch.setattr(
+        cost_model, "step_flops", lambda *args: counted.append(args[1]) or original(*args)
+    )
+    out = tmp_path / "out.json"
+    args = ("--method", "loft,scaled_adamw", "--preset", "301x302*1", "--rank", 3)
+    assert rlora_cli("bench", *args, "--output", out).exit_code == 130
+    assert max(max(x.shape) for pair in counted for x in pair) <= 4 * 3
+    (row,) = load(out)["rows"]
+    assert row["flops"] == cost_model.work(row["method"], {(301, 302, 3): 1}, 4, 0).flops
 
 
 def test_an_early_interrupt_leaves_nothing(rlora_cli, adapter, tmp_path, interrupted_after):
