@@ -18,6 +18,11 @@ from rlora.cli.records import write_record
 COLUMNS = ("method", "rank", "step", "spread", "ratio", "to", "state", "peak temporary", "verdict")
 
 
+COPIES = {"sgd": 0, "scaled_sgd": 1, "adamw": 2, "scaled_adamw:before": 2, "lora_rite": 2.7}
+"""Directions, and Adam's or the rebased moments, in sizes of the factors: what a donated step of
+NumPy holds for a while. New parameters are not among them."""
+
+
 def load(path):
     found = json.loads(path.read_text())
     jsonschema.validate(found, schema.SCHEMA, cls=jsonschema.Draft202012Validator)
@@ -42,9 +47,10 @@ def test_quick_prints_every_column_and_keeps_a_valid_record(rlora_cli, tmp_path)
         assert len(row["samples_s"]) == 3
         assert row["pairs"] == 24
         assert row["parameters"] == row["rank"] * 24 * 1536
-        assert row["peak_temporary_bytes"] > 0
-        if row["method"] == "sgd":  # a donated step needs no new parameters
-            assert row["peak_temporary_bytes"] < 4 * row["parameters"]
+        # The rest, 11 % of the factors at rank 4, are r x r stacks and Python's own objects.
+        assert (
+            0 < row["peak_temporary_bytes"] < 4 * row["parameters"] * (COPIES[row["method"]] + 0.15)
+        )
         assert row["method"] in result.stdout
     state = {row["method"]: row["state_bytes"] for row in found["rows"] if row["rank"] == 16}
     moments = 2 * 4 * 16 * 24 * 1536
