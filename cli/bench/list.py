@@ -37,7 +37,7 @@ def methods() -> dict[str, str]:
     found = {}
     for name in rlora.methods.__all__:
         method = getattr(rlora.methods, name)
-        summary = (inspect.getdoc(method) or "").partition("\n")[0]
+        summary = (inspect.getdoc(method) or "").partition("\n")[0].replace("``", "")
         if "placement" in inspect.signature(method).parameters:
             summary += f" Also {', '.join(f'{name}:{variant}' for variant in VARIANTS)}."
         found[name] = summary

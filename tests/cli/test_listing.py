@@ -15,3 +15,4 @@ def test_every_name_has_a_line(rlora_cli):
         assert len(lines[names.index(name)]) > 1
     assert {name.partition(":")[0] for name in KNOWN} < THIRD_PARTY.keys()
     assert "scaled_adamw:before" in result.stdout
+    assert "`" not in result.stdout  # the markup of docstrings
