@@ -1,6 +1,7 @@
-"""Rules checked on the source: imports between packages, operations of the core, sizes."""
+"""Rules checked on the source: imports between packages, operations of the core, sizes, words."""
 
 import ast
+import re
 import statistics
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"rlora": ROOT / "rlora", "rlora.backends": ROOT / "backends", "rlora.cli": ROOT / "cli"}
-WINGS = ("methods", "torch", "optax", "initializers", "pairing", "testing", "backends", "cli")
 ALLOWED = {
     "core": {"core"},
     "methods": {"core"},
@@ -83,23 +83,23 @@ def imports(name):
                 yield full if full in MODULES else base
 
 
-def wing(module):
+def part(module):
     parts = module.split(".")
     return "__init__" if len(parts) == 1 else parts[1]
 
 
 @EVERY
 def test_who_imports_whom(name):
-    mine = wing(name)
+    mine = part(name)
     for target in imports(name):
-        if target.split(".")[0] == "rlora" and wing(target) != mine:
-            assert wing(target) in ALLOWED[mine], f"{name} imports {target}"
+        if target.split(".")[0] == "rlora" and part(target) != mine:
+            assert part(target) in ALLOWED[mine], f"{name} imports {target}"
 
 
 @EVERY
 def test_methods_do_not_import_each_other(name):
-    if wing(name) == "methods" and name != "rlora.methods":
-        assert not [t for t in imports(name) if wing(t) == "methods" and t.startswith("rlora")]
+    if part(name) == "methods" and name != "rlora.methods":
+        assert not [t for t in imports(name) if part(t) == "methods" and t.startswith("rlora")]
 
 
 @EVERY
@@ -111,7 +111,7 @@ def test_frameworks_stay_in_their_files(name):
         if library == "array_api_compat":
             assert name == "rlora.core.dispatch"
         if library in ("click", "rich"):
-            assert wing(name) == "cli"
+            assert part(name) == "cli"
 
 
 @EVERY
@@ -157,7 +157,7 @@ def test_no_assert_no_print(name):
         assert called not in ("print", "sys.stdout.write", "sys.stderr.write"), name
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if wing(n) in ("core", "methods")])
+@pytest.mark.parametrize("name", [n for n in MODULES if part(n) in ("core", "methods")])
 def test_core_and_methods_write_into_no_array(name):
     """Arrays in, arrays out: no out=, no item assignment to an array, no array asked for its value."""
     _, tree = MODULES[name]
@@ -223,10 +223,82 @@ def test_docstrings_begin_with_a_verb_or_a_noun_phrase(path):
         assert first not in QUESTIONS, f"{path}: {text.splitlines()[0]}"
 
 
+GONE = {
+    "contender": "case, or optimizer",
+    "yardstick": "baseline",
+    "rival": "third party",
+    "race": "timing",
+    "wing": "package, or folder",
+    "verb": "operation",
+    "bundle": "RankGroup",
+    "rank wise": "by_rank",
+    "bed": "workload",
+    "conduct": "runner",
+    "link": "transformation",
+    "small algebra": "r x r algebra",
+    "escaped mass": "rho, as in the paper",
+    "plain step": "step of the baseline, or of descent",
+    "updated plainly": "updated by AdamW, or by the base optimizer",
+    "fly away": "diverge",
+    "if mute": "if unavailable",
+    "behind our back": "what it is that is disabled",
+}
+"""Private words for common things, and what to say instead."""
+
+ELSEWHERE = {
+    "link": ("docs/", "tests/", "asv_bench/", "rlora/core/transform.py"),  # those of pages
+    "bundle": ("CHANGELOG.md",),  # the names of before
+    "rank wise": ("CHANGELOG.md",),
+    **dict.fromkeys(
+        ("contender", "bed", "conduct"),  # still the study's own words
+        (
+            "cli/study/",
+            "tests/cli/test_study",
+            "tests/support/tiny_beds.py",
+            "docs/reference/study",
+            "docs/reference/front_tables.py",
+            "docs/how-to/study_on_gpu.md",
+        ),
+    ),
+}
+"""Files that may have a word, by the beginnings of their paths."""
+
+PAGES = [
+    path.relative_to(ROOT)
+    for path in (
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "docs").rglob("*.rst"),
+    )
+]
+
+
+def words_gone(path, text):
+    """Words of `GONE` among names, docstrings, comments and prose, in the singular or plural."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|_|\s+", " ", text).lower()
+    return [
+        word
+        for word in GONE
+        if re.search(rf"(?<![a-z-]){word}s?(?![a-z-])", spaced)
+        and not path.as_posix().startswith(ELSEWHERE.get(word, ()))
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in (*SOURCES, *PAGES) if path.name != Path(__file__).name], ids=str
+)
+def test_no_word_comes_back_that_is_gone(path):
+    found = words_gone(path, (ROOT / path).read_text(encoding="utf-8"))
+    assert not found, {word: f"say {GONE[word]}" for word in found}
+
+
 def test_the_guard_sees_what_it_should():
     """A law's test must be able to fail."""
     code = '"""Fine."""\nX = 1\n"""Of X."""\ndef f():\n    """Whether it is so."""\n'
     assert [d.split()[0] for d in docstrings(ast.parse(code))] == ["Fine.", "Of", "Whether"]
+    text = "class BundleOf:\n    def races_of(wings): 'a plain\n step'  # the verbs"
+    assert words_gone(Path("x.py"), text) == ["race", "wing", "verb", "bundle", "plain step"]
+    assert words_gone(Path("x.md"), "a trace, embed, uplink, wingspan, cross-link") == []
     assert "rlora.core.linalg" in set(imports("rlora.methods.scaled"))
     assert "torch" in set(imports("rlora.torch.step.plan"))
     assert len(MODULES) > 15

@@ -111,8 +111,8 @@ def method_names() -> list[str]:
     ]
 
 
-PLAIN: Final = ("adamw", "sgd")
-"""Methods that others are compared with."""
+BASELINES: Final = {"adamw": "AdamW", "sgd": "SGD"}
+"""Methods that others are compared with, and their classes in ``torch.optim``."""
 
 
 def baseline_of(method: str) -> str:
@@ -121,7 +121,7 @@ def baseline_of(method: str) -> str:
 
 
 def plain(name: str) -> Transform:
-    """Plain AdamW or SGD out of the library's own links."""
+    """Plain AdamW or SGD out of the library's own transformations."""
     if name == "adamw":
         return rlora.chain(scale_by_adam(), add_decayed_weights(0.01))
     return rlora.chain(add_decayed_weights(0.0))
@@ -129,7 +129,7 @@ def plain(name: str) -> Transform:
 
 def make_method(method: str) -> Transform:
     """Make a method, or a plain one, by its name."""
-    if method in PLAIN:
+    if method in BASELINES:
         return plain(method)
     name, options = split_variant(method)
     made: Transform = getattr(rlora.methods, name)(**options)

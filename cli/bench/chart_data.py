@@ -62,7 +62,7 @@ KINDS: Final[Mapping[str, Kind]] = {
         "Roofline",
         "arithmetic intensity, flop/byte",
         "The rate of the products in a step against what they ask of the memory; the roof is the "
-        "peaks measured in the run. Far below it, calls and small algebra set the pace. Higher "
+        "peaks measured in the run. Far below it, calls and r x r algebra set the pace. Higher "
         "ranks stand farther right; methods without products have no mark.",
         "both peaks and methods whose flops are known",
         "rlora bench run --method scaled_adamw,lora_rite",

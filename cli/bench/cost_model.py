@@ -18,7 +18,7 @@ from rlora import Factors, Transform
 from rlora.core import dispatch
 from rlora.core.backend import Backend
 
-from .cases import PLAIN, make_method, method_names
+from .cases import BASELINES, make_method, method_names
 from .problem import Shapes
 from .roofline import Peaks
 
@@ -137,7 +137,7 @@ def work(method: str, shapes: Shapes, item_bytes: int, state_bytes: int) -> Work
     """Count the work of a step; None for an optimizer whose arithmetic is unknown."""
     name = method.partition(":")[0]
     known = SAME_AS.get(name, method)
-    if known not in (*PLAIN, *method_names()):
+    if known not in (*BASELINES, *method_names()):
         return None
     numbers = sum(k * (m + n) * r for (m, n, r), k in shapes.items())
     moved = 3 * numbers * item_bytes + 2 * state_bytes

@@ -11,7 +11,7 @@ from rlora import BackendError
 
 from . import memory
 from .adapters import locate, read_adapter
-from .cases import PLAIN, ArraySpec, Case, Key, baseline_of, functional_cases, method_names
+from .cases import BASELINES, ArraySpec, Case, Key, baseline_of, functional_cases, method_names
 from .presets import DEFAULT, named
 from .problem import Problem, random_problem, with_gradients
 from .third_party import ThirdParty, find_third_party
@@ -131,7 +131,7 @@ class Options(NamedTuple):
         return sorted(plains, reverse=True)
 
     def _baseline(self, library: str) -> Key:
-        """Give AdamW of a other's own library if that takes part, else of the first backend."""
+        """Give AdamW of another's own library if that takes part, else of the first backend."""
         backends = [spec.name for spec in self.specs]
         return library if library in backends else backends[0], "adamw"
 
@@ -155,7 +155,7 @@ def make_options(
 ) -> Options:
     """Check the options of a command line; an error says which is wrong and what it may be."""
     seed = at_least("--seed", seed, 0)
-    wanted = among("--method", listed("--method", methods), (*PLAIN, *method_names()))
+    wanted = among("--method", listed("--method", methods), (*BASELINES, *method_names()))
     among("--dtype", [dtype], DTYPES)
     numbers = [at_least("--rank", word, 1) for word in listed("--rank", ranks)]
     rounds = rounds_for(repeat, seconds, quick=quick)
@@ -270,7 +270,7 @@ def make_spec(name: str, dtype: str, device: str | None) -> ArraySpec:
 
 
 def spec_of_other(specs: list[ArraySpec], library: str) -> ArraySpec:
-    """A other's library on the same device, or as near to it as can be told from its name."""
+    """Another's library on the same device, or as near to it as can be told from its name."""
     for spec in specs:
         if spec.name == library:
             return spec
@@ -286,7 +286,7 @@ def methods_for(backend: str, wanted: list[str]) -> list[str]:
     if backend == "torch":
         have = [name for name in have if torch_class(name.partition(":")[0]) is not None]
     for name in wanted:
-        if name not in (*PLAIN, *have):
+        if name not in (*BASELINES, *have):
             msg = f"--method {name} has no optimizer in rlora.torch; it has {', '.join(have)}"
             raise ValueError(msg)
     return wanted or [name for name in have if ":" not in name]

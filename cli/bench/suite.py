@@ -12,7 +12,7 @@ from .options import RANKS, Options, make_options
 from .presets import DEFAULT, is_shape
 from .scaling import NAME as SCALING, scaling_options
 from .schema import Row
-from .targets import PLAIN, Check, Predicted, Ratio, State, Target, Temporaries, make_check
+from .targets import TORCH_ADAMW, Check, Predicted, Ratio, State, Target, Temporaries, make_check
 
 SPEED: Final = "speed"
 PRESETS_OF: Final = {SPEED: ("gpt2-medium", "smollm2-135m", "llama-7b", "llama-7b-quarter")}
@@ -37,12 +37,12 @@ JAX_RANK: Final = 16
 SCALED: Final = ("torch", PUBLISHED)
 PEFT: Final = Ratio(("torch", "peft"), SCALED, dict.fromkeys(RANKS, 2.5), "at least")
 TARGETS: Final[tuple[Target, ...]] = (
-    Ratio(SCALED, PLAIN, {4: 1.6, 16: 2.0, 64: 3.5}),
+    Ratio(SCALED, TORCH_ADAMW, {4: 1.6, 16: 2.0, 64: 3.5}),
     PEFT,
     Ratio(("torch", "scaled_adamw:after"), SCALED, dict.fromkeys(RANKS, 1.4)),
     Ratio(("torch", "scaled_adamw"), SCALED, dict.fromkeys(RANKS, 1.4)),
-    Ratio(("torch", "lora_rite"), PLAIN, {4: 5.0, 16: 6.0, 64: 12.0}),
-    Ratio(("torch", "lora_pro_adamw"), PLAIN, {4: 3.0, 16: 4.0, 64: 8.0}),
+    Ratio(("torch", "lora_rite"), TORCH_ADAMW, {4: 5.0, 16: 6.0, 64: 12.0}),
+    Ratio(("torch", "lora_pro_adamw"), TORCH_ADAMW, {4: 3.0, 16: 4.0, 64: 8.0}),
     Ratio(("numpy", PUBLISHED), SCALED, dict.fromkeys(RANKS, 2.5)),
     Ratio(("jax", PUBLISHED), ("jax", "optax.adamw"), {JAX_RANK: 3.0}),
     *map(Predicted, OTHERS),

@@ -15,7 +15,7 @@ Check = dict[str, Any]
 Found = Mapping[Key, Row]
 """The rows of one preset and rank."""
 
-PLAIN: Final = ("torch", "adamw")
+TORCH_ADAMW: Final = ("torch", "adamw")
 
 SLACK: Final = 2.0
 """Multiple of the prediction that a method may take."""
@@ -95,7 +95,7 @@ class Predicted(NamedTuple):
         return f"torch {self.method} / torch adamw, {SLACK:g} x predicted"
 
     def check(self, found: Found) -> Check | None:
-        mine, plain = found.get(("torch", self.method)), found.get(PLAIN)
+        mine, plain = found.get(("torch", self.method)), found.get(TORCH_ADAMW)
         if not mine or not plain or not mine["model_s"] or not plain["model_s"]:
             return None
         ratio = median_ratio(mine["samples_s"], plain["samples_s"])

@@ -3,14 +3,22 @@
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from . import memory
-from .cases import LR, ArraySpec, Case, Key, PureStepper, Stepper, baseline_of, split_variant
+from .cases import (
+    BASELINES,
+    LR,
+    ArraySpec,
+    Case,
+    Key,
+    PureStepper,
+    Stepper,
+    baseline_of,
+    split_variant,
+)
 from .problem import Problem
 from .third_party import ThirdParty
-
-PLAIN: Final = {"adamw": "AdamW", "sgd": "SGD"}
 
 
 def torch_class(method: str) -> Any:
@@ -71,8 +79,8 @@ def torch_cases(
 
 
 def _method(method: str) -> Callable[[Any], Any]:
-    if method in PLAIN:
-        kind = getattr(importlib.import_module("torch.optim"), PLAIN[method])
+    if method in BASELINES:
+        kind = getattr(importlib.import_module("torch.optim"), BASELINES[method])
         return lambda model: kind(model.parameters(), lr=LR, fused=True)
     name, options = split_variant(method)
     kind = torch_class(name)

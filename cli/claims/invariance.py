@@ -9,7 +9,7 @@ from .claim import Check, Claim, Curve, Outcome, Panel, Setting
 from .theory import ROUNDING, ROWS, STEPS, Theory
 
 SHOWN: Final = (1e-17, 1e2)
-"""Ends of the figure, where runs stand that agree in every bit, or that fly away."""
+"""Ends of the figure, where runs stand that agree in every bit, or that diverge."""
 
 QUICK_STEPS: Final = 20
 """By then every difference that theory leaves room for is as large as it gets, or nearly."""

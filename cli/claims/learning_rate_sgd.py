@@ -10,7 +10,7 @@ from .learning_rates import Contest, compare
 
 CONTEST: Final = Contest(
     "no moments",
-    ("GD", rlora.chain()),  # no link: the gradients themselves
+    ("GD", rlora.chain()),  # an empty chain: the gradients themselves
     ("scaled GD", rlora.scaled_sgd(damping=1e-6, damping_mode="relative")),
     (-2.5, 1.0),
 )

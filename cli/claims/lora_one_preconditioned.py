@@ -33,7 +33,7 @@ ON_THE_WAY: Final = 1e-4
 9e-4 is seen."""
 
 
-class Contender(NamedTuple):
+class Entry(NamedTuple):
     """A method and where it starts, one pair a teacher."""
 
     label: str
@@ -51,16 +51,16 @@ def run(setting: Setting) -> Outcome:
     A = setting.array(rng.standard_normal((len(CONDITIONS), RANK, INPUTS)) / INPUTS**0.5)
     lora = Factors(A, 0.0 * target[..., :RANK])
     one = rlora.initializers.lora_one(-target @ covariance, RANK, gamma=1.0, form="theory").params
-    descent, scaled = rlora.chain(), rlora.scaled_sgd(damping=0.0)  # no link: plain descent
-    contenders = (
-        Contender("LoRA, GD", descent, lora),
-        Contender("LoRA-One, GD", descent, one),
-        Contender("LoRA, scaled GD", scaled, lora),
-        Contender("LoRA-One, scaled GD", scaled, one),
+    descent, scaled = rlora.chain(), rlora.scaled_sgd(damping=0.0)  # an empty chain: plain descent
+    entries = (
+        Entry("LoRA, GD", descent, lora),
+        Entry("LoRA-One, GD", descent, one),
+        Entry("LoRA, scaled GD", scaled, lora),
+        Entry("LoRA-One, scaled GD", scaled, one),
     )
     found = {
-        contender.label: errors(setting, contender, target, covariance)
-        for contender in setting.track(contenders, "methods")
+        entry.label: errors(setting, entry, target, covariance)
+        for entry in setting.track(entries, "methods")
     }
     tuned = {label: path[-1].min(axis=0) for label, path in found.items()}  # (conditions,)
     return Outcome(
@@ -82,17 +82,17 @@ def run(setting: Setting) -> Outcome:
     )
 
 
-def errors(setting: Setting, contender: Contender, target: Array, covariance: Array) -> Matrix:
+def errors(setting: Setting, entry: Entry, target: Array, covariance: Array) -> Matrix:
     """``|B A - D| / |D|`` (STEPS + 1, learning rates, teachers)."""
     backend, xp = setting.backend, setting.backend.xp
     lr = setting.array(np.reshape(LEARNING_RATES, (-1, 1, 1, 1)))
-    pair = Factors(*(xp.zeros_like(lr) + x for x in contender.start))
-    state = contender.method.init(pair)
+    pair = Factors(*(xp.zeros_like(lr) + x for x in entry.start))
+    state = entry.method.init(pair)
 
     def move(pair: Factors, state: Any) -> tuple[Factors, Any, Array]:
         G = (pair.B @ pair.A - target) @ covariance
         grads = Factors(mT(pair.B) @ G, G @ mT(pair.A))
-        pair, state = rlora.step(contender.method, pair, grads, state, lr)
+        pair, state = rlora.step(entry.method, pair, grads, state, lr)
         return pair, state, xp.sum((pair.B @ pair.A - target) ** 2, axis=(-2, -1))
 
     move = backend.compile(move)

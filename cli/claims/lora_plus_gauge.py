@@ -20,7 +20,7 @@ SPLITS: Final = (0.3, 0.6, 0.8, 1.3, 1.8, 3.0)
 """No powers of two, by which nothing is rounded."""
 ADAM: Final = rlora.lora_plus(ratio=1.0, eps=0.0)
 DESCENT: Final = rlora.chain()
-"""No link: the gradients themselves."""
+"""An empty chain: the gradients themselves."""
 SCALED: Final = rlora.scaled_sgd(damping=0.0)
 LR: Final = 0.02
 

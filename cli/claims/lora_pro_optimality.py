@@ -30,7 +30,7 @@ EXACT: Final = 1e-10
 
 GAUGES: Final[tuple[Gauge, ...]] = get_args(Gauge)
 COMPETITORS: Final = {"GD": rlora.chain(), "scaled GD": rlora.scaled_sgd(damping=0.0)}
-"""No link in a chain: the gradients themselves."""
+"""An empty chain: the gradients themselves."""
 
 
 class Problem:

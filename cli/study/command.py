@@ -30,9 +30,9 @@ def check_installed(model: str, dataset: str) -> None:
         modules = (*modules, TASKS.get(dataset, "reasoning_gym"))
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        verb = "is" if len(missing) == 1 else "are"
+        are = "is" if len(missing) == 1 else "are"
         msg = (
-            f"rlora study needs {', '.join(missing)}, which {verb} not installed: "
+            f"rlora study needs {', '.join(missing)}, which {are} not installed: "
             f"pip install 'rlora[{extra}]'"
         )
         raise ImportError(msg)

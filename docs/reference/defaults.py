@@ -20,7 +20,7 @@ DECISION: Final = "[decision 10](../decisions/0010-null-space.md)"
 PRECISION: Final = "[precision](../explanation/precision.md)"
 
 WHY: Final[dict[str, str]] = {
-    "adam=False": "the theory is of the plain step; the authors' large runs use AdamW",
+    "adam=False": "the theory is of the step without Adam; the authors' large runs use AdamW",
     "adapter=None": "all adapters of the model",
     "amsgrad=False": "torch's AdamW",
     "b1=0.7": "[the study](study.md): lower loss than 0.9 everywhere",

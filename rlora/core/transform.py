@@ -178,7 +178,7 @@ def chain(*links: Transform) -> Transform:
     """
     bent = [link.apply for link in links if link.apply is not apply_updates]
     if len(bent) > 1:
-        msg = f"at most one link of a chain may bring its own apply, got {len(bent)}"
+        msg = f"at most one transformation of a chain may bring its own apply, got {len(bent)}"
         raise ValueError(msg)
     orders: set[Order] = {link.order for link in links}
 

@@ -49,7 +49,7 @@ def scale_by_adapre(
     damping_mode: DampingMode = "relative",
     compute_dtype: str | None = None,
 ) -> Transform:
-    """The direction of `adapre_lora` without momentum, as a link."""
+    """The direction of `adapre_lora` without momentum, as a transformation."""
     check_unit("b2", b2)
     check_nonnegative("eps", eps)
     check_damping(damping, damping_mode)
@@ -259,5 +259,5 @@ def adapre_lora(
     adapre = scale_by_adapre(
         b2, eps, damping=damping, damping_mode=damping_mode, compute_dtype=compute_dtype
     )
-    links = [adapre] if is_zero(b1) else [adapre, momentum(b1, dampening=b1)]
-    return chain(*links, add_decayed_weights(weight_decay))
+    chained = [adapre] if is_zero(b1) else [adapre, momentum(b1, dampening=b1)]
+    return chain(*chained, add_decayed_weights(weight_decay))

@@ -71,7 +71,7 @@ def alternate(
     damping_mode: DampingMode = "relative",
     compute_dtype: str | None = None,
 ) -> Transform:
-    """`alt_lora`, or with a b2 `alt_lora_plus`, as a link."""
+    """`alt_lora`, or with a b2 `alt_lora_plus`, as a transformation."""
     check_unit("b1", rates.b1)
     check_unit("b2", 0.0 if rates.b2 is None else rates.b2)
     check_nonnegative("eps", rates.eps)
@@ -118,17 +118,21 @@ def alternate(
         )
         return D, moved if rates.b2 is None else moved._replace(nu=nu)
 
-    link = by_rank(init, rule, transport=record_turn, compute_dtype=compute_dtype)
-    return link if is_zero(rates.weight_decay) else decay_in_turn(link, rates.weight_decay, turn_of)
+    transform = by_rank(init, rule, transport=record_turn, compute_dtype=compute_dtype)
+    return (
+        transform
+        if is_zero(rates.weight_decay)
+        else decay_in_turn(transform, rates.weight_decay, turn_of)
+    )
 
 
 def decay_in_turn(
-    link: Transform, weight_decay: float, turn_of: Callable[[str, Array], Array]
+    transform: Transform, weight_decay: float, turn_of: Callable[[str, Array], Array]
 ) -> Transform:
-    """The link with decay of the factor whose turn it is."""
+    """The transformation with decay of the factor whose turn it is."""
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        D, new = link.update(grads, state, params)
+        D, new = transform.update(grads, state, params)
         counts = counterparts(params, state.count)
 
         def decayed(k: int, d: Factors, p: Factors) -> Factors:
@@ -146,7 +150,7 @@ def decay_in_turn(
         pairs = enumerate(zip(pairs_of(D), pairs_of(params), strict=True))
         return rebuild(params, [decayed(k, d, p) for k, (d, p) in pairs]), new
 
-    return link._replace(update=update)
+    return transform._replace(update=update)
 
 
 @hyperparameters
@@ -207,14 +211,14 @@ def alt_lora(
     >>> import rlora
     >>> method = rlora.alt_lora(b1=0.9)
     """
-    link = alternate(
+    transform = alternate(
         Rates(b1, None, 0.0, weight_decay),
         first=first,
         damping=damping,
         damping_mode=damping_mode,
         compute_dtype=compute_dtype,
     )
-    return chain(link)
+    return chain(transform)
 
 
 @hyperparameters
@@ -267,11 +271,11 @@ def alt_lora_plus(
     >>> import rlora
     >>> method = rlora.alt_lora_plus(b2=0.99)
     """
-    link = alternate(
+    transform = alternate(
         Rates(b1, b2, eps, weight_decay),
         first=first,
         damping=damping,
         damping_mode=damping_mode,
         compute_dtype=compute_dtype,
     )
-    return chain(link)
+    return chain(transform)

@@ -8,7 +8,7 @@ is that of J. Liu et al. Muon is Scalable for LLM Training. arXiv:2502.16982, 20
 from rlora.core.checks import check_unit, hyperparameters, is_zero
 from rlora.core.decay import add_decayed_weights
 from rlora.core.factors import Factors
-from rlora.core.moments import momentum as momentum_link
+from rlora.core.moments import momentum as add_momentum
 from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, chain, no_state
 
@@ -17,7 +17,7 @@ RMS = 0.2
 
 
 def scale_by_sign(*, compute_dtype: str | None = None) -> Transform:
-    """``0.2 sqrt(max(r, N)) msign(M)`` of each factor, without momentum, as a link."""
+    """``0.2 sqrt(max(r, N)) msign(M)`` of each factor, without momentum, as a transformation."""
 
     def rule(group: RankGroup, M: list[Factors], state: State) -> tuple[list[Factors], State]:
         M, _ = group.in_range(M)  # of which msign knows the direction alone
@@ -85,6 +85,6 @@ def factor_muon(
     >>> method = rlora.factor_muon(weight_decay=0.01)
     """
     check_unit("b1", b1)
-    moment = [] if is_zero(b1) else [momentum_link(b1, nesterov=nesterov)]
+    moment = [] if is_zero(b1) else [add_momentum(b1, nesterov=nesterov)]
     sign = scale_by_sign(compute_dtype=compute_dtype)
     return chain(*moment, sign, add_decayed_weights(weight_decay))

@@ -52,7 +52,7 @@ def scale_by_loft(
     damping_mode: DampingMode = "relative",
     compute_dtype: str | None = None,
 ) -> Transform:
-    """The direction of `loft` without decay, as a link."""
+    """The direction of `loft` without decay, as a transformation."""
     check_unit("b1", b1)
     check_unit("b2", b2)
     check_nonnegative("eps", eps)
@@ -180,11 +180,11 @@ def no_rows(pair: Factors) -> Factors:
     return Factors(*(xp.zeros_like(products(x)) for x in in_rows(pair)))
 
 
-def decay_in_turn(link: Transform, weight_decay: float, first: First) -> Transform:
-    """The link with decay of the factor whose turn it is."""
+def decay_in_turn(transform: Transform, weight_decay: float, first: First) -> Transform:
+    """The transformation with decay of the factor whose turn it is."""
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        D, new = link.update(grads, state, params)
+        D, new = transform.update(grads, state, params)
 
         def decayed(d: Factors, p: Factors, steps: Array) -> Factors:
             moving = d.A is not None, d.B is not None
@@ -200,7 +200,7 @@ def decay_in_turn(link: Transform, weight_decay: float, first: First) -> Transfo
         sides = zip(pairs_of(D), pairs_of(params), counterparts(params, state.steps), strict=True)
         return rebuild(params, [decayed(*side) for side in sides]), new
 
-    return link if is_zero(weight_decay) else link._replace(update=update)
+    return transform if is_zero(weight_decay) else transform._replace(update=update)
 
 
 @hyperparameters
@@ -275,7 +275,7 @@ def loft(
     >>> import rlora
     >>> method = rlora.loft(weight_decay=0.01)
     """
-    link = scale_by_loft(
+    transform = scale_by_loft(
         b1,
         b2,
         eps,
@@ -284,4 +284,4 @@ def loft(
         damping_mode=damping_mode,
         compute_dtype=compute_dtype,
     )
-    return chain(decay_in_turn(link, weight_decay, first))
+    return chain(decay_in_turn(transform, weight_decay, first))

@@ -10,13 +10,13 @@ from rlora.core.checks import check_unit, hyperparameters, is_zero
 from rlora.core.decay import decay_product_around
 from rlora.core.factors import Factors
 from rlora.core.linalg import congruence
-from rlora.core.moments import keep_scaling, momentum as momentum_link, over
+from rlora.core.moments import keep_scaling, momentum as add_momentum, over
 from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, chain
 
 
 def scale_by_spectral_norm(*, compute_dtype: str | None = None) -> Transform:
-    """The direction of `lora_muon` without momentum, as a link.
+    """The direction of `lora_muon` without momentum, as a transformation.
 
     ``msign(S_B^-½ M_A) = (S_B^-½ M_A M_Aᵀ S_B^-½)^-½ S_B^-½ M_A``: one product of the tall matrix.
     """
@@ -90,5 +90,5 @@ def lora_muon(
     """
     check_unit("b1", b1)
     spectral_norm = scale_by_spectral_norm(compute_dtype=compute_dtype)
-    moment = [] if is_zero(b1) else [momentum_link(b1, nesterov=nesterov)]
+    moment = [] if is_zero(b1) else [add_momentum(b1, nesterov=nesterov)]
     return chain(*moment, spectral_norm, decay_product_around(weight_decay))

@@ -16,7 +16,7 @@ from rlora.core.moments import (
     adam_step,
     each,
     keep_scaling,
-    momentum as momentum_link,
+    momentum as add_momentum,
     per_pair,
     scale_by_adam,
 )
@@ -35,7 +35,7 @@ def scale_by_pro(
     damping_mode: DampingMode = "relative",
     compute_dtype: str | None = None,
 ) -> Transform:
-    """The direction of `lora_pro_sgd`, as a link."""
+    """The direction of `lora_pro_sgd`, as a transformation."""
     check_choice("gauge", gauge, Gauge)
     check_damping(damping, damping_mode)
 
@@ -99,7 +99,7 @@ def scale_by_full_adam(
     damping_mode: DampingMode = "relative",
     compute_dtype: str | None = None,
 ) -> Transform:
-    """The direction of `lora_pro_adamw` in the mode "full", as a link."""
+    """The direction of `lora_pro_adamw` in the mode "full", as a transformation."""
     check_choice("gauge", gauge, Gauge)
     check_damping(damping, damping_mode)
     check_unit("b1", b1)
@@ -200,8 +200,8 @@ def lora_pro_sgd(
     pro = scale_by_pro(
         gauge, damping=damping, damping_mode=damping_mode, compute_dtype=compute_dtype
     )
-    links = [pro] if is_zero(momentum) else [pro, momentum_link(momentum)]
-    return chain(*links, add_decayed_weights(weight_decay))
+    chained = [pro] if is_zero(momentum) else [pro, add_momentum(momentum)]
+    return chain(*chained, add_decayed_weights(weight_decay))
 
 
 @hyperparameters

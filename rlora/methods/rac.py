@@ -134,8 +134,8 @@ def rac_lora(
         frozen, damping=damping, damping_mode=damping_mode, compute_dtype=compute_dtype
     )
     moving: Side = "B" if frozen == "A" else "A"
-    links = [sketch, only(moving, scale_by_adam(b1, b2, eps))] if adam else [sketch]
-    return chain(*links, add_decayed_weights(weight_decay))
+    chained = [sketch, only(moving, scale_by_adam(b1, b2, eps))] if adam else [sketch]
+    return chain(*chained, add_decayed_weights(weight_decay))
 
 
 def restart(

@@ -10,7 +10,7 @@ from rlora.core.checks import check_choice, hyperparameters, is_zero
 from rlora.core.decay import add_decayed_weights
 from rlora.core.factors import Factors, device_of
 from rlora.core.linalg import geometric_mean
-from rlora.core.moments import momentum as momentum_link
+from rlora.core.moments import momentum as add_momentum
 from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.transform import State, Transform, chain, no_state
 
@@ -18,7 +18,7 @@ Form = Literal["matrix", "scalar"]
 
 
 def scale_by_refactor(form: Form = "matrix", *, compute_dtype: str | None = None) -> Transform:
-    """The direction ``K G_A`` and ``G_B K⁻¹`` of `ref_lora`, as a link."""
+    """The direction ``K G_A`` and ``G_B K⁻¹`` of `ref_lora`, as a transformation."""
     check_choice("form", form, Form)
 
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
@@ -98,5 +98,5 @@ def ref_lora(
     >>> method = rlora.ref_lora(momentum=0.9)
     """
     refactor = scale_by_refactor(form, compute_dtype=compute_dtype)
-    links = [refactor] if is_zero(momentum) else [refactor, momentum_link(momentum)]
-    return chain(*links, add_decayed_weights(weight_decay))
+    chained = [refactor] if is_zero(momentum) else [refactor, add_momentum(momentum)]
+    return chain(*chained, add_decayed_weights(weight_decay))

@@ -260,12 +260,12 @@ def lora_rite(
     >>> method = rlora.lora_rite(**OFFICIAL)
     """
     rite = scale_by_rite(b1, b2, eps, escape=escape, compute_dtype=compute_dtype)
-    links = [rite, add_decayed_weights(weight_decay)]
+    chained = [rite, add_decayed_weights(weight_decay)]
     if max_norm is not None or max_rms is not None:
-        links.insert(0, clip_unmagnified(max_norm, max_rms))
+        chained.insert(0, clip_unmagnified(max_norm, max_rms))
     if balance:
-        links.append(Transform(no_state, pass_on, _apply_and_balance))
-    return chain(*links)
+        chained.append(Transform(no_state, pass_on, _apply_and_balance))
+    return chain(*chained)
 
 
 def _apply_and_balance(params: Tree, direction: Tree, lr: Array | float) -> Tree:

@@ -13,7 +13,7 @@ from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
 from rlora.core.factors import Factors, Tree, leaves_of, pairs_of, rebuild
 from rlora.core.linalg import DampingMode, check_damping
-from rlora.core.moments import EpsForm, momentum as momentum_link, scale_by_adam
+from rlora.core.moments import EpsForm, momentum as add_momentum, scale_by_adam
 from rlora.core.placement import Placement, precondition, preconditioners
 from rlora.core.transform import Order, State, Transform, chain, no_state, pass_on
 
@@ -182,7 +182,7 @@ def scaled_sgd(
     >>> method = rlora.scaled_sgd(momentum=0.9)
     """
     plain = is_zero(momentum) and not nesterov
-    inner = None if plain else momentum_link(momentum, nesterov=nesterov)
+    inner = None if plain else add_momentum(momentum, nesterov=nesterov)
     gram = scale_by_gram(
         inner,
         damping=damping,

@@ -18,7 +18,7 @@ from rlora.core.factors import Array, Factors, map_leaves
 from rlora.core.linalg import DampingMode
 from rlora.core.step import step
 from rlora.core.transform import State, Transform
-from rlora.methods.scaled import scale_by_gram as gram_link
+from rlora.methods.scaled import scale_by_gram as core_scale_by_gram
 from rlora.optax.leaves import (
     Hold,
     Leaves,
@@ -149,15 +149,17 @@ def scale_by_gram(
     >>> import optax, rlora.optax
     >>> scaled = optax.chain(rlora.optax.scale_by_gram(), optax.sgd(0.1, momentum=0.9))
     """
-    link = gram_link(damping=damping, damping_mode=damping_mode, compute_dtype=compute_dtype)
+    method = core_scale_by_gram(
+        damping=damping, damping_mode=damping_mode, compute_dtype=compute_dtype
+    )
 
     def move(
         params: list[Factors], grads: list[Factors], state: State, count: Array
     ) -> tuple[Any, State]:
-        return link.update(grads, state, params)
+        return method.update(grads, state, params)
 
     sort = partial(sort_leaves, pairs=pairs, hold=hold, all_paired=False)
-    return _over_pairs(link, move, sort, 1.0, None)
+    return _over_pairs(method, move, sort, 1.0, None)
 
 
 def _over_pairs(

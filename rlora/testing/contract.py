@@ -191,7 +191,7 @@ def check_zero_rate_moves_nothing(make: MethodFactory, backend: Backend) -> None
     compiled = backend.compile(move)
     narrow, wide = ("bfloat16" if hasattr(backend.xp, "bfloat16") else "float32"), "float64"
     for zero_B in (False, True):
-        for dtype, of_lr, verb in (
+        for dtype, of_lr, make_step in (
             (wide, None, move),
             (wide, wide, compiled),
             (narrow, "float32", compiled),
@@ -201,7 +201,7 @@ def check_zero_rate_moves_nothing(make: MethodFactory, backend: Backend) -> None
             for G in (problem.grads(old), map_leaves(backend.xp.zeros_like, old)):
                 state = method.init(old)
                 for _ in range(2):
-                    new, state = verb(old, G, state, lr)
+                    new, state = make_step(old, G, state, lr)
                     _require_same_bits(backend, new, old)
 
 

@@ -62,7 +62,7 @@ def test_quick_prints_every_column_and_keeps_a_valid_record(rlora_cli, tmp_path)
     assert out.stat().st_mode == (tmp_path / "ordinary").stat().st_mode  # not a temporary's 0600
 
 
-def test_torch_against_its_rivals(rlora_cli, adapter, tmp_path):
+def test_torch_against_third_parties(rlora_cli, adapter, tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("peft")
     out = tmp_path / "out.json"
@@ -77,7 +77,7 @@ def test_torch_against_its_rivals(rlora_cli, adapter, tmp_path):
     assert {row["rank"] for row in rows.values()} == {3}
 
 
-def test_rivals_stand_beside_another_backend_too(rlora_cli, adapter, tmp_path):
+def test_third_parties_stand_beside_another_backend_too(rlora_cli, adapter, tmp_path):
     pytest.importorskip("torch")
     out = tmp_path / "out.json"
     args = ("--method", "scaled_sgd", "--against", "torch.adamw", "--repeat", 1, "--output", out)

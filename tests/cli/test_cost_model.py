@@ -9,7 +9,7 @@ import pytest
 import rlora.methods
 from rlora import Factors
 from rlora.backends import get
-from rlora.cli.bench.cases import PLAIN, ArraySpec, functional_cases, make_method, method_names
+from rlora.cli.bench.cases import BASELINES, ArraySpec, functional_cases, make_method, method_names
 from rlora.cli.bench.cost_model import (
     FROZEN,
     _Counter,
@@ -26,7 +26,7 @@ from rlora.core.dispatch import get_backend
 SHAPES = [(768, 512, 4), (24, 1024, 6), (40, 24, 4), (20, 6, 8), (6, 20, 8)]
 
 
-@pytest.mark.parametrize("name", [*method_names(), *PLAIN])
+@pytest.mark.parametrize("name", [*method_names(), *BASELINES])
 def test_a_large_layer_is_counted_in_small_ones(name):
     """And to the last flop; that a step does those of its page is tests/docs/test_methods.py."""
     rng, method = np.random.default_rng(0), make_method(name)

@@ -22,7 +22,7 @@ PEAKS = {"backend": "numpy", "device": "cpu", "bytes_per_s": 3e10, "flops_per_s"
 
 @pytest.fixture
 def make(a_record):
-    """Makes a record of rows (method, preset, rank, ratio), each beside its plain step."""
+    """Makes a record of rows (method, preset, rank, ratio), each beside its baseline."""
 
     def record(*rows, **parts):
         template = {
@@ -146,7 +146,7 @@ def test_what_cannot_be_drawn_is_left_out(make):
     assert not by_kind({**record, "rows": []})
 
 
-def test_other_people_stand_beside_the_plain_step_they_are_compared_with(make):
+def test_other_people_stand_beside_the_baseline_they_are_compared_with(make):
     record = make(*(("torch.adamw", "p", rank, 0.5) for rank in (4, 16)))
     for row in record["rows"][2:]:
         row["backend"] = "torch"

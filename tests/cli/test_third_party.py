@@ -12,13 +12,13 @@ from rlora.cli.bench.torch_cases import SharedTensors, optax_case, torch_cases
 
 torch = pytest.importorskip("torch")
 PROBLEM = random_problem([(40, 30), (24, 30)], 4, seed=0)
-YARDSTICK = ("torch", "adamw")
+BASELINE = ("torch", "adamw")
 
 
 def built(name):
     shared = SharedTensors(PROBLEM, ArraySpec(get("torch"), "float32", None))
-    (case,) = torch_cases(shared, [], [find_third_party(name)], YARDSTICK)
-    assert (case.name, case.backend, case.ratio_to) == (name, "torch", YARDSTICK)
+    (case,) = torch_cases(shared, [], [find_third_party(name)], BASELINE)
+    assert (case.name, case.backend, case.ratio_to) == (name, "torch", BASELINE)
     return case.build()
 
 

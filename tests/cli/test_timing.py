@@ -59,7 +59,7 @@ def test_an_adapter_of_two_ranks_says_both():
 
 @pytest.mark.parametrize("library", ["numpy", "jax", "array_api_strict"])
 @pytest.mark.parametrize("name", rlora.methods.__all__)
-def test_a_functional_contender_takes_the_steps_of_the_method(library, name):
+def test_a_functional_case_takes_the_steps_of_the_method(library, name):
     spec = ArraySpec(get(library), "float32", None)
     plain, case = functional_cases(PROBLEM, spec, [baseline_of(name), name])
     stepper = case.build()
@@ -79,7 +79,7 @@ def test_a_functional_contender_takes_the_steps_of_the_method(library, name):
 
 
 @pytest.mark.parametrize("name", ["torch.adamw", "peft"])
-def test_torch_contenders_are_what_they_say(name):
+def test_torch_cases_are_what_they_say(name):
     torch = pytest.importorskip("torch")
     spec = ArraySpec(get("torch"), "float32", None)
     shared = SharedTensors(PROBLEM, spec)
@@ -164,7 +164,7 @@ class Counted(Stepper):
         return 0
 
 
-def race_of(names, steps=None):
+def timing_of(names, steps=None):
     steps = [] if steps is None else steps
 
     def case(name):
@@ -195,9 +195,9 @@ def samples(timing):
     return {row["method"]: len(row["samples_s"]) for row in timing.rows()}
 
 
-def test_contenders_take_turns():
+def test_cases_take_turns():
     steps, ticks = [], []
-    timing = race_of("ab", steps)
+    timing = timing_of("ab", steps)
     timing.run(Rounds(5, 5), lambda: ticks.append(1))
     timed = [name for name in steps[8:] if len(name) == 1]
     assert len(ticks) == 5
@@ -210,7 +210,7 @@ def test_contenders_take_turns():
 
 def test_samples_are_enough_once_their_ratio_is_known(clock):
     clock(lambda name, i: 1.0 if name == "a" else 2.0 + 0.01 * (i % 3))
-    timing = race_of("ab")
+    timing = timing_of("ab")
     timing.run(Rounds(least=7, most=100, seconds=1e6), lambda: None)
     assert samples(timing) == {"a": 7, "b": 7}
     low, high = timing.rows()[1]["ratio_interval"]
@@ -219,14 +219,14 @@ def test_samples_are_enough_once_their_ratio_is_known(clock):
 
 def test_a_noisy_one_goes_on_and_takes_its_plain_method_along(clock):
     clock(lambda name, i: 1.0 + (name == "b") * (i % 2))
-    timing = race_of("abc")
+    timing = timing_of("abc")
     timing.run(Rounds(least=7, most=30, seconds=1e6), lambda: None)
     assert samples(timing) == {"a": 30, "b": 30, "c": 7}
 
 
 def test_a_slow_one_gets_its_share_of_the_time(clock):
     clock(lambda name, i: {"a": 1.0, "b": 2.0 + i % 2, "c": 20.0, "d": 6.0}[name])
-    timing = race_of("abcd")
+    timing = timing_of("abcd")
     timing.run(Rounds(least=7, most=100, seconds=40.0), lambda: None)
     assert samples(timing) == {"a": 7, "b": 3, "c": 1, "d": 3}
     reasons = {row["method"]: row["verdict"] for row in timing.rows()}
@@ -236,13 +236,13 @@ def test_a_slow_one_gets_its_share_of_the_time(clock):
 def test_a_hopeless_one_is_not_weighed(clock, monkeypatch):
     monkeypatch.setattr(Counted, "operations", lambda self: 5)
     clock(lambda name, i: {"a": 1.0, "b": 21.0}[name])
-    timing = race_of("ab")
+    timing = timing_of("ab")
     timing.run(Rounds(least=7, most=100, seconds=40.0), lambda: None)
     assert [row["operations"] for row in timing.rows()] == [5, None]
 
 
 def test_what_is_not_of_the_time_is_kept_apart():
-    timing = race_of("a")
+    timing = timing_of("a")
     timing.run(Rounds(1, 1), lambda: None)
     (row,) = timing.rows()
     assert row["first_call_s"] > 0 <= row["build_s"]

@@ -216,6 +216,6 @@ def test_state_survives_safetensors_and_torch(tmp_path):
         (lambda: decay_weights_after(float("inf")), "weight_decay"),
     ],
 )
-def test_links_check_their_numbers(make, match):
+def test_transformations_check_their_numbers(make, match):
     with pytest.raises(ValueError, match=match):
         make()

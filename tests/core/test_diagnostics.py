@@ -31,7 +31,7 @@ def layers(trees):
     ]
 
 
-def bundle_of(backend, trees):
+def group_of(backend, trees):
     arrays = [Factors(*(backend.asarray(x, "float64") for x in pair)) for pair in trees]
     return RankGroup(backend, arrays, dtype=backend.xp.float64), arrays
 
@@ -142,8 +142,8 @@ def test_norms_of_a_step(backend, size):
         Factors(*(x + size * d for x, d in zip(pair, move, strict=True)))
         for pair, move in zip(old, pairs(1), strict=True)
     ]
-    start = bundle_of(backend, old)[1]
-    found = backend.to_numpy(step_norms(bundle_of(backend, new)[0], start))
+    start = group_of(backend, old)[1]
+    found = backend.to_numpy(step_norms(group_of(backend, new)[0], start))
     expected = [
         [(B - B0) @ A + B0 @ (A - A0), A - A0, B - B0, B0 @ A0, A0, B0]
         for (A, B), (A0, B0) in zip(layers(new), layers(old), strict=True)
@@ -163,7 +163,7 @@ def test_a_change_of_basis_moves_no_product(backend):
     old = pairs()
     T = np.array([[2.0, 1.0, 0.0], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
     new = [Factors(T @ pair.A, pair.B @ np.linalg.inv(T)) for pair in old]
-    moved = backend.to_numpy(step_norms(bundle_of(backend, new)[0], bundle_of(backend, old)[1]))
+    moved = backend.to_numpy(step_norms(group_of(backend, new)[0], group_of(backend, old)[1]))
     # The root of a rounded sum of squares of the parts, which are of size ten.
     assert moved[0].max() < 1e-6
     assert moved[1:3].min() > 0.1

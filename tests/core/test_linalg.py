@@ -18,7 +18,7 @@ def factors(backend, shapes, dtype="float64", seed=0):
 
 @pytest.mark.parametrize("dtype, rtol", [("float64", 1e-13), ("float32", 1e-5)])
 @pytest.mark.parametrize("workspace", [None, {}], ids=["fresh", "workspace"])
-def test_tall_verbs(backend, workspace, dtype, rtol):
+def test_factor_sized_operations(backend, workspace, dtype, rtol):
     """Lists of unequal shapes, stacks among them, small and large, twice with one workspace."""
     shapes = [(3, 7), (2, 3, 5), (3, 7), (3, 30000), (2, 4, 3, 6), (3, 5)]
     columns = [(*shape[:-2], shape[-1], shape[-2]) for shape in shapes]

@@ -88,8 +88,10 @@ def test_the_file_overrides_what_a_backend_has():
     assert list(PROJECT["project"]["entry-points"]) == [ENTRY_POINT_GROUP]
 
 
-def test_the_table_names_verbs_that_there_are():
+def test_the_table_names_operations_that_there_are():
     rows = [line for line in TEXT.splitlines() if line.startswith("| `")]
-    verbs = [verb for row in rows for verb in re.findall(r"`(\w+)`", row.split("|")[1])]
-    assert len(verbs) > 10
-    assert all(callable(getattr(Backend, verb)) for verb in verbs)
+    operations = [
+        operation for row in rows for operation in re.findall(r"`(\w+)`", row.split("|")[1])
+    ]
+    assert len(operations) > 10
+    assert all(callable(getattr(Backend, operation)) for operation in operations)

@@ -105,8 +105,8 @@ def library_with_it(tmp_path_factory):
     root = tmp_path_factory.mktemp("library")
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "rlora", root / "rlora", ignore=ignore)
-    for wing in ("backends", "cli"):
-        shutil.copytree(ROOT / wing, root / "rlora" / wing, ignore=ignore)
+    for folder in ("backends", "cli"):
+        shutil.copytree(ROOT / folder, root / "rlora" / folder, ignore=ignore)
     methods = root / "rlora" / "methods"
     (methods / "unit.py").write_text(FILE, encoding="utf-8")
     init = (methods / "__init__.py").read_text(encoding="utf-8")

@@ -300,7 +300,7 @@ def test_adalora():
         atol=1e-10,
     )  # fmt: skip
     check_scaled_sgd(model, squares(batch(16, 6)), layers)
-    # A method's state knows no diagonal: refused by name, and trained plainly beside a head.
+    # A method's state knows no diagonal: refused by name, and trained by AdamW beside a head.
     with pytest.raises(rlora.PairingError, match=r"lora_E\.default stands between"):
         rlora.torch.LoRARite(model)
 

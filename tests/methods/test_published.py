@@ -196,7 +196,7 @@ def test_half_precision_of_theirs_moves_them_as_far(X):
 # --- what LoRA-RITE decided ------------------------------------------------------------------------
 
 
-def test_rite_escaped_mass():
+def test_rite_rho():
     """A difference of traces: the trajectory's tolerance is relative to those."""
     case = "rite_escape"
     theirs = GOLDEN[f"{case}.escape"][:, 0]

@@ -224,7 +224,7 @@ class Core:
 
 @dataclass
 class Ref:
-    """RefLoRA as it is told: to the balanced split, a plain step, and back."""
+    """RefLoRA as it is told: to the balanced split, a step of descent, and back."""
 
     lr: float
     form: str = "matrix"
@@ -242,7 +242,7 @@ class Ref:
             balanced = np.sqrt(sigma[:r])[:, None] * Vt[:r]  # A' of (A', B') with A'A'ᵀ = B'ᵀB'
             way = A @ np.linalg.pinv(balanced)  # A = way A', B = B' way⁻¹
         back = np.linalg.inv(way)
-        d_A = way @ (s * (B @ way).T @ G)  # what the plain step of A' is for A
+        d_A = way @ (s * (B @ way).T @ G)  # what the descent of A' is for A
         d_B = (s * G @ (back @ A).T) @ back
         d_A, d_B = self.moments["A"].ball(d_A), self.moments["B"].ball(d_B)
         return (

@@ -109,7 +109,7 @@ class AdaLoRALayer(nn.Module):
 
 
 def test_a_diagonal_between_the_factors_counts_in_both_metrics():
-    """``B E A``: the metric of A is ``E Bᵀ B E``, that of B ``E A Aᵀ E``; E moves plainly."""
+    """``B E A``: the metric of A is ``E Bᵀ B E``, that of B ``E A Aᵀ E``; E is in no pair."""
     layer = AdaLoRALayer()
     A, E, B = (getattr(layer, f"lora_{letter}")["default"] for letter in "AEB")
     optimizer = ScaledSGD(layer, lr=0.1, damping=1e-2, damping_mode="absolute")
