@@ -3,7 +3,6 @@
 One stack (K, r, r) holds the matrices of all factors of one rank, K counting every layer of them.
 """
 
-import math
 from typing import Any, NamedTuple
 
 from rlora.core.factors import Array, device_of
@@ -179,21 +178,44 @@ class MatrixAlgebra:
     def newton_schulz(self, S: Array) -> tuple[Array, Array]:
         """``S^-½`` and ``S^½`` of definite (K, r, r) by products alone; 0 and 0 for a zero.
 
-        ``T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z`` from ``Y = S / tr S, Z = I``. The root of an
-        eigenvalue grows by half a step until it nears 1; the steps are enough for one of 10 eps
-        tr S. The error is about eps times the condition number: callers keep that far below 1.
+        ``T = α I - β Z Y, Y <- Y T, Z <- T Z`` from ``Y = S / tr S, Z = I``, with the `cubics` for
+        eigenvalues from 10 eps tr S on. The error is about eps times the condition number: callers
+        keep that far below 1.
         """
         xp, matmul = self.xp, self.matmul
-        least = ROUNDING * float(xp.finfo(S.dtype).eps)
         eye = xp.eye(S.shape[-1], dtype=S.dtype, device=device_of(S))
         trace = xp.reshape(xp.linalg.trace(S), (-1, 1, 1))
         unit = xp.where(trace == 0, xp.ones_like(trace), trace)
         Y, Z = S / unit, eye + xp.zeros_like(S)
-        for _ in range(math.ceil(-0.5 * math.log(least) / math.log(1.5)) + 6):
-            T = 1.5 * eye - 0.5 * matmul(Z, Y)
+        for alpha, beta in cubics(float(xp.finfo(S.dtype).eps)):
+            T = alpha * eye - beta * matmul(Z, Y)
             Y, Z = matmul(Y, T), matmul(T, Z)
         live, zero = trace != 0, xp.zeros_like(S)
         return xp.where(live, Z * unit**-0.5, zero), xp.where(live, Y * unit**0.5, zero)
+
+
+def cubics(eps: float) -> list[tuple[float, float]]:
+    """The α and β of steps ``x <- α x - β x³`` that bring all of ``[sqrt(10 eps), 1]`` to 1.
+
+    Of all odd cubics each is the one that is nearest to 1 on the interval ``[a, b]`` that the step
+    before has left: with ``s = a² + ab + b²`` and ``e = sqrt(s / 3)``, its extremum, it is
+    ``2 (s x - x³) / (2 e³ + ab (a + b))``, off by the same at a, e and b. The first multiplies a
+    small x by 5 and the next ones by 2.6, where ``(3 x - x³) / 2``, the limit for a and b near 1,
+    does by 1.5: 11 steps in float32 and 22 in float64 take the place of 23 and 48.
+
+    E. Grishina, M. Smirnov, M. Rakhuba. Accelerating Newton-Schulz Iteration for Orthogonalization
+    via Chebyshev-type Polynomials. arXiv:2506.10935, 2025.
+    """
+    steps = []
+    a, b, error = (ROUNDING * eps) ** 0.5, 1.0, 1.0
+    while error >= eps:
+        s, ends = a * a + a * b + b * b, a * b * (a + b)
+        extremum = 2 * (s / 3) ** 1.5  # 2 e³
+        beta = 2 / (extremum + ends)
+        steps.append((beta * s, beta))
+        error = max(beta / 2 * (extremum - ends), 0.0)
+        a, b = 1 - error, 1 + error
+    return steps
 
 
 def mT(x: Array) -> Array:

@@ -13,7 +13,7 @@ import rlora.backends
 from rlora import BackendError, Factors
 from rlora.backends import get
 from rlora.core import dispatch
-from rlora.core.algebra import mT
+from rlora.core.algebra import cubics, mT
 from rlora.core.backend import Backend
 from rlora.testing import CONTRACT, assert_close, make_problem, run
 
@@ -205,6 +205,22 @@ def test_newton_schulz_equals_eigh(condition, dtype, backend):
     assert_close(inverse, (Q * w**-0.5) @ mT(Q), rtol=10 * eps * max(condition, 10))
     zero = backend.newton_schulz(0 * S)
     assert all(not backend.to_numpy(x).any() for x in zero)
+
+
+@pytest.mark.parametrize(("dtype", "count"), [("float32", 11), ("float64", 22)])
+def test_cubics_bring_all_roots_to_one(dtype, count):
+    """From the root of the rounding on; (3 x - x³) / 2 is not there after six steps more."""
+    eps = float(np.finfo(dtype).eps)
+    x = slow = np.geomspace((10 * eps) ** 0.5, 1, 10_001).astype(np.longdouble)
+    steps = cubics(eps)
+    for alpha, beta in steps:
+        x = alpha * x - beta * x**3
+    assert len(steps) == count
+    # The last steps double the digits; coefficients are rounded in float64.
+    assert abs(x - 1).max() < max(eps, 4 * np.finfo(float).eps)
+    for _ in range(count + 6):
+        slow = (3 * slow - slow**3) / 2
+    assert abs(slow - 1).max() > eps
 
 
 @pytest.mark.parametrize("make", [
