@@ -74,11 +74,14 @@ def _verdicts(checks: Sequence[dict[str, Any]], out: Console) -> Table:
             "rank": "-" if check["rank"] is None else str(check["rank"]),
             "limit": f"{SIGNS[check['sense']]} {figure(check['limit'])}",
             "measured": figure(check["measured"]),
+            "goal": figure(goal) if (goal := check.get("goal")) is not None else "",
         }
         for check in checks
     ]
     keep, texts = ("", "what", "preset", "rank"), ("what", "preset", "limit")
-    return fitted(None, lines, out, keep=keep, texts=texts, order=("measured",))
+    return fitted(
+        None, _without_empty(lines), out, keep=keep, texts=texts, order=("measured", "limit")
+    )
 
 
 def figure(value: float) -> str:

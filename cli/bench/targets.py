@@ -46,6 +46,7 @@ def make_check(
         "measured": measured,
         "passed": passed[sense],
         "stable": all(row["verdict"] == "ok" for row in rows),
+        "goal": None,
     }
 
 
@@ -65,10 +66,12 @@ class Ratio(NamedTuple):
 
     over: Key
     under: Key
-    limits: Mapping[int, float]
-    """By rank."""
+    limits: Mapping[str, Mapping[int, float]]
+    """By preset and rank; the first preset stands for those that are not named."""
 
     sense: str = "at most"
+    goal: Mapping[int, float] = {}
+    """By rank, what is to be reached one day."""
 
     @property
     def words(self) -> str:
@@ -76,13 +79,15 @@ class Ratio(NamedTuple):
 
     def check(self, found: Found) -> Check | None:
         over, under = found.get(self.over), found.get(self.under)
-        if not over or not under or over["rank"] not in self.limits:
+        if not over or not under:
             return None
+        preset, rank = over["preset"], over["rank"]
+        limit = self.limits.get(preset, next(iter(self.limits.values()))).get(rank)
         ratio = median_ratio(over["samples_s"], under["samples_s"])
-        if ratio is None:
+        if limit is None or ratio is None:
             return None
-        rank, limit = over["rank"], self.limits[over["rank"]]
-        return make_check(self.words, over["preset"], rank, self.sense, limit, ratio, over, under)
+        check = make_check(self.words, preset, rank, self.sense, limit, ratio, over, under)
+        return {**check, "goal": self.goal.get(rank)}
 
 
 class Predicted(NamedTuple):
