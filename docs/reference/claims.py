@@ -29,10 +29,9 @@ See which statements of the papers hold in small seeded experiments, and try the
     rlora reproduce damping --quick
 
 A *gauge* or *split* is one of the factorizations (R A, B R⁻¹) of a product B A, R invertible.
-The experiments test algebra and rates, not the quality of a fine-tuned model. A claim holds if all
-of its checks do: the record of a claim has them all, with value and threshold, the page those that
-fail. `rlora reproduce` exits with 1 if a verdict is not the documented one. This page is made by
-`python docs/reference/claims.py`.
+The experiments test algebra and rates, not the quality of a fine-tuned model. Records have every
+check with value and threshold, the page those that fail. `rlora reproduce` exits with 1 if a
+verdict is not the documented one. `python docs/reference/claims.py` makes this page.
 """
 
 REFERENCE: Final = re.compile(
@@ -59,11 +58,14 @@ def page() -> str:
 
 
 def summary(records: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each verdict, with the claims that have it."""
+    """A line for each verdict, with the claims that have it; a number of those that hold."""
     by_verdict: dict[str, list[str]] = {}
     for x in records:
         by_verdict.setdefault(x["verdict"], []).append(f"[{x['claim']}](#{x['claim']})")
-    return [wrapped(f"- **{verdict}**: {', '.join(x)}") for verdict, x in by_verdict.items()]
+    return [
+        wrapped(f"- **{verdict}**: {len(x) if verdict == 'holds' else ', '.join(x)}")
+        for verdict, x in by_verdict.items()
+    ]
 
 
 def linked(source: str) -> str:
