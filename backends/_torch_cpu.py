@@ -63,14 +63,15 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 def is_plain(*tensors: Tensor) -> bool:
     """Return whether these are dense, of one float type, on a CPU, and in no graph or trace."""
-    x = tensors[0]
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and not torch.compiler.is_compiling()
-        and all(type(t) is Tensor and t.dtype == x.dtype for t in tensors)
-        and all(t.is_contiguous() and not t.requires_grad for t in tensors)
-    )
+    dtype = tensors[0].dtype
+    if torch.compiler.is_compiling() or dtype not in (torch.float32, torch.float64):
+        return False
+    for x in tensors:
+        if type(x) is not Tensor or x.device.type != "cpu" or x.dtype != dtype:
+            return False
+        if x.requires_grad or not x.is_contiguous():
+            return False
+    return True
 
 
 def is_eager_cpu(x: Tensor) -> bool:
@@ -133,7 +134,7 @@ def fused_adam(
         amsgrad=False,
         maximize=False,
     )
-    return d, mu, nu
+    return mu, nu, d
 
 
 def _common(x: Any) -> float | None:

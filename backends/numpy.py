@@ -32,7 +32,11 @@ class NumPyBackend(Backend):
         return stack
 
     def within(self, X: Tall, low: float, high: float) -> bool:
-        return all(is_within(x, low, high) for x in X)
+        for x in X:
+            peak = np.maximum(x.max(axis=(-2, -1)), -x.min(axis=(-2, -1)))
+            if not ((peak < high) & ((peak >= low) | (peak == 0))).all():
+                return False
+        return True
 
     def spd_power(self, S: Array, power: float) -> Array:
         return np.linalg.inv(S) if power == -1.0 else super().spd_power(S, power)
@@ -49,21 +53,31 @@ class NumPyBackend(Backend):
         return cholesky_half(self, S)
 
     def adam(
-        self, mu: Array, nu: Array, g: Array, b1: float, b2: float, c1: Any, root2: Any, eps: Any
-    ) -> tuple[Array, Array, Array]:
+        self,
+        M: Sequence[Array],
+        V: Sequence[Array],
+        G: Sequence[Array],
+        b1: float,
+        b2: float,
+        c1: Sequence[Any],
+        root2: Sequence[Any],
+        eps: Sequence[Any],
+    ) -> tuple[list[Array], list[Array], list[Array]]:
         """In place on arrays of its own, or donated: fresh pages cost more than the arithmetic."""
-        mu, nu = _times(b1, mu), _times(b2, nu)
-        work = (1 - b1) * g
-        mu += work
-        np.multiply(g, g, out=work)
-        work *= 1 - b2
-        nu += work
-        np.sqrt(nu, out=work)
-        work /= root2
-        work += eps
-        np.divide(mu, work, out=work)
-        work /= c1
-        return work, mu, nu
+        M, V, D = _times(b1, M), _times(b2, V), []
+        for m, v, g, c, root, e in zip(M, V, G, c1, root2, eps, strict=True):
+            work = (1 - b1) * g
+            m += work
+            np.multiply(g, g, out=work)
+            work *= 1 - b2
+            v += work
+            np.sqrt(v, out=work)
+            work /= root
+            work += e
+            np.divide(m, work, out=work)
+            work /= c
+            D.append(work)
+        return M, V, D
 
     @contextmanager
     def reusing(self, workspace: Workspace) -> Iterator[None]:
@@ -74,26 +88,27 @@ class NumPyBackend(Backend):
             _donated.reset(token)
 
     def descend(
-        self, param: Array, d: Array, lr: Array | float, into: Array | None = None
-    ) -> Array:
-        moved = np.asarray(lr * d)
-        fits = into is not None and into.flags.writeable
-        return np.subtract(param, moved, out=into if fits else moved)
+        self,
+        params: Sequence[Array],
+        D: Sequence[Array],
+        lr: Array | float,
+        *,
+        donate: bool = False,
+    ) -> list[Array]:
+        moved = []
+        for p, d in zip(params, D, strict=True):
+            change = np.asarray(lr * d)
+            moved.append(np.subtract(p, change, out=p if donate and p.flags.writeable else change))
+        return moved
 
 
 _donated: ContextVar[bool] = ContextVar("donated", default=False)
 
 
-def _times(number: float, x: Array) -> Array:
-    """``number x``, of a donated x in its own memory."""
-    own = _donated.get() and x.flags.writeable
-    return np.multiply(x, number, out=x if own else None)
-
-
-def is_within(x: Any, low: float, high: float) -> bool:
-    """`Backend.within` of one array (..., r, n)."""
-    peak = np.maximum(x.max(axis=(-2, -1)), -x.min(axis=(-2, -1)))
-    return bool(((peak < high) & ((peak >= low) | (peak == 0))).all())
+def _times(number: float, X: Sequence[Array]) -> list[Array]:
+    """``number x`` of a list, of donated arrays in their own memory."""
+    own = _donated.get()
+    return [np.multiply(x, number, out=x if own and x.flags.writeable else None) for x in X]
 
 
 BACKEND = NumPyBackend

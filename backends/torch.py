@@ -213,24 +213,46 @@ class TorchBackend(Backend):
         return inverse
 
     def adam(
-        self, mu: Array, nu: Array, g: Array, b1: float, b2: float, c1: Any, root2: Any, eps: Any
-    ) -> tuple[Array, Array, Array]:
-        if is_plain(mu, nu, g) and (done := fused_adam(mu, nu, g, b1, b2, c1, root2, eps)):
-            return done
-        mu = torch.lerp(g, mu, b1)
-        nu = (b2 * nu).addcmul_(g, g, value=1 - b2)
-        d = nu.sqrt().div_(root2).add_(eps)
-        return torch.div(mu, d, out=d).div_(c1), mu, nu
+        self,
+        M: Sequence[Array],
+        V: Sequence[Array],
+        G: Sequence[Array],
+        b1: float,
+        b2: float,
+        c1: Sequence[Any],
+        root2: Sequence[Any],
+        eps: Sequence[Any],
+    ) -> tuple[list[Array], list[Array], list[Array]]:
+        M, V, D = list(M), list(V), []
+        for i, (m, v, g, *numbers) in enumerate(zip(M, V, G, c1, root2, eps, strict=True)):
+            done = fused_adam(m, v, g, b1, b2, *numbers) if is_plain(m, v, g) else None
+            if done is None:
+                c, root, e = numbers
+                m = torch.lerp(g, m, b1)
+                v = (b2 * v).addcmul_(g, g, value=1 - b2)
+                d = v.sqrt().div_(root).add_(e)
+                done = m, v, torch.div(m, d, out=d).div_(c)
+            M[i], V[i], d = done
+            D.append(d)
+        return M, V, D
 
     def descend(
-        self, param: Array, d: Array, lr: Array | float, into: Array | None = None
-    ) -> Array:
+        self,
+        params: Sequence[Array],
+        D: Sequence[Array],
+        lr: Array | float,
+        *,
+        donate: bool = False,
+    ) -> list[Array]:
         if not isinstance(lr, float):
-            return param - lr * d
-        if not is_plain(param, d):
-            return torch.sub(param, d, alpha=lr)
-        into = empty(d.shape, d.dtype, d.device) if into is None else into
-        return torch.sub(param, d, alpha=lr, out=into)
+            return [p - lr * d for p, d in zip(params, D, strict=True)]
+        moved = []
+        for p, d in zip(params, D, strict=True):
+            out = None
+            if is_plain(p, d):
+                out = p if donate else empty(d.shape, d.dtype, d.device)
+            moved.append(torch.sub(p, d, alpha=lr, out=out))
+        return moved
 
     def reusing(self, workspace: Workspace) -> AbstractContextManager[None]:
         return nullcontext() if torch.compiler.is_compiling() else reusing(workspace)

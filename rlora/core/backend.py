@@ -19,7 +19,6 @@ writes into and hands out again, and where everything lies. A caller makes it as
 Tall = Sequence[Array]
 """Factors, or what has their shapes."""
 
-
 LARGE = 40_000
 """On a CPU a factor with so many numbers is multiplied where it is; smaller ones of one shape are
 stacked first, as the copies cost less than a call for each."""
@@ -102,27 +101,61 @@ class Backend(MatrixAlgebra):
     # --- entrywise work -------------------------------------------------------------------------
 
     def adam(
-        self, mu: Array, nu: Array, g: Array, b1: float, b2: float, c1: Any, root2: Any, eps: Any
-    ) -> tuple[Array, Array, Array]:
-        """Adam's direction and its new moments.
+        self,
+        M: Sequence[Array],
+        V: Sequence[Array],
+        G: Sequence[Array],
+        b1: float,
+        b2: float,
+        c1: Sequence[Any],
+        root2: Sequence[Any],
+        eps: Sequence[Any],
+    ) -> tuple[list[Array], list[Array], list[Array]]:
+        """Adam's new moments and directions, array by array.
 
-        ``M = b1 M + (1 - b1) g``, ``V = b2 V + (1 - b2) g∘g``, ``(M / c1) / (sqrt(V) / root2 +
-        eps)``.
+        ``M = b1 M + (1 - b1) G``, ``V = b2 V + (1 - b2) G∘G``, ``(M / c1) / (sqrt(V) / root2 +
+        eps)``, where c1, root2 and eps are numbers or (..., 1, 1), one for each array.
         """
-        mu = b1 * mu + (1 - b1) * g
-        nu = b2 * nu + (1 - b2) * (g * g)
-        return (mu / c1) / (self.xp.sqrt(nu) / root2 + eps), mu, nu
+        M = [b1 * m + (1 - b1) * g for m, g in zip(M, G, strict=True)]
+        V = [b2 * v + (1 - b2) * (g * g) for v, g in zip(V, G, strict=True)]
+        each = zip(M, V, c1, root2, eps, strict=True)
+        return M, V, [(m / c) / (self.xp.sqrt(v) / root + e) for m, v, c, root, e in each]
 
     def descend(
-        self, param: Array, d: Array, lr: Array | float, into: Array | None = None
-    ) -> Array:
-        """``param - lr d``, which may be written into an array such as `param` itself."""
-        return param - lr * d
+        self,
+        params: Sequence[Array],
+        D: Sequence[Array],
+        lr: Array | float,
+        *,
+        donate: bool = False,
+    ) -> list[Array]:
+        """``param - lr d`` of two lists; with `donate` the parameters may be written over."""
+        return [p - lr * d for p, d in zip(params, D, strict=True)]
 
     # --- small change ---------------------------------------------------------------------------
 
     def cast(self, x: Array, dtype: Any) -> Array:
         return x if x.dtype == dtype else self.xp.astype(x, dtype)
+
+    def cast_like(self, arrays: Sequence[Array], like: Sequence[Array]) -> list[Array]:
+        """Arrays, each in the dtype of its counterpart."""
+        cast = list(arrays)
+        for i, (x, y) in enumerate(zip(arrays, like, strict=True)):
+            if x.dtype != y.dtype:
+                cast[i] = self.cast(x, y.dtype)
+        return cast
+
+    def widen(self, arrays: Sequence[Array]) -> list[Array]:
+        """Arrays in `compute_dtype`, in no graph of operations; None stays."""
+        wide, dtypes = list(arrays), dict[Any, Any]()
+        for i, x in enumerate(wide):
+            if x is not None:
+                if x.dtype not in dtypes:
+                    dtypes[x.dtype] = self.compute_dtype(x.dtype)
+                if getattr(x, "requires_grad", False):
+                    x = x.detach()
+                wide[i] = x if x.dtype == dtypes[x.dtype] else self.cast(x, dtypes[x.dtype])
+        return wide
 
     def unstack(self, P: Array, tall: Sequence[Array]) -> Iterator[Array]:
         """The pieces of a stack (K, r, r) that belong to each factor, with its leading axes."""

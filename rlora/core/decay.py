@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from rlora.core.checks import check_nonnegative, hyperparameters, is_zero
 from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Tree, map_leaves
+from rlora.core.factors import Array, Tree, map_moving
 from rlora.core.transform import State, Transform, no_state, pass_on
 
 Split = Callable[[Array | float], tuple[Array | float, Array | float]]
@@ -34,9 +34,12 @@ def add_decayed_weights(weight_decay: float) -> Transform:
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         if is_zero(weight_decay):
             return grads, state
-        return map_leaves(
-            lambda d, p: get_backend(d, p).descend(d, p, -weight_decay), grads, params
-        ), state
+
+        def decayed(P: list[Array], D: list[Array]) -> tuple[list[Array], list[Array]]:
+            return P, get_backend(*P, *D).descend(D, P, -weight_decay)
+
+        _, direction = map_moving(decayed, params, grads)
+        return direction, state
 
     return Transform(no_state, update)
 
@@ -71,12 +74,12 @@ def _decay(weight_decay: float, split: Split) -> Transform:
     def apply(params: Tree, direction: Tree, lr: Array | float) -> Tree:
         keep, reach = split(1 - lr * weight_decay)
 
-        def move(p: Array, d: Array) -> Array:
-            if d is None:
-                return p
-            backend = get_backend(p, d)
-            return backend.cast(keep * backend.cast(p, d.dtype) - lr * reach * d, p.dtype)
+        def move(old: list[Array], D: list[Array]) -> tuple[list[Array]]:
+            backend = get_backend(*old, *D)
+            wide = zip(backend.cast_like(old, D), D, strict=True)
+            return (backend.cast_like([keep * p - lr * reach * d for p, d in wide], old),)
 
-        return map_leaves(move, params, direction)
+        moved, _ = map_moving(move, params, direction)
+        return moved
 
     return Transform(no_state, pass_on, apply)

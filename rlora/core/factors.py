@@ -1,6 +1,7 @@
 """The pair (A, B), and collections of pairs: one ``Factors``, or a list or dict of them, nested."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from rlora.core.errors import NamespaceError, PairingError, ShapeError
@@ -40,85 +41,116 @@ class Factors(NamedTuple):
 
 def pairs_of(tree: Tree) -> list[Factors]:
     """Every pair of the collection, in the order of its lists and dicts."""
-    return [pair for _, pair in _walk(tree, "")]
+    return counterparts(tree, tree)
 
 
-def _walk(tree: Tree, path: str) -> Iterator[tuple[str, Factors]]:
-    if isinstance(tree, Factors):
-        yield path, tree
-    elif isinstance(tree, Mapping):
-        for key, child in tree.items():
-            yield from _walk(child, f"{path}.{key}" if path else str(key))
-    elif isinstance(tree, (list, tuple)):
-        for i, child in enumerate(tree):
-            yield from _walk(child, f"{path}.{i}" if path else str(i))
-    else:
-        msg = (
-            f"expected Factors, or a list or dict of them, got {type(tree).__name__}"
-            f"{f' at {path}' if path else ''}; wrap the two arrays as rlora.Factors(A, B)"
-        )
-        raise PairingError(msg)
-
-
-def map_pairs(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """``f`` on every pair of `tree` with its counterparts in `rest`; same structure back.
+def counterparts(tree: Tree, other: Tree) -> list[Any]:
+    """The members at each pair, Factors or others, of a collection with the structure of `tree`.
 
     Dicts are matched by key, so that the order of insertion does not matter.
     """
     if isinstance(tree, Factors):
-        if not all(isinstance(other, Factors) for other in rest):
-            raise _mismatch(tree, *rest)
-        return f(tree, *rest)
+        return [other]
     if isinstance(tree, Mapping):
-        if not all(isinstance(o, Mapping) and o.keys() == tree.keys() for o in rest):
-            raise _mismatch(tree, *rest)
-        return {key: map_pairs(f, child, *(o[key] for o in rest)) for key, child in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        if not all(isinstance(o, (list, tuple)) and len(o) == len(tree) for o in rest):
-            raise _mismatch(tree, *rest)
-        return [map_pairs(f, *children) for children in zip(tree, *rest, strict=True)]
-    return list(_walk(tree, ""))  # raises, naming what came
+        if not isinstance(other, Mapping) or other.keys() != tree.keys():
+            raise _mismatch(tree, other)
+        keys: Iterable[Any] = tree
+    elif isinstance(tree, (list, tuple)):
+        if not isinstance(other, (list, tuple)) or len(other) != len(tree):
+            raise _mismatch(tree, other)
+        keys = range(len(tree))
+    else:
+        raise _no_pair(tree)
+    found: list[Any] = []
+    for key in keys:  # a call for each container, none for a pair
+        if isinstance(tree[key], Factors):
+            found.append(other[key])
+        else:
+            found += counterparts(tree[key], other[key])
+    return found
+
+
+def rebuild(tree: Tree, pairs: Iterable[Any]) -> Tree:
+    """A collection with the structure of `tree` and these in the places of its pairs."""
+    supply = iter(pairs)
+    if isinstance(tree, Factors):
+        return next(supply)
+    keys: Iterable[Any] = tree if isinstance(tree, Mapping) else range(len(tree))
+    new = []
+    for key in keys:
+        child = tree[key]
+        new.append(next(supply) if isinstance(child, Factors) else rebuild(child, supply))
+    return dict(zip(keys, new, strict=True)) if isinstance(tree, Mapping) else new
+
+
+def flatten(tree: Tree, other: Tree) -> list[Array]:
+    """A, B, A, B, ... of a collection with the structure of `tree`, Nones too."""
+    pairs = counterparts(tree, other)
+    for pair in pairs:
+        if not isinstance(pair, Factors):
+            raise _mismatch(tree, pair)
+    return list(itertools.chain.from_iterable(pairs))
+
+
+def unflatten(tree: Tree, leaves: Sequence[Array]) -> Tree:
+    """The inverse of `flatten`."""
+    return rebuild(tree, in_pairs(leaves))
+
+
+def in_pairs(leaves: Sequence[Array]) -> list[Factors]:
+    """A, B, A, B, ... as pairs."""
+    return list(map(Factors, leaves[::2], leaves[1::2]))
+
+
+def map_pairs(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """``f`` on every pair of `tree` with its counterparts in `rest`; same structure back."""
+    others = [in_pairs(flatten(tree, other)) for other in rest]
+    return rebuild(tree, map(f, pairs_of(tree), *others))
 
 
 def map_leaves(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """``f`` on every array and its counterparts; where `tree` has None the result has None."""
-
-    def both(pair: Factors, *others: Factors) -> Factors:
-        found = []
-        for x, *xs in zip(pair, *others, strict=True):  # a generator would be a call for each
-            found.append(None if x is None else f(x, *xs))
-        return Factors(*found)
-
-    return map_pairs(both, tree, *rest)
+    found = []
+    for x, *xs in zip(*[flatten(tree, other) for other in (tree, *rest)], strict=True):
+        found.append(None if x is None else f(x, *xs))
+    return unflatten(tree, found)
 
 
-def unzip(count: int, tree: Tree) -> tuple[Tree, ...]:
-    """A collection whose leaves are `count`-tuples, as `count` collections."""
-    return tuple(map_leaves(lambda leaf, i=i: leaf[i], tree) for i in range(count))
+def map_moving(f: Callable[..., Sequence[list[Array]]], *trees: Tree) -> tuple[Tree, ...]:
+    """``f`` once, on lists of arrays: those of every tree at the places where the last has one.
 
+    Parameters
+    ----------
+    f : callable
+        Gives the new arrays of each tree, or of the first few of them, as lists.
+    *trees : Tree
+        The last one has the gradients or directions. Where it has None the others stay.
 
-def counterparts(tree: Tree, other: Tree) -> list[Any]:
-    """The members at each pair, Factors or others, of a collection with the structure of `tree`."""
-    if isinstance(tree, Factors):
-        return [other]
-    if isinstance(tree, Mapping):
-        children = [(child, other[key]) for key, child in tree.items()]
-    else:
-        children = list(zip(tree, other, strict=True))
-    return [x for child, its in children for x in counterparts(child, its)]
-
-
-def rebuild(tree: Tree, pairs: Sequence[Any]) -> Tree:
-    """A collection with the structure of `tree` and these in the places of its pairs."""
-    supply = iter(pairs)
-    return map_pairs(lambda _: next(supply), tree)
+    Returns
+    -------
+    tuple of trees
+        In the structure of the first tree.
+    """
+    like = trees[0]
+    columns = [flatten(like, tree) for tree in trees]
+    moving = [x is not None for x in columns[-1]]
+    if not any(moving):
+        return trees
+    results = f(*[list(itertools.compress(column, moving)) for column in columns])
+    places = list(itertools.compress(range(len(moving)), moving))
+    new = []
+    for column, result in zip(columns, results, strict=False):
+        for i, x in zip(places, result, strict=True):
+            column[i] = x
+        new.append(unflatten(like, column))
+    return *new, *trees[len(new) :]
 
 
 def where_moving(grads: Factors, new: Any, old: Any) -> Any:
     """The new value where there was a gradient: factor by factor, or for the pair as a whole."""
     if not isinstance(new, Factors):
-        return old if all(g is None for g in grads) else new
-    return Factors(*(o if g is None else x for g, x, o in zip(grads, new, old, strict=True)))
+        return old if grads.A is None and grads.B is None else new
+    return Factors(old.A if grads.A is None else new.A, old.B if grads.B is None else new.B)
 
 
 def leaves_of(*trees: Tree) -> list[Array]:
@@ -136,9 +168,21 @@ def detached(x: Array) -> Array:
     return x.detach() if getattr(x, "requires_grad", False) else x
 
 
+def _walk(tree: Tree, path: str = "") -> Iterator[tuple[str, Factors]]:
+    """Every pair with its path, which an error has to name."""
+    if isinstance(tree, Factors):
+        yield path, tree
+    elif isinstance(tree, (Mapping, list, tuple)):
+        children = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+        for key, child in children:
+            yield from _walk(child, f"{path}.{key}" if path else str(key))
+    else:
+        raise _no_pair(tree, path)
+
+
 def check_pairs(params: Tree) -> None:
     """Raise a ShapeError that names the pair unless every A is (..., r, n) and B is (..., m, r)."""
-    for path, pair in _walk(params, ""):
+    for path, pair in _walk(params):
         where = f" of pair {path!r}" if path else ""
         for letter, x in zip("AB", pair, strict=True):
             if getattr(x, "ndim", 0) < 2:
@@ -160,15 +204,14 @@ def check_pairs(params: Tree) -> None:
                 f"at least 1, so leave a pair without a rank out"
             )
             raise ShapeError(msg)
-        _check_device(f"the factors{where} are", pair.A, pair.B)
+        _check_device(f"the factors{where} are", device_of(pair.A), device_of(pair.B))
 
 
-def check_matches(grads: Tree, params: Tree) -> None:
-    """Raise unless the gradients have the structure and the shapes of the parameters."""
-
-    def same(param: Array, grad: Array) -> None:
-        if grad is None:
-            return
+def check_matches(grads: Sequence[Array], params: Sequence[Array]) -> None:
+    """Raise unless gradients, where there are some, have the shapes of the parameters."""
+    for grad, param in zip(grads, params, strict=True):
+        if grad is None or param is None:
+            continue
         shape = getattr(grad, "shape", None)
         if shape is None:
             msg = f"a gradient must be an array as its parameter is, got {type(grad).__name__}"
@@ -179,17 +222,22 @@ def check_matches(grads: Tree, params: Tree) -> None:
                 f"{tuple(param.shape)}; pass the gradients in the order of the parameters"
             )
             raise ShapeError(msg)
-        _check_device("a parameter and its gradient are", param, grad)
-
-    map_leaves(same, params, grads)
+        _check_device("a parameter and its gradient are", device_of(param), device_of(grad))
 
 
-def _check_device(what: str, x: Array, y: Array) -> None:
-    one, other = device_of(x), device_of(y)
+def _check_device(what: str, one: Any, other: Any) -> None:
     # Devices of two kinds are those of two libraries, which `get_backend` refuses.
     if type(one) is type(other) and one != other:
         msg = f"{what} on the devices {one} and {other}; bring both to one"
         raise NamespaceError(msg)
+
+
+def _no_pair(tree: Tree, path: str = "") -> PairingError:
+    msg = (
+        f"expected Factors, or a list or dict of them, got {type(tree).__name__}"
+        f"{f' at {path}' if path else ''}; wrap the two arrays as rlora.Factors(A, B)"
+    )
+    return PairingError(msg)
 
 
 def _mismatch(*trees: Tree) -> PairingError:

@@ -13,8 +13,8 @@ from rlora.core.factors import (
     device_of,
     leaves_of,
     map_leaves,
+    map_moving,
     map_pairs,
-    unzip,
 )
 from rlora.core.sizes import euclidean_norm, shrink_to
 from rlora.core.transform import State, Transform, no_state
@@ -82,15 +82,15 @@ def momentum(decay: float = 0.9, *, nesterov: bool = False, dampening: float = 0
         return MomentumState(zeros(params), counts(params))
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, MomentumState]:
-        def leaf(mu: Array, count: Array, g: Array) -> tuple[Array, Array, Array]:
-            if g is None:
-                return None, mu, count
-            xp = get_backend(g).xp
-            one = xp.ones_like(count)
-            mu = decay * mu + each(xp.where(count == 0, one, (1 - dampening) * one)) * g
-            return (g + decay * mu if nesterov else mu), mu, count + 1
+        def move(M: list[Array], counts: list[Array], G: list[Array]) -> tuple[list[Array], ...]:
+            xp = get_backend(*G).xp
+            for i, (t, g) in enumerate(zip(counts, G, strict=True)):
+                one = xp.ones_like(t)
+                M[i] = decay * M[i] + each(xp.where(t == 0, one, (1 - dampening) * one)) * g
+            ahead = [g + decay * mu for g, mu in zip(G, M, strict=True)] if nesterov else M
+            return M, [t + 1 for t in counts], ahead
 
-        direction, mu, count = unzip(3, map_leaves(leaf, state.mu, state.count, grads))
+        mu, count, direction = map_moving(move, state.mu, state.count, grads)
         return direction, MomentumState(mu, count)
 
     return Transform(init, update)
@@ -139,36 +139,38 @@ def scale_by_adam(
         return AdamState(zeros(params), zeros(params), counts(params))
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, AdamState]:
-        def leaf(mu: Array, nu: Array, count: Array, g: Array) -> tuple[Array, ...]:
-            if g is None:
-                return None, mu, nu, count
-            return adam_step(mu, nu, count, g, b1, b2, eps, eps_form, bias_correction)
+        def move(*lists: list[Array]) -> tuple[list[Array], ...]:
+            return adam_step(*lists, b1, b2, eps, eps_form, bias_correction)
 
-        out = map_leaves(leaf, state.mu, state.nu, state.count, grads)
-        direction, mu, nu, count = unzip(4, out)
+        mu, nu, count, direction = map_moving(move, state.mu, state.nu, state.count, grads)
         return direction, AdamState(mu, nu, count)
 
     return Transform(init, update)
 
 
 def adam_step(
-    mu: Array,
-    nu: Array,
-    count: Array,
-    g: Array,
+    M: list[Array],
+    V: list[Array],
+    counts: list[Array],
+    G: list[Array],
     b1: float,
     b2: float,
     eps: float,
     eps_form: EpsForm = "torch",
     bias_correction: bool = True,
-) -> tuple[Array, Array, Array, Array]:
-    """Direction, moments and count of one array after a step of `scale_by_adam`."""
-    backend = get_backend(g)
-    xp, count = backend.xp, count + 1
-    c1, c2 = (_correction(xp, b, each(count)) for b in (b1, b2)) if bias_correction else (1.0, 1.0)
-    root2 = c2**0.5
-    eps = eps if eps_form == "torch" else eps / root2
-    return *backend.adam(mu, nu, g, b1, b2, c1, root2, eps), count
+) -> tuple[list[Array], list[Array], list[Array], list[Array]]:
+    """Moments, counts and directions of a list of arrays after a step of `scale_by_adam`."""
+    backend = get_backend(*G)
+    counts = [t + 1 for t in counts]
+    c1 = c2 = [1.0] * len(G)
+    if bias_correction:
+        c1, c2 = (
+            _corrections(backend.xp, b, [t[..., None, None] for t in counts]) for b in (b1, b2)
+        )
+    root2 = [c**0.5 for c in c2]
+    small = [eps if eps_form == "torch" else eps / root for root in root2]
+    M, V, D = backend.adam(M, V, G, b1, b2, c1, root2, small)
+    return M, V, counts, D
 
 
 def clip_by_global_norm(max_norm: float) -> Transform:
@@ -229,7 +231,8 @@ def corrected_decay(xp: Any, b: float, count: Array) -> Array:
     """
     if is_zero(b):
         return xp.zeros_like(count)
-    return b * _correction(xp, b, count) / _correction(xp, b, count + 1)
+    before, after = _corrections(xp, b, [count, count + 1])
+    return b * before / after
 
 
 def zeros(params: Tree) -> Tree:
@@ -278,10 +281,10 @@ def over(pair: Factors, x: Array) -> Factors:
     return Factors(*(None if d is None else d / each(x) for d in pair))
 
 
-def _correction(xp: Any, b: float, count: Array) -> Array | float:
-    """``1 - b^count``; expm1, because in float32 the plain form loses 4 digits at b = 0.999."""
+def _corrections(xp: Any, b: float, counts: list[Array]) -> list[Any]:
+    """``1 - b^t`` of each; expm1, because in float32 the plain form loses 4 digits at b = 0.999."""
     if is_zero(b):
-        return 1.0
+        return [1.0] * len(counts)
     # An array that is 0 by chance counts as almost 0: 0 times its logarithm would be NaN.
     log_b = xp.log(xp.clip(b, min=TINY)) if is_traced(b) else math.log(b)
-    return -xp.expm1(count * log_b)
+    return [-xp.expm1(t * log_b) for t in counts]

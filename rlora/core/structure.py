@@ -8,21 +8,19 @@ from rlora.core.errors import ShapeError
 
 def same_shapes(one: Any, other: Any) -> bool:
     """Return whether two states have the same types, fields and shapes."""
-    if isinstance(one, (tuple, list)):
-        return (
-            _kind(one) is _kind(other)
-            and len(one) == len(other)
-            and all(map(same_shapes, one, other))
-        )
-    if isinstance(one, Mapping):
-        return (
-            isinstance(other, Mapping)
-            and len(one) == len(other)
-            and all(key in other and same_shapes(child, other[key]) for key, child in one.items())
-        )
-    if isinstance(other, (tuple, list, Mapping)):
-        return False
-    return bool(getattr(one, "shape", None) == getattr(other, "shape", None))
+    pending = [(one, other)]
+    while pending:
+        x, y = pending.pop()
+        if not isinstance(x, (tuple, list, Mapping)) and not isinstance(y, (tuple, list, Mapping)):
+            if getattr(x, "shape", None) != getattr(y, "shape", None):
+                return False
+        elif isinstance(x, Mapping) and isinstance(y, Mapping) and x.keys() == y.keys():
+            pending += [(child, y[key]) for key, child in x.items()]
+        elif _kind(x) and _kind(x) is _kind(y) and len(x) == len(y):
+            pending += zip(x, y, strict=True)
+        else:
+            return False
+    return True
 
 
 def check_state(state: Any, expected: Callable[[], Any], cause: Exception | None = None) -> None:

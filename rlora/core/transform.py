@@ -4,7 +4,6 @@ from functools import wraps
 from numbers import Real
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
-from rlora.core.backend import Backend
 from rlora.core.checks import check_scaling
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import (
@@ -12,10 +11,11 @@ from rlora.core.factors import (
     Tree,
     check_matches,
     check_pairs,
-    detached,
+    flatten,
     leaves_of,
     map_leaves,
-    pairs_of,
+    map_moving,
+    unflatten,
 )
 from rlora.core.structure import check_state, same_shapes
 
@@ -114,15 +114,13 @@ def apply_updates(
         ones.
     """
 
-    def move(param: Array, d: Array) -> Array:
-        if d is None:
-            return param
-        backend = get_backend(param, d)
-        wide = backend.cast(param, d.dtype)
-        moved = backend.descend(wide, d, lr, into=param if donate and wide is param else None)
-        return backend.cast(moved, param.dtype)
+    def move(old: list[Array], D: list[Array]) -> tuple[list[Array]]:
+        backend = get_backend(*old, *D)
+        moved = backend.descend(backend.cast_like(old, D), D, lr, donate=donate)
+        return (backend.cast_like(moved, old),)
 
-    return map_leaves(move, params, direction)
+    moved, _ = map_moving(move, params, direction)
+    return moved
 
 
 class Transform(NamedTuple):
@@ -185,13 +183,14 @@ def chain(*links: Transform) -> Transform:
     def init(params: Tree, scaling: float = 1.0) -> State:
         check_pairs(params)
         check_scaling(scaling)
-        wide = _widen(get_backend(*leaves_of(params)), params)
+        wide = _widen(params)
         return tuple(link.init(wide, scaling) for link in links)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        check_matches(grads, params)
-        backend = get_backend(*leaves_of(params, grads))
-        direction, wide = _widen(backend, grads), _widen(backend, params)
+        leaves, G = flatten(params, params), flatten(params, grads)
+        check_matches(G, leaves)
+        backend = get_backend(*leaves, *G)
+        direction, wide = (unflatten(params, backend.widen(x)) for x in (G, leaves))
         states = []
         try:
             for link, link_state in zip(links, state, strict=True):
@@ -201,13 +200,12 @@ def chain(*links: Transform) -> Transform:
             check_state(state, lambda: init(params), error)
             raise
         # Broadcasting may have hidden what does not fit.
-        if not (same_shapes(state, tuple(states)) and _fits(direction, params)):
+        if not (same_shapes(state, tuple(states)) and _fits(flatten(params, direction), leaves)):
             check_state(state, lambda: init(params))
         return direction, tuple(states)
 
     def transport(state: State, old: Tree, new: Tree) -> State:
-        backend = get_backend(*leaves_of(old))
-        old, new = _widen(backend, old), _widen(backend, new)
+        old, new = _widen(old), _widen(new)
         pieces = zip(links, state, strict=True)
         return tuple(link.transport(piece, old, new) for link, piece in pieces)
 
@@ -220,15 +218,13 @@ def chain(*links: Transform) -> Transform:
     )
 
 
-def _fits(direction: Tree, params: Tree) -> bool:
-    pairs = zip(pairs_of(direction), pairs_of(params), strict=True)
-    return all(
-        x is None or x.shape == p.shape for pair in pairs for x, p in zip(*pair, strict=True)
-    )
+def _fits(directions: list[Array], params: list[Array]) -> bool:
+    for d, p in zip(directions, params, strict=True):
+        if d is not None and d.shape != p.shape:
+            return False
+    return True
 
 
-def _widen(backend: Backend, tree: Tree) -> Tree:
-    def wide(x: Array) -> Array:
-        return backend.cast(detached(x), backend.compute_dtype(x.dtype))
-
-    return map_leaves(wide, tree)
+def _widen(tree: Tree) -> Tree:
+    leaves = flatten(tree, tree)
+    return unflatten(tree, get_backend(*leaves).widen(leaves))

@@ -120,11 +120,11 @@ def scale_by_full_adam(
         P = metric_power(group, S, -1.0, damping, damping_mode)
         g = tangent(group, P, G)  # times s²: the equivalent gradient is the same in every gauge
 
-        out = []
-        for k, (pair, move, s) in enumerate(zip(group.params, g, state.scaling, strict=True)):
-            equivalent = (matmul(pair.B, move.A) + matmul(move.B, pair.A)) / each(s)  # (..., m, n)
-            out.append(adam_step(state.mu[k], state.nu[k], state.count[k], equivalent, b1, b2, eps))
-        adam, mu, nu, count = (list(column) for column in zip(*out, strict=True))
+        equivalent = [
+            (matmul(pair.B, move.A) + matmul(move.B, pair.A)) / each(s)  # (..., m, n)
+            for pair, move, s in zip(group.params, g, state.scaling, strict=True)
+        ]
+        mu, nu, count, adam = adam_step(state.mu, state.nu, state.count, equivalent, b1, b2, eps)
 
         G = [
             Factors(matmul(mT(pair.B), d), matmul(d, mT(pair.A)))
