@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from rlora.core.algebra import mT
 from rlora.core.backend import Backend, Tall, Workspace
 from rlora.core.factors import Array
 
@@ -20,14 +20,14 @@ class NumPyBackend(Backend):
     def gram_rows(
         self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
     ) -> Array:
-        layers = [int(np.prod(A.shape[:-2], dtype=int)) for A in tall]
+        layers = [prod(A.shape[:-2]) for A in tall]
         r = tall[0].shape[-2]
         stack = np.empty((sum(layers), r, r), dtype)
         start = 0
         for A, count in zip(tall, layers, strict=True):
             A = A.astype(dtype, copy=False)
             out = stack[start : start + count].reshape(*A.shape[:-2], r, r)
-            np.matmul(A, mT(A), out=out)
+            np.matmul(A, A.swapaxes(-1, -2), out=out)
             start += count
         return stack
 

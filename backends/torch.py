@@ -1,7 +1,7 @@
 """PyTorch: few kernels for many layers, factorisations that neither raise nor synchronise."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -257,9 +257,9 @@ class TorchBackend(Backend):
     def reusing(self, workspace: Workspace) -> AbstractContextManager[None]:
         return nullcontext() if torch.compiler.is_compiling() else reusing(workspace)
 
-    def unstack(self, P: Array, tall: Sequence[Array]) -> Iterator[Array]:
-        if all(F.ndim == 2 for F in tall):
-            return iter(P.unbind(0))  # one call instead of one for each factor
+    def unstack(self, P: Array, tall: Sequence[Array]) -> list[Array]:
+        if max([F.ndim for F in tall]) == 2:
+            return list(P.unbind(0))  # one call instead of one for each factor
         return super().unstack(P, tall)
 
     def exact(self, like: Array) -> AbstractContextManager[Any]:

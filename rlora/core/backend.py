@@ -4,7 +4,7 @@ A file in ``backends/`` may override any of them with something quicker; none is
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -76,7 +76,7 @@ class Backend(MatrixAlgebra):
 
         Added to ``keep * onto`` if `onto` is given, which may be overwritten.
         """
-        products = [self.matmul(p, self.cast(G, p.dtype)) for p, G in zip(P, tall, strict=True)]
+        products = list(map(self.matmul, P, self.cast_like(tall, P)))
         return products if onto is None else _sums(products, onto, keep)
 
     def apply_right(
@@ -91,7 +91,7 @@ class Backend(MatrixAlgebra):
 
         Added to ``keep * onto`` if `onto` is given, which may be overwritten.
         """
-        products = [self.matmul(self.cast(G, p.dtype), p) for p, G in zip(P, tall, strict=True)]
+        products = list(map(self.matmul, self.cast_like(tall, P), P))
         return products if onto is None else _sums(products, onto, keep)
 
     def within(self, X: Tall, low: float, high: float) -> bool:
@@ -157,14 +157,15 @@ class Backend(MatrixAlgebra):
                 wide[i] = x if x.dtype == dtypes[x.dtype] else self.cast(x, dtypes[x.dtype])
         return wide
 
-    def unstack(self, P: Array, tall: Sequence[Array]) -> Iterator[Array]:
+    def unstack(self, P: Array, tall: Sequence[Array]) -> list[Array]:
         """The pieces of a stack (K, r, r) that belong to each factor, with its leading axes."""
-        start = 0
+        pieces, start = [], 0
         for G in tall:
             lead = tuple(G.shape[:-2])
             stop = start + math.prod(lead)
-            yield self.xp.reshape(P[start:stop, ...], (*lead, *P.shape[1:]))
+            pieces.append(self.xp.reshape(P[start:stop, ...], (*lead, *P.shape[1:])))
             start = stop
+        return pieces
 
     def compute_dtype(self, dtype: Any, wanted: str | None = None) -> Any:
         """At least float32; `wanted` ("float32", "float64") may ask for more, never for less."""

@@ -164,9 +164,8 @@ def adam_step(
     counts = [t + 1 for t in counts]
     c1 = c2 = [1.0] * len(G)
     if bias_correction:
-        c1, c2 = (
-            _corrections(backend.xp, b, [t[..., None, None] for t in counts]) for b in (b1, b2)
-        )
+        layers = [t[..., None, None] for t in counts]
+        c1, c2 = _corrections(backend.xp, b1, layers), _corrections(backend.xp, b2, layers)
     root2 = [c**0.5 for c in c2]
     small = [eps if eps_form == "torch" else eps / root for root in root2]
     M, V, D = backend.adam(M, V, G, b1, b2, c1, root2, small)

@@ -124,8 +124,8 @@ def gram_powers(
         powers = split_power(group, S, own, placement, damping, damping_mode)
         for P, result in zip(powers, lists, strict=True):
             if P is not None:
-                for i, pair in zip(members, group.unstack(P), strict=True):
-                    result[i] = Factors(pair.A, mT(pair.B))
+                for i, pair in zip(members, group.multipliers(P), strict=True):
+                    result[i] = pair
     first, second = lists
     return Preconditioners(
         None if placement == "after" else first, None if placement == "before" else second

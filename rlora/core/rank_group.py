@@ -68,6 +68,7 @@ class RankGroup:
         self.dtype = dtype or self.like.dtype
         self.workspace = workspace
         self.moving = moving or [(True, True)] * len(params)
+        self.all_move = all(map(all, self.moving))
         self.numbers = numbers
         self._leads = [tuple(pair.A.shape[:-2]) for pair in params]
         self.layers = sum(map(prod, self._leads))
@@ -76,7 +77,7 @@ class RankGroup:
 
     def gram(self, X: Sequence[Factors]) -> Stack:
         """``X Xᵀ`` in row form: ``A Aᵀ`` and ``Bᵀ B``."""
-        A, B = [pair.A for pair in X], [pair.B for pair in X]
+        A, B = zip(*X, strict=True)
         rows = self.backend.gram_rows(A, self.dtype, self.workspace)
         columns = self.backend.gram_columns(B, self.dtype, self.workspace)
         return self.xp.concat([rows, columns])
@@ -91,14 +92,11 @@ class RankGroup:
         self, P: Stack, X: Sequence[Factors], onto: Sequence[Factors] | None = None
     ) -> list[Factors]:
         """``P X`` in row form, ``P X_A`` and ``X_B Pᵀ``; plus `onto`, which may be overwritten."""
-        A, B = [pair.A for pair in X], [pair.B for pair in X]
-        P = self.backend.cast(P, self.backend.compute_dtype(self.like.dtype))
-        pieces = list(self.backend.unstack(P, A + B))
+        (A, B), (P_A, P_B) = zip(*X, strict=True), zip(*self.multipliers(P), strict=True)
         to_A, to_B = (None, None) if onto is None else zip(*onto, strict=True)
-        left = self.backend.apply_left(pieces[: len(A)], A, self.workspace, to_A)
-        transposed = [mT(piece) for piece in pieces[len(A) :]]
-        right = self.backend.apply_right(B, transposed, self.workspace, to_B)
-        return [Factors(*pair) for pair in zip(left, right, strict=True)]
+        left = self.backend.apply_left(P_A, A, self.workspace, to_A)
+        right = self.backend.apply_right(B, P_B, self.workspace, to_B)
+        return list(map(Factors, left, right))
 
     def in_range(self, X: Sequence[Factors]) -> tuple[list[Factors], Stack | float]:
         """X, each factor times a number that brings its squares into range, and the numbers."""
@@ -118,28 +116,32 @@ class RankGroup:
     def stack(self, X: Sequence[Factors]) -> Stack:
         """Small arrays, one per factor with the leading axes of its pair, as (2K, ...)."""
         flat = []
-        for letter in "AB":
-            for lead, pair in zip(self._leads, X, strict=True):
-                x = self.backend.cast(getattr(pair, letter), self.dtype)
+        for side in zip(*X, strict=True):
+            for lead, x in zip(self._leads, side, strict=True):
                 flat.append(self.xp.reshape(x, (prod(lead), *x.shape[len(lead) :])))
-        return self.xp.concat(flat)
+        return self.backend.cast(self.xp.concat(flat), self.dtype)
 
     def unstack(self, S: Stack) -> list[Factors]:
         """The inverse of `stack`."""
         S = self.backend.cast(S, self.backend.compute_dtype(self.like.dtype))
-        count = len(self.params)
-        owners = [pair.A for pair in self.params] + [pair.B for pair in self.params]
-        pieces = list(self.backend.unstack(S, owners))
-        return [Factors(*pair) for pair in zip(pieces[:count], pieces[count:], strict=True)]
+        return self._in_pairs(*self.halves(S))
+
+    def multipliers(self, P: Stack) -> list[Factors]:
+        """What A has to be multiplied with from the left and B from the right: P and ``Pᵀ``."""
+        P_A, P_B = self.halves(self.backend.cast(P, self.backend.compute_dtype(self.like.dtype)))
+        return self._in_pairs(P_A, mT(P_B))
+
+    def _in_pairs(self, S_A: Array, S_B: Array) -> list[Factors]:
+        A, B = zip(*self.params, strict=True)
+        return list(map(Factors, self.backend.unstack(S_A, A), self.backend.unstack(S_B, B)))
 
     def per_layer(self, X: Sequence[Factors]) -> Stack:
         """One number per factor, or one per layer of it, as (2K, 1, 1)."""
         flat = []
-        for letter in "AB":
-            for lead, pair in zip(self._leads, X, strict=True):
-                x = self.backend.cast(getattr(pair, letter), self.dtype)
+        for side in zip(*X, strict=True):
+            for lead, x in zip(self._leads, side, strict=True):
                 flat.append(self.xp.reshape(self.xp.broadcast_to(x, lead), (-1,)))
-        return self.xp.reshape(self.xp.concat(flat), (-1, 1, 1))
+        return self.backend.cast(self.xp.reshape(self.xp.concat(flat), (-1, 1, 1)), self.dtype)
 
     def constant(self, values: Sequence[tuple[float, float]]) -> Stack:
         """Python numbers, two for each pair, as (2K, 1, 1)."""
@@ -165,7 +167,7 @@ class RankGroup:
 
     def both_move(self) -> Array | float:
         """For each pair 1 where both factors have a gradient, else 0: (K, 1, 1)."""
-        if all(all(letters) for letters in self.moving):
+        if self.all_move:
             return 1.0
         both = [float(a and b) for a, b in self.moving]
         return self.constant(list(zip(both, both, strict=True)))[: self.layers, ...]
@@ -226,11 +228,13 @@ def by_rank(
     check_choice("compute_dtype", compute_dtype, ComputeDtype)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        G = pairs_of(grads)
+        G = counterparts(params, grads)
 
         def work(group: RankGroup, members: list[int], part: State) -> tuple[list[Factors], State]:
             numbers = group.numbers
-            whole = [filled(G[i], pair) for i, pair in zip(members, group.params, strict=True)]
+            whole = [G[i] for i in members]
+            if not group.all_move:
+                whole = list(map(filled, whole, group.params))
             if numbers is None or not rescaled:
                 return rule(group, whole, part)
             D, part = rule(group, swapped(numbers, whole), part)
@@ -270,14 +274,14 @@ def _each_rank(
     compute_dtype: str | None,
 ) -> tuple[Tree, State]:
     """Do `work` rank by rank, and put its results back in their places."""
-    pairs, G = pairs_of(tree), pairs_of(grads)
+    pairs, G = pairs_of(tree), counterparts(tree, grads)
     backend = get_backend(*leaves_of(tree))
+    directions = [Factors(None, None)] * len(pairs)
     fields = [counterparts(tree, field) for field in state]
-    directions, moved = [Factors(None, None)] * len(pairs), [list(field) for field in fields]
     with backend.exact(pairs[0].A):
         for everyone in indices_by_rank(pairs):
             # What has no gradient at all is left out: nothing of it may be written to.
-            members = [i for i in everyone if any(g is not None for g in G[i])]
+            members = [i for i in everyone if G[i].A is not None or G[i].B is not None]
             if not members:
                 continue
             params, numbers = moderate(backend, [pairs[i] for i in members])
@@ -288,13 +292,13 @@ def _each_rank(
                 moving=[(G[i].A is not None, G[i].B is not None) for i in members],
                 dtype=backend.compute_dtype(pairs[members[0]].A.dtype, compute_dtype),
             )
-            part = type(state)(*([field[i] for i in members] for field in fields))
+            part = type(state)(*[[field[i] for i in members] for field in fields])
             found, part = work(group, members, part)
-            for k, i in enumerate(members):
-                directions[i] = where_moving(G[i], found[k], directions[i])
-                for field, values in zip(moved, part, strict=True):
-                    field[i] = where_moving(G[i], values[k], field[i])
-    return rebuild(tree, directions), type(state)(*(rebuild(tree, field) for field in moved))
+            for all_values, new in zip([directions, *fields], [found, *part], strict=True):
+                for i, x in zip(members, new, strict=True):
+                    old = all_values[i]
+                    all_values[i] = x if group.all_move else where_moving(G[i], x, old)
+    return rebuild(tree, directions), type(state)(*[rebuild(tree, field) for field in fields])
 
 
 def filled(grads: Factors, params: Factors) -> Factors:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlora.core.backend import Backend
-from rlora.core.factors import Array, Factors
+from rlora.core.factors import Array, Factors, in_pairs
 
 
 def ordinary(xp: Any, dtype: Any) -> tuple[float, float]:
@@ -52,7 +52,7 @@ def into_range(
         numbers = high / xp.clip(peak, min=high, max=most)
     else:
         numbers = xp.clip(peak, min=low, max=high) / xp.clip(peak, min=tiny, max=most)
-    pieces = list(backend.unstack(numbers, X))
+    pieces = backend.unstack(numbers, X)
     return [c * x for c, x in zip(pieces, X, strict=True)], pieces
 
 
@@ -62,11 +62,6 @@ def moderate(
     """The pairs, huge factors brought down, and the numbers that did it; None where all were 1."""
     flat, numbers = into_range(backend, [x for pair in pairs for x in pair], huge_only=True)
     return in_pairs(flat), None if numbers is None else in_pairs(numbers)
-
-
-def in_pairs(flat: Sequence[Array]) -> list[Factors]:
-    """A, B, A, B, ... as pairs."""
-    return [Factors(*flat[i : i + 2]) for i in range(0, len(flat), 2)]
 
 
 def swapped(numbers: Sequence[Factors], X: Sequence[Factors]) -> list[Factors]:

@@ -11,15 +11,18 @@ def same_shapes(one: Any, other: Any) -> bool:
     pending = [(one, other)]
     while pending:
         x, y = pending.pop()
-        if not isinstance(x, (tuple, list, Mapping)) and not isinstance(y, (tuple, list, Mapping)):
-            if getattr(x, "shape", None) != getattr(y, "shape", None):
+        if isinstance(x, (tuple, list)):
+            if not (type(x) is type(y) or _kind(x) is _kind(y)) or len(x) != len(y):
                 return False
-        elif isinstance(x, Mapping) and isinstance(y, Mapping) and x.keys() == y.keys():
-            pending += [(child, y[key]) for key, child in x.items()]
-        elif _kind(x) and _kind(x) is _kind(y) and len(x) == len(y):
             pending += zip(x, y, strict=True)
+        elif isinstance(x, Mapping):
+            if not isinstance(y, Mapping) or x.keys() != y.keys():
+                return False
+            pending += [(child, y[key]) for key, child in x.items()]
         else:
-            return False
+            before, after = getattr(x, "shape", None), getattr(y, "shape", None)
+            if isinstance(y, (tuple, list, Mapping)) or before != after:
+                return False
     return True
 
 

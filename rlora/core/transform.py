@@ -12,7 +12,6 @@ from rlora.core.factors import (
     check_matches,
     check_pairs,
     flatten,
-    leaves_of,
     map_leaves,
     map_moving,
     unflatten,
