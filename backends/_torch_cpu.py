@@ -92,11 +92,11 @@ def eigh_waits(S: Tensor) -> bool:
 def is_within(x: Tensor, low: float, high: float) -> bool:
     """`Backend.within` of one plain tensor (..., r, n)."""
     if not low:  # in one pass
-        least, most = (float(end.numpy()) for end in torch.aminmax(x))
+        least, most = map(float, torch.aminmax(x))
         return -high < least and most < high
     layers = x.numpy().reshape(-1, x.shape[-2] * x.shape[-1])
     if len(layers) == 1:  # in one pass
-        least, most = (float(end.numpy()) for end in torch.aminmax(x))
+        least, most = map(float, torch.aminmax(x))
         return low <= max(-least, most) < high or least == most == 0
     peak = np.maximum(layers.max(axis=1), -layers.min(axis=1))
     return bool(((peak < high) & ((peak >= low) | (peak == 0))).all())

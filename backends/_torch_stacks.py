@@ -51,7 +51,7 @@ def rows_times(X: Array, Y: Array) -> Array:
 def folded_columns(X: Array, Y: Array) -> Array:
     """``Xᵀ Y`` of thin (..., m, r), read as (..., m/f, f r): f slices of it are on the diagonal."""
     r, fold = X.shape[-1], fold_of(X)
-    X, Y = (F.view(*F.shape[:-2], -1, fold * r) for F in (X, Y))
+    X, Y = X.view(*X.shape[:-2], -1, fold * r), Y.view(*Y.shape[:-2], -1, fold * r)
     blocks = torch.matmul(X.mT, Y).view(-1, fold, r, fold, r)
     return blocks.diagonal(dim1=1, dim2=3).sum(-1)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class TorchBackend(Backend):
         return self._apply(P, tall, workspace, "right", onto, keep)
 
     def within(self, X: Tall, low: float, high: float) -> bool:
-        return all(is_plain(x) and is_within(x, low, high) for x in X)
+        return is_plain(*X) and all(map(partial(is_within, low=low, high=high), X))
 
     def _gram(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlora.core.algebra import MatrixAlgebra, mT
 from rlora.core.errors import BackendError, NamespaceError
-from rlora.core.factors import Array, device_of
+from rlora.core.factors import Array, detached, device_of
 
 Workspace = dict[Any, Any]
 """Memory of a backend from one call to the next with factors of the same shapes: memory that it
@@ -147,14 +147,14 @@ class Backend(MatrixAlgebra):
 
     def widen(self, arrays: Sequence[Array]) -> list[Array]:
         """Arrays in `compute_dtype`, in no graph of operations; None stays."""
-        wide, dtypes = list(arrays), dict[Any, Any]()
+        wide = detached(arrays)
+        dtypes: dict[Any, Any] = {}
         for i, x in enumerate(wide):
             if x is not None:
                 if x.dtype not in dtypes:
                     dtypes[x.dtype] = self.compute_dtype(x.dtype)
-                if getattr(x, "requires_grad", False):
-                    x = x.detach()
-                wide[i] = x if x.dtype == dtypes[x.dtype] else self.cast(x, dtypes[x.dtype])
+                if x.dtype != dtypes[x.dtype]:
+                    wide[i] = self.cast(x, dtypes[x.dtype])
         return wide
 
     def unstack(self, P: Array, tall: Sequence[Array]) -> list[Array]:

@@ -163,9 +163,9 @@ def device_of(x: Array) -> Any:
     return None if hasattr(x, "aval") else getattr(x, "device", None)
 
 
-def detached(x: Array) -> Array:
-    """The array without the graph of operations that torch has for it: a step is no part of one."""
-    return x.detach() if getattr(x, "requires_grad", False) else x
+def detached(arrays: Sequence[Array]) -> list[Array]:
+    """Arrays without the graph of operations that torch has for them: a step is no part of one."""
+    return [x.detach() if getattr(x, "requires_grad", False) else x for x in arrays]
 
 
 def _walk(tree: Tree, path: str = "") -> Iterator[tuple[str, Factors]]:
@@ -204,7 +204,7 @@ def check_pairs(params: Tree) -> None:
                 f"at least 1, so leave a pair without a rank out"
             )
             raise ShapeError(msg)
-        _check_device(f"the factors{where} are", device_of(pair.A), device_of(pair.B))
+        _check_device(f"the factors{where} are", pair.A, pair.B)
 
 
 def check_matches(grads: Sequence[Array], params: Sequence[Array]) -> None:
@@ -222,10 +222,12 @@ def check_matches(grads: Sequence[Array], params: Sequence[Array]) -> None:
                 f"{tuple(param.shape)}; pass the gradients in the order of the parameters"
             )
             raise ShapeError(msg)
-        _check_device("a parameter and its gradient are", device_of(param), device_of(grad))
+        if getattr(param, "device", None) != getattr(grad, "device", None):
+            _check_device("a parameter and its gradient are", param, grad)
 
 
-def _check_device(what: str, one: Any, other: Any) -> None:
+def _check_device(what: str, x: Array, y: Array) -> None:
+    one, other = device_of(x), device_of(y)
     # Devices of two kinds are those of two libraries, which `get_backend` refuses.
     if type(one) is type(other) and one != other:
         msg = f"{what} on the devices {one} and {other}; bring both to one"

@@ -66,6 +66,7 @@ class RankGroup:
         self.like = params[0].A
         self.rank: int = self.like.shape[-2]
         self.dtype = dtype or self.like.dtype
+        self.wide = backend.compute_dtype(self.like.dtype)  # of what acts on factors
         self.workspace = workspace
         self.moving = moving or [(True, True)] * len(params)
         self.all_move = all(map(all, self.moving))
@@ -123,12 +124,12 @@ class RankGroup:
 
     def unstack(self, S: Stack) -> list[Factors]:
         """The inverse of `stack`."""
-        S = self.backend.cast(S, self.backend.compute_dtype(self.like.dtype))
+        S = self.backend.cast(S, self.wide)
         return self._in_pairs(*self.halves(S))
 
     def multipliers(self, P: Stack) -> list[Factors]:
         """What A has to be multiplied with from the left and B from the right: P and ``Pᵀ``."""
-        P_A, P_B = self.halves(self.backend.cast(P, self.backend.compute_dtype(self.like.dtype)))
+        P_A, P_B = self.halves(self.backend.cast(P, self.wide))
         return self._in_pairs(P_A, mT(P_B))
 
     def _in_pairs(self, S_A: Array, S_B: Array) -> list[Factors]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from rlora.core.checks import check_rate
 from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Tree, detached, leaves_of, map_leaves, map_pairs
+from rlora.core.factors import Array, Tree, detached, flatten, leaves_of, map_pairs, unflatten
 from rlora.core.transform import State, Transform, apply_updates, stay
 
 
@@ -82,7 +82,7 @@ def move(
 ) -> tuple[Tree, State]:
     """A `step` that is donated the parameters alone; the state inside of `Backend.reusing`."""
     check_rate(lr)
-    params = map_leaves(detached, params)
+    params = unflatten(params, detached(flatten(params, params)))
     if transform.order == "jacobi":
         return _move(transform, params, grads, state, lr, donate)
     for side in ("A", "B"):

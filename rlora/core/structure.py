@@ -1,6 +1,8 @@
 """Comparing states: their types, fields and shapes, on the host."""
 
 from collections.abc import Callable, Mapping
+from itertools import starmap
+from operator import eq
 from typing import Any
 
 from rlora.core.errors import ShapeError
@@ -8,22 +10,32 @@ from rlora.core.errors import ShapeError
 
 def same_shapes(one: Any, other: Any) -> bool:
     """Return whether two states have the same types, fields and shapes."""
+    leaves = side_by_side(one, other)
+    if leaves is None:
+        return False
+    shapes = [(getattr(x, "shape", None), getattr(y, "shape", None)) for x, y in leaves]
+    return all(starmap(eq, shapes))
+
+
+def side_by_side(one: Any, other: Any) -> list[tuple[Any, Any]] | None:
+    """The arrays of two states, each with its counterpart; None if types or fields differ."""
+    leaves: list[tuple[Any, Any]] = []
     pending = [(one, other)]
     while pending:
         x, y = pending.pop()
         if isinstance(x, (tuple, list)):
             if not (type(x) is type(y) or _kind(x) is _kind(y)) or len(x) != len(y):
-                return False
+                return None
             pending += zip(x, y, strict=True)
         elif isinstance(x, Mapping):
             if not isinstance(y, Mapping) or x.keys() != y.keys():
-                return False
+                return None
             pending += [(child, y[key]) for key, child in x.items()]
+        elif isinstance(y, (tuple, list, Mapping)):
+            return None
         else:
-            before, after = getattr(x, "shape", None), getattr(y, "shape", None)
-            if isinstance(y, (tuple, list, Mapping)) or before != after:
-                return False
-    return True
+            leaves.append((x, y))
+    return leaves
 
 
 def check_state(state: Any, expected: Callable[[], Any], cause: Exception | None = None) -> None:

@@ -31,7 +31,11 @@ class InitFn(Protocol):
 
 
 class UpdateFn(Protocol):
-    """Gradients to a direction and the next state; pure, and jit-able."""
+    """Gradients to a direction and the next state; pure, and jit-able.
+
+    Inside of a step with ``donate=True`` an `update` of the library may write over the state that
+    it is given: one that calls it reads the old state before, and uses the new one afterwards.
+    """
 
     def __call__(self, grads: Tree, state: State, params: Tree) -> tuple[Tree, State]: ...
 

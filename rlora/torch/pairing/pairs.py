@@ -140,7 +140,7 @@ class Member(NamedTuple):
 
     def read(self, side: int) -> Tensor:
         """One of its factors."""
-        p = self.params[side].detach()
+        p = self.pair[:2][side].detach()
         return p if self.plain[side] else cast("Tensor", self.views[side].read(p))
 
     def write(self, side: int, factor: Tensor) -> Tensor:

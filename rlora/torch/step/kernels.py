@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from rlora.torch.pairing.pairs import is_distributed, local
-from rlora.torch.step.method_batch import misshapen
+from rlora.torch.step.errors import misshapen
 
 Number: TypeAlias = float | Tensor
 
@@ -58,7 +58,10 @@ class WithState(Kernel):
         self._pieces: list[dict[str, Tensor]] = [{} for _ in self.params]
 
     def follow(self, names: Sequence[str], *, begin: bool = True) -> list[list[Any]]:
-        """For each name the arrays of all parameters; what is missing begins at 0, or is None."""
+        """Take over the optimizer's state; what is missing there begins at 0, or is None.
+
+        For each name the arrays of all parameters come back.
+        """
         arrays: list[list[Any]] = [[] for _ in names]
         for k, p in enumerate(self.params):
             held = self.optimizer.state.setdefault(p, {})

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from rlora.core.backend import LARGE, Workspace
 from rlora.core.dispatch import get_backend
-from rlora.core.errors import ShapeError
 from rlora.core.factors import Factors, map_leaves
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.step import move
+from rlora.core.structure import side_by_side
 from rlora.core.transform import State, Transform
 from rlora.torch.pairing.pairs import Member, TensorPair
 from rlora.torch.step.compiling import keep
+from rlora.torch.step.errors import misshapen
 from rlora.torch.step.rounding import store
 
 PORTION = 1 << 22
@@ -67,7 +68,7 @@ class MethodBatch:
         return list(shares.values())
 
     def follow(self, *, fresh: bool = False) -> None:
-        """Fill the stacks from the optimizer's state; entries missing there are initialised.
+        """Take over the optimizer's state; what is missing there begins as a fresh one does.
 
         Parameters
         ----------
@@ -102,7 +103,7 @@ class MethodBatch:
         if old:
             torch._foreach_copy_(old, new)
 
-    def prepare(self) -> tuple[dict[str, Factors], State]:
+    def move(self) -> tuple[dict[str, Factors], State]:
         """The pairs and their state after the step, some of them written to already."""
         group = self._optimizer.param_groups[self._group]
         if (chosen := self._optimizer._chosen(group)) != self._chosen:  # by a scheduler, say
@@ -119,10 +120,7 @@ class MethodBatch:
         like = self._buckets[0][0].params[0]
         backend = get_backend(like)
         with backend.exact(like), backend.reusing(self._memory):
-            moved: tuple[dict[str, Factors], State] = move(
-                self._transform, params, grads, self._state, group["lr"], donate=True
-            )
-        return moved
+            return move(self._transform, params, grads, self._state, group["lr"], donate=True)
 
     def _stack(self, tensors: list[Any], slot: Any, wide: bool) -> Tensor | None:
         """Matrices on a stack of this step; on a CPU in memory of the last one."""
@@ -155,10 +153,9 @@ class MethodBatch:
                             new.append(value)
         if old:
             store(old, new, self._optimizer.param_groups[self._group])
-        mine, theirs = flatten_state(self._state), flatten_state(state)
-        changed = [name for name, x in mine.items() if x is not theirs[name]]
-        if changed:
-            torch._foreach_copy_([mine[n] for n in changed], [theirs[n] for n in changed])
+        both = side_by_side(self._state, state) or ()
+        if changed := [(mine, new) for mine, new in both if mine is not new]:
+            torch._foreach_copy_(*map(list, zip(*changed, strict=True)))
         if torch.compiler.is_compiling():
             for share in self._shares:
                 for key, view in zip(share.keys, share.views, strict=True):
@@ -194,16 +191,6 @@ class Share(NamedTuple):
         return held is not None and all(map(is_, map(held.get, self.keys), self.views))
 
 
-def misshapen(key: str, known: Any, view: Tensor) -> ShapeError:
-    """The error for an entry of the optimizer's state that is no tensor of a view's shape."""
-    found = tuple(known.shape) if isinstance(known, Tensor) else repr(known)
-    msg = (
-        f"optimizer.state has {found} as {key!r} of a LoRA factor, expected a tensor of shape "
-        f"{tuple(view.shape)}; remove the entry for a fresh start"
-    )
-    return ShapeError(msg)
-
-
 class Portions:
     """Batches that are stepped and written back one after the other, in the same memory.
 
@@ -234,7 +221,7 @@ class Portions:
     def finish(self, _: None) -> None:
         """Step every batch."""
         for batch in self._batches:
-            batch.finish(batch.prepare())
+            batch.finish(batch.move())
 
 
 def portions(optimizer: Any, group: int, pairs: Iterable[TensorPair]) -> list[Portions]:

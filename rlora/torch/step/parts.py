@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlora.core.backend import Backend, Workspace
-from rlora.torch.step.method_batch import misshapen
+from rlora.torch.step.errors import misshapen
 from rlora.torch.step.rounding import store
 
 
@@ -75,7 +75,7 @@ class Part:
             torch._foreach_copy_(list(self._each(arrays)), tensors)
 
     def follow(self, state: dict[Any, Any]) -> None:
-        """Make the moments what the optimizer's state is; what is missing there begins at 0."""
+        """Take over the optimizer's state; what is missing there begins at 0."""
         for p, views in zip(self.params, self.views, strict=True):
             held = state.setdefault(p, {})
             for name, view in views.items():

@@ -23,10 +23,11 @@ class Plan(NamedTuple):
 
     batches: Sequence[Work]
     params: list[list[tuple[Tensor, Tensor]]]
-    """For each group (parameter, stand-in) for the parent; a plain parameter is its own."""
+    """For each group what the parent steps: a parameter in no pair with itself, one that
+    `precondition` has wrapped with its stand-in."""
 
     def run(self, optimizer: Any, parent_step: Callable[[Any], Any]) -> None:
-        """Directions, the parent's own step over the stand-ins, and the rest."""
+        """Prepare all pairs, let the parent step what is in `params`, and finish the pairs."""
         halves = [batch.prepare() for batch in self.batches]
         if any(self.params):
             over_stand_ins(optimizer, self.params, parent_step)
