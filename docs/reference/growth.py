@@ -35,6 +35,9 @@ SHAPES: Final = (
     (2, 2, 16),
 )
 """m, n and r: ranks above, equal to and below a side."""
+DEFAULT: Final = "scaled_adamw()"
+"""The method that is tried in every rank of the target, and on another shape."""
+MORE: Final = (1, 256, 8)
 DTYPES: Final = {"float32": "numpy", "float64": "numpy", "bfloat16": "torch"}
 """And whose arrays: NumPy has no bfloat16."""
 NOISES: Final = (0.0, 0.5)
@@ -60,29 +63,33 @@ Row = Mapping[str, str]
 """A line of the record, by the names of its columns."""
 
 
-def cases(m: int, n: int, r: int) -> list[Case]:
+def cases(m: int, n: int, r: int, *, every: bool) -> list[Case]:
     """Target ranks from 1 to the most that a product of this shape can have; noises; rates."""
     most = min(m, n, r)
-    ranks = sorted({k for k in (1, 2, 4) if k < most} | {most})
+    ranks = range(1, most + 1) if every else sorted({k for k in (1, 2, 4) if k < most} | {most})
     return [Case(*x) for x in product(ranks, NOISES, RATES)]
 
 
-def run(method: Transform, shape: tuple[int, int, int], dtype: str) -> dict[Case, Growth]:
+def run(
+    method: Transform, shape: tuple[int, int, int], dtype: str, *, every: bool
+) -> dict[Case, Growth]:
     """All cases of one shape in one stack."""
-    backend = get(DTYPES[dtype])
-    return growths(method, *shape, cases(*shape), STEPS, dtype=dtype, backend=backend)
+    backend, some = get(DTYPES[dtype]), cases(*shape, every=every)
+    return growths(method, *shape, some, STEPS, dtype=dtype, backend=backend)
 
 
 @cache
-def theirs(shape: tuple[int, int, int], dtype: str) -> dict[Case, Growth]:
+def theirs(shape: tuple[int, int, int], dtype: str, *, every: bool) -> dict[Case, Growth]:
     """AdamW on the same samples."""
-    return run(adamw(), shape, dtype)
+    return run(adamw(), shape, dtype, every=every)
 
 
 def rows(label: str) -> Iterator[dict[str, Any]]:
     """The lines of a method: what was worst on each shape in each dtype, and in which case."""
-    for shape, dtype in product(SHAPES, DTYPES):
-        ours, other = run(ROWS[label](), shape, dtype), theirs(shape, dtype)
+    every = label == DEFAULT
+    for shape, dtype in product((*SHAPES, MORE) if every else SHAPES, DTYPES):
+        ours = run(ROWS[label](), shape, dtype, every=every)
+        other = theirs(shape, dtype, every=every)
         usual = [case for case in ours if case.noise and case.lr <= USUAL]
         loss = {case: over(ours[case].last, ours[case].first) for case in ours}
         entry = {case: over(ours[case].largest, other[case].largest) for case in usual}
@@ -137,8 +144,9 @@ HEAD: Final = f"""# Factors where the product needs less
 A rank above those of the weight and of what is to be learnt leaves directions of the factors that
 the product does not see. Here targets of several ranks are learnt from B = 0 with and without noise
 at learning rates from {RATES[0]:g} to {RATES[-1]:g}, {STEPS} steps each (`rlora.testing.growths`);
-shapes m x n, r: {", ".join(f"{m} x {n}, {r}" for m, n, r in SHAPES)}. Each figure is the worst of
-all cases:
+shapes m x n, r: {", ".join(f"{m} x {n}, {r}" for m, n, r in SHAPES)}; ranks of the target 1, 2, 4
+and the largest, for `{DEFAULT}` all, and {MORE[0]} x {MORE[1]}, {MORE[2]} too. Each figure is
+the worst of all cases:
 
 - runs that are not finite;
 - the loss at the end over that at the start;
@@ -168,8 +176,8 @@ nearest not on every draw, and in bfloat16 rounded at random again as in float32
 
 ROUNDED: Final = """
 So the torch classes round bfloat16 factors at random by default
-([decision 15](../decisions/0015-rounding.md)); `rlora.step`, which these tables are of, rounds to
-the nearest. `rlora.torch.findings` says so where half of the entries of a factor stay as they are
+([decision 15](../decisions/0015-rounding.md)); `rlora.step` and `rlora.optax` round to the nearest,
+as in the first table: keep parameters in float32 there. `rlora.torch.findings` says so where half of the entries of a factor stay as they are
 under a step.
 
 ## Rounding a trained adapter
