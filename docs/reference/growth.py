@@ -177,8 +177,8 @@ nearest not on every draw, and in bfloat16 rounded at random again as in float32
 ROUNDED: Final = """
 So the torch classes round bfloat16 factors at random by default
 ([decision 15](../decisions/0015-rounding.md)); `rlora.step` and `rlora.optax` round to the nearest,
-as in the first table: keep parameters in float32 there. `rlora.torch.findings` says so where half of the entries of a factor stay as they are
-under a step.
+as in the first table: keep parameters in float32 there. `rlora.torch.findings` says so where half
+of the entries of a factor stay as they are under a step.
 
 ## Rounding a trained adapter
 
