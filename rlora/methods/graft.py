@@ -121,7 +121,8 @@ def to_size(group: RankGroup, D: list[Factors], state: State) -> tuple[list[Fact
 
     def size(X: list[Factors]) -> Stack:
         """``|B X_A|`` and ``|X_B A|``, (2K, 1, 1)."""
-        return xp.sqrt(xp.sum(S * group.gram(X), axis=(-2, -1), keepdims=True))
+        squares = xp.sum(S * group.gram(X), axis=(-2, -1), keepdims=True)
+        return xp.sqrt(xp.clip(squares, min=0.0))  # rounding may leave less
 
     U = [filled(u, pair) for u, pair in zip(state.U, group.params, strict=True)]
     (D, _), (U, number) = group.in_range(D), group.in_range(U)

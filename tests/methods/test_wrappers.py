@@ -119,3 +119,16 @@ def test_huge_factors_are_compared_by_their_sizes():
         zero = Factors(*(0 * x for x in pair))
         new, _ = rlora.step(method, pair, zero, method.init(pair), 0.1)
         assert_close(new.A, (0.5 if shrinks else 1.0) * pair.A)
+
+
+def test_sizes_of_a_graft_are_no_roots_of_what_rounding_leaves():
+    """r above both sides: the square of a direction's size may come out below zero."""
+    rng = np.random.default_rng(0)
+    shapes = (8, 3), (2, 8)
+    pair, grads = (
+        Factors(*(rng.normal(size=s).astype(np.float32) for s in shapes)) for _ in range(2)
+    )
+    method = rlora.graft_adamw()
+    with np.errstate(invalid="raise"):
+        direction, _ = method.update(grads, method.init(pair), pair)
+    assert all(np.isfinite(x).all() for x in direction)
