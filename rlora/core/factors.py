@@ -94,7 +94,7 @@ def flatten(tree: Tree, other: Tree) -> list[Array]:
 
 def unflatten(tree: Tree, leaves: Sequence[Array]) -> Tree:
     """The inverse of `flatten`."""
-    return rebuild(tree, in_pairs(leaves))
+    return rebuild(tree, map(Factors, leaves[::2], leaves[1::2]))
 
 
 def in_pairs(leaves: Sequence[Array]) -> list[Factors]:

@@ -139,8 +139,10 @@ def scale_by_adam(
         return AdamState(zeros(params), zeros(params), counts(params))
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, AdamState]:
-        def move(*lists: list[Array]) -> tuple[list[Array], ...]:
-            return adam_step(*lists, b1, b2, eps, eps_form, bias_correction)
+        def move(
+            M: list[Array], V: list[Array], counts: list[Array], G: list[Array]
+        ) -> tuple[list[Array], ...]:
+            return adam_step(M, V, counts, G, b1, b2, eps, eps_form, bias_correction)
 
         mu, nu, count, direction = map_moving(move, state.mu, state.nu, state.count, grads)
         return direction, AdamState(mu, nu, count)

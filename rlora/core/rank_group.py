@@ -7,7 +7,7 @@ A factors, then what belongs to the K B factors; P acts as ``P A`` and as ``(P B
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from math import prod
 from typing import Any, TypeAlias
 
@@ -21,12 +21,13 @@ from rlora.core.factors import (
     Tree,
     counterparts,
     device_of,
+    in_pairs,
     leaves_of,
     pairs_of,
     rebuild,
     where_moving,
 )
-from rlora.core.sizes import in_pairs, into_range, moderate, swapped
+from rlora.core.sizes import into_range, moderate, swapped
 from rlora.core.transform import ApplyFn, State, Transform, apply_updates
 
 Stack: TypeAlias = Array
@@ -104,6 +105,11 @@ class RankGroup:
         flat, numbers = into_range(self.backend, [x for pair in X for x in pair])
         return in_pairs(flat), 1.0 if numbers is None else self.stack(in_pairs(numbers))
 
+    def filled(self, X: Sequence[Factors]) -> list[Factors]:
+        """Gradients or directions, with zeros for those that are None."""
+        leaves = zip(chain.from_iterable(X), chain.from_iterable(self.params), strict=True)
+        return in_pairs([self.xp.zeros_like(p) if x is None else x for x, p in leaves])
+
     # --- the stack ------------------------------------------------------------------------------
 
     def swap_sides(self, S: Stack) -> Stack:
@@ -124,11 +130,10 @@ class RankGroup:
 
     def unstack(self, S: Stack) -> list[Factors]:
         """The inverse of `stack`."""
-        S = self.backend.cast(S, self.wide)
-        return self._in_pairs(*self.halves(S))
+        return self._in_pairs(*self.halves(self.backend.cast(S, self.wide)))
 
     def multipliers(self, P: Stack) -> list[Factors]:
-        """What A has to be multiplied with from the left and B from the right: P and ``Pᵀ``."""
+        """The matrices that multiply A from the left and B from the right: P and ``Pᵀ``."""
         P_A, P_B = self.halves(self.backend.cast(P, self.wide))
         return self._in_pairs(P_A, mT(P_B))
 
@@ -138,11 +143,9 @@ class RankGroup:
 
     def per_layer(self, X: Sequence[Factors]) -> Stack:
         """One number per factor, or one per layer of it, as (2K, 1, 1)."""
-        flat = []
-        for side in zip(*X, strict=True):
-            for lead, x in zip(self._leads, side, strict=True):
-                flat.append(self.xp.reshape(self.xp.broadcast_to(x, lead), (-1,)))
-        return self.backend.cast(self.xp.reshape(self.xp.concat(flat), (-1, 1, 1)), self.dtype)
+        spread = self.xp.broadcast_to
+        X = [Factors(spread(x.A, k), spread(x.B, k)) for x, k in zip(X, self._leads, strict=True)]
+        return self.xp.reshape(self.stack(X), (-1, 1, 1))
 
     def constant(self, values: Sequence[tuple[float, float]]) -> Stack:
         """Python numbers, two for each pair, as (2K, 1, 1)."""
@@ -159,8 +162,7 @@ class RankGroup:
             make = partial(self.xp.full, dtype=self.dtype, device=device_of(self.like))
             runs = [(value, len(list(run))) for value, run in groupby(flat)]
             kept[key] = self.xp.concat([make((count, 1, 1), value) for value, count in runs])
-        constant: Stack = kept[key]
-        return constant
+        return kept[key]
 
     def columns(self) -> Stack:
         """N, the number of columns in row form: n for an A, m for a B."""
@@ -232,14 +234,11 @@ def by_rank(
         G = counterparts(params, grads)
 
         def work(group: RankGroup, members: list[int], part: State) -> tuple[list[Factors], State]:
-            numbers = group.numbers
-            whole = [G[i] for i in members]
-            if not group.all_move:
-                whole = list(map(filled, whole, group.params))
-            if numbers is None or not rescaled:
+            whole = group.filled([G[i] for i in members])
+            if group.numbers is None or not rescaled:
                 return rule(group, whole, part)
-            D, part = rule(group, swapped(numbers, whole), part)
-            return swapped(numbers, D), part
+            D, part = rule(group, swapped(group.numbers, whole), part)
+            return swapped(group.numbers, D), part
 
         return _each_rank(work, params, grads, state, compute_dtype)
 
@@ -297,13 +296,5 @@ def _each_rank(
             found, part = work(group, members, part)
             for all_values, new in zip([directions, *fields], [found, *part], strict=True):
                 for i, x in zip(members, new, strict=True):
-                    old = all_values[i]
-                    all_values[i] = x if group.all_move else where_moving(G[i], x, old)
+                    all_values[i] = x if group.all_move else where_moving(G[i], x, all_values[i])
     return rebuild(tree, directions), type(state)(*[rebuild(tree, field) for field in fields])
-
-
-def filled(grads: Factors, params: Factors) -> Factors:
-    """Zeros where there is no gradient."""
-    xp = get_backend(params.A).xp
-    both = zip(grads, params, strict=True)
-    return Factors(*(xp.zeros_like(p) if g is None else g for g, p in both))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Factors, Tree, map_pairs
+from rlora.core.factors import Array, Factors, Tree, in_pairs, map_pairs
 from rlora.core.linalg import (
     DampingMode,
     add,
@@ -22,7 +22,7 @@ from rlora.core.linalg import (
 )
 from rlora.core.moments import corrected_decay, counts, momentum, over, per_pair
 from rlora.core.rank_group import RankGroup, Stack, by_rank
-from rlora.core.sizes import in_pairs, into_range
+from rlora.core.sizes import into_range
 from rlora.core.transform import State, Transform, chain
 
 

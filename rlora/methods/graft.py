@@ -11,7 +11,7 @@ from rlora.core.decay import add_decayed_weights
 from rlora.core.factors import Factors, Tree
 from rlora.core.linalg import metric_power
 from rlora.core.moments import keep_scaling, scale_by_adam
-from rlora.core.rank_group import RankGroup, Stack, by_rank, filled
+from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.transform import State, Transform, chain, no_state
 
 DAMPING = 1e-4
@@ -124,8 +124,7 @@ def to_size(group: RankGroup, D: list[Factors], state: State) -> tuple[list[Fact
         squares = xp.sum(S * group.gram(X), axis=(-2, -1), keepdims=True)
         return xp.sqrt(xp.clip(squares, min=0.0))  # rounding may leave less
 
-    U = [filled(u, pair) for u, pair in zip(state.U, group.params, strict=True)]
-    (D, _), (U, number) = group.in_range(D), group.in_range(U)
+    (D, _), (U, number) = group.in_range(D), group.in_range(group.filled(state.U))
     has, wanted = size(D), size(U) / number
     ratio = wanted / xp.where(has > 0, has, xp.ones_like(has))
     scales = group.unstack(ratio)

@@ -1,6 +1,6 @@
 """Python calls of one step: what a small adapter pays for, and what a reader has to follow.
 
-The bounds are what CPython 3.11 counts today (825 and 1,937), rounded up, to be lowered with it;
+The bounds are what CPython 3.11 counts today (245 and 789), rounded up, to be lowered with it;
 later versions count fewer.
 """
 
@@ -46,7 +46,7 @@ def test_numpy():
     params, grads = factors(0), factors(1)
     params, state = rlora.step(method, params, grads, method.init(params), 1e-3)
     seen = calls_of(lambda: rlora.step(method, params, grads, state, 1e-3))
-    assert 0 < seen.total() <= 850, seen
+    assert 0 < seen.total() <= 250, seen
     assert len(seen) <= 15, seen
 
 
@@ -61,5 +61,5 @@ def test_lora_rite_on_torch():
     for _ in range(2):
         optimizer.step()
     seen = calls_of(optimizer.step)
-    assert 0 < seen.total() <= 2000, seen
-    assert len(seen) <= 28, seen
+    assert 0 < seen.total() <= 800, seen
+    assert len(seen) <= 27, seen

@@ -216,3 +216,21 @@ def test_bad_gradients(name, what):
     assert np.array_equal(params.B, GOOD.B)
     for key, x in rlora.flatten_state(state).items():
         assert np.array_equal(x, copies[key])
+
+
+def test_a_method_whose_update_gives_another_state():
+    """As `chain` refuses it; a method need not be one."""
+    zeros = rlora.core.moments.zeros
+
+    def changing_lora() -> rlora.Transform:
+        return rlora.Transform(
+            lambda params, scaling=1.0: {"mu": zeros(params)},
+            lambda grads, state, params: (grads, {"nu": state["mu"]}),
+        )
+
+    pair = [torch.randn(2, 5, requires_grad=True), torch.randn(3, 2, requires_grad=True)]
+    optimizer = rlora.torch.optimizer_class(changing_lora)(pair, pairs=[pair])
+    for p in pair:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ShapeError, match="types and fields of its init's"):
+        optimizer.step()

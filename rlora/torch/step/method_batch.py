@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlora.core.backend import LARGE, Workspace
 from rlora.core.dispatch import get_backend
+from rlora.core.errors import ShapeError
 from rlora.core.factors import Factors, map_leaves
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.step import move
@@ -153,9 +154,11 @@ class MethodBatch:
                             new.append(value)
         if old:
             store(old, new, self._optimizer.param_groups[self._group])
-        both = side_by_side(self._state, state) or ()
-        if changed := [(mine, new) for mine, new in both if mine is not new]:
-            torch._foreach_copy_(*map(list, zip(*changed, strict=True)))
+        if (both := side_by_side(self._state, state)) is None:
+            msg = "the update of a method must give a state of the types and fields of its init's"
+            raise ShapeError(msg)
+        if changed := [k for k, (mine, theirs) in enumerate(both) if mine is not theirs]:
+            torch._foreach_copy_([both[k][0] for k in changed], [both[k][1] for k in changed])
         if torch.compiler.is_compiling():
             for share in self._shares:
                 for key, view in zip(share.keys, share.views, strict=True):
