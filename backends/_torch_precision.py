@@ -45,6 +45,7 @@ def _ieee_products() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
+    everywhere: Any = torch.backends
     saved = [(m, m.fp32_precision) for m in matmuls if m.fp32_precision not in EXACT]
     try:
         for matmul, _ in saved:
@@ -53,7 +54,7 @@ def _ieee_products() -> Iterator[None]:
     finally:
         for matmul, precision in saved:
             # One that follows the setting for all of torch is to follow it from here on too.
-            inherited = precision == torch.backends.fp32_precision
+            inherited = precision == everywhere.fp32_precision
             matmul.fp32_precision = "none" if inherited else precision
 
 
