@@ -1,6 +1,7 @@
 """Models, and the modules that load them."""
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -23,16 +24,23 @@ class Origin(NamedTuple):
 
 
 def module_of(model: str) -> Any:
-    """Import the module of a model."""
+    """Import the module of a model; all that a small one reads is installed."""
+    if model not in LARGE:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     return importlib.import_module(MODELS[model], __package__)
+
+
+def datasets_of(model: str) -> tuple[str, ...]:
+    """List the datasets of a model; ValueError if there is no such model."""
+    if model not in MODELS:
+        msg = f"there is no model {model!r}; there are {', '.join(MODELS)}"
+        raise ValueError(msg)
+    return tuple(module_of(model).DATASETS)
 
 
 def check_dataset(model: str, dataset: str) -> None:
     """ValueError unless there is such a model, and it has the dataset."""
-    if model not in MODELS:
-        msg = f"there is no model {model!r}; there are {', '.join(MODELS)}"
-        raise ValueError(msg)
-    known = module_of(model).DATASETS
+    known = datasets_of(model)
     if dataset not in known:
         msg = f"{model} has no dataset {dataset!r}; it has {', '.join(known)}"
         raise ValueError(msg)

@@ -49,9 +49,7 @@ def check_installed(model: str, dataset: str) -> None:
     "--dataset",
     "datasets",
     multiple=True,
-    default=("chain_sum",),
-    show_default=True,
-    help="One that the model has; may be repeated.",
+    help="The model's first, if not given; may be repeated.",
 )
 @click.option("--weights", help="Of a large model: its name on the hub, or a folder.")
 @click.option("--data", type=Path, help="Of a large model: a folder; else they come from the hub.")
@@ -97,14 +95,17 @@ def study(
     Strings is a small transformer that knows seven tasks and is taught others, made in a minute;
     its runs are trained many at once, and it says first how long that takes.
     """
-    for dataset in datasets:
+    for dataset in datasets or ("",):
         check_installed("plots" if tables else model, dataset)
-    from .beds import STACKED, Origin
+    from .beds import STACKED, Origin, datasets_of
     from .conduct import conduct  # torch, and more: not for `rlora --help`
+    from .preset import check_names
     from .regret import write_regrets
     from .tables import write_tables
 
     if not tables:
+        datasets = datasets or datasets_of(model)[:1]
+        check_names(model, datasets, names)
         origin = Origin(weights, data, device)
         for dataset, rank, steps in product(datasets, ranks or (None,), lengths or (None,)):
             conduct(model, dataset, rank, steps, names, processes, output, quick, origin)

@@ -1,13 +1,11 @@
 """All runs of a study, one after the other, into a file of records."""
 
-import os
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from rlora.cli.console import console, counted
 
-from .beds import LARGE, Origin, check_dataset
-from .methods import check_contenders
+from .beds import LARGE, Origin
 from .plan import Entry, Record, Records, final, rounds
 from .preset import contenders_of, preset_of
 from .train import Job
@@ -40,10 +38,6 @@ def conduct(
     origin: Origin,
 ) -> None:
     """Do what is not done yet, and say each run when it is."""
-    if model not in LARGE:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    check_dataset(model, dataset)
-    check_contenders(names, contenders_of(model, dataset))
     place = Place(model, dataset, output / "kept", quick, origin)
     like, size = measure(place, rank, steps)
     entries = [

@@ -1,6 +1,6 @@
 """Settings of a paper, or of the code beside it: contenders of its own for a large model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,8 +8,8 @@ from torch import nn
 
 import rlora.torch
 
-from .beds import LARGE, STACKED, module_of
-from .methods import CONTENDERS, Contender
+from .beds import LARGE, STACKED, check_dataset, datasets_of, module_of
+from .methods import CONTENDERS, Contender, check_contenders
 
 
 class Preset(NamedTuple):
@@ -59,3 +59,12 @@ def contenders_of(model: str, dataset: str) -> Mapping[str, Any]:
         return own
     preset = preset_of(model, dataset)
     return {**CONTENDERS, **(preset.contenders() if preset else {})}
+
+
+def check_names(model: str, datasets: Sequence[str], contenders: Sequence[str]) -> None:
+    """ValueError unless the model has all of them: before the first run, not after hours."""
+    known = {x: None for dataset in datasets_of(model) for x in contenders_of(model, dataset)}
+    check_contenders(contenders, known)
+    for dataset in datasets:
+        check_dataset(model, dataset)
+        check_contenders(contenders, contenders_of(model, dataset))

@@ -214,6 +214,14 @@ def test_a_quick_study_its_tables_and_its_resumption(tmp_path, rlora_cli):
     assert (tmp_path / "digits-even-r8-8.svg").read_bytes() == picture
 
 
+@pytest.mark.parametrize(("model", "dataset"), [("digits", "even"), ("strings", "fall")])
+def test_a_quick_study_needs_no_dataset(tmp_path, rlora_cli, model, dataset):
+    options = ("--quick", "--contender", "adamw", "--processes", 1, "--output", tmp_path)
+    done = rlora_cli("study", "--model", model, *options)
+    assert done.exit_code == 0, done.output
+    assert {job.dataset for job in Records(tmp_path / f"{model}-{dataset}.jsonl").rows} == {dataset}
+
+
 def test_two_processes_give_what_one_gives(tmp_path, rlora_cli):
     options = ("--model", "digits", "--dataset", "rotated", "--quick", "--contender", "adamw")
     found = []
@@ -232,11 +240,16 @@ def test_two_processes_give_what_one_gives(tmp_path, rlora_cli):
         (("--model", "gpt5"), "there is no model 'gpt5'; there are digits"),
         (("--model", "digits", "--dataset", "odd"), "digits has no dataset 'odd'; it has even"),
         (("--model", "digits", "--dataset", "even", "--contender", "sgd"), "no contender 'sgd'"),
+        (("--model", "digits", "--dataset", "odd", "--contender", "sgd"), "no contender 'sgd'"),
+        (
+            ("--model", "digits", "--dataset", "even", "--dataset", "odd"),
+            "digits has no dataset 'odd'; it has even",
+        ),
     ],
 )
 def test_wrong_names_are_told_from_right_ones(tmp_path, refused, arguments, message):
     assert message in refused("study", *arguments, "--output", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new").exists()  # nothing ran before the wrong name was seen
 
 
 def test_tables_need_no_baseline(tmp_path, rlora_cli):
