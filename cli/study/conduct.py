@@ -20,7 +20,7 @@ class Size(NamedTuple):
     seeds: int
 
 
-SIZES: Final = {"digits": Size(200, 4, 20), "smollm2": Size(160, 1, 3), "strings": Size(300, 2, 0)}
+SIZES: Final = {"digits": Size(200, 4, 20), "smollm2": Size(160, 1, 3), "strings": Size(300, 1, 3)}
 QUICK: Final = Size(8, 1, 1)
 QUICK_CONTENDERS: Final = ("adamw", "scaled-both-fast", "scaled")
 RANK: Final = 8

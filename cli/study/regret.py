@@ -1,7 +1,6 @@
 """Tables of the study of strings from its records, one learning rate for all settings first."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Final, NamedTuple
@@ -10,16 +9,11 @@ from rlora.cli import plots
 from rlora.cli.chart import Curve, Panel
 from rlora.cli.records import write_text
 
-from .plan import Record, Records, final
+from .comparisons import away, betas, paired
+from .plan import Records
 from .stacks import CONTENDERS
-from .strings import DATASETS, DIGITS
-from .tables import line
-
-BASELINE: Final = "adamw"
-"""Contender against whose best rate in a setting all others are held."""
-
-GUESSING: Final = math.log(DIGITS)
-"""Loss of an answer drawn at random; what is worse, or diverged, counts as this."""
+from .strings import DATASETS
+from .sweeps import BASELINE, GUESSING, Setting, Sweep, Sweeps, optimum, sweeps_of, table
 
 CLOSE: Final = 0.02
 """Nats a digit that may be lost against the tuned baseline."""
@@ -28,85 +22,32 @@ MOST: Final = 9
 """Contenders in a figure."""
 
 
-class Setting(NamedTuple):
-    """Settings of a sweep, apart from the contender."""
-
-    dataset: str
-    rank: int
-    steps: int
-
-    def __str__(self) -> str:
-        return f"`{self.dataset}`, rank {self.rank}, {self.steps} steps"
-
-
-class Sweep(NamedTuple):
-    """Mean validation loss, and share of exact answers, by learning rate in rising order."""
-
-    losses: dict[float, float]
-    exact: dict[float, float]
-
-    @property
-    def best(self) -> float:
-        """The learning rate with the lowest loss."""
-        return min(self.losses, key=lambda lr: self.losses[lr])
-
-
-Sweeps = dict[Setting, dict[str, Sweep]]
-
-
-def sweeps_of(rows: Iterable[Record]) -> Sweeps:
-    """The sweeps in records; contenders in the order of `CONTENDERS`."""
-    found: dict[Setting, dict[str, list[Record]]] = {}
-    for row in rows:
-        if not row["tested"]:
-            setting = Setting(row["dataset"], row["rank"], row["steps"])
-            found.setdefault(setting, {}).setdefault(row["contender"], []).append(row)
-    order = list(DATASETS)
-    return {
-        setting: {
-            name: sweep_of(found[setting][name]) for name in CONTENDERS if name in found[setting]
-        }
-        for setting in sorted(found, key=lambda x: (x.steps, x.rank, order.index(x.dataset)))
-    }
-
-
-def sweep_of(rows: Sequence[Record]) -> Sweep:
-    """Means over the seeds."""
-    rates = sorted({row["lr"] for row in rows})
-
-    def means(value: Callable[[Record], float]) -> dict[float, float]:
-        return {lr: mean(value(row) for row in rows if row["lr"] == lr) for lr in rates}
-
-    return Sweep(means(lambda row: min(final(row), GUESSING)), means(lambda row: row["exact"]))
-
-
 def write_regrets(folder: Path) -> None:
     """Write ``tables.md`` and a plot of all records in a folder."""
     paths = sorted(folder.glob("strings-*.jsonl"))
     if not paths:
         msg = f"{folder} has no records of strings (strings-*.jsonl)"
         raise ValueError(msg)
-    sweeps = sweeps_of(row for path in paths for row in Records(path).rows.values())
+    rows = [row for path in paths for row in Records(path).rows.values()]
+    sweeps = sweeps_of(rows)
     parts = {
         "Best losses": best_losses(sweeps),
+        "Test losses against AdamW, seed by seed": paired(rows),
         "One learning rate for all settings": one_rate(sweeps),
+        "Away from the best rate": away(sweeps),
+        "Betas": betas(sweeps),
         "Learning rate against rank": slopes(sweeps),
         "The rate of the usual task on its unusual forms": transferred(sweeps),
     }
     lines = ["# Tables of the study of strings", ""]
     lines.append("Made by `rlora study --model strings --tables` from the records beside.")
-    for title, table in parts.items():
-        lines += ["", f"## {title}", "", *(table or ["No records for this table."])]
+    for title, found in parts.items():
+        lines += ["", f"## {title}", "", *(found or ["No records for this table."])]
     if curves := curves_of(sweeps):
         title = "Mean loss over settings against learning rate"
         write_text(folder / "rates.svg", plots.as_svg(title, [curves]))
         lines += ["", f"![{title}](rates.svg)", "", f"*{title}.*"]
     write_text(folder / "tables.md", "\n".join(lines) + "\n")
-
-
-def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table under a caption."""
-    return [f"*{caption}*", "", line(head), line(["---"] * len(head)), *map(line, rows)]
 
 
 def best_losses(sweeps: Sweeps) -> list[str]:
@@ -213,21 +154,6 @@ def slopes(sweeps: Sweeps) -> list[str]:
         if rows
         else []
     )
-
-
-def optimum(losses: Mapping[float, float]) -> float:
-    """The vertex of a parabola in log(lr), through the log losses at and beside the best rate."""
-    rates = list(losses)
-    i = min(range(len(rates)), key=lambda k: losses[rates[k]])
-    if not 0 < i < len(rates) - 1:
-        return rates[i]
-    x = [math.log(rates[k]) for k in (i - 1, i, i + 1)]
-    y = [math.log(losses[rates[k]]) for k in (i - 1, i, i + 1)]
-    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
-    if left == right:
-        return rates[i]
-    bend = (right - left) / (x[2] - x[0])
-    return math.exp((x[0] + x[1]) / 2 - left / (2 * bend))
 
 
 def transferred(sweeps: Sweeps) -> list[str]:

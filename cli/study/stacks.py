@@ -33,7 +33,6 @@ from .transformer import (
     widened,
 )
 
-BATCH: Final = 8
 SCALING: Final = 2.0
 """alpha / r, for every rank."""
 
@@ -55,7 +54,7 @@ class Contender(NamedTuple):
 
     make: Callable[[], Transform]
     rates: tuple[float, ...]
-    """Learning rates of the sweep, in rising order, a factor of four apart."""
+    """Learning rates of the sweep, in rising order, a factor of two apart."""
 
 
 def adamw(b1: float, b2: float, ratio: float = 1.0) -> Callable[[], Transform]:
@@ -72,21 +71,30 @@ BETAS: Final = ((0.9, 0.95), (0.9, 0.99))
 """Those between `FAST` and `USUAL`."""
 
 CONTENDERS: Final[Mapping[str, Contender]] = {
-    "adamw": Contender(adamw(*USUAL), rates(5e-4, 5, 4)),
-    "adamw-fast": Contender(adamw(*FAST), rates(5e-4, 5, 4)),
-    "lora-plus-16": Contender(adamw(*USUAL, ratio=16.0), rates(1.25e-4, 5, 4)),
-    "lora-plus-4": Contender(adamw(*USUAL, ratio=4.0), rates(5e-4, 5, 4)),
-    "scaled": Contender(scaled(*FAST), rates(5e-4, 5, 4)),
-    "scaled-usual": Contender(scaled(*USUAL), rates(5e-4, 5, 4)),
-    "scaled-before": Contender(scaled(*USUAL, **PUBLISHED), rates(5e-4, 5, 4)),
-    "lora-rite": Contender(rlora.lora_rite, rates(5e-4, 5, 4)),
-    "lora-pro": Contender(rlora.lora_pro_adamw, rates(5e-4, 5, 4)),
-    "lora-muon": Contender(rlora.lora_muon, rates(5e-4, 5, 4)),
-    "ref-lora": Contender(rlora.ref_lora, rates(0.032, 5, 4)),
-    **{f"adamw-{b1}-{b2}": Contender(adamw(b1, b2), rates(5e-4, 5, 4)) for b1, b2 in BETAS},
-    **{f"scaled-{b1}-{b2}": Contender(scaled(b1, b2), rates(5e-4, 5, 4)) for b1, b2 in BETAS},
+    "adamw": Contender(adamw(*USUAL), rates(1e-3, 7)),
+    "adamw-fast": Contender(adamw(*FAST), rates(1e-3, 7)),
+    "lora-plus-16": Contender(adamw(*USUAL, ratio=16.0), rates(2.5e-4, 7)),
+    "lora-plus-4": Contender(adamw(*USUAL, ratio=4.0), rates(1e-3, 7)),
+    "scaled": Contender(scaled(*FAST), rates(1e-3, 7)),
+    "scaled-usual": Contender(scaled(*USUAL), rates(1e-3, 7)),
+    "scaled-before": Contender(scaled(*USUAL, **PUBLISHED), rates(1e-3, 7)),
+    "lora-rite": Contender(rlora.lora_rite, rates(1e-3, 7)),
+    "lora-pro": Contender(rlora.lora_pro_adamw, rates(1e-3, 7)),
+    "lora-muon": Contender(rlora.lora_muon, rates(1e-3, 7)),
+    "ref-lora": Contender(rlora.ref_lora, rates(0.032, 7)),
+    **{f"adamw-{b1}-{b2}": Contender(adamw(b1, b2), rates(1e-3, 7)) for b1, b2 in BETAS},
+    **{f"scaled-{b1}-{b2}": Contender(scaled(b1, b2), rates(1e-3, 7)) for b1, b2 in BETAS},
 }
 """Betas: fast ones are (0.7, 0.8), those of `scaled` too; all others (0.9, 0.999) if not named."""
+
+BY_BETAS: Final[Mapping[str, Mapping[tuple[float, float], str]]] = {
+    method: {FAST: fast, **{(b1, b2): f"{method}-{b1}-{b2}" for b1, b2 in BETAS}, USUAL: usual}
+    for method, fast, usual in (
+        ("adamw", "adamw-fast", "adamw"),
+        ("scaled", "scaled", "scaled-usual"),
+    )
+}
+"""Method -> betas -> contender."""
 
 
 class Strings:
@@ -111,9 +119,9 @@ class Strings:
         return pairs
 
     def batches(self, steps: int, seeds: Sequence[int]) -> Iterator[Examples]:
-        """Training strings of each step, (runs, BATCH, ...), drawn by the seed of the run."""
+        """Training strings of each step, (runs, batch, ...), drawn by the seed of the run."""
         tokens, answers = self.parts["train"]
-        shape = (steps, BATCH)
+        shape = (steps, self.setting.batch)
         drawn = [
             torch.randint(len(answers), shape, generator=torch.Generator().manual_seed(~seed))
             for seed in seeds

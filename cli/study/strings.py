@@ -72,6 +72,9 @@ class Setting(NamedTuple):
     dtype: torch.dtype = torch.float32
     """Dtype of the factors."""
 
+    batch: int = 8
+    """Strings in a training step."""
+
 
 DATASETS: Final[Mapping[str, Setting]] = {
     **{task: Setting(task) for task in NEW},
@@ -81,6 +84,8 @@ DATASETS: Final[Mapping[str, Setting]] = {
     "fall-large-start": Setting("fall", start=8.0),
     "fall-small-start": Setting("fall", start=1 / 8),
     "fall-bfloat16": Setting("fall", dtype=torch.bfloat16),
+    "cipher-noisy-batch-2": Setting("cipher", noise=0.1, batch=2),
+    "lowest-batch-2": Setting("lowest", batch=2),
 }
 HELD_OUT: Final = 256
 """Prompts of the validation part, and of the test part."""

@@ -21,6 +21,8 @@ HEADS: Final = 4
 BLOCKS: Final = 2
 HIDDEN: Final = 4 * WIDTH
 POSITIONS: Final = 2 * LENGTH + 1
+CAUSAL: Final = torch.ones(POSITIONS, POSITIONS, dtype=torch.bool).tril()
+"""Positions that a position (row) sees."""
 
 STEPS: Final = 1000
 """Steps in which the base learns what it knows."""
@@ -106,11 +108,14 @@ def logits(
     x = weights["tokens"][tokens] + weights["positions"]
     for block in range(BLOCKS):
         h = normal(x)
-        q, k, v = (heads(linear(f"{block}.{name}", h)) for name in ("query", "key", "value"))
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        wanted = LENGTH if block == BLOCKS - 1 else POSITIONS  # only answers are scored
+        x, asking, mask = x[..., -wanted:, :], h[..., -wanted:, :], CAUSAL[-wanted:]
+        q = heads(linear(f"{block}.query", asking))
+        k, v = (heads(linear(f"{block}.{name}", h)) for name in ("key", "value"))
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + linear(f"{block}.output", mixed.transpose(-2, -3).flatten(-2))
         x = x + linear(f"{block}.down", functional.relu(linear(f"{block}.up", normal(x))))
-    return normal(x[..., -LENGTH:, :]) @ weights["digits"].T
+    return normal(x) @ weights["digits"].T
 
 
 def losses(scores: Tensor, answers: Tensor) -> Tensor:

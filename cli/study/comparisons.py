@@ -1,0 +1,134 @@
+"""Tables of the study of strings: seed by seed, away from the best rate, and by betas."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean, stdev
+from typing import Final
+
+from .plan import Record
+from .stacks import BY_BETAS, CONTENDERS
+from .sweeps import BASELINE, GUESSING, Setting, Sweep, Sweeps, setting_of, sorted_settings, table
+
+QUANTILES: Final = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Of Student's t, 97.5 %, for 1, 2, ... degrees of freedom."""
+
+
+def paired(rows: Iterable[Record]) -> list[str]:
+    """Differences of test losses to the baseline, each method at its best rate, on equal seeds."""
+    found: dict[Setting, dict[str, dict[int, Record]]] = {}
+    for row in rows:
+        if row["tested"]:
+            group = found.setdefault(setting_of(row), {})
+            group.setdefault(row["contender"], {})[row["seed"]] = row
+    lines = []
+    for setting in sorted_settings(found):
+        group = found[setting]
+        for name in [x for x in CONTENDERS if x in group and BASELINE in group]:
+            mine, theirs = group[name], group[BASELINE]
+            seeds = sorted(mine.keys() & theirs.keys())
+            gains = [tested(mine[k], "loss") - tested(theirs[k], "loss") for k in seeds]
+            lines.append(
+                [
+                    *(str(setting), f"`{name}`", f"{mine[seeds[0]]['lr']:.2g}"),
+                    f"{mean(tested(mine[k], 'loss') for k in seeds):.4f}",
+                    "-" if name == BASELINE else interval(gains),
+                    f"{100 * mean(tested(mine[k], 'exact') for k in seeds):.1f} %",
+                    str(len(seeds)),
+                ]
+            )
+    caption = (
+        f"Test loss, nats a digit, at the rate that another seed chose; difference: less that of "
+        f"`{BASELINE}` on the same seeds, with a 95 % interval of Student's t."
+    )
+    head = ["setting", "contender", "rate", "test loss", "difference", "exact", "seeds"]
+    return table(caption, head, lines) if lines else []
+
+
+def tested(row: Record, name: str) -> float:
+    """A score on the test part; that of guessing if the run diverged or is worse."""
+    if name == "loss":
+        return min(row.get("test", {name: GUESSING})[name], GUESSING)
+    return float(row.get("test", {name: 0.0})[name])
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean with a 95 % interval, as "-0.010 (-0.012 to -0.008)"."""
+    if len(values) == 1:
+        return f"{values[0]:+.4f}"
+    half = QUANTILES[len(values) - 2] * stdev(values) / len(values) ** 0.5
+    center = mean(values)
+    return f"{center:+.4f} ({center - half:+.4f} to {center + half:+.4f})"
+
+
+AWAY: Final = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
+"""Multiples of the best rate."""
+
+
+def away(sweeps: Sweeps) -> list[str]:
+    """Exact answers at multiples of the best rate, averaged over settings."""
+    lines = []
+    for name in CONTENDERS:
+        mine = [group[name] for group in sweeps.values() if name in group and BASELINE in group]
+        if mine:
+            means = [share_away(mine, factor) for factor in AWAY]
+            lines.append([f"`{name}`", str(len(mine)), *means])
+    caption = (
+        "Exact answers at multiples of the best rate of each setting, averaged over settings; in "
+        "brackets the number of settings in which that rate was run, if not all."
+    )
+    head = [f"{'1/' if x < 1 else ''}{max(x, 1 / x):.0f} of the best" for x in AWAY]
+    return table(caption, ["contender", "settings", *head], lines) if lines else []
+
+
+def share_away(sweeps: Sequence[Sweep], factor: float) -> str:
+    """Mean of the exact answers at a multiple of each sweep's best rate, where it was run."""
+    shares = [
+        share
+        for sweep in sweeps
+        for lr, share in sweep.exact.items()
+        if abs(lr / (factor * sweep.best) - 1) < 1e-6  # the same but for rounding
+    ]
+    if not shares:
+        return "-"
+    some = f" ({len(shares)})" if len(shares) < len(sweeps) else ""
+    return f"{100 * mean(shares):.0f} %{some}"
+
+
+def betas(sweeps: Sweeps) -> list[str]:
+    """Losses by betas, at the best rate of each and at one rate for all settings."""
+    lines = []
+    for family, names in BY_BETAS.items():
+        groups = {x: g for x, g in sweeps.items() if all(name in g for name in names.values())}
+        if not groups:
+            continue
+        lowest = {x: min(g[n].losses[g[n].best] for n in names.values()) for x, g in groups.items()}
+        for setting, group in groups.items():
+            cells = [group[name].losses[group[name].best] for name in names.values()]
+            lines.append([family, f"{setting}, best rates", *marked(cells)])
+        worst = [
+            max(g[name].losses[g[name].best] - lowest[x] for x, g in groups.items())
+            for name in names.values()
+        ]
+        lines.append([family, "worst regret, best rates", *marked(worst)])
+        worst = [one_rate_regret(groups, name, lowest) for name in names.values()]
+        lines.append([family, "worst regret, one rate", *marked(worst)])
+    caption = (
+        "Validation loss, nats a digit; bold: the lowest of a row. Regret: loss less the lowest of "
+        "the method in the setting; one rate: the one whose worst regret is least."
+    )
+    heads = next(iter(BY_BETAS.values()))
+    return table(caption, ["method", "", *map(str, heads)], lines) if lines else []
+
+
+def marked(values: Sequence[float]) -> list[str]:
+    """Numbers, the lowest in bold."""
+    return [f"**{x:.4f}**" if x == min(values) else f"{x:.4f}" for x in values]
+
+
+def one_rate_regret(
+    groups: Mapping[Setting, Mapping[str, Sweep]], name: str, lowest: Mapping[Setting, float]
+) -> float:
+    """The least worst regret of a contender that has the same rate in all settings."""
+    tried = set.intersection(*(set(group[name].losses) for group in groups.values()))
+    return min(
+        max(group[name].losses[lr] - lowest[x] for x, group in groups.items()) for lr in tried
+    )

@@ -1,0 +1,98 @@
+"""Sweeps of learning rates in the records of strings, each of a method in a setting."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import mean
+from typing import Final, NamedTuple
+
+from .plan import Record, final
+from .stacks import CONTENDERS
+from .strings import DATASETS, DIGITS
+from .tables import line
+
+BASELINE: Final = "adamw"
+"""Contender against whose best rate in a setting all others are held."""
+
+GUESSING: Final = math.log(DIGITS)
+"""Loss of an answer drawn at random; what is worse, or diverged, counts as this."""
+
+
+class Setting(NamedTuple):
+    """Settings of a sweep, apart from the contender."""
+
+    dataset: str
+    rank: int
+    steps: int
+
+    def __str__(self) -> str:
+        return f"`{self.dataset}`, rank {self.rank}, {self.steps} steps"
+
+
+class Sweep(NamedTuple):
+    """Mean validation loss, and share of exact answers, by learning rate in rising order."""
+
+    losses: dict[float, float]
+    exact: dict[float, float]
+
+    @property
+    def best(self) -> float:
+        """The learning rate with the lowest loss."""
+        return min(self.losses, key=lambda lr: self.losses[lr])
+
+
+Sweeps = dict[Setting, dict[str, Sweep]]
+
+
+def sweeps_of(rows: Iterable[Record]) -> Sweeps:
+    """The sweeps in records; contenders in the order of `CONTENDERS`."""
+    found: dict[Setting, dict[str, list[Record]]] = {}
+    for row in rows:
+        if not row["tested"]:
+            found.setdefault(setting_of(row), {}).setdefault(row["contender"], []).append(row)
+    return {
+        setting: {
+            name: sweep_of(found[setting][name]) for name in CONTENDERS if name in found[setting]
+        }
+        for setting in sorted_settings(found)
+    }
+
+
+def setting_of(row: Record) -> Setting:
+    """The setting of a run."""
+    return Setting(row["dataset"], row["rank"], row["steps"])
+
+
+def sorted_settings(settings: Iterable[Setting]) -> list[Setting]:
+    """Short runs and low ranks first."""
+    order = list(DATASETS)
+    return sorted(settings, key=lambda x: (x.steps, x.rank, order.index(x.dataset)))
+
+
+def sweep_of(rows: Sequence[Record]) -> Sweep:
+    """Means over the seeds."""
+    rates = sorted({row["lr"] for row in rows})
+
+    def means(value: Callable[[Record], float]) -> dict[float, float]:
+        return {lr: mean(value(row) for row in rows if row["lr"] == lr) for lr in rates}
+
+    return Sweep(means(lambda row: min(final(row), GUESSING)), means(lambda row: row["exact"]))
+
+
+def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table under a caption."""
+    return [f"*{caption}*", "", line(head), line(["---"] * len(head)), *map(line, rows)]
+
+
+def optimum(losses: Mapping[float, float]) -> float:
+    """The vertex of a parabola in log(lr), through the log losses at and beside the best rate."""
+    rates = list(losses)
+    i = min(range(len(rates)), key=lambda k: losses[rates[k]])
+    if not 0 < i < len(rates) - 1:
+        return rates[i]
+    x = [math.log(rates[k]) for k in (i - 1, i, i + 1)]
+    y = [math.log(losses[rates[k]]) for k in (i - 1, i, i + 1)]
+    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    if left == right:
+        return rates[i]
+    bend = (right - left) / (x[2] - x[0])
+    return math.exp((x[0] + x[1]) / 2 - left / (2 * bend))
