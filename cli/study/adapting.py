@@ -1,4 +1,4 @@
-"""Base class of beds for a GPU: a frozen base, adapters of PEFT in and out of it, batches."""
+"""Base class of workloads for a GPU: a frozen base, adapters of PEFT in and out of it, batches."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Generic, TypeVar
@@ -7,7 +7,7 @@ import peft
 import torch
 from torch import nn
 
-from .bed import Part
+from .workload import Part
 
 T = TypeVar("T")
 
@@ -15,7 +15,7 @@ ORDER_SEED: Final = 0
 """Seed of the draw that makes batches; a run shuffles the batches with its own seed."""
 
 
-class PeftBed(Generic[T]):
+class PeftWorkload(Generic[T]):
     """A base model and its batches; what a batch costs and how answers score is for the heirs."""
 
     def __init__(

@@ -68,10 +68,10 @@ def check_installed(model: str, dataset: str) -> None:
     type=click.IntRange(2),
     help="Of a run, instead of the usual ones; may be repeated.",
 )
-@click.option("--contender", "names", multiple=True, help="Only this one; may be repeated.")
+@click.option("--method", "names", multiple=True, help="Only this one; may be repeated.")
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--output", type=Path, default=Path("build/study"), show_default=True)
-@click.option("--quick", is_flag=True, help="Two contenders, few steps: to see that it runs.")
+@click.option("--quick", is_flag=True, help="Two methods, few steps: to see that it runs.")
 @click.option("--tables", is_flag=True, help="Train nothing: tables and plots of all records.")
 def study(
     model: str,
@@ -89,7 +89,7 @@ def study(
 ) -> None:
     """Fine-tune a model with each optimizer at its own best learning rate.
 
-    Each contender has its own sweep of learning rates, which grows while the best lies at an end;
+    Each method has its own sweep of learning rates, which grows while the best lies at an end;
     the best by validation loss is then run on other seeds, and only those read the test part.
     Every run is written down when it is done: started again, the study goes on where it was.
     Strings is a small transformer that knows seven tasks and is taught others, made in a minute;
@@ -97,16 +97,16 @@ def study(
     """
     for dataset in datasets or ("",):
         check_installed("plots" if tables else model, dataset)
-    from .beds import STACKED, Origin, datasets_of
-    from .conduct import conduct  # torch, and more: not for `rlora --help`
     from .preset import check_names
     from .regret import write_regrets
+    from .runner import run_study  # torch, and more: not for `rlora --help`
     from .tables import write_tables
+    from .workloads import STACKED, Origin, datasets_of
 
     if not tables:
         datasets = datasets or datasets_of(model)[:1]
         check_names(model, datasets, names)
         origin = Origin(weights, data, device)
         for dataset, rank, steps in product(datasets, ranks or (None,), lengths or (None,)):
-            conduct(model, dataset, rank, steps, names, processes, output, quick, origin)
+            run_study(model, dataset, rank, steps, names, processes, output, quick, origin)
     (write_regrets if model in STACKED else write_tables)(output)

@@ -5,7 +5,7 @@ from statistics import mean, stdev
 from typing import Final
 
 from .plan import Record
-from .stacks import BY_BETAS, CONTENDERS
+from .stacks import BY_BETAS, METHODS
 from .sweeps import BASELINE, GUESSING, Setting, Sweep, Sweeps, setting_of, sorted_settings, table
 
 QUANTILES: Final = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -18,11 +18,11 @@ def paired(rows: Iterable[Record]) -> list[str]:
     for row in rows:
         if row["tested"]:
             group = found.setdefault(setting_of(row), {})
-            group.setdefault(row["contender"], {})[row["seed"]] = row
+            group.setdefault(row["method"], {})[row["seed"]] = row
     lines = []
     for setting in sorted_settings(found):
         group = found[setting]
-        for name in [x for x in CONTENDERS if x in group and BASELINE in group]:
+        for name in [x for x in METHODS if x in group and BASELINE in group]:
             mine, theirs = group[name], group[BASELINE]
             seeds = sorted(mine.keys() & theirs.keys())
             gains = [tested(mine[k], "loss") - tested(theirs[k], "loss") for k in seeds]
@@ -39,7 +39,7 @@ def paired(rows: Iterable[Record]) -> list[str]:
         f"Test loss, nats a digit, at the rate that another seed chose; difference: less that of "
         f"`{BASELINE}` on the same seeds, with a 95 % interval of Student's t."
     )
-    head = ["setting", "contender", "rate", "test loss", "difference", "exact", "seeds"]
+    head = ["setting", "method", "rate", "test loss", "difference", "exact", "seeds"]
     return table(caption, head, lines) if lines else []
 
 
@@ -66,7 +66,7 @@ AWAY: Final = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
 def away(sweeps: Sweeps) -> list[str]:
     """Exact answers at multiples of the best rate, averaged over settings."""
     lines = []
-    for name in CONTENDERS:
+    for name in METHODS:
         mine = [group[name] for group in sweeps.values() if name in group and BASELINE in group]
         if mine:
             means = [share_away(mine, factor) for factor in AWAY]
@@ -76,7 +76,7 @@ def away(sweeps: Sweeps) -> list[str]:
         "brackets the number of settings in which that rate was run, if not all."
     )
     head = [f"{'1/' if x < 1 else ''}{max(x, 1 / x):.0f} of the best" for x in AWAY]
-    return table(caption, ["contender", "settings", *head], lines) if lines else []
+    return table(caption, ["method", "settings", *head], lines) if lines else []
 
 
 def share_away(sweeps: Sequence[Sweep], factor: float) -> str:
@@ -127,7 +127,7 @@ def marked(values: Sequence[float]) -> list[str]:
 def one_rate_regret(
     groups: Mapping[Setting, Mapping[str, Sweep]], name: str, lowest: Mapping[Setting, float]
 ) -> float:
-    """The least worst regret of a contender that has the same rate in all settings."""
+    """The least worst regret of a method that has the same rate in all settings."""
     tried = set.intersection(*(set(group[name].losses) for group in groups.values()))
     return min(
         max(group[name].losses[lr] - lowest[x] for x, group in groups.items()) for lr in tried

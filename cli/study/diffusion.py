@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPModel, CLIPProcessor
 
-from .adapting import PeftBed, cut, set_mode, shuffled
-from .bed import Part
-from .pictures import Concept, Picture, concept_from_hub, concept_of, concepts_of
+from .adapting import PeftWorkload, cut, set_mode, shuffled
+from .concepts import Concept, Picture, concept_from_hub, concept_of, concepts_of
 from .preset import Preset
 from .sources import need
+from .workload import Part
 
 DATASETS: Final = ("concept", "concepts")
 WEIGHTS: Final = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -99,7 +99,7 @@ class Denoiser(nn.Module):
         return prediction
 
 
-class DiffusionBed(PeftBed[Batch]):
+class DiffusionWorkload(PeftWorkload[Batch]):
     """A pipeline of Stable Diffusion with pictures of concepts."""
 
     def __init__(
@@ -228,7 +228,7 @@ def load(
     device: str = "cuda",
     quick: bool = False,
     clip: str | Path | None = None,
-) -> DiffusionBed:
+) -> DiffusionWorkload:
     """Stable Diffusion in float32, and pictures.
 
     Parameters
@@ -252,7 +252,7 @@ def load(
 
     Returns
     -------
-    DiffusionBed
+    DiffusionWorkload
         Scored by the loss of each concept, and its likeness by CLIP if asked for.
 
     Raises
@@ -276,4 +276,4 @@ def load(
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.requires_grad_(False)
     draws = QUICK_DRAWS if quick else DRAWS
-    return DiffusionBed(pipe, concepts, PRESETS[dataset], STARTS[dataset], draws, clip)
+    return DiffusionWorkload(pipe, concepts, PRESETS[dataset], STARTS[dataset], draws, clip)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .bed import Part
+from .workload import Part
 
 DATASETS: Final = ("even", "rotated")
 WIDTH: Final = 256

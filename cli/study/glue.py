@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .adapting import PeftBed, cut, set_mode, shuffled
-from .bed import Part
+from .adapting import PeftWorkload, cut, set_mode, shuffled
 from .sources import Row, columns
+from .workload import Part
 
 
 class Task(NamedTuple):
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     labels: Tensor  # (batch,)
 
 
-class GlueBed(PeftBed[Batch]):
+class GlueWorkload(PeftWorkload[Batch]):
     """A model with a head for classes, which is frozen: only the adapters learn."""
 
     def __init__(

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .bed import Part
 from .preset import Preset
 from .sources import Row, columns, from_folder, from_hub, need
 from .tasks import Example
-from .texts import Recipe, TextBed
+from .texts import Recipe, TextWorkload
+from .workload import Part
 
 DATASETS: Final = ("e2e",)
 WEIGHTS: Final = "openai-community/gpt2-medium"
@@ -82,7 +82,7 @@ def load(
     data: Path | None = None,
     device: str = "cuda",
     quick: bool = False,
-) -> TextBed:
+) -> TextWorkload:
     """GPT-2 in float32, and the E2E data.
 
     Parameters
@@ -101,7 +101,7 @@ def load(
 
     Returns
     -------
-    TextBed
+    TextWorkload
         Scored by `overlap`.
 
     Raises
@@ -124,7 +124,7 @@ def load(
         name, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
     )
     separate(base)
-    return TextBed(
+    return TextWorkload(
         base.float().to(device), AutoTokenizer.from_pretrained(name), parts, RECIPE, overlap
     )
 

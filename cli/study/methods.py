@@ -1,4 +1,4 @@
-"""Contenders of the study, and the learning rates that each is tried at."""
+"""Methods of the study, and the learning rates that each is tried at."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
@@ -25,7 +25,7 @@ PUBLISHED: Final[dict[str, Any]] = {
 }
 
 
-class Contender(NamedTuple):
+class Method(NamedTuple):
     """An optimizer with its settings; everything but the learning rate."""
 
     make: Make
@@ -90,44 +90,42 @@ def rates(lowest: float, count: int = 4, factor: int = 2) -> tuple[float, ...]:
     return tuple(lowest * factor**k for k in range(count))
 
 
-CONTENDERS: Final[dict[str, Contender]] = {
-    "adamw": Contender(adamw(USUAL), rates(2e-3)),
-    "adamw-fast": Contender(adamw(FAST), rates(1e-3, 8)),
-    "lora-plus-fast": Contender(of("LoRAPlus", ratio=16.0, betas=FAST), rates(1e-3)),
-    "lora-plus-before-fast": Contender(
+METHODS: Final[dict[str, Method]] = {
+    "adamw": Method(adamw(USUAL), rates(2e-3)),
+    "adamw-fast": Method(adamw(FAST), rates(1e-3, 8)),
+    "lora-plus-fast": Method(of("LoRAPlus", ratio=16.0, betas=FAST), rates(1e-3)),
+    "lora-plus-before-fast": Method(
         favouring_b(16.0, b1=FAST[0], b2=FAST[1], **PUBLISHED), rates(1e-3)
     ),
-    "lora-plus-both-fast": Contender(
+    "lora-plus-both-fast": Method(
         favouring_b(4.0, b1=FAST[0], b2=FAST[1], placement="both", **COVARIANT), rates(1e-3)
     ),
-    "scaled-before": Contender(scaled(betas=USUAL, **PUBLISHED), rates(4e-3)),
-    "scaled-before-fast": Contender(scaled(betas=FAST, **PUBLISHED), rates(4e-3)),
-    "scaled-after-fast": Contender(
+    "scaled-before": Method(scaled(betas=USUAL, **PUBLISHED), rates(4e-3)),
+    "scaled-before-fast": Method(scaled(betas=FAST, **PUBLISHED), rates(4e-3)),
+    "scaled-after-fast": Method(
         scaled(placement="after", betas=FAST, **COVARIANT), rates(3.125e-5)
     ),
-    "scaled-both": Contender(scaled(placement="both", betas=USUAL, **COVARIANT), rates(2e-3)),
-    "scaled-both-fast": Contender(
-        scaled(placement="both", betas=FAST, **COVARIANT), rates(1e-3, 8)
-    ),
-    "scaled-both-fast-relative": Contender(
+    "scaled-both": Method(scaled(placement="both", betas=USUAL, **COVARIANT), rates(2e-3)),
+    "scaled-both-fast": Method(scaled(placement="both", betas=FAST, **COVARIANT), rates(1e-3, 8)),
+    "scaled-both-fast-relative": Method(
         scaled(betas=FAST, **{**PUBLISHED, "placement": "both"}), rates(2e-3)
     ),
-    "grafted-both-fast": Contender(
+    "grafted-both-fast": Method(
         grafted(b1=FAST[0], b2=FAST[1], placement="both", **COVARIANT), rates(1e-3, 7)
     ),
-    "lora-rite": Contender(of("LoRARite", betas=USUAL), rates(1e-3)),
-    "lora-rite-fast": Contender(of("LoRARite", betas=FAST), rates(1e-3)),
-    "lora-pro-fast": Contender(of("LoRAProAdamW", betas=FAST), rates(4e-3)),
-    "lora-one-adamw-fast": Contender(adamw(FAST), rates(1e-3), start="lora_one"),
-    "lora-one-scaled-both-fast": Contender(
+    "lora-rite": Method(of("LoRARite", betas=USUAL), rates(1e-3)),
+    "lora-rite-fast": Method(of("LoRARite", betas=FAST), rates(1e-3)),
+    "lora-pro-fast": Method(of("LoRAProAdamW", betas=FAST), rates(4e-3)),
+    "lora-one-adamw-fast": Method(adamw(FAST), rates(1e-3), start="lora_one"),
+    "lora-one-scaled-both-fast": Method(
         scaled(placement="both", betas=FAST, **COVARIANT), rates(1e-3), start="lora_one"
     ),
 }
 """Those called fast have the betas `FAST`, the others `USUAL`."""
 
 
-def check_contenders(names: Iterable[str], known: Iterable[str]) -> None:
+def check_methods(names: Iterable[str], known: Iterable[str]) -> None:
     """ValueError unless all are known."""
     if unknown := sorted(set(names) - set(known)):
-        msg = f"there is no contender {unknown[0]!r}; there are {', '.join(known)}"
+        msg = f"there is no method {unknown[0]!r}; there are {', '.join(known)}"
         raise ValueError(msg)

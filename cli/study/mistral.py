@@ -13,12 +13,12 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from .bed import Bed, Part
-from .glue import TASKS, GlueBed
+from .glue import TASKS, GlueWorkload
 from .preset import Preset
 from .sources import Row, columns, from_folder, from_hub, hold_out, need
 from .tasks import Example
-from .texts import Recipe, TextBed
+from .texts import Recipe, TextWorkload
+from .workload import Part, Workload
 
 DATASETS: Final = (*TASKS, "gsm8k")
 WEIGHTS: Final = "mistralai/Mistral-7B-v0.1"
@@ -109,7 +109,7 @@ def load(
     data: Path | None = None,
     device: str = "cuda",
     quick: bool = False,
-) -> Bed:
+) -> Workload:
     """Mistral in 4 bits, and one task.
 
     A tenth of the published training part, `HELD_OUT` rows at most, is held out as "validation".
@@ -134,7 +134,7 @@ def load(
 
     Returns
     -------
-    GlueBed or TextBed
+    GlueWorkload or TextWorkload
         GLUE is scored by the task's metric, GSM8K by the share of right final numbers.
 
     Raises
@@ -157,14 +157,14 @@ def load(
         parts = {part: examples(rows) for part, rows in parts_of(dataset, data, quick).items()}
         base = AutoModelForCausalLM.from_pretrained(name, **loading)
         stay_as_loaded(base)
-        return TextBed(base, tokenizer, parts, RECIPE, accuracy)
+        return TextWorkload(base, tokenizer, parts, RECIPE, accuracy)
     task = TASKS[dataset]
     torch.manual_seed(HEAD_SEED)
     classifier = AutoModelForSequenceClassification.from_pretrained(
         name, num_labels=len(task.labels) or 1, pad_token_id=tokenizer.eos_token_id, **loading
     )
     stay_as_loaded(classifier)
-    return GlueBed(
+    return GlueWorkload(
         classifier,
         tokenizer,
         parts_of(dataset, data, quick),

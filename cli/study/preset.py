@@ -1,4 +1,4 @@
-"""Settings of a paper, or of the code beside it: contenders of its own for a large model."""
+"""Settings of a paper, or of the code beside it: methods of its own for a large model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,8 +8,8 @@ from torch import nn
 
 import rlora.torch
 
-from .beds import LARGE, STACKED, check_dataset, datasets_of, module_of
-from .methods import CONTENDERS, Contender, check_contenders
+from .methods import METHODS, Method, check_methods
+from .workloads import LARGE, STACKED, check_dataset, datasets_of, module_of
 
 
 class Preset(NamedTuple):
@@ -33,15 +33,13 @@ class Preset(NamedTuple):
         made: torch.optim.Optimizer = kind(trained, **{**self.optimizers[name], "lr": lr})
         return made
 
-    def contenders(self) -> dict[str, Contender]:
+    def methods(self) -> dict[str, Method]:
         """Its optimizers, each with a sweep around the published learning rate."""
-        return {f"paper-{name}": self._contender(name) for name in self.optimizers}
+        return {f"paper-{name}": self._method(name) for name in self.optimizers}
 
-    def _contender(self, name: str) -> Contender:
+    def _method(self, name: str) -> Method:
         lr = self.optimizers[name]["lr"]
-        return Contender(
-            lambda model, rate: self.optimizer(name, model, rate), (lr / 2, lr, 2 * lr)
-        )
+        return Method(lambda model, rate: self.optimizer(name, model, rate), (lr / 2, lr, 2 * lr))
 
 
 def preset_of(model: str, dataset: str) -> Preset | None:
@@ -52,19 +50,19 @@ def preset_of(model: str, dataset: str) -> Preset | None:
     return preset
 
 
-def contenders_of(model: str, dataset: str) -> Mapping[str, Any]:
+def methods_of(model: str, dataset: str) -> Mapping[str, Any]:
     """Those of the study, and for a large model the paper's own; a stacked one has others."""
     if model in STACKED:
-        own: Mapping[str, Any] = module_of(model).CONTENDERS
+        own: Mapping[str, Any] = module_of(model).METHODS
         return own
     preset = preset_of(model, dataset)
-    return {**CONTENDERS, **(preset.contenders() if preset else {})}
+    return {**METHODS, **(preset.methods() if preset else {})}
 
 
-def check_names(model: str, datasets: Sequence[str], contenders: Sequence[str]) -> None:
+def check_names(model: str, datasets: Sequence[str], methods: Sequence[str]) -> None:
     """ValueError unless the model has all of them: before the first run, not after hours."""
-    known = {x: None for dataset in datasets_of(model) for x in contenders_of(model, dataset)}
-    check_contenders(contenders, known)
+    known = {x: None for dataset in datasets_of(model) for x in methods_of(model, dataset)}
+    check_methods(methods, known)
     for dataset in datasets:
         check_dataset(model, dataset)
-        check_contenders(contenders, contenders_of(model, dataset))
+        check_methods(methods, methods_of(model, dataset))

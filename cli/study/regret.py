@@ -11,7 +11,7 @@ from rlora.cli.records import write_text
 
 from .comparisons import away, betas, paired
 from .plan import Records
-from .stacks import CONTENDERS
+from .stacks import METHODS
 from .strings import DATASETS
 from .sweeps import BASELINE, GUESSING, Setting, Sweep, Sweeps, optimum, sweeps_of, table
 
@@ -19,7 +19,7 @@ CLOSE: Final = 0.02
 """Nats a digit that may be lost against the tuned baseline."""
 
 MOST: Final = 9
-"""Contenders in a figure."""
+"""Methods in a figure."""
 
 
 def write_regrets(folder: Path) -> None:
@@ -52,7 +52,7 @@ def write_regrets(folder: Path) -> None:
 
 def best_losses(sweeps: Sweeps) -> list[str]:
     """Lowest loss of each sweep with the share of exact answers at that rate."""
-    names = [name for name in CONTENDERS if any(name in group for group in sweeps.values())]
+    names = [name for name in METHODS if any(name in group for group in sweeps.values())]
 
     def cell(sweep: Sweep | None, low: float) -> str:
         if sweep is None:
@@ -65,14 +65,14 @@ def best_losses(sweeps: Sweeps) -> list[str]:
         low = min(sweep.losses[sweep.best] for sweep in group.values())
         rows.append([str(setting), *(cell(group.get(name), low) for name in names)])
     caption = (
-        "Validation loss, nats a digit, of each contender at its best rate, and exact answers; "
+        "Validation loss, nats a digit, of each method at its best rate, and exact answers; "
         "bold: the lowest; -: not run."
     )
     return table(caption, ["setting", *(f"`{name}`" for name in names)], rows)
 
 
 class Default(NamedTuple):
-    """A contender at one learning rate in every setting in which the baseline was tuned too."""
+    """A method at one learning rate in every setting in which the baseline was tuned too."""
 
     settings: list[Setting]
     means: dict[float, float]
@@ -85,7 +85,7 @@ class Default(NamedTuple):
 
 
 def default_of(sweeps: Sweeps, name: str) -> Default | None:
-    """The one rate of a contender; None if it shares no setting with the baseline."""
+    """The one rate of a method; None if it shares no setting with the baseline."""
     settings = [x for x, group in sweeps.items() if name in group and BASELINE in group]
     if not settings:
         return None
@@ -98,7 +98,7 @@ def default_of(sweeps: Sweeps, name: str) -> Default | None:
 def one_rate(sweeps: Sweeps) -> list[str]:
     """Regret of one rate everywhere against a baseline that is tuned for each setting."""
     rows = []
-    for name in CONTENDERS:
+    for name in METHODS:
         if (found := default_of(sweeps, name)) is None:
             continue
         lr, pairs = found.rate, [(sweeps[x][name], sweeps[x][BASELINE]) for x in found.settings]
@@ -113,12 +113,12 @@ def one_rate(sweeps: Sweeps) -> list[str]:
             ]
         )
     caption = (
-        f"Each contender at the one rate with its lowest mean loss over all its settings; regret: "
+        f"Each method at the one rate with its lowest mean loss over all its settings; regret: "
         f"validation loss less that of `{BASELINE}` at the best rate for each setting, nats a "
         f"digit; close: at most {CLOSE}. Guessing has {GUESSING:.2f}, and so counts a run that "
         f"diverged."
     )
-    head = ["contender", "rate", "close", "median regret", "mean", "worst", "exact"]
+    head = ["method", "rate", "close", "median regret", "mean", "worst", "exact"]
     return table(caption, [*head, f"exact of tuned `{BASELINE}`"], rows) if rows else []
 
 
@@ -145,14 +145,12 @@ def slopes(sweeps: Sweeps) -> list[str]:
             *(f"`{name}`", f"{len(found[name])}", f"{mean(found[name]):+.2f}"),
             f"{stdev(found[name]) / len(found[name]) ** 0.5:.2f}" if len(found[name]) > 1 else "-",
         ]
-        for name in CONTENDERS
+        for name in METHODS
         if name in found
     ]
     caption = "Power p of the rank in the best rate, lr ~ r^p; alpha = 2 r at every rank."
     return (
-        table(caption, ["contender", "pairs of settings", "p", "standard error"], rows)
-        if rows
-        else []
+        table(caption, ["method", "pairs of settings", "p", "standard error"], rows) if rows else []
     )
 
 
@@ -179,13 +177,13 @@ def transferred(sweeps: Sweeps) -> list[str]:
                     ]
                 )
     caption = "Loss when the factors alone differ from those of the usual task."
-    head = ["setting", "contender", "usual best rate", "usual loss", "loss here at that rate"]
+    head = ["setting", "method", "usual best rate", "usual loss", "loss here at that rate"]
     return table(caption, [*head, "lowest loss here", "its rate"], rows) if rows else []
 
 
 def curves_of(sweeps: Sweeps) -> Panel | None:
-    """Mean loss against learning rate, for the contenders that share most settings."""
-    found = {name: default_of(sweeps, name) for name in CONTENDERS}
+    """Mean loss against learning rate, for the methods that share most settings."""
+    found = {name: default_of(sweeps, name) for name in METHODS}
     most = max((len(x.settings) for x in found.values() if x), default=0)
     drawn = {name: x for name, x in found.items() if x and len(x.settings) == most}
     if not drawn:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .bed import Part
 from .tasks import Example, Task, load_task
 from .texts import IGNORE, right_padded
+from .workload import Part
 
 GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATASETS: Final = ("chain_sum", "spell_backward", "pronounce")

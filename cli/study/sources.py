@@ -13,7 +13,7 @@ SUFFIXES: Final = (".jsonl", ".tsv", ".csv")
 
 
 def need(package: str) -> Any:
-    """Import what only these beds use, or say how to get it."""
+    """Import what only these workloads use, or say how to get it."""
     try:
         return importlib.import_module(package)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Many runs of one contender as one computation: each adapter has an axis for the runs.
+"""Many runs of one method as one computation: each adapter has an axis for the runs.
 
 Runs that differ in learning rate and seed alone share every call. The methods of `rlora` take the
 axis for one of equal layers, so that the step of a run is what it would be alone.
@@ -18,7 +18,6 @@ import rlora
 from rlora import Factors, Transform
 from rlora.core.state import flatten_state
 
-from .bed import Part
 from .methods import FAST, PUBLISHED, USUAL, rates
 from .strings import DATASETS, Examples, parts_of
 from .train import DIVERGED, Job, share
@@ -32,6 +31,7 @@ from .transformer import (
     new_adapters,
     widened,
 )
+from .workload import Part
 
 SCALING: Final = 2.0
 """alpha / r, for every rank."""
@@ -49,7 +49,7 @@ QUICK_STEPS: Final = 30
 """Steps of the base in a quick study."""
 
 
-class Contender(NamedTuple):
+class Method(NamedTuple):
     """A method with its settings; everything but the learning rate."""
 
     make: Callable[[], Transform]
@@ -70,20 +70,20 @@ def scaled(b1: float, b2: float, **options: Any) -> Callable[[], Transform]:
 BETAS: Final = ((0.9, 0.95), (0.9, 0.99))
 """Those between `FAST` and `USUAL`."""
 
-CONTENDERS: Final[Mapping[str, Contender]] = {
-    "adamw": Contender(adamw(*USUAL), rates(1e-3, 7)),
-    "adamw-fast": Contender(adamw(*FAST), rates(1e-3, 7)),
-    "lora-plus-16": Contender(adamw(*USUAL, ratio=16.0), rates(2.5e-4, 7)),
-    "lora-plus-4": Contender(adamw(*USUAL, ratio=4.0), rates(1e-3, 7)),
-    "scaled": Contender(scaled(*FAST), rates(1e-3, 7)),
-    "scaled-usual": Contender(scaled(*USUAL), rates(1e-3, 7)),
-    "scaled-before": Contender(scaled(*USUAL, **PUBLISHED), rates(1e-3, 7)),
-    "lora-rite": Contender(rlora.lora_rite, rates(1e-3, 7)),
-    "lora-pro": Contender(rlora.lora_pro_adamw, rates(1e-3, 7)),
-    "lora-muon": Contender(rlora.lora_muon, rates(1e-3, 7)),
-    "ref-lora": Contender(rlora.ref_lora, rates(0.032, 7)),
-    **{f"adamw-{b1}-{b2}": Contender(adamw(b1, b2), rates(1e-3, 7)) for b1, b2 in BETAS},
-    **{f"scaled-{b1}-{b2}": Contender(scaled(b1, b2), rates(1e-3, 7)) for b1, b2 in BETAS},
+METHODS: Final[Mapping[str, Method]] = {
+    "adamw": Method(adamw(*USUAL), rates(1e-3, 7)),
+    "adamw-fast": Method(adamw(*FAST), rates(1e-3, 7)),
+    "lora-plus-16": Method(adamw(*USUAL, ratio=16.0), rates(2.5e-4, 7)),
+    "lora-plus-4": Method(adamw(*USUAL, ratio=4.0), rates(1e-3, 7)),
+    "scaled": Method(scaled(*FAST), rates(1e-3, 7)),
+    "scaled-usual": Method(scaled(*USUAL), rates(1e-3, 7)),
+    "scaled-before": Method(scaled(*USUAL, **PUBLISHED), rates(1e-3, 7)),
+    "lora-rite": Method(rlora.lora_rite, rates(1e-3, 7)),
+    "lora-pro": Method(rlora.lora_pro_adamw, rates(1e-3, 7)),
+    "lora-muon": Method(rlora.lora_muon, rates(1e-3, 7)),
+    "ref-lora": Method(rlora.ref_lora, rates(0.032, 7)),
+    **{f"adamw-{b1}-{b2}": Method(adamw(b1, b2), rates(1e-3, 7)) for b1, b2 in BETAS},
+    **{f"scaled-{b1}-{b2}": Method(scaled(b1, b2), rates(1e-3, 7)) for b1, b2 in BETAS},
 }
 """Betas: fast ones are (0.7, 0.8), those of `scaled` too; all others (0.9, 0.999) if not named."""
 
@@ -94,7 +94,7 @@ BY_BETAS: Final[Mapping[str, Mapping[tuple[float, float], str]]] = {
         ("scaled", "scaled", "scaled-usual"),
     )
 }
-"""Method -> betas -> contender."""
+"""Optimizer -> betas -> name of the method."""
 
 
 class Strings:
@@ -150,7 +150,7 @@ class Strings:
     def train(self, jobs: Sequence[Job]) -> tuple[Adapters, list[bool], dict[str, Any]]:
         """Train a stack: its adapters, whether each run diverged, and what a step costs a run."""
         job, seeds = jobs[0], [job.seed for job in jobs]
-        transform = CONTENDERS[job.contender].make()
+        transform = METHODS[job.method].make()
         adapters = self.adapters(job.rank, seeds)
         state = transform.init(adapters, SCALING)
         lr = torch.tensor([job.lr for job in jobs])[:, None, None]

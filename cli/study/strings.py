@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from .bed import Part
+from .workload import Part
 
 DIGITS: Final = 10
 LENGTH: Final = 6

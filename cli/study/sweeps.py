@@ -6,19 +6,19 @@ from statistics import mean
 from typing import Final, NamedTuple
 
 from .plan import Record, final
-from .stacks import CONTENDERS
+from .stacks import METHODS
 from .strings import DATASETS, DIGITS
 from .tables import line
 
 BASELINE: Final = "adamw"
-"""Contender against whose best rate in a setting all others are held."""
+"""Method against whose best rate in a setting all others are held."""
 
 GUESSING: Final = math.log(DIGITS)
 """Loss of an answer drawn at random; what is worse, or diverged, counts as this."""
 
 
 class Setting(NamedTuple):
-    """Settings of a sweep, apart from the contender."""
+    """Settings of a sweep, apart from the method."""
 
     dataset: str
     rank: int
@@ -44,14 +44,14 @@ Sweeps = dict[Setting, dict[str, Sweep]]
 
 
 def sweeps_of(rows: Iterable[Record]) -> Sweeps:
-    """The sweeps in records; contenders in the order of `CONTENDERS`."""
+    """The sweeps in records; methods in the order of `METHODS`."""
     found: dict[Setting, dict[str, list[Record]]] = {}
     for row in rows:
         if not row["tested"]:
-            found.setdefault(setting_of(row), {}).setdefault(row["contender"], []).append(row)
+            found.setdefault(setting_of(row), {}).setdefault(row["method"], []).append(row)
     return {
         setting: {
-            name: sweep_of(found[setting][name]) for name in CONTENDERS if name in found[setting]
+            name: sweep_of(found[setting][name]) for name in METHODS if name in found[setting]
         }
         for setting in sorted_settings(found)
     }

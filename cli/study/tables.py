@@ -11,7 +11,7 @@ from rlora.cli import plots
 from rlora.cli.claims.claim import Curve, Panel
 from rlora.cli.records import write_text
 
-from .methods import CONTENDERS
+from .methods import METHODS
 from .plan import Record, Records, final
 
 BASELINES: Final = ("adamw", "adamw-fast", "paper-AdamW")
@@ -29,7 +29,7 @@ PLOTTED: Final = (
     *("paper-AdamW", "paper-ScaledAdamW", "paper-SGD", "paper-ScaledSGD"),
 )
 HEAD: Final = (
-    *("contender", "best lr", "good rates", "validation loss", "test loss", "below the baseline"),
+    *("method", "best lr", "good rates", "validation loss", "test loss", "below the baseline"),
     *("scores", "ms a step", "kB of state"),
 )
 
@@ -38,7 +38,7 @@ Kind = tuple[str, str, int, int]
 
 
 class Result(NamedTuple):
-    """Runs of a contender."""
+    """Runs of a method."""
 
     name: str
     sweep: dict[float, float]
@@ -87,11 +87,11 @@ def summary(groups: Mapping[Kind, list[Result]]) -> list[str]:
     ]
     names = [
         name
-        for name in dict.fromkeys((*CONTENDERS, *chain(*columns)))
+        for name in dict.fromkeys((*METHODS, *chain(*columns)))
         if any(name in c for c in columns)
     ]
     head = [
-        "contender",
+        "method",
         *(f"{dataset}, rank {rank}, {steps} steps" for _, dataset, rank, steps in groups),
     ]
     rows = [
@@ -109,14 +109,14 @@ def groups_of(path: Path) -> Iterator[tuple[Kind, list[Result]]]:
     rows = sorted(Records(path).rows.values(), key=kind)
     for key, group in groupby(rows, kind):
         mine = list(group)
-        names = dict.fromkeys((*CONTENDERS, *(row["contender"] for row in mine)))
+        names = dict.fromkeys((*METHODS, *(row["method"] for row in mine)))
         results = [result(name, mine) for name in names]
         yield key, [x for x in results if x.sweep]
 
 
 def result(name: str, rows: Sequence[Record]) -> Result:
-    """The runs of one contender."""
-    mine = [row for row in rows if row["contender"] == name]
+    """The runs of one method."""
+    mine = [row for row in rows if row["method"] == name]
     losses: dict[float, list[float]] = {}
     for row in sorted(mine, key=lambda row: row["lr"]):
         if not row["tested"]:
@@ -150,7 +150,7 @@ def line(parts: Sequence[str]) -> str:
 
 
 def cells(x: Result, base: Result) -> list[str]:
-    """Give a contender's cells of the table."""
+    """Give a method's cells of the table."""
     losses, theirs = x.test_losses(), base.test_losses()
     gains = [theirs[seed] - loss for seed, loss in losses.items() if seed in theirs]
     scores: dict[str, list[float]] = {}

@@ -1,10 +1,10 @@
-"""Tasks of the small beds: prompts with one right answer, cut into three parts."""
+"""Tasks of the small workloads: prompts with one right answer, cut into three parts."""
 
 import random
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
-from .bed import Part
+from .workload import Part
 
 
 class Example(NamedTuple):

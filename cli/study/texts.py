@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
-from .adapting import PeftBed, cut, set_mode, shuffled
-from .bed import Part
+from .adapting import PeftWorkload, cut, set_mode, shuffled
 from .tasks import Example
+from .workload import Part
 
 IGNORE: Final = -100
 """The target of a token that does not count."""
@@ -46,7 +46,7 @@ class Recipe(NamedTuple):
     """No n-gram of this size stands twice in an answer; 0 for no such rule."""
 
 
-class TextBed(PeftBed[Batch]):
+class TextWorkload(PeftWorkload[Batch]):
     """A causal language model with prompts and answers."""
 
     def __init__(

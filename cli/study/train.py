@@ -11,8 +11,8 @@ from torch import nn
 
 import rlora.torch
 
-from .bed import Bed, Part
-from .preset import contenders_of
+from .preset import methods_of
+from .workload import Part, Workload
 
 WARMUP: Final = 0.05
 """Share of the steps in which the learning rate rises; then it falls to zero in a line."""
@@ -30,7 +30,7 @@ class Job(NamedTuple):
     model: str
     dataset: str
     rank: int
-    contender: str
+    method: str
     lr: float
     seed: int
     steps: int
@@ -38,35 +38,40 @@ class Job(NamedTuple):
     """Flag: the test part is read, only for a learning rate that validation has chosen."""
 
 
-def run(bed: Bed, job: Job) -> dict[str, Any]:
+def run(workload: Workload, job: Job) -> dict[str, Any]:
     """Train once; everything but the optimizer depends on the seed alone."""
-    contender = contenders_of(job.model, job.dataset)[job.contender]
-    model = bed.adapted(job.rank, job.seed)
-    batches = bed.batches("train")
-    if contender.start != "gaussian":
+    method = methods_of(job.model, job.dataset)[job.method]
+    model = workload.adapted(job.rank, job.seed)
+    batches = workload.batches("train")
+    if method.start != "gaussian":
         rlora.torch.initialize(
-            model, batches[:START_BATCHES], loss=bed.loss, method=contender.start
+            model, batches[:START_BATCHES], loss=workload.loss, method=method.start
         )
-    optimizer = contender.make(model, job.lr)
-    result = train(bed, model, optimizer, job)
+    optimizer = method.make(model, job.lr)
+    result = train(workload, model, optimizer, job)
     state = sum(x.nbytes for s in optimizer.state.values() for x in s.values() if x.ndim > 0)
     result = job._asdict() | result | {"state_bytes": state}
     if job.tested and not result["diverged"]:
-        result["test"] = {"loss": evaluate(bed, model, "test"), **bed.scores(model, "test")}
-    bed.release(model)
+        result["test"] = {
+            "loss": evaluate(workload, model, "test"),
+            **workload.scores(model, "test"),
+        }
+    workload.release(model)
     return result
 
 
-def train(bed: Bed, model: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> dict[str, Any]:
+def train(
+    workload: Workload, model: nn.Module, optimizer: torch.optim.Optimizer, job: Job
+) -> dict[str, Any]:
     """All steps, with the validation loss at the middle and at the end."""
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: share(done, job.steps))
-    batches, shuffler = bed.batches("train"), random.Random(job.seed)
+    batches, shuffler = workload.batches("train"), random.Random(job.seed)
     queue: list[Any] = []
     bound = math.inf
     seconds, validation = [], []
     for step in range(1, job.steps + 1):
         queue = queue or shuffler.sample(batches, len(batches))
-        loss = bed.loss(model, queue.pop())
+        loss = workload.loss(model, queue.pop())
         value = float(loss.detach())
         bound = DIVERGED * value if step == 1 else bound
         if not value <= bound:  # also when NaN
@@ -78,7 +83,7 @@ def train(bed: Bed, model: nn.Module, optimizer: torch.optim.Optimizer, job: Job
         optimizer.zero_grad()
         schedule.step()
         if step in (job.steps // 2, job.steps):
-            validation.append([step, evaluate(bed, model, "validation")])
+            validation.append([step, evaluate(workload, model, "validation")])
     diverged = len(seconds) < job.steps or not math.isfinite(validation[-1][1])
     step_ms = 1e3 * statistics.median(seconds or [0.0])
     return {
@@ -95,9 +100,9 @@ def share(done: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(bed: Bed, model: nn.Module, part: Part) -> float:
+def evaluate(workload: Workload, model: nn.Module, part: Part) -> float:
     """Mean loss over all that counts in a part."""
-    batches = bed.batches(part)
-    weights = [bed.weight(batch) for batch in batches]
-    losses = [float(bed.loss(model, batch)) for batch in batches]
+    batches = workload.batches(part)
+    weights = [workload.weight(batch) for batch in batches]
+    losses = [float(workload.loss(model, batch)) for batch in batches]
     return sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)

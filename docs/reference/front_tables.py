@@ -29,7 +29,7 @@ pairs, float32.*
 """
 """Figures of today's default, idle machines: renew them here and run this script."""
 
-CONTENDERS: Final = {
+METHODS: Final = {
     "`adamw`": "AdamW (0.9, 0.999)",
     "`adamw-fast`": "AdamW (0.7, 0.8)",
     "`scaled-both-fast`": "`ScaledAdamW` (0.7, 0.8)",
@@ -50,7 +50,7 @@ def cells(line: str) -> list[str]:
 
 
 def losses() -> str:
-    """Test losses of the contenders that matter most, from the study's tables."""
+    """Test losses of the methods that matter most, from the study's tables."""
     rows = [cells(line) for line in STUDY.read_text("utf-8").splitlines() if line.startswith("| ")]
     head, *body = rows
     found = {row[0]: dict(zip(head, row, strict=True)) for row in body if len(row) == len(head)}
@@ -58,11 +58,11 @@ def losses() -> str:
         "*Test loss, cross-entropy in natural logarithms (lower is better), each with a learning",
         "rate of its own sweep; betas in parentheses; bold: the lowest.*",
         "",
-        f"| task | {' | '.join(CONTENDERS.values())} |",
-        "| --- |" + " --- |" * len(CONTENDERS),
+        f"| task | {' | '.join(METHODS.values())} |",
+        "| --- |" + " --- |" * len(METHODS),
     ]
     for task, name in TASKS.items():
-        row = [found[contender][task] for contender in CONTENDERS]
+        row = [found[method][task] for method in METHODS]
         best = min(row, key=lambda cell: float("inf") if cell == "-" else float(cell))
         shown = (f"**{cell}**" if cell == best else cell.replace("-", "not run") for cell in row)
         lines.append(f"| {name} | {' | '.join(shown)} |")

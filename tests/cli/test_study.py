@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from rlora.cli.study import digits, tasks
-from rlora.cli.study.beds import MODELS, module_of
-from rlora.cli.study.methods import CONTENDERS
+from rlora.cli.study.methods import METHODS
 from rlora.cli.study.plan import Entry, Records, chosen_rate, confirmations, rounds, sweep
 from rlora.cli.study.tables import good_rates, spread
 from rlora.cli.study.train import Job, evaluate, run, share
+from rlora.cli.study.workloads import MODELS, module_of
 
 LIKE = Job("digits", "even", 8, "adamw", 0.0, 0, 8, tested=False)
 
@@ -82,6 +82,14 @@ def test_a_study_goes_on_where_it_was(tmp_path):
     again = Records(path)
     assert list(again.rows) == list(first.rows)
     assert next(rounds(again, [entry])) == sweep(again, entry)[2:]
+
+
+def test_the_first_records_are_read(tmp_path):
+    old = row(LIKE, 1.0)
+    old["contender"] = old.pop("method")
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(old) + "\n")
+    assert Records(path).rows == {LIKE: row(LIKE, 1.0)}
 
 
 def test_a_line_that_is_no_run_is_named(tmp_path):
@@ -162,30 +170,30 @@ def test_the_schedule_rises_then_falls_to_zero():
 
 @pytest.mark.parametrize("dataset", digits.DATASETS)
 def test_digits_have_three_parts_that_share_nothing(dataset):
-    bed = digits.load(dataset)
-    pictures = [x for part in bed.parts.values() for batch in part for x in batch.pictures]
+    workload = digits.load(dataset)
+    pictures = [x for part in workload.parts.values() for batch in part for x in batch.pictures]
     assert len({tuple(x.tolist()) for x in pictures}) == len(pictures) > 800
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
-def test_every_contender_learns_and_leaves_the_base_as_it_was(name):
-    bed = digits.load("rotated")
-    before = {key: x.clone() for key, x in bed.base.state_dict().items()}
-    start = evaluate(bed, bed.base, "validation")
-    job = Job("digits", "rotated", 8, name, CONTENDERS[name].rates[0], 0, 40, tested=True)
-    result = run(bed, job)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_and_leaves_the_base_as_it_was(name):
+    workload = digits.load("rotated")
+    before = {key: x.clone() for key, x in workload.base.state_dict().items()}
+    start = evaluate(workload, workload.base, "validation")
+    job = Job("digits", "rotated", 8, name, METHODS[name].rates[0], 0, 40, tested=True)
+    result = run(workload, job)
     assert not result["diverged"]
     assert result["validation"][-1][1] < 0.9 * start
     assert result["test"]["accuracy"] > 0
     assert {*result} == {*Job._fields, "validation", "diverged", "step_ms", "state_bytes", "test"}
-    assert bed.base.state_dict().keys() == before.keys()
-    assert all(torch.equal(x, before[key]) for key, x in bed.base.state_dict().items())
+    assert workload.base.state_dict().keys() == before.keys()
+    assert all(torch.equal(x, before[key]) for key, x in workload.base.state_dict().items())
 
 
 def test_a_run_is_given_by_its_seed():
-    bed = digits.load("even")
-    job = LIKE._replace(lr=1e-2, contender="scaled-both-fast")
-    first, again, other = (run(bed, j) for j in (job, job, job._replace(seed=1)))
+    workload = digits.load("even")
+    job = LIKE._replace(lr=1e-2, method="scaled-both-fast")
+    first, again, other = (run(workload, j) for j in (job, job, job._replace(seed=1)))
     assert first["validation"] == again["validation"] != other["validation"]
 
 
@@ -203,7 +211,7 @@ def test_a_quick_study_its_tables_and_its_resumption(tmp_path, rlora_cli):
     done = rlora_cli(*arguments, "--output", tmp_path)
     assert done.exit_code == 0, done.output
     rows = Records(tmp_path / "digits-even.jsonl").rows
-    assert {job.contender for job in rows} == {"adamw", "scaled-both-fast"}
+    assert {job.method for job in rows} == {"adamw", "scaled-both-fast"}
     tables = (tmp_path / "tables.md").read_text()
     assert "| `scaled-both-fast` |" in tables
     picture = (tmp_path / "digits-even-r8-8.svg").read_bytes()
@@ -216,14 +224,14 @@ def test_a_quick_study_its_tables_and_its_resumption(tmp_path, rlora_cli):
 
 @pytest.mark.parametrize(("model", "dataset"), [("digits", "even"), ("strings", "fall")])
 def test_a_quick_study_needs_no_dataset(tmp_path, rlora_cli, model, dataset):
-    options = ("--quick", "--contender", "adamw", "--processes", 1, "--output", tmp_path)
+    options = ("--quick", "--method", "adamw", "--processes", 1, "--output", tmp_path)
     done = rlora_cli("study", "--model", model, *options)
     assert done.exit_code == 0, done.output
     assert {job.dataset for job in Records(tmp_path / f"{model}-{dataset}.jsonl").rows} == {dataset}
 
 
 def test_two_processes_give_what_one_gives(tmp_path, rlora_cli):
-    options = ("--model", "digits", "--dataset", "rotated", "--quick", "--contender", "adamw")
+    options = ("--model", "digits", "--dataset", "rotated", "--quick", "--method", "adamw")
     found = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
@@ -239,8 +247,8 @@ def test_two_processes_give_what_one_gives(tmp_path, rlora_cli):
     [
         (("--model", "gpt5"), "there is no model 'gpt5'; there are digits"),
         (("--model", "digits", "--dataset", "odd"), "digits has no dataset 'odd'; it has even"),
-        (("--model", "digits", "--dataset", "even", "--contender", "sgd"), "no contender 'sgd'"),
-        (("--model", "digits", "--dataset", "odd", "--contender", "sgd"), "no contender 'sgd'"),
+        (("--model", "digits", "--dataset", "even", "--method", "sgd"), "no method 'sgd'"),
+        (("--model", "digits", "--dataset", "odd", "--method", "sgd"), "no method 'sgd'"),
         (
             ("--model", "digits", "--dataset", "even", "--dataset", "odd"),
             "digits has no dataset 'odd'; it has even",
@@ -253,7 +261,7 @@ def test_wrong_names_are_told_from_right_ones(tmp_path, refused, arguments, mess
 
 
 def test_tables_need_no_baseline(tmp_path, rlora_cli):
-    options = ("--model", "digits", "--dataset", "even", "--quick", "--contender", "lora-rite")
+    options = ("--model", "digits", "--dataset", "even", "--quick", "--method", "lora-rite")
     done = rlora_cli("study", *options, "--processes", 1, "--output", tmp_path)
     assert done.exit_code == 0, done.output
     assert "| `lora-rite` |" in (tmp_path / "tables.md").read_text()
@@ -279,13 +287,13 @@ def test_smollm2_learns_a_little_from_cached_layers(tmp_path):
     from rlora.cli.study import smollm2
 
     kept = tmp_path / "kept.pt"
-    bed = smollm2.load("pronounce", kept=kept, quick=True)
+    workload = smollm2.load("pronounce", kept=kept, quick=True)
     assert kept.exists()
     job = Job("smollm2", "pronounce", 4, "scaled-both-fast", 4e-3, 0, 6, tested=True)
-    model = bed.adapted(4, 0)
-    start, untaught = evaluate(bed, model, "validation"), bed.scores(model, "test")
-    bed.release(model)
-    result = run(bed, job)
+    model = workload.adapted(4, 0)
+    start, untaught = evaluate(workload, model, "validation"), workload.scores(model, "test")
+    workload.release(model)
+    result = run(workload, job)
     assert untaught["exact"] == 0  # B = 0: what the base itself can do
     assert result["validation"][-1][1] < start
     assert 0 <= result["test"]["score"] <= 1

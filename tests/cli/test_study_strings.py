@@ -1,4 +1,4 @@
-"""The bed of strings: tasks, base, stacks of runs, the command, and the tables of regret."""
+"""The workload of strings: tasks, base, stacks of runs, the command, and the tables of regret."""
 
 import math
 
@@ -143,12 +143,10 @@ def kept(tmp_path_factory):
 
 
 def test_a_run_is_the_same_alone_and_in_a_stack(kept):
-    bed = stacks.load("cipher", kept=kept, quick=True)
-    jobs = [
-        JOB._replace(lr=lr, seed=seed, contender="scaled") for lr, seed in ((8e-3, 0), (2e-3, 1))
-    ]
-    for job, row in zip(jobs, bed.run(jobs), strict=True):
-        (alone,) = bed.run([job])
+    workload = stacks.load("cipher", kept=kept, quick=True)
+    jobs = [JOB._replace(lr=lr, seed=seed, method="scaled") for lr, seed in ((8e-3, 0), (2e-3, 1))]
+    for job, row in zip(jobs, workload.run(jobs), strict=True):
+        (alone,) = workload.run([job])
         assert {k: row[k] for k in Job._fields} == job._asdict()
         # Products of a stack sum in another order; twelve steps do not magnify that.
         assert row["validation"][0][1] == pytest.approx(alone["validation"][0][1], rel=1e-3)
@@ -156,13 +154,13 @@ def test_a_run_is_the_same_alone_and_in_a_stack(kept):
 
 
 def test_a_run_that_diverges_leaves_the_others_as_they_were(kept):
-    bed = stacks.load("cipher", kept=kept, quick=True)
+    workload = stacks.load("cipher", kept=kept, quick=True)
     calm, wild = JOB, JOB._replace(lr=1e6)
-    rows = bed.run([calm, wild])
+    rows = workload.run([calm, wild])
     assert rows[1]["diverged"]
     assert rows[1]["validation"] == []
     assert not rows[0]["diverged"]
-    alone = bed.run([calm])[0]["validation"][0][1]
+    alone = workload.run([calm])[0]["validation"][0][1]
     assert rows[0]["validation"][0][1] == pytest.approx(alone, rel=1e-3)  # as above
 
 
@@ -177,18 +175,18 @@ def test_starts_and_dtypes_are_those_of_the_setting(kept):
     assert not usual.B.any()
 
 
-@pytest.mark.parametrize("name", stacks.CONTENDERS)
-def test_every_contender_learns(kept, name):
-    bed = stacks.load("cipher", kept=kept, quick=True)
-    start = bed.evaluate(bed.adapters(4, [0]), "validation")[0]["loss"]
-    rate = stacks.CONTENDERS[name].rates[2]
-    (row,) = bed.run([JOB._replace(contender=name, lr=rate, steps=30)])
+@pytest.mark.parametrize("name", stacks.METHODS)
+def test_every_method_learns(kept, name):
+    workload = stacks.load("cipher", kept=kept, quick=True)
+    start = workload.evaluate(workload.adapters(4, [0]), "validation")[0]["loss"]
+    rate = stacks.METHODS[name].rates[2]
+    (row,) = workload.run([JOB._replace(method=name, lr=rate, steps=30)])
     assert row["validation"][0][1] < start
 
 
 def test_stacks_differ_in_rates_and_seeds_alone():
     jobs = [
-        JOB._replace(contender=c, lr=1e-3 * k, seed=s)
+        JOB._replace(method=c, lr=1e-3 * k, seed=s)
         for c in ("adamw", "scaled")
         for k in range(1, 10)
         for s in (0, 1)
@@ -196,7 +194,7 @@ def test_stacks_differ_in_rates_and_seeds_alone():
     made = stacks.together(jobs)
     assert sorted(job for stack in made for job in stack) == sorted(jobs)
     assert all(len(stack) <= stacks.MOST for stack in made)
-    assert all(len({job.contender for job in stack}) == 1 for stack in made)
+    assert all(len({job.method for job in stack}) == 1 for stack in made)
 
 
 # --- the command -------------------------------------------------------------------------------------
@@ -210,7 +208,7 @@ def test_a_quick_study_says_its_time_first_and_goes_on_where_it_was(tmp_path, rl
     lines = done.stdout.splitlines()
     assert [lines[0].split()[1:], lines[1].split()[0]] == [["runs", "to", "do"], "about"]
     rows = Records(tmp_path / "strings-exchange.jsonl").rows
-    assert {job.contender for job in rows} == {"adamw", "scaled"}
+    assert {job.method for job in rows} == {"adamw", "scaled"}
     tables = (tmp_path / "tables.md").read_text()
     assert "| `exchange`, rank 2, 8 steps |" in tables
     again = rlora_cli(*arguments)
@@ -226,11 +224,11 @@ def test_tables_without_records_are_refused(tmp_path, refused):
 # --- tables ------------------------------------------------------------------------------------------
 
 
-def rows_of(contender, losses, dataset="cipher", rank=4, exact=0.5):
+def rows_of(method, losses, dataset="cipher", rank=4, exact=0.5):
     """Records of a sweep: learning rate -> loss."""
     return [
         {
-            **JOB._replace(contender=contender, dataset=dataset, rank=rank, lr=lr)._asdict(),
+            **JOB._replace(method=method, dataset=dataset, rank=rank, lr=lr)._asdict(),
             "diverged": math.isinf(loss),
             "validation": [[12, loss]],
             "exact": exact,
@@ -295,10 +293,10 @@ def test_unusual_factors_are_shown_at_the_rate_of_the_usual_ones():
 def test_test_losses_are_compared_seed_by_seed():
     """By hand: differences -0.1 and -0.3, mean -0.2, half width 12.71 * 0.1414 / 1.4142."""
 
-    def tested(contender, losses):
+    def tested(method, losses):
         rows = []
         for seed, loss in losses.items():
-            job = JOB._replace(contender=contender, seed=seed, tested=True)._asdict()
+            job = JOB._replace(method=method, seed=seed, tested=True)._asdict()
             rows.append({**job, "diverged": False, "test": {"loss": loss, "exact": 0.25}})
         return rows
 
@@ -344,6 +342,6 @@ def test_betas_are_compared_at_best_rates_and_at_one_rate():
 
 def test_batches_have_the_size_of_the_setting(kept):
     for dataset, size in (("cipher", 8), ("cipher-noisy-batch-2", 2)):
-        bed = stacks.load(dataset, kept=kept, quick=True)
-        (batch,) = bed.batches(1, [0, 1])
+        workload = stacks.load(dataset, kept=kept, quick=True)
+        (batch,) = workload.batches(1, [0, 1])
         assert batch.tokens.shape[:2] == (2, size)

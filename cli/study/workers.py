@@ -8,8 +8,8 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from .beds import STACKED, Origin, load_bed, module_of
 from .train import Job, run
+from .workloads import STACKED, Origin, load_workload, module_of
 
 
 class Place(NamedTuple):
@@ -22,26 +22,26 @@ class Place(NamedTuple):
     origin: Origin
 
 
-_beds: Final[dict[Place, Any]] = {}
-"""The bed of this process: loaded once, for all runs that the process does."""
+_workloads: Final[dict[Place, Any]] = {}
+"""The workload of this process: loaded once, for all runs that the process does."""
 
 
-def do(place: Place, jobs: list[Job], processes: int) -> Iterator[dict[str, Any]]:
+def run_jobs(place: Place, jobs: list[Job], processes: int) -> Iterator[dict[str, Any]]:
     """Records of the jobs, in the order in which they are done."""
-    prepare(place)  # first of all here: what it keeps in a file, the others find
+    loaded(place)  # first of all here: what it keeps in a file, the others find
     stacked = place.model in STACKED
     stacks = module_of(place.model).together(jobs) if stacked else [[job] for job in jobs]
     if processes == 1:
         for stack in stacks:
-            yield from work(place, stack)
+            yield from run_stack(place, stack)
         return
     with ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=prepare,
+        initializer=loaded,
         initargs=(place,),
     ) as pool:
-        for done in as_completed([pool.submit(work, place, stack) for stack in stacks]):
+        for done in as_completed([pool.submit(run_stack, place, stack) for stack in stacks]):
             yield from done.result()
 
 
@@ -49,24 +49,24 @@ def estimate(place: Place, jobs: list[Job], processes: int) -> float | None:
     """Seconds that stacked runs will take, by a few steps of each kind; None for other models."""
     if place.model not in STACKED:
         return None
-    bed = prepare(place)
+    workload = loaded(place)
     stacks: list[list[Job]] = module_of(place.model).together(jobs)
-    return float(sum(bed.seconds(stack) for stack in stacks)) / processes
+    return float(sum(workload.seconds(stack) for stack in stacks)) / processes
 
 
-def prepare(place: Place) -> Any:
-    """Load the bed, with one thread for a process."""
+def loaded(place: Place) -> Any:
+    """Load the workload, with one thread for a process."""
     torch.set_num_threads(1)
-    if place not in _beds:
-        _beds.clear()
-        _beds[place] = load_bed(*place)
-    return _beds[place]
+    if place not in _workloads:
+        _workloads.clear()
+        _workloads[place] = load_workload(*place)
+    return _workloads[place]
 
 
-def work(place: Place, jobs: list[Job]) -> list[dict[str, Any]]:
-    """Runs on this process's bed, at once if it can."""
-    bed = _beds[place]
+def run_stack(place: Place, jobs: list[Job]) -> list[dict[str, Any]]:
+    """Runs on this process's workload, at once if it can."""
+    workload = _workloads[place]
     if place.model in STACKED:
-        rows: list[dict[str, Any]] = bed.run(jobs)
+        rows: list[dict[str, Any]] = workload.run(jobs)
         return rows
-    return [run(bed, job) for job in jobs]
+    return [run(workload, job) for job in jobs]

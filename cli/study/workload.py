@@ -8,7 +8,7 @@ from torch import Tensor, nn
 Part = Literal["train", "validation", "test"]
 
 
-class Bed(Protocol):
+class Workload(Protocol):
     """A base model into which fresh adapters are put for every run, and its task.
 
     The learning rate is chosen on the part "validation"; "test" is read for what was chosen.

@@ -1,4 +1,4 @@
-"""Models of the beds' architectures with weights drawn at random, and data to train them on."""
+"""Models of the workloads' architectures with weights drawn at random, and data to train them on."""
 
 import json
 

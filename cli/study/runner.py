@@ -5,11 +5,11 @@ from typing import Final, NamedTuple
 
 from rlora.cli.console import console, counted
 
-from .beds import LARGE, Origin
 from .plan import Entry, Record, Records, final, rounds
-from .preset import contenders_of, preset_of
+from .preset import methods_of, preset_of
 from .train import Job
-from .work import Place, do, estimate, prepare
+from .workers import Place, estimate, loaded, run_jobs
+from .workloads import LARGE, Origin
 
 
 class Size(NamedTuple):
@@ -22,11 +22,11 @@ class Size(NamedTuple):
 
 SIZES: Final = {"digits": Size(200, 4, 20), "smollm2": Size(160, 1, 3), "strings": Size(300, 1, 3)}
 QUICK: Final = Size(8, 1, 1)
-QUICK_CONTENDERS: Final = ("adamw", "scaled-both-fast", "scaled")
+QUICK_METHODS: Final = ("adamw", "scaled-both-fast", "scaled")
 RANK: Final = 8
 
 
-def conduct(
+def run_study(
     model: str,
     dataset: str,
     rank: int | None,
@@ -41,7 +41,7 @@ def conduct(
     place = Place(model, dataset, output / "kept", quick, origin)
     like, size = measure(place, rank, steps)
     entries = [
-        entry_of(like._replace(contender=x), size) for x in names or usual(model, dataset, quick)
+        entry_of(like._replace(method=x), size) for x in names or usual(model, dataset, quick)
     ]
     records = Records(output / f"{model}-{dataset}.jsonl")
     processes = 1 if model in LARGE else processes  # one model fills a GPU
@@ -49,7 +49,7 @@ def conduct(
         console().print(f"{counted(len(jobs), 'run')} to do")
         if (seconds := estimate(place, jobs, processes)) is not None:
             console().print(f"about {seconds / 60:.1f} min")
-        for row in do(place, jobs, processes):
+        for row in run_jobs(place, jobs, processes):
             records.add(row)
             console().print(line(row))
 
@@ -62,7 +62,7 @@ def measure(place: Place, rank: int | None, steps: int | None) -> tuple[Job, Siz
     elif preset is None:
         size = SIZES[place.model]
     else:
-        count = steps or preset.epochs * len(prepare(place).batches("train"))
+        count = steps or preset.epochs * len(loaded(place).batches("train"))
         size = Size(count, sweep_seeds=1, seeds=3)
     size = size._replace(steps=steps or size.steps)
     rank = rank or (preset.rank if preset else RANK)
@@ -70,18 +70,18 @@ def measure(place: Place, rank: int | None, steps: int | None) -> tuple[Job, Siz
 
 
 def usual(model: str, dataset: str, quick: bool) -> tuple[str, ...]:
-    """List the contenders if none is named: of a large model, the paper's own."""
+    """List the methods if none is named: of a large model, the paper's own."""
     preset = preset_of(model, dataset)
     if preset:
-        return tuple(preset.contenders())
-    known = contenders_of(model, dataset)
-    return tuple(name for name in known if name in QUICK_CONTENDERS or not quick)
+        return tuple(preset.methods())
+    known = methods_of(model, dataset)
+    return tuple(name for name in known if name in QUICK_METHODS or not quick)
 
 
 def entry_of(like: Job, size: Size) -> Entry:
     """The sweep's seeds come first, those of the report after them."""
     seeds = tuple(range(size.sweep_seeds + size.seeds))
-    rates = contenders_of(like.model, like.dataset)[like.contender].rates
+    rates = methods_of(like.model, like.dataset)[like.method].rates
     return Entry(like, rates, seeds[: size.sweep_seeds], seeds[size.sweep_seeds :])
 
 
@@ -89,6 +89,6 @@ def line(row: Record) -> str:
     """Give the line of a finished run."""
     tested = "".join(f", test {name} {x:.4g}" for name, x in row.get("test", {}).items())
     return (
-        f"{row['contender']:26} rank {row['rank']:<3} lr {row['lr']:<9.3g} seed {row['seed']:<2} "
+        f"{row['method']:26} rank {row['rank']:<3} lr {row['lr']:<9.3g} seed {row['seed']:<2} "
         f"validation loss {final(row):.4f}{tested}"
     )

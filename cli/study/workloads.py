@@ -9,7 +9,7 @@ LARGE: Final = {"gpt2": ".gpt2", "mistral": ".mistral", "diffusion": ".diffusion
 """Those that want a GPU, and weights and data from elsewhere; they have `PRESETS` too."""
 
 STACKED: Final = {"strings": ".stacks"}
-"""Those whose runs are trained many at once: they have a `run` and `CONTENDERS` of their own."""
+"""Those whose runs are trained many at once: they have a `run` and `METHODS` of their own."""
 
 MODELS: Final = {"digits": ".digits", "smollm2": ".smollm2", **STACKED, **LARGE}
 """Model -> the module with its `load` and its `DATASETS`; imported when it is asked for."""
@@ -46,8 +46,8 @@ def check_dataset(model: str, dataset: str) -> None:
         raise ValueError(msg)
 
 
-def load_bed(model: str, dataset: str, kept: Path, quick: bool, origin: Origin) -> Any:
-    """Load a `Bed`, or a stacked one; `kept` is a folder for what takes long to compute."""
+def load_workload(model: str, dataset: str, kept: Path, quick: bool, origin: Origin) -> Any:
+    """Load a `Workload`, or a stacked one; `kept` is a folder for what takes long to compute."""
     if model in LARGE:
         return module_of(model).load(dataset, quick=quick, **origin._asdict())
     file = kept / f"{model}-{dataset}{'-quick' if quick else ''}.pt"

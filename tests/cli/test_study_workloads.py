@@ -1,4 +1,4 @@
-"""The beds for a GPU, on tiny models of the same architectures with weights drawn at random."""
+"""The workloads for a GPU, on tiny models of the same architectures with weights drawn at random."""
 
 import inspect
 import math
@@ -12,13 +12,13 @@ from torch.nn import functional
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-import tiny_beds
+import tiny_workloads
 from transformers import AutoModelForCausalLM
 
-from rlora.cli.study import conduct, diffusion, glue, gpt2, mistral, pictures, sources, texts
-from rlora.cli.study.beds import Origin
+from rlora.cli.study import concepts, diffusion, glue, gpt2, mistral, runner, sources, texts
 from rlora.cli.study.plan import Records
-from rlora.cli.study.work import Place
+from rlora.cli.study.workers import Place
+from rlora.cli.study.workloads import Origin
 from rlora.torch import ScaledAdamW
 
 pytestmark = [
@@ -38,16 +38,16 @@ RTE = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Models and data of every bed."""
-    root = tmp_path_factory.mktemp("beds")
-    tiny_beds.e2e(root / "e2e")
-    tiny_beds.sums(root / "gsm8k")
+    """Models and data of every workload."""
+    root = tmp_path_factory.mktemp("workloads")
+    tiny_workloads.e2e(root / "e2e")
+    tiny_workloads.sums(root / "gsm8k")
     for name, suffix in (("rte", "tsv"), ("stsb", "jsonl")):
-        tiny_beds.write_table(root / name / f"train.{suffix}", RTE)
-        tiny_beds.write_table(root / name / f"validation.{suffix}", RTE[3:9])
+        tiny_workloads.write_table(root / name / f"train.{suffix}", RTE)
+        tiny_workloads.write_table(root / name / f"validation.{suffix}", RTE[3:9])
     for seed, name in enumerate(("dog", "vase")):
-        tiny_beds.concept(root / "concepts" / name, seed=seed)
-    tiny_beds.concept(root / "concepts" / "dog" / "prior", count=4, seed=9)
+        tiny_workloads.concept(root / "concepts" / name, seed=seed)
+    tiny_workloads.concept(root / "concepts" / "dog" / "prior", count=4, seed=9)
     return root
 
 
@@ -56,10 +56,10 @@ def weights(tmp_path_factory):
     """A folder with the weights of a model, made when they are first asked for."""
     root, made = tmp_path_factory.mktemp("weights"), {}
     makers = {
-        "gpt2": lambda path: tiny_beds.gpt2(path, ANSWERED),
-        "mistral": tiny_beds.mistral,
-        "diffusion": tiny_beds.stable_diffusion,
-        "clip": tiny_beds.clip,
+        "gpt2": lambda path: tiny_workloads.gpt2(path, ANSWERED),
+        "mistral": tiny_workloads.mistral,
+        "diffusion": tiny_workloads.stable_diffusion,
+        "clip": tiny_workloads.clip,
     }
 
     def of(name):
@@ -70,7 +70,7 @@ def weights(tmp_path_factory):
     return of
 
 
-BEDS = {
+WORKLOADS = {
     "e2e": gpt2,
     "rte": mistral,
     "stsb": mistral,
@@ -83,10 +83,10 @@ NEEDS = {gpt2: ["sacrebleu"], mistral: ["bitsandbytes", "accelerate"], diffusion
 
 @pytest.fixture(scope="module")
 def load(folder, weights):
-    """Load a bed on the CPU; its data are in the folder of its name, if not said otherwise."""
+    """Load a workload on the CPU; its data are in the folder of its name, if not said otherwise."""
 
     def of(dataset, data=None, **options):
-        module = BEDS[dataset]
+        module = WORKLOADS[dataset]
         for package in NEEDS[module]:
             pytest.importorskip(package)
         data = data or folder / ("concepts/dog" if dataset == "concept" else dataset)
@@ -97,8 +97,8 @@ def load(folder, weights):
 
 
 @pytest.fixture(scope="module")
-def beds(load):
-    """Each bed once for the whole file: every test leaves it as it was."""
+def workloads(load):
+    """Each workload once for the whole file: every test leaves it as it was."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mistral, "RECIPE", mistral.RECIPE._replace(decoding={"max_new_tokens": 8}))
         loaded = {}
@@ -111,12 +111,12 @@ def beds(load):
         yield of
 
 
-EVERY = pytest.mark.parametrize("dataset", BEDS)
+EVERY = pytest.mark.parametrize("dataset", WORKLOADS)
 
 
-def loss_of(bed, model, batch):
+def loss_of(workload, model, batch):
     with torch.no_grad():
-        return bed.loss(model, batch).item()
+        return workload.loss(model, batch).item()
 
 
 def adapters(model):
@@ -124,40 +124,45 @@ def adapters(model):
 
 
 @EVERY
-def test_a_bed_learns_and_is_left_as_it_was(beds, dataset):
-    bed = beds(dataset)
-    base = {n: p.clone() for n, p in bed.base.state_dict().items() if isinstance(p, torch.Tensor)}
-    model = bed.adapted(4, seed=0)
-    (seen, other) = bed.batches("train")[0], bed.batches("validation")[0]
+def test_a_workload_learns_and_is_left_as_it_was(workloads, dataset):
+    workload = workloads(dataset)
+    base = {
+        n: p.clone() for n, p in workload.base.state_dict().items() if isinstance(p, torch.Tensor)
+    }
+    model = workload.adapted(4, seed=0)
+    (seen, other) = workload.batches("train")[0], workload.batches("validation")[0]
     if isinstance(seen, diffusion.Batch):
         seen = other  # its noise stays the same
-    before = loss_of(bed, model, seen)
+    before = loss_of(workload, model, seen)
     optimizer = ScaledAdamW(model, lr=1e-2)
     assert not optimizer.report.plain
     assert not optimizer.report.refused
     for _ in range(20):
-        bed.loss(model, seen).backward()
+        workload.loss(model, seen).backward()
         optimizer.step()
         optimizer.zero_grad()
     # Of a denoiser drawn at random, only attention learns, on pictures that are nearly noise.
-    assert loss_of(bed, model, seen) < (0.99 if BEDS[dataset] is diffusion else 0.95) * before
+    assert (
+        loss_of(workload, model, seen)
+        < (0.99 if WORKLOADS[dataset] is diffusion else 0.95) * before
+    )
     for part in ("validation", "test"):
-        scores = bed.scores(model, part)
+        scores = workload.scores(model, part)
         assert scores
         assert all(math.isfinite(score) for score in scores.values())
-    bed.release(model)
-    left = bed.base.state_dict()
+    workload.release(model)
+    left = workload.base.state_dict()
     assert [n for n, p in left.items() if isinstance(p, torch.Tensor)] == list(base)
     assert all(torch.equal(left[name], tensor) for name, tensor in base.items())
 
 
 @EVERY
-def test_the_seed_decides_on_the_adapters(beds, dataset):
-    bed, made = beds(dataset), []
+def test_the_seed_decides_on_the_adapters(workloads, dataset):
+    workload, made = workloads(dataset), []
     for rank, seed in ((4, 0), (4, 0), (4, 1), (2, 0)):
-        model = bed.adapted(rank, seed)
+        model = workload.adapted(rank, seed)
         made.append(adapters(model))
-        bed.release(model)
+        workload.release(model)
     first, again, other, thin = made
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
@@ -166,42 +171,42 @@ def test_the_seed_decides_on_the_adapters(beds, dataset):
 
 
 @EVERY
-def test_evaluation_repeats_and_does_not_disturb_training(beds, dataset):
+def test_evaluation_repeats_and_does_not_disturb_training(workloads, dataset):
     """Also in 4 bits, where a CPU stores weights otherwise for evaluation."""
-    bed = beds(dataset)
-    model = bed.adapted(4, seed=0)
-    batch, gradients = bed.batches("validation")[0], []
+    workload = workloads(dataset)
+    model = workload.adapted(4, seed=0)
+    batch, gradients = workload.batches("validation")[0], []
     for _ in range(2):
         torch.manual_seed(5)
-        bed.loss(model, batch).backward()
+        workload.loss(model, batch).backward()
         gradients.append(
             {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
         )
         model.zero_grad()
-        first, second = loss_of(bed, model, batch), loss_of(bed, model, batch)
+        first, second = loss_of(workload, model, batch), loss_of(workload, model, batch)
         assert first == second
     # The same weights in bfloat16, which has 8 bits, unpacked from either of two layouts.
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0.05, atol=1e-4)
-    bed.release(model)
+    workload.release(model)
 
 
 @EVERY
-def test_the_weighted_mean_over_pieces_is_the_mean_over_the_whole(beds, dataset):
-    bed = beds(dataset)
-    model, whole = bed.adapted(4, seed=0), bed.batches("test")[0]
+def test_the_weighted_mean_over_pieces_is_the_mean_over_the_whole(workloads, dataset):
+    workload = workloads(dataset)
+    model, whole = workload.adapted(4, seed=0), workload.batches("test")[0]
 
     def piece(rows):
         return type(whole)(*(x[rows] if isinstance(x, torch.Tensor) else x for x in whole))
 
     pieces = [piece(slice(0, 1)), piece(slice(1, None))]
-    weights = [bed.weight(x) for x in pieces]
-    assert sum(weights) == bed.weight(whole)
-    mean = np.average([loss_of(bed, model, x) for x in pieces], weights=weights)
+    weights = [workload.weight(x) for x in pieces]
+    assert sum(weights) == workload.weight(whole)
+    mean = np.average([loss_of(workload, model, x) for x in pieces], weights=weights)
     # Mistral multiplies in bfloat16, which has 8 bits.
-    precision = 1e-2 if BEDS[dataset] is mistral else 1e-5
-    assert loss_of(bed, model, whole) == pytest.approx(mean, rel=precision)
-    bed.release(model)
+    precision = 1e-2 if WORKLOADS[dataset] is mistral else 1e-5
+    assert loss_of(workload, model, whole) == pytest.approx(mean, rel=precision)
+    workload.release(model)
 
 
 @pytest.mark.parametrize("module", [gpt2, mistral, diffusion])
@@ -252,11 +257,11 @@ def test_the_study_runs_the_papers_own_settings(rlora_cli, tmp_path, folder, wei
     done = rlora_cli(
         *("study", "--model", "gpt2", "--dataset", "e2e", "--device", "cpu", "--quick"),
         *("--weights", weights("gpt2"), "--data", folder / "e2e", "--output", tmp_path),
-        *(x for name in names for x in ("--contender", name)),
+        *(x for name in names for x in ("--method", name)),
     )
     assert done.exit_code == 0, done.output
     rows = Records(tmp_path / "gpt2-e2e.jsonl").rows
-    assert {(job.contender, job.rank) for job in rows} == {(name, 4) for name in names}
+    assert {(job.method, job.rank) for job in rows} == {(name, 4) for name in names}
     assert {job.lr for job in rows} >= {1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3}
     tested = [row for job, row in rows.items() if job.tested]
     assert [set(row["test"]) for row in tested] == [{"loss", "bleu", "chrf"}] * 2
@@ -268,11 +273,11 @@ def test_a_run_is_as_long_as_the_papers(tmp_path, folder, weights):
     pytest.importorskip("sacrebleu")
     origin = Origin(str(weights("gpt2")), folder / "e2e", "cpu")
     place = Place("gpt2", "e2e", tmp_path, False, origin)
-    job, size = conduct.measure(place, rank=None, steps=None)
+    job, size = runner.measure(place, rank=None, steps=None)
     assert (job.rank, job.steps, size.steps) == (4, 10, 10)
-    job, _ = conduct.measure(place, rank=2, steps=3)
+    job, _ = runner.measure(place, rank=2, steps=3)
     assert (job.rank, job.steps) == (2, 3)
-    assert conduct.usual("gpt2", "e2e", quick=False) == tuple(
+    assert runner.usual("gpt2", "e2e", quick=False) == tuple(
         f"paper-{name}" for name in ("AdamW", "ScaledAdamW", "SGD", "ScaledSGD")
     )
 
@@ -287,52 +292,52 @@ def test_prompts_are_spelled_as_in_the_lora_paper():
     assert gpt2.prompt("name[A, B], familyFriendly[no]") == "name : A, B | family friendly : no"
 
 
-def test_separate_projections_give_what_the_merged_one_gives(beds, weights):
-    bed = beds("e2e")
-    ids = bed.batches("test")[0].ids
+def test_separate_projections_give_what_the_merged_one_gives(workloads, weights):
+    workload = workloads("e2e")
+    ids = workload.batches("test")[0].ids
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(weights("gpt2")).eval()(ids).logits
-        apart = bed.base.eval()(ids).logits
+        apart = workload.base.eval()(ids).logits
     # Sums of 32 float32 products in another order.
     torch.testing.assert_close(apart, merged, rtol=1e-4, atol=1e-4)
-    model = bed.adapted(4, seed=0)
+    model = workload.adapted(4, seed=0)
     layers = {name.split(".lora_")[0].rpartition(".")[2] for name in adapters(model)}
     assert layers == {"q_proj", "v_proj"}
-    bed.release(model)
+    workload.release(model)
 
 
-def test_a_model_that_knows_the_answers_says_them(beds):
+def test_a_model_that_knows_the_answers_says_them(workloads):
     """Through prompts of two lengths, beams, the end of a text, and BLEU of two references."""
-    bed = beds("e2e")
-    model = bed.adapted(4, seed=0)
-    said = bed.answers(model, [prompt for prompt, _ in ANSWERED])
+    workload = workloads("e2e")
+    model = workload.adapted(4, seed=0)
+    said = workload.answers(model, [prompt for prompt, _ in ANSWERED])
     assert said == [answer.strip() for _, answer in ANSWERED]
-    assert bed.scores(model, "test")["bleu"] == pytest.approx(100)
-    assert bed.scores(model, "validation")["bleu"] < 100
-    bed.release(model)
+    assert workload.scores(model, "test")["bleu"] == pytest.approx(100)
+    assert workload.scores(model, "validation")["bleu"] < 100
+    workload.release(model)
 
 
-def test_the_loss_is_that_of_the_answers_and_smoothed_in_training_only(beds):
-    bed = beds("e2e")
-    model = bed.adapted(4, seed=0)
+def test_the_loss_is_that_of_the_answers_and_smoothed_in_training_only(workloads):
+    workload = workloads("e2e")
+    model = workload.adapted(4, seed=0)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    batch = bed.batches("train")[0]
+    batch = workload.batches("train")[0]
     with torch.no_grad():
-        logs = functional.log_softmax(bed.base(batch.ids).logits.double(), -1)
+        logs = functional.log_softmax(workload.base(batch.ids).logits.double(), -1)
     nll, flat = [], []
     for row, targets in zip(logs, batch.targets, strict=True):
         for log, target in zip(row, targets, strict=True):
             if target != texts.IGNORE:
                 nll.append(-log[target].item())
                 flat.append(-log.mean().item())
-    assert bed.weight(batch) == len(nll)
+    assert workload.weight(batch) == len(nll)
     # float32 against float64, of numbers around 5
-    assert loss_of(bed, model, batch) == pytest.approx(np.mean(nll), rel=1e-5)
+    assert loss_of(workload, model, batch) == pytest.approx(np.mean(nll), rel=1e-5)
     smoothed = 0.9 * np.mean(nll) + 0.1 * np.mean(flat)
-    assert bed.loss(model, batch).item() == pytest.approx(smoothed, rel=1e-5)
-    bed.release(model)
+    assert workload.loss(model, batch).item() == pytest.approx(smoothed, rel=1e-5)
+    workload.release(model)
 
 
 def test_targets_are_the_answer_and_the_end():
@@ -362,24 +367,24 @@ def test_overlap_takes_the_reference_that_fits():
 # ---------------------------------------------------------------- Mistral
 
 
-def test_mistral_is_in_four_bits_but_for_its_head(beds):
+def test_mistral_is_in_four_bits_but_for_its_head(workloads):
     for dataset, head in (("rte", "score"), ("gsm8k", "lm_head")):
-        bed = beds(dataset)
-        kinds = {name: type(module).__name__ for name, module in bed.base.named_modules()}
+        workload = workloads(dataset)
+        kinds = {name: type(module).__name__ for name, module in workload.base.named_modules()}
         four = {name.rpartition(".")[2] for name, kind in kinds.items() if kind == "Linear4bit"}
         assert set(mistral.TARGETS) < four
         assert kinds[head] == "Linear"
-        layer = bed.base.model.layers[0].self_attn.q_proj
+        layer = workload.base.model.layers[0].self_attn.q_proj
         assert layer.weight.quant_type == "nf4"
         assert layer.weight.dtype == torch.uint8
         assert layer.compute_dtype == torch.bfloat16
 
 
-def test_published_figures_are_of_the_test_part(beds):
+def test_published_figures_are_of_the_test_part(workloads):
     """GLUE's validation part; what chooses the learning rate is cut from the training part."""
-    bed = beds("rte")
+    workload = workloads("rte")
     count = {
-        part: sum(bed.weight(b) for b in bed.batches(part))
+        part: sum(workload.weight(b) for b in workload.batches(part))
         for part in ("train", "validation", "test")
     }
     assert count == {"train": 18, "validation": 2, "test": 6}
@@ -441,77 +446,77 @@ def test_answers_without_a_number_are_wrong():
 # ---------------------------------------------------------------- Stable Diffusion
 
 
-def test_held_out_pictures_meet_the_same_noise_in_every_run(beds, load):
-    bed, again = beds("concepts"), load("concepts")
-    for batch, same in zip(bed.batches("test"), again.batches("test"), strict=True):
+def test_held_out_pictures_meet_the_same_noise_in_every_run(workloads, load):
+    workload, again = workloads("concepts"), load("concepts")
+    for batch, same in zip(workload.batches("test"), again.batches("test"), strict=True):
         assert torch.equal(batch.noise, same.noise)
         assert len(set(batch.steps.tolist())) == diffusion.DRAWS
-    model = bed.adapted(4, seed=0)
-    batch = bed.batches("train")[0]
+    model = workload.adapted(4, seed=0)
+    batch = workload.batches("train")[0]
     torch.manual_seed(3)
-    first, second = loss_of(bed, model, batch), loss_of(bed, model, batch)
+    first, second = loss_of(workload, model, batch), loss_of(workload, model, batch)
     torch.manual_seed(3)
-    assert loss_of(bed, model, batch) == first != second
-    bed.release(model)
+    assert loss_of(workload, model, batch) == first != second
+    workload.release(model)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_loss_is_that_of_ddpm(load, tmp_path, folder, prediction):
     pytest.importorskip("diffusers")
-    bed = diffusion.load(
+    workload = diffusion.load(
         "concept",
-        weights=tiny_beds.stable_diffusion(tmp_path / "sd", prediction),
+        weights=tiny_workloads.stable_diffusion(tmp_path / "sd", prediction),
         data=folder / "concepts/vase",
         device="cpu",
         quick=True,
     )
-    model, batch = bed.adapted(4, seed=0), bed.batches("test")[0]
+    model, batch = workload.adapted(4, seed=0), workload.batches("test")[0]
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     kept = torch.tensor(np.cumprod(1 - betas)[batch.steps]).reshape(-1, 1, 1, 1)
     noisy = kept.sqrt() * batch.latents + (1 - kept).sqrt() * batch.noise
     velocity = kept.sqrt() * batch.noise - (1 - kept).sqrt() * batch.latents
     with torch.no_grad():
-        said = bed.base(noisy.float(), batch.steps, batch.ids)
+        said = workload.base(noisy.float(), batch.steps, batch.ids)
     wanted = batch.noise if prediction == "epsilon" else velocity
     # float32 against float64, of numbers around 1
-    assert loss_of(bed, model, batch) == pytest.approx(
+    assert loss_of(workload, model, batch) == pytest.approx(
         (said - wanted).square().mean().item(), rel=1e-4
     )
-    bed.release(model)
+    workload.release(model)
 
 
-def test_prior_pictures_stand_beside_those_of_the_concept(beds):
-    bed = beds("concepts")
-    dog = [b for b in bed.batches("train") if b.concept == "dog"]
-    vase = [b for b in bed.batches("train") if b.concept == "vase"]
-    texts_of = [bed.pipe.tokenizer.batch_decode(b.ids, skip_special_tokens=True) for b in dog]
+def test_prior_pictures_stand_beside_those_of_the_concept(workloads):
+    workload = workloads("concepts")
+    dog = [b for b in workload.batches("train") if b.concept == "dog"]
+    vase = [b for b in workload.batches("train") if b.concept == "vase"]
+    texts_of = [workload.pipe.tokenizer.batch_decode(b.ids, skip_special_tokens=True) for b in dog]
     assert texts_of == [["a photo of dog", "a photo of prior"] * 2] * 2  # 3 pictures, 4 priors
     assert [len(b.latents) for b in vase] == [2, 1]
 
 
 def test_scores_are_told_by_concept_and_adapters_are_in_what_is_drawn(load, weights, monkeypatch):
     monkeypatch.setattr(diffusion, "SAMPLING", {"num_inference_steps": 2, "guidance_scale": 7.0})
-    bed = load("concepts", quick=True, clip=weights("clip"))
-    model = bed.adapted(4, seed=0)
-    before, scores = bed.drawn("a photo of dog"), bed.scores(model, "test")
+    workload = load("concepts", quick=True, clip=weights("clip"))
+    model = workload.adapted(4, seed=0)
+    before, scores = workload.drawn("a photo of dog"), workload.scores(model, "test")
     assert set(scores) == {"loss_dog", "loss_vase", "clip_dog", "clip_vase"}
     assert all(-1 <= scores[name] <= 1 for name in ("clip_dog", "clip_vase"))
-    assert np.array_equal(before, bed.drawn("a photo of dog"))
+    assert np.array_equal(before, workload.drawn("a photo of dog"))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.add_(1.0)
-    assert not np.array_equal(before, bed.drawn("a photo of dog"))
-    bed.release(model)
+    assert not np.array_equal(before, workload.drawn("a photo of dog"))
+    workload.release(model)
 
 
 def test_too_few_pictures_are_refused(tmp_path):
-    tiny_beds.concept(tmp_path / "cat", count=2)
+    tiny_workloads.concept(tmp_path / "cat", count=2)
     with pytest.raises(ValueError, match="cat must have 3 pictures or more, got 2"):
-        pictures.concept_of(tmp_path / "cat")
+        concepts.concept_of(tmp_path / "cat")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="a folder for each concept"):
-        pictures.concepts_of(tmp_path / "empty")
+        concepts.concepts_of(tmp_path / "empty")
 
 
 # ---------------------------------------------------------------- tables
@@ -520,7 +525,7 @@ def test_too_few_pictures_are_refused(tmp_path):
 @pytest.mark.parametrize("suffix", ["jsonl", "tsv", "csv"])
 def test_tables_of_every_format(tmp_path, suffix):
     rows = [{"mr": "name[A], food[B]", "ref": "A, of course"}, {"mr": "name[Café]", "ref": "é"}]
-    tiny_beds.write_table(tmp_path / f"x.{suffix}", rows)
+    tiny_workloads.write_table(tmp_path / f"x.{suffix}", rows)
     assert sources.from_folder(tmp_path, "x") == rows
 
 
@@ -564,12 +569,12 @@ def test_without_data_the_hub_is_asked(hub, monkeypatch, folder):
         assert gpt2.rows_of(part, None) == sources.from_folder(folder / "e2e", stem)
 
     for name in ("train", "validation"):
-        tiny_beds.write_table(hub / f"{name}.jsonl", RTE if name == "train" else RTE[:4])
+        tiny_workloads.write_table(hub / f"{name}.jsonl", RTE if name == "train" else RTE[:4])
     files = {"train": "train.jsonl", "validation": "validation.jsonl", "test": "validation.jsonl"}
     monkeypatch.setattr(mistral, "GLUE_HUB", as_on_the_hub(hub, "rte", files))
     assert mistral.parts_of("rte", None, quick=False) == mistral.parts_of("rte", hub, quick=False)
 
-    tiny_beds.sums(hub / "gsm8k")
+    tiny_workloads.sums(hub / "gsm8k")
     files = {"train": "train.jsonl", "test": "test.jsonl"}
     monkeypatch.setattr(mistral, "GSM8K_HUB", as_on_the_hub(hub / "gsm8k", "main", files))
     rows = mistral.parts_of("gsm8k", None, quick=True)
@@ -577,10 +582,10 @@ def test_without_data_the_hub_is_asked(hub, monkeypatch, folder):
 
 
 def test_pictures_of_the_hub_have_one_caption(hub):
-    made = tiny_beds.concept(hub / "dog-example")
-    concept = pictures.concept_from_hub(str(made), "a photo of sks dog")
+    made = tiny_workloads.concept(hub / "dog-example")
+    concept = concepts.concept_from_hub(str(made), "a photo of sks dog")
     assert concept.name == "dog-example"
     assert {picture.text for picture in concept.pictures} == {"a photo of sks dog"}
     assert [np.array(p.image).tolist() for p in concept.pictures] == [
-        np.array(p.image).tolist() for p in pictures.concept_of(made).pictures
+        np.array(p.image).tolist() for p in concepts.concept_of(made).pictures
     ]
