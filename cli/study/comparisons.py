@@ -1,43 +1,55 @@
 """Tables of the study of strings: seed by seed, away from the best rate, and by betas."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import mean, stdev
+from collections.abc import Mapping, Sequence
+from statistics import mean, median, stdev
 from typing import Final
 
 from .plan import Record
 from .stacks import BY_BETAS, METHODS
-from .sweeps import BASELINE, GUESSING, Setting, Sweep, Sweeps, setting_of, sorted_settings, table
+from .sweeps import (
+    GUESSING,
+    Setting,
+    Sweep,
+    Sweeps,
+    baseline,
+    setting_of,
+    sorted_settings,
+    sweeps_of,
+    table,
+)
 
 QUANTILES: Final = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Of Student's t, 97.5 %, for 1, 2, ... degrees of freedom."""
 
 
-def paired(rows: Iterable[Record]) -> list[str]:
+def paired(rows: Sequence[Record]) -> list[str]:
     """Differences of test losses to the baseline, each method at its best rate, on equal seeds."""
     found: dict[Setting, dict[str, dict[int, Record]]] = {}
     for row in rows:
         if row["tested"]:
             group = found.setdefault(setting_of(row), {})
             group.setdefault(row["method"], {})[row["seed"]] = row
-    lines = []
+    lines, sweeps = [], sweeps_of(rows)
     for setting in sorted_settings(found):
         group = found[setting]
-        for name in [x for x in METHODS if x in group and BASELINE in group]:
-            mine, theirs = group[name], group[BASELINE]
+        base = baseline({name: sweeps[setting][name] for name in group})
+        for name in [x for x in METHODS if x in group and base]:
+            mine, theirs = group[name], group[base or name]
             seeds = sorted(mine.keys() & theirs.keys())
             gains = [tested(mine[k], "loss") - tested(theirs[k], "loss") for k in seeds]
             lines.append(
                 [
                     *(str(setting), f"`{name}`", f"{mine[seeds[0]]['lr']:.2g}"),
                     f"{mean(tested(mine[k], 'loss') for k in seeds):.4f}",
-                    "-" if name == BASELINE else interval(gains),
+                    "-" if name == base else interval(gains),
                     f"{100 * mean(tested(mine[k], 'exact') for k in seeds):.1f} %",
                     str(len(seeds)),
                 ]
             )
     caption = (
-        f"Test loss, nats a digit, at the rate that another seed chose; difference: less that of "
-        f"`{BASELINE}` on the same seeds, with a 95 % interval of Student's t."
+        "Test loss, nats a digit, at the rate that another seed chose; difference: less that of "
+        "AdamW with the betas that the other seed chose (-) on the same seeds, with a 95 % "
+        "interval of Student's t."
     )
     head = ["setting", "method", "rate", "test loss", "difference", "exact", "seeds"]
     return table(caption, head, lines) if lines else []
@@ -59,24 +71,51 @@ def interval(values: Sequence[float]) -> str:
     return f"{center:+.4f} ({center - half:+.4f} to {center + half:+.4f})"
 
 
-AWAY: Final = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
+AWAY: Final = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)
 """Multiples of the best rate."""
+
+GOOD: Final = 0.05
+"""Share of exact answers that a good rate may lose against the best method of the setting."""
 
 
 def away(sweeps: Sweeps) -> list[str]:
-    """Exact answers at multiples of the best rate, averaged over settings."""
+    """Widths of the ranges of good rates, and exact answers at multiples of the best rate."""
     lines = []
     for name in METHODS:
-        mine = [group[name] for group in sweeps.values() if name in group and BASELINE in group]
-        if mine:
+        groups = [group for group in sweeps.values() if name in group and baseline(group)]
+        if groups:
+            mine = [group[name] for group in groups]
+            widths = [width(group[name], best_share(group) - GOOD) for group in groups]
             means = [share_away(mine, factor) for factor in AWAY]
-            lines.append([f"`{name}`", str(len(mine)), *means])
+            lines.append([f"`{name}`", str(len(mine)), f"{median(widths):.0f}x", *means])
     caption = (
-        "Exact answers at multiples of the best rate of each setting, averaged over settings; in "
-        "brackets the number of settings in which that rate was run, if not all."
+        f"Good rates give exact answers at most {100 * GOOD:.0f} points below the best of all "
+        f"methods in the setting; the highest over the lowest, as far as rates were run, is 1 for "
+        f"a single one and 0 for none. Exact answers at multiples of the best rate of each "
+        f"setting, averaged over settings; in brackets the number of settings in which that rate "
+        f"was run, if not all."
     )
     head = [f"{'1/' if x < 1 else ''}{max(x, 1 / x):.0f} of the best" for x in AWAY]
-    return table(caption, ["method", "settings", *head], lines) if lines else []
+    head = ["method", "settings", "good rates, median", *head]
+    return table(caption, head, lines) if lines else []
+
+
+def best_share(group: Mapping[str, Sweep]) -> float:
+    """The most exact answers that any method has in a setting."""
+    return max(max(sweep.exact.values()) for sweep in group.values())
+
+
+def width(sweep: Sweep, bound: float) -> float:
+    """The highest over the lowest rate of the good ones in a row around the best; 0 for none."""
+    rates = list(sweep.exact)
+    low = high = max(range(len(rates)), key=lambda i: sweep.exact[rates[i]])
+    if sweep.exact[rates[low]] < bound:
+        return 0.0
+    while low > 0 and sweep.exact[rates[low - 1]] >= bound:
+        low -= 1
+    while high + 1 < len(rates) and sweep.exact[rates[high + 1]] >= bound:
+        high += 1
+    return rates[high] / rates[low]
 
 
 def share_away(sweeps: Sequence[Sweep], factor: float) -> str:

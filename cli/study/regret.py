@@ -13,7 +13,7 @@ from .comparisons import away, betas, paired
 from .plan import Records
 from .stacks import METHODS
 from .strings import DATASETS
-from .sweeps import BASELINE, GUESSING, Setting, Sweep, Sweeps, optimum, sweeps_of, table
+from .sweeps import GUESSING, Setting, Sweep, Sweeps, baseline, optimum, sweeps_of, table
 
 CLOSE: Final = 0.02
 """Nats a digit that may be lost against the tuned baseline."""
@@ -86,7 +86,7 @@ class Default(NamedTuple):
 
 def default_of(sweeps: Sweeps, name: str) -> Default | None:
     """The one rate of a method; None if it shares no setting with the baseline."""
-    settings = [x for x, group in sweeps.items() if name in group and BASELINE in group]
+    settings = [x for x, group in sweeps.items() if name in group and baseline(group)]
     if not settings:
         return None
     tried = [set(sweeps[x][name].losses) for x in settings]
@@ -101,7 +101,8 @@ def one_rate(sweeps: Sweeps) -> list[str]:
     for name in METHODS:
         if (found := default_of(sweeps, name)) is None:
             continue
-        lr, pairs = found.rate, [(sweeps[x][name], sweeps[x][BASELINE]) for x in found.settings]
+        lr, groups = found.rate, [sweeps[x] for x in found.settings]
+        pairs = [(group[name], group[baseline(group) or name]) for group in groups]
         regrets = [mine.losses[lr] - theirs.losses[theirs.best] for mine, theirs in pairs]
         close = sum(x <= CLOSE for x in regrets)
         rows.append(
@@ -114,12 +115,12 @@ def one_rate(sweeps: Sweeps) -> list[str]:
         )
     caption = (
         f"Each method at the one rate with its lowest mean loss over all its settings; regret: "
-        f"validation loss less that of `{BASELINE}` at the best rate for each setting, nats a "
+        f"validation loss less that of AdamW at the best rate and betas for each setting, nats a "
         f"digit; close: at most {CLOSE}. Guessing has {GUESSING:.2f}, and so counts a run that "
         f"diverged."
     )
     head = ["method", "rate", "close", "median regret", "mean", "worst", "exact"]
-    return table(caption, [*head, f"exact of tuned `{BASELINE}`"], rows) if rows else []
+    return table(caption, [*head, "exact of tuned AdamW"], rows) if rows else []
 
 
 def slopes(sweeps: Sweeps) -> list[str]:

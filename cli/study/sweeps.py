@@ -6,12 +6,9 @@ from statistics import mean
 from typing import Final, NamedTuple
 
 from .plan import Record, final
-from .stacks import METHODS
+from .stacks import BY_BETAS, METHODS
 from .strings import DATASETS, DIGITS
 from .tables import line
-
-BASELINE: Final = "adamw"
-"""Method against whose best rate in a setting all others are held."""
 
 GUESSING: Final = math.log(DIGITS)
 """Loss of an answer drawn at random; what is worse, or diverged, counts as this."""
@@ -41,6 +38,14 @@ class Sweep(NamedTuple):
 
 
 Sweeps = dict[Setting, dict[str, Sweep]]
+
+
+def baseline(group: Mapping[str, Sweep]) -> str | None:
+    """Return AdamW with its best betas in a setting; None if it, or anything else, was not run."""
+    names = [name for name in BY_BETAS["adamw"].values() if name in group]
+    if len(names) in (0, len(group)):
+        return None
+    return min(names, key=lambda name: group[name].losses[group[name].best])
 
 
 def sweeps_of(rows: Iterable[Record]) -> Sweeps:

@@ -16,6 +16,8 @@ PAGES: Final = [
 ]
 STUDY: Final = ROOT / "docs" / "reference" / "study" / "tables.md"
 
+STRINGS: Final = STUDY.parent / "strings" / "tables.md"
+
 COSTS: Final = """
 *One optimizer step, as a multiple of torch's fused AdamW on the same parameters; gpt2-medium, 24
 pairs, float32.*
@@ -69,9 +71,15 @@ def losses() -> str:
     return "\n".join(lines)
 
 
+def sections() -> dict[str, str]:
+    """Title -> text of the sections in the tables of strings."""
+    _, *parts = STRINGS.read_text("utf-8").split("\n## ")
+    return {title: text for title, _, text in (part.partition("\n") for part in parts)}
+
+
 def rewritten(text: str) -> str:
-    """A page with both tables as they are now."""
-    for name, table in (("costs", COSTS), ("losses", losses())):
+    """A page with all tables as they are now."""
+    for name, table in {"costs": COSTS, "losses": losses(), **sections()}.items():
         begin, end = f"<!-- {name}: made by front_tables.py -->", f"<!-- end of {name} -->"
         pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
         block = f"{begin}\n\n{table.strip()}\n\n{end}"

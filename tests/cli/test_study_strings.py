@@ -301,7 +301,10 @@ def test_test_losses_are_compared_seed_by_seed():
         return rows
 
     rows = tested("adamw", {1: 0.5, 2: 0.8, 3: 0.6}) + tested("scaled", {1: 0.4, 2: 0.5})
-    table = comparisons.paired([*rows, *rows_of("scaled", {1.0: 0.1})])
+    rows += tested("adamw-fast", {1: 0.0, 2: 0.0})  # its sweep was worse: not the baseline
+    sweeps = {"adamw": 0.2, "adamw-fast": 0.3, "scaled": 0.1}
+    rows += [row for name, loss in sweeps.items() for row in rows_of(name, {1.0: loss})]
+    table = comparisons.paired(rows)
     setting = "`cipher`, rank 4, 12 steps"
     assert cells(table, f"{setting} | `adamw`")[2:] == ["0.008", "0.6333", "-", "25.0 %", "3"]
     assert cells(table, f"{setting} | `scaled`")[3:] == [
@@ -321,8 +324,24 @@ def test_exact_answers_away_from_the_best_rate():
     rows = rows_of("adamw", {1.0: 0.1, 4.0: 0.2}, exact=0.8)
     rows += rows_of("adamw", {0.25: 0.3}, exact=0.6)
     rows += rows_of("adamw", {2.0: 0.3, 8.0: 0.4}, "fall", exact=0.2)
+    rows += rows_of("scaled", {1.0: 0.1}) + rows_of("scaled", {1.0: 0.1}, "fall", exact=0.1)
+    rows += rows_of("adamw", {1.0: 0.0}, "lowest", exact=1.0)  # alone in its setting
     found = cells(comparisons.away(sweeps_of(rows)), "`adamw`")
-    assert found[1:] == ["2", "-", "60 % (1)", "50 %", "50 %", "-"]
+    # Good are 1 and 4 of the first; 2 and 8 of the second: both ranges are 4.
+    assert found[1:] == ["2", "4x", "60 % (1)", "-", "50 %", "-", "50 %"]
+
+
+def test_a_range_of_good_rates_is_around_the_best_and_against_the_best_method():
+    rows = rows_of("adamw", {1.0: 0.2}, exact=0.9) + rows_of("adamw", {2.0: 0.3}, exact=0.2)
+    rows += rows_of("adamw", {4.0: 0.1, 8.0: 0.1, 16.0: 0.1}, exact=0.91)
+    rows += rows_of("scaled", {1.0: 0.1}, exact=0.95) + rows_of("scaled", {2.0: 0.1}, exact=0.5)
+    rows += rows_of("lora-rite", {1.0: 0.1}, exact=0.8)
+    table = comparisons.away(sweeps_of(rows))
+    assert [cells(table, f"`{x}`")[2] for x in ("adamw", "scaled", "lora-rite")] == [
+        "4x",
+        "1x",
+        "0x",
+    ]
 
 
 def test_betas_are_compared_at_best_rates_and_at_one_rate():
