@@ -136,31 +136,33 @@ def betas(sweeps: Sweeps) -> list[str]:
     """Losses by betas, at the best rate of each and at one rate for all settings."""
     lines = []
     for family, names in BY_BETAS.items():
+        for setting, group in sweeps.items():
+            cells = [group[name].lowest if name in group else None for name in names.values()]
+            if sum(x is not None for x in cells) > 1:
+                lines.append([family, f"{setting}, best rates", *marked(cells)])
         groups = {x: g for x, g in sweeps.items() if all(name in g for name in names.values())}
-        if not groups:
-            continue
-        lowest = {x: min(g[n].losses[g[n].best] for n in names.values()) for x, g in groups.items()}
-        for setting, group in groups.items():
-            cells = [group[name].losses[group[name].best] for name in names.values()]
-            lines.append([family, f"{setting}, best rates", *marked(cells)])
-        worst = [
-            max(g[name].losses[g[name].best] - lowest[x] for x, g in groups.items())
-            for name in names.values()
-        ]
-        lines.append([family, "worst regret, best rates", *marked(worst)])
-        worst = [one_rate_regret(groups, name, lowest) for name in names.values()]
-        lines.append([family, "worst regret, one rate", *marked(worst)])
+        if groups:
+            lowest = {x: min(g[name].lowest for name in names.values()) for x, g in groups.items()}
+            worst = [
+                max(g[name].lowest - lowest[x] for x, g in groups.items())
+                for name in names.values()
+            ]
+            lines.append([family, "worst regret, best rates", *marked(worst)])
+            worst = [one_rate_regret(groups, name, lowest) for name in names.values()]
+            lines.append([family, "worst regret, one rate", *marked(worst)])
     caption = (
-        "Validation loss, nats a digit; bold: the lowest of a row. Regret: loss less the lowest of "
-        "the method in the setting; one rate: the one whose worst regret is least."
+        "Validation loss, nats a digit; bold: the lowest of a row; -: not run. Regret: loss less "
+        "the lowest of the method in the setting, for settings with all betas; one rate: the one "
+        "whose worst regret is least."
     )
     heads = next(iter(BY_BETAS.values()))
     return table(caption, ["method", "", *map(str, heads)], lines) if lines else []
 
 
-def marked(values: Sequence[float]) -> list[str]:
-    """Numbers, the lowest in bold."""
-    return [f"**{x:.4f}**" if x == min(values) else f"{x:.4f}" for x in values]
+def marked(values: Sequence[float | None]) -> list[str]:
+    """Numbers, the lowest in bold; a dash where there is none."""
+    low = min(x for x in values if x is not None)
+    return ["-" if x is None else f"**{x:.4f}**" if x == low else f"{x:.4f}" for x in values]
 
 
 def one_rate_regret(

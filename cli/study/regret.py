@@ -19,7 +19,10 @@ CLOSE: Final = 0.02
 """Nats a digit that may be lost against the tuned baseline."""
 
 MOST: Final = 9
-"""Methods in a figure."""
+"""Methods in a panel of the figure."""
+
+PANELS: Final = 2
+"""Settings in the figure."""
 
 
 def write_regrets(folder: Path) -> None:
@@ -43,10 +46,9 @@ def write_regrets(folder: Path) -> None:
     lines.append("Made by `rlora study --model strings --tables` from the records beside.")
     for title, found in parts.items():
         lines += ["", f"## {title}", "", *(found or ["No records for this table."])]
-    if curves := curves_of(sweeps):
-        title = "Mean loss over settings against learning rate"
-        write_text(folder / "rates.svg", plots.as_svg(title, [curves]))
-        lines += ["", f"![{title}](rates.svg)", "", f"*{title}.*"]
+    title = "Validation loss against learning rate"
+    write_text(folder / "rates.svg", plots.as_svg(title, panels_of(sweeps)))
+    lines += ["", f"![{title}](rates.svg)", "", f"*{title}.*"]
     write_text(folder / "tables.md", "\n".join(lines) + "\n")
 
 
@@ -57,12 +59,12 @@ def best_losses(sweeps: Sweeps) -> list[str]:
     def cell(sweep: Sweep | None, low: float) -> str:
         if sweep is None:
             return "-"
-        text = f"{sweep.losses[sweep.best]:.3f} ({100 * sweep.exact[sweep.best]:.0f} %)"
-        return f"**{text}**" if sweep.losses[sweep.best] == low else text
+        text = f"{sweep.lowest:.4f} ({100 * sweep.exact[sweep.best]:.0f} %)"
+        return f"**{text}**" if sweep.lowest == low else text
 
     rows = []
     for setting, group in sweeps.items():
-        low = min(sweep.losses[sweep.best] for sweep in group.values())
+        low = min(sweep.lowest for sweep in group.values())
         rows.append([str(setting), *(cell(group.get(name), low) for name in names)])
     caption = (
         "Validation loss, nats a digit, of each method at its best rate, and exact answers; "
@@ -103,7 +105,7 @@ def one_rate(sweeps: Sweeps) -> list[str]:
             continue
         lr, groups = found.rate, [sweeps[x] for x in found.settings]
         pairs = [(group[name], group[baseline(group) or name]) for group in groups]
-        regrets = [mine.losses[lr] - theirs.losses[theirs.best] for mine, theirs in pairs]
+        regrets = [mine.losses[lr] - theirs.lowest for mine, theirs in pairs]
         close = sum(x <= CLOSE for x in regrets)
         rows.append(
             [
@@ -173,7 +175,7 @@ def transferred(sweeps: Sweeps) -> list[str]:
                 rows.append(
                     [
                         *(str(setting), f"`{name}`", f"{lr:.2g}", f"{usual.losses[lr]:.3f}"),
-                        *(f"{sweep.losses[lr]:.3f}", f"{sweep.losses[sweep.best]:.3f}"),
+                        *(f"{sweep.losses[lr]:.3f}", f"{sweep.lowest:.3f}"),
                         f"{sweep.best:.2g}",
                     ]
                 )
@@ -182,21 +184,20 @@ def transferred(sweeps: Sweeps) -> list[str]:
     return table(caption, [*head, "lowest loss here", "its rate"], rows) if rows else []
 
 
-def curves_of(sweeps: Sweeps) -> Panel | None:
-    """Mean loss against learning rate, for the methods that share most settings."""
-    found = {name: default_of(sweeps, name) for name in METHODS}
-    most = max((len(x.settings) for x in found.values() if x), default=0)
-    drawn = {name: x for name, x in found.items() if x and len(x.settings) == most}
-    if not drawn:
-        return None
-    curves = [
-        Curve(name, list(x.means), list(x.means.values())) for name, x in list(drawn.items())[:MOST]
+def panels_of(sweeps: Sweeps) -> list[Panel]:
+    """Loss against learning rate in the settings in which most methods were run."""
+    most = sorted(sweeps, key=lambda setting: -len(sweeps[setting]))[:PANELS]
+    return [
+        Panel(
+            str(setting).replace("`", ""),
+            "learning rate",
+            "validation loss, nats a digit",
+            tuple(
+                Curve(name, list(sweep.losses), list(sweep.losses.values()))
+                for name, sweep in list(sweeps[setting].items())[:MOST]
+            ),
+            log_x=True,
+            log_y=True,
+        )
+        for setting in most
     ]
-    return Panel(
-        f"Mean over {most} settings",
-        "learning rate",
-        "validation loss, nats a digit",
-        tuple(curves),
-        log_x=True,
-        log_y=True,
-    )

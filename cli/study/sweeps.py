@@ -36,6 +36,11 @@ class Sweep(NamedTuple):
         """The learning rate with the lowest loss."""
         return min(self.losses, key=lambda lr: self.losses[lr])
 
+    @property
+    def lowest(self) -> float:
+        """That loss."""
+        return self.losses[self.best]
+
 
 Sweeps = dict[Setting, dict[str, Sweep]]
 
@@ -45,7 +50,7 @@ def baseline(group: Mapping[str, Sweep]) -> str | None:
     names = [name for name in BY_BETAS["adamw"].values() if name in group]
     if len(names) in (0, len(group)):
         return None
-    return min(names, key=lambda name: group[name].losses[group[name].best])
+    return min(names, key=lambda name: group[name].lowest)
 
 
 def sweeps_of(rows: Iterable[Record]) -> Sweeps:

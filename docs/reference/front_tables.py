@@ -72,9 +72,20 @@ def losses() -> str:
 
 
 def sections() -> dict[str, str]:
-    """Title -> text of the sections in the tables of strings."""
-    _, *parts = STRINGS.read_text("utf-8").split("\n## ")
-    return {title: text for title, _, text in (part.partition("\n") for part in parts)}
+    """Title -> text of the sections in the tables of strings; few columns of the widest."""
+    _, *parts = STRINGS.read_text("utf-8").partition("\n![")[0].split("\n## ")
+    found = {title: text for title, _, text in (part.partition("\n") for part in parts)}
+    widest = few_columns(found["Best losses"], ("adamw", "adamw-fast", "lora-plus-16", "scaled"))
+    return {**found, "Best losses": widest}
+
+
+def few_columns(table: str, names: tuple[str, ...]) -> str:
+    """A table of the strings with a first column and those of some methods."""
+    caption, rows = table.strip().split("\n\n", 1)
+    rows = [cells(row) for row in rows.splitlines()]
+    kept = [0, *(rows[0].index(f"`{name}`") for name in names)]
+    lines = [f"| {' | '.join(row[i] for i in kept)} |" for row in rows]
+    return "\n".join([caption.replace("bold: the lowest", "bold: the lowest of all"), "", *lines])
 
 
 def rewritten(text: str) -> str:

@@ -261,7 +261,7 @@ def test_regret_is_against_the_baseline_tuned_for_each_setting():
         "+0.350",
         "+0.700",
     ]
-    assert cells(regret.best_losses(sweeps), "`fall`, rank 4, 12 steps")[2] == "**0.000 (50 %)**"
+    assert cells(regret.best_losses(sweeps), "`fall`, rank 4, 12 steps")[2] == "**0.0000 (50 %)**"
 
 
 def test_slopes_are_powers_of_the_rank():
@@ -350,7 +350,10 @@ def test_betas_are_compared_at_best_rates_and_at_one_rate():
     rows = rows_of(fast, {1.0: 0.2, 2.0: 0.5}) + rows_of(fast, {1.0: 0.4, 2.0: 0.1}, "fall")
     for name in (mid, slow, usual):
         rows += rows_of(name, {1.0: 0.1, 2.0: 0.3}) + rows_of(name, {1.0: 0.9, 2.0: 0.6}, "fall")
+    rows += rows_of(fast, {1.0: 0.3}, "lowest") + rows_of(usual, {1.0: 2.0}, "lowest")
     table = comparisons.betas(sweeps_of(rows))
+    partial = cells(table, "adamw | `lowest`, rank 4, 12 steps, best rates")
+    assert partial[2:] == ["**0.3000**", "-", "-", "2.0000"]  # and no part of the regrets
     first = cells(table, "adamw | `cipher`, rank 4, 12 steps, best rates")
     assert first[2:] == ["0.2000", "**0.1000**", "**0.1000**", "**0.1000**"]
     worst = cells(table, "adamw | worst regret, best rates")
