@@ -19,7 +19,7 @@ from .sweeps import (
 )
 
 QUANTILES: Final = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Of Student's t, 97.5 %, for 1, 2, ... degrees of freedom."""
+"""Quantiles of Student's t, 97.5 %, for 1, 2, ... degrees of freedom."""
 
 
 def paired(rows: Sequence[Record]) -> list[str]:
@@ -58,7 +58,7 @@ def paired(rows: Sequence[Record]) -> list[str]:
 def tested(row: Record, name: str) -> float:
     """A score on the test part; that of guessing if the run diverged or is worse."""
     if name == "loss":
-        return min(row.get("test", {name: GUESSING})[name], GUESSING)
+        return min(float(row.get("test", {name: GUESSING})[name]), GUESSING)
     return float(row.get("test", {name: 0.0})[name])
 
 
