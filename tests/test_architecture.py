@@ -249,17 +249,7 @@ ELSEWHERE = {
     "link": ("docs/", "tests/", "asv_bench/", "rlora/core/transform.py"),  # those of pages
     "bundle": ("CHANGELOG.md",),  # the names of before
     "rank wise": ("CHANGELOG.md",),
-    **dict.fromkeys(
-        ("contender", "bed", "conduct"),  # still the study's own words
-        (
-            "cli/study/",
-            "tests/cli/test_study",
-            "tests/support/tiny_beds.py",
-            "docs/reference/study",
-            "docs/reference/front_tables.py",
-            "docs/how-to/study_on_gpu.md",
-        ),
-    ),
+    "contender": ("cli/study/plan.py", "tests/cli/test_study.py"),  # a key of the first records
 }
 """Files that may have a word, by the beginnings of their paths."""
 
