@@ -142,6 +142,9 @@ class MethodBatch:
     def finish(self, moved: tuple[dict[str, Factors], State]) -> None:
         """Write both where they belong."""
         params, state = moved
+        if (both := side_by_side(self._state, state)) is None:
+            msg = "the update of a method must give a state of the types and fields of its init's"
+            raise ShapeError(msg)
         old, new = [], []
         for bucket, stacks in zip(self._buckets, params.values(), strict=True):
             for side in (0, 1):
@@ -154,9 +157,6 @@ class MethodBatch:
                             new.append(value)
         if old:
             store(old, new, self._optimizer.param_groups[self._group])
-        if (both := side_by_side(self._state, state)) is None:
-            msg = "the update of a method must give a state of the types and fields of its init's"
-            raise ShapeError(msg)
         if changed := [k for k, (mine, theirs) in enumerate(both) if mine is not theirs]:
             torch._foreach_copy_([both[k][0] for k in changed], [both[k][1] for k in changed])
         if torch.compiler.is_compiling():
