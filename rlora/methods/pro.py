@@ -120,16 +120,16 @@ def scale_by_full_adam(
         P = metric_power(group, S, -1.0, damping, damping_mode)
         g = tangent(group, P, G)  # times s²: the equivalent gradient is the same in every gauge
 
-        equivalent = [
-            (matmul(pair.B, move.A) + matmul(move.B, pair.A)) / each(s)  # (..., m, n)
-            for pair, move, s in zip(group.params, g, state.scaling, strict=True)
-        ]
-        mu, nu, count, adam = adam_step(state.mu, state.nu, state.count, equivalent, b1, b2, eps)
-
-        G = [
-            Factors(matmul(mT(pair.B), d), matmul(d, mT(pair.A)))
-            for pair, d in zip(group.params, adam, strict=True)
-        ]
+        moments: list[list[Array]] = []
+        G = []
+        for k, (pair, move, s) in enumerate(zip(group.params, g, state.scaling, strict=True)):
+            equivalent = (matmul(pair.B, move.A) + matmul(move.B, pair.A)) / each(s)  # (..., m, n)
+            # One pair at a time: beside the states only one pair's m x n numbers are kept.
+            own = [state.mu[k]], [state.nu[k]], [state.count[k]], [equivalent]
+            *new, (d,) = adam_step(*own, b1, b2, eps)
+            moments.append([x for (x,) in new])
+            G.append(Factors(matmul(mT(pair.B), d), matmul(d, mT(pair.A))))
+        mu, nu, count = (list(column) for column in zip(*moments, strict=True))
         cross = group.cross(group.params, G)
         X = gauge_of(gauge, group, S, P, cross)
         s = group.per_layer([Factors(s, s) for s in state.scaling])
