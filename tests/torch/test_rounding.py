@@ -141,6 +141,16 @@ def test_random_state_is_left_alone_and_replicas_agree(make):
     assert same(*results)
 
 
+def test_a_saved_state_keeps_its_seed():
+    """Steps write to the optimizer's; a file is not made at once, and two states are compared."""
+    model = make_model(dtype=torch.bfloat16, bias=False)
+    optimizer = ScaledAdamW(model, lr=1e-2)
+    train(model, optimizer, 1)
+    saved = optimizer.state_dict()["param_groups"][0]
+    train(model, optimizer, 1)
+    assert (optimizer.param_groups[0]["rounded"], saved["rounded"]) == (2, 1)
+
+
 @make
 def test_resume_is_bit_exact(make, tmp_path):
     model = make_model(dtype=torch.bfloat16, bias=False)

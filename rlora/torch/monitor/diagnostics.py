@@ -103,7 +103,7 @@ class Watched(Optimizer):
               unless the layer or the optimizer says it.
             - ``lost_A``, ``lost_B``: for parameters narrower than float32 the share of the entries
               that the step has left as they were, less than half the spacing of numbers away; 0
-              without a gradient and with stochastic rounding.
+              without a gradient and where bfloat16 is rounded at random.
             - ``no_grad_A``, ``no_grad_B``: 1 where there was no gradient.
 
             And as they are after it:
@@ -156,7 +156,11 @@ class Watched(Optimizer):
             not looked at: the device would have to be waited for. `diagnostics` looks there too.
         """
         look_on_the_host(self)
-        return super().state_dict()
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            if "rounded" in group:  # steps write to it
+                group["rounded"] = torch.as_tensor(group["rounded"]).clone()
+        return saved
 
 
 def rows_of(optimizer: Any) -> Rows:
