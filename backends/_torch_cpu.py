@@ -91,15 +91,14 @@ def eigh_waits(S: Tensor) -> bool:
 
 def is_within(x: Tensor, low: float, high: float) -> bool:
     """`Backend.within` of one plain tensor (..., r, n)."""
-    if not low:  # in one pass
-        least, most = map(float, torch.aminmax(x))
-        return -high < least and most < high
+    if not low or math.prod(x.shape[:-2]) == 1:
+        least, most = torch.aminmax(x)  # in one pass; NumPy reads without an operation of torch
+        least, most = float(least.numpy()), float(most.numpy())
+        peak = max(-least, most)
+        return low <= peak < high or least == most == 0
     layers = x.numpy().reshape(-1, x.shape[-2] * x.shape[-1])
-    if len(layers) == 1:  # in one pass
-        least, most = map(float, torch.aminmax(x))
-        return low <= max(-least, most) < high or least == most == 0
-    peak = np.maximum(layers.max(axis=1), -layers.min(axis=1))
-    return bool(((peak < high) & ((peak >= low) | (peak == 0))).all())
+    peaks = np.maximum(layers.max(axis=1), -layers.min(axis=1))
+    return bool(((peaks < high) & ((peaks >= low) | (peaks == 0))).all())
 
 
 def fused_adam(

@@ -88,7 +88,7 @@ def never_used(make, model, optimizer):
     for p, held in optimizer.state.items():
         other.state[successor[p]] = copy.deepcopy(held)
     for group, old in zip(other.param_groups, optimizer.param_groups, strict=True):
-        group.update({key: value for key, value in old.items() if key != "params"})
+        group.update({k: copy.deepcopy(value) for k, value in old.items() if k != "params"})
     return twin, other
 
 
