@@ -92,8 +92,8 @@ def eigh_waits(S: Tensor) -> bool:
 def is_within(x: Tensor, low: float, high: float) -> bool:
     """`Backend.within` of one plain tensor (..., r, n)."""
     if not low or math.prod(x.shape[:-2]) == 1:
-        least, most = torch.aminmax(x)  # in one pass; NumPy reads without an operation of torch
-        least, most = float(least.numpy()), float(most.numpy())
+        ends = torch.aminmax(x)  # in one pass; NumPy reads without an operation of torch
+        least, most = float(ends.min.numpy()), float(ends.max.numpy())
         peak = max(-least, most)
         return low <= peak < high or least == most == 0
     layers = x.numpy().reshape(-1, x.shape[-2] * x.shape[-1])
