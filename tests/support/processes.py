@@ -14,19 +14,37 @@ class Processes:
     """`world` processes with a process group; each call runs one function in all of them."""
 
     def __init__(self, world, directory):
+        self.world, self.directory, self.starts = world, directory, 0
+        self.start()
+
+    def start(self):
         context = mp.get_context("spawn")
         self.ends, self.processes = [], []
-        for rank in range(world):
+        self.starts += 1
+        store = f"{self.directory}/store{self.world}-{self.starts}"
+        for rank in range(self.world):
             mine, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, rank, world, f"{directory}/store{world}"), daemon=True
+                target=_serve, args=(theirs, rank, self.world, store), daemon=True
             )
             process.start()
             self.ends.append(mine)
             self.processes.append(process)
 
     def run(self, function, *args):
-        """Results of ``function(*args)`` in each process; a failure of any raises here."""
+        """Results of ``function(*args)`` in each process; a failure of any raises here.
+
+        A process that dies is replaced once: gloo's threads have been seen to end in a double free,
+        once in some hundred runs. One that dies again fails.
+        """
+        try:
+            return self._run(function, args)
+        except EOFError:
+            self.close()
+            self.start()
+            return self._run(function, args)
+
+    def _run(self, function, args):
         for end in self.ends:
             end.send((function, args))
         results, waiting = [None] * len(self.ends), set(self.ends)
