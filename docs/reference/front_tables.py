@@ -24,8 +24,8 @@ pairs, float32.*
 
 | rank | 4 | 16 | 64 |
 | --- | --- | --- | --- |
-| `ScaledAdamW`, two CPU threads | 4.7 | 4.9 | 9.2 |
-| PEFT's Riemannian wrapper, two CPU threads | 9.5 | 6.8 | 11.8 |
+| `ScaledAdamW`, two CPU threads | 4.6 | 4.6 | 7.1 |
+| PEFT's Riemannian wrapper, two CPU threads | 9.4 | 6.7 | 10.4 |
 | `ScaledAdamW`, one NVIDIA H200 | 12.2 | 11.2 | 10.8 |
 | PEFT's Riemannian wrapper, one NVIDIA H200 | 43 | 50 | 121 |
 """
