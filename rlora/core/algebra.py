@@ -208,14 +208,14 @@ def cubics(eps: float) -> list[tuple[float, float]]:
     """
     steps = []
     a, b, error = (ROUNDING * eps) ** 0.5, 1.0, 1.0
-    while error >= eps:
+    while 2 * error**2 >= eps:
         s, ends = a * a + a * b + b * b, a * b * (a + b)
-        extremum = 2 * (s / 3) ** 1.5  # 2 e³
-        beta = 2 / (extremum + ends)
+        peak = 2 * (s / 3) ** 1.5  # 2 e³
+        beta = 2 / (peak + ends)
         steps.append((beta * s, beta))
-        error = max(beta / 2 * (extremum - ends), 0.0)
+        error = beta / 2 * (peak - ends)
         a, b = 1 - error, 1 + error
-    return steps
+    return [*steps, (1.5, 0.5)]  # which leaves 1.5 error²
 
 
 def mT(x: Array) -> Array:
