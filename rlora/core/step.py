@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from rlora.core.checks import check_rate
 from rlora.core.dispatch import get_backend
+from rlora.core.errors import PairingError
 from rlora.core.factors import Array, Tree, detached, flatten, leaves_of, map_pairs, unflatten
 from rlora.core.transform import State, Transform, apply_updates, stay
 
@@ -32,7 +33,8 @@ def step(
     donate : bool
         Parameters, gradients and state may be written over, and what comes back may lie in their
         memory: quicker where memory is what a step spends its time on, in NumPy most of all. Use
-        what comes back, and nothing of what was given, not even after an error.
+        what comes back, and nothing of what was given, not even after an error. No parameter may
+        stand in two places: it would be written to twice.
 
     Returns
     -------
@@ -45,6 +47,8 @@ def step(
     ------
     ShapeError
         When pairs, gradients or state do not fit together.
+    PairingError
+        When a parameter to be donated is in two places.
     ValueError, TypeError
         When the learning rate is out of its range, or no number.
 
@@ -66,7 +70,14 @@ def step(
     """
     if not donate:
         return move(transform, params, grads, state, lr)
-    backend = get_backend(*leaves_of(params))
+    leaves = leaves_of(params)
+    backend = get_backend(*leaves)
+    if len({id(x) for x in leaves}) < len(leaves):
+        msg = (
+            "with donate=True each parameter is written to once, got one that is in two places; "
+            "give each place a copy of its own, or leave donate out"
+        )
+        raise PairingError(msg)
     with backend.reusing({}):
         return move(transform, params, grads, state, lr, donate=True)
 

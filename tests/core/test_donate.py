@@ -157,3 +157,17 @@ def test_no_two_arrays_of_a_new_state_share_memory(name):
     state = getattr(rlora.methods, name)().init(pairs(get("numpy"), 0))
     places = [address(x) for x in rlora.flatten_state(state).values() if x.size]
     assert len(set(places)) == len(places)
+
+
+def test_a_parameter_in_two_places_is_refused():
+    """It would take both steps, where without donation each place takes its own."""
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(2, 6))
+    pairs = [Factors(shared, rng.normal(size=(5, 2))) for _ in range(2)]
+    method, before = rlora.scaled_adamw(), shared.copy()
+    state = method.init(pairs)
+    grads = [Factors(np.ones_like(A), np.ones_like(B)) for A, B in pairs]
+    with pytest.raises(rlora.PairingError, match="one that is in two places"):
+        rlora.step(method, pairs, grads, state, 0.1, donate=True)
+    assert np.array_equal(shared, before)
+    rlora.step(method, pairs, grads, state, 0.1)
