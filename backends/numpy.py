@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlora.core.backend import Backend, Tall, Workspace
+from rlora.core.backend import AdamNumbers, Backend, Tall, Workspace
 from rlora.core.factors import Array
 
 from ._cpu import cholesky_half
@@ -52,20 +52,11 @@ class NumPyBackend(Backend):
     def pseudo_half(self, S: Array) -> Array:
         return cholesky_half(self, S)
 
-    def adam(
-        self,
-        M: Sequence[Array],
-        V: Sequence[Array],
-        G: Sequence[Array],
-        b1: float,
-        b2: float,
-        c1: Sequence[Any],
-        root2: Sequence[Any],
-        eps: Sequence[Any],
-    ) -> tuple[list[Array], list[Array], list[Array]]:
+    def adam(self, M: Tall, V: Tall, G: Tall, numbers: AdamNumbers) -> tuple[list[Array], ...]:
         """In place on arrays of its own, or donated: fresh pages cost more than the arithmetic."""
+        b1, b2, *by_array = numbers
         M, V, D = _times(b1, M), _times(b2, V), []
-        for m, v, g, c, root, e in zip(M, V, G, c1, root2, eps, strict=True):
+        for m, v, g, c, root, e in zip(M, V, G, *by_array, strict=True):
             work = (1 - b1) * g
             m += work
             np.multiply(g, g, out=work)
@@ -87,18 +78,11 @@ class NumPyBackend(Backend):
         finally:
             _donated.reset(token)
 
-    def descend(
-        self,
-        params: Sequence[Array],
-        D: Sequence[Array],
-        lr: Array | float,
-        *,
-        donate: bool = False,
-    ) -> list[Array]:
+    def descend(self, X: Tall, D: Tall, lr: Array | float, donate: bool = False) -> list[Array]:
         moved = []
-        for p, d in zip(params, D, strict=True):
+        for x, d in zip(X, D, strict=True):
             change = np.asarray(lr * d)
-            moved.append(np.subtract(p, change, out=p if donate and p.flags.writeable else change))
+            moved.append(np.subtract(x, change, out=x if donate and x.flags.writeable else change))
         return moved
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlora.core.algebra import ROUNDING, Damped
-from rlora.core.backend import Backend, Tall, Workspace
+from rlora.core.backend import AdamNumbers, Backend, Tall, Workspace
 from rlora.core.factors import Array
 
 from ._cpu import cholesky_half
@@ -213,22 +213,12 @@ class TorchBackend(Backend):
         inverse, _ = torch.linalg.inv_ex(root + eps * eye)
         return inverse
 
-    def adam(
-        self,
-        M: Sequence[Array],
-        V: Sequence[Array],
-        G: Sequence[Array],
-        b1: float,
-        b2: float,
-        c1: Sequence[Any],
-        root2: Sequence[Any],
-        eps: Sequence[Any],
-    ) -> tuple[list[Array], list[Array], list[Array]]:
+    def adam(self, M: Tall, V: Tall, G: Tall, numbers: AdamNumbers) -> tuple[list[Array], ...]:
+        b1, b2, *by_array = numbers
         M, V, D = list(M), list(V), []
-        for i, (m, v, g, *numbers) in enumerate(zip(M, V, G, c1, root2, eps, strict=True)):
-            done = fused_adam(m, v, g, b1, b2, *numbers) if is_plain(m, v, g) else None
+        for i, (m, v, g, c, root, e) in enumerate(zip(M, V, G, *by_array, strict=True)):
+            done = fused_adam(m, v, g, b1, b2, c, root, e) if is_plain(m, v, g) else None
             if done is None:
-                c, root, e = numbers
                 m = torch.lerp(g, m, b1)
                 v = (b2 * v).addcmul_(g, g, value=1 - b2)
                 d = v.sqrt().div_(root).add_(e)
@@ -237,22 +227,15 @@ class TorchBackend(Backend):
             D.append(d)
         return M, V, D
 
-    def descend(
-        self,
-        params: Sequence[Array],
-        D: Sequence[Array],
-        lr: Array | float,
-        *,
-        donate: bool = False,
-    ) -> list[Array]:
+    def descend(self, X: Tall, D: Tall, lr: Array | float, donate: bool = False) -> list[Array]:
         if not isinstance(lr, float):
-            return [p - lr * d for p, d in zip(params, D, strict=True)]
+            return [x - lr * d for x, d in zip(X, D, strict=True)]
         moved = []
-        for p, d in zip(params, D, strict=True):
+        for x, d in zip(X, D, strict=True):
             out = None
-            if is_plain(p, d):
-                out = p if donate else empty(d.shape, d.dtype, d.device)
-            moved.append(torch.sub(p, d, alpha=lr, out=out))
+            if is_plain(x, d):
+                out = x if donate else empty(d.shape, d.dtype, d.device)
+            moved.append(torch.sub(x, d, alpha=lr, out=out))
         return moved
 
     def reusing(self, workspace: Workspace) -> AbstractContextManager[None]:

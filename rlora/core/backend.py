@@ -6,7 +6,7 @@ A file in ``backends/`` may override any of them with something quicker; none is
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlora.core.algebra import MatrixAlgebra, mT
 from rlora.core.errors import BackendError, NamespaceError
@@ -22,6 +22,18 @@ Tall = Sequence[Array]
 LARGE = 40_000
 """On a CPU a factor with so many numbers is multiplied where it is; smaller ones of one shape are
 stacked first, as the copies cost less than a call for each."""
+
+
+class AdamNumbers(NamedTuple):
+    """The numbers of a step of Adam; those of the arrays are plain or (..., 1, 1)."""
+
+    b1: float
+    b2: float
+    c1: Sequence[Any]
+    """Corrections of the first moments, one for each array."""
+    root2: Sequence[Any]
+    """Roots of the corrections of the second ones."""
+    eps: Sequence[Any]
 
 
 class Backend(MatrixAlgebra):
@@ -100,37 +112,21 @@ class Backend(MatrixAlgebra):
 
     # --- entrywise work -------------------------------------------------------------------------
 
-    def adam(
-        self,
-        M: Sequence[Array],
-        V: Sequence[Array],
-        G: Sequence[Array],
-        b1: float,
-        b2: float,
-        c1: Sequence[Any],
-        root2: Sequence[Any],
-        eps: Sequence[Any],
-    ) -> tuple[list[Array], list[Array], list[Array]]:
+    def adam(self, M: Tall, V: Tall, G: Tall, numbers: AdamNumbers) -> tuple[list[Array], ...]:
         """Adam's new moments and directions, array by array.
 
         ``M = b1 M + (1 - b1) G``, ``V = b2 V + (1 - b2) G∘G``, ``(M / c1) / (sqrt(V) / root2 +
-        eps)``, where c1, root2 and eps are numbers or (..., 1, 1), one for each array.
+        eps)``.
         """
+        b1, b2, *by_array = numbers
         M = [b1 * m + (1 - b1) * g for m, g in zip(M, G, strict=True)]
         V = [b2 * v + (1 - b2) * (g * g) for v, g in zip(V, G, strict=True)]
-        each = zip(M, V, c1, root2, eps, strict=True)
+        each = zip(M, V, *by_array, strict=True)
         return M, V, [(m / c) / (self.xp.sqrt(v) / root + e) for m, v, c, root, e in each]
 
-    def descend(
-        self,
-        params: Sequence[Array],
-        D: Sequence[Array],
-        lr: Array | float,
-        *,
-        donate: bool = False,
-    ) -> list[Array]:
-        """``param - lr d`` of two lists; with `donate` the parameters may be written over."""
-        return [p - lr * d for p, d in zip(params, D, strict=True)]
+    def descend(self, X: Tall, D: Tall, lr: Array | float, donate: bool = False) -> list[Array]:
+        """``x - lr d`` of two lists; with `donate` the first may be written over."""
+        return [x - lr * d for x, d in zip(X, D, strict=True)]
 
     # --- small change ---------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import math
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+from rlora.core.backend import AdamNumbers
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, is_traced, is_zero
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import (
@@ -170,7 +171,7 @@ def adam_step(
         c1, c2 = _corrections(backend.xp, b1, layers), _corrections(backend.xp, b2, layers)
     root2 = [c**0.5 for c in c2]
     small = [eps if eps_form == "torch" else eps / root for root in root2]
-    M, V, D = backend.adam(M, V, G, b1, b2, c1, root2, small)
+    M, V, D = backend.adam(M, V, G, AdamNumbers(b1, b2, c1, root2, small))
     return M, V, counts, D
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from rlora import Factors
 from rlora.core.algebra import mT
-from rlora.core.backend import Backend
+from rlora.core.backend import AdamNumbers, Backend
 from rlora.core.placement import preconditioners
 from rlora.testing import assert_close
 
@@ -89,13 +89,13 @@ def test_adam_equals_the_generic_one(backend, age, again):
     numpy = Backend(np, "numpy")
     workspace = {}
     for _ in range(2):
-        expected = numpy.adam(mu, nu, g, 0.9, 0.99, *numbers)
+        expected = numpy.adam(mu, nu, g, AdamNumbers(0.9, 0.99, *numbers))
         if again:
             with backend.reusing(workspace):
-                found = backend.adam(mu_b, nu_b, g_b, 0.9, 0.99, *given)
+                found = backend.adam(mu_b, nu_b, g_b, AdamNumbers(0.9, 0.99, *given))
         else:
             before = backend.to_numpy(mu_b[0]).copy()
-            found = backend.adam(mu_b, nu_b, g_b, 0.9, 0.99, *given)
+            found = backend.adam(mu_b, nu_b, g_b, AdamNumbers(0.9, 0.99, *given))
             assert_close(mu_b[0], before, rtol=0)  # pure
         for some, right in zip(found, expected, strict=True):
             for x, y in zip(some, right, strict=True):
