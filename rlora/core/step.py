@@ -6,6 +6,7 @@ from rlora.core.checks import check_rate
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
 from rlora.core.factors import Array, Tree, detached, flatten, leaves_of, map_pairs, unflatten
+from rlora.core.structure import another_state, side_by_side
 from rlora.core.transform import State, Transform, apply_updates, stay
 
 
@@ -111,7 +112,10 @@ def _move(
     lr: Array | float,
     donate: bool,
 ) -> tuple[Tree, State]:
-    direction, state = transform.update(grads, state, params)
+    direction, new = transform.update(grads, state, params)
+    if side_by_side(state, new) is None:
+        raise another_state(new, state)
+    state = new
     if donate and transform.apply is apply_updates and transform.transport is stay:
         in_place: Callable[..., Tree] = apply_updates  # with more than an `ApplyFn` must have
         return in_place(params, direction, lr, donate=True), state

@@ -30,12 +30,21 @@ def side_by_side(one: Any, other: Any) -> list[tuple[Any, Any]] | None:
         elif isinstance(x, Mapping):
             if not isinstance(y, Mapping) or x.keys() != y.keys():
                 return None
-            pending += [(child, y[key]) for key, child in x.items()]
+            pending += zip(x.values(), map(y.__getitem__, x), strict=True)
         elif isinstance(y, (tuple, list, Mapping)):
             return None
         else:
             leaves.append((x, y))
     return leaves
+
+
+def another_state(new: Any, state: Any) -> ShapeError:
+    """The error for an update that gives a state of other types or fields than it was given."""
+    msg = (
+        f"the update of a method must give a state of the types and fields of its init's: "
+        f"{difference(new, state)}"
+    )
+    return ShapeError(msg)
 
 
 def check_state(state: Any, expected: Callable[[], Any], cause: Exception | None = None) -> None:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from rlora.core.backend import LARGE, Workspace
 from rlora.core.dispatch import get_backend
-from rlora.core.errors import ShapeError
 from rlora.core.factors import Factors, map_leaves
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.step import move
-from rlora.core.structure import side_by_side
+from rlora.core.structure import another_state, side_by_side
 from rlora.core.transform import State, Transform
 from rlora.torch.pairing.pairs import Member, TensorPair
 from rlora.torch.step.compiling import keep
@@ -142,9 +141,8 @@ class MethodBatch:
     def finish(self, moved: tuple[dict[str, Factors], State]) -> None:
         """Write both where they belong."""
         params, state = moved
-        if (both := side_by_side(self._state, state)) is None:
-            msg = "the update of a method must give a state of the types and fields of its init's"
-            raise ShapeError(msg)
+        if (both := side_by_side(self._state, state)) is None:  # a transport may have changed it
+            raise another_state(state, self._state)
         old, new = [], []
         for bucket, stacks in zip(self._buckets, params.values(), strict=True):
             for side in (0, 1):

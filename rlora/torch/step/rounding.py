@@ -36,9 +36,9 @@ def count_roundings(groups: Iterable[dict[str, Any]]) -> None:
 def store(params: Sequence[Tensor], wide: Sequence[Tensor], group: dict[str, Any]) -> None:
     """Copy results into parameters, each number to the nearest or, if the group says so, at random.
 
-    The random bits depend on the group's count and a tensor's shape alone, not on what else there
-    is: replicas stay equal, a resumed run goes on bit for bit, and torch's own random state is not
-    touched.
+    The random bits depend on the group's count and a number's place in its tensor alone, not on
+    what else there is: replicas stay equal, a resumed run goes on bit for bit, and torch's own
+    random state is not touched.
     """
     results = list(wide)
     if group["stochastic_rounding"]:
@@ -59,8 +59,9 @@ def _random_bits(like: Tensor, count: Tensor) -> Tensor:
     place = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
     h = place + count.to(like.device) * GOLDEN
     for shift, factor in ROUNDS:
-        h = (h ^ (h >> shift & (1 << 32 - shift) - 1)) * factor  # the sign is not to be shifted in
-    return (h ^ h >> 16) & HALF - 1
+        unsigned = (1 << (32 - shift)) - 1  # the sign is not to be shifted in
+        h = (h ^ ((h >> shift) & unsigned)) * factor
+    return (h ^ (h >> 16)) & (HALF - 1)
 
 
 def _at_random(x: Tensor, bits: Tensor) -> Tensor:
