@@ -168,7 +168,7 @@ Rounding to the nearest loses steps that are smaller than half the spacing of th
 at a rate of 1e-3 as well: there the losses of all methods stay high, and those of preconditioned
 ones higher, whose steps are smaller in some directions. The default is within a quarter of AdamW's
 loss in float32 as soon as it has arrived (768 x 2 and 20 x 3 have not), in bfloat16 rounded to the
-nearest not on every draw, and in bfloat16 rounded at random again as in float32:
+nearest not on every draw, and in bfloat16 rounded at random again, but for single draws of 8 x 8:
 
 *Loss of the default over that of AdamW in float32, median / worst of six draws of targets; rate
 4e-3, noise 0.5, 1000 steps.*
