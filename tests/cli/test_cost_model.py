@@ -23,7 +23,15 @@ from rlora.cli.bench.problem import random_problem
 from rlora.cli.bench.roofline import Peaks, measure_peaks
 from rlora.core.dispatch import get_backend
 
-SHAPES = [(768, 512, 4), (24, 1024, 6), (40, 24, 4), (20, 6, 8), (6, 20, 8)]
+SHAPES = [
+    (768, 512, 4),
+    (24, 1024, 6),
+    (40, 24, 4),
+    (20, 6, 8),
+    (6, 20, 8),
+    (200, 6, 8),
+    (6, 200, 8),
+]
 
 
 @pytest.mark.parametrize("name", [*method_names(), *BASELINES])

@@ -8,6 +8,7 @@ import rlora.methods
 from rlora import Factors
 from rlora.backends import get
 from rlora.core.factors import pairs_of
+from rlora.core.transform import stay
 
 SHAPES = [(3, 6, 8), (3, 6, 8), (2, 9, 4)]
 
@@ -66,11 +67,31 @@ METHODS = {name: getattr(rlora.methods, name)() for name in rlora.methods.__all_
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_has_no_gradient_keeps_its_state(backend, name):
+def test_missing_gradients_of_a_donated_step(backend, name):
     """Pairs and factors, none at all in some steps."""
     runs = [run(METHODS[name], backend, donate, missing=MISSING) for donate in (False, True)]
     for x, y in zip(*runs, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_pair_without_gradients_keeps_factors_and_state(backend, name):
+    """The second of three: of its state only what a transport takes to new coordinates changes."""
+    method = METHODS[name]
+    params = pairs(backend, 0)
+    params, state = rlora.step(method, params, pairs(backend, 1), method.init(params), 1e-2)
+    grads = pairs(backend, 2)
+    grads[1] = Factors(None, None)
+    before = copies(backend, params[1])
+    held = {k: backend.to_numpy(x).copy() for k, x in rlora.flatten_state(state).items()}
+    params, state = rlora.step(method, params, grads, state, 1e-2, donate=True)
+    for x, old in zip(params[1], before, strict=True):
+        np.testing.assert_array_equal(backend.to_numpy(x), old)
+    if method.transport is not stay:
+        return
+    for key, x in rlora.flatten_state(state).items():
+        if "1" in key.split(".")[-2:]:  # its place, before the letter of a factor
+            np.testing.assert_array_equal(backend.to_numpy(x), held[key])
 
 
 @pytest.mark.parametrize("options", [{"order": "gauss_seidel"}, {"weight_decay": 0.1}], ids=str)

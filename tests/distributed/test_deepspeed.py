@@ -58,18 +58,19 @@ def test_it_is_the_loop_without_deepspeed(world, stage, kind, groups):
 
 
 @pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("stage", STAGES[1:])
 @pytest.mark.works("DeepSpeed ZeRO 1 to 3", "`ZeroOptimizer` over every class, by its engine")
-def test_every_class(kind, groups):
+def test_every_class(stage, kind, groups):
     """From B away from zero, where LoRA-SB moves and nobody enlarges what rounding leaves of A."""
     start = {"zero_B": False}
-    check(groups(2).run(runs.trains_from, kind, 2, start), runs.by_hand(kind, **start))
+    check(groups(2).run(runs.trains, kind, stage, start), runs.by_hand(kind, **start))
 
 
 @pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRAFA"])
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_a_frozen_factor(stage, kind, groups):
     start = {"frozen": "lora_A"}
-    check(groups(2).run(runs.trains_from, kind, stage, start), runs.by_hand(kind, **start))
+    check(groups(2).run(runs.trains, kind, stage, start), runs.by_hand(kind, **start))
 
 
 @stages

@@ -168,6 +168,7 @@ def test_other_methods_under_fsdp2(groups, layout):
         ("riemannion", torch.float64),
         ("alt", torch.float64),
         ("fused", torch.bfloat16),
+        ("nearest", torch.bfloat16),
     ],
 )
 @pytest.mark.works("FSDP2", "checkpoints resumed on another number of processes")
@@ -176,6 +177,8 @@ def test_resume_on_other_numbers_of_processes(groups, tmp_path, maker, layout, f
     expected = groups(2).run(checkpoints.save, maker, layout, *there)[0]
     same = groups(2).run(checkpoints.resume, maker, layout, *there)
     assert_equal(same, expected, atol=0)
+    if maker == "fused":  # pieces of other sizes are rounded otherwise at random
+        return
     atol = 1e-12 if dtype is torch.float64 else 0.02  # bfloat16 gradients: as above
     assert_equal(groups(4).run(checkpoints.resume, maker, layout, *there), expected, atol)
     assert_equal(groups(1).run(checkpoints.resume, maker, None, *there), expected, atol)

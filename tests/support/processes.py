@@ -1,6 +1,8 @@
 """A few processes in one gloo group that are asked to run functions together."""
 
 import os
+import signal
+import sys
 import traceback
 import warnings
 from multiprocessing.connection import wait
@@ -34,13 +36,19 @@ class Processes:
     def run(self, function, *args):
         """Results of ``function(*args)`` in each process; a failure of any raises here.
 
-        A process that dies is replaced once: gloo's threads have been seen to end in a double free,
-        once in some hundred runs. One that dies again fails.
+        Processes are started anew, once and with a line on stderr, if glibc has aborted one: gloo's
+        threads have been seen to end in a double free, once in some hundred runs.
         """
         try:
             return self._run(function, args)
-        except EOFError:
+        except (EOFError, BrokenPipeError):
+            for process in self.processes:
+                process.join(5)
+            codes = [process.exitcode for process in self.processes]
             self.close()
+            if -signal.SIGABRT not in codes:
+                raise
+            print(f"{function.__name__}: exit codes {codes}; started anew", file=sys.stderr)
             self.start()
             return self._run(function, args)
 

@@ -98,9 +98,9 @@ def train(engine, some):
     return losses
 
 
-def trains(kind, stage, **options):
+def trains(kind, stage, start=None, **options):
     """The trained parameters, and the losses."""
-    engine = engine_of(kind, stage, **options)
+    engine = engine_of(kind, stage, start=start, **options)
     losses = train(engine, batches(12)[:STEPS])
     return whole(engine), losses
 
@@ -112,10 +112,6 @@ def two_groups(model):
         {"params": [x for x in named if ".0." in x[0]]},
         {"params": [x for x in named if ".0." not in x[0]], "lr": 1e-2},
     ]
-
-
-def trains_from(kind, stage, start):
-    return trains(kind, stage, start=start)
 
 
 def trains_two_groups(stage):
