@@ -170,8 +170,8 @@ ones higher, whose steps are smaller in some directions. The default is within a
 loss in float32 as soon as it has arrived (768 x 2 and 20 x 3 have not), in bfloat16 rounded to the
 nearest not on every draw, and in bfloat16 rounded at random again, but for single draws of 8 x 8:
 
-*Loss of the default over that of AdamW in float32, median / worst of six draws of targets; rate
-4e-3, noise 0.5, 1000 steps.*
+*Loss of `rlora.torch.ScaledAdamW` over that of torch's AdamW in float32, median / worst of six
+draws of targets; rate 4e-3, noise 0.5, 1000 steps.*
 """
 
 ROUNDED: Final = """

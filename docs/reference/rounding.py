@@ -7,13 +7,16 @@ writes rounding.csv, and the page growth.md with the tables that growth.py makes
 
 import csv
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import growth
 import numpy as np
+import torch
+from torch import nn
 
-import rlora
+import rlora.torch
 from rlora import Factors, Transform
 from rlora.testing.growth import adamw
 
@@ -35,19 +38,18 @@ TRAINED: Final = ((24, 16, 8), (2, 64, 8), (8, 8, 8))
 RANKS: Final = (1, 2)
 METHODS: Final = {"AdamW": adamw, "default": rlora.scaled_adamw}
 
-Store = Callable[[Any], Any]
-"""From the factors of a step to those that are kept."""
+DTYPES: Final = {
+    "float32": (torch.float32, True),
+    "nearest": (torch.bfloat16, False),
+    "stochastic": (torch.bfloat16, True),
+}
+"""Of factors that are kept, and `stochastic_rounding`."""
 
 
-def bfloat16(x: Any, up: Any = 0.5) -> Any:
-    """Round to the eight binary digits of bfloat16, up by the share `up` of the last one."""
+def bfloat16(x: Any) -> Any:
+    """Round to the eight binary digits of bfloat16."""
     digits, exponent = np.frexp(x)
-    return np.ldexp(np.floor(digits * 256 + up) / 256, exponent).astype(x.dtype)
-
-
-def exact(x: Any) -> Any:
-    """Keep factors in float32."""
-    return x
+    return np.ldexp(np.round(digits * 256) / 256, exponent).astype(x.dtype)
 
 
 def train(
@@ -57,34 +59,36 @@ def train(
     noise: float,
     rates: Any,
     draws: int,
-    store: Store = exact,
-) -> tuple[Factors, Any, Any]:
+) -> tuple[Factors, Any]:
     """Least squares from B = 0 for several targets in one stack, 32 new samples a step.
 
-    Returns the factors, the targets, and the loss as the mean of the last twentieth of the steps.
+    Returns the factors and the targets.
     """
     m, n, r = shape
     targets, starts = [], []
     for draw in range(draws):
-        rng = np.random.default_rng((draw, rank))
-        T = rng.normal(size=(m, rank)) @ rng.normal(size=(rank, n)) * (8 / (rank * n)) ** 0.5
+        T, A = problem(shape, rank, draw)
         targets.append(T)
-        starts.append(rng.normal(size=(r, n)) / n**0.5)
+        starts.append(A)
     T = np.array(targets, np.float32)
-    params = Factors(store(np.array(starts, np.float32)), np.zeros((draws, m, r), np.float32))
-    state, rng, losses = method.init(params), np.random.default_rng(99), []
+    params = Factors(np.array(starts, np.float32), np.zeros((draws, m, r), np.float32))
+    state, rng = method.init(params), np.random.default_rng(99)
     for lr in rates:
         X = rng.normal(size=(n, 32)).astype(np.float32)
         E = np.float32(noise) * rng.normal(size=(m, 32)).astype(np.float32)
         features = params.A @ X
         error = params.B @ features - T @ X - E
         grads = Factors(params.B.mT @ error @ X.T / 32, error @ features.mT / 32)
-        losses.append(squares(params.B @ params.A - T) / 2 + m * noise**2 / 2)
-        if store is not exact:
-            grads = Factors(*map(bfloat16, grads))
         params, state = rlora.step(method, params, grads, state, float(lr))
-        params = Factors(*map(store, params))
-    return params, T, np.mean(losses[-len(losses) // 20 :], axis=0)
+    return params, T
+
+
+def problem(shape: tuple[int, int, int], rank: int, draw: int) -> tuple[Any, Any]:
+    """A target of a rank, and the A of a start."""
+    m, n, r = shape
+    rng = np.random.default_rng((draw, rank))
+    T = rng.normal(size=(m, rank)) @ rng.normal(size=(rank, n)) * (8 / (rank * n)) ** 0.5
+    return T, rng.normal(size=(r, n)) / n**0.5
 
 
 def squares(x: Any) -> Any:
@@ -93,20 +97,45 @@ def squares(x: Any) -> Any:
 
 
 def kept() -> Iterator[dict[str, Any]]:
-    """Losses of six draws with noise at 4e-3, over those of AdamW in float32."""
-    rates = np.full(1000, 4e-3)
+    """Losses of six draws with noise at 4e-3, over those of torch's AdamW in float32."""
     for shape in KEPT:
-        for rank in sorted({k for k in RANKS if k < min(shape)} | {min(shape)}):
-            random = np.random.default_rng(7)
-            stores: dict[str, Store] = {
-                "float32": exact,
-                "nearest": bfloat16,
-                "stochastic": lambda x, random=random: bfloat16(x, random.random(x.shape)),
-            }
-            *_, base = train(adamw(), shape, rank, 0.5, rates, 6)
-            for label, store in stores.items():
-                *_, loss = train(rlora.scaled_adamw(), shape, rank, 0.5, rates, 6, store)
-                yield row("kept", shape, rank, 0.5, label, loss / base)
+        base = losses(shape, torch.float32, partial(torch.optim.AdamW, betas=(0.7, 0.8)))
+        for label, (dtype, stochastic) in DTYPES.items():
+            found = losses(shape, dtype, partial(scaled, stochastic_rounding=stochastic))
+            for rank, loss in found.items():
+                yield row("kept", shape, rank, 0.5, label, loss / base[rank])
+
+
+def scaled(params: list[nn.Parameter], **options: Any) -> rlora.torch.ScaledAdamW:
+    """The default over A, B, A, B, ..."""
+    pairs = list(zip(params[::2], params[1::2], strict=True))
+    return rlora.torch.ScaledAdamW(params, pairs=pairs, **options)
+
+
+def losses(
+    shape: tuple[int, int, int], dtype: torch.dtype, make: Callable[..., torch.optim.Optimizer]
+) -> dict[int, Any]:
+    """Losses of six draws of targets of each rank; the problem of `train`."""
+    m, n, r = shape
+    ranks, params, targets = range(1, min(shape) + 1), [], []
+    for rank in ranks:
+        for draw in range(6):
+            T, A = problem(shape, rank, draw)
+            targets.append(T)
+            params += [nn.Parameter(torch.tensor(x, dtype=dtype)) for x in (A, np.zeros((m, r)))]
+    optimizer, rng = make(params, lr=4e-3), np.random.default_rng(99)
+    T, last = torch.tensor(np.array(targets), dtype=torch.float32), []
+    for t in range(1000):
+        A, B = (torch.stack([p.detach() for p in params[k::2]]).float() for k in (0, 1))
+        if t >= 950:
+            last.append(squares((B @ A - T).numpy()) / 2 + m * 0.5**2 / 2)
+        X, E = (torch.tensor(rng.normal(size=(k, 32)), dtype=torch.float32) for k in (n, m))
+        error = B @ (A @ X) - T @ X - 0.5 * E
+        grads = (B.mT @ error @ X.T / 32).to(dtype), (error @ (A @ X).mT / 32).to(dtype)
+        for k, both in enumerate(zip(*grads, strict=True)):
+            params[2 * k].grad, params[2 * k + 1].grad = both
+        optimizer.step()
+    return dict(zip(ranks, np.mean(last, axis=0).reshape(-1, 6), strict=True))
 
 
 def trained() -> Iterator[dict[str, Any]]:
@@ -117,7 +146,7 @@ def trained() -> Iterator[dict[str, Any]]:
             for noise in (0.0, 0.5):
                 found = {}
                 adapters = {
-                    label: train(make(), shape, rank, noise, rates, 8)[:2]
+                    label: train(make(), shape, rank, noise, rates, 8)
                     for label, make in METHODS.items()
                 }
                 params, T = adapters["default"]
