@@ -246,6 +246,16 @@ class TorchBackend(Backend):
             return list(P.unbind(0))  # one call instead of one for each factor
         return super().unstack(P, tall)
 
+    def for_type(self, kind: type) -> Backend:
+        if not hasattr(kind, "device_mesh"):
+            return self
+        from ._torch_dtensor import OnPieces  # half a second
+
+        class DTensorBackend(OnPieces, TorchBackend):
+            """The same on the pieces of DTensors."""
+
+        return DTensorBackend(self.xp, self.name)
+
     def exact(self, like: Array) -> AbstractContextManager[Any]:
         """No autocast and no TF32 or bfloat16 products inside."""
         return exact(like)

@@ -29,6 +29,7 @@ FRAMEWORKS = {
         "rlora.torch",
         "rlora.backends.torch",
         "rlora.backends._torch_cpu",
+        "rlora.backends._torch_dtensor",
         "rlora.backends._torch_precision",
         "rlora.backends._torch_stacks",
         "rlora.cli.study",

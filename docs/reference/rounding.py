@@ -43,7 +43,7 @@ DTYPES: Final = {
     "nearest": (torch.bfloat16, False),
     "stochastic": (torch.bfloat16, True),
 }
-"""Of factors that are kept, and `stochastic_rounding`."""
+"""Dtype of factors that are kept in it, and `stochastic_rounding`."""
 
 
 def bfloat16(x: Any) -> Any:

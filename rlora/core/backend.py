@@ -76,6 +76,17 @@ class Backend(MatrixAlgebra):
             products.append(self.xp.reshape(C, (-1, *C.shape[-2:])))
         return self.xp.concat(products)
 
+    def grams(self, A: Tall, B: Tall, dtype: Any, workspace: Workspace | None = None) -> Array:
+        """Those of `gram_rows`, then those of `gram_columns`, as one stack (2K, r, r)."""
+        rows = self.gram_rows(A, dtype, workspace)
+        return self.xp.concat([rows, self.gram_columns(B, dtype, workspace)])
+
+    def peaks(self, X: Tall) -> Array:
+        """Largest magnitudes of the (..., r, n) of a list, as one stack (K, 1, 1)."""
+        norm = self.xp.linalg.vector_norm
+        found = [norm(x, axis=(-2, -1), ord=math.inf) for x in X]
+        return self.xp.concat([self.xp.reshape(x, (-1, 1, 1)) for x in found])
+
     def apply_left(
         self,
         P: Tall,
@@ -186,6 +197,10 @@ class Backend(MatrixAlgebra):
 
     def has_float64(self) -> bool:
         return hasattr(self.xp, "float64")
+
+    def for_type(self, kind: type) -> "Backend":
+        """The backend of a class of arrays of this library."""
+        return self
 
     def exact(self, like: Array) -> AbstractContextManager[Any]:
         """A context in which nothing lowers the precision of a product."""

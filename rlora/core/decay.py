@@ -41,7 +41,7 @@ def add_decayed_weights(weight_decay: float) -> Transform:
         _, direction = map_moving(decayed, params, grads)
         return direction, state
 
-    return Transform(no_state, update)
+    return Transform(no_state, update, sharded=True)
 
 
 @hyperparameters
@@ -82,4 +82,4 @@ def _decay(weight_decay: float, split: Split) -> Transform:
         moved, _ = map_moving(move, params, direction)
         return moved
 
-    return Transform(no_state, pass_on, apply)
+    return Transform(no_state, pass_on, apply, sharded=True)

@@ -45,7 +45,7 @@ def _backend_for(x: Array) -> Backend:
             f"NumPy, CuPy, PyTorch and JAX arrays work, and any with __array_namespace__"
         )
         raise NamespaceError(msg) from error
-    backend = _by_type[type(x)] = backend_for_namespace(xp)
+    backend = _by_type[type(x)] = backend_for_namespace(xp).for_type(type(x))
     return backend
 
 

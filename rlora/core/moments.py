@@ -94,7 +94,7 @@ def momentum(decay: float = 0.9, *, nesterov: bool = False, dampening: float = 0
         mu, count, direction = map_moving(move, state.mu, state.count, grads)
         return direction, MomentumState(mu, count)
 
-    return Transform(init, update)
+    return Transform(init, update, sharded=True)
 
 
 def scale_by_adam(
@@ -148,7 +148,7 @@ def scale_by_adam(
         mu, nu, count, direction = map_moving(move, state.mu, state.nu, state.count, grads)
         return direction, AdamState(mu, nu, count)
 
-    return Transform(init, update)
+    return Transform(init, update, sharded=True)
 
 
 def adam_step(

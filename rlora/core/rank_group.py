@@ -80,15 +80,12 @@ class RankGroup:
     def gram(self, X: Sequence[Factors]) -> Stack:
         """``X Xᵀ`` in row form: ``A Aᵀ`` and ``Bᵀ B``."""
         A, B = zip(*X, strict=True)
-        rows = self.backend.gram_rows(A, self.dtype, self.workspace)
-        columns = self.backend.gram_columns(B, self.dtype, self.workspace)
-        return self.xp.concat([rows, columns])
+        return self.backend.grams(A, B, self.dtype, self.workspace)
 
     def cross(self, X: Sequence[Factors], Y: Sequence[Factors]) -> Stack:
         """``X Yᵀ`` in row form."""
-        A = self.backend.cross_rows([x.A for x in X], [y.A for y in Y], self.dtype)
-        B = self.backend.cross_rows([mT(x.B) for x in X], [mT(y.B) for y in Y], self.dtype)
-        return self.xp.concat([A, B])
+        x, y = ([pair.A for pair in each] + [mT(pair.B) for pair in each] for each in (X, Y))
+        return self.backend.cross_rows(x, y, self.dtype)
 
     def apply(
         self, P: Stack, X: Sequence[Factors], onto: Sequence[Factors] | None = None
@@ -209,6 +206,7 @@ def by_rank(
     apply: ApplyFn = apply_updates,
     compute_dtype: str | None = None,
     rescaled: bool = True,
+    sharded: bool = False,
 ) -> Transform:
     """A transform out of a rule for all pairs of one rank.
 
@@ -227,6 +225,8 @@ def by_rank(
         Huge factors come brought down to an ordinary size, their gradients are those by such
         factors, and the directions shrink as much; with False both are left as they are, for a
         rule whose direction does not shrink as the partner grows.
+    sharded : bool
+        See `rlora.Transform`.
     """
     check_choice("compute_dtype", compute_dtype, ComputeDtype)
 
@@ -243,7 +243,7 @@ def by_rank(
         return _each_rank(work, params, grads, state, compute_dtype)
 
     if transport is None:
-        return Transform(init, update, apply)
+        return Transform(init, update, apply, sharded=sharded)
     carried = transport
 
     def carry(state: State, old: Tree, new: Tree) -> State:
@@ -255,7 +255,7 @@ def by_rank(
 
         return _each_rank(work, new, new, state, compute_dtype)[1]
 
-    return Transform(init, update, apply, transport=carry)
+    return Transform(init, update, apply, transport=carry, sharded=sharded)
 
 
 def record_turn(group: RankGroup, old: Sequence[Factors], state: State) -> State:

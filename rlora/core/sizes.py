@@ -44,8 +44,7 @@ def into_range(
     low, high = ordinary(xp, X[0].dtype)
     if backend.within(X, 0.0 if huge_only else low, high):
         return list(X), None
-    peaks = [xp.linalg.vector_norm(x, axis=(-2, -1), ord=float("inf")) for x in X]
-    peak = xp.concat([xp.reshape(x, (-1, 1, 1)) for x in peaks])
+    peak = backend.peaks(X)
     info = xp.finfo(peak.dtype)
     tiny, most = float(info.smallest_normal), float(info.max)  # instead of zero and infinity
     if huge_only:

@@ -146,6 +146,10 @@ class Transform(NamedTuple):
         ``transport(state, old, new) -> state``, called by `step` after the update: for states
         whose coordinates turn with the factors, as the moments of LoRA-RITE do. Code that calls
         `update` and `apply` by hand calls it too.
+    sharded : bool, optional
+        True for a method that sees factors by Grams, by products with r x r matrices and entrywise
+        alone: it steps pieces of sharded factors, each process those that it has. Others get whole
+        factors.
     """
 
     init: InitFn
@@ -153,6 +157,7 @@ class Transform(NamedTuple):
     apply: ApplyFn = apply_updates
     order: Order = "jacobi"
     transport: TransportFn = stay
+    sharded: bool = False
 
 
 def chain(*links: Transform) -> Transform:
@@ -218,6 +223,7 @@ def chain(*links: Transform) -> Transform:
         still_at_zero(bent[0]) if bent else apply_updates,
         "gauss_seidel" if "gauss_seidel" in orders else "jacobi",
         transport if any(link.transport is not stay for link in links) else stay,
+        all(link.sharded for link in links),
     )
 
 

@@ -118,12 +118,11 @@ def alternate(
         )
         return D, moved if rates.b2 is None else moved._replace(nu=nu)
 
-    transform = by_rank(init, rule, transport=record_turn, compute_dtype=compute_dtype)
-    return (
-        transform
-        if is_zero(rates.weight_decay)
-        else decay_in_turn(transform, rates.weight_decay, turn_of)
+    transform = by_rank(
+        init, rule, transport=record_turn, compute_dtype=compute_dtype, sharded=True
     )
+    decay = rates.weight_decay
+    return transform if is_zero(decay) else decay_in_turn(transform, decay, turn_of)
 
 
 def decay_in_turn(

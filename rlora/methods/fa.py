@@ -66,7 +66,7 @@ def scale_by_frozen_gram(
         with backend.exact(leaves[0]):
             return rebuild(params, precondition(backend, P, of_B)), state
 
-    return Transform(init, update)
+    return Transform(init, update, sharded=True)
 
 
 @hyperparameters

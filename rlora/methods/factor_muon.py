@@ -26,7 +26,7 @@ def scale_by_sign(*, compute_dtype: str | None = None) -> Transform:
         size = group.constant([(RMS * max(r, n) ** 0.5, RMS * max(r, m) ** 0.5) for n, m in sides])
         return group.apply(size * group.backend.pseudo_power(group.gram(M), -0.5), M), state
 
-    return by_rank(no_state, rule, compute_dtype=compute_dtype, rescaled=False)
+    return by_rank(no_state, rule, compute_dtype=compute_dtype, rescaled=False, sharded=True)
 
 
 @hyperparameters

@@ -86,7 +86,7 @@ def graft_adamw(
     >>> method = rlora.graft_adamw(rlora.lora_rite(), weight_decay=0.01)
     """
     adam = scale_by_adam(b1, b2, eps)
-    inner = by_rank(keep_scaling, scaled_gradient) if inner is None else inner
+    inner = by_rank(keep_scaling, scaled_gradient, sharded=True) if inner is None else inner
     direction, transport = inner.update, inner.transport
     resize = by_rank(no_state, to_size, rescaled=False).update
 

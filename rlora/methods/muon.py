@@ -29,7 +29,7 @@ def scale_by_spectral_norm(*, compute_dtype: str | None = None) -> Transform:
         D = group.apply(congruence(backend, W, sign), M)
         return [over(d, 2 * s) for d, s in zip(D, state.scaling, strict=True)], state
 
-    return by_rank(keep_scaling, rule, compute_dtype=compute_dtype)
+    return by_rank(keep_scaling, rule, compute_dtype=compute_dtype, sharded=True)
 
 
 @hyperparameters

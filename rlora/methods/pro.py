@@ -47,7 +47,7 @@ def scale_by_pro(
         s = group.per_layer([Factors(s, s) for s in state.scaling])
         return tangent(group, P, G, X, cross=cross, scale=1 / s**2), state
 
-    return by_rank(keep_scaling, rule, compute_dtype=compute_dtype)
+    return by_rank(keep_scaling, rule, compute_dtype=compute_dtype, sharded=True)
 
 
 def gauge_of(gauge: Gauge, group: RankGroup, S: Stack, P: Stack, cross: Stack) -> Array | None:

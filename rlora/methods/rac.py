@@ -64,7 +64,7 @@ def scale_by_sketch(
         D = [over(d, s**2) for d, s in zip(D, scalings, strict=True)]
         return rebuild(params, D), state
 
-    return Transform(keep_scaling, update)
+    return Transform(keep_scaling, update, sharded=True)
 
 
 @hyperparameters

@@ -25,7 +25,7 @@ def scale_by_refactor(form: Form = "matrix", *, compute_dtype: str | None = None
         S = group.gram(group.params)
         return group.apply(balancing(group, S, form), G), state
 
-    return by_rank(no_state, rule, compute_dtype=compute_dtype, rescaled=False)
+    return by_rank(no_state, rule, compute_dtype=compute_dtype, rescaled=False, sharded=True)
 
 
 def balancing(group: RankGroup, S: Stack, form: Form) -> Stack:

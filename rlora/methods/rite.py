@@ -95,7 +95,7 @@ def scale_by_rite(
             count=[Factors(c.A + 1, c.B + 1) for c in state.count],
         )
 
-    return by_rank(_init, rule, transport=record_turn, compute_dtype=compute_dtype)
+    return by_rank(_init, rule, transport=record_turn, compute_dtype=compute_dtype, sharded=True)
 
 
 def _init(params: Tree, scaling: float = 1.0) -> RiteState:
@@ -182,7 +182,7 @@ def clip_unmagnified(max_norm: float | None = None, max_rms: float | None = None
         factor = shrink_to(xp, max_norm, euclidean_norm(xp, finite))
         return map_leaves(lambda g: g * factor, grads), state
 
-    return Transform(no_state, update)
+    return Transform(no_state, update, sharded=True)
 
 
 @hyperparameters
@@ -264,7 +264,7 @@ def lora_rite(
     if max_norm is not None or max_rms is not None:
         chained.insert(0, clip_unmagnified(max_norm, max_rms))
     if balance:
-        chained.append(Transform(no_state, pass_on, _apply_and_balance))
+        chained.append(Transform(no_state, pass_on, _apply_and_balance, sharded=True))
     return chain(*chained)
 
 

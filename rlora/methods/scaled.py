@@ -89,7 +89,7 @@ def scale_by_gram(
     check_choice("placement", placement, Placement)
     check_choice("order", order, Order)
     if inner is None:  # nothing entrywise that a second half would have to filter
-        inner, placement = Transform(no_state, pass_on), "before"
+        inner, placement = Transform(no_state, pass_on, sharded=True), "before"
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         if order == "gauss_seidel":
@@ -114,7 +114,7 @@ def scale_by_gram(
             direction, state = inner.update(times(P.first, grads), state, params)
             return times(P.second, direction), state
 
-    return Transform(inner.init, update, inner.apply, order, inner.transport)
+    return inner._replace(update=update, order=order)
 
 
 def _check_one_sided(grads: Tree) -> None:

@@ -41,16 +41,17 @@ def test_hsdp_equals_one_process(groups, maker):
     assert_equal(found, runs.trained(maker, None), atol=1e-12)
 
 
-@pytest.mark.parametrize("maker", ["default", "adamw", "both", "gauss-seidel"])
+@pytest.mark.parametrize("maker", ["default", "adamw", "both", "gauss-seidel", "rite"])
 def test_any_layout_on_a_mesh_of_two_dimensions(groups, maker):
     expected = runs.trained_in_any_layout(maker, sharded=False)
     assert_equal(groups(4).run(runs.trained_in_any_layout, maker, True), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("maker", ["both", "rite"])
 @pytest.mark.parametrize("poison", ["0.lora_A.weight", "1.lora_B.weight", "3.lora_A.weight"])
-def test_nan_in_one_pair_does_not_touch_another(groups, poison):
-    expected = runs.trained_in_any_layout("both", sharded=False)
-    for found in groups(4).run(runs.trained_in_any_layout, "both", True, poison):
+def test_nan_in_one_pair_does_not_touch_another(groups, poison, maker):
+    expected = runs.trained_in_any_layout(maker, sharded=False)
+    for found in groups(4).run(runs.trained_in_any_layout, maker, True, poison):
         assert np.isnan(found[poison]).any()
         others = {name: x for name, x in found.items() if name[0] != poison[0]}
         assert len(others) == 8
@@ -111,24 +112,62 @@ def test_what_a_step_sends(groups, dtype):
     assert groups(4).run(runs.traffic, "adamw", "ddp", dtype, SHAPES) == [[]] * 4
 
 
+def test_what_a_step_of_a_method_class_sends(groups):
+    """LoRA-RITE: r x r matrices, largest entries, who has a gradient; A, its gradient and the new A."""
+    ranks = [(2, 4), (1, 8)]  # (pairs, r)
+    grams = [4 * 2 * pairs * r**2 for pairs, r in ranks]
+    peaks = [4 * 2 * pairs for pairs, _ in ranks]
+    update = [x for peak, gram in zip(peaks, grams, strict=True) for x in (peak, gram, peak, gram)]
+    transport = [x for peak, gram in zip(peaks, grams, strict=True) for x in (peak, peak, gram)]
+    sizes = [4 * 2 * len(SHAPES), *update, *transport]
+    reduced = [("allreduce", size) for size in sizes]
+    for sent in groups(4).run(runs.traffic, "rite", "columns", torch.float32, SHAPES):
+        assert sent == reduced
+    rows = ("alltoall_base", 4 * sum(r // 4 * n for n, _, r in SHAPES))
+    for sent in groups(4).run(runs.traffic, "rite", "default", torch.float32, SHAPES):
+        assert sent == [reduced[0], rows, rows, *reduced[1:], rows]
+
+
 @pytest.mark.parametrize("layout", ["columns", "default"])
-def test_what_a_step_of_a_method_class_sends(groups, layout):
-    """Its pieces of factors and gradients, and a number that says which have a gradient."""
-    pieces = sum(r * n // 4 + -(-m // 4) * r for n, m, r in SHAPES)  # padded to equal pieces
-    for sent in groups(4).run(runs.traffic, "rite", layout, torch.float32, SHAPES):
-        sizes = {name: [x for word, x in sent if word == name] for name, _ in sent}
-        assert not sizes.keys() - {
-            "allreduce", "all_gather_into_tensor", "wait_tensor", "wrap_tensor_autograd",
-        }  # fmt: skip
-        assert sizes["allreduce"] == [4 * 2 * len(SHAPES)]
-        assert sum(sizes["all_gather_into_tensor"]) == 4 * 2 * pieces
+def test_what_a_step_of_whole_factors_sends(groups, layout):
+    """Riemannion: who has a gradient, then pieces of factors and gradients, padded to equal length."""
+    a_piece = {"columns": lambda n, r: r * (n // 4), "default": lambda n, r: r // 4 * n}[layout]
+    largest = sum(a_piece(n, r) + -(-m // 4) * r for n, m, r in SHAPES)
+    for sent in groups(4).run(runs.traffic, "riemannion", layout, torch.float32, SHAPES):
+        assert sent == [
+            ("allreduce", 4 * 2 * len(SHAPES)),
+            ("allgather_base", 4 * 2 * largest),
+        ]
 
 
+GATHERED = {"AdaPreLoRA", "LoFT", "LoRASB", "Riemannion"}
+"""Classes that see whole factors."""
+
+
+@pytest.mark.parametrize("layout", ["default", "columns", "hsdp"])
+def test_moments_are_shared_out(groups, layout):
+    """All processes together hold each number once; of two replicas, twice."""
+    shares = groups(4).run(runs.shares_of_state, layout)
+    for name, (_, whole) in shares[0].items():
+        held = sum(share[name][0] for share in shares)
+        copies = 4 if name in GATHERED else 2 if layout == "hsdp" else 1
+        assert held == copies * whole, name
+    assert sum(whole > 0 for _, whole in shares[0].values()) > 10
+
+
+@pytest.mark.parametrize("layout", ["default", "columns"])
+@pytest.mark.parametrize("maker", ["rite", "pro", "riemannion"])
+def test_a_whole_state_is_cut(groups, maker, layout):
+    expected = runs.goes_on_from_one_process(maker, None)
+    assert_equal(groups(4).run(runs.goes_on_from_one_process, maker, layout), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("maker", ["adamw", "rite"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_replicas_keep_the_same_bits(groups, dtype):
+def test_replicas_keep_the_same_bits(groups, dtype, maker):
     """All of DDP; of HSDP processes 0 and 2, and 1 and 3."""
-    assert len({bits for _, bits in groups(4).run(runs.replicas, "ddp", dtype)}) == 1
-    pieces = dict(groups(4).run(runs.replicas, "hsdp", dtype))
+    assert len({bits for _, bits in groups(4).run(runs.replicas, maker, "ddp", dtype)}) == 1
+    pieces = dict(groups(4).run(runs.replicas, maker, "hsdp", dtype))
     assert pieces[0] == pieces[2]
     assert pieces[1] == pieces[3]
 
@@ -149,11 +188,11 @@ def test_other_methods_under_ddp(groups):
 
 
 @pytest.mark.parametrize("layout", ["default", "columns", "hsdp"])
-@pytest.mark.works("FSDP2", "the other methods, whose factors are gathered")
+@pytest.mark.works("FSDP2", "every other class, four of them on gathered factors")
 def test_other_methods_under_fsdp2(groups, layout):
-    """The gradients are averaged in another order; what that does, some methods divide by little."""
+    """In float64, so that only the order of sums differs."""
     found = groups(4).run(runs.trained_by_methods, layout)
-    assert_equal(found, runs.trained_by_methods(None), atol=1e-9)
+    assert_equal(found, runs.trained_by_methods(None), atol=1e-12)
 
 
 @pytest.mark.parametrize(("layout", "flat"), [("default", False), ("columns", True)])
@@ -167,6 +206,9 @@ def test_other_methods_under_fsdp2(groups, layout):
         ("pro", torch.float64),
         ("riemannion", torch.float64),
         ("alt", torch.float64),
+        ("muon", torch.float64),
+        ("ref", torch.float64),
+        ("graft", torch.float64),
         ("fused", torch.bfloat16),
         ("nearest", torch.bfloat16),
     ],
@@ -186,7 +228,7 @@ def test_resume_on_other_numbers_of_processes(groups, tmp_path, maker, layout, f
 
 @pytest.mark.parametrize("maker", ["adamw", "rite", "riemannion"])
 def test_a_checkpoint_has_every_number_once(groups, tmp_path, maker):
-    """Also the state of a method class, which is whole on every process: files hold no second copy."""
+    """Also the state that is whole on every process: files hold no second copy."""
     groups(2).run(checkpoints.save, maker, "default", str(tmp_path), False, torch.float64)
     listed = FileSystemReader(tmp_path).read_metadata().storage_data
     assert sum(path.stat().st_size for path in tmp_path.glob("*.distcp")) == sum(

@@ -11,7 +11,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlora.torch
-from rlora.torch import AltLoRAPlus, LoRAProAdamW, LoRARite, Riemannion, ScaledAdamW, ScaledSGD
+from rlora.torch import (
+    AltLoRAPlus,
+    GraftAdamW,
+    LoRAMuon,
+    LoRAProAdamW,
+    LoRARite,
+    RefLoRA,
+    Riemannion,
+    ScaledAdamW,
+    ScaledSGD,
+)
 
 STEPS = 20
 BEFORE = {"placement": "before", "damping": 1e-6, "damping_mode": "relative"}
@@ -35,6 +45,9 @@ MAKERS = {
     "pro": lambda m: LoRAProAdamW(m, lr=1e-3),
     "riemannion": lambda m: Riemannion(m, lr=1e-3),
     "alt": lambda m: AltLoRAPlus(m, lr=1e-3),
+    "muon": lambda m: LoRAMuon(m, lr=1e-3),
+    "ref": lambda m: RefLoRA(m, lr=1e-3, momentum=0.9),
+    "graft": lambda m: GraftAdamW(m, lr=1e-3),
     "groups": lambda m: ScaledAdamW(
         [
             {"params": list(m[0].named_parameters(prefix="0")), "damping": 1e-3},
@@ -185,6 +198,49 @@ def trained(maker, layout, dtype=torch.float64):
     return values(model)
 
 
+def shares_of_state(layout):
+    """For each method the numbers that its arrays like factors have here, and altogether."""
+    shares = {}
+    for name, kind in METHODS.items():
+        model = shard(make_model(torch.float64), layout)
+        optimizer = kind(model, lr=1e-3)
+        train(model, optimizer, stop=2)
+        factors = {p: p.numel() for n, p in model.named_parameters() if "lora_" in n}
+        held = [
+            x
+            for p, size in factors.items()
+            for x in optimizer.state[p].values()
+            if x.numel() == size
+        ]
+        shares[name] = [
+            sum((x.to_local() if hasattr(x, "to_local") else x).numel() for x in held),
+            sum(x.numel() for x in held),
+        ]
+    return shares
+
+
+def goes_on_from_one_process(maker, layout):
+    """Half of the steps on one process, its whole state loaded for the others.
+
+    Without the head: torch's own state is not cut.
+    """
+    model = make_model(torch.float64)[:-1]
+    optimizer = MAKERS[maker](model)
+    for t in range(STEPS):
+        if t == STEPS // 2:
+            saved = optimizer.state_dict()
+            model = shard(model, layout)
+            optimizer = MAKERS[maker](model)
+            optimizer.load_state_dict(saved)
+        for p in (p for p in model.parameters() if p.requires_grad):
+            g = torch.Generator().manual_seed(t)
+            p.grad = torch.randn(p.shape, generator=g, dtype=torch.float64)
+            if hasattr(p, "device_mesh"):
+                p.grad = distribute_tensor(p.grad, p.device_mesh, p.placements)
+        optimizer.step()
+    return values(model)
+
+
 # --- gradients that are missing ------------------------------------------------------------------
 
 
@@ -231,7 +287,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace in ("c10d", "_c10d_functional"):
-            given = args[1] if "alltoall" in func.__name__ else args[0]
+            given = args[1] if func.__name__.startswith(("alltoall", "_allgather")) else args[0]
             tensors = given if isinstance(given, (list, tuple)) else [given]
             name = func.__name__.split(".")[0].strip("_")
             self.sent.append((name, sum(x.numel() * x.element_size() for x in tensors)))
@@ -256,10 +312,10 @@ def traffic(maker, layout, dtype, shapes):
 # --- replicas ------------------------------------------------------------------------------------
 
 
-def replicas(layout, dtype):
+def replicas(maker, layout, dtype):
     """The bits of this process's pieces."""
     model = shard(make_model(dtype), layout)
-    optimizer = MAKERS["adamw"](model)
+    optimizer = MAKERS[maker](model)
     train(model, optimizer)
     pieces = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
     bits = b"".join(x.detach().double().numpy().tobytes() for x in pieces)

@@ -132,12 +132,11 @@ class MethodOptimizer(LoRAOptimizer):
             work.setdefault((is_distributed(pair.A), groups.pop()), []).append(pair)
         batches: list[Work] = []
         for (cut, group), members in work.items():
-            if cut:
-                from rlora.torch.step.dtensor_gather import (
-                    Gathered,  # DTensors take half a second to import
-                )
+            if cut:  # DTensors take half a second to import
+                from rlora.torch.step.dtensor_methods import steps_on_dtensors
 
-                batches.append(Gathered(self, group, members))
+                sharded = self._transform(self.param_groups[group]).sharded
+                batches += steps_on_dtensors(self, group, members, sharded=sharded)
             else:
                 batches += portions(self, group, members)
         paired = {id(p) for pair in pairs for p in pair.moved}

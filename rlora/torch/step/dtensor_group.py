@@ -22,74 +22,9 @@ from rlora.core.factors import Factors
 from rlora.core.placement import Preconditioners, RankGrams
 from rlora.torch.pairing.pairs import TensorPair, local
 from rlora.torch.pairing.sharding_checks import cut_dims, mesh_of
+from rlora.torch.step.dtensor_exchange import Exchange, piece_of_grad
 from rlora.torch.step.kernels import Kernel
 from rlora.torch.step.listwise import Job, ListStep
-
-
-class Exchange:
-    """Pieces of rows for pieces of columns and back, in one all-to-all for many matrices.
-
-    Parameters
-    ----------
-    factors : sequence of (DTensor, int)
-        Each with 0 for an A or 1 for a B. Only those that are cut along their rank axis are
-        exchanged, and all of these along the same dimension of the mesh.
-    """
-
-    def __init__(self, factors: Sequence[tuple[Any, int]]) -> None:
-        cut = [(k, p, side) for k, (p, side) in enumerate(factors) if cut_dims(p, side)]
-        self.places = [(k, side) for k, _, side in cut]
-        if not cut:
-            return
-        _, p, side = cut[0]
-        self.group = p.device_mesh.get_group(cut_dims(p, side)[0])
-        self.me, parts = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.rows = [_chunks(p.shape[side], parts) for _, p, side in cut]
-        self.columns = [_chunks(local(p).flatten(1).shape[1 - side], parts) for _, p, side in cut]
-
-    def to_columns(self, pieces: list[Tensor]) -> list[Tensor]:
-        """From (r_i, N), the rows that this process has, to (r, N_i); a B the other way round."""
-        return self._replaced(pieces, self.columns, self.rows, axis=1) if self.places else pieces
-
-    def to_rows(self, pieces: list[Tensor]) -> list[Tensor]:
-        """The way back."""
-        return self._replaced(pieces, self.rows, self.columns, axis=0) if self.places else pieces
-
-    def _replaced(
-        self, pieces: list[Tensor], cut: list[list[int]], joined: list[list[int]], axis: int
-    ) -> list[Tensor]:
-        """Each matrix cut along `axis`, sent, and what came joined along the other one."""
-        turned: list[Any] = [pieces[k].mT if side else pieces[k] for k, side in self.places]
-        blocks = [x.split(sizes, axis) for x, sizes in zip(turned, cut, strict=True)]
-        to_each = [torch.cat([b.reshape(-1) for b in row]) for row in zip(*blocks, strict=True)]
-        shapes = [
-            [(size, mine[self.me]) if axis else (mine[self.me], size) for size in sizes]
-            for sizes, mine in zip(joined, cut, strict=True)
-        ]
-        from_each = [[prod(shape) for shape in row] for row in zip(*shapes, strict=True)]
-        inbox: Any = to_each[0].new_empty(sum(map(sum, from_each)))
-        dist.all_to_all_single(
-            inbox,
-            torch.cat(to_each),
-            [sum(sizes) for sizes in from_each],
-            [len(x) for x in to_each],
-            group=self.group,
-        )
-        came = iter(inbox.split([size for sizes in from_each for size in sizes]))
-        parts = zip(*([next(came) for _ in shapes] for _ in from_each), strict=True)
-        result = list(pieces)
-        for (k, side), each, sizes in zip(self.places, parts, shapes, strict=True):
-            x = torch.cat(
-                [part.view(size) for part, size in zip(each, sizes, strict=True)], 1 - axis
-            )
-            result[k] = x.mT if side else x
-        return result
-
-
-def _chunks(size: int, parts: int) -> list[int]:
-    """Sizes of the pieces as DTensor cuts, the last ones smaller or empty."""
-    step = -(-size // parts)
-    return [max(0, min(step, size - i * step)) for i in range(parts)]
 
 
 class ShardedStep(ListStep):
@@ -136,7 +71,7 @@ class ShardedStep(ListStep):
 
     def gradients(self) -> list[Tensor]:
         """The pieces of the gradients; zeros where this process has none, to be dropped later."""
-        return [_piece_of_grad(job.param) for job in self.jobs]
+        return [piece_of_grad(job.param) for job in self.jobs]
 
     def grams(self) -> list[RankGrams]:
         """The Grams of the pieces, to be summed."""
@@ -237,13 +172,3 @@ def _parts(
                 members.append(pair)
             jobs.append(Job(p, pair, len(members) - 1, side, p.grad is not None))
     return parts
-
-
-def _piece_of_grad(p: Any) -> Tensor:
-    """The gradient of this process's piece of the parameter; zeros for none."""
-    if p.grad is None:
-        return torch.zeros_like(local(p))
-    grad = p.grad
-    return local(
-        grad if grad.placements == p.placements else grad.redistribute(placements=p.placements)
-    )

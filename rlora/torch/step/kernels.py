@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from rlora.torch.pairing.pairs import is_distributed, local
+from rlora.torch.pairing.pairs import local
+from rlora.torch.step.dtensors import like_param
 from rlora.torch.step.errors import misshapen
 
 Number: TypeAlias = float | Tensor
@@ -180,18 +181,6 @@ def has_kernel(group: dict[str, Any]) -> bool:
     numbers = [group.get("lr"), *group.get("betas", ())]
     by_loop = group.get("fused") is False or group.get("foreach") or group.get("capturable")
     return not (by_loop or any(isinstance(x, Tensor) for x in numbers))
-
-
-def like_param(p: Any, piece: Tensor) -> Tensor:
-    """The tensor itself, or for a piece of a DTensor a DTensor that is laid out as `p`."""
-    if not is_distributed(p):
-        return piece
-    from torch.distributed.tensor import DTensor  # half a second
-
-    whole: Tensor = DTensor.from_local(
-        piece, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-    )
-    return whole
 
 
 def _check_capturable(group: dict[str, Any], device: str) -> None:

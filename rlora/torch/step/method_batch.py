@@ -15,8 +15,9 @@ from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.step import move
 from rlora.core.structure import another_state, side_by_side
 from rlora.core.transform import State, Transform
-from rlora.torch.pairing.pairs import Member, TensorPair
+from rlora.torch.pairing.pairs import Member, TensorPair, is_distributed, local
 from rlora.torch.step.compiling import keep
+from rlora.torch.step.dtensors import cut_as
 from rlora.torch.step.errors import misshapen
 from rlora.torch.step.rounding import store
 
@@ -40,10 +41,12 @@ class MethodBatch:
         alike: dict[Any, list[Member]] = {}
         for member in members:
             still = [member.gradient(side) is None for side in (0, 1)]
-            key = (*member.shapes, member.params[0].dtype, *still)
+            cut = [getattr(p, "placements", None) for p in member.params]
+            key = (*member.shapes, member.params[0].dtype, *still, *cut)
             own = (id(member.owners[0]), member.suffix) if is_large(member) else ()
             alike.setdefault((*key, *own), []).append(member)
         self._buckets = list(alike.values())
+        self._in_pieces = is_distributed(members[0].params[0])
         options = optimizer.param_groups[group]
         self._chosen = optimizer._chosen(options)
         self._transform = optimizer._transform(options)
@@ -97,11 +100,11 @@ class MethodBatch:
                     raise misshapen(key, known, view)
                 if known is not None:
                     old.append(view)
-                    new.append(known)
+                    new.append(cut_as(known, view))
                 if not torch.compiler.is_compiling():  # a graph writes into what is there, later
                     held[key] = view
         if old:
-            torch._foreach_copy_(old, new)
+            torch._foreach_copy_([local(x) for x in old], [local(x) for x in new])
 
     def move(self) -> tuple[dict[str, Factors], State]:
         """The pairs and their state after the step, some of them written to already."""
@@ -130,7 +133,7 @@ class MethodBatch:
         if len(tensors) == 1 and tensors[0].dtype == dtype:
             where_it_is: Tensor = tensors[0].detach()[None]
             return where_it_is
-        if tensors[0].device.type != "cpu":
+        if tensors[0].device.type != "cpu" or self._in_pieces:
             return torch.stack(tensors).to(dtype)
         shape = torch.Size((len(tensors), *tensors[0].shape))
         held = self._memory.get(slot)
@@ -147,16 +150,20 @@ class MethodBatch:
         for bucket, stacks in zip(self._buckets, params.values(), strict=True):
             for side in (0, 1):
                 if bucket[0].gradient(side) is not None:
-                    layers = stacks[side].unbind(0)
-                    for member, layer in zip(bucket, layers, strict=True):
+                    stack = local(stacks[side]) if self._in_pieces else stacks[side]
+                    for member, layer in zip(bucket, stack.unbind(0), strict=True):
                         written, value = member.part(side), member.write(side, layer)
+                        written = local(written) if self._in_pieces else written
                         if not lies_in(written, value):
                             old.append(written)
                             new.append(value)
         if old:
             store(old, new, self._optimizer.param_groups[self._group])
-        if changed := [k for k, (mine, theirs) in enumerate(both) if mine is not theirs]:
-            torch._foreach_copy_([both[k][0] for k in changed], [both[k][1] for k in changed])
+        if changed := [x for x in both if x[0] is not x[1]]:
+            mine, theirs = map(list, zip(*changed, strict=True))
+            if self._in_pieces:
+                mine, theirs = list(map(local, mine)), list(map(local, theirs))
+            torch._foreach_copy_(mine, theirs)
         if torch.compiler.is_compiling():
             for share in self._shares:
                 for key, view in zip(share.keys, share.views, strict=True):

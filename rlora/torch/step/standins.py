@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rlora.torch.pairing.pairs import local
-from rlora.torch.step.kernels import Kernel, Number, like_param
+from rlora.torch.step.dtensors import like_param
+from rlora.torch.step.kernels import Kernel, Number
 from rlora.torch.step.plan import over_stand_ins
 
 
