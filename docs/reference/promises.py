@@ -127,7 +127,7 @@ def decay(kind: Any) -> str:
         for share in left[0]
     }
     faster = any(one < 0.999 and two < one**2 - 1e-3 for one, two in zip(*left, strict=True))
-    return "; ".join(sorted(filter(None, found))) + (", through the momentum" if faster else "")
+    return ", ".join(sorted(filter(None, found))) + (", through the momentum" if faster else "")
 
 
 def float32_state(kind: Any) -> bool:
@@ -288,7 +288,7 @@ def when_table() -> Iterator[str]:
             continue
         rare = sorted(answers.items(), key=lambda item: len(item[1]))
         *named, (usual, _) = rare
-        lists = (f"{a}: {', '.join(f'`{name}`' for name in names)}" for a, names in named)
+        lists = (f"{', '.join(f'`{name}`' for name in names)}: {a}" for a, names in named)
         yield f"| {words} | {'; '.join(chain(lists, [f'all others: {usual}']))} |"
 
 
