@@ -63,7 +63,8 @@ def get(name: str) -> Backend:
         When the library is not installed, cannot be imported, or has no device here.
     """
     if importlib.util.find_spec(name.partition(".")[0]) is None:
-        msg = f"{name} is not installed"
+        extra = f": pip install 'rlora[{name}]'" if name in BUILTIN else ""
+        msg = f"{name} is not installed{extra}"
         raise BackendError(msg)
     try:
         backend = backend_for_namespace(_namespace(name))

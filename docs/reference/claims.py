@@ -22,16 +22,16 @@ FOLDER: Final = Path(__file__).with_suffix("")
 
 HEAD: Final = """# The papers' claims, tested
 
-See which statements of the papers hold in small seeded experiments, and try them again:
+See which statements of the papers hold in small seeded experiments of algebra and rates, and try
+them again:
 
     rlora reproduce --list
     rlora reproduce all                 # figures and records in build/reproduce
     rlora reproduce damping --quick
 
-A *gauge* or *split* is one of the factorizations (R A, B R⁻¹) of a product B A, R invertible.
-The experiments test algebra and rates, not the quality of a fine-tuned model. Records have every
-check with value and threshold, the page those that fail. `rlora reproduce` exits with 1 if a
-verdict is not the documented one. `python docs/reference/claims.py` makes this page.
+It exits with 1 if a verdict is not the documented one. A *gauge* or *split* is one of the
+factorizations (R A, B R⁻¹) of a product B A, R invertible. A verdict leads to its record of every
+check; those that fail are on the page. `python docs/reference/claims.py` makes it.
 """
 
 REFERENCE: Final = re.compile(
@@ -80,14 +80,14 @@ def wrapped(text: str) -> str:
 
 def section(record: dict[str, Any]) -> str:
     """A claim with its measurements and its figure."""
-    name = record["claim"]
+    name, verdict = record["claim"], record["verdict"].capitalize()
     lines = [
         "",
         f"## {name}",
         "",
-        wrapped(f"{record['statement']} **{record['verdict'].capitalize()}.**"),
+        wrapped(f"{record['statement']} **[{verdict}](claims/{name}.json).**"),
         "",
-        wrapped(f"{linked(record['source'])}. [Record](claims/{name}.json)."),
+        wrapped(f"{linked(record['source'])}."),
         *failed(record["checks"]),
         "",
         f"![{name}](claims/{name}.svg)",

@@ -4,7 +4,7 @@ python docs/reference/defaults.py
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,26 +23,24 @@ WHY: Final[dict[str, str]] = {
     "adam=False": "the theory is of the step without Adam; the authors' large runs use AdamW",
     "adapter=None": "all adapters of the model",
     "amsgrad=False": "torch's AdamW",
-    "b1=0.7": "[the study](study.md): lower loss than 0.9 everywhere",
+    "b1=0.7": "[the study](study.md): lower loss than Adam's everywhere",
     "b1=0.9": "Adam's",
     "b1=0.95": "Muon's",
-    "b2=0.8": "[the study](study.md): lower loss than 0.999 everywhere",
+    "b2=0.8": "[the study](study.md): lower loss than Adam's everywhere",
     "b2=0.999": "Adam's",
     "balance=False": "the authors' code",
-    "betas=(0.7, 0.8)": "[the study](study.md): lower loss than (0.9, 0.999) everywhere",
-    "betas=(0.9, 0.999)": "Adam's",
     "bias_correction=True": "Adam's",
     "capturable=False": "torch's AdamW",
     "compute_dtype=None": f"the parameters' own, at least float32: {PRECISION}",
     "damping=0.0001": f"scaled SGD makes no step of unit entries: {DECISION}",
     "damping=0.01": f"the square of what one Adam step does to a direction: {DECISION}",
-    "damping=1e-06": "small enough not to matter; nothing here was tuned",
+    "damping=1e-06": "small; not tuned",
     "damping_mode='covariant'": f"the only kind that keeps every invariance: {DAMPING}",
     "damping_mode='relative'": f"no scale of the factorization enters: {DAMPING}",
     "dampening=0.0": "torch's SGD",
     "decay='before'": "torch's AdamW; the authors' code has \"after\"",
     "eps=1e-06": "the authors' code",
-    "eps=1e-08": "torch's AdamW",
+    "eps=1e-08": "Adam's",
     "eps_form='torch'": "added to the root of the corrected second moment, as torch does",
     "escape=False": "the authors' code; the paper's algorithm has it on",
     "first='B'": "from B = 0 the first step then does something",
@@ -89,33 +87,45 @@ WHY: Final[dict[str, str]] = {
 HEAD: Final = """# All defaults, with reasons
 
 Look up what an option is when you do not set it, and why. A class of `rlora.torch` has the defaults
-of the method of the same name (`b1` and `b2` are its `betas`) and those of its own table.
-`python docs/reference/defaults.py` makes this page from the signatures.
+of its method (`b1`, `b2` are `betas`) and those of its own table. "Others": all others that have
+the option. `python docs/reference/defaults.py` makes this page from the signatures.
 """
-
-
-def defaults(things: Iterable[tuple[str, Callable[..., Any]]]) -> dict[str, list[str]]:
-    """By `option=default`, the names of the things that have it, in their order."""
-    found: dict[str, list[str]] = {}
-    for name, thing in things:
-        for option in inspect.signature(thing).parameters.values():
-            if option.default is not inspect.Parameter.empty:
-                found.setdefault(f"{option.name}={option.default!r}", []).append(name)
-    return dict(sorted(found.items()))
-
 
 Named = Sequence[tuple[str, Callable[..., Any]]]
 
 
-def table(title: str, things: Named, known: Named = ()) -> list[str]:
-    """A section with a row for each default that those known do not have."""
-    there = defaults(known)
-    rows = [
-        f"| `{default}` | {said(names, [name for name, _ in things])} | {WHY[default]} |"
-        for default, names in defaults(things).items()
-        if [*map(plain, names)] != [*map(plain, there.get(default, []))]
+def defaults(things: Named, known: Named = ()) -> dict[str, dict[str, list[str]]]:
+    """By option and default, the names of the things that have it and are not known for it."""
+    there = {(plain(name), repr(option)) for name, thing in known for option in options(thing)}
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, thing in things:
+        for option in options(thing):
+            if (plain(name), repr(option)) not in there and not (known and option[0] == "betas"):
+                found.setdefault(option[0], {}).setdefault(option[1], []).append(name)
+    return dict(sorted(found.items()))
+
+
+def options(thing: Callable[..., Any]) -> list[tuple[str, str]]:
+    """Names and defaults of what can be left out."""
+    return [
+        (option.name, repr(option.default))
+        for option in inspect.signature(thing).parameters.values()
+        if option.default is not inspect.Parameter.empty
     ]
-    return [f"\n## {title}\n", "| default | of | why |", "| --- | --- | --- |", *rows]
+
+
+def table(title: str, things: Named, known: Named = ()) -> list[str]:
+    """A section with a row for all defaults of the same things for the same reason."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for option, values in defaults(things, known).items():
+        usual = max(values.values(), key=len)
+        for value, names in sorted(values.items()):
+            default = f"{option}={value}"
+            others = len(values) > 1 and names is usual and len(names) > 2
+            of = "others" if others else said(names, [name for name, _ in things])
+            rows.setdefault((of, WHY[default]), []).append(f"`{default}`")
+    lines = (f"| {', '.join(found)} | {of} | {why} |" for (of, why), found in rows.items())
+    return [f"\n## {title}\n", "| default | of | why |", "| --- | --- | --- |", *lines]
 
 
 def plain(name: str) -> str:

@@ -29,9 +29,8 @@ def cell(verdict: str, figure: float) -> str:
 
 HEAD = f"""# Invariance of the methods
 
-See which changes of basis of the factors leave the path of the product as it is. `(A, B)` and
-`(R A, B R⁻¹)` are two factorizations of one product. A method whose path differs between them has a
-hidden hyperparameter: the factorization it starts from.
+See which changes of basis, from `(A, B)` to `(R A, B R⁻¹)`, leave the path of the product as it is.
+A method whose path changes has a hidden hyperparameter: the factorization it starts from.
 
 *Largest relative difference of the products over 50 steps on `½|B A - T|²`, (20, 16), rank 3,
 float64; "exact": at most {ROUNDING:.0e}. R is three times the identity (scalar), a signed
@@ -46,14 +45,12 @@ TAIL = """
 Options that are not named have their [defaults](defaults.md). `python docs/reference/invariance.py`
 makes this page, and a test compares every verdict with theory.
 
-- **Entrywise moments** break the invariance: only signed permutations map entries to entries.
-  Triangular halves on both sides of Adam keep scalings and triangular changes of basis instead.
-- **Damping**: absolute damping compares δ with a Gram of arbitrary size and keeps rotations only,
-  relative damping keeps scalings and rotations, covariant damping keeps every change of basis.
-- **Norms of the factors** break it a little: LoRA-Pro's Sylvester solution.
+- Only signed permutations map entries to entries, so **entrywise moments** keep no more. Triangular
+  halves on both sides of Adam keep scalings and triangular changes of basis instead.
+- **Damping**: [by kind](../explanation/damping.md#three-kinds).
+- **Norms of the factors** (LoRA-Pro's Sylvester solution) break it a little.
 - **Momentum, decoupled decay and orthogonal functions** in orthonormal coordinates keep it.
-
-LoRA-FA, RAC-LoRA and LoRA-SB freeze a factor: only the space that it spans matters.
+- A **frozen factor** (LoRA-FA, RAC-LoRA, LoRA-SB): only the space that it spans matters.
 """
 
 

@@ -72,7 +72,7 @@ def moves(kind: Any, *, of: str = "AB", steps: int = 1, **options: Any) -> list[
     return [p.detach() - old for p, old in zip(pair, before, strict=True)]
 
 
-# --- one row a class ------------------------------------------------------------------------------
+# --- aspects of a class ---------------------------------------------------------------------------
 
 
 def order(kind: Any) -> str:
@@ -127,51 +127,37 @@ def decay(kind: Any) -> str:
         for share in left[0]
     }
     faster = any(one < 0.999 and two < one**2 - 1e-3 for one, two in zip(*left, strict=True))
-    return "; ".join(sorted(filter(None, found))) + (", through the momentum" if faster else "")
+    return ", ".join(sorted(filter(None, found))) + (", through the momentum" if faster else "")
 
 
-def state(kind: Any) -> str:
-    """Names of the state of a bfloat16 pair, all of it in float32."""
+def float32_state(kind: Any) -> bool:
+    """Tell if all of the state of a bfloat16 pair is in float32."""
     pair = make_pair(torch.bfloat16)
     optimizer = make(kind, pair, momentum=0.9)
     for p, g in zip(pair, gradients(pair), strict=True):
         p.grad = g
     optimizer.step()
-    found = {
-        key: value
-        for p in pair
-        for key, value in optimizer.state[p].items()
-        if isinstance(value, Tensor)
-    }
-    low = [key for key, value in found.items() if value.dtype != torch.float32]
-    if low:
-        msg = f"{kind.__name__}: not in float32: {low}"
-        raise TypeError(msg)
-    return " ".join(f"`{key}`" for key in found) or "none"
+    held = (x for p in pair for x in optimizer.state[p].values() if isinstance(x, Tensor))
+    return all(x.dtype == torch.float32 for x in held)
 
 
-ASPECTS: Final[dict[str, Callable[[Any], str]]] = {
-    "A and B": order,
-    "second moment of": moments,
-    "decay": decay,
-    "state": state,
-    "rest": lambda kind: (
-        "AdamW"
-        if issubclass(kind, torch.optim.AdamW)
-        else next(
-            base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch.optim")
-        )
-    ),
-}
+def base(kind: Any) -> str:
+    """The optimizer of torch that a class is."""
+    kinds = (parent for parent in kind.__mro__ if parent.__module__.startswith("torch.optim"))
+    name = next(kinds).__name__
+    return "AdamW" if issubclass(kind, torch.optim.AdamW) else name
 
 
 def class_table() -> Iterator[str]:
-    """A row for each class."""
-    yield f"| class | {' | '.join(ASPECTS)} |"
-    yield f"| --- |{' --- |' * len(ASPECTS)}"
+    """A row for all classes with the same order and the same moments."""
+    found: dict[tuple[str, str], list[str]] = {}
     for name, kind in CLASSES.items():
         if name.isidentifier():  # what stands behind `precondition` does as ever
-            yield f"| `{name}` | {' | '.join(aspect(kind) for aspect in ASPECTS.values())} |"
+            found.setdefault((order(kind), moments(kind)), []).append(f"`{name}`")
+    yield "| A and B | second moment of | classes |"
+    yield "| --- | --- | --- |"
+    for aspects, names in sorted(found.items()):
+        yield f"| {' | '.join(aspects)} | {', '.join(names)} |"
 
 
 # --- one row a circumstance -----------------------------------------------------------------------
@@ -258,7 +244,7 @@ def option(name: str) -> Callable[[Any], bool]:
     return lambda kind: name in options_of(kind)
 
 
-WHEN: Final[dict[str, Callable[[Any], bool]]] = {
+WHEN: Final[dict[str, Callable[[Any], bool | str]]] = {
     "leaves `.grad`, takes a closure and lr as a tensor": lambda kind: (
         untouched(kind) and closure(kind) and tensor_lr(kind)
     ),
@@ -270,6 +256,9 @@ WHEN: Final[dict[str, Callable[[Any], bool]]] = {
     "takes one-dimensional factors": with_shapes((R * N,), (M * R,)),
     "takes complex factors": with_shapes((R, N), (M, R), torch.complex64),
     "takes sparse gradients": with_gradient(lambda g: g.to_sparse()),
+    "keeps float32 state for bfloat16 factors": float32_state,
+    "updates the rest as": base,
+    "decays by": lambda kind: decay(kind) if base(kind) in ("AdamW", "SGD") else "torch's own",
     "has `capturable`": option("capturable"),
     "has `maximize`": option("maximize"),
     "has `amsgrad`": option("amsgrad"),
@@ -277,10 +266,11 @@ WHEN: Final[dict[str, Callable[[Any], bool]]] = {
 }
 
 
-def answer(question: Callable[[Any], bool], kind: Any) -> str:
-    """Yes, no, or refused with one of our errors."""
+def answer(question: Callable[[Any], bool | str], kind: Any) -> str:
+    """Yes, no, another word, or refused with one of our errors."""
     try:
-        return "yes" if question(kind) else "no"
+        said = question(kind)
+        return said if isinstance(said, str) else "yes" if said else "no"
     except (rlora.RLoraError, ValueError, TypeError) as error:
         return f"refused, {type(error).__name__}"
 
@@ -298,7 +288,7 @@ def when_table() -> Iterator[str]:
             continue
         rare = sorted(answers.items(), key=lambda item: len(item[1]))
         *named, (usual, _) = rare
-        lists = (f"{a}: {', '.join(f'`{name}`' for name in names)}" for a, names in named)
+        lists = (f"{', '.join(f'`{name}`' for name in names)}: {a}" for a, names in named)
         yield f"| {words} | {'; '.join(chain(lists, [f'all others: {usual}']))} |"
 
 

@@ -41,6 +41,12 @@ def test_unknown_backend():
         rlora.backends.get("nonesuch")
 
 
+def test_a_known_library_that_is_missing_comes_with_its_extra(monkeypatch):
+    monkeypatch.setattr(rlora.backends.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"torch is not installed: pip install 'rlora\[torch\]'"):
+        rlora.backends.get("torch")
+
+
 def test_any_array_api_namespace_goes_through_the_generic_class():
     backend = rlora.backends.get("array_api_strict")
     assert type(backend) is Backend

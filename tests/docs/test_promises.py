@@ -33,7 +33,8 @@ def test_every_optimizer_class_is_in_them(promises):
         and issubclass(kind, torch.optim.Optimizer)
     }
     assert found == {name for name in promises.CLASSES if name.isidentifier()}
-    assert found == set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE))
+    table = PAGE.partition("<!-- classes: ")[2].partition("<!-- end of classes -->")[0]
+    assert sorted(found) == sorted(re.findall(r"`(\w+)`", table))
 
 
 def test_the_trials_tell_optimizers_apart(promises):
