@@ -187,12 +187,15 @@ def test_options_in_words():
 @pytest.mark.parametrize("words", ["maximize=false", "maximize=False", "maximize=FALSE"])
 def test_false_is_not_true(words):
     assert from_text(words) == {"maximize": False}
-    assert from_text("a=none,b=null,c=true,d=a-b") == {
-        "a": None,
-        "b": None,
-        "c": True,
-        "d": "a-b",
-    }
+
+
+def test_words_of_yaml():
+    expected = {"a": None, "b": None, "c": True, "d": "a-b"}
+    assert from_text("a=none,b=null,c=true,d=a-b") == expected
+
+
+def test_a_factory_reads_words():
+    """As text, "false" would be true, and the loss would rise."""
     model = adapted()
     learns(model, RLoraFactory()(model, optimizer="LoRARite", lr=1e-2, maximize="false"))
 
