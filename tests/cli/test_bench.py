@@ -19,7 +19,7 @@ COLUMNS = ("method", "rank", "step", "spread", "ratio", "to", "state", "peak tem
 
 
 COPIES = {"sgd": 0, "scaled_sgd": 1, "adamw": 2, "scaled_adamw:before": 2, "lora_rite": 2.5}
-"""What a donated step of NumPy holds for a while, in sizes of all factors: directions and Adam's
+"""Arrays that a donated step of NumPy holds for a while, in sizes of all factors: directions, Adam's
 quotients; of LoRA-RITE the rebased moments, the sums with the new gradients, and the products of
 one side. New parameters are not among them."""
 
