@@ -43,7 +43,7 @@ def traced(step: Callable[[], None]) -> int:
 
 
 def of_xla(compiled: Any) -> int | None:
-    """Scratch and results of a compiled function as its compiler planned them; or None."""
+    """Scratch and results that XLA planned for a compiled function; None if unavailable."""
     plan = compiled.memory_analysis()
     if plan is None:
         return None

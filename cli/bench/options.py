@@ -131,7 +131,7 @@ class Options(NamedTuple):
         return sorted(plains, reverse=True)
 
     def _baseline(self, library: str) -> Key:
-        """Give AdamW of another's own library if that takes part, else of the first backend."""
+        """Give AdamW of the third party's library if that takes part, else of the first backend."""
         backends = [spec.name for spec in self.specs]
         return library if library in backends else backends[0], "adamw"
 
@@ -270,7 +270,7 @@ def make_spec(name: str, dtype: str, device: str | None) -> ArraySpec:
 
 
 def spec_of_other(specs: list[ArraySpec], library: str) -> ArraySpec:
-    """Another's library on the same device, or as near to it as can be told from its name."""
+    """Third party's library on the same device, or as near to it as its name tells."""
     for spec in specs:
         if spec.name == library:
             return spec

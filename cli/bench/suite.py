@@ -12,14 +12,24 @@ from .options import RANKS, Options, make_options
 from .presets import DEFAULT, is_shape
 from .scaling import NAME as SCALING, scaling_options
 from .schema import Row
-from .targets import TORCH_ADAMW, Check, Predicted, Ratio, State, Target, Temporaries, make_check
+from .targets import (
+    TORCH_ADAMW,
+    Check,
+    Limits,
+    Predicted,
+    Ratio,
+    State,
+    Target,
+    Temporaries,
+    make_check,
+)
 
 SPEED: Final = "speed"
 PRESETS_OF: Final = {SPEED: ("gpt2-medium", "smollm2-135m", "llama-7b", "llama-7b-quarter")}
 """By the name of the suite."""
 
 PUBLISHED: Final = "scaled_adamw:before"
-"""The placement for which the targets were set; what the default costs is held against it."""
+"""The placement of the paper and of PEFT's wrapper; every library is timed with it."""
 
 SCALED_ADAMW: Final = ["scaled_adamw", PUBLISHED, "scaled_adamw:after"]
 METHODS: Final = {
@@ -44,15 +54,15 @@ def by_rank(*limits: float) -> dict[int, float]:
     return dict(zip(RANKS, limits, strict=True))
 
 
-def by_preset(*limits: tuple[float, float, float]) -> dict[str, dict[int, float]]:
-    """Limits at the shapes of GPT-2 (and others), of SmolLM2 and of Llama."""
-    gpt2, smollm2, llama = (by_rank(*three) for three in limits)
-    return dict(zip(PRESETS_OF[SPEED], (gpt2, smollm2, llama, llama), strict=True))
+def by_preset(*limits: tuple[float, float, float]) -> Limits:
+    """Limits at the shapes of SmolLM2, of Llama, and, first, of GPT-2 and all others."""
+    others, smollm2, llama = (by_rank(*three) for three in limits)
+    return {None: others, "smollm2-135m": smollm2, "llama-7b": llama, "llama-7b-quarter": llama}
 
 
-def anywhere(limit: float) -> dict[str, dict[int, float]]:
+def anywhere(limit: float) -> Limits:
     """One limit for every shape and rank."""
-    return {DEFAULT: dict.fromkeys(RANKS, limit)}
+    return {None: dict.fromkeys(RANKS, limit)}
 
 
 PEFT: Final = (
@@ -63,6 +73,9 @@ PEFT: Final = (
 LARGER: Final = by_preset((5.0, 6.0, 10.0), (4.0, 6.0, 13.0), (5.0, 5.5, 9.0))
 """Limits of methods with more products."""
 
+# The limits of scaled AdamW over torch's are what a step of list-wise operations, written alone,
+# took on two CPU cores, and a little more; the rest is what the project asks of itself. What is
+# measured stands beside them in docs/reference/speed.md.
 TARGETS: Final[tuple[Target, ...]] = (
     Ratio(DEFAULT_STEP, TORCH_ADAMW, by_preset((3.1, 3.3, 5.2), (2.1, 3.4, 5.6), (3.5, 3.2, 5.0))),
     Ratio(
@@ -71,11 +84,12 @@ TARGETS: Final[tuple[Target, ...]] = (
         by_preset((2.3, 2.7, 3.8), (1.9, 3.0, 4.6), (2.8, 2.4, 3.6)),
         goal=by_rank(1.6, 2.0, 3.5),
     ),
+    Ratio(("torch", "scaled_adamw:after"), SCALED, anywhere(1.4)),
     *(ratio for ratio, _ in PEFT),
     Ratio(RITE, TORCH_ADAMW, LARGER),
     Ratio(PRO, TORCH_ADAMW, LARGER, goal=by_rank(3.0, 4.0, 8.0)),
     Ratio(("numpy", PUBLISHED), SCALED, anywhere(2.5)),
-    Ratio(("jax", PUBLISHED), ("jax", "optax.adamw"), {DEFAULT: {JAX_RANK: 3.0}}),
+    Ratio(("jax", PUBLISHED), ("jax", "optax.adamw"), {None: {JAX_RANK: 3.0}}),
     *map(Predicted, OTHERS),
     *map(Temporaries, (PUBLISHED, "lora_rite", "lora_pro_adamw")),
     *map(State, rlora.methods.__all__),

@@ -12,6 +12,9 @@ from .stats import median_ratio
 Check = dict[str, Any]
 """One line of the verdict; `schema.SCHEMA` has its keys."""
 
+Limits = Mapping[str | None, Mapping[int, float]]
+"""By preset and rank; those of None are for presets that are not named."""
+
 Found = Mapping[Key, Row]
 """The rows of one preset and rank."""
 
@@ -26,7 +29,14 @@ damped ones, the identity, a factor, its inverse, the product, what is masked, a
 
 
 def make_check(
-    what: str, preset: str, rank: int | None, sense: str, limit: float, measured: float, *rows: Row
+    what: str,
+    preset: str,
+    rank: int | None,
+    sense: str,
+    limit: float,
+    measured: float,
+    *rows: Row,
+    goal: float | None = None,
 ) -> Check:
     """Hold a figure against a limit: "at most", "at least" or "exactly".
 
@@ -46,7 +56,7 @@ def make_check(
         "measured": measured,
         "passed": passed[sense],
         "stable": all(row["verdict"] == "ok" for row in rows),
-        "goal": None,
+        "goal": goal,
     }
 
 
@@ -66,11 +76,9 @@ class Ratio(NamedTuple):
 
     over: Key
     under: Key
-    limits: Mapping[str, Mapping[int, float]]
-    """By preset and rank; the first preset stands for those that are not named."""
-
+    limits: Limits
     sense: str = "at most"
-    goal: Mapping[int, float] = {}
+    goal: Mapping[int, float] | None = None
     """By rank, what is to be reached one day."""
 
     @property
@@ -82,12 +90,14 @@ class Ratio(NamedTuple):
         if not over or not under:
             return None
         preset, rank = over["preset"], over["rank"]
-        limit = self.limits.get(preset, next(iter(self.limits.values()))).get(rank)
+        limit = self.limits.get(preset, self.limits[None]).get(rank)
+        goal = None if self.goal is None else self.goal.get(rank)
         ratio = median_ratio(over["samples_s"], under["samples_s"])
         if limit is None or ratio is None:
             return None
-        check = make_check(self.words, preset, rank, self.sense, limit, ratio, over, under)
-        return {**check, "goal": self.goal.get(rank)}
+        return make_check(
+            self.words, preset, rank, self.sense, limit, ratio, over, under, goal=goal
+        )
 
 
 class Predicted(NamedTuple):

@@ -33,7 +33,7 @@ class ThirdParty(NamedTuple):
 
 
 def find_third_party(name: str) -> ThirdParty:
-    """Import what it needs; a BackendError or ValueError says what is missing."""
+    """Import the packages of a third-party optimizer; an error says what is missing."""
     if name.startswith("torch.adamw"):
         flag = name.partition(":")[2] or "fused"
         if name in KNOWN:

@@ -23,14 +23,16 @@ class ZeroOptimizer(Optimizer):
     ----------
     optimizer : Optimizer
         Of `rlora.torch`, built over the model while its factors are whole: before
-        ``deepspeed.initialize`` or ``accelerator.prepare``. Its parameters become float32 copies.
+        ``deepspeed.initialize`` or ``accelerator.prepare``. Its parameters become float32 copies;
+        at ZeRO's stage 0 and without DeepSpeed they are the model's own again, rounded as it does.
 
     Raises
     ------
     TypeError
         For an optimizer that knows no pairs, which DeepSpeed takes as it is.
     ShardingError
-        When two parameters share memory, or a pair lies in two groups, which ZeRO steps in turn.
+        When two parameters share memory, or a pair lies in two groups, which ZeRO steps in turn;
+        when accelerate is set to offload optimizers by a class of DeepSpeed's in place of this one.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -75,6 +77,12 @@ class ZeroOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def _check(self) -> None:
+        if _is_replaced():
+            msg = (
+                "accelerate is set to offload the optimizer and would take DeepSpeed's own Adam in "
+                'place of this one; set "zero_force_ds_cpu_optimizer": false in DeepSpeed\'s config'
+            )
+            raise ShardingError(msg)
         everything = [p for params in self._params for p in params]
         if len({p.data_ptr() for p in everything if p.numel()}) < len(everything):
             msg = "two of the parameters share memory, and ZeRO would tear them apart; use DDP"
@@ -87,6 +95,13 @@ class ZeroOptimizer(Optimizer):
                     f"parameter groups, and ZeRO steps one group after the other; put them in one"
                 )
                 raise ShardingError(msg)
+
+    def _follow(self) -> None:
+        """Bring the copies to the device that the engine has brought the model to."""
+        for params, group in zip(self._params, self.inner.param_groups, strict=True):
+            for p, copy in zip(params, group["params"], strict=True):
+                if copy.device != p.device:
+                    copy.data = copy.data.to(p.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -105,19 +120,20 @@ class ZeroOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        flats, originals, moved = [], list[Any](), list[tuple[Any, Tensor]]()
+        self._follow()
+        flats, originals, copies = [], list[Any](), list[tuple[Any, Tensor]]()
         for group in self.param_groups:
             i = group["index"]
             self.inner.param_groups[i].update(_options(group))
             if not group["params"]:  # ZeRO-3 steps another group now
                 continue
-            copies = zip(self._params[i], self.inner.param_groups[i]["params"], strict=True)
-            moved += [both for both in copies if both[1].requires_grad]  # frozen ones stay
+            copies += zip(self._params[i], self.inner.param_groups[i]["params"], strict=True)
             originals += self._params[i]
             flats += group["params"]
         if all(flat is p for flat, p in zip(flats, originals, strict=False)):
-            _step_whole(self.inner, moved)
+            _step_whole(self.inner, copies)
         else:
+            moved = [both for both in copies if both[1].requires_grad]  # frozen ones stay
             _step_partitions(self.inner, flats, moved)
         return loss
 
@@ -135,6 +151,7 @@ class ZeroOptimizer(Optimizer):
         state_dict : dict
             Of the optimizer inside.
         """
+        self._follow()  # torch puts a state where its parameter is
         self.inner.load_state_dict(state_dict)
         for group in self.param_groups:
             group.update(_options(self.inner.param_groups[group["index"]]))
@@ -158,18 +175,29 @@ def under_zero(optimizer: Optimizer) -> Optimizer:
     return ZeroOptimizer(optimizer) if zero else optimizer
 
 
+def _is_replaced() -> bool:
+    """True where `Accelerator.prepare` maps every optimizer to one of DeepSpeed's for CPUs."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return False
+    from accelerate.state import AcceleratorState, is_initialized
+
+    plugin = AcceleratorState().deepspeed_plugin if is_initialized() else None
+    config = plugin.deepspeed_config if plugin else {}
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    forced = config.get("zero_force_ds_cpu_optimizer", True)
+    return bool(forced and offload.get("device", "none") not in (None, "none"))
+
+
 def _options(group: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in group.items() if k not in ("params", "param_names", "index")}
 
 
-def _step_whole(optimizer: Optimizer, moved: list[tuple[Any, Tensor]]) -> None:
-    """Step without ZeRO: under its stage 0, or without DeepSpeed."""
-    for p, copy in moved:
-        copy.copy_(p)
-        copy.grad = None if p.grad is None else p.grad.float()
+def _step_whole(optimizer: Optimizer, copies: list[tuple[Any, Tensor]]) -> None:
+    """Step the parameters themselves: under ZeRO's stage 0, or without DeepSpeed."""
+    for p, copy in copies:
+        copy.data, copy.grad = p.data, p.grad
     optimizer.step()
-    for p, copy in moved:
-        p.copy_(copy)
+    for _, copy in copies:
         copy.grad = None
 
 

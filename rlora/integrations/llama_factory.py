@@ -36,7 +36,18 @@ def create(optimizer: str, model: nn.Module, optim_config: Mapping[str, Any]) ->
     -------
     Optimizer
         Under DeepSpeed it is a `ZeroOptimizer`.
+
+    Raises
+    ------
+    ValueError
+        Without ``lr``: up to 0.9.5 the trainer does not hand its ``learning_rate`` over.
     """
+    if "lr" not in optim_config:
+        msg = (
+            f"LLaMA-Factory handed over {', '.join(optim_config)} and no lr; write it under "
+            f"optim_config, beside the name"
+        )
+        raise ValueError(msg)
     options: dict[str, Any] = from_mapping({k: v for k, v in optim_config.items() if k != "name"})
     return under_zero(optimizer_named(optimizer)(model, **options))
 

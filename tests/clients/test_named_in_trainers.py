@@ -108,7 +108,22 @@ def test_llama_factory(place, monkeypatch):
     assert type(optimizer) is rlora.torch.ScaledAdamW
     (group,) = optimizer.param_groups
     assert (group["lr"], group["damping"], group["betas"]) == (4e-3, 1e-3, (0.7, 0.8))
+    with pytest.raises(ValueError, match="no lr; write it under optim_config"):
+        registry["ScaledAdamW"](model, config["optim_config"])
     learns(model, optimizer)
+
+
+def test_llama_factorys_own_plugins(monkeypatch):
+    """llamafactory 0.9.5 itself, where it is installed, as `BaseTrainer._init_optimizer` calls it."""
+    where = "llamafactory.v1.plugins.trainer_plugins.optimizer"
+    plugins = pytest.importorskip(where, exc_type=ImportError)
+    fresh(monkeypatch, "rlora.integrations.llama_factory")
+    described = yaml.safe_load(block("llama_factory.md", "yaml"))["optim_config"]
+    model = adapted()
+    with pytest.raises(ValueError, match="no lr; write it under optim_config"):
+        plugins.OptimizerPlugin(described["name"])(model, described)
+    described["lr"] = 4e-3
+    learns(model, plugins.OptimizerPlugin(described["name"])(model, described))
 
 
 @pytest.mark.works("ms-swift", "`--external_plugins`, by its calling convention")
@@ -187,12 +202,15 @@ def test_options_in_words():
 @pytest.mark.parametrize("words", ["maximize=false", "maximize=False", "maximize=FALSE"])
 def test_false_is_not_true(words):
     assert from_text(words) == {"maximize": False}
-    assert from_text("a=none,b=null,c=true,d=a-b") == {
-        "a": None,
-        "b": None,
-        "c": True,
-        "d": "a-b",
-    }
+
+
+def test_words_of_yaml():
+    expected = {"a": None, "b": None, "c": True, "d": "a-b"}
+    assert from_text("a=none,b=null,c=true,d=a-b") == expected
+
+
+def test_a_factory_reads_words():
+    """As text, "false" would be true, and the loss would rise."""
     model = adapted()
     learns(model, RLoraFactory()(model, optimizer="LoRARite", lr=1e-2, maximize="false"))
 

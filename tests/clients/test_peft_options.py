@@ -128,7 +128,7 @@ def test_repeated_layers_have_pairs_of_their_own():
 
 
 def test_everything_at_once():
-    """Ranks and alphas by layer, a bias of B, magnitudes of DoRA and a saved head."""
+    """Ranks and alphas by layer, magnitudes of DoRA and a saved head."""
     base = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 10), nn.Linear(10, 4)).double()
     config = LoraConfig(
         r=2,

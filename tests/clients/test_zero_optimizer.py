@@ -1,5 +1,7 @@
 """`ZeroOptimizer` without DeepSpeed; tests/distributed/test_deepspeed.py has it with DeepSpeed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from models import CLASSES, loss_of, make_model, values
@@ -10,12 +12,20 @@ import rlora
 from rlora.integrations.deepspeed import ZeroOptimizer, under_zero
 from rlora.torch import ScaledAdamW
 
+WHOLE = [
+    (torch.float32, None),
+    (torch.float32, "lora_A"),
+    (torch.float32, "lora_B"),
+    (torch.bfloat16, None),
+    (torch.bfloat16, "lora_B"),
+]
 
-@pytest.mark.parametrize("frozen", [None, "lora_A", "lora_B"])
+
+@pytest.mark.parametrize(("dtype", "frozen"), WHOLE)
 @pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
-def test_whole_parameters_are_stepped_as_without_it(make, frozen):
-    """Bit for bit, on a schedule, saved and loaded in between."""
-    model, twin = make_model(), make_model()
+def test_whole_parameters_are_stepped_as_without_it(make, dtype, frozen):
+    """Bit for bit, on a schedule, saved and loaded in between; bfloat16 is rounded at random."""
+    model, twin = make_model(dtype=dtype), make_model(dtype=dtype)
     for name, p in (*model.named_parameters(), *twin.named_parameters()):
         p.requires_grad_(not (frozen and frozen in name) and p.requires_grad)
     plain, wrapped = make(twin), ZeroOptimizer(make(model))
@@ -76,6 +86,28 @@ def test_empty_groups_stay_inside():
     optimizer = ScaledAdamW(make_model())
     optimizer.add_param_group({"params": []})
     assert len(ZeroOptimizer(optimizer).param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("offload", "forced", "replaced"),
+    [("cpu", None, True), ("cpu", False, False), ("none", None, False), (None, None, False)],
+)
+def test_where_accelerate_would_take_deepspeeds_adam(monkeypatch, offload, forced, replaced):
+    """`Accelerator.prepare` says nothing; tests/distributed/test_deepspeed.py has the real one."""
+    state = pytest.importorskip("accelerate.state")
+    zero = {"stage": 2} if offload is None else {"offload_optimizer": {"device": offload}}
+    config = {"zero_optimization": zero}
+    config |= {} if forced is None else {"zero_force_ds_cpu_optimizer": forced}
+    plugin = SimpleNamespace(deepspeed_config=config)
+    monkeypatch.setattr(state, "is_initialized", lambda: True)
+    monkeypatch.setattr(state, "AcceleratorState", lambda: SimpleNamespace(deepspeed_plugin=plugin))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    optimizer = ScaledAdamW(make_model())
+    if not replaced:
+        ZeroOptimizer(optimizer)
+        return
+    with pytest.raises(rlora.ShardingError, match='"zero_force_ds_cpu_optimizer": false'):
+        ZeroOptimizer(optimizer)
 
 
 def test_factories_use_it_where_accelerate_uses_deepspeed(monkeypatch):

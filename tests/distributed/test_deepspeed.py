@@ -110,6 +110,47 @@ def test_the_trainer(stage, kind, groups, tmp_path):
         assert same(weights, again)
 
 
+@kinds
+@pytest.mark.parametrize("stage", STAGES[1:])
+@pytest.mark.works("DeepSpeed ZeRO 1 to 3", "optimizer offload to the CPU; float16")
+def test_offload_of_the_optimizer(stage, kind, groups):
+    """On CPUs the device is the same, but the way through DeepSpeed is that of offload."""
+    check(groups(2).run(runs.trains_offloaded, kind, stage), by_hand(kind))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "ScaledSGD"])  # which would not miss a wrong scale
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_float16(stage, kind, groups):
+    """At a scale of the loss of 2^3, where nothing overflows.
+
+    float16 has 11 bits: gradients that are summed in another order differ by some 5e-4 of them.
+    """
+    ((start, weights, losses, skipped),) = groups(1).run(runs.trains_in_half, kind, stage, 3)
+    assert skipped == 0
+    expected, expected_losses = runs.by_hand_in_half(kind)
+    far = sum((p - start[n]).square().sum() for n, p in expected.items())
+    off = sum((p - weights[n]).square().sum() for n, p in expected.items())
+    assert off.sqrt() < 1e-2 * far.sqrt()
+    assert losses == pytest.approx(expected_losses, rel=1e-3)
+
+
+@kinds
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_float16_that_overflows(stage, kind, groups):
+    """At 2^24 every gradient does: DeepSpeed skips the steps, and nothing moves."""
+    for start, weights, _, skipped in groups(2).run(runs.trains_in_half, kind, stage, 24):
+        assert skipped == runs.STEPS
+        assert same(weights, start)
+
+
+@pytest.mark.refuses("DeepSpeed ZeRO 1 to 3", "offload where accelerate takes DeepSpeed's Adam")
+def test_offload_by_accelerate(groups):
+    for said in groups(2).run(runs.replaced_by_accelerate):
+        assert '"zero_force_ds_cpu_optimizer": false' in said
+    for weights in groups(2).run(runs.by_accelerate, "ScaledAdamW", 2, True):
+        assert not same(weights, trained(adapted()))
+
+
 @pytest.mark.refuses(
     "DeepSpeed ZeRO 1 to 3",
     "a pair in two groups, tied parameters, a small `sub_group_size`, an optimizer built afterwards",

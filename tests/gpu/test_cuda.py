@@ -8,6 +8,7 @@ from models import CLASSES, METHODS, batch, loss_of, make_model, pairs_in, same,
 
 from rlora import methods
 from rlora.backends import get
+from rlora.integrations.deepspeed import ZeroOptimizer
 from rlora.testing import CONTRACT, assert_close
 from rlora.torch import ScaledAdamW, ScaledSGD
 
@@ -152,3 +153,21 @@ def test_from_a_cpu_to_a_device():
     optimizer.step()
     for key, p in values(moved).items():
         assert_close(p.cpu().numpy(), values(model)[key].numpy(), rtol=1e-4, what=key)
+
+
+def test_zero_optimizer_follows_its_model_to_a_device():
+    """DeepSpeed brings the model there when the optimizer has been built; a resume comes after."""
+    plain = ScaledAdamW(twin := make_model(), lr=1e-2)
+    train(twin, plain, 2)
+    saved = copy.deepcopy(plain.state_dict())
+    twin = on_device(twin)
+    plain = ScaledAdamW(twin, lr=1e-2)
+    plain.load_state_dict(copy.deepcopy(saved))
+    optimizer = ZeroOptimizer(ScaledAdamW(model := make_model(), lr=1e-2))
+    model.load_state_dict(twin.state_dict())
+    model = on_device(model)
+    optimizer.load_state_dict(saved)
+    for t in range(3):
+        step_on(model, optimizer, t)
+        step_on(twin, plain, t)
+    assert same(values(model), values(twin))

@@ -1,5 +1,6 @@
 """Code for the processes of tests/distributed/test_deepspeed.py: one training, by DeepSpeed."""
 
+import copy
 import gc
 import os
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 from pages import run
 from tiny import adapted, batches, sequences, trained
@@ -29,6 +31,7 @@ def config_of(stage, bf16=False, **zero):
         "train_micro_batch_size_per_gpu": 12 // dist.get_world_size(),
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage, **zero},
         "bf16": {"enabled": bf16},
     }
@@ -105,6 +108,10 @@ def trains(kind, stage, start=None, **options):
     return whole(engine), losses
 
 
+def trains_offloaded(kind, stage):
+    return trains(kind, stage, offload_optimizer={"device": "cpu"})
+
+
 def two_groups(model):
     """A group for the first layer, one of its own rate for the second."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -168,6 +175,64 @@ def partitioned_before():
     rlora.torch.ScaledAdamW(engine.module)
 
 
+def by_hand_in_half(kind):
+    """float16 beside float32 masters, where nothing overflows at a scale of 1."""
+    masters = prepared(zero_B=False).half().float()  # DeepSpeed makes them of the rounded model
+    optimizer, losses = made(kind, masters), []
+    model = copy.deepcopy(masters).half()
+    pairs = [*zip(masters.parameters(), model.parameters(), strict=True)]
+    for batch in batches(12)[:STEPS]:
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        for master, p in pairs:
+            master.grad = None if p.grad is None else p.grad.float()
+        torch.nn.utils.clip_grad_norm_(masters.parameters(), 1.0)
+        optimizer.step()
+        for master, p in pairs:
+            p.data.copy_(master.data)
+        losses.append(loss.item())
+    return trained(masters), losses
+
+
+def trains_in_half(kind, stage, power):
+    """The masters before and after, the losses, and the steps that DeepSpeed skipped.
+
+    On CPUs whose libraries have no fast float16 DeepSpeed refuses it; torch computes it anywhere.
+    """
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+    model = prepared(zero_B=False)
+    config = config_of(stage) | {"fp16": {"enabled": True, "initial_scale_power": power}}
+    optimizer = ZeroOptimizer(made(kind, model))
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    start = whole(engine)
+    losses = train(engine, batches(12)[:STEPS])
+    return start, whole(engine), losses, engine.skipped_steps
+
+
+def offloaded(forced):
+    """An accelerator with the masters on the CPU, stepped by DeepSpeed's own Adam if `forced`."""
+    config = config_of(2, offload_optimizer={"device": "cpu"})
+    return accelerator_of({**config, "zero_force_ds_cpu_optimizer": forced})
+
+
+def replaced_by_accelerate():
+    """The words of `ZeroOptimizer` where accelerate would offload by an optimizer of DeepSpeed's."""
+    offloaded(True)
+    try:
+        ZeroOptimizer(made("ScaledAdamW", adapted()))
+    except rlora.ShardingError as error:
+        return str(error)
+    finally:
+        forget()
+
+
+def accelerator_of(config=None, **options):
+    gloo = InitProcessGroupKwargs(backend="gloo")  # without it there is one process on CPUs
+    plugin = DeepSpeedPlugin(hf_ds_config=config, **options)
+    return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[gloo])
+
+
 def forget():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -175,11 +240,10 @@ def forget():
     gc.collect()  # transformers holds the config of ZeRO-3 by a weak reference
 
 
-def by_accelerate(kind, stage):
+def by_accelerate(kind, stage, offload=False):
     """The page's lines, in a loop."""
-    plugin = DeepSpeedPlugin(zero_stage=stage, gradient_clipping=1.0)
-    gloo = InitProcessGroupKwargs(backend="gloo")  # without it there is one process on CPUs
-    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[gloo])
+    options = {"zero_stage": stage, "gradient_clipping": 1.0}
+    accelerator = offloaded(False) if offload else accelerator_of(**options)
     model = adapted()
     model.train()
     rows = [{k: v[0] for k, v in b.items()} for b in batches(1)[: 12 * STEPS]]
@@ -191,6 +255,7 @@ def by_accelerate(kind, stage):
         accelerator.backward(space["model"](**batch).loss)
         space["optimizer"].step()
         space["optimizer"].zero_grad()
+    assert type(space["model"].basic_optimizer) is ZeroOptimizer
     result = whole(space["model"])
     forget()
     return result
