@@ -40,7 +40,7 @@ MOST: Final = 16
 """Runs in a stack."""
 
 WIDENED: Final = 1
-"""Block that `Setting.widened` is about."""
+"""Block that `Dataset.widened` is about."""
 
 TRIAL: Final = 4
 """Steps by which the time of a study is estimated."""
@@ -54,7 +54,7 @@ class Method(NamedTuple):
 
     make: Callable[[], Transform]
     rates: tuple[float, ...]
-    """Learning rates of the sweep, in rising order, a factor of two apart."""
+    """Learning rates that a sweep begins with, in rising order, a factor of two apart."""
 
 
 def adamw(b1: float, b2: float, ratio: float = 1.0) -> Callable[[], Transform]:
@@ -69,6 +69,12 @@ def scaled(b1: float, b2: float, **options: Any) -> Callable[[], Transform]:
 
 BETAS: Final = ((0.9, 0.95), (0.9, 0.99))
 """Those between `FAST` and `USUAL`."""
+
+
+def between(method: str) -> dict[tuple[float, float], str]:
+    """`BETAS` -> name of the method with them."""
+    return {(b1, b2): f"{method}-{b1}-{b2}" for b1, b2 in BETAS}
+
 
 METHODS: Final[Mapping[str, Method]] = {
     "adamw": Method(adamw(*USUAL), rates(1e-3, 7)),
@@ -86,13 +92,16 @@ METHODS: Final[Mapping[str, Method]] = {
     "lora-pro-fast": Method(lambda: rlora.lora_pro_adamw(b1=FAST[0], b2=FAST[1]), rates(1e-3, 7)),
     "lora-muon": Method(rlora.lora_muon, rates(1e-3, 7)),
     "ref-lora": Method(rlora.ref_lora, rates(0.032, 7)),
-    **{f"adamw-{b1}-{b2}": Method(adamw(b1, b2), rates(1e-3, 7)) for b1, b2 in BETAS},
-    **{f"scaled-{b1}-{b2}": Method(scaled(b1, b2), rates(1e-3, 7)) for b1, b2 in BETAS},
+    **{name: Method(adamw(*x), rates(1e-3, 7)) for x, name in between("adamw").items()},
+    **{name: Method(scaled(*x), rates(1e-3, 7)) for x, name in between("scaled").items()},
 }
-"""Betas: fast ones are (0.7, 0.8), those of `scaled` too; all others (0.9, 0.999) if not named."""
+"""Betas: (0.7, 0.8) of `scaled` and those called fast, others as named, else (0.9, 0.999).
+
+But `lora-muon` has a momentum of 0.95 alone, and `ref-lora` none.
+"""
 
 BY_BETAS: Final[Mapping[str, Mapping[tuple[float, float], str]]] = {
-    method: {FAST: fast, **{(b1, b2): f"{method}-{b1}-{b2}" for b1, b2 in BETAS}, USUAL: usual}
+    method: {FAST: fast, **between(method), USUAL: usual}
     for method, fast, usual in (
         ("adamw", "adamw-fast", "adamw"),
         ("scaled", "scaled", "scaled-usual"),
@@ -105,17 +114,17 @@ class Strings:
     """The base with one task of strings."""
 
     def __init__(self, dataset: str, kept: Path | None, quick: bool) -> None:
-        self.setting = DATASETS[dataset]
+        self.dataset = DATASETS[dataset]
         base = kept_weights(kept, QUICK_STEPS if quick else STEPS)
-        self.weights = widened(base, WIDENED, self.setting.widened)
-        self.parts = parts_of(self.setting)
+        self.weights = widened(base, WIDENED, self.dataset.widened)
+        self.parts = parts_of(self.dataset)
 
     def adapters(self, rank: int, seeds: Sequence[int]) -> Adapters:
         """Adapters of a stack; those of a run depend on its seed alone."""
         runs = [
             new_adapters(self.weights, rank, torch.Generator().manual_seed(seed)) for seed in seeds
         ]
-        start, dtype = self.setting.start, self.setting.dtype
+        start, dtype = self.dataset.start, self.dataset.dtype
         pairs = {}
         for name in runs[0]:
             A, B = map(torch.cat, zip(*(run[name] for run in runs), strict=True))
@@ -125,7 +134,7 @@ class Strings:
     def batches(self, steps: int, seeds: Sequence[int]) -> Iterator[Examples]:
         """Training strings of each step, (runs, batch, ...), drawn by the seed of the run."""
         tokens, answers = self.parts["train"]
-        shape = (steps, self.setting.batch)
+        shape = (steps, self.dataset.batch)
         drawn = [
             torch.randint(len(answers), shape, generator=torch.Generator().manual_seed(~seed))
             for seed in seeds

@@ -8,7 +8,7 @@ import torch
 from rlora import Factors
 from rlora.cli.study import comparisons, regret, stacks, strings, transformer
 from rlora.cli.study.plan import Records
-from rlora.cli.study.sweeps import optimum, sweeps_of
+from rlora.cli.study.sweeps import sweeps_of
 from rlora.cli.study.train import Job
 
 JOB = Job("strings", "cipher", 4, "adamw", 8e-3, 0, 12, tested=False)
@@ -121,6 +121,44 @@ def test_adapters_of_a_run_do_what_they_do_when_merged(weights, adapters):
         alone = transformer.logits({**weights, **merged}, tokens, {}, 0.0)
         # Another order of sums in float32, of scores around 1.
         torch.testing.assert_close(both[k], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_and_its_gradients_are_those_of_whole_blocks(weights, adapters):
+    """Every block over every position, of whose scores those of the answers are kept at the end."""
+    functional = torch.nn.functional
+    wide = {name: weight.double() for name, weight in weights.items()}
+    pairs = {n: Factors(*(x.double().requires_grad_() for x in p)) for n, p in adapters.items()}
+    leaves = [factor for pair in pairs.values() for factor in pair]
+    tokens, answers = (x.view(2, -1, x.shape[-1]) for x in strings.mixture(4, torch.Generator()))
+
+    def normal(x):
+        return functional.layer_norm(x, (transformer.WIDTH,))
+
+    def plain(k):
+        def linear(name, x):
+            return x @ (wide[name] + 2.0 * pairs[name].B[k] @ pairs[name].A[k]).T
+
+        x = wide["tokens"][tokens[k]] + wide["positions"]
+        for block in range(transformer.BLOCKS):
+            qkv = (
+                linear(f"{block}.{name}", normal(x)).unflatten(-1, (transformer.HEADS, -1))
+                for name in ("query", "key", "value")
+            )
+            mixed = functional.scaled_dot_product_attention(
+                *(y.transpose(1, 2) for y in qkv), is_causal=True
+            )
+            x = x + linear(f"{block}.output", mixed.transpose(1, 2).flatten(-2))
+            x = x + linear(f"{block}.down", functional.relu(linear(f"{block}.up", normal(x))))
+        scores = (normal(x) @ wide["digits"].T)[:, -strings.LENGTH :]
+        return functional.cross_entropy(scores.flatten(0, 1), answers[k].flatten())
+
+    whole = torch.stack([plain(0), plain(1)])
+    found = transformer.losses(transformer.logits(wide, tokens, pairs, 2.0), answers)
+    torch.testing.assert_close(found, whole)
+    expected = torch.autograd.grad(whole.sum(), leaves)
+    for mine, theirs in zip(torch.autograd.grad(found.sum(), leaves), expected, strict=True):
+        assert theirs.any()
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_a_widened_block_is_the_same_function(weights):
@@ -271,7 +309,7 @@ def test_slopes_are_powers_of_the_rank():
         rates = [1e-3 * 4**k for k in range(5)]
         return {lr: math.exp(0.1 * math.log(lr / vertex) ** 2 - 1) for lr in rates}
 
-    assert optimum(parabola(0.01)) == pytest.approx(0.01)
+    assert regret.optimum(parabola(0.01)) == pytest.approx(0.01)
     sweeps = sweeps_of(
         rows_of("scaled", parabola(0.01)) + rows_of("scaled", parabola(0.005), rank=16)
     )
@@ -290,29 +328,47 @@ def test_unusual_factors_are_shown_at_the_rate_of_the_usual_ones():
     assert not any("few" in row for row in table)
 
 
+def confirmed(method, losses, lr=1.0):
+    """Records that read the test part: seed -> loss."""
+    rows = []
+    for seed, loss in losses.items():
+        job = JOB._replace(method=method, seed=seed, tested=True, lr=lr)._asdict()
+        rows.append({**job, "diverged": False, "test": {"loss": loss, "exact": 0.25}})
+    return rows
+
+
 def test_test_losses_are_compared_seed_by_seed():
     """By hand: differences -0.1 and -0.3, mean -0.2, half width 12.71 * 0.1414 / 1.4142."""
-
-    def tested(method, losses):
-        rows = []
-        for seed, loss in losses.items():
-            job = JOB._replace(method=method, seed=seed, tested=True)._asdict()
-            rows.append({**job, "diverged": False, "test": {"loss": loss, "exact": 0.25}})
-        return rows
-
-    rows = tested("adamw", {1: 0.5, 2: 0.8, 3: 0.6}) + tested("scaled", {1: 0.4, 2: 0.5})
-    rows += tested("adamw-fast", {1: 0.0, 2: 0.0})  # its sweep was worse: not the baseline
+    rows = confirmed("adamw", {1: 0.5, 2: 0.8, 3: 0.6}) + confirmed("scaled", {1: 0.4, 2: 0.5})
+    rows += confirmed("adamw-fast", {1: 0.0, 2: 0.0})  # its sweep was worse: not the baseline
     sweeps = {"adamw": 0.2, "adamw-fast": 0.3, "scaled": 0.1}
     rows += [row for name, loss in sweeps.items() for row in rows_of(name, {1.0: loss})]
-    table = comparisons.paired(rows)
+    table = comparisons.paired(sweeps_of(rows), rows)
     setting = "`cipher`, rank 4, 12 steps"
-    assert cells(table, f"{setting} | `adamw`")[2:] == ["0.008", "0.6333", "-", "25.0 %", "3"]
+    assert cells(table, f"{setting} | `adamw`")[2:] == ["1", "0.6333", "-", "25.0 %", "3"]
     assert cells(table, f"{setting} | `scaled`")[3:] == [
         "0.4500",
         "-0.2000 (-1.4710 to +1.0710)",
         "25.0 %",
         "2",
     ]
+
+
+def test_only_the_best_rate_of_known_methods_on_equal_seeds_is_compared():
+    rows = rows_of("adamw", {1.0: 0.2}) + confirmed("adamw", {1: 0.5, 2: 0.5})
+    rows += rows_of("scaled", {1.0: 0.1, 2.0: 0.3}) + confirmed("scaled", {1: 0.4})
+    usual = comparisons.paired(sweeps_of(rows), rows)
+    rows += confirmed("scaled", {1: 0.0, 2: 0.0}, lr=2.0)  # of a sweep that was shorter once
+    rows += rows_of("lora-pro", {1.0: 0.1}) + confirmed("lora-pro", {3: 0.1})
+    rows += rows_of("of old", {1.0: 0.1}) + confirmed("of old", {1: 0.1})
+    assert comparisons.paired(sweeps_of(rows), rows) == usual != []
+
+
+def test_intervals_of_more_seeds_than_there_are_quantiles_are_refused():
+    most = len(comparisons.QUANTILES) + 1
+    assert "(" in comparisons.interval([0.1] * most)
+    with pytest.raises(ValueError, match=f"at most {most} seeds, got {most + 1}"):
+        comparisons.interval([0.1] * (most + 1))
 
 
 def test_a_run_without_a_test_loss_counts_as_guessing():
@@ -360,6 +416,14 @@ def test_betas_are_compared_at_best_rates_and_at_one_rate():
     assert worst[2:] == ["**0.1000**", "0.5000", "0.5000", "0.5000"]
     worst = cells(table, "adamw | worst regret, one rate")
     assert worst[2:] == ["**0.3000**", "0.5000", "0.5000", "0.5000"]
+
+
+def test_betas_without_a_common_rate_have_no_regret_at_one_rate():
+    names = stacks.BY_BETAS["adamw"].values()
+    rows = [row for name in names for row in rows_of(name, {1.0: 0.2})]
+    rows += [row for name in names for row in rows_of(name, {2.0: 0.2}, "fall")]
+    found = cells(comparisons.betas(sweeps_of(rows)), "adamw | worst regret, one rate")
+    assert found[2:] == ["-"] * 4
 
 
 def test_batches_have_the_size_of_the_setting(kept):
