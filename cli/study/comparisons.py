@@ -6,7 +6,7 @@ from typing import Final
 
 from .markdown import captioned
 from .plan import Record
-from .stacks import BY_BETAS, METHODS
+from .stacks import BOUND, BY_BETAS, CLIPPED, METHODS
 from .sweeps import GUESSING, Setting, Sweep, Sweeps, common_rates, compared, setting_of
 
 QUANTILES: Final = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -179,3 +179,29 @@ def one_rate_regret(
         for lr in common_rates(group[name] for group in groups.values())
     ]
     return min(worst, default=None)
+
+
+def clipping(sweeps: Sweeps) -> list[str]:
+    """Losses by learning rate of methods without and with a trust region."""
+    groups = [
+        (setting, name, group[name])
+        for setting, group in sweeps.items()
+        for usual, clipped in CLIPPED.items()
+        if usual in group and any(name in group for name in clipped)
+        for name in (usual, *clipped)
+        if name in group
+    ]
+    rates = METHODS["scaled-clipped"].rates
+    rows = [
+        [
+            *(str(setting), f"`{name}`"),
+            *(f"{sweep.losses[lr]:.3f}" if lr in sweep.losses else "-" for lr in rates),
+        ]
+        for setting, name, sweep in groups
+    ]
+    caption = (
+        f"Validation loss, nats a digit, by learning rate; -: not run. Clipped: no step moves the "
+        f"entries of a product B A by more than {BOUND:g}, or the number in the name, in the root "
+        f"mean square."
+    )
+    return captioned(caption, ["setting", "method", *(f"{lr:.2g}" for lr in rates)], rows)

@@ -10,7 +10,7 @@ from rlora.cli import plots
 from rlora.cli.chart import Curve, Panel
 from rlora.cli.records import write_text
 
-from .comparisons import away, betas, paired
+from .comparisons import away, betas, clipping, paired
 from .markdown import captioned
 from .plan import Records
 from .stacks import METHODS
@@ -41,6 +41,7 @@ def write_regrets(folder: Path) -> None:
         "One learning rate for all settings": one_rate(sweeps),
         "Away from the best rate": away(sweeps),
         "Betas": betas(sweeps),
+        "Steps in a trust region": clipping(sweeps),
         "Learning rate against rank": slopes(sweeps),
         "The rate of the usual task on its unusual forms": transferred(sweeps),
     }

@@ -31,6 +31,7 @@ from .transformer import (
     new_adapters,
     widened,
 )
+from .trust import trust_region
 from .workload import Part
 
 SCALING: Final = 2.0
@@ -44,6 +45,14 @@ WIDENED: Final = 1
 
 TRIAL: Final = 4
 """Steps by which the time of a study is estimated."""
+
+BOUND: Final = 1e-3
+"""Root mean square by which a clipped step may move the entries of a product.
+
+In nine of ten steps of `fall` at the best rate of scaled AdamW, no layer's moves further.
+"""
+
+OTHER_BOUNDS: Final = (BOUND / 4, 4 * BOUND)
 
 QUICK_STEPS: Final = 30
 """Steps of the base in a quick study."""
@@ -65,6 +74,11 @@ def adamw(b1: float, b2: float, ratio: float = 1.0) -> Callable[[], Transform]:
 def scaled(b1: float, b2: float, **options: Any) -> Callable[[], Transform]:
     """Scaled AdamW."""
     return lambda: rlora.scaled_adamw(b1=b1, b2=b2, weight_decay=0.0, **options)
+
+
+def clipped(make: Callable[[], Transform], bound: float = BOUND) -> Callable[[], Transform]:
+    """A method in a trust region."""
+    return lambda: trust_region(make(), bound)
 
 
 BETAS: Final = ((0.9, 0.95), (0.9, 0.99))
@@ -94,11 +108,24 @@ METHODS: Final[Mapping[str, Method]] = {
     "ref-lora": Method(rlora.ref_lora, rates(0.032, 7)),
     **{name: Method(adamw(*x), rates(1e-3, 7)) for x, name in between("adamw").items()},
     **{name: Method(scaled(*x), rates(1e-3, 7)) for x, name in between("scaled").items()},
+    "scaled-clipped": Method(clipped(scaled(*FAST)), rates(4e-3, 7)),
+    **{
+        f"scaled-clipped-{x:g}": Method(clipped(scaled(*FAST), x), rates(4e-3, 7))
+        for x in OTHER_BOUNDS
+    },
+    "adamw-fast-clipped": Method(clipped(adamw(*FAST)), rates(4e-3, 7)),
 }
-"""Betas: (0.7, 0.8) of `scaled` and those called fast, others as named, else (0.9, 0.999).
+"""Betas: (0.7, 0.8) of those called fast, others as named, else (0.9, 0.999).
 
-But `lora-muon` has a momentum of 0.95 alone, and `ref-lora` none.
+But `scaled` and `scaled-clipped` have the fast ones, `lora-muon` a momentum of 0.95 alone, and
+`ref-lora` none. Clipped ones have the bound `BOUND`, or that in the name.
 """
+
+CLIPPED: Final[Mapping[str, Sequence[str]]] = {
+    "adamw-fast": ("adamw-fast-clipped",),
+    "scaled": ("scaled-clipped", *(f"scaled-clipped-{x:g}" for x in OTHER_BOUNDS)),
+}
+"""Method -> names of the same in a trust region."""
 
 BY_BETAS: Final[Mapping[str, Mapping[tuple[float, float], str]]] = {
     method: {FAST: fast, **between(method), USUAL: usual}

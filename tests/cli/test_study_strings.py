@@ -426,6 +426,18 @@ def test_betas_without_a_common_rate_have_no_regret_at_one_rate():
     assert found[2:] == ["-"] * 4
 
 
+def test_a_trust_region_is_compared_at_each_rate_that_its_sweep_begins_with():
+    rates = stacks.METHODS["scaled-clipped"].rates
+    first, second = rates[:2]
+    rows = rows_of("scaled", {first / 2: 0.9, first: 0.2, second: 0.8})
+    rows += rows_of("scaled-clipped", dict.fromkeys(rates, 0.3)) + rows_of("adamw-fast", {1.0: 0.2})
+    table = comparisons.clipping(sweeps_of(rows))
+    setting = "`cipher`, rank 4, 12 steps"
+    assert cells(table, f"{setting} | `scaled`")[2:] == ["0.200", "0.800", *["-"] * 5]
+    assert cells(table, f"{setting} | `scaled-clipped`")[2:] == ["0.300"] * 7
+    assert len(table) == 6
+
+
 def test_batches_have_the_size_of_the_setting(kept):
     for dataset, size in (("cipher", 8), ("cipher-noisy-batch-2", 2)):
         workload = stacks.load(dataset, kept=kept, quick=True)
