@@ -235,6 +235,18 @@ def test_stacks_differ_in_rates_and_seeds_alone():
     assert all(len({job.method for job in stack}) == 1 for stack in made)
 
 
+def test_the_time_of_a_stack_is_not_that_of_the_first_steps_in_a_process(kept, monkeypatch):
+    workload = stacks.load("cipher", kept=kept, quick=True)
+    clock, costs = [0.0], [100.0, 2.0]
+
+    def train(jobs):
+        clock[0] += costs.pop(0)
+
+    monkeypatch.setattr(workload, "train", train)
+    monkeypatch.setattr(stacks.time, "perf_counter", lambda: clock[0])
+    assert workload.seconds([JOB._replace(steps=2 * stacks.TRIAL)]) == 4.0
+
+
 # --- the command -------------------------------------------------------------------------------------
 
 
