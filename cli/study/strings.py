@@ -53,7 +53,7 @@ VOCABULARY: Final = EQUALS + 1 + len(TOKENS)
 SEED: Final = 20261126
 
 
-class Setting(NamedTuple):
+class Dataset(NamedTuple):
     """A task, and what is unusual about learning it."""
 
     task: str
@@ -76,16 +76,16 @@ class Setting(NamedTuple):
     """Strings in a training step."""
 
 
-DATASETS: Final[Mapping[str, Setting]] = {
-    **{task: Setting(task) for task in NEW},
-    "fall-few": Setting("fall", examples=192),
-    "cipher-noisy": Setting("cipher", noise=0.1),
-    "reverse_plus_three-wide": Setting("reverse_plus_three", widened=4),
-    "fall-large-start": Setting("fall", start=8.0),
-    "fall-small-start": Setting("fall", start=1 / 8),
-    "fall-bfloat16": Setting("fall", dtype=torch.bfloat16),
-    "cipher-noisy-batch-2": Setting("cipher", noise=0.1, batch=2),
-    "lowest-batch-2": Setting("lowest", batch=2),
+DATASETS: Final[Mapping[str, Dataset]] = {
+    **{task: Dataset(task) for task in NEW},
+    "fall-few": Dataset("fall", examples=192),
+    "cipher-noisy": Dataset("cipher", noise=0.1),
+    "reverse_plus_three-wide": Dataset("reverse_plus_three", widened=4),
+    "fall-large-start": Dataset("fall", start=8.0),
+    "fall-small-start": Dataset("fall", start=1 / 8),
+    "fall-bfloat16": Dataset("fall", dtype=torch.bfloat16),
+    "cipher-noisy-batch-2": Dataset("cipher", noise=0.1, batch=2),
+    "lowest-batch-2": Dataset("lowest", batch=2),
 }
 HELD_OUT: Final = 256
 """Prompts of the validation part, and of the test part."""
@@ -110,20 +110,20 @@ def digits_of(numbers: Tensor) -> Tensor:
     return numbers[:, None] // DIGITS ** torch.arange(LENGTH) % DIGITS
 
 
-def parts_of(setting: Setting) -> dict[Part, Examples]:
+def parts_of(dataset: Dataset) -> dict[Part, Examples]:
     """The parts, which share no prompt; only answers for training are noisy."""
     generator = torch.Generator().manual_seed(SEED)
     prompts = digits_of(torch.randperm(DIGITS**LENGTH, generator=generator))
-    sizes: dict[Part, int] = {"validation": HELD_OUT, "test": HELD_OUT, "train": setting.examples}
+    sizes: dict[Part, int] = {"validation": HELD_OUT, "test": HELD_OUT, "train": dataset.examples}
     pieces = torch.split_with_sizes(prompts[: sum(sizes.values())], list(sizes.values()))
     parts = {}
     for part, mine in zip(sizes, pieces, strict=True):
-        answers = NEW[setting.task](mine)
-        if part == "train" and setting.noise:
+        answers = NEW[dataset.task](mine)
+        if part == "train" and dataset.noise:
             drawn = torch.randint(DIGITS, answers.shape, generator=generator)
-            wrong = torch.rand(answers.shape, generator=generator) < setting.noise
+            wrong = torch.rand(answers.shape, generator=generator) < dataset.noise
             answers = torch.where(wrong, drawn, answers)
-        parts[part] = examples_of(setting.task, mine, answers)
+        parts[part] = examples_of(dataset.task, mine, answers)
     return parts
 
 

@@ -8,7 +8,6 @@ from typing import Final, NamedTuple
 from .plan import Record, final
 from .stacks import BY_BETAS, METHODS
 from .strings import DATASETS, DIGITS
-from .tables import line
 
 GUESSING: Final = math.log(DIGITS)
 """Loss of an answer drawn at random; what is worse, or diverged, counts as this."""
@@ -43,6 +42,17 @@ class Sweep(NamedTuple):
 
 
 Sweeps = dict[Setting, dict[str, Sweep]]
+
+
+def common_rates(sweeps: Iterable[Sweep]) -> list[float]:
+    """The learning rates that all of some sweeps have, in rising order."""
+    return sorted(set.intersection(*(set(sweep.losses) for sweep in sweeps)))
+
+
+def compared(sweeps: Sweeps) -> dict[Setting, str]:
+    """The settings that have a baseline, each with its name."""
+    found = {setting: baseline(group) for setting, group in sweeps.items()}
+    return {setting: name for setting, name in found.items() if name is not None}
 
 
 def baseline(group: Mapping[str, Sweep]) -> str | None:
@@ -86,23 +96,3 @@ def sweep_of(rows: Sequence[Record]) -> Sweep:
         return {lr: mean(value(row) for row in rows if row["lr"] == lr) for lr in rates}
 
     return Sweep(means(lambda row: min(final(row), GUESSING)), means(lambda row: row["exact"]))
-
-
-def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table under a caption."""
-    return [f"*{caption}*", "", line(head), line(["---"] * len(head)), *map(line, rows)]
-
-
-def optimum(losses: Mapping[float, float]) -> float:
-    """The vertex of a parabola in log(lr), through the log losses at and beside the best rate."""
-    rates = list(losses)
-    i = min(range(len(rates)), key=lambda k: losses[rates[k]])
-    if not 0 < i < len(rates) - 1:
-        return rates[i]
-    x = [math.log(rates[k]) for k in (i - 1, i, i + 1)]
-    y = [math.log(losses[rates[k]]) for k in (i - 1, i, i + 1)]
-    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
-    if left == right:
-        return rates[i]
-    bend = (right - left) / (x[2] - x[0])
-    return math.exp((x[0] + x[1]) / 2 - left / (2 * bend))

@@ -8,9 +8,10 @@ from statistics import mean, median
 from typing import Final, NamedTuple
 
 from rlora.cli import plots
-from rlora.cli.claims.claim import Curve, Panel
+from rlora.cli.chart import Curve, Panel
 from rlora.cli.records import write_text
 
+from .markdown import markdown
 from .methods import METHODS
 from .plan import Record, Records, final
 
@@ -97,7 +98,7 @@ def summary(groups: Mapping[Kind, list[Result]]) -> list[str]:
     rows = [
         [f"`{name}`", *(f"{c[name]:.3f}" if name in c else "-" for c in columns)] for name in names
     ]
-    return [line(head), line(["---"] * len(head)), *map(line, rows)]
+    return markdown(head, rows)
 
 
 def groups_of(path: Path) -> Iterator[tuple[Kind, list[Result]]]:
@@ -131,22 +132,13 @@ def table(results: Sequence[Result]) -> list[str]:
     """A Markdown table, the lowest test loss first."""
     base = baseline(results)
     rows = sorted(results, key=lambda x: mean(x.test_losses().values()) if x.tested else math.inf)
-    return [
-        line(HEAD),
-        line(["---"] * len(HEAD)),
-        *(line(cells(x, base)) for x in rows),
-    ]
+    return markdown(HEAD, [cells(x, base) for x in rows])
 
 
 def baseline(results: Sequence[Result]) -> Result:
     """The best of the baselines; while none of them was run, the best of all."""
     known = [x for x in results if x.name in BASELINES]
     return min(known or results, key=lambda x: x.loss)
-
-
-def line(parts: Sequence[str]) -> str:
-    """One line of a table."""
-    return f"| {' | '.join(parts)} |"
 
 
 def cells(x: Result, base: Result) -> list[str]:

@@ -44,6 +44,13 @@ TASKS: Final = {
     "chain_sum, rank 32, 160 steps": "SmolLM2-135M, `chain_sum`, rank 32",
     "rotated, rank 8, 200 steps": "rotated digits, rank 8",
 }
+ROWS: Final = {
+    "Betas": "`cipher-noisy`, rank 4|worst",
+    "Test losses against AdamW, seed by seed": "`(adamw-fast|scaled|.*16-fast|lora-rite-fast)`",
+    "One learning rate for all settings": "`(adamw|adamw-fast|scaled|.*-clipped)`",
+    "Steps in a trust region": "`(fall|reverse_plus_three|cipher-noisy)`, rank 4, 300 steps",
+}
+"""Title of a section -> pattern of the rows that the page of the study has."""
 
 
 def cells(line: str) -> list[str]:
@@ -72,20 +79,17 @@ def losses() -> str:
 
 
 def sections() -> dict[str, str]:
-    """Title -> text of the sections in the tables of strings; few columns of the widest."""
+    """Title -> text of the sections in the tables of strings, with the rows of `ROWS` alone."""
     _, *parts = STRINGS.read_text("utf-8").partition("\n![")[0].split("\n## ")
     found = {title: text for title, _, text in (part.partition("\n") for part in parts)}
-    widest = few_columns(found["Best losses"], ("adamw", "adamw-fast", "lora-plus-16", "scaled"))
-    return {**found, "Best losses": widest}
+    return {title: few_rows(text, ROWS.get(title, "")) for title, text in found.items()}
 
 
-def few_columns(table: str, names: tuple[str, ...]) -> str:
-    """A table of the strings with a first column and those of some methods."""
-    caption, rows = table.strip().split("\n\n", 1)
-    rows = [cells(row) for row in rows.splitlines()]
-    kept = [0, *(rows[0].index(f"`{name}`") for name in names)]
-    lines = [f"| {' | '.join(row[i] for i in kept)} |" for row in rows]
-    return "\n".join([caption.replace("bold: the lowest", "bold: the lowest of all"), "", *lines])
+def few_rows(table: str, pattern: str) -> str:
+    """A table with a caption, its head, and the rows in which a pattern is found."""
+    lines = table.strip().splitlines()
+    first = next((i for i, line in enumerate(lines) if line.startswith("| ---")), len(lines)) + 1
+    return "\n".join([*lines[:first], *(x for x in lines[first:] if re.search(pattern, x))])
 
 
 def rewritten(text: str) -> str:

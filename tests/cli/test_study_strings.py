@@ -8,7 +8,7 @@ import torch
 from rlora import Factors
 from rlora.cli.study import comparisons, regret, stacks, strings, transformer
 from rlora.cli.study.plan import Records
-from rlora.cli.study.sweeps import optimum, sweeps_of
+from rlora.cli.study.sweeps import sweeps_of
 from rlora.cli.study.train import Job
 
 JOB = Job("strings", "cipher", 4, "adamw", 8e-3, 0, 12, tested=False)
@@ -123,6 +123,44 @@ def test_adapters_of_a_run_do_what_they_do_when_merged(weights, adapters):
         torch.testing.assert_close(both[k], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_the_loss_and_its_gradients_are_those_of_whole_blocks(weights, adapters):
+    """Every block over every position, of whose scores those of the answers are kept at the end."""
+    functional = torch.nn.functional
+    wide = {name: weight.double() for name, weight in weights.items()}
+    pairs = {n: Factors(*(x.double().requires_grad_() for x in p)) for n, p in adapters.items()}
+    leaves = [factor for pair in pairs.values() for factor in pair]
+    tokens, answers = (x.view(2, -1, x.shape[-1]) for x in strings.mixture(4, torch.Generator()))
+
+    def normal(x):
+        return functional.layer_norm(x, (transformer.WIDTH,))
+
+    def plain(k):
+        def linear(name, x):
+            return x @ (wide[name] + 2.0 * pairs[name].B[k] @ pairs[name].A[k]).T
+
+        x = wide["tokens"][tokens[k]] + wide["positions"]
+        for block in range(transformer.BLOCKS):
+            qkv = (
+                linear(f"{block}.{name}", normal(x)).unflatten(-1, (transformer.HEADS, -1))
+                for name in ("query", "key", "value")
+            )
+            mixed = functional.scaled_dot_product_attention(
+                *(y.transpose(1, 2) for y in qkv), is_causal=True
+            )
+            x = x + linear(f"{block}.output", mixed.transpose(1, 2).flatten(-2))
+            x = x + linear(f"{block}.down", functional.relu(linear(f"{block}.up", normal(x))))
+        scores = (normal(x) @ wide["digits"].T)[:, -strings.LENGTH :]
+        return functional.cross_entropy(scores.flatten(0, 1), answers[k].flatten())
+
+    whole = torch.stack([plain(0), plain(1)])
+    found = transformer.losses(transformer.logits(wide, tokens, pairs, 2.0), answers)
+    torch.testing.assert_close(found, whole)
+    expected = torch.autograd.grad(whole.sum(), leaves)
+    for mine, theirs in zip(torch.autograd.grad(found.sum(), leaves), expected, strict=True):
+        assert theirs.any()
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_a_widened_block_is_the_same_function(weights):
     wide = transformer.widened(weights, 1, 4)
     assert wide["1.up"].shape[0] == wide["1.down"].shape[1] == 4 * transformer.HIDDEN
@@ -195,6 +233,18 @@ def test_stacks_differ_in_rates_and_seeds_alone():
     assert sorted(job for stack in made for job in stack) == sorted(jobs)
     assert all(len(stack) <= stacks.MOST for stack in made)
     assert all(len({job.method for job in stack}) == 1 for stack in made)
+
+
+def test_the_time_of_a_stack_is_not_that_of_the_first_steps_in_a_process(kept, monkeypatch):
+    workload = stacks.load("cipher", kept=kept, quick=True)
+    clock, costs = [0.0], [100.0, 2.0]
+
+    def train(jobs):
+        clock[0] += costs.pop(0)
+
+    monkeypatch.setattr(workload, "train", train)
+    monkeypatch.setattr(stacks.time, "perf_counter", lambda: clock[0])
+    assert workload.seconds([JOB._replace(steps=2 * stacks.TRIAL)]) == 4.0
 
 
 # --- the command -------------------------------------------------------------------------------------
@@ -271,7 +321,7 @@ def test_slopes_are_powers_of_the_rank():
         rates = [1e-3 * 4**k for k in range(5)]
         return {lr: math.exp(0.1 * math.log(lr / vertex) ** 2 - 1) for lr in rates}
 
-    assert optimum(parabola(0.01)) == pytest.approx(0.01)
+    assert regret.optimum(parabola(0.01)) == pytest.approx(0.01)
     sweeps = sweeps_of(
         rows_of("scaled", parabola(0.01)) + rows_of("scaled", parabola(0.005), rank=16)
     )
@@ -290,29 +340,47 @@ def test_unusual_factors_are_shown_at_the_rate_of_the_usual_ones():
     assert not any("few" in row for row in table)
 
 
+def confirmed(method, losses, lr=1.0):
+    """Records that read the test part: seed -> loss."""
+    rows = []
+    for seed, loss in losses.items():
+        job = JOB._replace(method=method, seed=seed, tested=True, lr=lr)._asdict()
+        rows.append({**job, "diverged": False, "test": {"loss": loss, "exact": 0.25}})
+    return rows
+
+
 def test_test_losses_are_compared_seed_by_seed():
     """By hand: differences -0.1 and -0.3, mean -0.2, half width 12.71 * 0.1414 / 1.4142."""
-
-    def tested(method, losses):
-        rows = []
-        for seed, loss in losses.items():
-            job = JOB._replace(method=method, seed=seed, tested=True)._asdict()
-            rows.append({**job, "diverged": False, "test": {"loss": loss, "exact": 0.25}})
-        return rows
-
-    rows = tested("adamw", {1: 0.5, 2: 0.8, 3: 0.6}) + tested("scaled", {1: 0.4, 2: 0.5})
-    rows += tested("adamw-fast", {1: 0.0, 2: 0.0})  # its sweep was worse: not the baseline
+    rows = confirmed("adamw", {1: 0.5, 2: 0.8, 3: 0.6}) + confirmed("scaled", {1: 0.4, 2: 0.5})
+    rows += confirmed("adamw-fast", {1: 0.0, 2: 0.0})  # its sweep was worse: not the baseline
     sweeps = {"adamw": 0.2, "adamw-fast": 0.3, "scaled": 0.1}
     rows += [row for name, loss in sweeps.items() for row in rows_of(name, {1.0: loss})]
-    table = comparisons.paired(rows)
+    table = comparisons.paired(sweeps_of(rows), rows)
     setting = "`cipher`, rank 4, 12 steps"
-    assert cells(table, f"{setting} | `adamw`")[2:] == ["0.008", "0.6333", "-", "25.0 %", "3"]
+    assert cells(table, f"{setting} | `adamw`")[2:] == ["1", "0.6333", "-", "25.0 %", "3"]
     assert cells(table, f"{setting} | `scaled`")[3:] == [
         "0.4500",
         "-0.2000 (-1.4710 to +1.0710)",
         "25.0 %",
         "2",
     ]
+
+
+def test_only_the_best_rate_of_known_methods_on_equal_seeds_is_compared():
+    rows = rows_of("adamw", {1.0: 0.2}) + confirmed("adamw", {1: 0.5, 2: 0.5})
+    rows += rows_of("scaled", {1.0: 0.1, 2.0: 0.3}) + confirmed("scaled", {1: 0.4})
+    usual = comparisons.paired(sweeps_of(rows), rows)
+    rows += confirmed("scaled", {1: 0.0, 2: 0.0}, lr=2.0)  # of a sweep that was shorter once
+    rows += rows_of("lora-pro", {1.0: 0.1}) + confirmed("lora-pro", {3: 0.1})
+    rows += rows_of("of old", {1.0: 0.1}) + confirmed("of old", {1: 0.1})
+    assert comparisons.paired(sweeps_of(rows), rows) == usual != []
+
+
+def test_intervals_of_more_seeds_than_there_are_quantiles_are_refused():
+    most = len(comparisons.QUANTILES) + 1
+    assert "(" in comparisons.interval([0.1] * most)
+    with pytest.raises(ValueError, match=f"at most {most} seeds, got {most + 1}"):
+        comparisons.interval([0.1] * (most + 1))
 
 
 def test_a_run_without_a_test_loss_counts_as_guessing():
@@ -360,6 +428,26 @@ def test_betas_are_compared_at_best_rates_and_at_one_rate():
     assert worst[2:] == ["**0.1000**", "0.5000", "0.5000", "0.5000"]
     worst = cells(table, "adamw | worst regret, one rate")
     assert worst[2:] == ["**0.3000**", "0.5000", "0.5000", "0.5000"]
+
+
+def test_betas_without_a_common_rate_have_no_regret_at_one_rate():
+    names = stacks.BY_BETAS["adamw"].values()
+    rows = [row for name in names for row in rows_of(name, {1.0: 0.2})]
+    rows += [row for name in names for row in rows_of(name, {2.0: 0.2}, "fall")]
+    found = cells(comparisons.betas(sweeps_of(rows)), "adamw | worst regret, one rate")
+    assert found[2:] == ["-"] * 4
+
+
+def test_a_trust_region_is_compared_at_each_rate_that_its_sweep_begins_with():
+    rates = stacks.METHODS["scaled-clipped"].rates
+    first, second = rates[:2]
+    rows = rows_of("scaled", {first / 2: 0.9, first: 0.2, second: 0.8})
+    rows += rows_of("scaled-clipped", dict.fromkeys(rates, 0.3)) + rows_of("adamw-fast", {1.0: 0.2})
+    table = comparisons.clipping(sweeps_of(rows))
+    setting = "`cipher`, rank 4, 12 steps"
+    assert cells(table, f"{setting} | `scaled`")[2:] == ["0.200", "0.800", *["-"] * 5]
+    assert cells(table, f"{setting} | `scaled-clipped`")[2:] == ["0.300"] * 7
+    assert len(table) == 6
 
 
 def test_batches_have_the_size_of_the_setting(kept):
