@@ -91,7 +91,7 @@ class Ratio(NamedTuple):
             return None
         preset, rank = over["preset"], over["rank"]
         limit = self.limits.get(preset, self.limits[None]).get(rank)
-        goal = self.goal and self.goal.get(rank)
+        goal = None if self.goal is None else self.goal.get(rank)
         ratio = median_ratio(over["samples_s"], under["samples_s"])
         if limit is None or ratio is None:
             return None
