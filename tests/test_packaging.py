@@ -50,6 +50,8 @@ def test_wheel_holds_only_rlora(built):
     inside = {name for name in names if name.startswith("rlora/")}
     data = {"rlora/py.typed", "rlora/cli/bench/report.html", "rlora/torch/method_classes.pyi"}
     assert data | {"rlora/backends/torch.py", "rlora/cli/__init__.py"} <= inside
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rlora").rglob("*.py")}
+    assert "rlora/integrations/ms_swift/rlora_ms_swift.py" in modules <= inside
     assert all(name.endswith(".py") for name in inside - data)
     assert not [name for name in names if "test" in name and not name.startswith("rlora/testing/")]
     assert any(name.endswith("licenses/LICENSE") for name in names)

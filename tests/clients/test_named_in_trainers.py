@@ -4,7 +4,9 @@ axolotl 067b021c8b87a9e5e380b9173c704cf7340e30f5: src/axolotl/core/trainers/mixi
 train.py (`post_trainer_create`). LLaMA-Factory ff6d4d12eeb035d6ce06805a5733dd7b29f2ac30:
 src/llamafactory/v1/utils/plugin.py, core/base_trainer.py, config/training_args.py. ms-swift
 3602360a562313afbf2ef6065fdf61f271a2c5b9: swift/trainers/mixin.py, swift/optimizers/base.py,
-swift/utils/utils.py (`import_external_file`). The trainers themselves are not installed here.
+swift/utils/utils.py (`import_external_file`). axolotl 0.19.0 and
+llamafactory 0.9.5 themselves are tested where they are installed (`pip install --no-deps`, with what
+is then missing: both pin other versions than this project's).
 """
 
 import importlib
@@ -45,10 +47,9 @@ def stand_in(monkeypatch, name, **content):
 
 def fresh(monkeypatch, name):
     """Our module anew, against the stand-ins; forgotten after the test."""
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    module = importlib.import_module(name)
-    monkeypatch.setitem(sys.modules, name, module)
-    return module
+    monkeypatch.setitem(sys.modules, name, None)  # what was there comes back
+    del sys.modules[name]
+    return importlib.import_module(name)
 
 
 def learns(model, optimizer):
@@ -64,7 +65,7 @@ def learns(model, optimizer):
 ARGS = SimpleNamespace(learning_rate=1e-2, weight_decay=0.05, optimizer=None, optim_args=None)
 
 
-@pytest.mark.works("axolotl", "a plugin, by its calling convention")
+@pytest.mark.works("axolotl", "a plugin, by its calling convention and in its own trainer")
 def test_axolotl(monkeypatch):
     stand_in(monkeypatch, "axolotl.integrations.base", BasePlugin=object)
     fresh(monkeypatch, "rlora.integrations.axolotl")
@@ -83,6 +84,54 @@ def test_axolotl(monkeypatch):
     assert (first["lr"], first["weight_decay"], first["damping"]) == (1e-2, 0.05, 1e-3)
     assert (second["params"], second["weight_decay"]) == ([], 0.0)
     learns(model, optimizer)
+
+
+def test_axolotl_itself(tmp_path):
+    """axolotl 0.19.0, where it is installed: its plugins, its check of the YAML, its trainer."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("axolotl.core.trainers", exc_type=ImportError)
+    from axolotl.core.trainers import AxolotlTrainer
+    from axolotl.core.training_args import AxolotlTrainingArguments
+    from axolotl.integrations.base import PluginManager
+    from axolotl.integrations.config import merge_input_args
+    from axolotl.utils.dict import DictDefault
+    from datasets import Dataset
+
+    config = yaml.safe_load(block("axolotl.md", "yaml"))
+    plugins = PluginManager.get_instance()
+    for name in config["plugins"]:
+        plugins.register(name)
+    _, schema = merge_input_args()  # the first asks what the GPU can do
+    base = {"base_model": "tiny", "datasets": [{"path": "tiny", "type": "alpaca"}]}
+    sizes = {"micro_batch_size": 8, "gradient_accumulation_steps": 1}
+    checked = DictDefault(schema(**base, **sizes, **config).model_dump(exclude_none=True))
+    assert checked.rlora == config["rlora"]
+    arguments = AxolotlTrainingArguments(
+        str(tmp_path),
+        max_steps=8,
+        learning_rate=checked.learning_rate,
+        weight_decay=checked.weight_decay,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    model = adapted()
+    before = loss_on_all(model)
+    trainer = AxolotlTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(sequences()),
+        data_collator=transformers.default_data_collator,
+    )
+    trainer.axolotl_cfg = checked
+    plugins.post_trainer_create(checked, trainer)
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is rlora.torch.ScaledAdamW
+    assert len(optimizer.report) == PAIRS
+    assert optimizer.param_groups[0]["initial_lr"] == 4e-3
+    assert optimizer.param_groups[0]["damping"] == 1e-3
+    assert loss_on_all(model) < before
 
 
 @pytest.mark.works("LLaMA-Factory v1", "its optimizer plugins, by their calling convention")
