@@ -4,9 +4,9 @@ axolotl 067b021c8b87a9e5e380b9173c704cf7340e30f5: src/axolotl/core/trainers/mixi
 train.py (`post_trainer_create`). LLaMA-Factory ff6d4d12eeb035d6ce06805a5733dd7b29f2ac30:
 src/llamafactory/v1/utils/plugin.py, core/base_trainer.py, config/training_args.py. ms-swift
 3602360a562313afbf2ef6065fdf61f271a2c5b9: swift/trainers/mixin.py, swift/optimizers/base.py,
-swift/utils/utils.py (`import_external_file`). axolotl 0.19.0 and
-llamafactory 0.9.5 themselves are tested where they are installed (`pip install --no-deps`, with what
-is then missing: both pin other versions than this project's).
+swift/utils/utils.py (`import_external_file`). axolotl 0.19.0, llamafactory 0.9.5 and ms-swift 4.6.0
+themselves are tested where they are installed (`pip install --no-deps`, with what is then missing:
+they pin other versions than this project's).
 """
 
 import importlib
@@ -175,7 +175,7 @@ def test_llama_factorys_own_plugins(monkeypatch):
     learns(model, plugins.OptimizerPlugin(described["name"])(model, described))
 
 
-@pytest.mark.works("ms-swift", "`--external_plugins`, by its calling convention")
+@pytest.mark.works("ms-swift", "`--external_plugins`, by its calling convention and its own code")
 def test_ms_swift(monkeypatch):
     class OptimizerCallback:
         def __init__(self, args, trainer):
@@ -202,6 +202,37 @@ def test_ms_swift(monkeypatch):
     (group,) = optimizer.param_groups
     assert (group["lr"], group["weight_decay"], group["betas"]) == (1e-2, 0.05, (0.9, 0.99))
     learns(model, optimizer)
+
+
+def test_ms_swift_itself(tmp_path):
+    """ms-swift 4.6.0, where it is installed: its import of plugins, its arguments, its trainer."""
+    pytest.importorskip("swift.trainers.mixin", exc_type=ImportError)
+    from swift.optimizers import optimizers_map
+    from swift.trainers import Trainer, TrainingArguments
+    from swift.utils import import_external_file
+
+    from rlora.integrations.ms_swift import PLUGIN
+
+    import_external_file(PLUGIN)
+    words = shlex.split(block("ms_swift.md", "bash"))
+    options = dict(zip(words[2::2], words[3::2], strict=False))
+    args = TrainingArguments(
+        str(tmp_path),
+        learning_rate=float(options["--learning_rate"]),
+        weight_decay=float(options["--weight_decay"]),
+        optimizer=words[words.index("--optimizer") + 1],
+        optim_args=words[words.index("--optim_args") + 1],
+        use_cpu=True,
+        report_to=[],
+    )
+    trainer = Trainer.__new__(Trainer)  # its constructor wants a model of ms-swift's own hub
+    trainer.model, trainer.args, trainer.is_deepspeed_enabled = adapted(), args, False
+    trainer.optimizer_callback = optimizers_map[args.optimizer](args, trainer)
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is rlora.torch.LoRARite
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (1e-2, 0.05, (0.9, 0.99))
+    learns(trainer.model, optimizer)
 
 
 @pytest.mark.works("transformers Trainer", "`RLoraFactory`; its own AdamW's checkpoint goes on")
