@@ -104,7 +104,7 @@ class InPieces(DTensorStep):
     """The step on whole columns of A and whole rows of B, of which each process has a part.
 
     Where a factor is cut along its rank axis, rows are exchanged for columns and back, for all such
-    factors together. The pairs are cut along the rank axis in one dimension of one mesh.
+    factors together: pairs of one dtype, with the rank axis cut in one dimension of one mesh.
     """
 
     def __init__(self, optimizer: Any, group: int, pairs: list[TensorPair]) -> None:
@@ -157,7 +157,8 @@ def steps_on_dtensors(
         dims = [[cut_dims(p, axis) for axis in (0, 1)] for p in pair[:2]]
         if sharded and all(len(x) + len(y) < 2 for x, y in dims):
             along = [d for side in (0, 1) for d in dims[side][side]]  # the rank axis
-            cut.setdefault((mesh_of(pair.A), *along[:1]), []).append(pair)
+            key = (mesh_of(pair.A), pair.A.dtype, pair.B.dtype, *along[:1])
+            cut.setdefault(key, []).append(pair)
         else:
             whole.append(pair)
     steps: list[DTensorStep] = [InPieces(optimizer, group, some) for some in cut.values()]
