@@ -11,7 +11,7 @@ import numpy as np
 from .cases import ArraySpec
 from .problem import Problem
 
-TOKENS: Final = 128
+TOKENS: Final = 512
 """In one sequence; the batch is one."""
 
 REPEATS: Final = 3
