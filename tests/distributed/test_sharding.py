@@ -140,21 +140,6 @@ def test_what_a_step_of_whole_factors_sends(groups, layout):
         ]
 
 
-GATHERED = {"AdaPreLoRA", "LoFT", "LoRASB", "Riemannion"}
-"""Classes that see whole factors."""
-
-
-@pytest.mark.parametrize("layout", ["default", "columns", "hsdp"])
-def test_moments_are_shared_out(groups, layout):
-    """All processes together hold each number once; of two replicas, twice."""
-    shares = groups(4).run(runs.shares_of_state, layout)
-    for name, (_, whole) in shares[0].items():
-        held = sum(share[name][0] for share in shares)
-        copies = 4 if name in GATHERED else 2 if layout == "hsdp" else 1
-        assert held == copies * whole, name
-    assert sum(whole > 0 for _, whole in shares[0].values()) > 10
-
-
 @pytest.mark.parametrize("layout", ["default", "columns"])
 @pytest.mark.parametrize("maker", ["rite", "pro", "riemannion"])
 def test_a_whole_state_is_cut(groups, maker, layout):
@@ -182,17 +167,29 @@ def test_ddp_equals_one_process(groups, world):
 
 def test_other_methods_under_ddp(groups):
     """Replicas equal bit for bit; some methods divide by small numbers, so 1e-12 may grow."""
-    found = groups(2).run(runs.trained_by_methods, "ddp")
+    found = [values for values, _ in groups(2).run(runs.trained_by_methods, "ddp")]
     assert_equal(found[1:], found[0], atol=0)
-    assert_equal(found, runs.trained_by_methods(None), atol=1e-9)
+    assert_equal(found, runs.trained_by_methods(None)[0], atol=1e-9)
+
+
+GATHERED = {"AdaPreLoRA", "LoFT", "LoRASB", "Riemannion"}
+"""Classes that see whole factors."""
 
 
 @pytest.mark.parametrize("layout", ["default", "columns", "hsdp"])
 @pytest.mark.works("FSDP2", "every other class, four of them on gathered factors")
 def test_other_methods_under_fsdp2(groups, layout):
-    """In float64, so that only the order of sums differs."""
+    """In float64, so that only the order of sums differs; moments are shared out.
+
+    All processes together hold each number once; of two replicas, twice.
+    """
     found = groups(4).run(runs.trained_by_methods, layout)
-    assert_equal(found, runs.trained_by_methods(None), atol=1e-12)
+    assert_equal([values for values, _ in found], runs.trained_by_methods(None)[0], atol=1e-12)
+    shares = [share for _, share in found]
+    for name, (_, whole) in shares[0].items():
+        copies = 4 if name in GATHERED else 2 if layout == "hsdp" else 1
+        assert sum(share[name][0] for share in shares) == copies * whole, name
+    assert sum(whole > 0 for _, whole in shares[0].values()) > 10
 
 
 @pytest.mark.parametrize(("layout", "flat"), [("default", False), ("columns", True)])

@@ -181,14 +181,21 @@ def trained_in_any_layout(maker, sharded, poison=None):
 
 
 def trained_by_methods(layout):
-    """A few steps of every other method."""
-    result = {}
+    """A few steps of every other method: the parameters, and what the state has of factors' size.
+
+    For each method its numbers in this process, and altogether.
+    """
+    result, shares = {}, {}
     for name, kind in METHODS.items():
         model = shard(make_model(torch.float64), layout)
         optimizer = kind(model, lr=1e-3)
         train(model, optimizer, stop=5)
         result |= {f"{name}: {key}": x for key, x in values(model).items()}
-    return result
+        factors = [p for key, p in model.named_parameters() if "lora_" in key]
+        held = [x for p in factors for x in optimizer.state[p].values() if x.numel() == p.numel()]
+        pieces = [x.to_local() if hasattr(x, "to_local") else x for x in held]
+        shares[name] = [sum(x.numel() for x in some) for some in (pieces, held)]
+    return result, shares
 
 
 def trained(maker, layout, dtype=torch.float64):
@@ -196,27 +203,6 @@ def trained(maker, layout, dtype=torch.float64):
     optimizer = MAKERS[maker](model)
     train(model, optimizer)
     return values(model)
-
-
-def shares_of_state(layout):
-    """For each method the numbers that its arrays like factors have here, and altogether."""
-    shares = {}
-    for name, kind in METHODS.items():
-        model = shard(make_model(torch.float64), layout)
-        optimizer = kind(model, lr=1e-3)
-        train(model, optimizer, stop=2)
-        factors = {p: p.numel() for n, p in model.named_parameters() if "lora_" in n}
-        held = [
-            x
-            for p, size in factors.items()
-            for x in optimizer.state[p].values()
-            if x.numel() == size
-        ]
-        shares[name] = [
-            sum((x.to_local() if hasattr(x, "to_local") else x).numel() for x in held),
-            sum(x.numel() for x in held),
-        ]
-    return shares
 
 
 def goes_on_from_one_process(maker, layout):
