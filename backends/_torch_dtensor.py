@@ -18,6 +18,8 @@ from rlora.core.factors import Array
 class OnPieces(Backend):
     """A backend's operations on the pieces, with sums and maxima over all of them."""
 
+    on_pieces = True
+
     def gram_rows(self, tall: Tall, dtype: Any, workspace: Workspace | None = None) -> Array:
         return _reduced(super().gram_rows(_pieces(tall), dtype, workspace), tall)
 

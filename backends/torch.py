@@ -251,10 +251,9 @@ class TorchBackend(Backend):
             return self
         from ._torch_dtensor import OnPieces  # half a second
 
-        class DTensorBackend(OnPieces, TorchBackend):
-            """The same on the pieces of DTensors."""
-
-        return DTensorBackend(self.xp, self.name)
+        on_pieces: Any = type("DTensorBackend", (OnPieces, type(self)), {})
+        backend: Backend = on_pieces(self.xp, self.name)
+        return backend
 
     def exact(self, like: Array) -> AbstractContextManager[Any]:
         """No autocast and no TF32 or bfloat16 products inside."""

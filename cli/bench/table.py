@@ -40,7 +40,7 @@ NOTES = {
     "operations": "operations: handed to torch's dispatcher in a step.",
     "model": "model: the least time for the bytes and flops of the method at the peaks below.",
     "of roofline": "of roofline: model / step, above 100 % where arrays fit a cache.",
-    "of training": "of training: step / (step + forward + backward of these layers, 512 tokens).",
+    "of training": "of training: step / (step + forward + backward of these layers, one sequence).",
 }
 """The meaning of columns; printed for those that are there."""
 

@@ -63,7 +63,6 @@ def fraction(pair: Factors, step: Factors, bound: float) -> Tensor:
 
     outer, moved = a @ a.mT, b.mT @ b
     first = mean(B.mT @ B, outer) + mean(moved, A @ A.mT) + 2 * mean(b.mT @ B, A @ a.mT)
-    f = first.clamp(min=0.0).sqrt()  # rounding may leave less
-    q = mean(moved, outer).sqrt()
+    f, q = (x.clamp(min=0.0).sqrt() for x in (first, mean(moved, outer)))  # rounding may leave less
     t: Tensor = 2 * bound / (f + (f**2 + 4 * bound * q).sqrt())
     return t.clamp(max=1.0)

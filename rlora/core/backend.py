@@ -50,6 +50,9 @@ class Backend(MatrixAlgebra):
         First word of the namespace: "numpy", "torch", "jax", ...
     """
 
+    on_pieces: bool = False
+    """True for arrays of which each process has a part, with sums over all of them."""
+
     def __init__(self, xp: Any, name: str) -> None:
         self.xp = xp
         self.name = name

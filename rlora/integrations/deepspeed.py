@@ -130,6 +130,8 @@ class ZeroOptimizer(Optimizer):
             copies += zip(self._params[i], self.inner.param_groups[i]["params"], strict=True)
             originals += self._params[i]
             flats += group["params"]
+        if not flats:
+            return loss
         if all(flat is p for flat, p in zip(flats, originals, strict=False)):
             _step_whole(self.inner, copies)
         else:

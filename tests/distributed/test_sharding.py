@@ -95,6 +95,12 @@ def test_a_gradient_missing_on_one_process_does_not_hang_the_others(groups):
             assert changed == (name.startswith("5.") or ("lora_" in name and rank > 0)), name
 
 
+@pytest.mark.parametrize("maker", ["rite", "pro", "muon", "alt", "graft"])
+def test_axes_shorter_than_the_mesh(groups, maker):
+    expected = runs.trained_at_the_edges(maker, sharded=False)
+    assert_equal(groups(4).run(runs.trained_at_the_edges, maker, True), expected, atol=1e-9)
+
+
 SHAPES = [(16, 20, 4), (32, 16, 4), (64, 10, 8)]
 
 

@@ -1,5 +1,8 @@
 """Code for the processes of tests/distributed: one training, sharded in many ways."""
 
+import copy
+import io
+
 import torch
 import torch.distributed as dist
 from models import METHODS, LoRALinear
@@ -224,6 +227,33 @@ def goes_on_from_one_process(maker, layout):
             if hasattr(p, "device_mesh"):
                 p.grad = distribute_tensor(p.grad, p.device_mesh, p.placements)
         optimizer.step()
+    return values(model)
+
+
+def trained_at_the_edges(maker, sharded):
+    """Axes that are shorter than the mesh, one of length 1, layers of several s; and a copied state."""
+    torch.manual_seed(4)
+    g = torch.Generator().manual_seed(4)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if sharded else None
+    model = nn.Sequential()
+    for i, (n, m, r) in enumerate([(5, 1, 2), (2, 2, 4), (2, 2, 4), (1, 6, 2), (6, 3, 3)]):
+        layer = LoRALinear(n, m, r, torch.float64)
+        layer.scaling = {"default": 1.0 + i}
+        for p in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+            p.data = torch.randn(p.shape, generator=g, dtype=torch.float64)
+        model.append(layer)
+    if sharded:
+        fully_shard(model, mesh=mesh)
+    optimizer = MAKERS[maker](model)
+    for t in range(4):
+        for p in (p for p in model.parameters() if p.requires_grad):
+            grad = torch.randn(p.shape, generator=g, dtype=torch.float64)
+            p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if sharded else grad
+        optimizer.step()
+        if t == 2:
+            file = io.BytesIO()
+            torch.save(copy.deepcopy(optimizer.state_dict()), file)
+            assert file.tell()
     return values(model)
 
 

@@ -178,7 +178,7 @@ def _check(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> None:
                 f"keeps {wanted or 'nothing'} for it: begin without the saved state"
             )
             raise ShapeError(msg)
-        if key in ELEMENTWISE:  # a method's state is whole on every process
+        if key in ELEMENTWISE:  # that of a method is cut, or put together, at the next step
             check_kind(f"{key} of parameter {i}", value, p)
         if value.shape != shape:
             msg = (

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.experimental import implicit_replication
 
+from rlora.core.dispatch import get_backend
 from rlora.core.layout import View
 from rlora.torch.pairing.pairs import TensorPair, local
 from rlora.torch.pairing.sharding_checks import cut_dims, mesh_of
@@ -44,7 +45,7 @@ class DTensorStep(ABC):
     def __init__(
         self, optimizer: Any, group: int, pairs: list[TensorPair], copies: list[TensorPair]
     ) -> None:
-        self._optimizer, self._group, self._copies = optimizer, group, copies
+        self._optimizer, self._group, self._pairs = optimizer, group, copies
         self.params: list[Any] = [p for pair in pairs for p in (pair.A, pair.B)]
         self.copies: list[Tensor] = [x for pair in copies for x in (pair.A, pair.B)]
         self._moving: list[bool] = []
@@ -59,11 +60,11 @@ class DTensorStep(ABC):
         """Write this process's pieces of the copies that have moved into the parameters."""
 
     def prepare(self) -> list[bool]:
-        """Fetch the copies, and take over the state, which may be refused; who moves."""
+        """Fetch the copies and take over the state; return for each factor whether it moves."""
         moving = _anywhere(self.params)
         self.fetch(moving)
         if moving != self._moving:
-            self._portions = portions(self._optimizer, self._group, self._copies)
+            self._portions = portions(self._optimizer, self._group, self._pairs)
             self._moving = moving
         for portion in self._portions:
             portion.prepare()
@@ -131,12 +132,12 @@ class InPieces(DTensorStep):
             x.grad = like_param(x, grad) if moves else None
 
     def prepare(self) -> list[bool]:
-        """As of any; what every process has, such as a step count, meets the pieces."""
+        """As `DTensorStep.prepare`; plain tensors, such as step counts, are on every process."""
         with implicit_replication():
             return super().prepare()
 
     def finish(self, moving: list[bool]) -> None:
-        """As `prepare`."""
+        """As `DTensorStep.finish`, likewise."""
         with implicit_replication():
             super().finish(moving)
 
@@ -155,7 +156,10 @@ def steps_on_dtensors(
     cut: dict[Any, list[TensorPair]] = {}
     for pair in pairs:
         dims = [[cut_dims(p, axis) for axis in (0, 1)] for p in pair[:2]]
-        if sharded and all(len(x) + len(y) < 2 for x, y in dims):
+        once = all(len(x) + len(y) < 2 for x, y in dims)
+        # DTensor takes a cut axis of length 1 for one that a number may be spread over.
+        wide = pair.A.shape[1:].numel() > 1 and pair.B.shape[0] > 1
+        if sharded and once and wide and get_backend(pair.A).on_pieces:
             along = [d for side in (0, 1) for d in dims[side][side]]  # the rank axis
             key = (mesh_of(pair.A), pair.A.dtype, pair.B.dtype, *along[:1])
             cut.setdefault(key, []).append(pair)

@@ -17,7 +17,7 @@ from rlora.core.structure import another_state, side_by_side
 from rlora.core.transform import State, Transform
 from rlora.torch.pairing.pairs import Member, TensorPair, is_distributed, local
 from rlora.torch.step.compiling import keep
-from rlora.torch.step.dtensors import cut_as
+from rlora.torch.step.dtensors import check_cut, cut_as, layer_of
 from rlora.torch.step.errors import misshapen
 from rlora.torch.step.rounding import store
 
@@ -66,7 +66,7 @@ class MethodBatch:
                 owner, partner = member.keepers if side is None else (member.owners[side], None)
                 share = shares.setdefault(id(owner), Share(owner, [], [], []))
                 share.keys.append(key + member.suffix)
-                share.views.append(flat[name][k])
+                share.views.append(layer_of(flat[name], k))
                 share.sources.append((name, k, partner))
         return list(shares.values())
 
@@ -150,7 +150,10 @@ class MethodBatch:
         for bucket, stacks in zip(self._buckets, params.values(), strict=True):
             for side in (0, 1):
                 if bucket[0].gradient(side) is not None:
-                    stack = local(stacks[side]) if self._in_pieces else stacks[side]
+                    stack = stacks[side]
+                    if self._in_pieces:
+                        check_cut(stack, bucket[0].params[side])
+                        stack = local(stack)
                     for member, layer in zip(bucket, stack.unbind(0), strict=True):
                         written, value = member.part(side), member.write(side, layer)
                         written = local(written) if self._in_pieces else written
@@ -256,7 +259,7 @@ def start_of(transform: Transform, buckets: list[list[Member]], given: float | N
         layers = [[k for k, own in enumerate(row) if own == s] for row in scales]
         some = [[bucket[k] for k in rows] for bucket, rows in zip(buckets, layers, strict=True)]
         for name, x in flatten_state(transform.init(stacks_of(some), s)).items():
-            memory[name][layers[places[name][0]]] = x
+            local(memory[name])[layers[places[name][0]]] = local(x)
     return unflatten_state(memory, start)
 
 
