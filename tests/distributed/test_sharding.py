@@ -101,6 +101,17 @@ def test_axes_shorter_than_the_mesh(groups, maker):
     assert_equal(groups(4).run(runs.trained_at_the_edges, maker, True), expected, atol=1e-9)
 
 
+def test_without_a_backend_of_torch_factors_are_gathered(groups):
+    """The generic class knows no pieces; its own rounding grows over the steps."""
+    expected = runs.trained_by_the_generic_backend("rite", None)
+    found = groups(2).run(runs.trained_by_the_generic_backend, "rite", "columns")
+    assert_equal(found, expected, atol=1e-9)
+
+
+def test_a_direction_that_is_cut_otherwise_is_refused(groups):
+    groups(2).run(runs.refused_cut)
+
+
 SHAPES = [(16, 20, 4), (32, 16, 4), (64, 10, 8)]
 
 

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import pytest
 import torch
 import torch.distributed as dist
 from models import METHODS, LoRALinear
@@ -14,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlora.torch
+from rlora.core import dispatch
+from rlora.core.errors import ShardingError
 from rlora.torch import (
     AltLoRAPlus,
     GraftAdamW,
@@ -25,6 +28,7 @@ from rlora.torch import (
     ScaledAdamW,
     ScaledSGD,
 )
+from rlora.torch.step.dtensors import check_cut
 
 STEPS = 20
 BEFORE = {"placement": "before", "damping": 1e-6, "damping_mode": "relative"}
@@ -255,6 +259,28 @@ def trained_at_the_edges(maker, sharded):
             torch.save(copy.deepcopy(optimizer.state_dict()), file)
             assert file.tell()
     return values(model)
+
+
+def trained_by_the_generic_backend(maker, layout):
+    """As where rlora.backends.torch cannot be imported."""
+    load, dispatch.load_backend_class = dispatch.load_backend_class, lambda name: None
+    try:
+        dispatch._by_type.clear()
+        dispatch.backend_for_namespace.cache_clear()
+        return trained(maker, layout)
+    finally:
+        dispatch.load_backend_class = load
+        dispatch._by_type.clear()
+        dispatch.backend_for_namespace.cache_clear()
+
+
+def refused_cut():
+    """The error for a stack of directions that are whole where the factors are cut."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)])
+    check_cut(distribute_tensor(torch.ones(1, 4, 6), mesh, [Shard(2)]), p)
+    with pytest.raises(ShardingError, match="leave out its sharded=True"):
+        check_cut(distribute_tensor(torch.ones(1, 4, 6), mesh, [Replicate()]), p)
 
 
 # --- gradients that are missing ------------------------------------------------------------------
