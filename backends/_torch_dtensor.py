@@ -36,10 +36,8 @@ class OnPieces(Backend):
         return _reduced(super().cross_rows(_pieces(X), _pieces(Y), dtype), X)
 
     def peaks(self, X: Tall) -> Array:
-        peaks = [
-            x.abs().amax((-2, -1)) if x.numel() else x.new_zeros(x.shape[:-2]) for x in _pieces(X)
-        ]
-        peak = torch.cat([x.reshape(-1, 1, 1) for x in peaks])
+        pieces = [x if x.numel() else x.new_zeros((*x.shape[:-2], 1, 1)) for x in _pieces(X)]
+        peak = super().peaks(pieces)
         # What the largest of a NaN and a number is differs between libraries of collectives.
         return _reduced(peak.nan_to_num(torch.inf), X, dist.ReduceOp.MAX)
 

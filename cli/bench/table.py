@@ -11,6 +11,7 @@ from rich.text import Text
 
 from rlora.cli.console import counted, fitted
 
+from .forward_backward import TOKENS
 from .schema import Record, Row
 
 KEEP = ("method", "on", "rank", "ratio")
@@ -40,7 +41,7 @@ NOTES = {
     "operations": "operations: handed to torch's dispatcher in a step.",
     "model": "model: the least time for the bytes and flops of the method at the peaks below.",
     "of roofline": "of roofline: model / step, above 100 % where arrays fit a cache.",
-    "of training": "of training: step / (step + forward + backward of these layers, one sequence).",
+    "of training": f"of training: step / (step + forward + backward, {TOKENS} tokens).",
 }
 """The meaning of columns; printed for those that are there."""
 

@@ -49,7 +49,7 @@ TRIAL: Final = 4
 BOUND: Final = 1e-3
 """Root mean square by which a clipped step may move the entries of a product.
 
-In nine of ten steps of `fall` at the best rate of scaled AdamW, no layer's moves further.
+Chosen on seed 0 of `fall`, where the loss at the best rate of scaled AdamW stays as it is.
 """
 
 OTHER_BOUNDS: Final = (BOUND / 4, 4 * BOUND)

@@ -52,6 +52,17 @@ def test_steps_within_the_bound_and_steps_of_nothing_are_taken_whole(draw):
     assert (fraction(pair, nothing, 1e-3) == 1).all()
 
 
+def test_rounding_of_a_step_without_a_second_order_leaves_a_number():
+    """D_B D_A is 0, and the sum of products of its rounded Grams is below that for some draws."""
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        row, column, w = (torch.randn(k, generator=generator) for k in (N, M, 2))
+        step = Factors(
+            torch.stack([w[0] * row, -w[1] * row]), torch.stack([w[1] * column, w[0] * column], 1)
+        )
+        assert fraction(Factors(*(0 * x for x in step)), step, 1e-3).isfinite().all()
+
+
 def test_each_layer_of_a_stack_has_a_fraction_and_a_rate_of_its_own(draw):
     pair, grads, lr = draw(), draw(), torch.tensor([1e-6, 10.0], dtype=torch.float64)[:, None, None]
     plain, cut = rlora.lora_plus(ratio=1.0), trust_region(rlora.lora_plus(ratio=1.0), 0.01)

@@ -132,3 +132,14 @@ def test_the_page_of_deepspeed_runs_without_it_too(kind):
         accelerator.backward(space["model"](**batch).loss)
         space["optimizer"].step()
     assert loss_on_all(model) < start
+
+
+def test_a_step_of_no_group_moves_nothing():
+    """ZeRO-3 empties the groups that it does not step now; that is no step without gradients."""
+    inner = ScaledAdamW(make_model().named_parameters())
+    optimizer = ZeroOptimizer(inner)
+    for group in optimizer.param_groups:
+        group["params"] = []
+    for _ in range(3):
+        optimizer.step()  # two idle ones are warned of
+    assert inner._idle_steps == 0

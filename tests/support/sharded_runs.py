@@ -35,6 +35,7 @@ BEFORE = {"placement": "before", "damping": 1e-6, "damping_mode": "relative"}
 RELATIVE = {"damping": 1e-2, "damping_mode": "relative"}
 ABSOLUTE = {"damping": 1e-6, "damping_mode": "absolute"}
 COVARIANT = {"damping": 1e-3, "damping_mode": "covariant"}
+GUARDS = {"escape": True, "balance": True, "max_norm": 0.1, "max_rms": 1.0, "weight_decay": 0.1}
 MAKERS = {
     "default": lambda m: ScaledAdamW(m, lr=1e-2),
     "default-gs": lambda m: ScaledAdamW(m, lr=1e-2, order="gauss_seidel"),
@@ -49,6 +50,7 @@ MAKERS = {
     "sgd": lambda m: ScaledSGD(m, lr=1e-2, momentum=0.9, nesterov=True, **RELATIVE),
     "nadam": lambda m: rlora.torch.precondition(torch.optim.NAdam)(m, lr=1e-2),
     "rite": lambda m: LoRARite(m, lr=1e-2),
+    "guarded": lambda m: LoRARite(m, lr=1e-2, **GUARDS),
     "pro": lambda m: LoRAProAdamW(m, lr=1e-3),
     "riemannion": lambda m: Riemannion(m, lr=1e-3),
     "alt": lambda m: AltLoRAPlus(m, lr=1e-3),
@@ -219,19 +221,37 @@ def goes_on_from_one_process(maker, layout):
     """
     model = make_model(torch.float64)[:-1]
     optimizer = MAKERS[maker](model)
-    for t in range(STEPS):
-        if t == STEPS // 2:
-            saved = optimizer.state_dict()
-            model = shard(model, layout)
-            optimizer = MAKERS[maker](model)
-            optimizer.load_state_dict(saved)
+    step_on_drawn_gradients(model, optimizer, 0)
+    saved = optimizer.state_dict()
+    model = shard(model, layout)
+    optimizer = MAKERS[maker](model)
+    optimizer.load_state_dict(saved)
+    step_on_drawn_gradients(model, optimizer, STEPS // 2)
+    return values(model)
+
+
+def goes_on_on_one_process(maker, layout):
+    """Half of the steps in pieces, their state loaded where factors are whole."""
+    model = shard(make_model(torch.float64)[:-1], layout)
+    optimizer = MAKERS[maker](model)
+    step_on_drawn_gradients(model, optimizer, 0)
+    alone = make_model(torch.float64)[:-1]
+    alone.load_state_dict({name: torch.tensor(x) for name, x in values(model).items()})
+    saved, optimizer = optimizer.state_dict(), MAKERS[maker](alone)
+    optimizer.load_state_dict(saved)
+    step_on_drawn_gradients(alone, optimizer, STEPS // 2)
+    return values(alone)
+
+
+def step_on_drawn_gradients(model, optimizer, start):
+    """Half of the steps, on gradients that are the same however the model is cut."""
+    for t in range(start, start + STEPS // 2):
+        g = torch.Generator().manual_seed(t)
         for p in (p for p in model.parameters() if p.requires_grad):
-            g = torch.Generator().manual_seed(t)
             p.grad = torch.randn(p.shape, generator=g, dtype=torch.float64)
             if hasattr(p, "device_mesh"):
                 p.grad = distribute_tensor(p.grad, p.device_mesh, p.placements)
         optimizer.step()
-    return values(model)
 
 
 def trained_at_the_edges(maker, sharded):

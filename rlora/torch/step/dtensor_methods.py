@@ -110,7 +110,7 @@ class InPieces(DTensorStep):
 
     def __init__(self, optimizer: Any, group: int, pairs: list[TensorPair]) -> None:
         factors: list[tuple[Any, int]] = [(pair[side], side) for pair in pairs for side in (0, 1)]
-        self._exchange = Exchange(factors)
+        self._come, self._go = Exchange(factors + factors), Exchange(factors)
         copies = [
             TensorPair(
                 columns_of(pair.A, 0),
@@ -124,9 +124,12 @@ class InPieces(DTensorStep):
         super().__init__(optimizer, group, pairs, copies)
 
     def fetch(self, moving: Sequence[bool]) -> None:
-        pieces = self._exchange.to_columns([local(p.detach()).flatten(1) for p in self.params])
-        grads = self._exchange.to_columns([piece_of_grad(p).flatten(1) for p in self.params])
-        for x, piece, grad, moves in zip(self.copies, pieces, grads, moving, strict=True):
+        both = [*(local(p.detach()) for p in self.params), *map(piece_of_grad, self.params)]
+        pieces = self._come.to_columns([x.flatten(1) for x in both])
+        count = len(self.params)
+        for x, piece, grad, moves in zip(
+            self.copies, pieces[:count], pieces[count:], moving, strict=True
+        ):
             if local(x).data_ptr() != piece.data_ptr():
                 local(x).copy_(piece)
             x.grad = like_param(x, grad) if moves else None
@@ -142,7 +145,7 @@ class InPieces(DTensorStep):
             super().finish(moving)
 
     def put_back(self, moving: Sequence[bool]) -> None:
-        rows = self._exchange.to_rows([local(x) for x in self.copies])
+        rows = self._go.to_rows([local(x) for x in self.copies])
         for p, piece, moves in zip(self.params, rows, moving, strict=True):
             if moves and piece.data_ptr() != local(p).data_ptr():
                 local(p).copy_(piece.reshape(local(p).shape))

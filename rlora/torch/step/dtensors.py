@@ -22,7 +22,10 @@ def like_param(p: Any, piece: Tensor) -> Tensor:
 
 
 def cut_as(x: Any, like: Any) -> Tensor:
-    """A tensor cut as `like` is; nothing is sent if it is whole, the same on every process."""
+    """A tensor cut as `like` is, gathered if that is whole.
+
+    A whole one is taken to be the same on every process: nothing is sent for it.
+    """
     whole: Tensor = x
     if not is_distributed(like):
         return x.full_tensor() if is_distributed(x) else whole
