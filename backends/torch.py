@@ -173,10 +173,13 @@ class TorchBackend(Backend):
         return Damped(H, unit, live, torch.where(scale.isnan(), scale, 0.0))
 
     def spd_power(self, S: Array, power: float) -> Array:
-        if power != -1.0:
-            return super().spd_power(S, power)
-        W = self.inverse_cholesky(S)
-        return W.mT @ W
+        if power == -1.0:
+            W = self.inverse_cholesky(S)
+            return W.mT @ W
+        if abs(power) == 0.5 and eigh_waits(S):
+            inverse, root = self.newton_schulz(S)
+            return inverse if power < 0 else root
+        return super().spd_power(S, power)
 
     def inverse_cholesky(self, S: Array, *, upper: bool = False) -> Array:
         # cholesky_ex neither raises nor waits for the device; the damping keeps members definite.
@@ -210,8 +213,7 @@ class TorchBackend(Backend):
         eye = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
         mean = V.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)
         _, root = self.newton_schulz(V + (torch.finfo(V.dtype).eps ** 0.5 * mean + shift) * eye)
-        inverse, _ = torch.linalg.inv_ex(root + eps * eye)
-        return inverse
+        return self.spd_power(root + eps * eye, -1.0)  # an LU factorisation may wait for a device
 
     def adam(self, M: Tall, V: Tall, G: Tall, numbers: AdamNumbers) -> tuple[list[Array], ...]:
         b1, b2, *by_array = numbers

@@ -230,7 +230,7 @@ def test_cubics_bring_all_roots_to_one(dtype, count):
 
 
 @pytest.mark.parametrize("make", [
-    lambda: rlora.lora_rite(), lambda: rlora.lora_muon(),
+    lambda: rlora.lora_rite(), lambda: rlora.lora_muon(), lambda: rlora.ref_lora(),
 ])  # fmt: skip
 def test_methods_without_eigh_go_the_same_way(make, without_eigh, monkeypatch):
     """The generic path is the oracle; a shift of sqrt(eps), times cond² and the filter's four."""
@@ -241,13 +241,16 @@ def test_methods_without_eigh_go_the_same_way(make, without_eigh, monkeypatch):
     assert_close(actual.B @ actual.A, expected.B @ expected.A, rtol=4 * 1.5e-8 * 100 * 10)
 
 
+@pytest.mark.parametrize(("make", "lr"), [
+    (rlora.lora_rite, 1e-2), (rlora.ref_lora, 1e-3),
+])  # fmt: skip
 @pytest.mark.parametrize("zero_B", [True, False])
-def test_lost_directions_without_eigh(zero_B, without_eigh):
+def test_lost_directions_without_eigh(zero_B, make, lr, without_eigh):
     """B = 0, and B with a column twice: finite, and the loss falls."""
     problem = make_problem(zero_B=zero_B)
     problem.params.B[:, 2] = problem.params.B[:, 1]
     problem = problem.on(get("torch"))
-    params, _ = run(rlora.lora_rite(), problem, steps=20, lr=1e-2)
+    params, _ = run(make(), problem, steps=20, lr=lr)
     assert float(problem.loss(params)) < float(problem.loss(problem.params))
 
 
