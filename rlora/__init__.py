@@ -20,6 +20,7 @@ from rlora.core.factors import Factors
 from rlora.core.rebalance import rebalance
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.step import step
+from rlora.core.suggest_lr import suggest_lr
 from rlora.core.transform import Transform, apply_updates, chain
 from rlora.methods import *  # noqa: F403  a method's export line is in rlora.methods
 from rlora.pairing import Pair, PairReport, find_pairs
@@ -53,6 +54,7 @@ __all__ = [
     "methods",
     "rebalance",
     "step",
+    "suggest_lr",
     "unflatten_state",
 ]
 __all__ += methods.__all__

@@ -24,6 +24,7 @@ from rlora.torch.init.offsets import (
 from rlora.torch.init.plain_lora import as_plain_lora
 from rlora.torch.init.round_adapter import round_adapter
 from rlora.torch.init.sd_lora import SDLoRALinear, add_sd_lora, parameter_groups
+from rlora.torch.init.suggest_lr import suggest_lr
 from rlora.torch.method_classes import *  # noqa: F403  (as many as there are methods)
 from rlora.torch.monitor.format import diagnostics_table, findings, log_diagnostics
 from rlora.torch.optimizers.factory import optimizer_class, precondition
@@ -54,6 +55,7 @@ __all__ = [
     "round_adapter",
     "save_offsets",
     "shard_placement",
+    "suggest_lr",
 ]
 
 __all__ += method_classes.__all__
