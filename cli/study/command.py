@@ -59,7 +59,7 @@ def check_installed(model: str, datasets: Sequence[str]) -> None:
 )
 @click.option("--weights", help="Of a large model: its name on the hub, or a folder.")
 @click.option("--data", type=Path, help="Of a large model: a folder; else they come from the hub.")
-@click.option("--device", default="cuda", show_default=True, help="Of a large model.")
+@click.option("--device", help="cpu; for a large model cuda. Strings and smollm2 run on both.")
 @click.option(
     "--rank",
     "ranks",
@@ -84,7 +84,7 @@ def study(
     datasets: tuple[str, ...],
     weights: str | None,
     data: Path | None,
-    device: str,
+    device: str | None,
     ranks: tuple[int, ...],
     lengths: tuple[int, ...],
     names: tuple[str, ...],
@@ -106,12 +106,12 @@ def study(
     from .regret import write_regrets
     from .runner import run_study
     from .tables import write_tables
-    from .workloads import STACKED, Origin, datasets_of
+    from .workloads import LARGE, STACKED, Origin, datasets_of
 
     if not tables:
         datasets = datasets or datasets_of(model)[:1]
         check_names(model, datasets, names)
-        origin = Origin(weights, data, device)
-        for dataset, rank, steps in product(datasets, ranks or (None,), lengths or (None,)):
-            run_study(model, dataset, rank, steps, names, processes, output, quick, origin)
+        origin = Origin(weights, data, device or ("cuda" if model in LARGE else "cpu"))
+        settings = list(product(datasets, ranks or (None,), lengths or (None,)))
+        run_study(model, settings, names, processes, output, quick, origin)
     (write_regrets if model in STACKED else write_tables)(output)

@@ -10,6 +10,8 @@ import rlora
 import rlora.torch
 from rlora import Transform
 
+from .trust import trust_region
+
 Start = Literal["gaussian", "lora_one"]
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
 
@@ -73,6 +75,27 @@ def grafted(**options: Any) -> Make:
     return lambda model, lr: kind(model, lr=lr)
 
 
+def clipped(share: float, betas: tuple[float, float]) -> Make:
+    """Scaled AdamW in a trust region: no step moves W by more than a share of its size.
+
+    One size for all layers, the root mean square of the entries of all frozen weights beside
+    adapters.
+    """
+
+    def make(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        layers: list[Any] = [x for x in model.modules() if hasattr(x, "lora_A")]
+        squares = [x.base_layer.weight.double().square().mean() for x in layers]
+        size = float(torch.stack(squares).mean().sqrt()) / layers[0].scaling["default"]
+
+        def method(*, weight_decay: float = 0.0) -> Transform:
+            inner = rlora.scaled_adamw(b1=betas[0], b2=betas[1], weight_decay=weight_decay)
+            return trust_region(inner, share * size)
+
+        return rlora.torch.optimizer_class(method)(model, lr=lr)
+
+    return make
+
+
 def favouring_b(ratio: float, **options: Any) -> Make:
     """Scaled AdamW with a larger learning rate for B, as LoRA+ has."""
 
@@ -110,6 +133,8 @@ METHODS: Final[dict[str, Method]] = {
     "scaled-both-fast-relative": Method(
         scaled(betas=FAST, **{**PUBLISHED, "placement": "both"}), rates(2e-3)
     ),
+    "scaled": Method(scaled(betas=FAST), rates(1e-3, 7)),
+    "scaled-clipped": Method(clipped(0.01, FAST), rates(4e-3, 5)),
     "grafted-both-fast": Method(
         grafted(b1=FAST[0], b2=FAST[1], placement="both", **COVARIANT), rates(1e-3, 7)
     ),

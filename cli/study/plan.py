@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any, Final, NamedTuple
@@ -102,14 +102,14 @@ def confirmations(records: Records, entry: Entry) -> list[Job]:
     return [entry.like._replace(lr=lr, seed=seed, tested=True) for seed in entry.seeds]
 
 
-def rounds(records: Records, entries: Iterable[Entry]) -> Iterator[list[Job]]:
-    """Yield the runs to do next, until none is: sweeps as long as they grow, then confirmations."""
-    entries = list(entries)
+def rounds(records: Mapping[str, Records], entries: Iterable[Entry]) -> Iterator[list[Job]]:
+    """Yield the runs to do next, until none is: sweeps as long as they grow, then confirmations.
+
+    The records of each dataset are those of a file.
+    """
+    pairs = [(records[entry.like.dataset], entry) for entry in entries]
     for wanted in (sweep, confirmations):
-        while jobs := missing(records, (job for x in entries for job in wanted(records, x))):
+        while jobs := [
+            job for mine, entry in pairs for job in wanted(mine, entry) if job not in mine.rows
+        ]:
             yield jobs
-
-
-def missing(records: Records, jobs: Iterable[Job]) -> list[Job]:
-    """The jobs that are not done yet."""
-    return [job for job in jobs if job not in records.rows]

@@ -1,21 +1,33 @@
 """Tables of the study of strings from its records, one learning rate for all settings first."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Final, NamedTuple
 
+from rlora import suggest_lr
 from rlora.cli import plots
 from rlora.cli.chart import Curve, Panel
 from rlora.cli.records import write_text
 
-from .comparisons import away, betas, clipping, paired
+from .comparisons import away, betas, clipping, marked, paired, wins
 from .markdown import captioned
 from .plan import Records
-from .stacks import METHODS
+from .slopes import slopes
+from .stacked_methods import METHODS
+from .stacks import BASES
 from .strings import DATASETS
-from .sweeps import GUESSING, Setting, Sweep, Sweeps, common_rates, compared, sweeps_of
+from .sweeps import (
+    GUESSING,
+    Setting,
+    Sweep,
+    Sweeps,
+    common_rates,
+    compared,
+    main_settings,
+    sweeps_of,
+)
 
 CLOSE: Final = 0.02
 """Nats a digit that may be lost against the tuned baseline."""
@@ -36,13 +48,17 @@ def write_regrets(folder: Path) -> None:
     rows = [row for path in paths for row in Records(path).rows.values()]
     sweeps = sweeps_of(rows)
     parts = {
-        "Best losses": best_losses(sweeps),
+        "Best losses of all methods": best_losses(sweeps),
+        "Best losses in all settings": lowest_losses(sweeps),
+        "Test losses against AdamW": wins(sweeps, rows),
         "Test losses against AdamW, seed by seed": paired(sweeps, rows),
         "One learning rate for all settings": one_rate(sweeps),
+        "The suggested learning rate": by_rule(sweeps),
+        "Regret by learning rate": by_rate(sweeps),
         "Away from the best rate": away(sweeps),
         "Betas": betas(sweeps),
         "Steps in a trust region": clipping(sweeps),
-        "Learning rate against rank": slopes(sweeps),
+        "Best rates against rank, s, width, batch and length": slopes(sweeps),
         "The rate of the usual task on its unusual forms": transferred(sweeps),
     }
     lines = ["# Tables of the study of strings", ""]
@@ -56,24 +72,46 @@ def write_regrets(folder: Path) -> None:
 
 
 def best_losses(sweeps: Sweeps) -> list[str]:
-    """Lowest loss of each sweep with the share of exact answers at that rate."""
-    names = [name for name in METHODS if any(name in group for group in sweeps.values())]
+    """Lowest loss of each sweep with the share of exact answers, where most methods were run."""
+    settings = main_settings(sweeps)
+    low = {x: min(sweep.lowest for sweep in sweeps[x].values()) for x in settings}
 
-    def cell(sweep: Sweep | None, low: float) -> str:
+    def cell(setting: Setting, sweep: Sweep | None) -> str:
         if sweep is None:
             return "-"
         text = f"{sweep.lowest:.4f} ({100 * sweep.exact[sweep.best]:.0f} %)"
-        return f"**{text}**" if sweep.lowest == low else text
+        return f"**{text}**" if sweep.lowest == low[setting] else text
 
-    rows = []
-    for setting, group in sweeps.items():
-        low = min(sweep.lowest for sweep in group.values())
-        rows.append([str(setting), *(cell(group.get(name), low) for name in names)])
+    rows = [
+        [f"`{name}`", *(cell(x, sweeps[x].get(name)) for x in settings)]
+        for name in METHODS
+        if any(name in sweeps[x] for x in settings)
+    ]
     caption = (
-        "Validation loss, nats a digit, of each method at its best rate, and exact answers; "
-        "bold: the lowest; -: not run."
+        "Validation loss, nats a digit, of each method at its best rate, and exact answers, where "
+        "most methods were run; bold: the lowest; -: not run."
+    )
+    return captioned(caption, ["method", *map(str, settings)], rows)
+
+
+def lowest_losses(sweeps: Sweeps) -> list[str]:
+    """Lowest loss of each sweep of the methods that were run in most settings."""
+    rows, names = [], usual_methods(sweeps)
+    for setting, group in sweeps.items():
+        found = [group[name].lowest if name in group else None for name in names]
+        if sum(x is not None for x in found) > 1:
+            rows.append([str(setting), *marked(found)])
+    caption = (
+        "Validation loss, nats a digit, of methods at their best rates, where they were run; "
+        "bold: the lowest of the row."
     )
     return captioned(caption, ["setting", *(f"`{name}`" for name in names)], rows)
+
+
+def usual_methods(sweeps: Sweeps) -> list[str]:
+    """Methods that were run in at least half as many settings as any."""
+    counts = {name: sum(name in group for group in sweeps.values()) for name in METHODS}
+    return [name for name, count in counts.items() if 2 * count >= max(counts.values())]
 
 
 class Default(NamedTuple):
@@ -103,73 +141,86 @@ def one_rate(sweeps: Sweeps) -> list[str]:
     """Regret of one rate everywhere against a baseline that is tuned for each setting."""
     rows, bases = [], compared(sweeps)
     for name in METHODS:
-        if (found := default_of(sweeps, name)) is None:
-            continue
-        lr = found.rate
-        pairs = [(sweeps[x][name], sweeps[x][bases[x]]) for x in found.settings]
-        regrets = [mine.losses[lr] - theirs.lowest for mine, theirs in pairs]
-        close = sum(x <= CLOSE for x in regrets)
-        rows.append(
-            [
-                *(f"`{name}`", f"{lr:.2g}", f"{close} of {len(regrets)}"),
-                *(f"{x:+.3f}" for x in (median(regrets), mean(regrets), max(regrets))),
-                f"{100 * mean(mine.exact[lr] for mine, _ in pairs):.0f} %",
-                f"{100 * mean(theirs.exact[theirs.best] for _, theirs in pairs):.0f} %",
-            ]
-        )
+        if (found := default_of(sweeps, name)) is not None:
+            pairs = [(sweeps[x][name], found.rate, sweeps[x][bases[x]]) for x in found.settings]
+            rows.append([f"`{name}`", f"{found.rate:.2g}", *regrets(pairs)])
     caption = (
         f"Each method at the one rate with its lowest mean loss over all its settings, in "
-        f"hindsight: chosen on these same runs. Regret: validation loss less that of AdamW at the "
-        f"best of the rates and betas that were run with it in the setting, nats a digit; close: "
-        f"at most {CLOSE}. Guessing has {GUESSING:.2f}, and so counts a run that diverged."
+        f"hindsight: chosen on these same runs. {REGRET}"
     )
-    head = ["method", "rate", "close", "median regret", "mean", "worst", "exact"]
-    return captioned(caption, [*head, "exact of that AdamW"], rows)
+    return captioned(caption, ["method", "rate", *REGRET_HEAD], rows)
 
 
-def slopes(sweeps: Sweeps) -> list[str]:
-    """Powers of the rank by which best rates go, where a sweep was run at several ranks."""
-    found: dict[str, list[float]] = {}
-    for setting, group in sweeps.items():
-        for name, sweep in group.items():
-            higher = [
-                other
-                for other in sweeps
-                if other._replace(rank=setting.rank) == setting
-                and other.rank > setting.rank
-                and name in sweeps[other]
+def by_rule(sweeps: Sweeps) -> list[str]:
+    """Regret of the rate of `rlora.suggest_lr`, or the nearest that was run."""
+    rows, bases = [], compared(sweeps)
+    for name in METHODS:
+        settings = [x for x in bases if name in sweeps[x]]
+        if 2 * len(settings) >= len(bases):
+            pairs = [
+                (sweeps[x][name], nearest(sweeps[x][name], suggested(x)), sweeps[x][bases[x]])
+                for x in settings
             ]
-            if higher:
-                top = max(higher)
-                rates = optimum(sweeps[top][name].losses) / optimum(sweep.losses)
-                found.setdefault(name, []).append(
-                    math.log(rates) / math.log(top.rank / setting.rank)
-                )
-    rows = [
-        [
-            *(f"`{name}`", f"{len(found[name])}", f"{mean(found[name]):+.2f}"),
-            f"{stdev(found[name]) / len(found[name]) ** 0.5:.2f}" if len(found[name]) > 1 else "-",
-        ]
-        for name in METHODS
-        if name in found
+            rows.append([f"`{name}`", *regrets(pairs)])
+    caption = (
+        f"Each method at the rate of rlora.suggest_lr, size / (4 s sqrt(r)), or the nearest that "
+        f"was run; methods that were run in at least half of the settings. {REGRET}"
+    )
+    return captioned(caption, ["method", *REGRET_HEAD], rows)
+
+
+REGRET: Final = (
+    f"Regret: validation loss less that of AdamW at the best of the rates and betas that were run "
+    f"with it in the setting, nats a digit; close: at most {CLOSE}; within 2 %: at most 2 % of the "
+    f"loss of guessing, {GUESSING:.2f}, as which a run counts that diverged."
+)
+REGRET_HEAD: Final = (
+    *("close", "within 2 %", "median regret", "mean", "worst", "exact", "exact of that AdamW"),
+)
+
+
+def regrets(pairs: Sequence[tuple[Sweep, float, Sweep]]) -> list[str]:
+    """Cells of a row: sweeps, each at a rate, against the best of others."""
+    found = [mine.losses[lr] - theirs.lowest for mine, lr, theirs in pairs]
+    return [
+        *(f"{sum(x <= most for x in found)} of {len(found)}" for most in (CLOSE, 0.02 * GUESSING)),
+        *(f"{x:+.3f}" for x in (median(found), mean(found), max(found))),
+        f"{100 * mean(mine.exact[lr] for mine, lr, _ in pairs):.0f} %",
+        f"{100 * mean(theirs.exact[theirs.best] for *_, theirs in pairs):.0f} %",
     ]
-    caption = "Power p of the rank in the best rate, lr ~ r^p; alpha = 2 r at every rank."
-    return captioned(caption, ["method", "pairs of settings", "p", "standard error"], rows)
 
 
-def optimum(losses: Mapping[float, float]) -> float:
-    """The vertex of a parabola in log(lr), through the log losses at and beside the best rate."""
-    rates = list(losses)
-    i = min(range(len(rates)), key=lambda k: losses[rates[k]])
-    if not 0 < i < len(rates) - 1:
-        return rates[i]
-    x = [math.log(rates[k]) for k in (i - 1, i, i + 1)]
-    y = [math.log(losses[rates[k]]) for k in (i - 1, i, i + 1)]
-    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
-    if left == right:
-        return rates[i]
-    bend = (right - left) / (x[2] - x[0])
-    return math.exp((x[0] + x[1]) / 2 - left / (2 * bend))
+def suggested(setting: Setting) -> float:
+    """The rate of `rlora.suggest_lr` in a setting."""
+    dataset = DATASETS[setting.dataset]
+    size = BASES[dataset.base].size
+    return suggest_lr(size, rank=setting.rank, scaling=dataset.scaling)
+
+
+def nearest(sweep: Sweep, lr: float) -> float:
+    """The rate of a sweep that is nearest to another by ratio."""
+    return min(sweep.losses, key=lambda x: abs(math.log(x / lr)))
+
+
+def by_rate(sweeps: Sweeps) -> list[str]:
+    """Mean regret of each rate, over the settings in which a method was run at all of them."""
+    rows, bases, rates = [], compared(sweeps), METHODS["scaled"].rates
+    for name in METHODS:
+        settings = [
+            x for x in bases if name in sweeps[x] and set(rates) <= sweeps[x][name].losses.keys()
+        ]
+        if 2 * len(settings) < len(bases):
+            continue
+        means = [
+            mean(sweeps[x][name].losses[lr] - sweeps[x][bases[x]].lowest for x in settings)
+            for lr in rates
+        ]
+        rows.append([f"`{name}`", str(len(settings)), *(f"{x:+.2f}" for x in means)])
+    caption = (
+        "Mean over settings of validation loss less that of AdamW tuned for each, nats a digit, "
+        "by learning rate; methods that were run in at least half of the settings."
+    )
+    return captioned(caption, ["method", "settings", *(f"{lr:.2g}" for lr in rates)], rows)
 
 
 def transferred(sweeps: Sweeps) -> list[str]:
@@ -201,6 +252,7 @@ def transferred(sweeps: Sweeps) -> list[str]:
 
 def panels_of(sweeps: Sweeps) -> list[Panel]:
     """Loss against learning rate in the settings in which most methods were run."""
+    names = usual_methods(sweeps)[:CURVES]
     most = sorted(sweeps, key=lambda setting: -len(sweeps[setting]))[:PANELS]
     return [
         Panel(
@@ -209,7 +261,8 @@ def panels_of(sweeps: Sweeps) -> list[Panel]:
             "validation loss, nats a digit",
             tuple(
                 Curve(name, list(sweep.losses), list(sweep.losses.values()))
-                for name, sweep in list(sweeps[setting].items())[:CURVES]
+                for name, sweep in sweeps[setting].items()
+                if name in names
             ),
             log_x=True,
             log_y=True,

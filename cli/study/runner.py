@@ -1,5 +1,6 @@
 """All runs of a study, one after the other, into a file of records."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -20,7 +21,7 @@ class Size(NamedTuple):
     seeds: int
 
 
-SIZES: Final = {"digits": Size(200, 4, 20), "smollm2": Size(160, 1, 3), "strings": Size(300, 1, 3)}
+SIZES: Final = {"digits": Size(200, 4, 20), "smollm2": Size(160, 1, 3), "strings": Size(300, 2, 5)}
 QUICK: Final = Size(8, 1, 1)
 QUICK_METHODS: Final = ("adamw", "scaled-both-fast", "scaled")
 RANK: Final = 8
@@ -28,45 +29,44 @@ RANK: Final = 8
 
 def run_study(
     model: str,
-    dataset: str,
-    rank: int | None,
-    steps: int | None,
+    settings: Sequence[tuple[str, int | None, int | None]],
     names: tuple[str, ...],
     processes: int,
     output: Path,
     quick: bool,
     origin: Origin,
 ) -> None:
-    """Do what is not done yet, and say each run when it is."""
-    place = Place(model, dataset, output / "kept", quick, origin)
-    like, size = measure(place, rank, steps)
-    entries = [
-        entry_of(like._replace(method=x), size) for x in names or usual(model, dataset, quick)
-    ]
-    records = Records(output / f"{model}-{dataset}.jsonl")
+    """Do what is not done yet of datasets, ranks and lengths, and say each run when it is."""
+    place = Place(model, output / "kept", quick, origin)
+    entries = []
+    for dataset, rank, steps in settings:
+        like, size = measure(place, dataset, rank, steps)
+        methods = names or usual(model, dataset, quick)
+        entries += [entry_of(like._replace(method=x), size) for x in methods]
+    records = {x: Records(output / f"{model}-{x}.jsonl") for x, *_ in settings}
     processes = 1 if model in LARGE else processes  # one model fills a GPU
     for jobs in rounds(records, entries):
         console().print(f"{counted(len(jobs), 'run')} to do")
         if (seconds := estimate(place, jobs, processes)) is not None:
             console().print(f"about {seconds / 60:.1f} min")
         for row in run_jobs(place, jobs, processes):
-            records.add(row)
+            records[row["dataset"]].add(row)
             console().print(line(row))
 
 
-def measure(place: Place, rank: int | None, steps: int | None) -> tuple[Job, Size]:
+def measure(place: Place, dataset: str, rank: int | None, steps: int | None) -> tuple[Job, Size]:
     """Give what all runs have in common; of a large model that is the paper's rank and epochs."""
-    preset = preset_of(place.model, place.dataset)
+    preset = preset_of(place.model, dataset)
     if place.quick:
         size = QUICK
     elif preset is None:
         size = SIZES[place.model]
     else:
-        count = steps or preset.epochs * len(loaded(place).batches("train"))
+        count = steps or preset.epochs * len(loaded(place, dataset).batches("train"))
         size = Size(count, sweep_seeds=1, seeds=3)
     size = size._replace(steps=steps or size.steps)
     rank = rank or (preset.rank if preset else RANK)
-    return Job(place.model, place.dataset, rank, "", 0.0, 0, size.steps, tested=False), size
+    return Job(place.model, dataset, rank, "", 0.0, 0, size.steps, tested=False), size
 
 
 def usual(model: str, dataset: str, quick: bool) -> tuple[str, ...]:

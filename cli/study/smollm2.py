@@ -47,9 +47,9 @@ class Skip(nn.Module):
 class SmolLM2:
     """The model with one task."""
 
-    def __init__(self, task: Task, kept: Path | None) -> None:
-        self.task = task
-        self.tokenizer, self.base = load_tokenizer(), load_model()
+    def __init__(self, task: Task, kept: Path | None, device: str) -> None:
+        self.task, self.device = task, torch.device(device)
+        self.tokenizer, self.base = load_tokenizer(), load_model().to(self.device)
         self.lower = list(self.base.model.layers[:-ADAPTED])
         self.parts = self._cached(kept)
         self._put([Skip()] * len(self.lower))
@@ -108,6 +108,7 @@ class SmolLM2:
         for i in range(0, len(examples), 4 * BATCH):
             prompts = [x.prompt for x in examples[i : i + 4 * BATCH]]
             given = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+            given = given.to(self.device)
             made = model.generate(
                 **given,
                 max_new_tokens=longest + 1,
@@ -127,7 +128,7 @@ class SmolLM2:
     def _cached(self, kept: Path | None) -> dict[Part, list[Batch]]:
         """Batches as they enter the first adapted layer; from the file if there is one."""
         if kept is not None and kept.exists():
-            stored = torch.load(kept, weights_only=True)
+            stored = torch.load(kept, weights_only=True, map_location=self.device)
             return {part: [Batch(*pair) for pair in pairs] for part, pairs in stored.items()}
         parts = {part: self._batches(examples) for part, examples in self.task.parts.items()}
         if kept is not None:
@@ -145,14 +146,16 @@ class SmolLM2:
         end = [self.tokenizer.eos_token_id]
         prompts = [self.tokenizer(x.prompt).input_ids for x in examples]
         answers = [self.tokenizer(x.answer).input_ids + end for x in examples]
-        ids, targets = right_padded(list(zip(prompts, answers, strict=True)))
+        ids, targets = right_padded(list(zip(prompts, answers, strict=True)), self.device)
         states = self.base.model(ids, output_hidden_states=True, use_cache=False).hidden_states
         return Batch(states[len(self.lower)].clone(), targets)
 
 
-def load(dataset: str, *, kept: Path | None = None, quick: bool = False) -> SmolLM2:
+def load(
+    dataset: str, *, kept: Path | None = None, quick: bool = False, device: str = "cpu"
+) -> SmolLM2:
     """The model with a task; `kept` is the file for what the frozen layers give."""
-    return SmolLM2(load_task(dataset, QUICK_SIZES if quick else SIZES), kept)
+    return SmolLM2(load_task(dataset, QUICK_SIZES if quick else SIZES), kept, device)
 
 
 def checkpoint_folder() -> Path:

@@ -1,29 +1,31 @@
 """Many runs of one method as one computation: each adapter has an axis for the runs.
 
-Runs that differ in learning rate and seed alone share every call. The methods of `rlora` take the
-axis for one of equal layers, so that the step of a run is what it would be alone.
+Runs that differ in task, learning rate and seed alone share every call. The methods of `rlora`
+take the axis for one of equal layers, so that the step of a run is what it would be alone.
 """
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 import rlora
-from rlora import Factors, Transform
+from rlora import Factors
 from rlora.core.state import flatten_state
 
-from .methods import FAST, PUBLISHED, USUAL, rates
-from .strings import DATASETS, Examples, parts_of
+from .stacked_methods import METHODS
+from .strings import DATASETS, Dataset, Examples, parts_of
 from .train import DIVERGED, Job, share
 from .transformer import (
-    STEPS,
+    LARGE,
+    SMALL,
     Adapters,
+    Shape,
     exact,
     kept_weights,
     logits,
@@ -31,14 +33,13 @@ from .transformer import (
     new_adapters,
     widened,
 )
-from .trust import trust_region
 from .workload import Part
 
-SCALING: Final = 2.0
-"""alpha / r, for every rank."""
+MOST: Final = {"cpu": 16, "cuda": 256}
+"""Type of device -> runs in a stack."""
 
-MOST: Final = 16
-"""Runs in a stack."""
+EVALUATED: Final = 16
+"""Runs that are evaluated at once, on 256 strings each."""
 
 WIDENED: Final = 1
 """Block that `Dataset.widened` is about."""
@@ -46,181 +47,150 @@ WIDENED: Final = 1
 TRIAL: Final = 4
 """Steps by which the time of a study is estimated."""
 
-BOUND: Final = 1e-3
-"""Root mean square by which a clipped step may move the entries of a product.
+EAGER: Final = 3
+"""First steps on a CUDA device, without which no graph can be captured."""
 
-Chosen on seed 0 of `fall`, where the loss at the best rate of scaled AdamW stays as it is.
-"""
-
-OTHER_BOUNDS: Final = (BOUND / 4, 4 * BOUND)
+Score: TypeAlias = dict[str, float]
 
 QUICK_STEPS: Final = 30
 """Steps of the base in a quick study."""
 
-
-class Method(NamedTuple):
-    """A method with its settings; everything but the learning rate."""
-
-    make: Callable[[], Transform]
-    rates: tuple[float, ...]
-    """Learning rates that a sweep begins with, in rising order, a factor of two apart."""
-
-
-def adamw(b1: float, b2: float, ratio: float = 1.0) -> Callable[[], Transform]:
-    """AdamW, or with a ratio LoRA+."""
-    return lambda: rlora.lora_plus(ratio=ratio, b1=b1, b2=b2)
-
-
-def scaled(b1: float, b2: float, **options: Any) -> Callable[[], Transform]:
-    """Scaled AdamW."""
-    return lambda: rlora.scaled_adamw(b1=b1, b2=b2, weight_decay=0.0, **options)
-
-
-def clipped(make: Callable[[], Transform], bound: float = BOUND) -> Callable[[], Transform]:
-    """A method in a trust region."""
-    return lambda: trust_region(make(), bound)
-
-
-BETAS: Final = ((0.9, 0.95), (0.9, 0.99))
-"""Those between `FAST` and `USUAL`."""
-
-
-def between(method: str) -> dict[tuple[float, float], str]:
-    """`BETAS` -> name of the method with them."""
-    return {(b1, b2): f"{method}-{b1}-{b2}" for b1, b2 in BETAS}
-
-
-METHODS: Final[Mapping[str, Method]] = {
-    "adamw": Method(adamw(*USUAL), rates(1e-3, 7)),
-    "adamw-fast": Method(adamw(*FAST), rates(1e-3, 7)),
-    "lora-plus-16": Method(adamw(*USUAL, ratio=16.0), rates(2.5e-4, 7)),
-    "lora-plus-16-fast": Method(adamw(*FAST, ratio=16.0), rates(2.5e-4, 7)),
-    "lora-plus-4": Method(adamw(*USUAL, ratio=4.0), rates(1e-3, 7)),
-    "scaled": Method(scaled(*FAST), rates(1e-3, 7)),
-    "scaled-usual": Method(scaled(*USUAL), rates(1e-3, 7)),
-    "scaled-before": Method(scaled(*USUAL, **PUBLISHED), rates(1e-3, 7)),
-    "scaled-before-fast": Method(scaled(*FAST, **PUBLISHED), rates(1e-3, 7)),
-    "lora-rite": Method(rlora.lora_rite, rates(1e-3, 7)),
-    "lora-rite-fast": Method(lambda: rlora.lora_rite(b1=FAST[0], b2=FAST[1]), rates(1e-3, 7)),
-    "lora-pro": Method(rlora.lora_pro_adamw, rates(1e-3, 7)),
-    "lora-pro-fast": Method(lambda: rlora.lora_pro_adamw(b1=FAST[0], b2=FAST[1]), rates(1e-3, 7)),
-    "lora-muon": Method(rlora.lora_muon, rates(1e-3, 7)),
-    "ref-lora": Method(rlora.ref_lora, rates(0.032, 7)),
-    **{name: Method(adamw(*x), rates(1e-3, 7)) for x, name in between("adamw").items()},
-    **{name: Method(scaled(*x), rates(1e-3, 7)) for x, name in between("scaled").items()},
-    "scaled-clipped": Method(clipped(scaled(*FAST)), rates(4e-3, 7)),
-    **{
-        f"scaled-clipped-{x:g}": Method(clipped(scaled(*FAST), x), rates(4e-3, 7))
-        for x in OTHER_BOUNDS
-    },
-    "adamw-fast-clipped": Method(clipped(adamw(*FAST)), rates(4e-3, 7)),
+BASES: Final[Mapping[str, Shape]] = {
+    "small": SMALL,
+    "large": LARGE,
+    "width-128": Shape(width=128, rate=1e-3, size=0.0835),
+    "width-256": Shape(width=256, rate=5e-4, size=0.0579),
 }
-"""Betas: (0.7, 0.8) of those called fast, others as named, else (0.9, 0.999).
-
-But `scaled` and `scaled-clipped` have the fast ones, `lora-muon` a momentum of 0.95 alone, and
-`ref-lora` none. Clipped ones have the bound `BOUND`, or that in the name.
-"""
-
-CLIPPED: Final[Mapping[str, Sequence[str]]] = {
-    "adamw-fast": ("adamw-fast-clipped",),
-    "scaled": ("scaled-clipped", *(f"scaled-clipped-{x:g}" for x in OTHER_BOUNDS)),
-}
-"""Method -> names of the same in a trust region."""
-
-BY_BETAS: Final[Mapping[str, Mapping[tuple[float, float], str]]] = {
-    method: {FAST: fast, **between(method), USUAL: usual}
-    for method, fast, usual in (
-        ("adamw", "adamw-fast", "adamw"),
-        ("scaled", "scaled", "scaled-usual"),
-    )
-}
-"""Optimizer -> betas -> name of the method."""
 
 
 class Strings:
-    """The base with one task of strings."""
+    """A base with tasks of strings of one kind, on a device."""
 
-    def __init__(self, dataset: str, kept: Path | None, quick: bool) -> None:
-        self.dataset = DATASETS[dataset]
-        base = kept_weights(kept, QUICK_STEPS if quick else STEPS)
-        self.weights = widened(base, WIDENED, self.dataset.widened)
-        self.parts = parts_of(self.dataset)
+    def __init__(self, kind: Dataset, kept: Path | None, quick: bool, device: str) -> None:
+        self.kind, self.device = kind, torch.device(device)
+        self.shape = BASES[kind.base]
+        if quick:
+            self.shape = self.shape._replace(steps=QUICK_STEPS)
+        self.weights = widened(kept_weights(kept, self.shape, self.device), WIDENED, kind.widened)
 
-    def adapters(self, rank: int, seeds: Sequence[int]) -> Adapters:
-        """Adapters of a stack; those of a run depend on its seed alone."""
+    def adapters(self, jobs: Sequence[Job]) -> Adapters:
+        """Adapters of a stack; those of a run depend on its dataset and its seed alone."""
         runs = [
-            new_adapters(self.weights, rank, torch.Generator().manual_seed(seed)) for seed in seeds
+            new_adapters(
+                self.weights,
+                job.rank,
+                DATASETS[job.dataset].start,
+                torch.Generator().manual_seed(job.seed),
+            )
+            for job in jobs
         ]
-        start, dtype = self.dataset.start, self.dataset.dtype
         pairs = {}
         for name in runs[0]:
             A, B = map(torch.cat, zip(*(run[name] for run in runs), strict=True))
-            pairs[name] = Factors((start * A).to(dtype), B.to(dtype))
+            pairs[name] = Factors(*(x.to(self.device, self.kind.dtype) for x in (A, B)))
         return pairs
 
-    def batches(self, steps: int, seeds: Sequence[int]) -> Iterator[Examples]:
-        """Training strings of each step, (runs, batch, ...), drawn by the seed of the run."""
-        tokens, answers = self.parts["train"]
-        shape = (steps, self.dataset.batch)
-        drawn = [
-            torch.randint(len(answers), shape, generator=torch.Generator().manual_seed(~seed))
-            for seed in seeds
-        ]
-        for index in torch.stack(drawn, 1):
-            yield Examples(tokens[index], answers[index])
+    def training(self, jobs: Sequence[Job]) -> tuple[Examples, Tensor]:
+        """Training strings of all jobs, and the numbers (steps, runs, batch) of those of a step.
+
+        Those of a run are drawn by its seed.
+        """
+        names = list(dict.fromkeys(job.dataset for job in jobs))
+        parts = [parts_of(DATASETS[name])["train"] for name in names]
+        sizes = [len(part.answers) for part in parts]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        shape, draws = (jobs[0].steps, self.kind.batch), []
+        for job in jobs:
+            i, generator = names.index(job.dataset), torch.Generator().manual_seed(~job.seed)
+            draws.append(starts[i] + torch.randint(sizes[i], shape, generator=generator))
+        whole = Examples(*(torch.cat(x).to(self.device) for x in zip(*parts, strict=True)))
+        return whole, torch.stack(draws, 1).to(self.device)
+
+    def sizes(self) -> dict[str, float]:
+        """Root mean square of the entries of each adapted weight, divided by s."""
+        s = self.kind.scaling
+        adapted = {name: w for name, w in self.weights.items() if "." in name}
+        return {name: float(w.square().mean().sqrt()) / s for name, w in adapted.items()}
+
+    def logits(self, adapters: Adapters, tokens: Tensor) -> Tensor:
+        """Scores of the digits of answers, see `transformer.logits`."""
+        return logits(self.shape, self.weights, tokens, adapters, self.kind.scaling)
 
     def gradients(self, adapters: Adapters, batch: Examples) -> tuple[Tensor, Adapters]:
         """Return the loss of each run, and its gradients."""
         leaves = [factor.requires_grad_() for pair in adapters.values() for factor in pair]
-        found = losses(logits(self.weights, batch.tokens, adapters, SCALING), batch.answers)
+        found = losses(self.logits(adapters, batch.tokens), batch.answers)
         flat = iter(torch.autograd.grad(found.sum(), leaves))
         return found.detach(), {name: Factors(next(flat), next(flat)) for name in adapters}
 
     @torch.no_grad()
-    def evaluate(self, adapters: Adapters, part: Part) -> list[dict[str, float]]:
+    def evaluate(self, adapters: Adapters, jobs: Sequence[Job], part: Part) -> list[Score]:
         """Loss, and share of exact answers, of each run on a part."""
-        tokens, answers = (x[None] for x in self.parts[part])
         found = []
-        for k in range(count(adapters)):
-            scores = logits(self.weights, tokens, chosen(adapters, slice(k, k + 1)), SCALING)
-            loss, right = losses(scores, answers), exact(scores, answers)
-            found.append({"loss": rounded(loss), "exact": rounded(right)})
+        for first in range(0, len(jobs), EVALUATED):
+            some = slice(first, first + EVALUATED)
+            parts = [parts_of(DATASETS[job.dataset])[part] for job in jobs[some]]
+            tokens, answers = (
+                torch.stack(x).to(self.device) for x in zip(*parts, strict=True)
+            )  # (runs, strings, ...)
+            scores = self.logits(chosen(adapters, some), tokens)
+            pairs = (f(scores, answers).tolist() for f in (losses, exact))
+            found += [
+                {"loss": rounded(x), "exact": rounded(y)} for x, y in zip(*pairs, strict=True)
+            ]
         return found
 
-    def train(self, jobs: Sequence[Job]) -> tuple[Adapters, list[bool], dict[str, Any]]:
-        """Train a stack: its adapters, whether each run diverged, and what a step costs a run."""
-        job, seeds = jobs[0], [job.seed for job in jobs]
-        transform = METHODS[job.method].make()
-        adapters = self.adapters(job.rank, seeds)
-        state = transform.init(adapters, SCALING)
-        lr = torch.tensor([job.lr for job in jobs])[:, None, None]
-        bound = torch.full((len(jobs),), math.inf)
-        seconds = []
-        for done, batch in enumerate(self.batches(job.steps, seeds)):
+    def train(self, jobs: Sequence[Job]) -> tuple[Adapters, list[bool]]:
+        """Train a stack: its adapters, and whether each run diverged."""
+        with stream_of(self.device):
+            return self._train(jobs)
+
+    def _train(self, jobs: Sequence[Job]) -> tuple[Adapters, list[bool]]:
+        method = METHODS[jobs[0].method]
+        transform = method.make(self.sizes())
+        adapters, (strings, drawn) = self.adapters(jobs), self.training(jobs)
+        state = transform.init(adapters, self.kind.scaling)
+        kept = [*(x for pair in adapters.values() for x in pair), *flatten_state(state).values()]
+        lr, rate = (
+            torch.tensor([job.lr for job in jobs], device=self.device)[:, None, None]
+            for _ in range(2)
+        )
+        bound = torch.full((len(jobs),), math.inf, device=self.device)
+        index = torch.zeros_like(drawn[0])
+
+        def step() -> None:
+            """Write the next adapters and the next state over the old ones."""
+            batch = Examples(*(x[index] for x in strings))
             found, grads = self.gradients(adapters, batch)
-            bound = DIVERGED * found if done == 0 else bound
-            bound = torch.where(found <= bound, bound, -1.0)  # also when NaN: for good
+            first = bound.isinf()
+            bound.copy_(torch.where(first, DIVERGED * found, bound))
+            bound.copy_(torch.where(found <= bound, bound, -1.0))  # also when NaN: for good
             lives = (bound > 0)[:, None, None]
-            start = time.perf_counter()
             # A run that diverged stays where it is, and leaves no NaN in the state of the stack.
             grads = {
                 name: Factors(*(torch.where(lives, x, 0) for x in pair))
                 for name, pair in grads.items()
             }
-            rate = share(done, job.steps) * lr * lives
-            adapters, state = rlora.step(transform, adapters, grads, state, rate)
-            seconds.append(time.perf_counter() - start)
-        cost = {
-            "step_ms": round(1e3 * statistics.median(seconds) / len(jobs), 4),
-            "state_bytes": sum(x.nbytes for x in flatten_state(state).values()) // len(jobs),
-        }
-        return adapters, (bound < 0).tolist(), cost
+            moved = rlora.step(transform, adapters, grads, state, rate * lives)
+            new = [*(x for pair in moved[0].values() for x in pair)]
+            new += flatten_state(moved[1]).values()
+            with torch.no_grad():
+                torch._foreach_copy_(kept, new)
+
+        advance, steps = step, len(drawn)
+        for done in range(steps):
+            index.copy_(drawn[done])
+            rate.copy_(share(done, steps) * lr)
+            if done == EAGER and self.device.type == "cuda" and not method.waits:
+                advance = captured(step)
+            advance()
+        return adapters, (bound < 0).tolist()
 
     def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """Train a stack; a record for each job."""
-        adapters, diverged, cost = self.train(jobs)
-        scores = self.evaluate(adapters, "validation")
-        tests = self.evaluate(adapters, "test") if jobs[0].tested else None
+        adapters, diverged = self.train(jobs)
+        scores = self.evaluate(adapters, jobs, "validation")
+        tests = self.evaluate(adapters, jobs, "test") if jobs[0].tested else None
         rows = []
         for k, job in enumerate(jobs):
             lost = diverged[k] or not math.isfinite(scores[k]["loss"])
@@ -228,7 +198,6 @@ class Strings:
                 "validation": [] if lost else [[job.steps, scores[k]["loss"]]],
                 "exact": 0.0 if lost else scores[k]["exact"],
                 "diverged": lost,
-                **cost,
             }
             rows.append(row if tests is None or lost else row | {"test": tests[k]})
         return rows
@@ -242,30 +211,52 @@ class Strings:
         return (time.perf_counter() - begin) / TRIAL * jobs[0].steps
 
 
+@contextmanager
+def stream_of(device: torch.device) -> Iterator[None]:
+    """A CUDA stream on which a graph can be captured; nothing on other devices."""
+    if device.type != "cuda":
+        yield
+        return
+    stream: Any = cast("Any", torch.cuda.Stream)(device)
+    outer = torch.cuda.current_stream(device)
+    stream.wait_stream(outer)
+    with torch.cuda.stream(stream):
+        yield
+    outer.wait_stream(stream)
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """A step as a CUDA graph: one launch instead of hundreds."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        step()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
 def chosen(adapters: Adapters, runs: slice) -> Adapters:
     """The adapters of some runs."""
     return {name: Factors(A[runs], B[runs]) for name, (A, B) in adapters.items()}
 
 
-def count(adapters: Adapters) -> int:
-    """Number of runs in a stack."""
-    return len(next(iter(adapters.values())).A)
-
-
-def rounded(x: Tensor) -> float:
+def rounded(x: float) -> float:
     """A number short enough for a record."""
-    return float(f"{float(x):.5g}")
+    return float(f"{x:.5g}")
 
 
-def together(jobs: Sequence[Job]) -> list[list[Job]]:
-    """The jobs in stacks, in each of which only learning rates and seeds differ."""
-    alike: dict[Job, list[Job]] = {}
+def together(jobs: Sequence[Job], most: int) -> list[list[Job]]:
+    """The jobs in stacks, in each of which tasks of a kind, learning rates and seeds differ."""
+    alike: dict[Any, list[Job]] = {}
     for job in jobs:
-        alike.setdefault(job._replace(lr=0.0, seed=0), []).append(job)
-    return [x[i : i + MOST] for x in alike.values() for i in range(0, len(x), MOST)]
+        kind = DATASETS[job.dataset].kind
+        alike.setdefault((kind, job._replace(dataset="", lr=0.0, seed=0)), []).append(job)
+    return [x[i : i + most] for x in alike.values() for i in range(0, len(x), most)]
 
 
-def load(dataset: str, *, kept: Path | None = None, quick: bool = False) -> Strings:
-    """The base with a task; `kept` is the file of its weights, one for all tasks."""
-    file = kept and kept.with_name(f"strings{'-quick' if quick else ''}.pt")
-    return Strings(dataset, file, quick)
+def load(
+    dataset: str, *, kept: Path | None = None, quick: bool = False, device: str = "cpu"
+) -> Strings:
+    """The base for a task and others of its kind; `kept` is in the folder of the bases' files."""
+    kind = DATASETS[dataset].kind
+    file = kept and kept.with_name(f"strings-{kind.base}{'-quick' if quick else ''}.pt")
+    return Strings(kind, file, quick, device)

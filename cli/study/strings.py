@@ -4,6 +4,7 @@ Every prompt has one right answer of the same length, by a rule of one line.
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Final, NamedTuple
 
 import torch
@@ -63,8 +64,14 @@ class Dataset(NamedTuple):
     noise: float = 0.0
     """Share of the digits in training answers that are drawn at random instead."""
 
+    base: str = "small"
+    """The base, by its name in `stacks.BASES`."""
+
     widened: int = 1
     """Times that each hidden unit of the second block stands beside itself."""
+
+    scaling: float = 2.0
+    """The s = alpha / r of ``W + s B A``, at every rank."""
 
     start: float = 1.0
     """Factor on the A that a run starts with."""
@@ -75,6 +82,14 @@ class Dataset(NamedTuple):
     batch: int = 8
     """Strings in a training step."""
 
+    @property
+    def kind(self) -> "Dataset":
+        """The same for datasets whose runs can be trained at once: one base, s, dtype and batch."""
+        return self._replace(task="", examples=0, noise=0.0, start=1.0)
+
+
+SCALINGS: Final = (0.5, 1.0, 8.0)
+"""The s of datasets beside the usual one."""
 
 DATASETS: Final[Mapping[str, Dataset]] = {
     **{task: Dataset(task) for task in NEW},
@@ -86,6 +101,12 @@ DATASETS: Final[Mapping[str, Dataset]] = {
     "fall-bfloat16": Dataset("fall", dtype=torch.bfloat16),
     "cipher-noisy-batch-2": Dataset("cipher", noise=0.1, batch=2),
     "lowest-batch-2": Dataset("lowest", batch=2),
+    "fall-batch-2": Dataset("fall", batch=2),
+    "fall-batch-32": Dataset("fall", batch=32),
+    **{f"fall-scaling-{s:g}": Dataset("fall", scaling=s) for s in SCALINGS},
+    **{f"fall-width-{width}": Dataset("fall", base=f"width-{width}") for width in (128, 256)},
+    **{f"{task}-large": Dataset(task, base="large") for task in ("fall", "reverse_plus_three")},
+    "cipher-noisy-large": Dataset("cipher", noise=0.1, base="large"),
 }
 HELD_OUT: Final = 256
 """Prompts of the validation part, and of the test part."""
@@ -110,7 +131,8 @@ def digits_of(numbers: Tensor) -> Tensor:
     return numbers[:, None] // DIGITS ** torch.arange(LENGTH) % DIGITS
 
 
-def parts_of(dataset: Dataset) -> dict[Part, Examples]:
+@cache
+def parts_of(dataset: Dataset) -> Mapping[Part, Examples]:
     """The parts, which share no prompt; only answers for training are noisy."""
     generator = torch.Generator().manual_seed(SEED)
     prompts = digits_of(torch.randperm(DIGITS**LENGTH, generator=generator))

@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Final, NamedTuple
 
 from .plan import Record, final
-from .stacks import BY_BETAS, METHODS
+from .stacked_methods import BY_BETAS, METHODS
 from .strings import DATASETS, DIGITS
 
 GUESSING: Final = math.log(DIGITS)
@@ -42,6 +42,12 @@ class Sweep(NamedTuple):
 
 
 Sweeps = dict[Setting, dict[str, Sweep]]
+
+
+def main_settings(sweeps: Sweeps) -> list[Setting]:
+    """The settings in which at least half as many methods were run as in any."""
+    most = max((len(group) for group in sweeps.values()), default=0)
+    return [setting for setting, group in sweeps.items() if 2 * len(group) >= most]
 
 
 def common_rates(sweeps: Iterable[Sweep]) -> list[float]:

@@ -1,4 +1,4 @@
-"""A transformer of a hundred thousand weights, and adapters of many runs in it at once.
+"""A small transformer, and adapters of many runs in it at once.
 
 The weights are shared by all runs; adapters have a leading axis, and so have the strings.
 """
@@ -6,7 +6,7 @@ The weights are shared by all runs; adapters have a leading axis, and so have th
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -16,69 +16,91 @@ from rlora import Factors
 
 from .strings import DIGITS, LENGTH, VOCABULARY, mixture
 
-WIDTH: Final = 64
-HEADS: Final = 4
-BLOCKS: Final = 2
-HIDDEN: Final = 4 * WIDTH
 POSITIONS: Final = 2 * LENGTH + 1
-CAUSAL: Final = torch.ones(POSITIONS, POSITIONS, dtype=torch.bool).tril()
-"""Positions that a position (row) sees."""
-
-STEPS: Final = 1000
-"""Steps in which the base learns what it knows."""
-
 BATCH: Final = 12
-"""Strings of each known task in a step."""
+"""Strings of each known task in a step in which the base learns them."""
 
-RATE: Final = 2e-3
+
+class Shape(NamedTuple):
+    """Sizes of a base, and how it learns what it knows."""
+
+    width: int = 64
+    heads: int = 4
+    blocks: int = 2
+    steps: int = 1000
+    rate: float = 2e-3
+    size: float = 0.124
+    """Root mean square of the entries of its linear layers when it is trained, their mean."""
+
+    @property
+    def hidden(self) -> int:
+        """Hidden units of a block."""
+        return 4 * self.width
+
+
+SMALL: Final = Shape()
+"""101,000 weights."""
+
+LARGE: Final = Shape(width=256, heads=8, blocks=4, rate=5e-4, size=0.0577)
+"""3.2 million weights."""
 
 Weights: TypeAlias = dict[str, Tensor]
 Adapters: TypeAlias = dict[str, Factors]
 """Name of a weight -> A (runs, r, n) and B (runs, m, r)."""
 
 
-def new_weights(generator: torch.Generator) -> Weights:
+def new_weights(shape: Shape, generator: torch.Generator) -> Weights:
     """Random weights of variance 1 / n; "block.name" are the linear layers, (m, n)."""
 
     def normal(*shape: int, scale: float) -> Tensor:
         return scale * torch.randn(shape, generator=generator)
 
-    shapes = {
-        **dict.fromkeys(("query", "key", "value", "output"), (WIDTH, WIDTH)),
-        "up": (HIDDEN, WIDTH),
-        "down": (WIDTH, HIDDEN),
+    width, hidden = shape.width, shape.hidden
+    sizes = {
+        **dict.fromkeys(("query", "key", "value", "output"), (width, width)),
+        "up": (hidden, width),
+        "down": (width, hidden),
     }
     weights = {
-        f"{block}.{name}": normal(*shape, scale=shape[1] ** -0.5)
-        for block in range(BLOCKS)
-        for name, shape in shapes.items()
+        f"{block}.{name}": normal(m, n, scale=n**-0.5)
+        for block in range(shape.blocks)
+        for name, (m, n) in sizes.items()
     }
     return {
         **weights,
-        "tokens": normal(VOCABULARY, WIDTH, scale=1.0),
-        "positions": normal(POSITIONS, WIDTH, scale=1.0),
-        "digits": normal(DIGITS, WIDTH, scale=WIDTH**-0.5),
+        "tokens": normal(VOCABULARY, width, scale=1.0),
+        "positions": normal(POSITIONS, width, scale=1.0),
+        "digits": normal(DIGITS, width, scale=width**-0.5),
     }
 
 
-def new_adapters(weights: Weights, rank: int, generator: torch.Generator) -> Adapters:
-    """Adapters of one run in all linear layers, as PEFT starts them, with an axis for runs."""
+def new_adapters(weights: Weights, rank: int, start: float, generator: torch.Generator) -> Adapters:
+    """Adapters of one run in all linear layers, with an axis for runs.
+
+    They start as PEFT's, with A times `start`.
+    """
     pairs = {}
     for name, weight in weights.items():
         if "." in name:
             m, n = weight.shape
             uniform = 2 * torch.rand((1, rank, n), generator=generator) - 1
-            pairs[name] = Factors(n**-0.5 * uniform, torch.zeros(1, m, rank))
+            pairs[name] = Factors(start * n**-0.5 * uniform, torch.zeros(1, m, rank))
     return pairs
 
 
 def logits(
-    weights: Weights, tokens: Tensor, adapters: Mapping[str, Factors], scaling: float
+    shape: Shape,
+    weights: Weights,
+    tokens: Tensor,
+    adapters: Mapping[str, Factors],
+    scaling: float,
 ) -> Tensor:
     """Scores (..., strings, LENGTH, DIGITS) of the digits of answers.
 
     Parameters
     ----------
+    shape : Shape
+        Sizes of the base.
     weights : dict of Tensor
         Of the base.
     tokens : Tensor
@@ -99,17 +121,19 @@ def logits(
         return moved
 
     def normal(x: Tensor) -> Tensor:
-        return functional.layer_norm(x, (WIDTH,))
+        return functional.layer_norm(x, (shape.width,))
 
     def heads(x: Tensor) -> Tensor:
-        split = x.view(*x.shape[:-1], HEADS, -1)
+        split = x.view(*x.shape[:-1], shape.heads, -1)
         return split.transpose(-2, -3)  # (..., heads, positions, width)
 
+    ones = torch.ones(POSITIONS, POSITIONS, dtype=torch.bool, device=tokens.device)
+    causal = ones.tril()  # positions that a position (row) sees
     x = weights["tokens"][tokens] + weights["positions"]
-    for block in range(BLOCKS):
+    for block in range(shape.blocks):
         h = normal(x)
-        wanted = LENGTH if block == BLOCKS - 1 else POSITIONS  # only answers are scored
-        x, asking, mask = x[..., -wanted:, :], h[..., -wanted:, :], CAUSAL[-wanted:]
+        wanted = LENGTH if block == shape.blocks - 1 else POSITIONS  # only answers are scored
+        x, asking, mask = x[..., -wanted:, :], h[..., -wanted:, :], causal[-wanted:]
         q = heads(linear(f"{block}.query", asking))
         k, v = (heads(linear(f"{block}.{name}", h)) for name in ("key", "value"))
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -132,29 +156,34 @@ def exact(scores: Tensor, answers: Tensor) -> Tensor:
     return (scores.argmax(-1) == answers).all(-1).float().mean(-1)
 
 
-def trained(steps: int, seed: int = 0) -> Weights:
-    """A base that knows the known tasks; always the same for the same seed."""
+def trained(shape: Shape, device: torch.device, seed: int = 0) -> Weights:
+    """A base that knows the known tasks; the same for the same seed, but for rounding."""
     generator = torch.Generator().manual_seed(seed)
-    weights = {name: w.requires_grad_() for name, w in new_weights(generator).items()}
-    optimizer = torch.optim.AdamW(list(weights.values()), lr=RATE, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: min((done + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * done / steps))
+    weights = {
+        name: w.to(device).requires_grad_() for name, w in new_weights(shape, generator).items()
+    }
+    optimizer = torch.optim.AdamW(
+        list(weights.values()), lr=shape.rate, weight_decay=0.01, fused=True
     )
-    for _ in range(steps):
-        tokens, answers = mixture(BATCH, generator)
-        cast("Any", losses(logits(weights, tokens, {}, 0.0), answers)).backward()
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda done: min((done + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * done / shape.steps)),
+    )
+    for _ in range(shape.steps):
+        tokens, answers = (x.to(device) for x in mixture(BATCH, generator))
+        cast("Any", losses(logits(shape, weights, tokens, {}, 0.0), answers)).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     return {name: w.detach() for name, w in weights.items()}
 
 
-def kept_weights(kept: Path | None, steps: int) -> Weights:
+def kept_weights(kept: Path | None, shape: Shape, device: torch.device) -> Weights:
     """The base from its file, or trained now and put there."""
     if kept is not None and kept.exists():
-        weights: Weights = torch.load(kept, weights_only=True)
+        weights: Weights = torch.load(kept, weights_only=True, map_location=device)
         return weights
-    weights = trained(steps)
+    weights = trained(shape, device)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         whole = kept.with_suffix(".part")

@@ -3,13 +3,15 @@
 It is no public method: the study says what it is worth.
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from rlora import Factors, Transform
-from rlora.core.factors import Array, Tree, map_pairs
+from rlora.core.factors import Array, Tree, counterparts, map_pairs, rebuild
 
 
-def trust_region(inner: Transform, bound: float) -> Transform:
+def trust_region(inner: Transform, bounds: float | Mapping[str, float]) -> Transform:
     """Any method, with steps cut so that no product B A moves far.
 
     With the direction D of `inner` and the learning rate η, the fraction t of a step moves the
@@ -32,8 +34,8 @@ def trust_region(inner: Transform, bound: float) -> Transform:
     ----------
     inner : Transform
         Any method for tensors that moves both factors, along a straight line.
-    bound : float
-        ρ, positive: AdamW on the whole weight moves an entry by about its learning rate.
+    bounds : float, or dict of them with the keys of the parameters
+        ρ of each layer, positive: a share of the size of W0, divided by the s of ``W0 + s B A``.
 
     Returns
     -------
@@ -43,11 +45,13 @@ def trust_region(inner: Transform, bound: float) -> Transform:
     move = inner.apply
 
     def apply(params: Tree, direction: Tree, lr: Array | float) -> Tree:
-        def cut(pair: Factors, d: Factors) -> Factors:
+        def cut(pair: Factors, d: Factors, bound: float) -> Factors:
             t = fraction(pair, Factors(lr * d.A, lr * d.B), bound)
             return Factors(t * d.A, t * d.B)
 
-        return move(params, map_pairs(cut, params, direction), lr)
+        each = bounds if isinstance(bounds, Mapping) else map_pairs(lambda _: bounds, params)
+        pieces = zip(*(counterparts(params, x) for x in (params, direction, each)), strict=True)
+        return move(params, rebuild(params, [cut(*piece) for piece in pieces]), lr)
 
     return inner._replace(apply=apply)
 

@@ -13,60 +13,75 @@ from .workloads import STACKED, Origin, load_workload, module_of
 
 
 class Place(NamedTuple):
-    """Data that a process loads before its first run."""
+    """Origin of the workloads of a study, one for each dataset."""
 
     model: str
-    dataset: str
     kept: Path
     quick: bool
     origin: Origin
 
+    @property
+    def stacked(self) -> bool:
+        """True if runs are trained many at once."""
+        return self.model in STACKED
 
-_workloads: Final[dict[Place, Any]] = {}
-"""The workload of this process: loaded once, for all runs that the process does."""
+
+_workloads: Final[dict[tuple[Place, str], Any]] = {}
+"""Workloads of this process: the last one, and of stacked ones all, which are small."""
 
 
 def run_jobs(place: Place, jobs: list[Job], processes: int) -> Iterator[dict[str, Any]]:
     """Records of the jobs, in the order in which they are done."""
-    loaded(place)  # first of all here: what it keeps in a file, the others find
-    stacked = place.model in STACKED
-    stacks = module_of(place.model).together(jobs) if stacked else [[job] for job in jobs]
+    for dataset in dict.fromkeys(job.dataset for job in jobs):
+        loaded(place, dataset)  # first of all here: what it keeps in a file, the others find
+    stacks = stacks_of(place, jobs)
     if processes == 1:
         for stack in stacks:
             yield from run_stack(place, stack)
         return
     with ProcessPoolExecutor(
-        processes,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=loaded,
-        initargs=(place,),
+        min(processes, len(stacks)), mp_context=multiprocessing.get_context("spawn")
     ) as pool:
         for done in as_completed([pool.submit(run_stack, place, stack) for stack in stacks]):
             yield from done.result()
 
 
+def stacks_of(place: Place, jobs: list[Job]) -> list[list[Job]]:
+    """Jobs that are trained at once; long ones first, so that all processes end together."""
+    if not place.stacked:
+        return [[job] for job in jobs]
+    module = module_of(place.model)
+    stacks: list[list[Job]] = module.together(jobs, module.MOST[place.origin.device])
+    return sorted(stacks, key=lambda stack: -stack[0].steps)
+
+
 def estimate(place: Place, jobs: list[Job], processes: int) -> float | None:
-    """Seconds that stacked runs will take, by a few steps of each kind; None for other models."""
-    if place.model not in STACKED:
+    """Seconds that stacked runs will take, by a few steps of each kind; None for other models.
+
+    On a device a few steps say nothing of the many that a graph does.
+    """
+    if not place.stacked or place.origin.device != "cpu":
         return None
-    workload = loaded(place)
-    stacks: list[list[Job]] = module_of(place.model).together(jobs)
-    return float(sum(workload.seconds(stack) for stack in stacks)) / processes
+    stacks = stacks_of(place, jobs)
+    seconds = [loaded(place, stack[0].dataset).seconds(stack) for stack in stacks]
+    return float(sum(seconds)) / processes
 
 
-def loaded(place: Place) -> Any:
-    """Load the workload, with one thread for a process."""
+def loaded(place: Place, dataset: str) -> Any:
+    """Load a workload, with one thread for a process."""
     torch.set_num_threads(1)
-    if place not in _workloads:
-        _workloads.clear()
-        _workloads[place] = load_workload(*place)
-    return _workloads[place]
+    key = place, dataset
+    if key not in _workloads:
+        if not place.stacked:
+            _workloads.clear()
+        _workloads[key] = load_workload(place.model, dataset, place.kept, place.quick, place.origin)
+    return _workloads[key]
 
 
 def run_stack(place: Place, jobs: list[Job]) -> list[dict[str, Any]]:
     """Runs on this process's workload, at once if it can."""
-    workload = _workloads[place]
-    if place.model in STACKED:
+    workload = loaded(place, jobs[0].dataset)
+    if place.stacked:
         rows: list[dict[str, Any]] = workload.run(jobs)
         return rows
     return [run(workload, job) for job in jobs]

@@ -16,11 +16,11 @@ MODELS: Final = {"digits": ".digits", "smollm2": ".smollm2", **STACKED, **LARGE}
 
 
 class Origin(NamedTuple):
-    """Origin of a large model and its data; what is not said comes from the hub."""
+    """Origin of a large model and its data, from the hub unless it is said; device of any."""
 
     weights: str | None = None
     data: Path | None = None
-    device: str = "cuda"
+    device: str = "cpu"
 
 
 def module_of(model: str) -> Any:
@@ -51,4 +51,14 @@ def load_workload(model: str, dataset: str, kept: Path, quick: bool, origin: Ori
     if model in LARGE:
         return module_of(model).load(dataset, quick=quick, **origin._asdict())
     file = kept / f"{model}-{dataset}{'-quick' if quick else ''}.pt"
-    return module_of(model).load(dataset, kept=file, quick=quick)
+    return module_of(model).load(dataset, kept=file, quick=quick, **on(model, origin.device))
+
+
+def on(model: str, device: str) -> dict[str, str]:
+    """Arguments that say the device; ValueError for a model that knows a CPU alone."""
+    if model != "digits":
+        return {"device": device}
+    if device != "cpu":
+        msg = f"digits run on a CPU alone, got device {device!r}: leave --device out"
+        raise ValueError(msg)
+    return {}

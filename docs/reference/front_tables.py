@@ -45,10 +45,13 @@ TASKS: Final = {
     "rotated, rank 8, 200 steps": "rotated digits, rank 8",
 }
 ROWS: Final = {
-    "Betas": "`cipher-noisy`, rank 4|worst",
-    "Test losses against AdamW, seed by seed": "`(adamw-fast|scaled|.*16-fast|lora-rite-fast)`",
-    "One learning rate for all settings": "`(adamw|adamw-fast|scaled|.*-clipped)`",
-    "Steps in a trust region": "`(fall|reverse_plus_three|cipher-noisy)`, rank 4, 300 steps",
+    "Betas": "`(cipher-noisy|fall)`, rank 4, |worst",
+    "Best losses of all methods": "`(adamw|scaled|lora-rite|.*-fast|.*-sgd|.*muon|(ref|alt)-lora)`",
+    "One learning rate for all settings": "`(adamw|adamw-fast|scaled|scaled-clipped)`",
+    "Regret by learning rate": "`(adamw|adamw-fast|scaled|.*-16-fast|.*rite-fast|scaled-clipped)`",
+    "Steps in a trust region": "`(fall|fall-large)`, rank 4, 300 steps",
+    "Best rates against rank, s, width, batch and length": "`(adamw|scaled|.*-fast)`",
+    "The rate of the usual task on its unusual forms": "`(adamw|scaled|.*-(16|rite)-fast)`",
 }
 """Title of a section -> pattern of the rows that the page of the study has."""
 

@@ -33,7 +33,7 @@ def row(job, loss):
 def conclude(records, entries, loss_of):
     """Do all rounds of a plan with a made-up loss; how many runs there were."""
     count = 0
-    for jobs in rounds(records, entries):
+    for jobs in rounds({LIKE.dataset: records}, entries):
         for job in jobs:
             records.add(row(job, loss_of(job)))
             count += 1
@@ -81,7 +81,7 @@ def test_a_study_goes_on_where_it_was(tmp_path):
         first.add(row(job, job.lr))
     again = Records(path)
     assert list(again.rows) == list(first.rows)
-    assert next(rounds(again, [entry])) == sweep(again, entry)[2:]
+    assert next(rounds({LIKE.dataset: again}, [entry])) == sweep(again, entry)[2:]
 
 
 def test_the_first_records_are_read(tmp_path):

@@ -272,10 +272,10 @@ def test_a_run_is_as_long_as_the_papers(tmp_path, folder, weights):
     """Five epochs of the 14 rows in batches of 8, at rank 4."""
     pytest.importorskip("sacrebleu")
     origin = Origin(str(weights("gpt2")), folder / "e2e", "cpu")
-    place = Place("gpt2", "e2e", tmp_path, False, origin)
-    job, size = runner.measure(place, rank=None, steps=None)
+    place = Place("gpt2", tmp_path, False, origin)
+    job, size = runner.measure(place, "e2e", rank=None, steps=None)
     assert (job.rank, job.steps, size.steps) == (4, 10, 10)
-    job, _ = runner.measure(place, rank=2, steps=3)
+    job, _ = runner.measure(place, "e2e", rank=2, steps=3)
     assert (job.rank, job.steps) == (2, 3)
     assert runner.usual("gpt2", "e2e", quick=False) == tuple(
         f"paper-{name}" for name in ("AdamW", "ScaledAdamW", "SGD", "ScaledSGD")

@@ -1,0 +1,157 @@
+"""Methods of the study of strings: pure functions for a stack of runs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+import rlora
+from rlora import Transform, chain
+from rlora.methods.scaled import scale_by_gram
+
+from .favoured import favour_b
+from .growing import scale_by_growing_adam
+from .methods import FAST, PUBLISHED, USUAL, rates
+from .trust import trust_region
+
+Sizes = Mapping[str, float]
+"""Name of an adapted weight -> root mean square of the entries of W0, divided by s: what a change
+of B A is measured by."""
+
+Make = Callable[[Sizes], Transform]
+
+
+class Method(NamedTuple):
+    """A method with its settings; everything but the learning rate."""
+
+    make: Make
+    rates: tuple[float, ...]
+    """Learning rates that a sweep begins with, in rising order, a factor of two apart."""
+
+    waits: bool = False
+    """True if a step asks a device for values, so that no CUDA graph can hold it."""
+
+
+def of(make: Callable[..., Transform], **options: Any) -> Make:
+    """A method of the library without weight decay."""
+    return lambda sizes: make(weight_decay=0.0, **options)
+
+
+def with_betas(make: Callable[..., Transform], betas: tuple[float, float], **options: Any) -> Make:
+    """The same with betas."""
+    return of(make, b1=betas[0], b2=betas[1], **options)
+
+
+def adamw(betas: tuple[float, float], ratio: float = 1.0) -> Make:
+    """AdamW, or with a ratio LoRA+."""
+    return with_betas(rlora.lora_plus, betas, ratio=ratio)
+
+
+def clipped(make: Make, share: float) -> Make:
+    """A method in a trust region."""
+    return lambda sizes: trust_region(make(sizes), {name: share * x for name, x in sizes.items()})
+
+
+def favoured(make: Make) -> Make:
+    """A method that favours B while it is small."""
+    return lambda sizes: favour_b(make(sizes))
+
+
+SHARE: Final = 0.01
+"""Share of the root mean square of W0 by which a clipped step may move the entries of s B A."""
+
+OTHER_SHARES: Final = (SHARE / 4, 4 * SHARE)
+
+BETAS: Final = ((0.9, 0.95), (0.9, 0.99))
+"""Those between `FAST` and `USUAL`."""
+
+WIDE: Final = rates(2.5e-4, 11)
+"""Learning rates from 0.00025 to 0.256."""
+
+
+def both(
+    name: str, make: Callable[..., Transform], *, waits: bool = False, **options: Any
+) -> dict[str, Method]:
+    """A method with Adam's betas and with the fast ones."""
+    return {
+        name: Method(with_betas(make, USUAL, **options), WIDE, waits),
+        f"{name}-fast": Method(with_betas(make, FAST, **options), WIDE, waits),
+    }
+
+
+METHODS: Final[Mapping[str, Method]] = {
+    **both("adamw", rlora.lora_plus, ratio=1.0),
+    **{f"adamw-{b1}-{b2}": Method(adamw((b1, b2)), WIDE) for b1, b2 in BETAS},
+    "adamw-growing": Method(lambda sizes: scale_by_growing_adam(FAST[0]), WIDE),
+    **both("lora-plus-2", rlora.lora_plus, ratio=2.0),
+    **both("lora-plus-4", rlora.lora_plus, ratio=4.0),
+    **both("lora-plus-8", rlora.lora_plus, ratio=8.0),
+    **both("lora-plus-16", rlora.lora_plus, ratio=16.0),
+    "scaled": Method(with_betas(rlora.scaled_adamw, FAST), WIDE),
+    "scaled-usual": Method(with_betas(rlora.scaled_adamw, USUAL), WIDE),
+    **{
+        f"scaled-{b1}-{b2}": Method(with_betas(rlora.scaled_adamw, (b1, b2)), WIDE)
+        for b1, b2 in BETAS
+    },
+    "scaled-growing": Method(
+        lambda sizes: chain(
+            scale_by_gram(scale_by_growing_adam(FAST[0]), damping=1e-2, placement="both")
+        ),
+        WIDE,
+    ),
+    **both("scaled-before", rlora.scaled_adamw, **PUBLISHED),
+    **both("scaled-after", rlora.scaled_adamw, placement="after"),
+    **both("lora-rite", rlora.lora_rite),
+    **both("lora-pro", rlora.lora_pro_adamw, waits=True),
+    **both("alt-lora-plus", rlora.alt_lora_plus),
+    **both("adapre-lora", rlora.adapre_lora),
+    **both("loft", rlora.loft),
+    **both("graft", rlora.graft_adamw),
+    **both("balanced", rlora.balanced_lora, waits=True),
+    **both("stable", rlora.stable_lora),
+    **both("lora-fa", rlora.lora_fa),
+    "lora-muon": Method(of(rlora.lora_muon), WIDE),
+    "factor-muon": Method(of(rlora.factor_muon), WIDE),
+    "alt-lora": Method(of(rlora.alt_lora), rates(0.032, 11)),
+    "ref-lora": Method(of(rlora.ref_lora, momentum=0.9), rates(0.032, 11), True),
+    "scaled-sgd": Method(of(rlora.scaled_sgd, momentum=0.9), rates(0.032, 11)),
+    "lora-pro-sgd": Method(of(rlora.lora_pro_sgd, momentum=0.9), rates(0.032, 11), True),
+    "riemannion": Method(of(rlora.riemannion), WIDE, True),
+    "scaled-clipped": Method(clipped(with_betas(rlora.scaled_adamw, FAST), SHARE), WIDE),
+    **{
+        f"scaled-clipped-{x:g}": Method(clipped(with_betas(rlora.scaled_adamw, FAST), x), WIDE)
+        for x in OTHER_SHARES
+    },
+    "adamw-fast-clipped": Method(clipped(adamw(FAST), SHARE), WIDE),
+    "lora-rite-fast-clipped": Method(clipped(with_betas(rlora.lora_rite, FAST), SHARE), WIDE),
+    "scaled-favoured": Method(favoured(with_betas(rlora.scaled_adamw, FAST)), WIDE),
+    "scaled-favoured-clipped": Method(
+        clipped(favoured(with_betas(rlora.scaled_adamw, FAST)), SHARE), WIDE
+    ),
+}
+"""Betas: (0.7, 0.8) of those called fast, others as named, else (0.9, 0.999).
+
+But `scaled`, and what is made of it, has the fast ones; growing ones have a b1 of 0.7; both Muons
+have a momentum of 0.95, `alt-lora` and `riemannion` one of 0.9, as those of SGD. Clipped ones move
+no weight by more than the share `SHARE`, or that in the name.
+"""
+
+CLIPPED: Final[Mapping[str, tuple[str, ...]]] = {
+    "adamw-fast": ("adamw-fast-clipped",),
+    "scaled": ("scaled-clipped", *(f"scaled-clipped-{x:g}" for x in OTHER_SHARES)),
+    "lora-rite-fast": ("lora-rite-fast-clipped",),
+    "scaled-favoured": ("scaled-favoured-clipped",),
+}
+"""Method -> names of the same in a trust region."""
+
+BY_BETAS: Final[Mapping[str, Mapping[tuple[float, float] | str, str]]] = {
+    method: {
+        FAST: fast,
+        **{(b1, b2): f"{method}-{b1}-{b2}" for b1, b2 in BETAS},
+        USUAL: usual,
+        "1 - t^-0.8": f"{method}-growing",
+    }
+    for method, fast, usual in (
+        ("adamw", "adamw-fast", "adamw"),
+        ("scaled", "scaled", "scaled-usual"),
+    )
+}
+"""Optimizer -> betas -> name of the method."""
