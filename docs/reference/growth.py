@@ -8,6 +8,7 @@ runs the methods, all or those named, into growth.csv, and makes the page from i
 import csv
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product
@@ -48,9 +49,6 @@ USUAL: Final = 4e-3
 """The highest learning rate at which factors and losses are compared with AdamW's."""
 PROMISED: Final = 40.0
 """Times the largest entry under AdamW."""
-NEAR: Final = 1.25
-"""Times AdamW's loss, in bfloat16."""
-
 ROWS: Final[dict[str, Callable[[], Transform]]] = {
     **{f"{name}()": getattr(methods, name) for name in methods.__all__},
     'scaled_adamw(placement="before")': lambda: rlora.scaled_adamw(placement="before"),
@@ -141,86 +139,48 @@ def refresh(labels: Sequence[str]) -> None:
 
 HEAD: Final = f"""# Factors where the product needs less
 
-A rank above those of the weight and of what is to be learnt leaves directions of the factors that
-the product does not see. Here targets of several ranks are learnt from B = 0 with and without noise
-at learning rates from {RATES[0]:g} to {RATES[-1]:g}, {STEPS} steps each (`rlora.testing.growths`);
-shapes m x n, r: {", ".join(f"{m} x {n}, {r}" for m, n, r in SHAPES)}; ranks of the target 1, 2, 4
-and the largest, for `{DEFAULT}` all, and {MORE[0]} x {MORE[1]}, {MORE[2]} too. Each figure is
-the worst of all cases:
+See which methods let factors grow where the rank is above that of the weight or of what is to be
+learnt, and what bfloat16 factors lose.
 
-- runs that are not finite;
-- the loss at the end over that at the start;
-- the largest entry of a factor over that under AdamW with betas (0.7, 0.8) at the same rate, with
-  noise and rates up to {USUAL:g}; bold above {PROMISED:g};
-- the loss over AdamW's in the same cases; bold above {NEAR:g}. It is above 1 too where a method has
-  not arrived in {STEPS} steps at a low rate, which is no growth.
-
-    python docs/reference/growth.py [METHOD...]
-
-runs all methods, or those named, into [the record](growth.csv), which has the worst case of each
-shape, and makes this page. The grid takes some forty minutes on one core.
-"""
-
-BFLOAT16: Final = """
-## bfloat16
-
-Rounding to the nearest loses steps that are smaller than half the spacing of the numbers, AdamW's
-at a rate of 1e-3 as well: there the losses of all methods stay high, and those of preconditioned
-ones higher, whose steps are smaller in some directions. The default is within a quarter of AdamW's
-loss in float32 as soon as it has arrived (768 x 2 and 20 x 3 have not), in bfloat16 rounded to the
-nearest not on every draw, and in bfloat16 rounded at random again, but for single draws of 8 x 8:
-
-*Loss of `rlora.torch.ScaledAdamW` over that of torch's AdamW in float32, median / worst of six
-draws of targets; rate 4e-3, noise 0.5, 1000 steps.*
-"""
-
-ROUNDED: Final = """
-So the torch classes round bfloat16 factors at random by default
-([decision 15](../decisions/0015-rounding.md)); `rlora.step` and `rlora.optax` round to the nearest,
-as in the first table: keep parameters in float32 there. `rlora.torch.findings` says so where half
-of the entries of a factor stay as they are under a step.
-
-## Rounding a trained adapter
-
-Rounding the factors to bfloat16 changes the product by `|ΔBA|² = 2^-16 / 3 · Σ |b_k|² |a_k|²`,
-summed over the directions of rank: it does not matter how a direction is divided between the
-factors, but how many directions share one product. AdamW's steps are alike in all r, and the
-roundings average out; the default concentrates what is learnt in few.
-
-`rlora.rebalance` gives factors of the same product whose directions carry nearly equal parts, and
-`rlora.torch.round_adapter(model)` an adapter's state in bfloat16 by it. Rounded so, the default's
-adapter changes about as much as AdamW's:
-
-*An adapter trained 800 steps at a rate from 1e-2 to 0 and then rounded; medians of eight draws, of
-the change also the largest.*
+*Largest entry of a factor over that under AdamW with betas (0.7, 0.8) at the same learning rate, up
+to {USUAL:g}; the worst of {len(SHAPES)} shapes, several ranks of the target and {STEPS} steps with
+noise; bold above {PROMISED:g}. Not finite: of 480 runs at rates up to {RATES[-1]:g}.*
 """
 
 GROW: Final = """
-With noise the change of the loss is lost in what no weight can predict.
+Take methods of the table for ranks below both sides of the weight and with learning rates that
+decay. `rlora.torch.findings` names a factor that has grown six times further than AdamW's steps
+could have taken it, and a pair with r above a side. `scaled_adamw()` is held by a filter and equal
+steps ([decision 10](../decisions/0010-null-space.md)).
 
-`python docs/reference/rounding.py` makes [the record](rounding.csv) of these two tables in some
-minutes.
+## bfloat16
 
-## Methods that grow
+Rounded to the nearest, a bfloat16 factor loses steps smaller than half the spacing of its numbers,
+so the torch classes round at random. `rlora.step` and `rlora.optax` round to the nearest: keep
+parameters in float32 there. `rlora.torch.findings` says where half of a factor's entries stay.
 
-`scaled_adamw` is held by a filter and by equal steps of both factors
-([decision 10](../decisions/0010-null-space.md)). Methods that divide by a Gram matrix without one,
-and are bold here, are for ranks below both sides of the weight and learning rates that decay;
-`rlora.torch.findings` names while it happens a factor that has grown six times further than AdamW's
-steps could have taken it, a pair with r above a side, and steps that bfloat16 loses.
+*Loss of `rlora.torch.ScaledAdamW` in bfloat16 over that of AdamW in float32, the worst of six draws
+and all ranks of the target; rate 4e-3, noise 0.5, 1000 steps. 768 x 2 and 20 x 3 have not arrived
+in float32 either.*
 """
 
-COLUMNS: Final = (
-    "method",
-    "not finite",
-    "loss / start",
-    "bfloat16",
-    "entry / AdamW's, float32",
-    "float64",
-    "bfloat16",
-    "loss / AdamW's, float32",
-    "bfloat16",
-)
+ROUNDED: Final = """
+## Rounding a trained adapter
+
+Save it by `rlora.torch.round_adapter(model)`, or factors by `rlora.rebalance`: rounding changes the
+product the less, the more evenly the directions of rank carry it.
+
+*Squared change of BA by rounding to bfloat16, over that of AdamW's adapter; the largest median of
+eight draws.*
+"""
+
+RECORDS: Final = """
+Records: [growth](growth.csv), the worst case of each shape and dtype, by `python
+docs/reference/growth.py [METHOD...]` (forty minutes on one core); [rounding](rounding.csv), by
+`python docs/reference/rounding.py`.
+"""
+
+COLUMNS: Final = ("method", "not finite", "float32, float64", "bfloat16")
 
 
 def most(lines: Sequence[Row], name: str, *dtypes: str, bound: float) -> str:
@@ -232,15 +192,12 @@ def most(lines: Sequence[Row], name: str, *dtypes: str, bound: float) -> str:
 def line(label: str, record: Sequence[Row]) -> list[str]:
     """The row of a method."""
     lines = [x for x in record if x["method"] == label]
-    entry, loss = "entry_over_adamw", "loss_over_adamw"
+    entry = "entry_over_adamw"
     return [
         f"`{label}`",
-        f"{sum(int(x['not_finite']) for x in lines)} of {sum(int(x['runs']) for x in lines)}",
-        most(lines, "loss_over_first", "float32", "float64", bound=1.0),
-        most(lines, "loss_over_first", "bfloat16", bound=1.0),
-        *(most(lines, entry, dtype, bound=PROMISED) for dtype in DTYPES),
-        most(lines, loss, "float32", bound=math.inf),
-        most(lines, loss, "bfloat16", bound=NEAR),
+        str(sum(int(x["not_finite"]) for x in lines)),
+        most(lines, entry, "float32", "float64", bound=PROMISED),
+        most(lines, entry, "bfloat16", bound=PROMISED),
     ]
 
 
@@ -256,64 +213,32 @@ def rounding() -> dict[tuple[str, ...], Row]:
         return {tuple(x[key] for key in keys): x for x in csv.DictReader(file)}
 
 
-def kept_in_bfloat16() -> list[str]:
-    """Losses of factors that are kept in bfloat16, nearest and stochastic."""
-    record = rounding()
-    labels = ("float32", "nearest", "stochastic")
-    cases = dict.fromkeys(key[1:6] for key in record if key[0] == "kept")
-    rows = []
-    for case in cases:
-        found = [record["kept", *case, label] for label in labels]
-        m, n, r, rank, _ = case
-        rows.append([f"{m} x {n}, {r}, {rank}", *map(both, found)])
-    columns = ("m x n, r, rank", "float32", "bfloat16, nearest", "bfloat16, stochastic")
-    return grid(columns, rows)
-
-
-def rounded_afterwards() -> list[str]:
-    """Changes of trained adapters that are rounded to bfloat16."""
-    record = rounding()
-    rows = []
-    for case in dict.fromkeys(key[1:6] for key in record if key[0] == "change"):
-        m, n, r, rank, noise = case
-        labels = ("AdamW", "default", "rebalanced")
-        of = {what: [record[what, *case, label] for label in labels]
-              for what in ("terms", "loss", "law")}  # fmt: skip
-        rows.append([
-            f"{m} x {n}, {r}, {rank}",
-            noise,
-            both(record["change", *case, "default"]),
-            both(record["change", *case, "rebalanced"]),
-            *(" / ".join(short(x["median"]) for x in of[what]) for what in of),
-        ])  # fmt: skip
-    columns = (
-        "m x n, r, rank",
-        "noise",
-        "change of BA over AdamW's, squared: median / largest",
-        "rebalanced",
-        "Σ over the product squared: AdamW / default / rebalanced",
-        "change of the loss over its start",
-        "measured for the third in the formula",
-    )
-    return grid(columns, rows)
-
-
-def both(row: Row) -> str:
-    """Median and largest."""
-    return f"{short(row['median'])} / {short(row['largest'])}"
-
-
-def short(text: str) -> str:
-    """A number in two digits."""
-    return f"{float(text):.2g}"
+def by_shape(what: str, column: str, labels: Mapping[str, str]) -> list[str]:
+    """The worst of all ranks and noises for each shape, a column for each label of the record."""
+    worst: dict[str, dict[str, float]] = {}
+    for (kind, m, n, r, _, _, label), x in rounding().items():
+        if kind == what and label in labels:
+            row = worst.setdefault(f"{m} x {n}, {r}", {})
+            row[label] = max(row.get(label, 0.0), float(x[column]))
+    rows = [[shape, *(f"{row[label]:.2g}" for label in labels)] for shape, row in worst.items()]
+    return grid(("m x n, r", *labels.values()), rows)
 
 
 def page() -> str:
     """The whole page, from the records."""
     record = read()
-    methods = grid(COLUMNS, [line(label, record) for label in ROWS])
-    parts = [HEAD, *methods, BFLOAT16, *kept_in_bfloat16(), ROUNDED, *rounded_afterwards(), GROW]
-    return "\n".join(parts)
+    lines = [line(label, record) for label in ROWS if label != "AdamW"]
+    grown = [cells for cells in lines if cells[1] != "0" or "**" in "".join(cells)]
+    held = ", ".join(cells[0] for cells in lines if cells not in grown)
+    wrapped = textwrap.fill(
+        f"Below {PROMISED:g}, all runs finite: {held}.", 100, break_on_hyphens=False
+    )
+    rounded = {"nearest": "to the nearest", "stochastic": "at random, the default"}
+    kept = by_shape("kept", "largest", rounded)
+    afterwards = by_shape("change", "median", {"default": "as it is", "rebalanced": "rebalanced"})
+    return "\n".join(
+        [HEAD, *grid(COLUMNS, grown), "", wrapped, GROW, *kept, ROUNDED, *afterwards, RECORDS]
+    )
 
 
 if __name__ == "__main__":
