@@ -1,4 +1,4 @@
-"""accelerate around a loop, as docs/how-to/accelerate.md shows it, on a tiny Llama."""
+"""accelerate around a loop, as docs/how-to/trainers.md shows it, on a tiny Llama."""
 
 import pickle
 
@@ -13,7 +13,7 @@ import rlora.torch
 accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
-PAGE = "accelerate.md"
+PAGE = "trainers.md"
 kinds = pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRARite"])
 
 pytestmark = pytest.mark.filterwarnings(
@@ -45,7 +45,22 @@ def prepared(kind, model=None, size=4, **options):
         "loader": rows(size),
         "options": {"cpu": True, **options},
     }
-    return run(PAGE, "Prepare", space, kind)
+    return run(PAGE, "accelerate", space, kind)
+
+
+def epoch(space):
+    """A loop as accelerate's own documentation has it."""
+    accelerator, model = space["accelerator"], space["model"]
+    model.train()
+    for batch in space["loader"]:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            space["optimizer"].step()
+            space["scheduler"].step()
+            space["optimizer"].zero_grad()
+    return space
 
 
 @kinds
@@ -56,7 +71,7 @@ def test_the_loss_falls_on_the_schedule(kind, precision):
     space = prepared(kind, mixed_precision=precision)
     assert len(space["optimizer"].optimizer.report) == PAIRS
     for _ in range(3):
-        run(PAGE, "Train", space)
+        epoch(space)
     space["model"].eval()
     assert loss_on_all(space["model"]) < 0.9 * start
     assert {p.dtype for p in trained(space["model"]).values()} == {torch.float32}
@@ -67,7 +82,7 @@ def test_the_loss_falls_on_the_schedule(kind, precision):
 @kinds
 def test_it_is_the_loop_without_accelerate(kind):
     """Bit for bit: two micro-batches a step, the mean of their losses, clipped, on the schedule."""
-    space = run(PAGE, "Train", prepared(kind))
+    space = epoch(prepared(kind))
     model = adapted()
     model.train()
     optimizer = getattr(rlora.torch, kind)(model, lr=4e-3)
@@ -85,7 +100,7 @@ def test_it_is_the_loop_without_accelerate(kind):
 @kinds
 def test_two_micro_batches_are_one_batch(kind):
     """In float64: Adam's first steps enlarge the rounding of gradients that are almost zero."""
-    parts = run(PAGE, "Train", prepared(kind, adapted().double(), size=4))["model"]
+    parts = epoch(prepared(kind, adapted().double(), size=4))["model"]
     twin = adapted().double()
     twin.train()
     optimizer = getattr(rlora.torch, kind)(twin, lr=4e-3)
@@ -104,19 +119,19 @@ def test_two_micro_batches_are_one_batch(kind):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.works("accelerate", "save_state and load_state bit for bit")
 def test_a_saved_state_resumes_bit_for_bit(kind, precision, tmp_path):
-    space = run(PAGE, "Train", prepared(kind, mixed_precision=precision))
-    run(PAGE, "Save", space | {"folder": tmp_path})
-    expected = trained(run(PAGE, "Train", space)["model"])
+    space = epoch(prepared(kind, mixed_precision=precision))
+    space["accelerator"].save_state(tmp_path)
+    expected = trained(epoch(space)["model"])
     a_later_process = prepared(kind, adapted(seed=1), mixed_precision=precision)
-    run(PAGE, "Go on", a_later_process | {"folder": tmp_path})
+    a_later_process["accelerator"].load_state(tmp_path)
     rate = a_later_process["optimizer"].param_groups[0]["lr"]
     assert rate == pytest.approx(4e-3 * (1 - 0.9 * 8 / 20))
-    assert same(trained(run(PAGE, "Train", a_later_process)["model"]), expected)
+    assert same(trained(epoch(a_later_process)["model"]), expected)
 
 
 @kinds
 def test_a_prepared_optimizer_can_be_pickled(kind):
-    space = run(PAGE, "Train", prepared(kind))
+    space = epoch(prepared(kind))
     optimizer = pickle.loads(pickle.dumps(space["optimizer"]))
     assert type(optimizer.optimizer) is getattr(rlora.torch, kind)
     assert len(optimizer.optimizer.report) == PAIRS
@@ -148,10 +163,10 @@ def test_a_state_of_plain_adamw_goes_on(by_order, tmp_path):
         return rlora.torch.ScaledAdamW(**given, lr=4e-3)
 
     plain = prepared_by(lambda model: torch.optim.AdamW(trainable(model), lr=3e-3))
-    run(PAGE, "Train", plain)
-    run(PAGE, "Save", plain | {"folder": tmp_path})
+    epoch(plain)
+    plain["accelerator"].save_state(tmp_path)
     space = prepared_by(ours)
-    run(PAGE, "Go on", space | {"folder": tmp_path})
+    space["accelerator"].load_state(tmp_path)
     assert same(trained(space["model"]), trained(plain["model"]))
     before = [s["exp_avg"] for s in plain["optimizer"].state.values()]
     after = [s["exp_avg"] for s in space["optimizer"].state.values()]
@@ -160,6 +175,6 @@ def test_a_state_of_plain_adamw_goes_on(by_order, tmp_path):
     (group,) = space["optimizer"].param_groups
     assert (group["betas"], group["initial_lr"]) == ((0.9, 0.999), 3e-3)  # of the file
     start = loss_on_all(space["model"])
-    run(PAGE, "Train", space)
+    epoch(space)
     space["model"].eval()
     assert loss_on_all(space["model"]) < start

@@ -20,7 +20,7 @@ from torch import nn
 import rlora
 import rlora.torch
 
-PAGE = "kohya.md"
+PAGE = "trainers.md"
 
 
 class LoRAModule(nn.Module):
@@ -97,7 +97,7 @@ def same(one, other):
 @pytest.mark.works("kohya sd-scripts, musubi-tuner", '`--optimizer_type` with `pairs="by_order"`')
 def test_the_command_of_the_page_steps_as_pairs_by_name_do():
     ours, theirs = network(), network()
-    kind, args, lr = command("On the command line")
+    kind, args, lr = command("kohya, musubi-tuner")
     optimizer = get_optimizer(kind, args, lr, groups_of(ours, lr))
     reference = by_hand(theirs, lr=lr, weight_decay=0.0, betas=(0.7, 0.8))
     assert len(optimizer.report) == 5

@@ -1,4 +1,4 @@
-"""Lightning's Trainer, as docs/how-to/lightning.md shows it, on a tiny Llama."""
+"""Lightning's Trainer, as docs/how-to/trainers.md shows it, on a tiny Llama."""
 
 from itertools import pairwise
 
@@ -13,8 +13,20 @@ import rlora.torch
 lightning = pytest.importorskip("lightning")
 pytest.importorskip("peft")
 
-PAGE = "lightning.md"
-AUTOMATIC, MANUAL, FIT = "A module", "Manual optimisation", "Train and resume"
+AUTOMATIC, MANUAL = "automatic", "manual"
+BY_HAND = """
+class ByHand(Adapted):
+    automatic_optimization = False
+
+    def training_step(self, batch, _):
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        loss = self.model(**batch).loss
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, gradient_clip_val=1.0)
+        optimizer.step()
+        scheduler.step()
+"""
 EPOCH = 8  # steps, of eight sequences each
 kinds = pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRARite"])
 
@@ -52,10 +64,12 @@ def fit(way, kind, folder, model=None, checkpoint=None, size=8, **changes):
         "options": options | changes,
         "checkpoint": checkpoint,
     }
-    run(PAGE, AUTOMATIC, space, kind)
-    if way == MANUAL:
-        run(PAGE, MANUAL, space, kind)
-    return run(PAGE, FIT, space)
+    run("trainers.md", "Lightning", space, kind)
+    exec(BY_HAND, space)
+    module = space["ByHand" if way == MANUAL else "Adapted"](space["model"])
+    trainer = lightning.Trainer(**space["options"])
+    trainer.fit(module, space["loader"], ckpt_path=checkpoint)
+    return space | {"module": module, "trainer": trainer}
 
 
 def by_hand(kind, model, size=8, steps=24):

@@ -32,8 +32,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def block(page, language):
-    text = (HOW_TO / page).read_text(encoding="utf-8")
+def block(trainer, language):
+    text = (HOW_TO / "trainers.md").read_text(encoding="utf-8").partition(f"## {trainer}\n")[2]
     return re.search(f"```{language}\n(.*?)```", text, re.DOTALL)[1]
 
 
@@ -69,7 +69,7 @@ ARGS = SimpleNamespace(learning_rate=1e-2, weight_decay=0.05, optimizer=None, op
 def test_axolotl(monkeypatch):
     stand_in(monkeypatch, "axolotl.integrations.base", BasePlugin=object)
     fresh(monkeypatch, "rlora.integrations.axolotl")
-    config = yaml.safe_load(block("axolotl.md", "yaml"))
+    config = yaml.safe_load(block("axolotl", "yaml"))
     module, _, name = config["plugins"][0].rpartition(".")
     plugin = getattr(sys.modules[module], name)()
     module, _, name = plugin.get_input_args().rpartition(".")
@@ -97,7 +97,7 @@ def test_axolotl_itself(tmp_path):
     from axolotl.utils.dict import DictDefault
     from datasets import Dataset
 
-    config = yaml.safe_load(block("axolotl.md", "yaml"))
+    config = yaml.safe_load(block("axolotl", "yaml"))
     plugins = PluginManager.get_instance()
     for name in config["plugins"]:
         plugins.register(name)
@@ -150,7 +150,7 @@ def test_llama_factory(place, monkeypatch):
     stand_in(monkeypatch, where, OptimizerPlugin=OptimizerPlugin)
     fresh(monkeypatch, "rlora.integrations.llama_factory")
     assert registry.keys() == set(optimizer_names())
-    config = yaml.safe_load(block("llama_factory.md", "yaml"))
+    config = yaml.safe_load(block("LLaMA-Factory", "yaml"))
     described = {**config["optim_config"], "lr": float(config["learning_rate"])}
     model = adapted()
     optimizer = registry[described["name"]](model, described)
@@ -167,7 +167,7 @@ def test_llama_factorys_own_plugins(monkeypatch):
     where = "llamafactory.v1.plugins.trainer_plugins.optimizer"
     plugins = pytest.importorskip(where, exc_type=ImportError)
     fresh(monkeypatch, "rlora.integrations.llama_factory")
-    described = yaml.safe_load(block("llama_factory.md", "yaml"))["optim_config"]
+    described = yaml.safe_load(block("LLaMA-Factory", "yaml"))["optim_config"]
     model = adapted()
     with pytest.raises(ValueError, match="no lr; write it under optim_config"):
         plugins.OptimizerPlugin(described["name"])(model, described)
@@ -191,7 +191,7 @@ def test_ms_swift(monkeypatch):
     monkeypatch.syspath_prepend(folder)
     fresh(monkeypatch, file.removesuffix(".py"))
     assert known.keys() == set(optimizer_names())
-    words = shlex.split(block("ms_swift.md", "bash"))
+    words = shlex.split(block("ms-swift", "bash"))
     name, text = (words[words.index(w) + 1] for w in ("--optimizer", "--optim_args"))
     args = SimpleNamespace(**{**vars(ARGS), "optimizer": name, "optim_args": text})
     model = adapted()
@@ -214,7 +214,7 @@ def test_ms_swift_itself(tmp_path):
     from rlora.integrations.ms_swift import PLUGIN
 
     import_external_file(PLUGIN)
-    words = shlex.split(block("ms_swift.md", "bash"))
+    words = shlex.split(block("ms-swift", "bash"))
     options = dict(zip(words[2::2], words[3::2], strict=False))
     args = TrainingArguments(
         str(tmp_path),
@@ -260,7 +260,7 @@ def test_the_factory_in_the_real_trainer_goes_on_from_its_adamw(tmp_path):
 
 
 def test_the_trainers_of_the_page():
-    space = run("axolotl.md", "In transformers' Trainer", {"model": adapted()})
+    space = run("trainers.md", "axolotl", {"model": adapted()})
     assert type(space["optimizer"]) is rlora.torch.LoRARite
 
 
@@ -327,7 +327,7 @@ def test_the_callback_in_the_real_trainer(kind, tmp_path, monkeypatch):
         runs.append(trainer)
 
     stand_in(monkeypatch, "llamafactory.train.tuner", run_exp=run_exp)
-    space = run("llama_factory.md", "v0", {}, kind)
+    space = run("trainers.md", "LLaMA-Factory", {}, kind)
     assert type(runs[0].optimizer.optimizer) is getattr(rlora.torch, kind)
     assert len(runs[0].optimizer.optimizer.report) == PAIRS
     chosen = {"optimizer": kind, "lr": 1e-2, "weight_decay": 0.05, **space["options"]}

@@ -1,5 +1,7 @@
 """transformers' Trainer, by every way that docs/how-to/transformers.md shows, on a tiny Llama."""
 
+import re
+
 import pytest
 import torch
 from pages import run, sections
@@ -13,8 +15,37 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("accelerate")
 
 PAGE = "transformers.md"
-RESUME, PLAIN = "Train and resume", "Go on from plain AdamW"
-WAYS = [title for title in sections(PAGE) if title not in (RESUME, PLAIN)]
+PLAIN = "Go on from plain AdamW"
+TRAINERS_GROUPS = """
+report = rlora.torch.find_pairs(model)
+factors = dict(model.named_parameters())
+pairs = [(factors[pair.a], factors[pair.b]) for pair in report]
+choice = (rlora.torch.ScaledAdamW, {"lr": 4e-3, "pairs": pairs})
+"""
+OWN_GROUPS = """
+def groups(model, lr, head_lr):
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    head = [(n, p) for n, p in named if "lora_" not in n]
+    lora = [(n, p) for n, p in named if "lora_" in n]
+    return rlora.torch.ScaledAdamW(
+        [{"params": lora}, {"params": head, "lr": head_lr, "weight_decay": 0.0}], lr=lr
+    )
+
+
+choice = (lambda: groups, {"lr": 4e-3, "head_lr": 1e-3})
+"""
+
+
+def in_place_of_the_choice(code):
+    """The page's second way with another factory."""
+    return re.sub(r"^choice = .*$", lambda _: code, WAYS["Made by the Trainer"], flags=re.MULTILINE)
+
+
+WAYS = {title: code for title, code in sections(PAGE).items() if title != PLAIN}
+WAYS |= {
+    "in the Trainer's groups": in_place_of_the_choice(TRAINERS_GROUPS),
+    "in groups of one's own": in_place_of_the_choice(OWN_GROUPS),
+}
 KINDS = ["ScaledAdamW", "LoRARite"]
 STEPS = 20
 RATE_OF_ADAMW = 1e-2
@@ -48,8 +79,8 @@ def train(way, kind, folder, checkpoint=None, model=None, **changes):
         "dataset": sequences(),
         "checkpoint": checkpoint,
     }
-    run(PAGE, way, space, kind)
-    return run(PAGE, RESUME, space, kind)["trainer"]
+    exec(WAYS[way].replace("ScaledAdamW", kind), space)
+    return space["trainer"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,9 +140,9 @@ def test_accumulated_micro_batches_are_one_batch(kind, tmp_path):
         "train_sampling_strategy": "sequential",
         "lr_scheduler_type": "constant",
     }
-    whole = train(WAYS[1], kind, tmp_path, model=adapted().double(), **options)
+    whole = train("Made by the Trainer", kind, tmp_path, model=adapted().double(), **options)
     parts = train(
-        WAYS[1],
+        "Made by the Trainer",
         kind,
         tmp_path,
         model=adapted().double(),
@@ -127,7 +158,7 @@ def test_accumulated_micro_batches_are_one_batch(kind, tmp_path):
 @pytest.mark.works("transformers Trainer", "bf16")
 def test_bfloat16_training(kind, tmp_path):
     """Autocast around the model; the factors stay float32 and the loss falls."""
-    trainer = train(WAYS[1], kind, tmp_path, bf16=True)
+    trainer = train("Made by the Trainer", kind, tmp_path, bf16=True)
     assert loss_on_all(trainer.model) < 0.9 * loss_on_all(adapted())
     assert {p.dtype for p in trained(trainer.model).values()} == {torch.float32}
 
@@ -176,9 +207,11 @@ def test_adamws_checkpoint(tmp_path):
     )
     plain.train()
     checkpoint = str(tmp_path / "checkpoint-10")
-    assert train(WAYS[1], "ScaledAdamW", tmp_path, checkpoint).state.global_step == STEPS
+    assert (
+        train("Made by the Trainer", "ScaledAdamW", tmp_path, checkpoint).state.global_step == STEPS
+    )
     with pytest.raises(rlora.ShapeError, match="exp_avg of parameter 0 is the state of another"):
-        train(WAYS[1], "LoRARite", tmp_path, checkpoint)
+        train("Made by the Trainer", "LoRARite", tmp_path, checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +227,7 @@ def of_the_trainer(tmp_path_factory):
 def test_the_checkpoint_of_the_trainers_own_adamw(way, of_the_trainer, tmp_path):
     """Two groups go on; with one the schedule of two does not fit, which is torch's."""
     checkpoint = str(of_the_trainer / "checkpoint-10")
-    if not way.endswith(("groups", "your own")):
+    if "groups" not in way:
         with pytest.raises(IndexError, match="list index out of range"):
             train(way, "ScaledAdamW", tmp_path, checkpoint)
         return
@@ -211,6 +244,7 @@ def test_its_moments_load_into_one_group(of_the_trainer, tmp_path):
     arguments = arguments_of(tmp_path)
     model = peft.PeftModel.from_pretrained(base(), checkpoint, is_trainable=True)
     space = {"model": model, "arguments": arguments, "dataset": sequences()}
+    space |= {"rlora": rlora, "torch": torch, "Trainer": transformers.Trainer}
     trainer = run(PAGE, PLAIN, {**space, "checkpoint": checkpoint})["trainer"]
     (group,) = trainer.optimizer.param_groups
     assert (group["betas"], group["weight_decay"]) == ((0.7, 0.8), 0.01)

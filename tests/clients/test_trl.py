@@ -1,8 +1,8 @@
-"""TRL's SFTTrainer, by the ways that docs/how-to/trl.md shows, on a tiny Llama and made-up text."""
+"""TRL's SFTTrainer, by the ways that docs/how-to/trainers.md shows, on a tiny Llama and made-up text."""
 
 import pytest
 import torch
-from pages import run, sections
+from pages import sections
 from tiny import PAIRS, adapted, base, lora, same, trained
 
 import rlora.torch
@@ -11,9 +11,21 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("peft")
 
-PAGE = "trl.md"
-RESUME = "Train and resume"
-WAYS = [title for title in sections(PAGE) if title != RESUME]
+PAGE = "trainers.md"
+OF_THE_PAGE = sections(PAGE)["TRL"]
+ADAPTED = """
+import rlora.torch
+from trl import SFTTrainer
+optimizer = rlora.torch.ScaledAdamW(adapted, lr=4e-3)
+trainer = SFTTrainer(
+    adapted,
+    arguments,
+    train_dataset=dataset,
+    processing_class=tokenizer,
+    optimizers=(optimizer, None),
+)
+trainer.train(resume_from_checkpoint=checkpoint)
+"""
 STEPS = 20
 MOMENTS = ("exp_avg", "mu", "nu")
 
@@ -70,8 +82,8 @@ def train(way, kind, folder, checkpoint=None, model=None, **changes):
         "tokenizer": tokenizer(),
         "checkpoint": checkpoint,
     }
-    run(PAGE, way, space, kind)
-    return run(PAGE, RESUME, space, kind)["trainer"]
+    exec(way.replace("ScaledAdamW", kind), space)
+    return space["trainer"]
 
 
 def losses(trainer):
@@ -79,7 +91,7 @@ def losses(trainer):
 
 
 @pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRARite"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [OF_THE_PAGE, ADAPTED], ids=["by class", "adapted"])
 @pytest.mark.works("TRL SFTTrainer", "with peft_config or an adapted model; resume bit for bit")
 def test_the_loss_falls_on_the_schedule_and_a_checkpoint_resumes_bit_for_bit(way, kind, tmp_path):
     trainer = train(way, kind, tmp_path)
@@ -125,7 +137,7 @@ def test_the_checkpoint_of_its_own_adamw_goes_on(tmp_path):
 def test_trls_own_defaults(kind, tmp_path):
     """bfloat16 autocast, packed sequences, accumulated gradients."""
     trainer = train(
-        WAYS[0],
+        OF_THE_PAGE,
         kind,
         tmp_path,
         bf16=True,
@@ -152,7 +164,7 @@ def test_a_base_in_four_bits(kind, tmp_path):
     dtypes = [torch.bfloat16, torch.float32]
     for checkpoint, dtype in zip((None, str(tmp_path / "checkpoint-10")), dtypes, strict=True):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=bits)
-        trainer = train(WAYS[0], kind, tmp_path, checkpoint, model=model, bf16=True)
+        trainer = train(OF_THE_PAGE, kind, tmp_path, checkpoint, model=model, bf16=True)
         assert len(trainer.optimizer.optimizer.report) == PAIRS
         assert {p.dtype for p in trained(trainer.model).values()} == {dtype}
         assert losses(trainer)[-1] < 0.7 * losses(trainer)[0]

@@ -83,8 +83,7 @@ def test_the_parameters_are_those_of_its_dataclass():
     assert ours.keys() <= {field.name for field in fields(TrainConfig)}
     assert ours["optimizer_kwargs"].keys() >= DEFAULTS["optimizer_kwargs"].keys()
     assert ours["optimizer_kwargs"]["lr"] == DEFAULTS["optimizer_kwargs"]["lr"] / 2
-    shown = (HOW_TO / "method_comparison.md").read_text().partition("```json\n")[2]
-    assert json.loads(shown.partition("```")[0]) == ours
+    assert (ours["optimizer_type"], ours["optimizer_kwargs"]["pairs"]) == ("GraftAdamW", "by_order")
 
 
 @pytest.mark.works("PEFT's method comparison", "a config, by what the suite reads")

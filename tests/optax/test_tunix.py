@@ -112,7 +112,7 @@ def trains(model, transformation, kind, steps=30, accumulated=None):
 
 
 def described():
-    text = (HOW_TO / "tunix.md").read_text(encoding="utf-8")
+    text = (HOW_TO / "trainers.md").read_text(encoding="utf-8").partition("## tunix\n")[2]
     return yaml.safe_load(re.search("```yaml\n(.*?)```", text, re.DOTALL)[1])["optimizer_config"]
 
 
