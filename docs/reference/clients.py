@@ -31,7 +31,7 @@ HOW_TO = {
     "optax": "optax",
     "PEFT": "layouts",
     "PEFT's method comparison": "trainers",
-    "torch.compile": "compile",
+    "torch.compile": "own_loop",
     "transformers Trainer": "transformers",
     "TRL SFTTrainer": "trainers",
     "tunix": "trainers",

@@ -224,7 +224,7 @@ def test_the_how_to_runs(one_graph):
         space = {"model": model, "batches": [0, 1, 2] * 2, "loss_of": loss_of}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "compile", compiler)
-            run("compile.md", "The loop", space)
+            run("own_loop.md", "Compile the step", space)
         losses.append(loss_of(model, 0))
     assert graphs() == 1
     # The page's learning rate is a float64 tensor here: only the order of sums differs.
