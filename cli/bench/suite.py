@@ -74,8 +74,8 @@ LARGER: Final = by_preset((5.0, 6.0, 10.0), (4.0, 6.0, 13.0), (5.0, 5.5, 9.0))
 """Limits of methods with more products."""
 
 # The limits of scaled AdamW over torch's are what a step of list-wise operations, written alone,
-# took on two CPU cores, and a little more; the rest is what the project asks of itself. What is
-# measured stands beside them in docs/reference/speed.md.
+# took on two CPU cores, and a little more; the rest is what the project asks of itself. Measured
+# figures are in docs/reference/speed.md.
 TARGETS: Final[tuple[Target, ...]] = (
     Ratio(DEFAULT_STEP, TORCH_ADAMW, by_preset((3.1, 3.3, 5.2), (2.1, 3.4, 5.6), (3.5, 3.2, 5.0))),
     Ratio(

@@ -22,16 +22,14 @@ FOLDER: Final = Path(__file__).with_suffix("")
 
 HEAD: Final = """# The papers' claims, tested
 
-See which statements of the papers hold in small seeded experiments of algebra and rates, and try
-them again:
+See which statements of the papers hold in small seeded experiments, and try them again:
 
     rlora reproduce --list
     rlora reproduce all                 # figures and records in build/reproduce
     rlora reproduce damping --quick
 
-It exits with 1 if a verdict is not the documented one. A *gauge* or *split* is one of the
-factorizations (R A, B R⁻¹) of a product B A, R invertible. A verdict leads to its record of every
-check; those that fail are on the page. `python docs/reference/claims.py` makes it.
+The exit code is 1 if a verdict is not the documented one. A *gauge* or *split* is a factorization
+(R A, B R⁻¹) of a product B A. A verdict leads to its record.
 """
 
 REFERENCE: Final = re.compile(
