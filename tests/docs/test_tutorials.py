@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 TUTORIAL = ROOT / "docs" / "tutorial"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")
-PAGES = ["arrays.md", "five_minutes.md", "finetune.md"]
+PAGES = ["arrays.md", "five_minutes.md"]
 
 
 def steps(page):
@@ -75,21 +75,9 @@ def test_from_arrays_to_an_optimizer_of_your_own(tmp_path, monkeypatch, capsys):
 def check_what_the_page_says(space):
     import rlora
 
-    start, train, loss = space["start"], space["train"], space["loss"]
     states = [rlora.flatten_state(space[name]) for name in ("state", "again")]
     assert states[0].keys() == states[1].keys()
     assert all(np.array_equal(x, states[1][name]) for name, x in states[0].items())
-
-    # The clipping holds what the product moves by, to first order, and at once from B = 0.
-    for bound in (0.1, 10.0):
-        method = space["careful_sgd"](momentum=0.0, max_norm=bound)
-        pair, state = start, method.init(start)
-        for _ in range(5):
-            D, state = method.update(space["gradients"](pair), state, pair)
-            assert np.linalg.norm(pair.B @ D.A + D.B @ pair.A) <= bound * (1 + 1e-9)
-            pair = rlora.apply_updates(pair, D, 0.3)
-
-    assert loss(train(space["careful_sgd"](max_norm=100.0), start, lr=0.3, steps=200)[0]) < 1e-3
 
 
 @pytest.mark.slow
