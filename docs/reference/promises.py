@@ -1,4 +1,4 @@
-"""Try what each torch optimizer does in detail, and write the tables of promises.md.
+"""Try what each torch optimizer does in detail, and write the table of promises.md.
 
 python docs/reference/promises.py
 """
@@ -60,52 +60,7 @@ def make(kind: Any, pair: Pair, lr: float | Tensor = 0.1, **options: Any) -> Any
     return kind([*pair], lr=lr, pairs=[pair], **chosen)
 
 
-def moves(kind: Any, *, of: str = "AB", steps: int = 1, **options: Any) -> list[Tensor]:
-    """Moves of A and B in some steps, with the gradients of these factors only."""
-    pair = make_pair()
-    optimizer = make(kind, pair, **options)
-    for _ in range(steps):
-        for letter, p, g in zip("AB", pair, gradients(pair), strict=True):
-            p.grad = g if letter in of else None
-        before = [p.detach().clone() for p in pair]
-        optimizer.step()
-    return [p.detach() - old for p, old in zip(pair, before, strict=True)]
-
-
 # --- aspects of a class ---------------------------------------------------------------------------
-
-
-def order(kind: Any) -> str:
-    """The factors that move in a step, together or each for itself."""
-    both, moved = moves(kind), [bool(move.any()) for move in moves(kind)]
-    if moved != [True, True]:
-        later = [bool(move.any()) for move in moves(kind, steps=2)]
-        name = "AB"[moved.index(True)]
-        return f"{name} alone" if later == moved else f"{name} first, in turns"
-    alone = moves(kind, of="A")[0], moves(kind, of="B")[1]
-    apart = all(torch.allclose(x, y) for x, y in zip(both, alone, strict=True))
-    return "separate" if apart else "joint"
-
-
-def moments(kind: Any) -> str:
-    """Division by roots of second moments: of entries or not, bias correction, place of eps."""
-    if "eps" not in options_of(kind):
-        return "-"
-    start, letter = make_pair(), 0 if moves(kind)[0].any() else 1
-    size, with_eps = (moves(kind, eps=eps, lr=1.0)[letter].abs() for eps in (0.0, 0.1))
-    core = (moves(kind, eps=0.0, lr=1.0)[0] @ start[0].detach().T).abs()
-    if torch.equal(size, with_eps):
-        return "-"
-    if torch.allclose(core, torch.ones_like(core)):
-        return "entries of the core, corrected"
-    if not torch.allclose(size, size.mean().expand_as(size)):
-        return "rows or matrices"
-    other = moves(kind, eps=0.0, lr=1.0, betas=(0.5, 0.75))[letter].abs()
-    if not torch.allclose(size, other):  # without correction the first step depends on betas
-        return "entries"
-    g = gradients(start)[letter].abs()
-    outside = torch.allclose(with_eps / size, g / (g + 0.1), rtol=1e-3)  # 1e-6 of damping
-    return "entries, corrected" + (", eps outside" if outside else "")
 
 
 def decay(kind: Any) -> str:
@@ -146,18 +101,6 @@ def base(kind: Any) -> str:
     kinds = (parent for parent in kind.__mro__ if parent.__module__.startswith("torch.optim"))
     name = next(kinds).__name__
     return "AdamW" if issubclass(kind, torch.optim.AdamW) else name
-
-
-def class_table() -> Iterator[str]:
-    """A row for all classes with the same order and the same moments."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for name, kind in CLASSES.items():
-        if name.isidentifier():  # what stands behind `precondition` does as ever
-            found.setdefault((order(kind), moments(kind)), []).append(f"`{name}`")
-    yield "| A and B | second moment of | classes |"
-    yield "| --- | --- | --- |"
-    for aspects, names in sorted(found.items()):
-        yield f"| {' | '.join(aspects)} | {', '.join(names)} |"
 
 
 # --- one row a circumstance -----------------------------------------------------------------------
@@ -292,16 +235,11 @@ def when_table() -> Iterator[str]:
         yield f"| {words} | {'; '.join(chain(lists, [f'all others: {usual}']))} |"
 
 
-TABLES: Final = {"classes": class_table, "when": when_table}
-
-
 def rewritten(page: str) -> str:
-    """The page with each table between its marks made anew."""
-    for name, rows in TABLES.items():
-        head, mark, rest = page.partition(f"<!-- {name}: made by promises.py -->\n")
-        _, end, tail = rest.partition(f"<!-- end of {name} -->")
-        page = "".join((head, mark, "\n", *(f"{row}\n" for row in rows()), "\n", end, tail))
-    return page
+    """The page with the table between its marks made anew."""
+    head, mark, rest = page.partition("<!-- when: made by promises.py -->\n")
+    _, end, tail = rest.partition("<!-- end of when -->")
+    return "".join((head, mark, "\n", *(f"{row}\n" for row in when_table()), "\n", end, tail))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""The page of promises: its tables are what every class does when it is tried."""
+"""The page of promises: its table is what every class does when it is tried."""
 
 import importlib.util
-import re
 from pathlib import Path
 
 import pytest
@@ -21,11 +20,11 @@ def promises():
     return module
 
 
-def test_the_tables_are_what_the_classes_do(promises):
+def test_the_table_is_what_the_classes_do(promises):
     assert promises.rewritten(PAGE) == PAGE
 
 
-def test_every_optimizer_class_is_in_them(promises):
+def test_every_optimizer_class_is_tried(promises):
     found = {
         name
         for name in rlora.torch.__all__
@@ -33,8 +32,6 @@ def test_every_optimizer_class_is_in_them(promises):
         and issubclass(kind, torch.optim.Optimizer)
     }
     assert found == {name for name in promises.CLASSES if name.isidentifier()}
-    table = PAGE.partition("<!-- classes: ")[2].partition("<!-- end of classes -->")[0]
-    assert sorted(found) == sorted(re.findall(r"`(\w+)`", table))
 
 
 def test_the_trials_tell_optimizers_apart(promises):
@@ -48,15 +45,5 @@ def test_the_trials_tell_optimizers_apart(promises):
 
     assert promises.untouched(rlora.torch.ScaledAdamW)
     assert not promises.untouched(Twice)
-    gauss_seidel = type(
-        "Turns",
-        (rlora.torch.ScaledSGD,),
-        {"__init__": lambda self, *a, **k: rlora.torch.ScaledSGD.__init__(self, *a, order="gauss_seidel", **k)},
-    )  # fmt: skip
-    assert promises.order(gauss_seidel) == "joint"
-    assert promises.order(rlora.torch.ScaledSGD) == "separate"
-    coupled = rlora.torch.precondition(
-        torch.optim.Adam
-    )  # decay through the gradient, a sign at first
-    assert promises.moments(coupled) == "entries, corrected, eps outside"
+    coupled = rlora.torch.precondition(torch.optim.Adam)  # decay through the gradient
     assert promises.decay(coupled) != promises.decay(rlora.torch.ScaledAdamW)
