@@ -44,12 +44,17 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def text_table(*heads: str, rows: Iterable[Iterable[str]] = (), title: str | None = None) -> Table:
-    """Make a table of text, whose cells wrap and are never cut."""
+def text_table(
+    *heads: str,
+    rows: Iterable[Iterable[str]] = (),
+    title: str | None = None,
+    wrap_first: bool = False,
+) -> Table:
+    """Make a table of text, whose cells wrap and are never cut; the first are names, and whole."""
     table = Table(box=SIMPLE_HEAD, title=None if title is None else Text(title))
     table.title_justify, table.title_style = "left", "bold"
-    for head in heads:
-        table.add_column(head, overflow="fold")
+    for i, head in enumerate(heads):
+        table.add_column(head, overflow="fold", no_wrap=i == 0 and not wrap_first)
     for row in rows:
         table.add_row(*map(Text, row))
     return table

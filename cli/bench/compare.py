@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from rlora.cli.console import console, fitted
+from rlora.cli.console import console
 
 from .schema import Row, read_record
 from .stats import FEWEST, Interval, quotient_interval, round_ratios
+from .table import print_rows
 
 REGRESSED = 1
 """Exit code."""
@@ -46,8 +45,8 @@ def compare(old: Path, new: Path, threshold: float) -> int:
     if not any(change.quotient for change in found):
         msg = f"{old.name} and {new.name} have no row in common"
         raise ValueError(msg)
-    out = console()
-    out.print(_table(found, out))
+    keep, texts = ("method", "on", "rank", "new/old", "verdict"), ("method", "on", "of", "verdict")
+    print_rows(None, list(map(_cells, found)), console(), keep=keep, texts=texts)
     return REGRESSED if any(change.verdict == "slower" for change in found) else 0
 
 
@@ -97,12 +96,6 @@ def _verdict(interval: Interval, threshold: float) -> str:
     if interval[0] > 1 + threshold:
         return "slower"
     return "faster" if interval[1] < 1 / (1 + threshold) else "same"
-
-
-def _table(found: list[Change], out: Console) -> Table:
-    keep = ("method", "on", "rank", "new/old", "verdict")
-    lines = [_cells(change) for change in found]
-    return fitted(None, lines, out, keep=keep, texts=("method", "on", "of", "verdict"))
 
 
 def _cells(change: Change) -> dict[str, str]:

@@ -255,6 +255,7 @@ def export(record: Path, name: str, output: Path | None, commit: str) -> None:
     read = read_record(record)
     if name == "asv" and output is not None:
         write_asv_results(read, commit, output)
+        click.echo(f"results of asv: {output}")
         return
     text = FORMATS[name](read, commit)
     if output is None:
@@ -262,3 +263,4 @@ def export(record: Path, name: str, output: Path | None, commit: str) -> None:
         return
     check_writable(output)
     write_text(output, text)
+    click.echo(f"{name}: {output}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from rlora.cli.console import load_plots
+from rlora.cli.console import counted, load_plots
 from rlora.cli.records import check_writable, make_folder, write_bytes, write_text
 
 from .chart_data import Chart, charts
@@ -41,6 +41,11 @@ def report(records: tuple[Path, ...], output: Path, pictures: Path | None) -> No
             png = plots.as_png(chart.title, chart.panels, by_name=True)
             write_bytes(pictures / f"{name}.png", png)
     write_text(output, made)
+    click.echo(
+        f"report: {output}, {counted(len(found), 'chart')} of {counted(len(read), 'record')}"
+    )
+    if pictures is not None:
+        click.echo(f"pictures: {pictures}")
 
 
 def file_names(found: list[Chart]) -> list[str]:

@@ -188,3 +188,5 @@ class Results:
         if output is not None:
             write_record(output, made)
         table.show_record(made, console())
+        if output is not None:
+            click.echo(f"record: {output}")

@@ -15,7 +15,7 @@ from .forward_backward import TOKENS
 from .schema import Record, Row
 
 KEEP = ("method", "on", "rank", "ratio")
-"""Columns of a table at any width: without `on`, rows of two backends would look alike."""
+"""Columns of a table at any width."""
 
 ORDER = (
     *("step", "verdict", "spread", "state", "peak temporary", "interval", "of training"),
@@ -93,12 +93,31 @@ def figure(value: float) -> str:
 def show(title: str, rows: Sequence[Row], out: Console) -> None:
     """Print the rows as a table, and under it the meaning of its columns."""
     lines = _without_empty([{**cells(row), "verdict": word_of(row)} for row in rows])
-    table = fitted(title, lines, out, keep=KEEP, texts=TEXTS, order=ORDER, section="rank")
-    out.print(table)
+    table = print_rows(title, lines, out, keep=KEEP, texts=TEXTS, order=ORDER, section="rank")
     shown = [str(column.header) for column in table.columns]
     notes = [note for name, note in NOTES.items() if name in shown]
     for note in (*notes, *filter(None, (instability(rows),))):
         out.print(Text(note))
+
+
+def print_rows(
+    title: str | None,
+    lines: Sequence[Mapping[str, str]],
+    out: Console,
+    *,
+    keep: Sequence[str],
+    order: Sequence[str] = (),
+    **options: Any,
+) -> Table:
+    """Print a table whose `on` may be left out where all rows are on one, which is then said."""
+    places = {line["on"] for line in lines}
+    if len(places) == 1:
+        keep, order = [name for name in keep if name != "on"], ("on", *order)
+    table = fitted(title, lines, out, keep=keep, order=order, **options)
+    out.print(table)
+    if "on" not in [column.header for column in table.columns]:
+        out.print(Text(f"all rows: on {places.pop()}."))
+    return table
 
 
 def word_of(row: Row) -> str:

@@ -10,7 +10,9 @@ from typing import Any, Final, TypeVar
 
 import click
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import Progress
+from rich.text import Text
 
 from rlora.cli.bench.options import among, make_spec
 from rlora.cli.console import console, counted, load_plots, text_table
@@ -121,7 +123,7 @@ def show_checks(record: dict[str, Any]) -> None:
     ]
     title = f"{record['claim']}: {record['verdict']} ({record['seconds']} s)"
     heads = ("", "value", "", "threshold", "holds")
-    console().print(text_table(*heads, rows=rows, title=title))
+    console().print(text_table(*heads, rows=rows, title=title, wrap_first=True))
 
 
 def show_verdicts(records: list[dict[str, Any]]) -> int:
@@ -136,5 +138,7 @@ def show_verdicts(records: list[dict[str, Any]]) -> int:
 
 def show_claims(claims: list[Claim]) -> None:
     """Print claims with what is documented of them."""
-    rows = [(claim.name, "holds" if claim.holds else "fails", claim.statement) for claim in claims]
-    console().print(text_table("claim", "documented", "statement", rows=rows))
+    out = console()
+    for claim in claims:
+        out.print(Text(f"{claim.name}: {'holds' if claim.holds else 'fails'}", style="bold"))
+        out.print(Padding(Text(claim.statement), (0, 0, 0, 4), expand=False))

@@ -195,7 +195,7 @@ def test_asv_compares_and_publishes_it_at_once(rlora_cli, a_record, tmp_path):
         (tmp_path / "record.json").write_text(json.dumps(record))
         args = ("--format", "asv", "--commit", commits[-1], "--output", tmp_path / "results")
         done = rlora_cli("bench", "export", tmp_path / "record.json", *args)
-        assert (done.exit_code, done.output) == (0, "")
+        assert (done.exit_code, done.output) == (0, f"results of asv: {tmp_path / 'results'}\n")
     config = {"version": 1, "project": "x", "repo": str(tmp_path / "repository")}
     config |= {"branches": ["main"], "results_dir": "results", "html_dir": "html"}
     (tmp_path / "asv.conf.json").write_text(json.dumps(config))
@@ -220,7 +220,7 @@ def test_the_command_writes_a_file_or_standard_output(rlora_cli, refused, a_reco
     printed = rlora_cli("bench", "export", record, "--format", "csv")
     assert printed.exit_code == 0
     done = rlora_cli("bench", "export", record, "--format", "csv", "--output", out)
-    assert (done.exit_code, done.stdout) == (0, "")
+    assert (done.exit_code, done.stdout) == (0, f"csv: {out}\n")
     assert out.read_text() == printed.stdout
     assert "xml" in refused("bench", "export", record, "--format", "xml")
     assert "directory" in refused(

@@ -74,7 +74,10 @@ def written(rlora_cli, tmp_path):
         extra = [x for name, value in options.items() for x in (f"--{name}", value)]
         out = tmp_path / "report.html"
         done = rlora_cli("bench", "report", *paths, "--output", out, *extra)
-        assert (done.exit_code, done.output) == (0, ""), done.output
+        assert done.exit_code == 0, done.output
+        said = [f"report: {out}, "] + [f"pictures: {x}" for x in options.values()]
+        lines = done.output.splitlines()
+        assert all(line.startswith(x) for line, x in zip(lines, said, strict=True)), lines
         return out.read_text(encoding="utf-8")
 
     return write

@@ -167,7 +167,7 @@ def test_the_command_prints_verdicts_and_keeps_them(rlora_cli, monkeypatch, tmp_
     reached = sum(check["passed"] for check in record["checks"])
     assert f"{reached} of {len(whats)} targets reached" in result.stdout
     assert result.stderr.splitlines()[:2] == ["small, rank 4", "small, rank 16"]
-    assert rlora_cli("bench", "show", out).stdout == result.stdout
+    assert rlora_cli("bench", "show", out).stdout + f"record: {out}\n" == result.stdout
 
 
 def test_a_plain_run_says_nothing_on_the_way(rlora_cli):

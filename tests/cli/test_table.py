@@ -57,6 +57,15 @@ def test_a_narrow_terminal_shows_fewer_columns_and_explains_no_others():
         assert name not in text
 
 
+def test_where_rows_ran_is_said_once_where_it_is_the_same_for_all_and_does_not_fit():
+    row = {**ROW, "method": "lora_pro_adamw"}
+    narrow, wide = shown([row], 30), shown([row], 80)
+    assert "lora_pro_adamw" in narrow
+    assert "all rows: on torch cuda:0." in narrow
+    assert "all rows" not in wide
+    assert "torch cuda:0" in wide
+
+
 def test_instability_is_explained_once_for_a_table():
     calm = {**ROW, "verdict": "ok"}
     other = {**ROW, "verdict": ROW["verdict"].replace("23.4%", "40.0%")}
