@@ -26,6 +26,10 @@ FIRST: Final = ("method", "verdict", "rank", "ratio", "on", "preset", "record")
 """Columns before all others: the page sends its reader to the verdicts."""
 
 
+SAID_ABOVE: Final = ("preset", "record")
+"""Columns that a report leaves out where all rows have the same: its heading says it."""
+
+
 def render(records: Mapping[str, Record], drawn: Sequence[tuple[Chart, str]]) -> str:
     """Make the report of records, by name, with charts that are drawn already."""
     source = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
@@ -39,7 +43,8 @@ def render(records: Mapping[str, Record], drawn: Sequence[tuple[Chart, str]]) ->
     rows = [row for record in records.values() for row in record["rows"]]
     lines = [_line(name, row) for name, record in records.items() for row in record["rows"]]
     columns = [name for name in lines[0] if any(x[name] != "-" for x in lines)] if lines else FIRST
-    columns = [name for name in columns if name != "record" or len(records) > 1]
+    same = [name for name in SAID_ABOVE if len({line[name] for line in lines}) == 1]
+    columns = [name for name in columns if name not in same]
     have = {chart.kind for chart, _ in drawn}
     return env.from_string(source).render(
         policy=_policy(source),

@@ -67,7 +67,9 @@ def _words(numbers: tuple[int, ...]) -> str:
     "--seconds", type=float, help=f"Time for the samples of each rank.  [default: {ROUNDS.seconds}]"
 )
 @click.option(
-    "--quick", is_flag=True, help=f"Ranks {_words(QUICK_RANKS)}, {QUICK_ROUNDS.most} samples."
+    "--quick",
+    is_flag=True,
+    help=f"Ranks {_words(QUICK_RANKS)}, {QUICK_ROUNDS.most} samples, one thread unless told.",
 )
 @click.option("--threads", type=int, help="Pin BLAS, OpenMP, torch and XLA to so many threads.")
 @click.option("--end-to-end", is_flag=True, help="Also forward and backward; rank 32, torch.")
@@ -77,6 +79,8 @@ def _words(numbers: tuple[int, ...]) -> str:
 def run(
     output: Path | None, threads: int | None, suite: str | None, *, force: bool, **given: Any
 ) -> None:
+    if given["quick"] and threads is None:
+        threads = 1  # several wait for each other on a busy machine, and a first look takes minutes
     with reserved(threads):
         runs = suite_of(suite, threads=threads, **given) if suite else None
         runs = runs or [make_options(threads=threads, **given)]
