@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 from .markdown import captioned
 from .plan import Record
 from .stacked_methods import BY_BETAS, CLIPPED, METHODS, SHARE
+from .strings import DATASETS
 from .sweeps import (
     GUESSING,
     Setting,
@@ -208,7 +209,7 @@ def betas(sweeps: Sweeps) -> list[str]:
     for family, names in BY_BETAS.items():
         for setting, group in sweeps.items():
             cells = [group[name].lowest if name in group else None for name in names.values()]
-            if sum(x is not None for x in cells) > 1:
+            if sum(x is not None for x in cells) > 2:
                 lines.append([family, f"{setting}, best rates", *marked(cells)])
         groups = {x: g for x, g in sweeps.items() if all(name in g for name in names.values())}
         if groups:
@@ -221,9 +222,9 @@ def betas(sweeps: Sweeps) -> list[str]:
             single = [one_rate_regret(groups, name, lowest) for name in names.values()]
             lines.append([family, "worst regret, one rate", *marked(single)])
     caption = (
-        "Validation loss, nats a digit; bold: the lowest of a row; -: not run. Regret: loss less "
-        "the lowest of the method in the setting, for settings with all betas; one rate: the one "
-        "whose worst regret is least."
+        "Validation loss, nats a digit, of settings with three betas or more; bold: the lowest of "
+        "a row; -: not run. Regret: loss less the lowest of the method in the setting, for "
+        "settings with all betas; one rate: the one whose worst regret is least."
     )
     heads = next(iter(BY_BETAS.values()))
     return captioned(caption, ["method", "", *map(str, heads)], lines)
@@ -248,9 +249,11 @@ def one_rate_regret(
 
 def clipping(sweeps: Sweeps) -> list[str]:
     """Losses by learning rate of methods without and with a trust region."""
+    main = main_settings(sweeps)
     groups = [
         (setting, name, group[name])
         for setting, group in sweeps.items()
+        if setting in main or DATASETS[setting.dataset].base != "small"
         for usual, clipped in CLIPPED.items()
         if usual in group and any(name in group for name in clipped)
         for name in (usual, *clipped)

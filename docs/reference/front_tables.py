@@ -26,8 +26,8 @@ pairs, float32.*
 | --- | --- | --- | --- |
 | `ScaledAdamW`, two CPU threads | 4.6 | 4.6 | 7.1 |
 | PEFT's Riemannian wrapper, two CPU threads | 9.4 | 6.7 | 10.4 |
-| `ScaledAdamW`, one NVIDIA H200 | 12.2 | 11.2 | 10.8 |
-| PEFT's Riemannian wrapper, one NVIDIA H200 | 43 | 50 | 121 |
+| `ScaledAdamW`, one NVIDIA H100 | 10.6 | 9.9 | 9.0 |
+| PEFT's Riemannian wrapper, one NVIDIA H100 | 47 | 56 | 154 |
 """
 """Figures of today's default, idle machines: renew them here and run this script."""
 

@@ -486,9 +486,12 @@ def test_betas_are_compared_at_best_rates_and_at_one_rate():
     for name in (mid, slow, usual, growing):
         rows += rows_of(name, {1.0: 0.1, 2.0: 0.3}) + rows_of(name, {1.0: 0.9, 2.0: 0.6}, "fall")
     rows += rows_of(fast, {1.0: 0.3}, "lowest") + rows_of(usual, {1.0: 2.0}, "lowest")
+    rows += rows_of(growing, {1.0: 0.4}, "lowest") + rows_of(fast, {1.0: 0.3}, "exchange")
+    rows += rows_of(usual, {1.0: 0.3}, "exchange")
     table = comparisons.betas(sweeps_of(rows))
     partial = cells(table, "adamw | `lowest`, rank 4, 12 steps, best rates")
-    assert partial[2:] == ["**0.3000**", "-", "-", "2.0000", "-"]  # and no part of the regrets
+    assert partial[2:] == ["**0.3000**", "-", "-", "2.0000", "0.4000"]  # and no part of the regrets
+    assert not any("exchange" in line for line in table)
     first = cells(table, "adamw | `cipher`, rank 4, 12 steps, best rates")
     assert first[2:] == ["0.2000", *["**0.1000**"] * 4]
     worst = cells(table, "adamw | worst regret, best rates")

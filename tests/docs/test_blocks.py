@@ -32,6 +32,9 @@ def blocks(path):
 
 def test_the_line_of_the_front_page(capsys):
     model = make_model(zero_B=True)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.scaling = 1.0  # PEFT's layers have it
     space = {"model": model}
     (code,) = blocks(DOCS / "index.md")
     exec(code, space)
@@ -52,7 +55,7 @@ def test_the_program_of_the_readme_prints_what_it_shows(capsys):
     number = re.compile(r"\d\.\d\d")
     assert number.sub("#", printed) == number.sub("#", shown)
     losses = [[float(x) for x in number.findall(part)] for part in (printed, shown)]
-    # A hundred float32 steps: the last bits of products differ between BLAS libraries.
+    # Twenty float32 steps: the last bits of products differ between BLAS libraries.
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
