@@ -25,8 +25,13 @@ few = pytest.mark.parametrize("name", ["adamw", "LoRARite"])
 
 
 @pytest.fixture(autouse=True)
-def afresh():
-    """No graphs of other tests; float64 by default, or torch's compiled Adam counts in float32."""
+def afresh(monkeypatch):
+    """No graphs of other tests; float64 by default, or torch's compiled Adam counts in float32.
+
+    Learning rates are then tensors of float64. torch takes the number of such a scalar for a symbol,
+    finds at the end of a graph that nothing uses it, and traces all of it again, if not told so.
+    """
+    monkeypatch.setenv("TENSORIFY_PYTHON_SCALARS", "0")
     torch._dynamo.reset()
     counters.clear()
     torch.set_default_dtype(torch.float64)
@@ -216,8 +221,9 @@ def test_lowered_precision_is_refused():
 
 @pytest.mark.filterwarnings("ignore:.*torch._prims_common.check:FutureWarning")  # in inductor
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # in inductor
-def test_the_how_to_runs(one_graph):
-    """With inductor and a scheduler; the loss of an eager loop."""
+def test_the_how_to_runs(one_graph, monkeypatch):
+    """With inductor, a scheduler and torch's own settings; the loss of an eager loop."""
+    monkeypatch.delenv("TENSORIFY_PYTHON_SCALARS")
     losses = []
     for compiler in (torch.compile, lambda step, **_: step):
         model = small_model()
