@@ -1,14 +1,16 @@
 """One `backend` fixture over every array library that is installed; others skip with the reason."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the time goes to compiling steps that run once or twice: a third less of it.
+# Most of the time goes to compiling steps that run once or twice: half of it, with these.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false",
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Small problems, and a process for each core: one thread each.
@@ -52,6 +54,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker("slow")
 
 
+@cache
 def load(library: str) -> Backend:
     if library == "numpy-readonly":
         return ReadOnlyNumPy(get("numpy").xp, "numpy")
