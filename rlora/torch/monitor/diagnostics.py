@@ -8,17 +8,16 @@ to the host in one read, and the rest is done there, in float64.
 import math
 import statistics
 from collections import Counter
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from rlora.core.diagnostics import Damping, gram_figures
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
 from rlora.core.linalg import DampingMode
-from rlora.torch.monitor.finite import look_on_the_host, peaks, state_peaks, warn_of_nan
+from rlora.torch.monitor.finite import peaks, state_peaks, warn_of_nan
 from rlora.torch.monitor.snapshot import Watch, lost, read, refuse_shards
 from rlora.torch.pairing.layers import find_layers, plain_weight
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
@@ -36,161 +35,137 @@ Rows = dict[str, dict[str, float]]
 """The figures of every layer, by its name."""
 
 
-class Watched(Optimizer):
-    """The part of an optimizer for LoRA pairs that lets one see what it does."""
+def watch(optimizer: Any, model: nn.Module | None = None) -> None:
+    """Keep what `diagnostics` needs of every step from now on: a copy of the factors.
 
-    _watch: Watch | None = None
-    _warned: bool = False
-    """True once the warning of values that are not finite has been given."""
-    _begun: bool = False
-    """True once B has been checked for zeros."""
-    _orphans_told: bool = False
-    """True once the warning of parameters that the model has no more has been given."""
-    _idle_steps: int | None = 0
-    """First steps in which no pair had a gradient; None once one had, or the warning was given."""
+    Parameters
+    ----------
+    optimizer : Optimizer
+        One of `rlora.torch`; also its method ``optimizer.watch(model)``.
+    model : Module, optional
+        The model of the factors. Where its base weights are plain linear ones, steps are
+        compared with them too.
 
-    def watch(self, model: nn.Module | None = None) -> None:
-        """Keep what `diagnostics` needs of every step from now on: a copy of the factors.
+    Raises
+    ------
+    ShardingError
+        When a factor is a DTensor.
+    """
+    refuse_shards(optimizer._current_pairs())
+    optimizer._watch = Watch({} if model is None else weights_under(model, optimizer))
 
-        Parameters
-        ----------
-        model : Module, optional
-            The model of the factors. Where its base weights are plain linear ones, steps are
-            compared with them too.
 
-        Raises
-        ------
-        ShardingError
-            When a factor is a DTensor.
-        """
-        optimizer = cast("Any", self)
-        refuse_shards(optimizer._current_pairs())
-        self._watch = Watch({} if model is None else weights_under(model, optimizer))
+def unwatch(optimizer: Any) -> None:
+    """Undo `watch`. Copies and pickles of an optimizer do not watch either."""
+    optimizer._watch = None
 
-    def unwatch(self) -> None:
-        """Forget it. Copies and pickles of an optimizer do not watch either."""
-        self._watch = None
 
-    def diagnostics(self, *, per_pair: bool = True) -> dict[str, float]:
-        """Figures of the last watched step, or if none has been, of the factors as they are.
+def diagnostics(optimizer: Any, *, per_pair: bool = True) -> dict[str, float]:
+    """Figures of the last watched step, or if none has been, of the factors as they are.
 
-        Parameters
-        ----------
-        per_pair : bool
-            With the figures of every pair, or only their summary.
+    Parameters
+    ----------
+    optimizer : Optimizer
+        One of `rlora.torch`; also its method ``optimizer.diagnostics()``.
+    per_pair : bool
+        With the figures of every pair, or only their summary.
 
-        Returns
-        -------
-        dict of str to float
-            ``rlora/<pair>/<figure>``, and for all pairs ``rlora/pairs``, their number,
-            ``rlora/<figure>/min``, ``/median`` and ``/max``, and ``/count`` for figures that are 0
-            or 1. A figure of A is about ``A Aᵀ``, which preconditions B, and one of B about
-            ``Bᵀ B``, which preconditions A:
+    Returns
+    -------
+    dict of str to float
+        ``rlora/<pair>/<figure>``, and for all pairs ``rlora/pairs``, their number,
+        ``rlora/<figure>/min``, ``/median`` and ``/max``, and ``/count`` for figures that are 0
+        or 1. A figure of A is about ``A Aᵀ``, which preconditions B, and one of B about
+        ``Bᵀ B``, which preconditions A:
 
-            - ``cond_A``, ``cond_B``: condition number; inf where rank is lost, NaN for zero.
-            - ``damped_cond_A``, ..: with the damping of the group, what a Gram method inverts.
-            - ``anisotropy_A``, ..: how far the inverse of that is from a multiple of the identity,
-              from 0 to below 1. At 0 the preconditioner is a number, which Adam cancels.
-            - ``damped_A``, ..: 1 where damping has more than doubled the smallest eigenvalue.
-            - ``skipped_A``, ..: 1 where too small or large to invert: no update of the partner.
-            - ``nan_A``, ..: 1 where it has a NaN.
+        - ``cond_A``, ``cond_B``: condition number; inf where rank is lost, NaN for zero.
+        - ``damped_cond_A``, ..: with the damping of the group, what a Gram method inverts.
+        - ``anisotropy_A``, ..: how far the inverse of that is from a multiple of the identity,
+          from 0 to below 1. At 0 the preconditioner is a number, which Adam cancels.
+        - ``damped_A``, ..: 1 where damping has more than doubled the smallest eigenvalue.
+        - ``skipped_A``, ..: 1 where too small or large to invert: no update of the partner.
+        - ``nan_A``, ..: 1 where it has a NaN.
 
-            Changes of the factors themselves in a watched step:
+        Changes of the factors themselves in a watched step:
 
-            - ``step``: ``|B A - B0 A0| / |B0 A0|``; inf from zero.
-            - ``step_A``, ``step_B``: ``|A - A0| / |A0|`` and the same of B.
-            - ``step_in_weight``: ``s |B A - B0 A0| / |W0|`` where `watch` has found W0; s is 1
-              unless the layer or the optimizer says it.
-            - ``lost_A``, ``lost_B``: for parameters narrower than float32 the share of the entries
-              that the step has left as they were, less than half the spacing of numbers away; 0
-              without a gradient and where bfloat16 is rounded at random.
-            - ``no_grad_A``, ``no_grad_B``: 1 where there was no gradient.
+        - ``step``: ``|B A - B0 A0| / |B0 A0|``; inf from zero.
+        - ``step_A``, ``step_B``: ``|A - A0| / |A0|`` and the same of B.
+        - ``step_in_weight``: ``s |B A - B0 A0| / |W0|`` where `watch` has found W0; s is 1
+          unless the layer or the optimizer says it.
+        - ``lost_A``, ``lost_B``: for parameters narrower than float32 the share of the entries
+          that the step has left as they were, less than half the spacing of numbers away; 0
+          without a gradient and where bfloat16 is rounded at random.
+        - ``no_grad_A``, ``no_grad_B``: 1 where there was no gradient.
 
-            And as they are after it:
+        And as they are after it:
 
-            - ``grown_A``, ``grown_B``: the largest entry of the parameter, against what it was when
-              watching began and the sum of the learning rates since and of a hundred steps more: as
-              far as AdamW can have moved it.
-            - ``wide_A``, ``wide_B``: 1 where r is above n, or above m: the Gram is singular.
-            - ``bad_state_A``, ..: 1 where the optimizer's state has NaN or inf.
+        - ``grown_A``, ``grown_B``: the largest entry of the parameter, against what it was when
+          watching began and the sum of the learning rates since and of a hundred steps more: as
+          far as AdamW can have moved it.
+        - ``wide_A``, ``wide_B``: 1 where r is above n, or above m: the Gram is singular.
+        - ``bad_state_A``, ..: 1 where the optimizer's state has NaN or inf.
 
-        Raises
-        ------
-        ShardingError
-            When a factor is a DTensor.
+    Raises
+    ------
+    ShardingError
+        When a factor is a DTensor.
 
-        Warns
-        -----
-        RuntimeWarning
-            Once, when a pair or its state is not finite; `state_dict` warns too where it can look
-            without waiting for a device.
+    Warns
+    -----
+    RuntimeWarning
+        Once, when a pair or its state is not finite; `state_dict` warns too where it can look
+        without waiting for a device.
 
-        Notes
-        -----
-        Methods without damping, and those that precondition by something else, are shown what
-        `ScaledAdamW` would make of their Grams, with their damping or with none. With
-        ``order="gauss_seidel"`` B has seen the Gram of the new A, and the figures are of the old.
+    Notes
+    -----
+    Methods without damping, and those that precondition by something else, are shown what
+    `ScaledAdamW` would make of their Grams, with their damping or with none. With
+    ``order="gauss_seidel"`` B has seen the Gram of the new A, and the figures are of the old.
 
-        Examples
-        --------
-        >>> import torch, rlora.torch
-        >>> A, B = torch.eye(2, 3, requires_grad=True), torch.eye(4, 2, requires_grad=True)
-        >>> optimizer = rlora.torch.ScaledSGD([A, B], lr=0.1, pairs=[(A, B)])
-        >>> optimizer.watch()
-        >>> (B @ A).sum().backward()
-        >>> optimizer.step()
-        >>> optimizer.diagnostics()["rlora/cond_A/max"]
-        1.0
-        """
-        rows = rows_of(cast("Any", self))
-        pairs = {f"rlora/{name}/{key}": x for name, row in rows.items() for key, x in row.items()}
-        return summary(rows) | (pairs if per_pair else {})
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state, as torch gives it.
-
-        Warns
-        -----
-        RuntimeWarning
-            Once, when a pair on a CPU, or its state, is not finite. What lies on an accelerator is
-            not looked at: the device would have to be waited for. `diagnostics` looks there too.
-        """
-        look_on_the_host(self)
-        saved = super().state_dict()
-        for group in saved["param_groups"]:
-            if "rounded" in group:  # steps write to it
-                group["rounded"] = torch.as_tensor(group["rounded"]).clone()
-        return saved
+    Examples
+    --------
+    >>> import torch, rlora.torch
+    >>> A, B = torch.eye(2, 3, requires_grad=True), torch.eye(4, 2, requires_grad=True)
+    >>> optimizer = rlora.torch.ScaledSGD([A, B], lr=0.1, pairs=[(A, B)])
+    >>> optimizer.watch()
+    >>> (B @ A).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.diagnostics()["rlora/cond_A/max"]
+    1.0
+    """
+    rows = rows_of(optimizer)
+    pairs = {f"rlora/{name}/{key}": x for name, row in rows.items() for key, x in row.items()}
+    return summary(rows) | (pairs if per_pair else {})
 
 
 def rows_of(optimizer: Any) -> Rows:
     """The figures of every layer of an optimizer's pairs."""
-    watch = optimizer._watch or Watch()
-    stepped = bool(watch.pairs)
+    record = optimizer._watch or Watch()
+    stepped = bool(record.pairs)
     if not stepped:
-        watch = Watch(watch.weights)
-        watch.note(optimizer._current_pairs(), optimizer.report)
-    places, state = state_peaks(optimizer, watch.pairs)
-    now = peaks([p.detach() for pair in watch.pairs for p in pair[:2]])
-    reach = [watch.reach] if isinstance(watch.reach, Tensor) else []
-    shares = lost(watch)
-    parts, scalars = read(watch, [*watch.start, *now, *shares.values(), *state, *reach])
-    ends, bad = ends_of(watch, list(shares), places, scalars, stepped=stepped)
-    warn_of_nan(optimizer, watch.names, bad)
+        record = Watch(record.weights)
+        record.note(optimizer._current_pairs(), optimizer.report)
+    places, state = state_peaks(optimizer, record.pairs)
+    now = peaks([p.detach() for pair in record.pairs for p in pair[:2]])
+    reach = [record.reach] if isinstance(record.reach, Tensor) else []
+    shares = lost(record)
+    parts, scalars = read(record, [*record.start, *now, *shares.values(), *state, *reach])
+    ends, bad = ends_of(record, list(shares), places, scalars, stepped=stepped)
+    warn_of_nan(optimizer, record.names, bad)
     rows: Rows = {}
     for owners, S, sizes in parts:
-        damping = dampings([watch.pairs[i] for i in owners], optimizer)
+        damping = dampings([record.pairs[i] for i in owners], optimizer)
         columns = columns_of(S, damping) | (ratios_of(sizes) if stepped else {})
         changes = sizes[0].tolist()
         layers, count = Counter(owners), Counter[int]()
         for k, i in enumerate(owners):
             row = {key: values[k] for key, values in columns.items()}
-            weight = watch.weights.get(watch.pairs[i].A)
+            weight = record.weights.get(record.pairs[i].A)
             if stepped and weight and layers[i] == 1:
                 row["step_in_weight"] = changes[k] / weight
-            row["no_grad_A"], row["no_grad_B"] = (float(not x) for x in watch.moving[i])
+            row["no_grad_A"], row["no_grad_B"] = (float(not x) for x in record.moving[i])
             row |= ends[i]
-            rows[watch.names[i] + (f"[{count[i]}]" if layers[i] > 1 else "")] = row
+            rows[record.names[i] + (f"[{count[i]}]" if layers[i] > 1 else "")] = row
             count[i] += 1
     return rows
 

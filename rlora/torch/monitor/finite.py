@@ -40,9 +40,9 @@ def warn_of_nan(optimizer: Any, names: Sequence[str], places: Collection[int]) -
     places : sequence of int
         Factors with values that are not finite: 2k for the A of pair k, 2k + 1 for its B.
     """
-    if not places or optimizer._warned:
+    if not places or "nan" in optimizer._told:
         return
-    optimizer._warned = True
+    optimizer._told |= {"nan"}
     first = min(places)
     count = len({place // 2 for place in places})
     msg = (
@@ -55,7 +55,7 @@ def warn_of_nan(optimizer: Any, names: Sequence[str], places: Collection[int]) -
 
 def look_on_the_host(optimizer: Any) -> None:
     """`warn_of_nan` of the pairs on a CPU: what lies on an accelerator would have to be awaited."""
-    if optimizer._warned:
+    if "nan" in optimizer._told:
         return
     pairs = optimizer._pairs  # as the last step had them: saving refuses nothing
     here = [k for k, pair in enumerate(pairs) if _is_on_host(pair)]
@@ -76,9 +76,9 @@ def check_start(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
     The one time that a step asks a device for values, and of such methods alone.
     """
     start = getattr(getattr(type(optimizer), "method", None), "start", None)
-    if start is None or optimizer._begun or torch.compiler.is_compiling():
+    if start is None or torch.compiler.is_compiling() or "start" in optimizer._told:
         return
-    optimizer._begun = True
+    optimizer._told |= {"start"}
     fresh = [
         k
         for k, pair in enumerate(pairs)
@@ -103,7 +103,7 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
 
     Of an optimizer that was not given a model: when no pair has a gradient in its first two steps.
     """
-    if optimizer._orphans_told or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or "orphans" in optimizer._told:
         return
     idle = [
         k
@@ -126,7 +126,8 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
             return
     if not idle:
         return
-    optimizer._orphans_told, optimizer._idle_steps = True, None
+    optimizer._told |= {"orphans"}
+    optimizer._idle_steps = None
     kind, first = type(optimizer).__name__, list(optimizer.report)[idle[0]].name
     msg = (
         f"{kind}: {len(idle)} of {len(pairs)} pairs, the first {first}, stand still: {why}; where "

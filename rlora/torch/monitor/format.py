@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from typing import Any
 
-from rlora.torch.monitor.diagnostics import MARKS, MEASURES, Watched
+from rlora.torch.monitor.diagnostics import MARKS, MEASURES
 
 NO_EFFECT = 0.01
 """An anisotropy below which a preconditioner counts as a multiple of the identity."""
@@ -257,7 +257,7 @@ class Events:
         self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any
     ) -> None:
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        if not isinstance(inner, Watched):
+        if not hasattr(inner, "diagnostics"):
             msg = (
                 f"log_diagnostics needs a Trainer with an optimizer of rlora.torch, got "
                 f"{type(inner).__name__}; give it by optimizers= or optimizer_cls_and_kwargs="

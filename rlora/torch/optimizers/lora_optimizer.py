@@ -19,17 +19,17 @@ from rlora.core.dispatch import get_backend
 from rlora.core.errors import NamespaceError
 from rlora.pairing import PairReport
 from rlora.pairing.order import BY_ORDER
-from rlora.torch.monitor.diagnostics import Watched
+from rlora.torch.monitor import diagnostics as figures
 from rlora.torch.monitor.finite import check_orphans, check_start
+from rlora.torch.monitor.snapshot import Watch
 from rlora.torch.optimizers.state_dict import LoadsState
 from rlora.torch.pairing.discovery import (
     Pairs,
     check_explicit,
     in_order,
-    match,
     no_pair,
+    pairs_in_groups,
     split_source,
-    told_apart,
 )
 from rlora.torch.pairing.modules import scalings_in, what_modules_know
 from rlora.torch.pairing.pairs import TensorPair, signature
@@ -41,6 +41,7 @@ from rlora.torch.pairing.param_groups import (
     plain_numbers,
     rename,
     split_names,
+    successors,
     without_names,
 )
 from rlora.torch.pairing.sharding_checks import check_layouts, check_swap
@@ -51,7 +52,7 @@ from rlora.torch.step.rounding import count_roundings
 NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
 
 
-class LoRAOptimizer(Watched, LoadsState, ABC):
+class LoRAOptimizer(LoadsState, ABC):
     """A torch optimizer that knows the pairs among its parameters. Not to be used by itself."""
 
     report: PairReport
@@ -63,6 +64,14 @@ class LoRAOptimizer(Watched, LoadsState, ABC):
 
     _model: ref[nn.Module] | None = None
     """The model that the parameters were given as; a copy does not know its own."""
+
+    _watch: Watch | None = None
+    _told: frozenset[str] = frozenset()
+    """Checks that were made, and warnings that were given, once."""
+    _idle_steps: int | None = 0
+    """First steps in which no pair had a gradient; None once one had, or the warning was given."""
+
+    watch, unwatch, diagnostics = figures.watch, figures.unwatch, figures.diagnostics
 
     def __init__(
         self,
@@ -130,31 +139,16 @@ class LoRAOptimizer(Watched, LoadsState, ABC):
 
         `scalings` has the s of layers by the identity of their factors.
         """
-        pairs, report = check_explicit(self._by_hand, self._members)
-        groups = self._named_groups() if self._by_name else []
-        if any(groups):
-            named = told_apart(groups, self._known, self._source)
-            found, by_name = match(named, self._known, self._adapter, self._source)
-            by_hand = {id(p) for pair in pairs for p in pair.moved}
-            nameless = [
-                f"parameter {i}"
-                for i, (name, p) in enumerate(zip(self._names, self._members, strict=True))
-                if name is None and id(p) not in by_hand
-            ]
-            pairs = pairs + found
-            plain = (*by_name.plain, *nameless)
-            report = replace(by_name, pairs=report.pairs + by_name.pairs, plain=plain)
-        check_layouts(pairs)
-        self._pairs = [p._replace(scaling=scalings.get(id(p.A), p.scaling)) for p in pairs]
-        self.report = report
-
-    def _named_groups(self) -> list[list[tuple[str, Tensor]]]:
-        """The members with a name, group by group."""
         names = dict(zip(map(id, self._members), self._names, strict=True))
-        return [
-            [(name, p) for p in group["params"] if (name := names[id(p)]) is not None]
-            for group in self.param_groups
-        ]
+        pairs, self.report = pairs_in_groups(
+            [[(names[id(p)], p) for p in group["params"]] for group in self.param_groups],
+            self._by_hand,
+            self._source,
+            by_name=self._by_name,
+            known=self._known,
+            adapter=self._adapter,
+        )
+        self._pairs = [p._replace(scaling=scalings.get(id(p.A), p.scaling)) for p in pairs]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its LoRA factors are paired by name, or by a key ``pairs`` of the group.
@@ -211,17 +205,15 @@ class LoRAOptimizer(Watched, LoadsState, ABC):
             p is q for p, q in zip(now, self._members, strict=True)
         ):
             return self._pairs
-        place = {id(p): i for i, p in enumerate(self._members)}
-        successor = {id(p): p for p in now}
-        if len(now) == len(self._members) and all(
-            p is q or id(p) not in place for p, q in zip(now, self._members, strict=True)
-        ):
-            successor = {old: now[i] for old, i in place.items()}
-        else:
-            self._names = [self._names[place[id(p)]] if id(p) in place else None for p in now]
-            rename(self.param_groups, self._names)
+        successor = successors(self._members, now)
+        name_of = {
+            id(successor.get(id(p))): x for p, x in zip(self._members, self._names, strict=True)
+        }
+        self._names = [name_of.get(id(p)) for p in now]
+        rename(self.param_groups, self._names)
         replaced = [pair.replaced(lambda p: successor.get(id(p))) for pair in self._pairs]
-        check_swap(strangers=len(successor.keys() - place.keys()), gone=replaced.count(None))
+        strangers = successor.keys() - set(map(id, self._members))
+        check_swap(strangers=len(strangers), gone=replaced.count(None))
         kept = zip(self.report, replaced, strict=True)
         self.report = replace(self.report, pairs=tuple(n for n, pair in kept if pair is not None))
         self._pairs = [pair for pair in replaced if pair is not None]

@@ -10,6 +10,7 @@ from torch import Size, Tensor
 from torch.optim import Optimizer
 
 from rlora.core.errors import ShapeError
+from rlora.torch.monitor.finite import look_on_the_host
 from rlora.torch.optimizers.saved_order import ELEMENTWISE, as_groups_are
 from rlora.torch.pairing.pairs import TensorPair
 from rlora.torch.pairing.sharding_checks import check_kind
@@ -70,8 +71,18 @@ class LoadsState(Optimizer, ABC):
         Once there is any state: what never had a gradient, as an expert that no token was sent to,
         has the one it will begin with. torch.distributed.checkpoint takes a missing one for an
         error, and what a file lacks it would fill with a step that has been counted.
+
+        Warns
+        -----
+        RuntimeWarning
+            Once, when a pair on a CPU, or its state, is not finite. What lies on an accelerator is
+            not looked at: the device would have to be waited for. `diagnostics` looks there too.
         """
+        look_on_the_host(self)
         saved = super().state_dict()
+        for group in saved["param_groups"]:
+            if "rounded" in group:  # steps write to it
+                group["rounded"] = torch.as_tensor(group["rounded"]).clone()
         if saved["state"]:
             fresh = self._fresh_state()
             for i, p in self._owners(saved):

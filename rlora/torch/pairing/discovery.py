@@ -25,7 +25,7 @@ from rlora.pairing.report import number_of
 from rlora.torch.pairing.modules import in_group, what_modules_know
 from rlora.torch.pairing.pairs import TensorPair
 from rlora.torch.pairing.param_groups import misfit, trainable
-from rlora.torch.pairing.sharding_checks import check_whole
+from rlora.torch.pairing.sharding_checks import check_layouts, check_whole
 
 ByHand: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Layout]
 """A and B, and how they lie where that is not (r, n) and (m, r)."""
@@ -96,6 +96,34 @@ def split_source(pairs: Pairs) -> tuple[list[Any], Source | None]:
     check_source(given)
     names = [isinstance(x, Convention) or isinstance(x[0], str) for x in given]
     return ([], given) if names and all(names) else (given, None)
+
+
+def pairs_in_groups(
+    groups: Sequence[Sequence[tuple[str | None, Tensor]]],
+    by_hand: Iterable[Any],
+    source: Source | None,
+    *,
+    by_name: bool,
+    known: Known | None,
+    adapter: str | None,
+) -> tuple[list[TensorPair], PairReport]:
+    """The pairs given by hand, and if asked for those of groups whose parameters have names."""
+    members = [member for group in groups for member in group]
+    pairs, report = check_explicit(by_hand, [p for _, p in members])
+    named = [[(name, p) for name, p in group if name is not None] for group in groups]
+    if by_name and any(named):
+        found, theirs = match(told_apart(named, known, source), known, adapter, source)
+        taken = {id(p) for pair in pairs for p in pair.moved}
+        nameless = [
+            f"parameter {i}"
+            for i, (name, p) in enumerate(members)
+            if name is None and id(p) not in taken
+        ]
+        pairs += found
+        plain = (*theirs.plain, *nameless)
+        report = replace(theirs, pairs=report.pairs + theirs.pairs, plain=plain)
+    check_layouts(pairs)
+    return pairs, report
 
 
 def told_apart(

@@ -1,6 +1,6 @@
 """From what people hand to a torch optimizer to named groups, and what a factor must be."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -78,6 +78,20 @@ def rename(groups: list[dict[str, Any]], names: Iterable[str | None]) -> None:
         own = [next(rest) for _ in group["params"]]
         if group.pop("param_names", None) is not None and None not in own:
             group["param_names"] = own
+
+
+def successors(old: Sequence[Tensor], now: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The parameter that stands in the place of each old one, by the id of that.
+
+    Of as many as before, others at the same positions are successors. Else each is its own, and
+    those that have gone are missing.
+    """
+    known = set(map(id, old))
+    if len(now) == len(old) and all(
+        p is q or id(p) not in known for p, q in zip(now, old, strict=True)
+    ):
+        return {id(q): p for p, q in zip(now, old, strict=True)}
+    return {id(p): p for p in now}
 
 
 @contextmanager
