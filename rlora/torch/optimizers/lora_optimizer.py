@@ -46,7 +46,7 @@ from rlora.torch.pairing.param_groups import (
 )
 from rlora.torch.pairing.sharding_checks import check_layouts, check_swap
 from rlora.torch.step.compiling import inherited
-from rlora.torch.step.plan import Plan
+from rlora.torch.step.plan import Plan, Turn, plans_of
 from rlora.torch.step.rounding import count_roundings
 
 NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
@@ -117,8 +117,8 @@ class LoRAOptimizer(LoadsState, ABC):
     # --- for subclasses ---------------------------------------------------------------------------
 
     @abstractmethod
-    def _make_plans(self, pairs: list[TensorPair]) -> list[Plan]:
-        """The plans that step these pairs, and the parameters in no pair."""
+    def _turns(self, pairs: list[TensorPair]) -> list[Turn]:
+        """The work that steps these pairs: of both factors in one turn, or of A and then of B."""
 
     @abstractmethod
     def _check_own(self, group: dict[str, Any]) -> None:
@@ -279,7 +279,7 @@ class LoRAOptimizer(LoadsState, ABC):
                 raise NamespaceError(why)
         check_start(self, pairs)
         check_orphans(self, pairs)
-        return self._make_plans(pairs)
+        return plans_of(self.param_groups, pairs, self._turns(pairs))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._extra}}

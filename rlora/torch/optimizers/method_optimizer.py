@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from rlora.core.checks import check_nonnegative
-from rlora.core.errors import PairingError
 from rlora.core.state import flatten_state
 from rlora.core.transform import Transform
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
@@ -17,8 +16,9 @@ from rlora.torch.optimizers.saved_order import ELEMENTWISE
 from rlora.torch.optimizers.state_dict import Shapes
 from rlora.torch.pairing.discovery import Pairs, without_middles
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
-from rlora.torch.step.method_batch import places_in, portions, start_of
-from rlora.torch.step.plan import Plan, Work
+from rlora.torch.step.method_batch import places_in, start_of
+from rlora.torch.step.plan import Turn
+from rlora.torch.step.steps import steps_of_method
 
 Method = Callable[..., Transform]
 
@@ -118,32 +118,8 @@ class MethodOptimizer(LoRAOptimizer):
         super()._pair_up(scalings)
         self._pairs, self.report = without_middles(self._pairs, self.report)
 
-    def _make_plans(self, pairs: list[TensorPair]) -> list[Plan]:
-        owner = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        work: dict[Any, list[TensorPair]] = {}
-        for pair in pairs:
-            if len(groups := {owner[id(p)] for p in pair.moved}) > 1:
-                msg = (
-                    f"the factors of a pair of shapes {tuple(pair.A.shape)} and "
-                    f"{tuple(pair.B.shape)} are in two parameter groups; {type(self).__name__} "
-                    f"moves them together: put both in one (for two learning rates: LoRAPlus)"
-                )
-                raise PairingError(msg)
-            work.setdefault((is_distributed(pair.A), groups.pop()), []).append(pair)
-        batches: list[Work] = []
-        for (cut, group), members in work.items():
-            if cut:  # DTensors take half a second to import
-                from rlora.torch.step.dtensor_methods import steps_on_dtensors
-
-                sharded = self._transform(self.param_groups[group]).sharded
-                batches += steps_on_dtensors(self, group, members, sharded=sharded)
-            else:
-                batches += portions(self, group, members)
-        paired = {id(p) for pair in pairs for p in pair.moved}
-        plain = [
-            [(p, p) for p in group["params"] if id(p) not in paired] for group in self.param_groups
-        ]
-        return [Plan(batches, plain)]
+    def _turns(self, pairs: list[TensorPair]) -> list[Turn]:
+        return [(steps_of_method(self, pairs), {})]
 
     def _state_shapes(self) -> Callable[[Tensor], Shapes]:
         plain = super()._state_shapes()

@@ -15,7 +15,7 @@ from rlora.torch.pairing.pairs import TensorPair
 from rlora.torch.step.compiling import inherited
 from rlora.torch.step.kernels import SGD, AdamW, Kernel, has_kernel
 from rlora.torch.step.listwise import Recipe
-from rlora.torch.step.plan import Plan
+from rlora.torch.step.plan import Turn
 from rlora.torch.step.standins import StandIns, is_narrow
 from rlora.torch.step.steps import steps_of
 
@@ -75,23 +75,9 @@ class GramPreconditioned(LoRAOptimizer):
         flags = [group.get(name) for name in ("amsgrad", "capturable", "fused")]
         return [*super()._choices(group), has_kernel(group), *flags]
 
-    def _make_plans(self, pairs: list[TensorPair]) -> list[Plan]:
-        """One plan, or with Gauss-Seidel one a side."""
-        paired = {id(p) for pair in pairs for p in pair.moved}
-        plans = []
-        for sides in ("AB",) if self.order == "jacobi" else ("A", "B"):
-            steps, stand_ins = steps_of(self, self._kernel, pairs, sides)
-            plain = sides[0] == "A"
-            members = [
-                [
-                    (p, stand_ins.get(id(p), p))
-                    for p in group["params"]
-                    if id(p) in stand_ins or (plain and id(p) not in paired)
-                ]
-                for group in self.param_groups
-            ]
-            plans.append(Plan(steps, members))
-        return plans
+    def _turns(self, pairs: list[TensorPair]) -> list[Turn]:
+        sides = ("AB",) if self.order == "jacobi" else ("A", "B")
+        return [steps_of(self, self._kernel, pairs, some) for some in sides]
 
 
 def _steps_as(kind: type, parent: Any) -> bool:

@@ -1,11 +1,13 @@
 """One step of an optimizer: the work on its pairs, and the parent's own step over the rest."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+
+from rlora.torch.pairing.pairs import TensorPair
 
 
 class Work(Protocol):
@@ -16,6 +18,10 @@ class Work(Protocol):
 
     def finish(self, half: Any) -> None:
         """Do the rest, with the result of `prepare`."""
+
+
+Turn: TypeAlias = tuple[Sequence[Work], Mapping[int, Tensor]]
+"""Work to be done at once, and by the id of its parameter each stand-in that the parent steps."""
 
 
 class Plan(NamedTuple):
@@ -33,6 +39,26 @@ class Plan(NamedTuple):
             over_stand_ins(optimizer, self.params, parent_step)
         for batch, P in zip(self.batches, halves, strict=True):
             batch.finish(P)
+
+
+def plans_of(
+    groups: Sequence[dict[str, Any]], pairs: Iterable[TensorPair], turns: Iterable[Turn]
+) -> list[Plan]:
+    """A plan for each turn; in the first one the parent steps the parameters in no pair too."""
+    paired = {id(p) for pair in pairs for p in pair.moved}
+    plans: list[Plan] = []
+    for work, stand_ins in turns:
+        first = not plans
+        params = [
+            [
+                (p, stand_ins.get(id(p), p))
+                for p in group["params"]
+                if id(p) in stand_ins or (first and id(p) not in paired)
+            ]
+            for group in groups
+        ]
+        plans.append(Plan(work, params))
+    return plans
 
 
 def over_stand_ins(

@@ -1,22 +1,21 @@
 """The pairs of an optimizer, sorted into steps: by group, dtype, device and memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from rlora.core.errors import PairingError
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
 from rlora.torch.step.kernels import AdamW, Kernel, has_kernel
 from rlora.torch.step.listwise import Job, ListStep
-from rlora.torch.step.plan import Work
+from rlora.torch.step.method_batch import portions
+from rlora.torch.step.plan import Turn, Work
 from rlora.torch.step.stacks import Moving, StackedAdamW, is_dense
 
 
-def steps_of(
-    optimizer: Any, kernel: type[Kernel], pairs: Sequence[TensorPair], sides: str
-) -> tuple[list[Work], dict[int, Tensor]]:
-    """The steps of all pairs, and by the id of its parameter each stand-in that they have.
+def steps_of(optimizer: Any, kernel: type[Kernel], pairs: Sequence[TensorPair], sides: str) -> Turn:
+    """The steps of scaled AdamW and SGD, or of an optimizer that they are put in front of.
 
     Parameters
     ----------
@@ -30,7 +29,7 @@ def steps_of(
         The factors to be updated.
     """
     groups = optimizer.param_groups
-    group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+    group_of = groups_by_id(groups)
     by_stacks = kernel is AdamW and not torch.compiler.is_compiling()
     fits = [by_stacks and has_kernel(group) for group in groups]
     stacked: dict[Any, tuple[list[TensorPair], list[Moving]]] = {}
@@ -67,3 +66,39 @@ def steps_of(
     kernels: list[Any] = [step.kernel for step in lists]
     stand_ins = {id(p): s for k in kernels for p, s in getattr(k, "members", ())}
     return steps, stand_ins
+
+
+def steps_of_method(optimizer: Any, pairs: Sequence[TensorPair]) -> list[Work]:
+    """The steps of any other method, which moves both factors of a pair together.
+
+    Raises
+    ------
+    PairingError
+        When the factors of a pair are in two groups.
+    """
+    group_of = groups_by_id(optimizer.param_groups)
+    parts: dict[Any, list[TensorPair]] = {}
+    for pair in pairs:
+        if len(owners := {group_of[id(p)] for p in pair.moved}) > 1:
+            msg = (
+                f"the factors of a pair of shapes {tuple(pair.A.shape)} and "
+                f"{tuple(pair.B.shape)} are in two parameter groups; {type(optimizer).__name__} "
+                f"moves them together: put both in one (for two learning rates: LoRAPlus)"
+            )
+            raise PairingError(msg)
+        parts.setdefault((is_distributed(pair.A), owners.pop()), []).append(pair)
+    steps: list[Work] = []
+    for (cut, i), members in parts.items():
+        if cut:  # DTensors take half a second to import
+            from rlora.torch.step.dtensor_methods import steps_on_dtensors
+
+            sharded = optimizer._transform(optimizer.param_groups[i]).sharded
+            steps += steps_on_dtensors(optimizer, i, members, sharded=sharded)
+        else:
+            steps += portions(optimizer, i, members)
+    return steps
+
+
+def groups_by_id(groups: Iterable[dict[str, Any]]) -> dict[int, int]:
+    """The place of the group of each parameter, by the id of that."""
+    return {id(p): i for i, group in enumerate(groups) for p in group["params"]}
