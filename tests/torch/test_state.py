@@ -183,6 +183,23 @@ def test_a_tensor_of_another_shape_is_refused_before_anything_moves(monkeypatch)
     assert same(before, values(model))
 
 
+@pytest.mark.parametrize("name", ["adamw", "LoRARite"])
+def test_a_refused_state_stays_as_it_was_put_there(name):
+    """Entries before the wrong one have not been taken over by halves."""
+    model = make_model()
+    optimizer = CLASSES[name](model)
+    train(model, optimizer, 2)
+    sides = [[optimizer.state[pair[side]] for pair in pairs_in(model)] for side in (0, 1)]
+    key = next(key for key in sides[0][0] if key in ("mu", "exp_avg"))
+    for first, last in sides:
+        first[key] = torch.full_like(first[key], 0.5)
+        last[key] = torch.zeros(3)
+    given = [held[key] for side in sides for held in side]
+    with pytest.raises(rlora.ShapeError, match=r"\(3,\) as"):
+        train(model, optimizer, 1)
+    assert all(x is y for x, y in zip([h[key] for side in sides for h in side], given, strict=True))
+
+
 # --- torch.distributed.checkpoint -----------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from math import prod
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +16,8 @@ from rlora.core.structure import another_state, side_by_side
 from rlora.core.transform import State, Transform
 from rlora.torch.pairing.pairs import Member, TensorPair, is_distributed, local
 from rlora.torch.step.compiling import keep
-from rlora.torch.step.dtensors import check_cut, cut_as, layer_of
-from rlora.torch.step.errors import misshapen
+from rlora.torch.step.dtensors import check_cut, layer_of
+from rlora.torch.step.plan import Share, take_over
 from rlora.torch.step.rounding import store
 
 PORTION = 1 << 22
@@ -58,16 +57,18 @@ class MethodBatch:
         scaling = self._optimizer.param_groups[self._group]["scaling"]
         return start_of(self._transform, self._buckets, scaling)
 
-    def _shares_of(self, flat: Mapping[str, Tensor]) -> "list[Share]":
+    def _shares_of(self, flat: Mapping[str, Tensor]) -> list[Share]:
         """For each parameter that has a state what the stacks hold of it."""
         shares: dict[int, Share] = {}
+        sources: dict[int, list[Source]] = {}
         for name, (i, side, key) in places_in(flat).items():
             for k, member in enumerate(self._buckets[i]):
                 owner, partner = member.keepers if side is None else (member.owners[side], None)
-                share = shares.setdefault(id(owner), Share(owner, [], [], []))
+                share = shares.setdefault(id(owner), Share(owner, [], []))
                 share.keys.append(key + member.suffix)
                 share.views.append(layer_of(flat[name], k))
-                share.sources.append((name, k, partner))
+                sources.setdefault(id(owner), []).append(Source(name, k, partner))
+        self._sources = list(sources.values())
         return list(shares.values())
 
     def follow(self, *, fresh: bool = False) -> None:
@@ -78,33 +79,22 @@ class MethodBatch:
         fresh : bool
             True if the stacks hold a fresh start.
         """
-        state = self._optimizer.state
-        start: dict[str, Tensor] = {}
-        old: list[Tensor] = []
-        new: list[Tensor] = []
-        for share in self._shares:
-            if share.stands_in(state):
-                continue
-            held = state.setdefault(share.owner, {})
-            for key, view, source in zip(share.keys, share.views, share.sources, strict=True):
-                name, k, partner = source
-                known = held.get(key)
-                if known is view:
-                    continue
-                if known is None and partner is not None:  # one was frozen or freed meanwhile
-                    known = state.get(partner, {}).pop(key, None)
-                if known is None and not fresh:
-                    start = start or flatten_state(self._initial())
-                    known = start[name][k]
-                elif known is not None and getattr(known, "shape", None) != view.shape:
-                    raise misshapen(key, known, view)
-                if known is not None:
-                    old.append(view)
-                    new.append(cut_as(known, view))
-                if not torch.compiler.is_compiling():  # a graph writes into what is there, later
-                    held[key] = view
-        if old:
-            torch._foreach_copy_([local(x) for x in old], [local(x) for x in new])
+        initial: dict[str, Tensor] = {}
+
+        def start(i: int, k: int) -> Tensor | None:
+            stack, layer, partner = self._sources[i][k]
+            if partner is not None:  # one was frozen or freed meanwhile
+                key = self._shares[i].keys[k]
+                kept: Tensor | None = self._optimizer.state.get(partner, {}).pop(key, None)
+                if kept is not None:
+                    return kept
+            if fresh:
+                return None
+            if not initial:
+                initial.update(flatten_state(self._initial()))
+            return initial[stack][layer]
+
+        take_over(self._shares, self._optimizer.state, start)
 
     def move(self) -> tuple[dict[str, Factors], State]:
         """The pairs and their state after the step, some of them written to already."""
@@ -186,20 +176,14 @@ def lies_in(p: Tensor, value: Tensor) -> bool:
     return p.data_ptr() == value.data_ptr()
 
 
-class Share(NamedTuple):
-    """One parameter's share of the state in the stacks of a batch."""
+class Source(NamedTuple):
+    """The place of one entry of a parameter's state in the stacks of a batch."""
 
-    owner: Tensor
-    keys: list[str]
-    views: list[Tensor]
-    sources: list[tuple[str, int, Tensor | None]]
-    """For each view its stack's name in the flat state, its layer, and the other parameter that may
-    have kept it."""
-
-    def stands_in(self, state: Mapping[Any, Any]) -> bool:
-        """Return whether the optimizer's state of the parameter is these very tensors."""
-        held = state.get(self.owner)
-        return held is not None and all(map(is_, map(held.get, self.keys), self.views))
+    stack: str
+    """The stack's name in the flat state."""
+    layer: int
+    partner: Tensor | None
+    """The other parameter that may have kept it."""
 
 
 class Portions:

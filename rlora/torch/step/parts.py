@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlora.core.backend import Backend, Workspace
-from rlora.torch.step.errors import misshapen
+from rlora.torch.step.plan import Share
 from rlora.torch.step.rounding import store
 
 
@@ -52,10 +52,10 @@ class Part:
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
         self.moments = {name: self._like_params(torch.zeros) for name in names}
         memory = [self.steps.unbind(0), *map(self._each, self.moments.values())]
-        self.views = [
-            dict(zip(("step", *names), values, strict=True)) for values in zip(*memory, strict=True)
+        views = zip(*memory, strict=True)
+        self.shares = [
+            Share(p, ["step", *names], list(some)) for p, some in zip(params, views, strict=True)
         ]
-        """Entries of the optimizer's state for each parameter."""
 
     def _like_params(self, make: Any) -> list[Tensor]:
         shapes = [p.shape for p in self.params]
@@ -73,22 +73,6 @@ class Part:
             torch.stack(tensors, out=arrays[0])
         else:
             torch._foreach_copy_(list(self._each(arrays)), tensors)
-
-    def follow(self, state: dict[Any, Any]) -> None:
-        """Take over the optimizer's state; what is missing there begins at 0."""
-        for p, views in zip(self.params, self.views, strict=True):
-            held = state.setdefault(p, {})
-            for name, view in views.items():
-                known = held.get(name)
-                if known is view:
-                    continue
-                if known is None:
-                    view.zero_()
-                elif torch.as_tensor(known).shape == view.shape:  # old states have numbers as steps
-                    view.copy_(torch.as_tensor(known))
-                else:
-                    raise misshapen(name, known, view)
-                held[name] = view
 
     def gram(self, backend: Backend, S: Tensor) -> None:
         """Write ``A Aᵀ`` or ``Bᵀ B`` of every factor to its place in S."""

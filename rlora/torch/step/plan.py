@@ -1,13 +1,16 @@
-"""One step of an optimizer: the work on its pairs, and the parent's own step over the rest."""
+"""One step of an optimizer: work on its pairs and their state, the parent's step over the rest."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from rlora.torch.pairing.pairs import TensorPair
+from rlora.torch.pairing.pairs import TensorPair, local
+from rlora.torch.step.dtensors import cut_as
+from rlora.torch.step.errors import misshapen
 
 
 class Work(Protocol):
@@ -100,3 +103,60 @@ def over_stand_ins(
                 if stand_in in state:
                     real_state[p] = state[stand_in]
         real_state.update((k, v) for k, v in state.items() if not isinstance(k, Tensor))
+
+
+class Share(NamedTuple):
+    """One parameter's share of the arrays in which a step works: views, under their names."""
+
+    owner: Tensor
+    keys: list[str]
+    views: list[Tensor]
+
+
+def take_over(
+    shares: Sequence[Share], state: Any, start: Callable[[int, int], Tensor | None]
+) -> None:
+    """Give the views of shares the values of the optimizer's state, and put them there.
+
+    All or, where an entry is refused, none.
+
+    Parameters
+    ----------
+    shares : sequence of Share
+        The shares of a step.
+    state : dict
+        ``optimizer.state``.
+    start : callable
+        ``start(i, k)``, what entry k of share i begins with if the state lacks it; None for the
+        values that the view has.
+
+    Raises
+    ------
+    ShapeError
+        When an entry has not the shape of its view.
+    """
+    moved: list[tuple[Tensor, Tensor]] = []
+    entries: list[tuple[dict[str, Any], str, Tensor]] = []
+    for i, share in enumerate(shares):
+        held = state.setdefault(share.owner, {})
+        if all(map(is_, map(held.get, share.keys), share.views)):
+            continue
+        for k, (key, view) in enumerate(zip(share.keys, share.views, strict=True)):
+            known = held.get(key)
+            if known is view:
+                continue
+            if known is None:
+                known = start(i, k)
+            elif isinstance(known, (int, float)):  # the step of old states
+                known = torch.as_tensor(known)
+            if known is not None:
+                if getattr(known, "shape", None) != view.shape:
+                    raise misshapen(key, known, view)
+                moved.append((local(view), local(cut_as(known, view))))
+            entries.append((held, key, view))
+    if moved:
+        old, new = map(list, zip(*moved, strict=True))
+        torch._foreach_copy_(old, new)
+    if not torch.compiler.is_compiling():  # a graph writes into what is there, later
+        for held, key, view in entries:
+            held[key] = view

@@ -19,6 +19,7 @@ from rlora.core.rank_group import RankGroup
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
 from rlora.torch.step.listwise import recipe_of
 from rlora.torch.step.parts import Part
+from rlora.torch.step.plan import take_over
 
 Moving: TypeAlias = tuple[bool, bool]
 """True for A, and for B, if it is to be updated."""
@@ -66,7 +67,7 @@ class StackedAdamW:
             for (side, shape, moves), members in alike.items()
         ]
         self.moving = [part for part in self.parts if part.group is not None]
-        self.params = [p for part in self.moving for p in part.params]
+        self.shares = [share for part in self.moving for share in part.shares]
         self.dtype, r = self.parts[0].dtype, pairs[0].A.shape[0]
         self.backend = get_backend(pairs[0].A)
         dtype = self.backend.compute_dtype(self.dtype, self.recipe.compute_dtype)
@@ -75,10 +76,12 @@ class StackedAdamW:
         values = [Factors(A.detach(), B.detach()) for A, B in factors]
         self.ranks = RankGroup(self.backend, values, dtype=dtype, workspace={})
 
+    def _start(self, i: int, k: int) -> Tensor:
+        return torch.zeros_like(self.shares[i].views[k])
+
     def prepare(self) -> Tensor | None:
         """Grams, their powers and the preconditioned gradients; the power behind Adam, if any."""
-        for part in self.moving:
-            part.follow(self.optimizer.state)
+        take_over(self.shares, self.optimizer.state, self._start)
         damping, damping_mode, placement = self.recipe[:3]
         with self.backend.exact(self.S):
             for part in self.parts:
