@@ -16,6 +16,7 @@ import argparse
 import platform
 import random
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -43,6 +44,9 @@ from transformers import PreTrainedModel
 
 import rlora
 from rlora.torch import ScaledAdamW
+
+# PEFT asks transformers under an old name: nothing that a reader of the tutorial could mend.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
 BETAS = (0.7, 0.8)  # those of ScaledAdamW: otherwise the betas would be compared
 
