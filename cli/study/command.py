@@ -106,12 +106,13 @@ def study(
     from .regret import write_regrets
     from .runner import run_study
     from .tables import write_tables
-    from .workloads import LARGE, STACKED, Origin, datasets_of
+    from .workloads import LARGE, STACKED, Origin, check_device, datasets_of
 
     if not tables:
         datasets = datasets or datasets_of(model)[:1]
         check_names(model, datasets, names)
         origin = Origin(weights, data, device or ("cuda" if model in LARGE else "cpu"))
+        check_device(origin.device)
         settings = list(product(datasets, ranks or (None,), lengths or (None,)))
         run_study(model, settings, names, processes, output, quick, origin)
     (write_regrets if model in STACKED else write_tables)(output)

@@ -156,7 +156,7 @@ def by_rule(sweeps: Sweeps) -> list[str]:
     rows, bases = [], compared(sweeps)
     for name in METHODS:
         settings = [x for x in bases if name in sweeps[x]]
-        if 2 * len(settings) >= len(bases):
+        if settings and 2 * len(settings) >= len(bases):
             pairs = [
                 (sweeps[x][name], nearest(sweeps[x][name], suggested(x)), sweeps[x][bases[x]])
                 for x in settings
@@ -209,7 +209,7 @@ def by_rate(sweeps: Sweeps) -> list[str]:
         settings = [
             x for x in bases if name in sweeps[x] and set(rates) <= sweeps[x][name].losses.keys()
         ]
-        if 2 * len(settings) < len(bases):
+        if not settings or 2 * len(settings) < len(bases):
             continue
         means = [
             mean(sweeps[x][name].losses[lr] - sweeps[x][bases[x]].lowest for x in settings)

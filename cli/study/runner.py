@@ -23,7 +23,7 @@ class Size(NamedTuple):
 
 SIZES: Final = {"digits": Size(200, 4, 20), "smollm2": Size(160, 1, 3), "strings": Size(300, 2, 5)}
 QUICK: Final = Size(8, 1, 1)
-QUICK_METHODS: Final = ("adamw", "scaled-both-fast", "scaled")
+QUICK_METHODS: Final = ("adamw", "scaled")
 RANK: Final = 8
 
 

@@ -50,8 +50,8 @@ def stacks_of(place: Place, jobs: list[Job]) -> list[list[Job]]:
     """Jobs that are trained at once; long ones first, so that all processes end together."""
     if not place.stacked:
         return [[job] for job in jobs]
-    module = module_of(place.model)
-    stacks: list[list[Job]] = module.together(jobs, module.MOST[place.origin.device])
+    module, kind = module_of(place.model), torch.device(place.origin.device).type
+    stacks: list[list[Job]] = module.together(jobs, module.MOST.get(kind, module.MOST["cpu"]))
     return sorted(stacks, key=lambda stack: -stack[0].steps)
 
 

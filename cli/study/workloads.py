@@ -46,6 +46,18 @@ def check_dataset(model: str, dataset: str) -> None:
         raise ValueError(msg)
 
 
+def check_device(device: str) -> None:
+    """ValueError unless torch can make a tensor there."""
+    import torch  # not for `rlora --help`
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it is built for CUDA
+        reason = str(error).partition("\n")[0]
+        msg = f"torch has no device {device!r} here ({reason}); give another with --device"
+        raise ValueError(msg) from None
+
+
 def load_workload(model: str, dataset: str, kept: Path, quick: bool, origin: Origin) -> Any:
     """Load a `Workload`, or a stacked one; `kept` is a folder for what takes long to compute."""
     if model in LARGE:

@@ -211,9 +211,9 @@ def test_a_quick_study_its_tables_and_its_resumption(tmp_path, rlora_cli):
     done = rlora_cli(*arguments, "--output", tmp_path)
     assert done.exit_code == 0, done.output
     rows = Records(tmp_path / "digits-even.jsonl").rows
-    assert {job.method for job in rows} == {"adamw", "scaled-both-fast"}
+    assert {job.method for job in rows} == {"adamw", "scaled"}
     tables = (tmp_path / "tables.md").read_text()
-    assert "| `scaled-both-fast` |" in tables
+    assert "| `scaled` |" in tables
     picture = (tmp_path / "digits-even-r8-8.svg").read_bytes()
     again = rlora_cli(*arguments, "--output", tmp_path)
     assert "runs to do" in done.output

@@ -14,10 +14,13 @@ from rlora.cli.study import (
     stacks,
     strings,
     transformer,
+    workers,
 )
 from rlora.cli.study.plan import Records
 from rlora.cli.study.sweeps import sweeps_of
 from rlora.cli.study.train import Job
+from rlora.cli.study.workers import Place
+from rlora.cli.study.workloads import Origin
 
 JOB = Job("strings", "cipher", 4, "adamw", 8e-3, 0, 12, tested=False)
 
@@ -268,6 +271,24 @@ def test_runs_of_a_stack_have_one_method_and_one_kind_of_task():
     kinds = [{strings.DATASETS[job.dataset].kind for job in stack} for stack in made]
     assert all(len(kind) == 1 for kind in kinds)
     assert any(len({job.dataset for job in stack}) == 3 for stack in made)
+
+
+def test_stacks_are_larger_on_a_device_and_long_runs_come_first(tmp_path):
+    jobs = [JOB._replace(seed=k) for k in range(300)] + [JOB._replace(steps=50)]
+    for device, largest in (("cpu", 16), ("cuda:1", 256)):
+        made = workers.stacks_of(Place("strings", tmp_path, False, Origin(device=device)), jobs)
+        assert max(map(len, made)) == largest
+        assert made[0] == [jobs[-1]]
+        assert sorted(job for stack in made for job in stack) == sorted(jobs)
+
+
+def test_a_device_that_is_not_there_is_refused_before_the_first_run(tmp_path, refused):
+    for device in ("gpu", "cuda:99"):
+        message = refused(
+            *("study", "--model", "strings", "--device", device, "--output", tmp_path)
+        )
+        assert f"no device '{device}' here" in message
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_time_of_a_stack_is_not_that_of_the_first_steps_in_a_process(kept, monkeypatch):
