@@ -15,11 +15,11 @@ figures:
 	rlora study --tables --output docs/reference/study
 	$(PYTHON) docs/explanation/drawings.py
 
-gpu:  # needs a CUDA device with torch, and CuPy for its rows; records in build/gpu
+gpu:  # needs a CUDA device with torch and PEFT, and CuPy for its rows; records in build/gpu
 	mkdir -p build/gpu
 	$(PYTHON) -m pytest -q -n 8 -rf -W default tests/gpu
 	@set -e; for dtype in float32 bfloat16; do \
-	  rlora bench run --backend torch --device cuda:0 --dtype $$dtype \
-	    --method scaled_adamw,lora_rite,lora_pro_adamw,lora_muon --against torch.adamw:fused \
-	    --seconds 3 --output build/gpu/$$dtype.json; \
+	  rlora bench run --backend torch --device cuda:0 --dtype $$dtype --against torch.adamw:fused,peft \
+	    --method scaled_adamw,scaled_adamw:before,lora_rite,lora_muon,ref_lora,lora_pro_adamw \
+	    --seconds 5 --output build/gpu/$$dtype.json; \
 	done

@@ -51,7 +51,7 @@ ROWS: Final = {
     "Regret by learning rate": "`(adamw|adamw-fast|scaled|.*-16-fast|.*rite-fast|scaled-clipped)`",
     "Steps in a trust region": "`(fall|fall-large)`, rank 4, 300 steps",
     "Best rates against rank, s, width, batch and length": "`(adamw|scaled|.*-fast)`",
-    "The rate of the usual task on its unusual forms": "`(adamw|scaled|.*-(16|rite)-fast)`",
+    "The rate of the usual task on its unusual forms": "`(adamw-fast|scaled|.*-(16|rite)-fast)`",
 }
 """Title of a section -> pattern of the rows that the page of the study has."""
 
