@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlora.core.checks import check_nonnegative
+from rlora.core.checks import check_nonnegative, check_scaling
 from rlora.core.state import flatten_state
 from rlora.core.transform import Transform
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
@@ -180,6 +180,11 @@ class MethodOptimizer(LoRAOptimizer):
         The s of a pair is no memory of training: the group's `scaling` of the file counts, where
         it is None what the layer says today, and the s in the state only where neither is known.
         """
+        saved_groups = state_dict.get("param_groups")
+        for group in saved_groups if isinstance(saved_groups, list) else ():
+            if isinstance(group, dict) and (s := group.get("scaling")) is not None:
+                check_scaling(s)  # before anything is loaded
+                torch.full((), s, dtype=torch.float32)  # which says so of what is too large
         super().load_state_dict(state_dict)
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for pair in self._current_pairs():
