@@ -477,3 +477,18 @@ def test_state_that_a_parent_makes_at_once_is_wide_too():
     optimizer = precondition(torch.optim.Adagrad)(model, lr=1e-2)
     train(model, optimizer, 2)
     assert {s["sum"].dtype for s in optimizer.state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("scaling", ["0", [], -1.0, 1e300])
+def test_a_saved_s_that_is_none_is_refused_before_anything_is_loaded(scaling):
+    from rlora.torch import LoRARite
+
+    model = make_model()
+    optimizer = LoRARite(model, lr=1e-2)
+    train(model, optimizer, 1)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0] |= {"scaling": scaling, "lr": 0.5}
+    with pytest.raises((TypeError, ValueError), match="scaling"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    train(model, optimizer, 1)

@@ -184,7 +184,9 @@ class MethodOptimizer(LoRAOptimizer):
         for group in saved_groups if isinstance(saved_groups, list) else ():
             if isinstance(group, dict) and (s := group.get("scaling")) is not None:
                 check_scaling(s)  # before anything is loaded
-                torch.full((), s, dtype=torch.float32)  # which says so of what is too large
+                if float(s) > torch.finfo(torch.float32).max:
+                    msg = f"the saved scaling {s!r} is above what float32 holds; give a smaller s"
+                    raise ValueError(msg)
         super().load_state_dict(state_dict)
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for pair in self._current_pairs():
