@@ -86,3 +86,19 @@ def test_a_cut_step_is_the_same_in_other_coordinates(draw):
     two, _ = rlora.step(method, other, moved, method.init(other), 1.0)
     torch.testing.assert_close(two.B @ two.A, one.B @ one.A)
     assert (rms(one.B @ one.A - pair.B @ pair.A) > bound / 2).all()
+
+
+def test_bounds_by_name_are_those_of_each_layer(draw):
+    """One layer free, the other held to its own bound: as if each were alone."""
+    pairs, grads = ({name: draw() for name in ("free", "held")} for _ in range(2))
+    bounds, inner = {"held": 0.01, "free": 1e6}, rlora.lora_plus(ratio=1.0)
+    method = trust_region(inner, bounds)
+    found, _ = rlora.step(method, pairs, grads, method.init(pairs), 1.0)
+    for name, pair in pairs.items():
+        alone = trust_region(inner, bounds[name])
+        expected, _ = rlora.step(alone, pair, grads[name], alone.init(pair), 1.0)
+        for mine, theirs in zip(found[name], expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    moved = {name: rms(found[name].B @ found[name].A - x.B @ x.A) for name, x in pairs.items()}
+    assert (moved["held"] <= 0.01).all()
+    assert (moved["free"] > 0.1).all()
