@@ -103,7 +103,7 @@ def wins(sweeps: Sweeps, rows: Iterable[Record]) -> list[str]:
             ]
         )
     caption = (
-        "Each method at its best rate against AdamW at its best rate and betas, on five seeds that "
+        "Each method at its best rate against AdamW at its best rate and betas, on seeds that "
         "chose neither. Better, worse: settings in which the 95 % interval of the difference of "
         "test losses leaves out zero. Means over settings: difference in nats a digit, and in "
         "points of exact answers."
