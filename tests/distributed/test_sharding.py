@@ -28,7 +28,7 @@ def assert_equal(found, expected, atol):
 )
 @pytest.mark.works("FSDP2", "ScaledAdamW, ScaledSGD, `precondition`; uneven shards")
 def test_equals_one_process(groups, maker, layout, world):
-    """In float64, so that only the order of sums differs: a few eps, grown by the steps."""
+    """20 steps in float64, so that only the order of sums differs: a few eps, grown by the steps."""
     found = groups(world).run(runs.trained, maker, layout)
     assert_equal(found, runs.trained(maker, None), atol=1e-12)
 

@@ -30,7 +30,7 @@ from rlora.torch import (
 )
 from rlora.torch.step.dtensors import check_cut
 
-STEPS = 8  # enough for every branch: a bad gradient from the fifth on, checkpoints after half
+STEPS = 20
 BEFORE = {"placement": "before", "damping": 1e-6, "damping_mode": "relative"}
 RELATIVE = {"damping": 1e-2, "damping_mode": "relative"}
 ABSOLUTE = {"damping": 1e-6, "damping_mode": "absolute"}
