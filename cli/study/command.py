@@ -112,7 +112,7 @@ def study(
         datasets = datasets or datasets_of(model)[:1]
         check_names(model, datasets, names)
         origin = Origin(weights, data, device or ("cuda" if model in LARGE else "cpu"))
-        check_device(origin.device)
+        check_device(model, origin.device)
         settings = list(product(datasets, ranks or (None,), lengths or (None,)))
         run_study(model, settings, names, processes, output, quick, origin)
     (write_regrets if model in STACKED else write_tables)(output)

@@ -11,6 +11,9 @@ LARGE: Final = {"gpt2": ".gpt2", "mistral": ".mistral", "diffusion": ".diffusion
 STACKED: Final = {"strings": ".stacks"}
 """Those whose runs are trained many at once: they have a `run` and `METHODS` of their own."""
 
+ON_A_CPU: Final = ("digits",)
+"""Those that know no other device."""
+
 MODELS: Final = {"digits": ".digits", "smollm2": ".smollm2", **STACKED, **LARGE}
 """Model -> the module with its `load` and its `DATASETS`; imported when it is asked for."""
 
@@ -46,10 +49,13 @@ def check_dataset(model: str, dataset: str) -> None:
         raise ValueError(msg)
 
 
-def check_device(device: str) -> None:
-    """ValueError unless torch can make a tensor there."""
+def check_device(model: str, device: str) -> None:
+    """ValueError unless the model runs there, and torch can make a tensor."""
     import torch  # not for `rlora --help`
 
+    if model in ON_A_CPU and device != "cpu":
+        msg = f"{model} runs on a CPU alone, got device {device!r}: leave --device out"
+        raise ValueError(msg)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it is built for CUDA
@@ -62,15 +68,6 @@ def load_workload(model: str, dataset: str, kept: Path, quick: bool, origin: Ori
     """Load a `Workload`, or a stacked one; `kept` is a folder for what takes long to compute."""
     if model in LARGE:
         return module_of(model).load(dataset, quick=quick, **origin._asdict())
+    device = {} if model in ON_A_CPU else {"device": origin.device}
     file = kept / f"{model}-{dataset}{'-quick' if quick else ''}.pt"
-    return module_of(model).load(dataset, kept=file, quick=quick, **on(model, origin.device))
-
-
-def on(model: str, device: str) -> dict[str, str]:
-    """Arguments that say the device; ValueError for a model that knows a CPU alone."""
-    if model != "digits":
-        return {"device": device}
-    if device != "cpu":
-        msg = f"digits run on a CPU alone, got device {device!r}: leave --device out"
-        raise ValueError(msg)
-    return {}
+    return module_of(model).load(dataset, kept=file, quick=quick, **device)

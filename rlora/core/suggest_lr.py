@@ -44,7 +44,7 @@ def suggest_lr(size: float, *, rank: int, scaling: float = 1.0) -> float:
     Examples
     --------
     >>> import rlora
-    >>> rlora.suggest_lr(0.02, rank=16, scaling=2.0)  # Llama-7B has entries of about 0.02
+    >>> rlora.suggest_lr(0.02, rank=16, scaling=2.0)
     0.000625
     """
     check_positive("size", size)

@@ -273,6 +273,14 @@ def test_runs_of_a_stack_have_one_method_and_one_kind_of_task():
     assert any(len({job.dataset for job in stack}) == 3 for stack in made)
 
 
+def test_the_size_of_a_base_is_that_of_its_weights(tmp_path):
+    """Rounded to three digits; rounding differs between processors, in 1000 steps too."""
+    workload = stacks.load("cipher", kept=tmp_path / "x.pt")
+    sizes = workload.sizes().values()
+    mean = workload.kind.scaling * sum(sizes) / len(sizes)
+    assert mean == pytest.approx(transformer.SMALL.size, rel=0.02)
+
+
 def test_stacks_are_larger_on_a_device_and_long_runs_come_first(tmp_path):
     jobs = [JOB._replace(seed=k) for k in range(300)] + [JOB._replace(steps=50)]
     for device, largest in (("cpu", 16), ("cuda:1", 256)):
@@ -289,6 +297,11 @@ def test_a_device_that_is_not_there_is_refused_before_the_first_run(tmp_path, re
         )
         assert f"no device '{device}' here" in message
     assert not list(tmp_path.iterdir())
+
+
+def test_digits_on_a_device_are_refused(tmp_path, refused):
+    message = refused("study", "--model", "digits", "--device", "meta", "--output", tmp_path)
+    assert "digits runs on a CPU alone, got device 'meta'" in message
 
 
 def test_the_time_of_a_stack_is_not_that_of_the_first_steps_in_a_process(kept, monkeypatch):

@@ -19,7 +19,8 @@ def test_a_step_moves_the_weight_by_the_same_share_whatever_the_shape(m, n, rank
     """Frobenius norm of s times the change of B A, over twice sigma (m n)^1/4.
 
     Each factor moves r directions by (m n)^1/4 if the entries of Adam's direction are +-1, as they
-    are in a first step; together they move less than sqrt(2) times that where they overlap.
+    are in a first step: an eighth for each, and sqrt(2) times that for both, which hardly overlap.
+    Damping and the overlap take up to 5 % of that, and the product of both moves adds less.
     """
     rng, size = np.random.default_rng(0), 0.1
     pair = Factors(rng.normal(size=(rank, n)) / n**0.5, rng.normal(size=(m, rank)) / m**0.5)
@@ -29,7 +30,7 @@ def test_a_step_moves_the_weight_by_the_same_share_whatever_the_shape(m, n, rank
     moved, _ = rlora.step(method, pair, grads, method.init(pair, scaling), lr)
     change = scaling * np.linalg.norm(moved.B @ moved.A - pair.B @ pair.A)
     share = change / (2 * size * (m * n) ** 0.25)
-    assert 0.125 * 0.8 < share < 0.125 * 2**0.5 * 1.2
+    assert share == pytest.approx(2**0.5 / 8, rel=0.05)
 
 
 @pytest.mark.parametrize(
