@@ -479,16 +479,34 @@ def test_state_that_a_parent_makes_at_once_is_wide_too():
     assert {s["sum"].dtype for s in optimizer.state.values()} == {torch.float32}
 
 
+def test_what_a_partner_kept_stays_there_when_another_entry_is_refused():
+    """The s of LoRA-Pro, which A keeps until it is frozen."""
+    model = make_model()
+    optimizer = CLASSES["LoRAProAdamW"](model)
+    train(model, optimizer, 2)
+    A, B = pairs_in(model)[0]
+    kept, mu = optimizer.state[A]["scaling"], optimizer.state[B]["mu"]
+    A.requires_grad_(False)
+    A.grad = None
+    optimizer.state[B]["mu"] = torch.zeros(3)
+    with pytest.raises(rlora.ShapeError, match=r"\(3,\)"):
+        train(model, optimizer, 1)
+    assert optimizer.state[A]["scaling"] is kept
+    optimizer.state[B]["mu"] = mu
+    train(model, optimizer, 1)
+    assert "scaling" not in optimizer.state[A]
+    assert optimizer.state[B]["scaling"] == kept
+
+
 @pytest.mark.parametrize("scaling", ["0", [], -1.0, 1e300])
 def test_a_saved_s_that_is_none_is_refused_before_anything_is_loaded(scaling):
-    from rlora.torch import LoRARite
-
     model = make_model()
-    optimizer = LoRARite(model, lr=1e-2)
+    optimizer = CLASSES["LoRARite"](model)
+    lr = optimizer.param_groups[0]["lr"]
     train(model, optimizer, 1)
     saved = optimizer.state_dict()
     saved["param_groups"][0] |= {"scaling": scaling, "lr": 0.5}
     with pytest.raises((TypeError, ValueError), match="scaling"):
         optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["lr"] == 1e-2
+    assert optimizer.param_groups[0]["lr"] == lr
     train(model, optimizer, 1)

@@ -80,13 +80,16 @@ class MethodBatch:
             True if the stacks hold a fresh start.
         """
         initial: dict[str, Tensor] = {}
+        moved: list[tuple[dict[str, Any], str]] = []
 
         def start(i: int, k: int) -> Tensor | None:
             stack, layer, partner = self._sources[i][k]
             if partner is not None:  # one was frozen or freed meanwhile
                 key = self._shares[i].keys[k]
-                kept: Tensor | None = self._optimizer.state.get(partner, {}).pop(key, None)
+                held = self._optimizer.state.get(partner, {})
+                kept: Tensor | None = held.get(key)
                 if kept is not None:
+                    moved.append((held, key))
                     return kept
             if fresh:
                 return None
@@ -95,6 +98,8 @@ class MethodBatch:
             return initial[stack][layer]
 
         take_over(self._shares, self._optimizer.state, start)
+        for held, key in moved:  # nothing was refused
+            del held[key]
 
     def move(self) -> tuple[dict[str, Factors], State]:
         """The pairs and their state after the step, some of them written to already."""
