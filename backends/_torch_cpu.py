@@ -13,7 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlora.core.algebra import ROUNDING, Damped
 from rlora.core.backend import Workspace
+
+MODERATE = 1e-20, 1e20
+"""Mean eigenvalues of a damped Gram whose inverse and factors are far from the ends of float32:
+its eigenvalues are apart by 1e7 at most."""
 
 _arena: ContextVar["Arena | None"] = ContextVar("arena", default=None)
 
@@ -79,9 +84,45 @@ def is_eager_cpu(x: Tensor) -> bool:
     return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def all_true(x: Tensor) -> bool:
-    """Return whether every entry is known to be true, without a wait and outside of a graph."""
-    return is_eager_cpu(x) and bool(x.numpy().all())
+def damped_if_sound(S: Tensor, damping: float, relative: bool, least: float) -> Damped | None:
+    """`Backend.damped` where every member has an inverse, else None; its numbers by NumPy.
+
+    NumPy's arithmetic on K numbers takes a fraction of the time of a call of torch.
+    """
+    shift, scale = _shifts(S, damping, relative, least)
+    info = torch.finfo(S.dtype)
+    if not (scale.min() > info.smallest_normal / rounding_of(S) and scale.max() < info.max):
+        return None  # for NaN too
+    unit = torch.from_numpy(scale).view(-1, 1, 1)
+    return Damped(_add_to_diagonal(S / unit, shift / scale), unit, None, None)
+
+
+def shifted(S: Tensor, damping: float, relative: bool, least: float) -> tuple[Tensor, np.ndarray]:
+    """``S + shift I`` as `Backend.damped_power` has it, and which members are `MODERATE`."""
+    shift, scale = _shifts(S, damping, relative, least)
+    low, high = MODERATE
+    return _add_to_diagonal(S.clone(), shift), (low < scale) & (scale < high)
+
+
+def _shifts(
+    S: Tensor, damping: float, relative: bool, least: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The shift of each member, and its mean eigenvalue with that."""
+    means = S.diagonal(dim1=-2, dim2=-1).sum(-1).numpy() / S.shape[-1]
+    floor = max(rounding_of(S), least)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite stays visible
+        shift = means * max(damping, floor) if relative else np.maximum(means * floor, damping)
+        return shift, means + shift
+
+
+def _add_to_diagonal(H: Tensor, x: np.ndarray) -> Tensor:
+    H.diagonal(dim1=-2, dim2=-1).add_(torch.from_numpy(x).view(-1, 1))
+    return H
+
+
+def rounding_of(S: Tensor) -> float:
+    """The least damping that the rounding of Grams (K, r, r) of trace r can carry."""
+    return float(ROUNDING * S.shape[-1] * torch.finfo(S.dtype).eps)
 
 
 def eigh_waits(S: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """Products in the full precision of their dtype, whatever torch's settings are."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +16,11 @@ EXACT = ("ieee", "none")
 
 def exact(like: Array) -> AbstractContextManager[Any]:
     """`Backend.exact`, also in a graph."""
-    return _exact_graph(like) if torch.compiler.is_compiling() else _exact(like)
+    if torch.compiler.is_compiling():
+        return _exact_graph(like)
+    if _rounds_inputs() or torch.is_autocast_enabled(like.device.type):
+        return _exact(like)
+    return nullcontext()
 
 
 @contextmanager
@@ -58,6 +63,7 @@ def _ieee_products() -> Iterator[None]:
             matmul.fp32_precision = "none" if inherited else precision
 
 
+@cache
 def _matmuls() -> list[Any]:
     """The places where torch keeps the precision of its products; none before torch 2.9."""
     parts = (torch.backends.cuda, torch.backends.mkldnn)

@@ -16,6 +16,10 @@ STACK = 1 << 20
 cache: copying them costs less than a call for each tensor."""
 
 
+FOLDED_GRAM, FOLDED_PRODUCT = 1 << 19, 1 << 17
+"""Numbers from which on `fold_of` gains time: of a Gram's factors, and of what P multiplies."""
+
+
 def buckets_of(tall: Tall, workspace: Workspace | None, slot: str) -> dict[Any, list[int]]:
     """Positions of equal shape, dtype and device; on a CPU as many as are stacked at once."""
     buckets: dict[Any, list[int]] | None = (workspace or {}).get(("buckets", slot))
@@ -34,26 +38,41 @@ def buckets_of(tall: Tall, workspace: Workspace | None, slot: str) -> dict[Any, 
     return buckets
 
 
-def fold_of(tall: Array) -> int:
-    """The number of rows of a thin (k, m, r) to read as one, so that a CPU's kernels have work."""
+def fold_of(tall: Array, least: int) -> int:
+    """The number of rows of a thin (k, m, r) to read as one, so that a CPU's kernels have work.
+
+    1 below `least` numbers, where the calls that this takes cost more than it gains.
+    """
     m, r = tall.shape[-2:]
-    fold = 16 // r if tall.device.type == "cpu" and tall.is_contiguous() else 1
-    return fold if fold > 1 and m % fold == 0 and m else 1
+    fold = 16 // r
+    if fold < 2 or m % fold or tall.numel() < least:
+        return 1
+    return fold if tall.device.type == "cpu" and tall.is_contiguous() else 1
 
 
 def rows_times(X: Array, Y: Array) -> Array:
     """``X Yᵀ`` of (..., r, n)."""
-    if X.ndim == 3 and min(fold_of(X.mT), fold_of(Y.mT)) > 1:
+    if X.ndim == 3 and min(fold_of(X.mT, FOLDED_GRAM), fold_of(Y.mT, FOLDED_GRAM)) > 1:
         return folded_columns(X.mT, Y.mT)
     return X @ Y.mT
 
 
 def folded_columns(X: Array, Y: Array) -> Array:
     """``Xᵀ Y`` of thin (..., m, r), read as (..., m/f, f r): f slices of it are on the diagonal."""
-    r, fold = X.shape[-1], fold_of(X)
+    r, fold = X.shape[-1], fold_of(X, 0)
     X, Y = X.view(*X.shape[:-2], -1, fold * r), Y.view(*Y.shape[:-2], -1, fold * r)
     blocks = torch.matmul(X.mT, Y).view(-1, fold, r, fold, r)
     return blocks.diagonal(dim1=1, dim2=3).sum(-1)
+
+
+def gram_into(slot: str, F: Array, out: Array) -> None:
+    """``F Fᵀ`` ("rows") or ``Fᵀ F`` ("columns") of (..., ., .), written to (..., r, r)."""
+    if slot == "rows":
+        product_of(F)(F, F.mT, out=out)
+    elif fold_of(F, FOLDED_GRAM) > 1:
+        out.copy_(folded_columns(F, F).view_as(out))
+    else:
+        product_of(F)(F.mT, F, out=out)
 
 
 def factors_of(slot: str, P: Array, G: Array, out: Array) -> tuple[Array, Array, Array]:
@@ -63,10 +82,30 @@ def factors_of(slot: str, P: Array, G: Array, out: Array) -> tuple[Array, Array,
     """
     if slot == "left":
         return P, G, out
-    if (fold := fold_of(G)) > 1 and out.is_contiguous():
+    if (fold := fold_of(G, FOLDED_PRODUCT)) > 1 and out.is_contiguous():
         shape = (*G.shape[:-2], -1, fold * G.shape[-1])
         return G.view(shape), block_diagonal(P, fold), out.view(shape)
     return G, P, out
+
+
+def product_of(X: Array) -> Any:
+    """The product of torch for so many axes: `torch.matmul` costs more for each call."""
+    return torch.mm if X.ndim == 2 else torch.bmm if X.ndim == 3 else torch.matmul
+
+
+def multiply_each(
+    slot: str, P: Tall, tall: Tall, outs: Sequence[Array], keep: float | None = None
+) -> None:
+    """``P G`` ("left") or ``G P`` ("right") of each into `outs`, added to ``keep`` times these."""
+    lefts, rights = (P, tall) if slot == "left" else (tall, P)
+    if slot == "right" and any(fold_of(G, FOLDED_PRODUCT) > 1 for G in tall):
+        folded = [factors_of(slot, *each) for each in zip(P, tall, outs, strict=True)]
+        lefts, rights, outs = zip(*folded, strict=True)
+    for left, right, out in zip(lefts, rights, outs, strict=True):
+        if keep is None:
+            product_of(out)(left, right, out=out)
+        else:
+            (out.addmm_ if out.ndim == 2 else out.baddbmm_)(left, right, beta=keep)
 
 
 def block_diagonal(P: Array, fold: int) -> Array:
@@ -110,6 +149,25 @@ def take(
     if held is None or held.dtype != dtype or held.numel() < math.prod(shape):
         held = workspace[key] = torch.empty(shape, dtype=dtype, device=device)
     return held if held.shape == shape else held.view(-1)[: math.prod(shape)].view(shape)
+
+
+def take_each(
+    workspace: Workspace | None,
+    key: Any,
+    count: int,
+    shape: Sequence[int],
+    dtype: Any,
+    device: Any,
+) -> list[Array]:
+    """So many tensors of one shape, uninitialised: those of the last call where there are any."""
+    key = (key, dtype)
+    if workspace is None or key not in workspace:
+        made = [empty(shape, dtype, device) for _ in range(count)]
+        if workspace is None:
+            return made
+        workspace[key] = made
+    held: list[Array] = workspace[key]
+    return held
 
 
 def views(

@@ -1,20 +1,20 @@
 """PyTorch: few kernels for many layers, factorisations that neither raise nor synchronise."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 
-from rlora.core.algebra import ROUNDING, Damped
+from rlora.core.algebra import Damped
 from rlora.core.backend import AdamNumbers, Backend, Tall, Workspace
 from rlora.core.factors import Array
 
 from ._cpu import cholesky_half
 from ._torch_cpu import (
-    all_true,
+    damped_if_sound,
     eigh_waits,
     empty,
     fused_adam,
@@ -22,17 +22,20 @@ from ._torch_cpu import (
     is_plain,
     is_within,
     reusing,
+    rounding_of,
+    shifted,
 )
 from ._torch_precision import exact
 from ._torch_stacks import (
     buckets_of,
     factors_of,
-    fold_of,
-    folded_columns,
+    gram_into,
     is_stacked,
+    multiply_each,
     rows_times,
     stacked,
     take,
+    take_each,
     views,
 )
 
@@ -43,12 +46,12 @@ class TorchBackend(Backend):
     def gram_rows(
         self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
     ) -> Array:
-        return self._gram(tall, dtype, workspace, lambda A: (A, A.mT), "rows")
+        return self._gram(tall, dtype, workspace, "rows")
 
     def gram_columns(
         self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
     ) -> Array:
-        return self._gram(tall, dtype, workspace, lambda B: (B.mT, B), "columns")
+        return self._gram(tall, dtype, workspace, "columns")
 
     def cross_rows(self, X: Sequence[Array], Y: Sequence[Array], dtype: Any) -> Array:
         pairs = [(x.to(dtype), y.to(dtype)) for x, y in zip(X, Y, strict=True)]
@@ -78,34 +81,21 @@ class TorchBackend(Backend):
         return is_plain(*X) and all(map(partial(is_within, low=low, high=high), X))
 
     def _gram(
-        self,
-        tall: Sequence[Array],
-        dtype: Any,
-        workspace: Workspace | None,
-        sides: Callable[[Array], tuple[Array, Array]],
-        slot: str,
+        self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None, slot: str
     ) -> Array:
         """Products with the transpose, written bucket by bucket into one stack (K, r, r)."""
         order, start = [], 0
-        r = sides(tall[0])[0].shape[-2]
+        r = tall[0].shape[-2 if slot == "rows" else -1]
         layers = [math.prod(F.shape[:-2]) for F in tall]
         stack = take(workspace, ("gram", slot), (sum(layers), r, r), dtype, tall[0].device)
         for members in buckets_of(tall, workspace, slot).values():
-            stop = start + sum(layers[i] for i in members)
+            some, stop = [tall[i] for i in members], start + sum(layers[i] for i in members)
             out = stack[start:stop]
-            if is_stacked(tall[members[0]]):
-                F = stacked([tall[i] for i in members], dtype, workspace)
-                if slot == "columns" and fold_of(F) > 1:
-                    out.copy_(folded_columns(F, F))
-                else:
-                    torch.bmm(*sides(F), out=out)
+            if is_stacked(some[0]):
+                gram_into(slot, stacked(some, dtype, workspace), out)
             else:
-                for i, S in zip(members, out.split([layers[i] for i in members]), strict=True):
-                    F = tall[i].to(dtype)
-                    if slot == "columns" and fold_of(F) > 1:
-                        S.copy_(folded_columns(F, F))
-                    else:
-                        torch.matmul(*sides(F), out=S.view(*F.shape[:-2], r, r))
+                for F, S in zip(some, self.unstack(out, some), strict=True):
+                    gram_into(slot, F.to(dtype), S)
             order += members
             start = stop
         return self._in_order(stack, order, layers)
@@ -127,27 +117,23 @@ class TorchBackend(Backend):
         keep: float,
     ) -> list[Array]:
         if onto is not None and all(G.ndim < 4 for G in tall):
-            for p, G, z in zip(P, tall, onto, strict=True):
-                left, right, out = factors_of(slot, p, G.to(p.dtype), z)
-                (out.addmm_ if out.ndim == 2 else out.baddbmm_)(left, right, beta=keep)
+            wide = [G.to(p.dtype) for p, G in zip(P, tall, strict=True)]
+            multiply_each(slot, P, wide, onto, keep)
             return list(onto)
         result: list[Array] = list(tall)
         for key, members in buckets_of(tall, workspace, slot).items():
-            shape, device, dtype = key[0], tall[members[0]].device, P[members[0]].dtype
-            if is_stacked(tall[members[0]]):
-                G = stacked([tall[i] for i in members], dtype, workspace)
-                P_k = torch.stack([P[i] for i in members]).reshape(-1, *P[members[0]].shape[-2:])
+            some, powers = [tall[i] for i in members], [P[i] for i in members]
+            shape, device, dtype = key[0], some[0].device, powers[0].dtype
+            if is_stacked(some[0]):
+                G = stacked(some, dtype, workspace)
+                P_k = torch.stack(powers).reshape(-1, *powers[0].shape[-2:])
                 out = take(workspace, ("out", slot, key), G.shape, dtype, device)
                 left, right, folded = factors_of(slot, P_k, G, out.view(G.shape))
                 torch.bmm(left, right, out=folded)
                 outs = views(workspace, ("views", slot, key), out, len(members), shape)
             else:
-                outs = []
-                for k, i in enumerate(members):
-                    out = take(workspace, ("out", slot, key, k), shape, dtype, device)
-                    left, right, folded = factors_of(slot, P[i], tall[i].to(dtype), out)
-                    torch.matmul(left, right, out=folded)
-                    outs.append(out)
+                outs = take_each(workspace, ("out", slot, key), len(some), shape, dtype, device)
+                multiply_each(slot, powers, [G.to(dtype) for G in some], outs)
             for i, out in zip(members, outs, strict=True):
                 result[i] = out
         if onto is not None:
@@ -156,21 +142,41 @@ class TorchBackend(Backend):
 
     def damped(self, S: Array, damping: float, *, relative: bool, least: float) -> Damped:
         """As the generic one, in fewer kernels: for small adapters they are what a step costs."""
-        r, info = S.shape[-1], torch.finfo(S.dtype)
-        rounding = ROUNDING * r * info.eps
-        mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)  # (K, 1, 1)
+        if is_eager_cpu(S):
+            sound = damped_if_sound(S, damping, relative, least)
+            if sound is not None:
+                return sound
+        info, rounding = torch.finfo(S.dtype), rounding_of(S)
+        mean = S.diagonal(dim1=-2, dim2=-1).sum(-1).div_(S.shape[-1]).view(-1, 1, 1)  # (K, 1, 1)
         floor = max(rounding, least)
         shift = mean * max(damping, floor) if relative else (mean * floor).clamp_(min=damping)
         scale = mean + shift
         live = (scale > info.smallest_normal / rounding) & (scale < info.max)
-        if all_true(live):
-            H = S / scale
-            H.diagonal(dim1=-2, dim2=-1).add_((shift / scale).view(-1, 1))
-            return Damped(H, scale, live, torch.zeros_like(scale))
         unit = torch.where(live, scale, 1.0)
         H = torch.where(live, S, 0.0).div_(unit)  # (K, r, r)
         H.diagonal(dim1=-2, dim2=-1).add_(torch.where(live, shift / unit, 1.0).view(-1, 1))
         return Damped(H, unit, live, torch.where(scale.isnan(), scale, 0.0))
+
+    def damped_half(
+        self,
+        S: Array,
+        damping: float = 0.0,
+        *,
+        relative: bool = True,
+        least: float = 0.0,
+        upper: bool = False,
+    ) -> Array:
+        by_size = partial(super().damped_half, relative=relative, least=least, upper=upper)
+        if not is_eager_cpu(S):
+            return by_size(S, damping)
+        # Nothing has to be divided by its size and multiplied again where that is moderate. Each
+        # member decides for itself: what is in another one does not change a bit of it.
+        H, moderate = shifted(S, damping, relative, least)
+        if moderate.all():
+            return self.inverse_cholesky(H, upper=upper)
+        W, kept = by_size(S, damping), torch.from_numpy(moderate)
+        W[kept] = self.inverse_cholesky(H[kept], upper=upper)
+        return W
 
     def spd_power(self, S: Array, power: float) -> Array:
         if power == -1.0:
@@ -186,9 +192,8 @@ class TorchBackend(Backend):
         L, failed = torch.linalg.cholesky_ex(S.flip(-2, -1) if upper else S)
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
         W = torch.linalg.solve_triangular(L, eye, upper=False)  # (K, r, r)
-        succeeded = failed.view(-1, 1, 1) == 0
-        if not all_true(succeeded):
-            W = torch.where(succeeded, W, torch.nan)
+        if not (is_eager_cpu(S) and not failed.numpy().any()):
+            W = torch.where(failed.view(-1, 1, 1) == 0, W, torch.nan)
         return W.flip(-2, -1) if upper else W
 
     def pseudo_power(self, S: Array, exponent: float) -> Array:
@@ -198,7 +203,7 @@ class TorchBackend(Backend):
         # that are lost in rounding.
         r = S.shape[-1]
         mean, info = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1), torch.finfo(S.dtype)
-        S = torch.where(mean <= info.smallest_normal / (ROUNDING * r * info.eps), 0.0, S)
+        S = torch.where(mean <= info.smallest_normal / rounding_of(S), 0.0, S)
         shift = torch.finfo(S.dtype).eps ** 0.5 * mean
         Z, _ = self.newton_schulz(S + shift * torch.eye(r, dtype=S.dtype, device=S.device))
         squared = torch.matrix_power(Z @ S @ Z, 2)

@@ -18,14 +18,15 @@ class Damped(NamedTuple):
     matrix: Array
     unit: Array
     """The divisors of `matrix`."""
-    live: Array
-    """False for members that have no inverse."""
-    dead: Array
+    live: Array | None
+    """False for members that have no inverse; None where all are known to have one."""
+    dead: Array | None
     """The power of the others: 0, or NaN."""
 
     def restore(self, xp: Any, power: Array, exponent: float) -> Array:
         """A power of `matrix` as that power of the matrix before it was divided."""
-        return xp.where(self.live, power * self.unit**exponent, self.dead)
+        power = power * self.unit**exponent
+        return power if self.live is None else xp.where(self.live, power, self.dead)
 
 
 class MatrixAlgebra:

@@ -4,6 +4,7 @@ The metric of A is made of ``Bᵀ B`` and the other way round, so everything her
 ``Factors``: first the member that acts on A, then the one that acts on B.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -181,9 +182,12 @@ def split_power(
         P = metric_half(group, S, damping, damping_mode, LEAST)
     else:
         P = metric_power(group, S, -1.0, damping, damping_mode, LEAST)
-    # A Gram that is zero or has overflowed has P = 0, and 0 times inf would be NaN.
-    live = xp.any(xp.linalg.diagonal(P) != 0, axis=-1)[:, None, None]
-    F = matmul(xp.where(live, group.swap_sides(S), xp.zeros_like(P)), mT(P))
+    partner = group.swap_sides(S)
+    if not group.backend.within([S], 0.0, math.inf):
+        # A Gram that has overflowed has P = 0, and 0 times inf would be NaN.
+        live = xp.any(xp.linalg.diagonal(P) != 0, axis=-1)[:, None, None]
+        partner = xp.where(live, partner, xp.zeros_like(P))
+    F = matmul(partner, mT(P))
     F = matmul(P, F) if both else F
     F = matmul(F, F)
     second = matmul(mT(P), matmul(F, F))

@@ -39,8 +39,12 @@ def test_factor_sized_operations(backend, workspace, dtype, rtol):
 
 @pytest.mark.parametrize("r", [1, 2, 4, 8])
 @pytest.mark.parametrize("lead", [(), (3,)], ids=["matrices", "stacks"])
-def test_thin_columns(backend, r, lead):
+def test_thin_columns(backend, r, lead, monkeypatch):
     """Thin factors, of which the torch backend reads several rows as one."""
+    from rlora.backends import _torch_stacks
+
+    for name in ("FOLDED_GRAM", "FOLDED_PRODUCT"):  # it does so for large ones
+        monkeypatch.setattr(_torch_stacks, name, 1)
     shapes = [(*lead, 48, r), (*lead, 7, r), (*lead, 48, r)]
     (cols_np, cols), (other_np, other) = (factors(backend, shapes, seed=s) for s in (0, 1))
     stack = np.concatenate([(mT(x) @ x).reshape(-1, r, r) for x in cols_np])
@@ -170,6 +174,27 @@ def test_hard_members_stay_alone(backend, exponent, dtype):
     assert (P[2] == 0).all()
     assert np.isnan(P[3]).all()
     assert np.isfinite(P[4]).all()
+
+
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("options", [{}, {"damping": 0.1}, {"damping": 0.1, "relative": False}])
+@pytest.mark.parametrize("dtype, rtol", [("float64", 1e-12), ("float32", 1e-4)])  # 1e3 eps
+def test_damped_half_of_every_size(backend, dtype, rtol, options, upper):
+    """Equal to the generic class whatever a Gram's size, and to the bit what it is alone."""
+    good = np.array([[4.0, 1.0, 0.5], [1.0, 2.0, 0.3], [0.5, 0.3, 1.0]])
+    sizes = [1.0, 1e-25, 1e-19, 1e19, 1e25, 0.0, np.inf, np.nan]
+    stack = backend.asarray(np.stack([c * good for c in sizes]).astype(dtype), dtype)
+    found = backend.to_numpy(backend.damped_half(stack, upper=upper, **options))
+    expected = backend.to_numpy(Backend.damped_half(backend, stack, upper=upper, **options))
+    assert np.isnan(found[-1]).all()
+    assert np.isnan(expected[-1]).all()
+    for k, x in enumerate(found):
+        if k < len(sizes) - 1:
+            assert_close(x, expected[k], rtol=rtol)
+        alone = backend.to_numpy(
+            backend.damped_half(stack[k : k + 1, ...], upper=upper, **options)
+        )[0]
+        assert np.array_equal(x, alone, equal_nan=True) or backend.name == "jax"  # it fuses
 
 
 def test_pseudo_half_is_a_half_of_the_pseudo_power(backend):

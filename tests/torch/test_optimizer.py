@@ -83,7 +83,7 @@ def test_scaled_sgd_equals_the_functional_method(flags):
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_layers_in_portions_equal_the_functional_method(name, monkeypatch):
-    """Each pair a portion of its own, all in the same memory; the oracle has no such memory."""
+    """Each pair a portion of its own, read and written where it is, in memory that all share."""
     monkeypatch.setattr(method_batch, "PORTION", 1)
     model = make_model(dtype=torch.float64, bias=False)
     optimizer = METHODS[name](model, lr=1e-2)
@@ -93,20 +93,10 @@ def test_layers_in_portions_equal_the_functional_method(name, monkeypatch):
     assert [len(work._batches) for work in batches] == [len(pairs_in(model))]
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_large_layers_in_place_equal_the_functional_method(name, monkeypatch):
-    """Factors are read and written where they are."""
-    monkeypatch.setattr(method_batch, "LARGE", 1)
-    model = make_model(dtype=torch.float64, bias=False)
-    optimizer = METHODS[name](model, lr=1e-2)
-    options = optimizer._chosen(optimizer.param_groups[0])
-    run_beside(model, optimizer, type(optimizer).method(**options), 6)
-
-
-@pytest.mark.parametrize("large", [1, method_batch.LARGE])
+@pytest.mark.parametrize("portion", [1, method_batch.PORTION])
 @pytest.mark.parametrize("name", ["LoRARite", "LoRAProAdamW", "LoRAProSGD", "LoRAPlus"])
-def test_gradients_are_only_read(name, large, monkeypatch):
-    monkeypatch.setattr(method_batch, "LARGE", large)
+def test_gradients_are_only_read(name, portion, monkeypatch):
+    monkeypatch.setattr(method_batch, "PORTION", portion)
     model = make_model(dtype=torch.float64, bias=False)
     twin = copy.deepcopy(model)
     options = {"momentum": 0.9} if name == "LoRAProSGD" else {}

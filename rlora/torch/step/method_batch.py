@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlora.core.backend import LARGE, Workspace
+from rlora.core.backend import Workspace
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors, map_leaves
 from rlora.core.state import flatten_state, unflatten_state
@@ -20,17 +20,16 @@ from rlora.torch.step.dtensors import check_cut, layer_of
 from rlora.torch.step.plan import Share, take_over
 from rlora.torch.step.rounding import store
 
-PORTION = 1 << 22
-"""Numbers in the factors that are stepped at once on a CPU."""
+PORTION = 1 << 23
+"""Numbers in the factors that are stepped at once on a CPU: copies of so many are held for it."""
 
 
 class MethodBatch:
     """The pairs of one group on one device, layers of equal shapes on one stack.
 
-    So the number of operations in a step depends on the number of shapes, not of layers. On a CPU
-    large factors are a stack by themselves, read and written where they are. What counts is the
-    optimizer's state: the stacks in which a step reads it are memory for the views that stand
-    there, and follow whatever else is put in their place.
+    So the number of operations in a step depends on the number of shapes, not of layers. What
+    counts is the optimizer's state: the stacks in which a step reads it are memory for the views
+    that stand there, and follow whatever else is put in their place.
     """
 
     def __init__(
@@ -42,8 +41,7 @@ class MethodBatch:
             still = [member.gradient(side) is None for side in (0, 1)]
             cut = [getattr(p, "placements", None) for p in member.params]
             key = (*member.shapes, member.params[0].dtype, *still, *cut)
-            own = (id(member.owners[0]), member.suffix) if is_large(member) else ()
-            alike.setdefault((*key, *own), []).append(member)
+            alike.setdefault(key, []).append(member)
         self._buckets = list(alike.values())
         self._in_pieces = is_distributed(members[0].params[0])
         options = optimizer.param_groups[group]
@@ -166,12 +164,6 @@ class MethodBatch:
             for share in self._shares:
                 for key, view in zip(share.keys, share.views, strict=True):
                     keep(self._optimizer.state[share.owner], key, view)
-
-
-def is_large(member: Member) -> bool:
-    """Return whether copies of a pair would cost more than a call for each factor."""
-    on_cpu = member.pair.A.device.type == "cpu"
-    return on_cpu and sum(map(prod, member.shapes)) >= 2 * LARGE
 
 
 def lies_in(p: Tensor, value: Tensor) -> bool:
