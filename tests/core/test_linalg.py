@@ -254,3 +254,21 @@ def test_ranks_and_dtypes_in_one_call(backend):
         eye = np.eye(A.shape[0])
         assert_close(p.A, np.linalg.inv(B.T @ B + 0.1 * eye), rtol=1e-11)
         assert_close(p.B, np.linalg.inv(A @ A.T + 0.1 * eye), rtol=1e-11)
+
+
+@pytest.mark.parametrize("low", [0.0, 1e-3])
+@pytest.mark.parametrize("lead", [(), (1,), (3,)], ids=str)
+def test_within_knows_the_largest_magnitudes(backend, lead, low):
+    """What it says to be within is; torch on a CPU knows all of it."""
+    rng = np.random.default_rng(0)
+    good = rng.uniform(0.1, 1.0, (*lead, 5, 40))
+    late = np.where(np.arange(200).reshape(5, 40) < 150, 0.0, good)  # beyond the first entries
+    mixed = good.copy()
+    mixed[-1] *= 1e-6  # a matrix of the stack, or a row
+    cases = [good, late, mixed, -good, 0 * good, 1e-6 * good, 1e3 * good, -1e3 * late]
+    cases += [np.where(good == good.max(), x, good) for x in (np.nan, np.inf, -np.inf)]
+    for x in cases:
+        peaks = np.abs(x).max(axis=(-2, -1))
+        truth = bool((((peaks >= low) | (peaks == 0)) & (peaks < 1e2)).all())
+        found = backend.within([backend.asarray(x, "float64")], low, 1e2)
+        assert found == truth if backend.name == "torch" else found <= truth
