@@ -108,7 +108,7 @@ def _shifts(
     S: Tensor, damping: float, relative: bool, least: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """The shift of each member, and its mean eigenvalue with that."""
-    means = S.diagonal(dim1=-2, dim2=-1).sum(-1).numpy() / S.shape[-1]
+    means = S.diagonal(dim1=-2, dim2=-1).mean(-1).numpy()
     floor = max(rounding_of(S), least)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite stays visible
         shift = means * max(damping, floor) if relative else np.maximum(means * floor, damping)

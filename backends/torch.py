@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rlora.core.algebra import Damped
+from rlora.core.algebra import Damped, cubics
 from rlora.core.backend import AdamNumbers, Backend, Tall, Workspace
 from rlora.core.factors import Array
 
@@ -147,15 +147,15 @@ class TorchBackend(Backend):
             if sound is not None:
                 return sound
         info, rounding = torch.finfo(S.dtype), rounding_of(S)
-        mean = S.diagonal(dim1=-2, dim2=-1).sum(-1).div_(S.shape[-1]).view(-1, 1, 1)  # (K, 1, 1)
+        mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)  # (K, 1, 1)
         floor = max(rounding, least)
         shift = mean * max(damping, floor) if relative else (mean * floor).clamp_(min=damping)
         scale = mean + shift
-        live = (scale > info.smallest_normal / rounding) & (scale < info.max)
-        unit = torch.where(live, scale, 1.0)
+        unit = scale.clamp(info.smallest_normal / rounding, info.max)  # NaN stays
+        live = (scale == unit) & (scale < info.max)
         H = torch.where(live, S, 0.0).div_(unit)  # (K, r, r)
         H.diagonal(dim1=-2, dim2=-1).add_(torch.where(live, shift / unit, 1.0).view(-1, 1))
-        return Damped(H, unit, live, torch.where(scale.isnan(), scale, 0.0))
+        return Damped(H, unit, live, unit * 0)
 
     def damped_half(
         self,
@@ -195,6 +195,18 @@ class TorchBackend(Backend):
         if not (is_eager_cpu(S) and not failed.numpy().any()):
             W = torch.where(failed.view(-1, 1, 1) == 0, W, torch.nan)
         return W.flip(-2, -1) if upper else W
+
+    def newton_schulz(self, S: Array) -> tuple[Array, Array]:
+        eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
+        trace = S.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1)
+        live = trace != 0
+        unit = torch.where(live, trace, 1.0)
+        Y, Z = S / unit, eye
+        for alpha, beta in cubics(torch.finfo(S.dtype).eps):
+            T = torch.baddbmm(eye, Z, Y, beta=alpha, alpha=-beta)  # in one operation
+            Y, Z = Y @ T, T @ Z
+        root = unit**0.5
+        return torch.where(live, Z / root, 0.0), torch.where(live, Y * root, 0.0)
 
     def pseudo_power(self, S: Array, exponent: float) -> Array:
         if exponent != -0.5 or not eigh_waits(S):
