@@ -140,6 +140,11 @@ class TorchBackend(Backend):
             torch._foreach_add_(result, list(onto), alpha=keep)
         return result
 
+    def matmul(self, X: Array, Y: Array) -> Array:
+        if X.ndim == Y.ndim == 3 and X.shape[0] == Y.shape[0]:
+            return torch.bmm(X, Y)  # what `torch.matmul` calls after four views
+        return torch.matmul(X, Y)
+
     def damped(self, S: Array, damping: float, *, relative: bool, least: float) -> Damped:
         """As the generic one, in fewer kernels: for small adapters they are what a step costs."""
         if is_eager_cpu(S):

@@ -37,7 +37,9 @@ class Part:
         group: dict[str, Any] | None,
     ) -> None:
         self.params, self.side, self.stacked, self.group = params, side, stacked, group
-        self.places = torch.tensor(places)
+        first, last = places[0], places[-1]
+        run = places == [*range(first, last + 1)]  # then a view takes the place of a copy
+        self.places = slice(first, last + 1) if run else torch.tensor(places)
         self.dtype = torch.promote_types(params[0].dtype, torch.float32)
         ready = all(p.dtype == self.dtype and p.is_contiguous() for p in params)
         self.copied = stacked or not ready
@@ -77,7 +79,7 @@ class Part:
     def gram(self, backend: Backend, S: Tensor) -> None:
         """Write ``A Aᵀ`` or ``Bᵀ B`` of every factor to its place in S."""
         if self.copied:
-            self._gather(self.X, [p.detach() for p in self.params])
+            self._gather(self.X, self.params)
         gram = backend.gram_columns if self.side else backend.gram_rows
         S[self.places] = gram(self.X, S.dtype, self.workspace)
 
