@@ -259,7 +259,7 @@ def test_ranks_and_dtypes_in_one_call(backend):
 @pytest.mark.parametrize("low", [0.0, 1e-3])
 @pytest.mark.parametrize("lead", [(), (1,), (3,)], ids=str)
 def test_within_knows_the_largest_magnitudes(backend, lead, low):
-    """What it says to be within is; torch on a CPU knows all of it."""
+    """Never say that it is when it is not; torch on a CPU knows all of it."""
     rng = np.random.default_rng(0)
     good = rng.uniform(0.1, 1.0, (*lead, 5, 40))
     late = np.where(np.arange(200).reshape(5, 40) < 150, 0.0, good)  # beyond the first entries
