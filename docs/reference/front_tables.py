@@ -24,8 +24,8 @@ pairs, float32.*
 
 | rank | 4 | 16 | 64 |
 | --- | --- | --- | --- |
-| `ScaledAdamW`, two CPU threads | 4.6 | 4.6 | 7.1 |
-| PEFT's Riemannian wrapper, two CPU threads | 9.4 | 6.7 | 10.4 |
+| `ScaledAdamW`, two CPU threads | 4.1 | 4.3 | 9.0 |
+| PEFT's Riemannian wrapper, two CPU threads | 9.3 | 6.8 | 14.2 |
 | `ScaledAdamW`, one NVIDIA H100 | 10.6 | 9.9 | 9.0 |
 | PEFT's Riemannian wrapper, one NVIDIA H100 | 47 | 56 | 154 |
 """
