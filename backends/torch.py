@@ -126,7 +126,8 @@ class TorchBackend(Backend):
             shape, device, dtype = key[0], some[0].device, powers[0].dtype
             if is_stacked(some[0]):
                 G = stacked(some, dtype, workspace)
-                P_k = torch.stack(powers).reshape(-1, *powers[0].shape[-2:])
+                P_k = powers[0] if len(powers) == 1 else torch.stack(powers)
+                P_k = P_k.reshape(-1, *P_k.shape[-2:])
                 out = take(workspace, ("out", slot, key), G.shape, dtype, device)
                 left, right, folded = factors_of(slot, P_k, G, out.view(G.shape))
                 torch.bmm(left, right, out=folded)
