@@ -91,10 +91,15 @@ def damped_if_sound(S: Tensor, damping: float, relative: bool, least: float) -> 
     """
     shift, scale = _shifts(S, damping, relative, least)
     info = torch.finfo(S.dtype)
-    if not (scale.min() > info.smallest_normal / rounding_of(S) and scale.max() < info.max):
+    if not (scale.min() > info.smallest_normal / rounding_of(S) and scale.max() < info.max / 2):
         return None  # for NaN too
     unit = torch.from_numpy(scale).view(-1, 1, 1)
-    return Damped(_add_to_diagonal(S / unit, shift / scale), unit, None, None)
+    H = S / unit
+    if relative:
+        H.diagonal(dim1=-2, dim2=-1).add_(share_of(max(damping, rounding_of(S), least)))
+    else:
+        _add_to_diagonal(H, shift / scale)
+    return Damped(H, unit, None, None)
 
 
 def shifted(S: Tensor, damping: float, relative: bool, least: float) -> tuple[Tensor, np.ndarray]:
@@ -118,6 +123,11 @@ def _shifts(
 def _add_to_diagonal(H: Tensor, x: np.ndarray) -> Tensor:
     H.diagonal(dim1=-2, dim2=-1).add_(torch.from_numpy(x).view(-1, 1))
     return H
+
+
+def share_of(ratio: float) -> float:
+    """The share of a shift of ``ratio mean`` in the mean eigenvalue with it."""
+    return ratio / (1 + ratio)
 
 
 def rounding_of(S: Tensor) -> float:

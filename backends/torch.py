@@ -23,6 +23,7 @@ from ._torch_cpu import (
     is_within,
     reusing,
     rounding_of,
+    share_of,
     shifted,
 )
 from ._torch_precision import exact
@@ -148,19 +149,20 @@ class TorchBackend(Backend):
 
     def damped(self, S: Array, damping: float, *, relative: bool, least: float) -> Damped:
         """As the generic one, in fewer kernels: for small adapters they are what a step costs."""
-        if is_eager_cpu(S):
-            sound = damped_if_sound(S, damping, relative, least)
-            if sound is not None:
-                return sound
+        if is_eager_cpu(S) and (sound := damped_if_sound(S, damping, relative, least)):
+            return sound
         info, rounding = torch.finfo(S.dtype), rounding_of(S)
         mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)  # (K, 1, 1)
         floor = max(rounding, least)
         shift = mean * max(damping, floor) if relative else (mean * floor).clamp_(min=damping)
         scale = mean + shift
-        unit = scale.clamp(info.smallest_normal / rounding, info.max)  # NaN stays
-        live = (scale == unit) & (scale < info.max)
+        unit = scale.clamp(info.smallest_normal / rounding, info.max / 2)  # NaN stays
+        live = scale == unit
         H = torch.where(live, S, 0.0).div_(unit)  # (K, r, r)
-        H.diagonal(dim1=-2, dim2=-1).add_(torch.where(live, shift / unit, 1.0).view(-1, 1))
+        added: Any = share_of(max(damping, floor))
+        if not relative:
+            added = torch.where(live, shift / unit, 1.0).view(-1, 1)
+        H.diagonal(dim1=-2, dim2=-1).add_(added)
         return Damped(H, unit, live, unit * 0)
 
     def damped_half(
@@ -224,8 +226,7 @@ class TorchBackend(Backend):
         S = torch.where(mean <= info.smallest_normal / rounding_of(S), 0.0, S)
         shift = torch.finfo(S.dtype).eps ** 0.5 * mean
         Z, _ = self.newton_schulz(S + shift * torch.eye(r, dtype=S.dtype, device=S.device))
-        squared = torch.matrix_power(Z @ S @ Z, 2)
-        return squared @ squared @ Z
+        return torch.matrix_power(Z @ S @ Z, 4) @ Z
 
     def pseudo_half(self, S: Array) -> Array:
         return cholesky_half(self, S) if is_eager_cpu(S) else self.pseudo_power(S, -0.5)
