@@ -159,6 +159,44 @@ class Member(NamedTuple):
         return cast("Tensor", self.views[side].read(grad.detach()))
 
 
+class Side:
+    """The factors A (0) or B (1) of members that are stepped together.
+
+    Parameters
+    ----------
+    members : list of Member
+        At least one.
+    side : {0, 1}
+        Which factors.
+    """
+
+    def __init__(self, members: list[Member], side: int) -> None:
+        self._members, self._side = members, side
+        plain = all(m.plain[side] and not m.pair.twins[side] for m in members)
+        # Where each parameter is the factor itself, no member has to be asked.
+        self._own = [m.params[side] for m in members] if plain else None
+
+    def factors(self) -> list[Tensor]:
+        """One of each member."""
+        return self._own or [m.read(self._side) for m in self._members]
+
+    def gradients(self) -> list[Any]:
+        """Those of `factors`, or None."""
+        if self._own:
+            return [p.grad for p in self._own]
+        return [m.gradient(self._side) for m in self._members]
+
+    def places(self) -> list[Tensor]:
+        """The parts of parameters that hold the factors."""
+        return self._own or [m.part(self._side) for m in self._members]
+
+    def as_stored(self, factors: Sequence[Tensor]) -> list[Tensor]:
+        """The values of `places` that hold these factors."""
+        if self._own:
+            return list(factors)
+        return [m.write(self._side, x) for m, x in zip(self._members, factors, strict=True)]
+
+
 def signature(
     pairs: Iterable[TensorPair], groups: Iterable[dict[str, Any]], choices: Sequence[Any]
 ) -> tuple[Any, ...]:

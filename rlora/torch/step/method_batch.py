@@ -14,7 +14,7 @@ from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.step import move
 from rlora.core.structure import another_state, side_by_side
 from rlora.core.transform import State, Transform
-from rlora.torch.pairing.pairs import Member, TensorPair, is_distributed, local
+from rlora.torch.pairing.pairs import Member, Side, TensorPair, is_distributed, local
 from rlora.torch.step.compiling import keep
 from rlora.torch.step.dtensors import check_cut, layer_of
 from rlora.torch.step.plan import Share, take_over
@@ -43,6 +43,7 @@ class MethodBatch:
             key = (*member.shapes, member.params[0].dtype, *still, *cut)
             alike.setdefault(key, []).append(member)
         self._buckets = list(alike.values())
+        self._sides = [[Side(bucket, side) for side in (0, 1)] for bucket in self._buckets]
         self._in_pieces = is_distributed(members[0].params[0])
         options = optimizer.param_groups[group]
         self._chosen = optimizer._chosen(options)
@@ -105,10 +106,9 @@ class MethodBatch:
         if (chosen := self._optimizer._chosen(group)) != self._chosen:  # by a scheduler, say
             self._chosen, self._transform = chosen, self._optimizer._transform(group)
         params, grads = {}, {}
-        for i, bucket in enumerate(self._buckets):
-            readers = (Member.read, Member.gradient)
-            values = [[read(m, side) for m in bucket] for read in readers for side in (0, 1)]
-            wide = group["stochastic_rounding"]
+        wide = group["stochastic_rounding"]
+        for i, sides in enumerate(self._sides):
+            values = [side.factors() for side in sides] + [side.gradients() for side in sides]
             A, B, G_A, G_B = (self._stack(x, (i, k), wide) for k, x in enumerate(values))
             params[f"{i}"], grads[f"{i}"] = Factors(A, B), Factors(G_A, G_B)
         if group["maximize"]:
@@ -139,20 +139,20 @@ class MethodBatch:
         params, state = moved
         if (both := side_by_side(self._state, state)) is None:  # a transport may have changed it
             raise another_state(state, self._state)
-        old, new = [], []
-        for bucket, stacks in zip(self._buckets, params.values(), strict=True):
-            for side in (0, 1):
-                if bucket[0].gradient(side) is not None:
-                    stack = stacks[side]
-                    if self._in_pieces:
-                        check_cut(stack, bucket[0].params[side])
-                        stack = local(stack)
-                    for member, layer in zip(bucket, stack.unbind(0), strict=True):
-                        written, value = member.part(side), member.write(side, layer)
-                        written = local(written) if self._in_pieces else written
-                        if not lies_in(written, value):
-                            old.append(written)
-                            new.append(value)
+        old: list[Tensor] = []
+        new: list[Tensor] = []
+        for bucket, sides, stacks in zip(self._buckets, self._sides, params.values(), strict=True):
+            for k, side in enumerate(sides):
+                if bucket[0].gradient(k) is None:
+                    continue
+                stack, places = stacks[k], side.places()
+                if self._in_pieces:
+                    check_cut(stack, bucket[0].params[k])
+                    stack, places = local(stack), list(map(local, places))
+                values = side.as_stored(stack.unbind(0))
+                if len(values) > 1 or not lies_in(places[0], values[0]):
+                    old += places
+                    new += values
         if old:
             store(old, new, self._optimizer.param_groups[self._group])
         if changed := [x for x in both if x[0] is not x[1]]:
