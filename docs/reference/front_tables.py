@@ -53,10 +53,10 @@ BETAS: Final = {
     "AdamW": ("adamw-fast", "adamw-0.9-0.95", "adamw", "adamw-growing"),
     "`ScaledAdamW`": ("scaled", "scaled-0.9-0.95", "scaled-usual", "scaled-growing"),
 }
-ALL: Final = "adamw|scaled|lora-rite|.*-fast|.*-sgd|.*muon|(ref|alt)-lora"
+ALL: Final = "adamw|scaled|lora-rite|.*-sgd|.*muon|(?!lora-plus-[28]-).*-fast"
 MAIN: Final = (
-    "adamw|adamw-(fast|growing)|lora-plus-(4|16)-fast|scaled|scaled-usual|scaled-(growing|favoured)"
-    "|lora-rite-fast|scaled-clipped|adamw-fast-clipped"
+    "adamw|adamw-(fast|growing)|lora-plus-(4|16)-fast|lora-rite-fast"
+    "|scaled(-usual|-growing|-clipped|-favoured)?"
 )
 FEW: Final = "adamw|adamw-fast|lora-plus-16-fast|scaled|lora-rite-fast"
 
