@@ -116,17 +116,20 @@ def options(thing: Callable[..., Any]) -> list[tuple[str, str]]:
 
 
 def table(title: str, things: Named, known: Named = ()) -> list[str]:
-    """A section with a row for all defaults of the same things for the same reason."""
-    rows: dict[tuple[str, str], list[str]] = {}
+    """A section with a row for each reason: the defaults that have it, and of what."""
+    rows: dict[str, dict[str, list[str]]] = {}
     for option, values in defaults(things, known).items():
         usual = max(values.values(), key=len)
         for value, names in sorted(values.items()):
             default = f"{option}={value}"
             others = len(values) > 1 and names is usual and len(names) > 2
             of = "others" if others else said(names, [name for name, _ in things])
-            rows.setdefault((of, WHY[default]), []).append(f"`{default}`")
-    lines = (f"| {', '.join(found)} | {of} | {why} |" for (of, why), found in rows.items())
-    return [f"\n## {title}\n", "| default | of | why |", "| --- | --- | --- |", *lines]
+            rows.setdefault(WHY[default], {}).setdefault(of, []).append(f"`{default}`")
+    lines = []
+    for why, found in rows.items():
+        cell = "; ".join(f"{', '.join(options)}: {of}" for of, options in found.items())
+        lines.append(f"| {cell} | {why} |")
+    return [f"\n## {title}\n", "| default: of | why |", "| --- | --- |", *lines]
 
 
 def plain(name: str) -> str:

@@ -12,8 +12,6 @@ from typing import Final
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = [
     ROOT / "README.md",
-    ROOT / "docs" / "index.md",
-    ROOT / "docs" / "reference" / "speed.md",
     ROOT / "docs" / "reference" / "study.md",
 ]
 STUDY: Final = ROOT / "docs" / "reference" / "study"
@@ -53,12 +51,9 @@ BETAS: Final = {
     "AdamW": ("adamw-fast", "adamw-0.9-0.95", "adamw", "adamw-growing"),
     "`ScaledAdamW`": ("scaled", "scaled-0.9-0.95", "scaled-usual", "scaled-growing"),
 }
-ALL: Final = "adamw|scaled|lora-rite|.*-sgd|.*muon|(?!lora-plus-[28]-).*-fast"
-MAIN: Final = (
-    "adamw|adamw-(fast|growing)|lora-plus-(4|16)-fast|lora-rite-fast"
-    "|scaled(-usual|-growing|-clipped|-favoured)?"
-)
 FEW: Final = "adamw|adamw-fast|lora-plus-16-fast|scaled|lora-rite-fast"
+MAIN: Final = f"{FEW}|scaled-clipped|scaled-favoured"
+ALL: Final = f"{FEW}|lora-pro-fast|alt-lora-plus-fast|lora-muon|lora-pro-sgd"
 
 Row = dict[str, str]
 LOSS: Final = "validation loss [nats/digit]"
@@ -105,7 +100,7 @@ def betas() -> str:
     rows = []
     for family, names in BETAS.items():
         for task in ("fall", "cipher-noisy"):
-            for steps in ("160", "300", "1000", "3000"):
+            for steps in ("160", "3000"):
                 cells = [best.get((task, steps, name), "") for name in names]
                 if sum(map(bool, cells)) > 1:
                     rows.append([f"{family}, `{task}`, {steps} steps", *bold(cells)])

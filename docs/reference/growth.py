@@ -143,8 +143,8 @@ See which methods let factors grow where the rank is higher than the task needs,
 factors lose.
 
 *Largest entry of a factor over that under AdamW, betas (0.7, 0.8), at the same learning rate up to
-{USUAL:g}; the worst of {len(SHAPES)} shapes and several ranks of the target after {STEPS} steps
-with noise; bold above {PROMISED:g}. Not finite: of 480 runs at rates up to {RATES[-1]:g}.*
+{USUAL:g}; the worst of {len(SHAPES)} shapes and several ranks of the target in {STEPS} steps with
+noise; bold above {PROMISED:g}. Not finite: of 480 runs at rates up to {RATES[-1]:g}.*
 """
 
 GROW: Final = """
