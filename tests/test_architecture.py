@@ -283,6 +283,15 @@ def test_no_word_comes_back_that_is_gone(path):
     assert not found, {word: f"say {GONE[word]}" for word in found}
 
 
+@pytest.mark.parametrize("path", [x for x in PAGES if x.parts[0] == "docs"], ids=str)
+def test_prose_has_short_lines(path):
+    """Tables and pictures need one line a row."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    prose = re.sub("^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE).splitlines()
+    long = [x for x in prose if len(x) > 120 and not x.lstrip().startswith(("|", "![", "    "))]
+    assert not long
+
+
 def test_the_guard_sees_what_it_should():
     """A law's test must be able to fail."""
     code = '"""Fine."""\nX = 1\n"""Of X."""\ndef f():\n    """Whether it is so."""\n'

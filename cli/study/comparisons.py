@@ -1,23 +1,14 @@
 """Tables of the study of strings: seed by seed, away from the best rate, and by betas."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from statistics import mean, median, stdev
 from typing import Final, NamedTuple
 
-from .markdown import captioned
+from .csv_tables import Row
 from .plan import Record
-from .stacked_methods import BY_BETAS, CLIPPED, METHODS, SHARE
-from .strings import DATASETS
-from .sweeps import (
-    GUESSING,
-    Setting,
-    Sweep,
-    Sweeps,
-    common_rates,
-    compared,
-    main_settings,
-    setting_of,
-)
+from .stacked_methods import BY_BETAS, METHODS
+from .sweeps import GUESSING, Setting, Sweep, Sweeps, common_rates, compared, setting_of
 
 QUANTILES: Final = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Quantiles of Student's t, 97.5 %, for 1, 2, ... degrees of freedom."""
@@ -61,55 +52,42 @@ def pairs_of_runs(sweeps: Sweeps, rows: Iterable[Record]) -> list[Paired]:
     return made
 
 
-def paired(sweeps: Sweeps, rows: Iterable[Record]) -> list[str]:
-    """Differences of test losses to the baseline, where most methods were run."""
-    main = main_settings(sweeps)
-    lines = [
-        [
-            *(str(x.setting), f"`{x.name}`", f"{x.rate:.2g}"),
-            f"{mean(tested(row, 'loss') for row in x.mine):.4f}",
-            "-" if x.mine == x.theirs else interval(x.differences()),
-            f"{100 * mean(tested(row, 'exact') for row in x.mine):.1f} %",
-            str(len(x.mine)),
-        ]
+def test_losses(sweeps: Sweeps, rows: Iterable[Record]) -> list[Row]:
+    """Test losses of each setting, less those of the baseline on the same seeds."""
+    return [
+        {
+            **x.setting._asdict(),
+            "method": x.name,
+            "learning rate": f"{x.rate:g}",
+            "test loss [nats/digit]": f"{mean(tested(row, 'loss') for row in x.mine):.4f}",
+            **interval([] if x.mine == x.theirs else x.differences()),
+            "exact [%]": f"{100 * mean(tested(row, 'exact') for row in x.mine):.1f}",
+            "seeds": len(x.mine),
+        }
         for x in pairs_of_runs(sweeps, rows)
-        if x.setting in main
     ]
-    caption = (
-        "Test loss, nats a digit, where most methods were run. Difference: test loss less "
-        "AdamW's (-) on the same seeds, 95 % interval of Student's t. Rates, and AdamW's betas, "
-        "were chosen on other seeds."
-    )
-    head = ["setting", "method", "rate", "test loss", "difference", "exact", "seeds"]
-    return captioned(caption, head, lines)
 
 
-def wins(sweeps: Sweeps, rows: Iterable[Record]) -> list[str]:
+def test_wins(sweeps: Sweeps, rows: Iterable[Record]) -> list[Row]:
     """Numbers of settings in which a method is better, or worse, than the baseline on test."""
     made = pairs_of_runs(sweeps, rows)
-    lines = []
+    lines: list[Row] = []
     for name in METHODS:
         mine = [x for x in made if x.name == name and len(x.mine) > 1]
-        if not mine:
-            continue
-        bounds = [limits(x.differences()) for x in mine]
-        exact = [mean(x.differences("exact")) for x in mine]
-        lines.append(
-            [
-                *(f"`{name}`", str(len(mine))),
-                *(str(sum(high < 0 for _, high in bounds)), str(sum(low > 0 for low, _ in bounds))),
-                f"{mean(mean(x.differences()) for x in mine):+.3f}",
-                f"{100 * mean(exact):+.1f}",
-            ]
-        )
-    caption = (
-        "Each method at its best rate against AdamW at its best rate and betas, on seeds that "
-        "chose neither. Better, worse: settings in which the 95 % interval of the difference of "
-        "test losses leaves out zero. Means over settings: difference in nats a digit, and in "
-        "points of exact answers."
-    )
-    head = ["method", "settings", "better", "worse", "difference", "exact"]
-    return captioned(caption, head, lines)
+        if mine:
+            bounds = [limits(x.differences()) for x in mine]
+            exact = mean(mean(x.differences("exact")) for x in mine)
+            lines.append(
+                {
+                    "method": name,
+                    "settings": len(mine),
+                    "better": sum(high < 0 for _, high in bounds),
+                    "worse": sum(low > 0 for low, _ in bounds),
+                    "difference [nats/digit]": f"{mean(mean(x.differences()) for x in mine):+.3f}",
+                    "difference, exact [points]": f"{100 * exact:+.1f}",
+                }
+            )
+    return lines
 
 
 def tested(row: Record, name: str) -> float:
@@ -131,44 +109,38 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
     return mean(values) - half, mean(values) + half
 
 
-def interval(values: Sequence[float]) -> str:
-    """Mean with a 95 % interval, as "-0.010 (-0.012 to -0.008)"."""
-    if len(values) == 1:
-        return f"{values[0]:+.4f}"
-    low, high = limits(values)
-    return f"{mean(values):+.4f} ({low:+.4f} to {high:+.4f})"
+def interval(values: Sequence[float]) -> dict[str, str]:
+    """Cells of the mean difference and of its 95 % interval, which a single seed does not have."""
+    found = [mean(values)] if values else []
+    if len(values) > 1:
+        found += limits(values)
+    heads = ("difference [nats/digit]", "from [nats/digit]", "to [nats/digit]")
+    return {head: "" if x is None else f"{x:+.4f}" for head, x in zip_longest(heads, found)}
 
 
-AWAY: Final = {
-    "1/4 of the best": 1 / 4,
-    "1/2 of the best": 1 / 2,
-    "at the best": 1.0,
-    "2 times the best": 2.0,
-    "4 times the best": 4.0,
-}
+AWAY: Final = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)
 """Multiples of the best rate."""
 
 LOST: Final = 0.05
 """Share of exact answers that a good rate may lose against the best method of the setting."""
 
 
-def away(sweeps: Sweeps) -> list[str]:
+def good_rates(sweeps: Sweeps) -> list[Row]:
     """Widths of the ranges of good rates, and exact answers at multiples of the best rate."""
-    lines = []
+    lines: list[Row] = []
     for name in METHODS:
         groups = [sweeps[x] for x in compared(sweeps) if name in sweeps[x]]
         if groups:
-            mine = [group[name] for group in groups]
             widths = [width(group[name], best_share(group) - LOST) for group in groups]
-            means = [share_away(mine, factor) for factor in AWAY.values()]
-            lines.append([f"`{name}`", str(len(mine)), f"{median(widths):.0f}x", *means])
-    caption = (
-        f"Good: exact answers at most {100 * LOST:.0f} points below the best of any method in the "
-        f"setting. Width: highest over lowest good rate among those run; 1x: one good rate; 0x: "
-        f"none. Then exact answers at multiples of each setting's best rate, averaged over "
-        f"settings; in brackets: in how many of them that rate was run, if not in all."
-    )
-    return captioned(caption, ["method", "settings", "width, median", *AWAY], lines)
+            row: Row = {"method": name, "settings": len(groups)}
+            row["median of highest / lowest good rate"] = f"{median(widths):.0f}"
+            for factor in AWAY:
+                shares = shares_away([group[name] for group in groups], factor)
+                at = f"at {factor:g} x best rate"
+                row[f"exact {at} [%]"] = f"{100 * mean(shares):.0f}" if shares else ""
+                row[f"settings {at}"] = len(shares)
+            lines.append(row)
+    return lines
 
 
 def best_share(group: Mapping[str, Sweep]) -> float:
@@ -189,51 +161,35 @@ def width(sweep: Sweep, bound: float) -> float:
     return rates[high] / rates[low]
 
 
-def share_away(sweeps: Sequence[Sweep], factor: float) -> str:
-    """Mean of the exact answers at a multiple of each sweep's best rate, where it was run."""
-    shares = [
+def shares_away(sweeps: Iterable[Sweep], factor: float) -> list[float]:
+    """Exact answers at a multiple of each sweep's best rate, where it was run."""
+    return [
         share
         for sweep in sweeps
         for lr, share in sweep.exact.items()
         if lr == factor * sweep.best  # exact: factors are powers of two
     ]
-    if not shares:
-        return "-"
-    some = f" ({len(shares)})" if len(shares) < len(sweeps) else ""
-    return f"{100 * mean(shares):.0f} %{some}"
 
 
-def betas(sweeps: Sweeps) -> list[str]:
-    """Losses by betas, at the best rate of each and at one rate for all settings."""
-    lines = []
-    for family, names in BY_BETAS.items():
-        for setting, group in sweeps.items():
-            cells = [group[name].lowest if name in group else None for name in names.values()]
-            if sum(x is not None for x in cells) > 2:
-                lines.append([family, f"{setting}, best rates", *marked(cells)])
-        groups = {x: g for x, g in sweeps.items() if all(name in g for name in names.values())}
-        if groups:
-            lowest = {x: min(g[name].lowest for name in names.values()) for x, g in groups.items()}
-            worst = [
-                max(g[name].lowest - lowest[x] for x, g in groups.items())
-                for name in names.values()
-            ]
-            lines.append([family, "worst regret, best rates", *marked(worst)])
-            single = [one_rate_regret(groups, name, lowest) for name in names.values()]
-            lines.append([family, "worst regret, one rate", *marked(single)])
-    caption = (
-        "Validation loss, nats a digit, of settings with three betas or more; bold: the lowest of "
-        "a row; -: not run. Regret: loss less the lowest of the method in the setting, for "
-        "settings with all betas; one rate: the one whose worst regret is least."
-    )
-    heads = next(iter(BY_BETAS.values()))
-    return captioned(caption, ["method", "", *map(str, heads)], lines)
-
-
-def marked(values: Sequence[float | None]) -> list[str]:
-    """Numbers, the lowest in bold; a dash where there is none."""
-    low = min((x for x in values if x is not None), default=None)
-    return ["-" if x is None else f"**{x:.4f}**" if x == low else f"{x:.4f}" for x in values]
+def beta_regrets(sweeps: Sweeps) -> list[Row]:
+    """Worst regrets by betas, at the best rate of each and at one rate for all settings."""
+    lines: list[Row] = []
+    for names in BY_BETAS:
+        groups = {x: g for x, g in sweeps.items() if all(name in g for name in names)}
+        lowest = {x: min(g[name].lowest for name in names) for x, g in groups.items()}
+        for name in names if groups else ():
+            worst = max(g[name].lowest - lowest[x] for x, g in groups.items())
+            single = one_rate_regret(groups, name, lowest)
+            at_one_rate = "" if single is None else f"{single:.4f}"
+            lines.append(
+                {
+                    "method": name,
+                    "settings": len(groups),
+                    "worst regret, best rates [nats/digit]": f"{worst:.4f}",
+                    "worst regret, one rate [nats/digit]": at_one_rate,
+                }
+            )
+    return lines
 
 
 def one_rate_regret(
@@ -245,31 +201,3 @@ def one_rate_regret(
         for lr in common_rates(group[name] for group in groups.values())
     ]
     return min(worst, default=None)
-
-
-def clipping(sweeps: Sweeps) -> list[str]:
-    """Losses by learning rate of methods without and with a trust region."""
-    main = main_settings(sweeps)
-    groups = [
-        (setting, name, group[name])
-        for setting, group in sweeps.items()
-        if setting in main or DATASETS[setting.dataset].base != "small"
-        for usual, clipped in CLIPPED.items()
-        if usual in group and any(name in group for name in clipped)
-        for name in (usual, *clipped)
-        if name in group
-    ]
-    rates = METHODS["scaled-clipped"].rates
-    rows = [
-        [
-            *(str(setting), f"`{name}`"),
-            *(f"{sweep.losses[lr]:.3f}" if lr in sweep.losses else "-" for lr in rates),
-        ]
-        for setting, name, sweep in groups
-    ]
-    caption = (
-        f"Validation loss, nats a digit, by learning rate; -: not run. Clipped: no step moves the "
-        f"entries of s B A by more than {100 * SHARE:g} % of those of W0, or the share in the "
-        f"name, in the root mean square."
-    )
-    return captioned(caption, ["setting", "method", *(f"{lr:.2g}" for lr in rates)], rows)

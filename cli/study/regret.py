@@ -11,23 +11,14 @@ from rlora.cli import plots
 from rlora.cli.chart import Curve, Panel
 from rlora.cli.records import write_text
 
-from .comparisons import away, betas, clipping, marked, paired, wins
-from .markdown import captioned
+from .comparisons import beta_regrets, good_rates, test_losses, test_wins
+from .csv_tables import Row, write_csv
 from .plan import Records
 from .slopes import slopes
 from .stacked_methods import METHODS
 from .stacks import BASES
 from .strings import DATASETS
-from .sweeps import (
-    GUESSING,
-    Setting,
-    Sweep,
-    Sweeps,
-    common_rates,
-    compared,
-    main_settings,
-    sweeps_of,
-)
+from .sweeps import GUESSING, Setting, Sweep, Sweeps, common_rates, compared, sweeps_of
 
 CLOSE: Final = 0.02
 """Nats a digit that may be lost against the tuned baseline."""
@@ -40,72 +31,58 @@ PANELS: Final = 2
 
 
 def write_regrets(folder: Path) -> None:
-    """Write ``tables.md`` and a plot of all records in a folder."""
+    """Write the tables, as CSV, and a plot of all records in a folder."""
     paths = sorted(folder.glob("strings-*.jsonl"))
     if not paths:
         msg = f"{folder} has no records of strings (strings-*.jsonl)"
         raise ValueError(msg)
     rows = [row for path in paths for row in Records(path).rows.values()]
     sweeps = sweeps_of(rows)
-    parts = {
-        "Best losses of all methods": best_losses(sweeps),
-        "Best losses in all settings": lowest_losses(sweeps),
-        "Test losses against AdamW": wins(sweeps, rows),
-        "Test losses against AdamW, seed by seed": paired(sweeps, rows),
-        "One learning rate for all settings": one_rate(sweeps),
-        "The suggested learning rate": by_rule(sweeps),
-        "Regret by learning rate": by_rate(sweeps),
-        "Away from the best rate": away(sweeps),
-        "Betas": betas(sweeps),
-        "Steps in a trust region": clipping(sweeps),
-        "Best rates against rank, s, width, batch and length": slopes(sweeps),
-        "The rate of the usual task on its unusual forms": transferred(sweeps),
+    tables = {
+        "best_losses": best_losses(sweeps),
+        "losses_by_rate": losses_by_rate(sweeps),
+        "test_wins": test_wins(sweeps, rows),
+        "test_losses": test_losses(sweeps, rows),
+        "one_rate": one_rate(sweeps),
+        "suggested_rate": by_rule(sweeps),
+        "regret_by_rate": by_rate(sweeps),
+        "good_rates": good_rates(sweeps),
+        "beta_regrets": beta_regrets(sweeps),
+        "best_rate_powers": slopes(sweeps),
+        "changed_factors": transferred(sweeps),
     }
-    lines = ["# Tables of the study of strings", ""]
-    lines.append("Made by `rlora study --model strings --tables` from the records beside.")
-    for title, found in parts.items():
-        lines += ["", f"## {title}", "", *(found or ["No records for this table."])]
+    for name, table in tables.items():
+        write_csv(folder / f"{name}.csv", table)
     title = "Validation loss against learning rate"
     write_text(folder / "rates.svg", plots.as_svg(title, panels_of(sweeps)))
-    lines += ["", f"![{title}](rates.svg)", "", f"*{title}.*"]
-    write_text(folder / "tables.md", "\n".join(lines) + "\n")
 
 
-def best_losses(sweeps: Sweeps) -> list[str]:
-    """Lowest loss of each sweep with the share of exact answers, where most methods were run."""
-    settings = main_settings(sweeps)
-    low = {x: min(sweep.lowest for sweep in sweeps[x].values()) for x in settings}
-
-    def cell(setting: Setting, sweep: Sweep | None) -> str:
-        if sweep is None:
-            return "-"
-        text = f"{sweep.lowest:.4f} ({100 * sweep.exact[sweep.best]:.0f} %)"
-        return f"**{text}**" if sweep.lowest == low[setting] else text
-
-    rows = [
-        [f"`{name}`", *(cell(x, sweeps[x].get(name)) for x in settings)]
-        for name in METHODS
-        if any(name in sweeps[x] for x in settings)
+def best_losses(sweeps: Sweeps) -> list[Row]:
+    """Lowest loss of each sweep."""
+    return [
+        {**setting._asdict(), "method": name, **cells_at(sweep, sweep.best)}
+        for setting, group in sweeps.items()
+        for name, sweep in group.items()
     ]
-    caption = (
-        "Validation loss, nats a digit, of each method at its best rate, and exact answers, where "
-        "most methods were run; bold: the lowest; -: not run."
-    )
-    return captioned(caption, ["method", *map(str, settings)], rows)
 
 
-def lowest_losses(sweeps: Sweeps) -> list[str]:
-    """Lowest loss of each sweep of the methods that were run in most settings."""
-    rows, names = [], usual_methods(sweeps)
-    for setting, group in sweeps.items():
-        found = [group[name].lowest if name in group else None for name in names]
-        if sum(x is not None for x in found) > 1:
-            rows.append([str(setting), *marked(found)])
-    caption = (
-        "Validation loss, nats a digit, of methods at their best rates, where they were run; "
-        "bold: the lowest of the row."
-    )
-    return captioned(caption, ["setting", *(f"`{name}`" for name in names)], rows)
+def losses_by_rate(sweeps: Sweeps) -> list[Row]:
+    """Loss at each rate of each sweep."""
+    return [
+        {**setting._asdict(), "method": name, **cells_at(sweep, lr)}
+        for setting, group in sweeps.items()
+        for name, sweep in group.items()
+        for lr in sweep.losses
+    ]
+
+
+def cells_at(sweep: Sweep, lr: float) -> Row:
+    """Cells of a rate, its loss and its share of exact answers."""
+    return {
+        "learning rate": f"{lr:g}",
+        "validation loss [nats/digit]": f"{sweep.losses[lr]:.4f}",
+        "exact [%]": f"{100 * sweep.exact[lr]:.0f}",
+    }
 
 
 def usual_methods(sweeps: Sweeps) -> list[str]:
@@ -137,57 +114,45 @@ def default_of(sweeps: Sweeps, name: str) -> Default | None:
     return Default(settings, means) if means else None
 
 
-def one_rate(sweeps: Sweeps) -> list[str]:
+def one_rate(sweeps: Sweeps) -> list[Row]:
     """Regret of one rate everywhere against a baseline that is tuned for each setting."""
-    rows, bases = [], compared(sweeps)
+    rows: list[Row] = []
+    bases = compared(sweeps)
     for name in METHODS:
         if (found := default_of(sweeps, name)) is not None:
             pairs = [(sweeps[x][name], found.rate, sweeps[x][bases[x]]) for x in found.settings]
-            rows.append([f"`{name}`", f"{found.rate:.2g}", *regrets(pairs)])
-    caption = (
-        f"Each method at the one rate with its lowest mean loss over all its settings, in "
-        f"hindsight: chosen on these same runs. {REGRET}"
-    )
-    return captioned(caption, ["method", "rate", *REGRET_HEAD], rows)
+            rows.append({"method": name, "learning rate": f"{found.rate:g}", **regrets(pairs)})
+    return rows
 
 
-def by_rule(sweeps: Sweeps) -> list[str]:
+def by_rule(sweeps: Sweeps) -> list[Row]:
     """Regret of the rate of `rlora.suggest_lr`, or the nearest that was run."""
-    rows, bases = [], compared(sweeps)
+    rows: list[Row] = []
+    bases = compared(sweeps)
     for name in METHODS:
-        settings = [x for x in bases if name in sweeps[x]]
-        if settings and 2 * len(settings) >= len(bases):
-            pairs = [
-                (sweeps[x][name], nearest(sweeps[x][name], suggested(x)), sweeps[x][bases[x]])
-                for x in settings
-            ]
-            rows.append([f"`{name}`", *regrets(pairs)])
-    caption = (
-        f"Each method at the rate of rlora.suggest_lr, size / (4 s sqrt(r)), or the nearest that "
-        f"was run; methods that were run in at least half of the settings. {REGRET}"
-    )
-    return captioned(caption, ["method", *REGRET_HEAD], rows)
+        pairs = [
+            (sweeps[x][name], nearest(sweeps[x][name], suggested(x)), sweeps[x][bases[x]])
+            for x in bases
+            if name in sweeps[x]
+        ]
+        if pairs:
+            rows.append({"method": name, **regrets(pairs)})
+    return rows
 
 
-REGRET: Final = (
-    f"Regret: validation loss less that of AdamW at the best of the rates and betas that were run "
-    f"with it in the setting, nats a digit; close: at most {CLOSE}; within 2 %: at most 2 % of the "
-    f"loss of guessing, {GUESSING:.2f}, as which a run counts that diverged."
-)
-REGRET_HEAD: Final = (
-    *("close", "within 2 %", "median regret", "mean", "worst", "exact", "exact of that AdamW"),
-)
-
-
-def regrets(pairs: Sequence[tuple[Sweep, float, Sweep]]) -> list[str]:
+def regrets(pairs: Sequence[tuple[Sweep, float, Sweep]]) -> Row:
     """Cells of a row: sweeps, each at a rate, against the best of others."""
     found = [mine.losses[lr] - theirs.lowest for mine, lr, theirs in pairs]
-    return [
-        *(f"{sum(x <= most for x in found)} of {len(found)}" for most in (CLOSE, 0.02 * GUESSING)),
-        *(f"{x:+.3f}" for x in (median(found), mean(found), max(found))),
-        f"{100 * mean(mine.exact[lr] for mine, lr, _ in pairs):.0f} %",
-        f"{100 * mean(theirs.exact[theirs.best] for *_, theirs in pairs):.0f} %",
-    ]
+    return {
+        "settings": len(found),
+        f"regret at most {CLOSE} nats": sum(x <= CLOSE for x in found),
+        "regret at most 2 % of guessing": sum(x <= 0.02 * GUESSING for x in found),
+        "median regret [nats/digit]": f"{median(found):+.3f}",
+        "mean regret [nats/digit]": f"{mean(found):+.3f}",
+        "worst regret [nats/digit]": f"{max(found):+.3f}",
+        "exact [%]": f"{100 * mean(mine.exact[lr] for mine, lr, _ in pairs):.0f}",
+        "exact, AdamW [%]": f"{100 * mean(x.exact[x.best] for *_, x in pairs):.0f}",
+    }
 
 
 def suggested(setting: Setting) -> float:
@@ -202,30 +167,30 @@ def nearest(sweep: Sweep, lr: float) -> float:
     return min(sweep.losses, key=lambda x: abs(math.log(x / lr)))
 
 
-def by_rate(sweeps: Sweeps) -> list[str]:
+def by_rate(sweeps: Sweeps) -> list[Row]:
     """Mean regret of each rate, over the settings in which a method was run at all of them."""
-    rows, bases, rates = [], compared(sweeps), METHODS["scaled"].rates
+    rows: list[Row] = []
+    bases, rates = compared(sweeps), METHODS["scaled"].rates
     for name in METHODS:
         settings = [
             x for x in bases if name in sweeps[x] and set(rates) <= sweeps[x][name].losses.keys()
         ]
-        if not settings or 2 * len(settings) < len(bases):
-            continue
-        means = [
-            mean(sweeps[x][name].losses[lr] - sweeps[x][bases[x]].lowest for x in settings)
-            for lr in rates
-        ]
-        rows.append([f"`{name}`", str(len(settings)), *(f"{x:+.2f}" for x in means)])
-    caption = (
-        "Mean over settings of validation loss less that of AdamW tuned for each, nats a digit, "
-        "by learning rate; methods that were run in at least half of the settings."
-    )
-    return captioned(caption, ["method", "settings", *(f"{lr:.2g}" for lr in rates)], rows)
+        for lr in rates if settings else ():
+            found = (sweeps[x][name].losses[lr] - sweeps[x][bases[x]].lowest for x in settings)
+            rows.append(
+                {
+                    "method": name,
+                    "settings": len(settings),
+                    "learning rate": f"{lr:g}",
+                    "mean regret [nats/digit]": f"{mean(found):+.2f}",
+                }
+            )
+    return rows
 
 
-def transferred(sweeps: Sweeps) -> list[str]:
+def transferred(sweeps: Sweeps) -> list[Row]:
     """Settings that differ from a usual one in the factors alone, at that one's best rate."""
-    rows = []
+    rows: list[Row] = []
     for setting, group in sweeps.items():
         mine = DATASETS[setting.dataset]
         twin = setting._replace(dataset=mine.task)
@@ -237,17 +202,18 @@ def transferred(sweeps: Sweeps) -> list[str]:
         for name, sweep in group.items():
             usual = sweeps.get(twin, {}).get(name)
             if usual is not None and usual.best in sweep.losses:
-                lr = usual.best
                 rows.append(
-                    [
-                        *(str(setting), f"`{name}`", f"{lr:.2g}", f"{usual.losses[lr]:.3f}"),
-                        *(f"{sweep.losses[lr]:.3f}", f"{sweep.lowest:.3f}"),
-                        f"{sweep.best:.2g}",
-                    ]
+                    {
+                        **setting._asdict(),
+                        "method": name,
+                        "usual best rate": f"{usual.best:g}",
+                        "usual loss [nats/digit]": f"{usual.lowest:.3f}",
+                        "loss at that rate [nats/digit]": f"{sweep.losses[usual.best]:.3f}",
+                        "lowest loss [nats/digit]": f"{sweep.lowest:.3f}",
+                        "its rate": f"{sweep.best:g}",
+                    }
                 )
-    caption = "Loss when the factors alone differ from those of the usual task."
-    head = ["setting", "method", "usual best rate", "usual loss", "loss here at that rate"]
-    return captioned(caption, [*head, "lowest loss here", "its rate"], rows)
+    return rows
 
 
 def panels_of(sweeps: Sweeps) -> list[Panel]:
@@ -256,7 +222,7 @@ def panels_of(sweeps: Sweeps) -> list[Panel]:
     most = sorted(sweeps, key=lambda setting: -len(sweeps[setting]))[:PANELS]
     return [
         Panel(
-            str(setting).replace("`", ""),
+            str(setting),
             "learning rate",
             "validation loss, nats a digit",
             tuple(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from statistics import mean, stdev
 from typing import Any, Final
 
-from .markdown import captioned
+from .csv_tables import Row
 from .stacked_methods import METHODS
 from .stacks import BASES
 from .strings import DATASETS
@@ -21,20 +21,23 @@ AXES: Final[Mapping[str, Callable[[Setting], float]]] = {
 """Quantities that settings differ in."""
 
 
-def slopes(sweeps: Sweeps) -> list[str]:
-    """Powers of each quantity by which best rates go, between settings that differ in it alone."""
-    cells = {axis: powers(sweeps, axis) for axis in AXES}
-    rows = [
-        [f"`{name}`", *(shown(cells[axis].get(name, [])) for axis in AXES)]
-        for name in METHODS
-        if any(name in cells[axis] for axis in AXES)
+def slopes(sweeps: Sweeps) -> list[Row]:
+    """Power p in lr ~ x^p of best rates, between settings that differ in one quantity alone.
+
+    Each from the lowest and the highest x that were run; s = alpha / r is held when r varies.
+    Mean over settings, and its standard error.
+    """
+    return [
+        {
+            "method": name,
+            "quantity": axis,
+            "power": f"{mean(found):+.2f}",
+            "standard error": f"{stdev(found) / len(found) ** 0.5:.2f}" if len(found) > 1 else "",
+            "settings": len(found),
+        }
+        for axis in AXES
+        for name, found in powers(sweeps, axis).items()
     ]
-    caption = (
-        "Power p in lr ~ x^p for the best rates between the lowest and the highest x that were "
-        "run, alpha = s r; mean over settings, standard error, number of settings. Optima are "
-        "vertices of parabolas through the three lowest losses; those at an end do not count."
-    )
-    return captioned(caption, ["method", *AXES], rows)
 
 
 def powers(sweeps: Sweeps, axis: str) -> dict[str, list[float]]:
@@ -72,14 +75,6 @@ def without(setting: Setting, axis: str) -> Any:
         0 if axis == "rank" else rank,
         0 if axis == "steps" else steps,
     )
-
-
-def shown(values: list[float]) -> str:
-    """A mean with its standard error and the number of values, as "+0.12 ± 0.03 (4)"."""
-    if not values:
-        return "-"
-    error = f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{mean(values):+.2f}{error} ({len(values)})"
 
 
 def optimum(losses: Mapping[float, float]) -> float | None:

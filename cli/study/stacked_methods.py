@@ -134,24 +134,11 @@ have a momentum of 0.95, `alt-lora` and `riemannion` one of 0.9, as those of SGD
 no weight by more than the share `SHARE`, or that in the name.
 """
 
-CLIPPED: Final[Mapping[str, tuple[str, ...]]] = {
-    "adamw-fast": ("adamw-fast-clipped",),
-    "scaled": ("scaled-clipped", *(f"scaled-clipped-{x:g}" for x in OTHER_SHARES)),
-    "lora-rite-fast": ("lora-rite-fast-clipped",),
-    "scaled-favoured": ("scaled-favoured-clipped",),
-}
-"""Method -> names of the same in a trust region."""
-
-BY_BETAS: Final[Mapping[str, Mapping[tuple[float, float] | str, str]]] = {
-    method: {
-        FAST: fast,
-        **{(b1, b2): f"{method}-{b1}-{b2}" for b1, b2 in BETAS},
-        USUAL: usual,
-        "1 - t^-0.8": f"{method}-growing",
-    }
+BY_BETAS: Final = tuple(
+    (fast, *(f"{method}-{b1}-{b2}" for b1, b2 in BETAS), usual, f"{method}-growing")
     for method, fast, usual in (
         ("adamw", "adamw-fast", "adamw"),
         ("scaled", "scaled", "scaled-usual"),
     )
-}
-"""Optimizer -> betas -> name of the method."""
+)
+"""Names of AdamW, and of scaled AdamW, with each betas."""

@@ -21,7 +21,7 @@ class Setting(NamedTuple):
     steps: int
 
     def __str__(self) -> str:
-        return f"`{self.dataset}`, rank {self.rank}, {self.steps} steps"
+        return f"{self.dataset}, rank {self.rank}, {self.steps} steps"
 
 
 class Sweep(NamedTuple):
@@ -44,12 +44,6 @@ class Sweep(NamedTuple):
 Sweeps = dict[Setting, dict[str, Sweep]]
 
 
-def main_settings(sweeps: Sweeps) -> list[Setting]:
-    """The settings in which at least half as many methods were run as in any."""
-    most = max((len(group) for group in sweeps.values()), default=0)
-    return [setting for setting, group in sweeps.items() if 2 * len(group) >= most]
-
-
 def common_rates(sweeps: Iterable[Sweep]) -> list[float]:
     """The learning rates that all of some sweeps have, in rising order."""
     return sorted(set.intersection(*(set(sweep.losses) for sweep in sweeps)))
@@ -63,7 +57,7 @@ def compared(sweeps: Sweeps) -> dict[Setting, str]:
 
 def baseline(group: Mapping[str, Sweep]) -> str | None:
     """Return AdamW with its best betas in a setting; None if it, or anything else, was not run."""
-    names = [name for name in BY_BETAS["adamw"].values() if name in group]
+    names = [name for name in BY_BETAS[0] if name in group]
     if len(names) in (0, len(group)):
         return None
     return min(names, key=lambda name: group[name].lowest)

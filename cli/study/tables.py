@@ -1,8 +1,8 @@
 """Tables and plots of a study, from its records alone."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, groupby
+from collections.abc import Iterator, Sequence
+from itertools import groupby, zip_longest
 from pathlib import Path
 from statistics import mean, median
 from typing import Final, NamedTuple
@@ -11,7 +11,7 @@ from rlora.cli import plots
 from rlora.cli.chart import Curve, Panel
 from rlora.cli.records import write_text
 
-from .markdown import markdown
+from .csv_tables import Row, write_csv
 from .methods import METHODS
 from .plan import Record, Records, final
 
@@ -29,11 +29,6 @@ PLOTTED: Final = (
     *("grafted-both-fast", "lora-rite-fast"),
     *("paper-AdamW", "paper-ScaledAdamW", "paper-SGD", "paper-ScaledSGD"),
 )
-HEAD: Final = (
-    *("method", "best lr", "good rates", "validation loss", "test loss", "below the baseline"),
-    *("scores", "ms a step", "kB of state"),
-)
-
 Kind = tuple[str, str, int, int]
 """Model, dataset, rank, steps."""
 
@@ -62,43 +57,32 @@ class Result(NamedTuple):
         """Seed -> test loss; inf where the run diverged."""
         return {row["seed"]: row.get("test", {"loss": math.inf})["loss"] for row in self.tested}
 
+    def scores(self) -> dict[str, list[float]]:
+        """Name -> scores on the test part apart from the loss."""
+        found: dict[str, list[float]] = {}
+        for row in self.tested:
+            for name, value in row.get("test", {}).items():
+                if name != "loss":
+                    found.setdefault(name, []).append(value)
+        return found
+
 
 def write_tables(folder: Path) -> None:
-    """Write ``tables.md`` and the plots of all records in a folder."""
+    """Write ``results.csv`` and the plots of all records in a folder."""
     paths = sorted(folder.glob("*.jsonl"))
     if not paths:
         msg = f"{folder} has no records of a study (*.jsonl)"
         raise ValueError(msg)
     groups = dict(group for path in paths for group in groups_of(path))
-    lines = ["# Tables of the study", "", "Made by `rlora study --tables` from the records beside."]
-    lines += ["", "## Test losses", "", *summary(groups)]
-    for (model, dataset, rank, steps), results in groups.items():
+    scores = sorted({name for group in groups.values() for x in group for name in x.scores()})
+    lines: list[Row] = []
+    for kind, results in groups.items():
+        lines += rows_of(kind, results, scores)
+        model, dataset, rank, steps = kind
         title = f"{model}, {dataset}, rank {rank}, {steps} steps"
         file = f"{model}-{dataset}-r{rank}-{steps}.svg"
-        lines += ["", f"## {title}", "", *table(results), "", f"![{title}]({file})"]
         write_text(folder / file, plots.as_svg(title, [panel(results)]))
-    write_text(folder / "tables.md", "\n".join(lines) + "\n")
-
-
-def summary(groups: Mapping[Kind, list[Result]]) -> list[str]:
-    """The mean test loss of everyone who was tested, task by task."""
-    columns = [
-        {x.name: mean(x.test_losses().values()) for x in group if x.tested}
-        for group in groups.values()
-    ]
-    names = [
-        name
-        for name in dict.fromkeys((*METHODS, *chain(*columns)))
-        if any(name in c for c in columns)
-    ]
-    head = [
-        "method",
-        *(f"{dataset}, rank {rank}, {steps} steps" for _, dataset, rank, steps in groups),
-    ]
-    rows = [
-        [f"`{name}`", *(f"{c[name]:.3f}" if name in c else "-" for c in columns)] for name in names
-    ]
-    return markdown(head, rows)
+    write_csv(folder / "results.csv", lines)
 
 
 def groups_of(path: Path) -> Iterator[tuple[Kind, list[Result]]]:
@@ -128,11 +112,12 @@ def result(name: str, rows: Sequence[Record]) -> Result:
     return Result(name, sweep, sorted(tested, key=lambda row: row["seed"]))
 
 
-def table(results: Sequence[Result]) -> list[str]:
-    """A Markdown table, the lowest test loss first."""
+def rows_of(kind: Kind, results: Sequence[Result], scores: Sequence[str]) -> list[Row]:
+    """One row a method, the lowest test loss first."""
     base = baseline(results)
     rows = sorted(results, key=lambda x: mean(x.test_losses().values()) if x.tested else math.inf)
-    return markdown(HEAD, [cells(x, base) for x in rows])
+    heads = ("model", "dataset", "rank", "steps")
+    return [{**dict(zip(heads, kind, strict=True)), **cells(x, base, scores)} for x in rows]
 
 
 def baseline(results: Sequence[Result]) -> Result:
@@ -141,48 +126,46 @@ def baseline(results: Sequence[Result]) -> Result:
     return min(known or results, key=lambda x: x.loss)
 
 
-def cells(x: Result, base: Result) -> list[str]:
+def cells(x: Result, base: Result, scores: Sequence[str]) -> Row:
     """Give a method's cells of the table."""
     losses, theirs = x.test_losses(), base.test_losses()
     gains = [theirs[seed] - loss for seed, loss in losses.items() if seed in theirs]
-    scores: dict[str, list[float]] = {}
-    for row in x.tested:
-        for name, value in row.get("test", {}).items():
-            scores.setdefault(name, []).append(value)
-    return [
-        f"`{x.name}`",
-        f"{x.best:.2g}",
-        good_rates(x.sweep, GOOD * base.loss),
-        f"{x.loss:.3f}",
-        spread(list(losses.values())),
-        "the baseline" if x is base else spread(gains),
-        ", ".join(f"{k} {mean(v):.3f}" for k, v in scores.items() if k != "loss") or "-",
-        f"{median(row['step_ms'] for row in x.tested):.1f}" if x.tested else "-",
-        f"{x.tested[0]['state_bytes'] / 1e3:.0f}" if x.tested else "-",
-    ]
+    found = x.scores()
+    return {
+        "method": x.name,
+        "learning rate": f"{x.best:g}",
+        "highest / lowest good rate": good_rates(x.sweep, GOOD * base.loss),
+        "validation loss [nats]": f"{x.loss:.3f}",
+        **spread("test loss [nats]", list(losses.values())),
+        **spread("test loss below AdamW's [nats]", gains if x is not base else []),
+        **{f"test {k}": f"{mean(found[k]):.3f}" if k in found else "" for k in scores},
+        "step [ms]": f"{median(row['step_ms'] for row in x.tested):.1f}" if x.tested else "",
+        "state [kB]": f"{x.tested[0]['state_bytes'] / 1e3:.0f}" if x.tested else "",
+    }
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(head: str, values: Sequence[float]) -> Row:
     """Mean, and the lowest and highest over seeds."""
-    if not values:
-        return "-"
-    return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    found = (mean(values), min(values), max(values)) if values else ()
+    heads = (head, f"{head}, lowest seed", f"{head}, highest seed")
+    cells = zip_longest(heads, found)
+    return {name: "" if x is None else f"{x:.3f}" for name, x in cells}
 
 
 def good_rates(sweep: dict[float, float], bound: float) -> str:
-    """Give the highest over the lowest good learning rate, as "3.5x".
+    """Give the highest over the lowest good learning rate, as "3.5".
 
     Around the best rate; between two rates of the sweep the loss is taken as a line in log(lr).
-    With ">" in front where the sweep ends before the loss is bad.
+    With ">" in front where the sweep ends before the loss is bad; empty if no rate is good.
     """
     rates = list(sweep)
     best = min(range(len(rates)), key=lambda i: sweep[rates[i]])
     if sweep[rates[best]] > bound:
-        return "none"
+        return ""
     (low, low_open), (high, high_open) = (
         _edge(rates, sweep, best, step, bound) for step in (-1, 1)
     )
-    return f"{'>' * (low_open or high_open)}{high / low:.1f}x"
+    return f"{'>' * (low_open or high_open)}{high / low:.1f}"
 
 
 def _edge(

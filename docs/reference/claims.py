@@ -22,14 +22,14 @@ FOLDER: Final = Path(__file__).with_suffix("")
 
 HEAD: Final = """# The papers' claims, tested
 
-See which statements of the papers hold in small seeded experiments, and try them again:
+See which statements of the papers hold in small seeded experiments, and repeat these:
 
     rlora reproduce --list
     rlora reproduce all                 # figures and records in build/reproduce
     rlora reproduce damping --quick
 
-The exit code is 1 if a verdict is not the documented one. A *gauge* or *split* is a factorization
-(R A, B R⁻¹) of a product B A. A verdict leads to its record.
+A verdict that differs from the documented one gives exit code 1. A *gauge* or *split* is a
+factorization (R A, B R⁻¹) of a product B A.
 """
 
 REFERENCE: Final = re.compile(

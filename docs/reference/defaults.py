@@ -17,33 +17,34 @@ PAGE: Final = Path(__file__).with_suffix(".md")
 
 DAMPING: Final = "[damping](../explanation/damping.md)"
 DECISION: Final = "[decision 10](../decisions/0010-null-space.md)"
+GOOD: Final = "[widest range of good rates](study.md#a-small-language-model-and-digits)"
 PRECISION: Final = "[precision](../explanation/precision.md)"
 
 WHY: Final[dict[str, str]] = {
-    "adam=False": "the theory is of the step without Adam; the authors' large runs use AdamW",
+    "adam=False": "the theory's; the authors' large runs use AdamW",
     "adapter=None": "all adapters of the model",
     "amsgrad=False": "torch's AdamW",
-    "b1=0.7": "[the study](study.md): lower loss than Adam's everywhere",
+    "b1=0.7": "[lower loss](study.md#betas) than Adam's",
     "b1=0.9": "Adam's",
     "b1=0.95": "Muon's",
-    "b2=0.8": "[the study](study.md): lower loss than Adam's everywhere",
+    "b2=0.8": "[lower loss](study.md#betas) than Adam's",
     "b2=0.999": "Adam's",
     "balance=False": "the authors' code",
     "bias_correction=True": "Adam's",
     "capturable=False": "torch's AdamW",
     "compute_dtype=None": f"the parameters' own, at least float32: {PRECISION}",
-    "damping=0.0001": f"scaled SGD makes no step of unit entries: {DECISION}",
-    "damping=0.01": f"the square of what one Adam step does to a direction: {DECISION}",
+    "damping=0.0001": f"the size of a squared step: {DECISION}",
+    "damping=0.01": f"the size of a squared step: {DECISION}",
     "damping=1e-06": "small; not tuned",
-    "damping_mode='covariant'": f"the only kind that keeps every invariance: {DAMPING}",
-    "damping_mode='relative'": f"no scale of the factorization enters: {DAMPING}",
+    "damping_mode='covariant'": f"keeps every invariance: {DAMPING}",
+    "damping_mode='relative'": f"keeps scalings and rotations: {DAMPING}",
     "dampening=0.0": "torch's SGD",
     "decay='before'": "torch's AdamW; the authors' code has \"after\"",
     "eps=1e-06": "the authors' code",
     "eps=1e-08": "Adam's",
-    "eps_form='torch'": "added to the root of the corrected second moment, as torch does",
+    "eps_form='torch'": "added to the root of the corrected second moment",
     "escape=False": "the authors' code; the paper's algorithm has it on",
-    "first='B'": "from B = 0 the first step then does something",
+    "first='B'": "from B = 0 only B can move",
     "foreach=None": "torch decides",
     "form='algorithm'": "the paper's algorithm, as its code runs",
     "form='matrix'": "the paper's general form",
@@ -54,7 +55,7 @@ WHY: Final[dict[str, str]] = {
     "gamma=16.0": "the paper's",
     "gauge='sylvester'": "the authors' older code",
     "inner=None": "see the method's page",
-    "lr=0.001": "torch's; start with `suggest_lr(model)` for `ScaledAdamW` and sweep",
+    "lr=0.001": "torch's; for `ScaledAdamW` take `suggest_lr(model)`",
     "max_norm=None": "off: a guard changes the update; the authors' code has 1.0",
     "max_rms=None": "off: a guard changes the update; the authors' code has 1.0",
     "maximize=False": "torch's",
@@ -65,10 +66,10 @@ WHY: Final[dict[str, str]] = {
     "shrink=0.0005": "the example in the authors' code",
     "order='jacobi'": "the paper's algorithm and PEFT; the authors' Adam code has \"gauss_seidel\"",
     "pairs=None": "found by name and shape",
-    "placement='both'": "[the study](study.md): the widest range of good rates, two tasks of three",
+    "placement='both'": f"{GOOD}, two tasks of three",
     "alpha=1.0": "A of unit scale; not tuned",
     "eta=1.0": "the paper's",
-    "offset=False": "the paper's: training need not begin at the base model",
+    "offset=False": "the paper's",
     "size=0.1": "PEFT's",
     "size=1.0": "A as in PEFT's plain start",
     "ratio=16.0": "the paper's",
@@ -76,10 +77,10 @@ WHY: Final[dict[str, str]] = {
     "scaling=1.0": "s of `W0 + s B A`",
     "scaling=None": "each layer's own s, else 1",
     "seed=0": "the same start every time",
-    "oversample=10": "usual for a randomized SVD",
-    "iterations=4": "usual for a randomized SVD",
+    "oversample=10": "usual",
+    "iterations=4": "usual",
     "stochastic_rounding=True": "[bfloat16 drops small steps](../decisions/0015-rounding.md)",
-    "weight_decay=0.0": "a LoRA adapter is small; opt in",
+    "weight_decay=0.0": "opt in",
     "weight_decay=0.01": "torch's AdamW",
 }
 """The reason for each default, wherever it stands."""
@@ -88,7 +89,7 @@ HEAD: Final = """# All defaults, with reasons
 
 Look up what an option is when you do not set it, and why. A class of `rlora.torch` has the defaults
 of its method (`b1`, `b2` are `betas`) and those of its own table. "Others": all others that have
-the option. `python docs/reference/defaults.py` makes this page from the signatures.
+the option.
 """
 
 Named = Sequence[tuple[str, Callable[..., Any]]]
@@ -115,17 +116,20 @@ def options(thing: Callable[..., Any]) -> list[tuple[str, str]]:
 
 
 def table(title: str, things: Named, known: Named = ()) -> list[str]:
-    """A section with a row for all defaults of the same things for the same reason."""
-    rows: dict[tuple[str, str], list[str]] = {}
+    """A section with a row for each reason: the defaults that have it, and of what."""
+    rows: dict[str, dict[str, list[str]]] = {}
     for option, values in defaults(things, known).items():
         usual = max(values.values(), key=len)
         for value, names in sorted(values.items()):
             default = f"{option}={value}"
             others = len(values) > 1 and names is usual and len(names) > 2
             of = "others" if others else said(names, [name for name, _ in things])
-            rows.setdefault((of, WHY[default]), []).append(f"`{default}`")
-    lines = (f"| {', '.join(found)} | {of} | {why} |" for (of, why), found in rows.items())
-    return [f"\n## {title}\n", "| default | of | why |", "| --- | --- | --- |", *lines]
+            rows.setdefault(WHY[default], {}).setdefault(of, []).append(f"`{default}`")
+    lines = []
+    for why, found in rows.items():
+        cell = "; ".join(f"{', '.join(options)}: {of}" for of, options in found.items())
+        lines.append(f"| {cell} | {why} |")
+    return [f"\n## {title}\n", "| default: of | why |", "| --- | --- |", *lines]
 
 
 def plain(name: str) -> str:

@@ -1,22 +1,20 @@
-"""Write the tables that stand on several pages between their marks.
+"""Write the tables that stand on several pages, and those of the study, between their marks.
 
 python docs/reference/front_tables.py
 """
 
+import csv
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = [
     ROOT / "README.md",
-    ROOT / "docs" / "index.md",
-    ROOT / "docs" / "reference" / "speed.md",
     ROOT / "docs" / "reference" / "study.md",
 ]
-STUDY: Final = ROOT / "docs" / "reference" / "study" / "tables.md"
-
-STRINGS: Final = STUDY.parent / "strings" / "tables.md"
+STUDY: Final = ROOT / "docs" / "reference" / "study"
 
 COSTS: Final = """
 *One optimizer step, as a multiple of torch's fused AdamW on the same parameters; gpt2-medium, 24
@@ -31,77 +29,172 @@ pairs, float32.*
 """
 """Figures of today's default, idle machines: renew them here and run this script."""
 
+LOSSES: Final = """
+*Test loss, cross-entropy in natural logarithms (lower is better), each with a learning
+rate of its own sweep; betas in parentheses; bold: the lowest.*
+
+"""
 METHODS: Final = {
-    "`adamw`": "AdamW (0.9, 0.999)",
-    "`adamw-fast`": "AdamW (0.7, 0.8)",
-    "`scaled-both-fast`": "`ScaledAdamW` (0.7, 0.8)",
-    "`lora-plus-fast`": "`LoRAPlus` (0.7, 0.8)",
+    "adamw": "AdamW (0.9, 0.999)",
+    "adamw-fast": "AdamW (0.7, 0.8)",
+    "scaled-both-fast": "`ScaledAdamW` (0.7, 0.8)",
+    "lora-plus-fast": "`LoRAPlus` (0.7, 0.8)",
 }
 TASKS: Final = {
-    "pronounce, rank 8, 160 steps": "SmolLM2-135M, `pronounce`, rank 8",
-    "pronounce, rank 32, 160 steps": "SmolLM2-135M, `pronounce`, rank 32",
-    "chain_sum, rank 8, 160 steps": "SmolLM2-135M, `chain_sum`, rank 8",
-    "chain_sum, rank 32, 160 steps": "SmolLM2-135M, `chain_sum`, rank 32",
-    "rotated, rank 8, 200 steps": "rotated digits, rank 8",
+    ("pronounce", "8"): "SmolLM2-135M, `pronounce`, rank 8",
+    ("pronounce", "32"): "SmolLM2-135M, `pronounce`, rank 32",
+    ("chain_sum", "8"): "SmolLM2-135M, `chain_sum`, rank 8",
+    ("chain_sum", "32"): "SmolLM2-135M, `chain_sum`, rank 32",
+    ("rotated", "8"): "rotated digits, rank 8",
 }
-ROWS: Final = {
-    "Betas": "`(cipher-noisy|fall)`, rank 4, |worst",
-    "Best losses of all methods": "`(adamw|scaled|lora-rite|.*-fast|.*-sgd|.*muon|(ref|alt)-lora)`",
-    "One learning rate for all settings": "`(adamw|adamw-fast|scaled|scaled-clipped)`",
-    "Regret by learning rate": "`(adamw|adamw-fast|scaled|.*-16-fast|.*rite-fast|scaled-clipped)`",
-    "Steps in a trust region": "`(fall|fall-large)`, rank 4, 300 steps",
-    "Best rates against rank, s, width, batch and length": "`(adamw|scaled|.*-fast)`",
-    "The rate of the usual task on its unusual forms": "`(adamw-fast|scaled|.*-(16|rite)-fast)`",
+BETAS: Final = {
+    "AdamW": ("adamw-fast", "adamw-0.9-0.95", "adamw", "adamw-growing"),
+    "`ScaledAdamW`": ("scaled", "scaled-0.9-0.95", "scaled-usual", "scaled-growing"),
 }
-"""Title of a section -> pattern of the rows that the page of the study has."""
+FEW: Final = "adamw|adamw-fast|lora-plus-16-fast|scaled|lora-rite-fast"
+MAIN: Final = f"{FEW}|scaled-clipped|scaled-favoured"
+ALL: Final = f"{FEW}|lora-pro-fast|alt-lora-plus-fast|lora-muon|lora-pro-sgd"
+
+Row = dict[str, str]
+LOSS: Final = "validation loss [nats/digit]"
 
 
-def cells(line: str) -> list[str]:
-    """The cells of a row of a Markdown table."""
-    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+def read(name: str, methods: str = ".*") -> list[Row]:
+    """Rows of a table of the study, of methods whose names match a pattern."""
+    with (STUDY / name).open(encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if re.fullmatch(methods, row["method"])]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str | None]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *([x or "-" for x in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def bold(cells: Sequence[str]) -> list[str]:
+    """Cells of numbers, the lowest in bold; those that were not run are empty."""
+    low = min((float(x) for x in cells if x), default=None)
+    return [f"**{x}**" if x and float(x) == low else x for x in cells]
 
 
 def losses() -> str:
-    """Test losses of the methods that matter most, from the study's tables."""
-    rows = [cells(line) for line in STUDY.read_text("utf-8").splitlines() if line.startswith("| ")]
-    head, *body = rows
-    found = {row[0]: dict(zip(head, row, strict=True)) for row in body if len(row) == len(head)}
-    lines = [
-        "*Test loss, cross-entropy in natural logarithms (lower is better), each with a learning",
-        "rate of its own sweep; betas in parentheses; bold: the lowest.*",
-        "",
-        f"| task | {' | '.join(METHODS.values())} |",
-        "| --- |" + " --- |" * len(METHODS),
+    """Test losses of SmolLM2 and the digits, methods that matter most."""
+    found = {
+        (x["dataset"], x["rank"], x["method"]): x["test loss [nats]"] for x in read("results.csv")
+    }
+    rows = [
+        [name, *(x or "not run" for x in bold([found.get((*task, m), "") for m in METHODS]))]
+        for task, name in TASKS.items()
     ]
-    for task, name in TASKS.items():
-        row = [found[method][task] for method in METHODS]
-        best = min(row, key=lambda cell: float("inf") if cell == "-" else float(cell))
-        shown = (f"**{cell}**" if cell == best else cell.replace("-", "not run") for cell in row)
-        lines.append(f"| {name} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+    return LOSSES + markdown(["task", *METHODS.values()], rows)
 
 
-def sections() -> dict[str, str]:
-    """Title -> text of the sections in the tables of strings, with the rows of `ROWS` alone."""
-    _, *parts = STRINGS.read_text("utf-8").partition("\n![")[0].split("\n## ")
-    found = {title: text for title, _, text in (part.partition("\n") for part in parts)}
-    return {title: few_rows(text, ROWS.get(title, "")) for title, text in found.items()}
+def betas() -> str:
+    """Lowest losses by betas and length, and worst regrets."""
+    best = {
+        (x["dataset"], x["steps"], x["method"]): f"{float(x[LOSS]):.3f}"
+        for x in read("strings/best_losses.csv")
+        if x["rank"] == "4"
+    }
+    regrets = {x["method"]: x for x in read("strings/beta_regrets.csv")}
+    rows = []
+    for family, names in BETAS.items():
+        for task in ("fall", "cipher-noisy"):
+            for steps in ("160", "3000"):
+                cells = [best.get((task, steps, name), "") for name in names]
+                if sum(map(bool, cells)) > 1:
+                    rows.append([f"{family}, `{task}`, {steps} steps", *bold(cells)])
+        for rates in ("best rates", "one rate"):
+            cells = [regrets[name][f"worst regret, {rates} [nats/digit]"] for name in names]
+            cells = bold([f"{float(cell):.3f}" for cell in cells])
+            rows.append([f"{family}, worst regret, {rates}", *cells])
+    head = ("(0.7, 0.8)", "(0.9, 0.95)", "(0.9, 0.999)", "1 - t^-0.8")
+    return markdown(["method, task", *head], rows)
 
 
-def few_rows(table: str, pattern: str) -> str:
-    """A table with a caption, its head, and the rows in which a pattern is found."""
-    lines = table.strip().splitlines()
-    first = next((i for i, line in enumerate(lines) if line.startswith("| ---")), len(lines)) + 1
-    return "\n".join([*lines[:first], *(x for x in lines[first:] if re.search(pattern, x))])
+def best_losses() -> str:
+    """Lowest losses and exact answers on the main tasks that tell methods apart."""
+    tasks = ("fall", "reverse_plus_three", "cipher-noisy")
+    found: dict[str, Row] = {}
+    for x in read("strings/best_losses.csv", ALL):
+        if (x["rank"], x["steps"]) == ("4", "300") and x["dataset"] in tasks:
+            cell = f"{float(x[LOSS]):.3f} ({x['exact [%]']})"
+            found.setdefault(x["method"], {})[x["dataset"]] = cell
+    rows = [[f"`{name}`", *map(row.get, tasks)] for name, row in found.items() if len(row) > 1]
+    return markdown(["method", *(f"`{task}`" for task in tasks)], rows)
+
+
+def wins() -> str:
+    """Settings in which a method is better, or worse, than AdamW on test."""
+    rows = ([f"`{x.pop('method')}`", *x.values()] for x in read("strings/test_wins.csv", MAIN))
+    return markdown(["method", "settings", "better", "worse", "difference", "exact"], rows)
+
+
+def suggested_rate() -> str:
+    """Regrets at the rate of `rlora.suggest_lr`."""
+    rows = []
+    for x in read("strings/suggested_rate.csv", MAIN):
+        counts = (x["settings"], x["regret at most 0.02 nats"], x["regret at most 2 % of guessing"])
+        regrets = (x[f"{name} regret [nats/digit]"] for name in ("mean", "worst"))
+        rows.append([f"`{x['method']}`", *counts, *regrets, x["exact [%]"]])
+    head = ("settings", "close", "within 2 %", "mean", "worst", "exact")
+    return markdown(["method", *head], rows)
+
+
+def powers() -> str:
+    """Powers by which best rates go with each quantity."""
+    found: dict[str, Row] = {}
+    for x in read("strings/best_rate_powers.csv", FEW):
+        error = f" ± {x['standard error']}" if x["standard error"] else ""
+        found.setdefault(x["method"], {})[x["quantity"]] = x["power"] + error
+    axes = ("rank", "s", "width", "batch", "steps")
+    rows = ([f"`{name}`", *map(row.get, axes)] for name, row in found.items())
+    return markdown(["method", *axes], rows)
+
+
+def regret_by_rate() -> str:
+    """Mean regret of each rate."""
+    found: dict[str, Row] = {}
+    for x in read("strings/regret_by_rate.csv", f"{FEW}|scaled-clipped"):
+        found.setdefault(x["method"], {})[x["learning rate"]] = x["mean regret [nats/digit]"]
+    rows = ([f"`{name}`", *row.values()] for name, row in found.items())
+    return markdown(["method", *next(iter(found.values()))], rows)
+
+
+def changed_factors() -> str:
+    """Losses of unusual factors at the rate of the usual ones, and at their own."""
+    found: dict[str, Row] = {}
+    for x in read("strings/changed_factors.csv", FEW.partition("|")[2]):
+        cell = f"{x['loss at that rate [nats/digit]']} ({x['lowest loss [nats/digit]']})"
+        row = found.setdefault(x["method"], {"usual": x["usual loss [nats/digit]"]})
+        row[x["dataset"]] = cell
+    heads = ("usual", "fall-large-start", "fall-small-start", "fall-bfloat16")
+    rows = ([f"`{name}`", *(row[head] for head in heads)] for name, row in found.items())
+    return markdown(["method", "usual", "A times 8", "A / 8", "bfloat16"], rows)
+
+
+TABLES: Final = {
+    "costs": lambda: COSTS,
+    "losses": losses,
+    "betas": betas,
+    "best losses": best_losses,
+    "wins": wins,
+    "suggested rate": suggested_rate,
+    "powers": powers,
+    "regret by rate": regret_by_rate,
+    "changed factors": changed_factors,
+}
+"""Name in the marks -> the table."""
 
 
 def rewritten(text: str) -> str:
     """A page with all tables as they are now."""
-    for name, table in {"costs": COSTS, "losses": losses(), **sections()}.items():
+    for name, table in TABLES.items():
         begin, end = f"<!-- {name}: made by front_tables.py -->", f"<!-- end of {name} -->"
         pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
-        block = f"{begin}\n\n{table.strip()}\n\n{end}"
-        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+        if begin in text:
+            block = f"{begin}\n\n{table().strip()}\n\n{end}"
+            text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
     return text
 
 

@@ -139,45 +139,42 @@ def refresh(labels: Sequence[str]) -> None:
 
 HEAD: Final = f"""# Factors where the product needs less
 
-See which methods let factors grow where the rank is above that of the weight or of what is to be
-learnt, and what bfloat16 factors lose.
+See which methods let factors grow where the rank is higher than the task needs, and what bfloat16
+factors lose.
 
-*Largest entry of a factor over that under AdamW with betas (0.7, 0.8) at the same learning rate, up
-to {USUAL:g}; the worst of {len(SHAPES)} shapes, several ranks of the target and {STEPS} steps with
+*Largest entry of a factor over that under AdamW, betas (0.7, 0.8), at the same learning rate up to
+{USUAL:g}; the worst of {len(SHAPES)} shapes and several ranks of the target in {STEPS} steps with
 noise; bold above {PROMISED:g}. Not finite: of 480 runs at rates up to {RATES[-1]:g}.*
 """
 
 GROW: Final = """
-Take methods of the table for ranks below both sides of the weight and with learning rates that
-decay. `rlora.torch.findings` names a factor that has grown six times further than AdamW's steps
-could have taken it, and a pair with r above a side. `scaled_adamw()` is held by a filter and equal
-steps ([decision 10](../decisions/0010-null-space.md)).
+Take methods of the table only with ranks below both sides of the weight and decaying learning
+rates. [`findings`](../how-to/diagnostics.md) names factors that grow, and pairs with r above a
+side. `scaled_adamw()` has a filter ([decision 10](../decisions/0010-null-space.md)).
 
 ## bfloat16
 
-Rounded to the nearest, a bfloat16 factor loses steps smaller than half the spacing of its numbers,
-so the torch classes round at random. `rlora.step` and `rlora.optax` round to the nearest: keep
-parameters in float32 there. `rlora.torch.findings` says where half of a factor's entries stay.
+Rounding to nearest loses [small steps](../explanation/precision.md#bfloat16-factors), so the torch
+classes round stochastically; `rlora.step` and `rlora.optax` do not: keep parameters in float32
+there.
 
 *Loss of `rlora.torch.ScaledAdamW` in bfloat16 over that of AdamW in float32, the worst of six draws
-and all ranks of the target; rate 4e-3, noise 0.5, 1000 steps. 768 x 2 and 20 x 3 have not arrived
+and all ranks of the target; rate 4e-3, noise 0.5, 1000 steps. 768 x 2 and 20 x 3 have not converged
 in float32 either.*
 """
 
 ROUNDED: Final = """
 ## Rounding a trained adapter
 
-Save it by `rlora.torch.round_adapter(model)`, or factors by `rlora.rebalance`: rounding changes the
-product the less, the more evenly the directions of rank carry it.
+Use `rlora.torch.round_adapter(model)`, or `rlora.rebalance` for factors.
 
 *Squared change of BA by rounding to bfloat16, over that of AdamW's adapter; the largest median of
 eight draws.*
 """
 
 RECORDS: Final = """
-Records: [growth](growth.csv), the worst case of each shape and dtype, by `python
-docs/reference/growth.py [METHOD...]` (forty minutes on one core); [rounding](rounding.csv), by
-`python docs/reference/rounding.py`.
+Records: [growth](growth.csv), the worst case of each shape and dtype, by `growth.py [METHOD...]` in
+this folder (forty minutes on one core); [rounding](rounding.csv), by `rounding.py`.
 """
 
 COLUMNS: Final = ("method", "not finite", "float32, float64", "bfloat16")
@@ -233,7 +230,7 @@ def page() -> str:
     wrapped = textwrap.fill(
         f"Below {PROMISED:g}, all runs finite: {held}.", 100, break_on_hyphens=False
     )
-    rounded = {"nearest": "to the nearest", "stochastic": "at random, the default"}
+    rounded = {"nearest": "nearest", "stochastic": "stochastic"}
     kept = by_shape("kept", "largest", rounded)
     afterwards = by_shape("change", "median", {"default": "as it is", "rebalanced": "rebalanced"})
     return "\n".join(

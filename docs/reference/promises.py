@@ -200,7 +200,7 @@ WHEN: Final[dict[str, Callable[[Any], bool | str]]] = {
     "takes complex factors": with_shapes((R, N), (M, R), torch.complex64),
     "takes sparse gradients": with_gradient(lambda g: g.to_sparse()),
     "keeps float32 state for bfloat16 factors": float32_state,
-    "updates the rest as": base,
+    "updates parameters in no pair as": base,
     "decays by": lambda kind: decay(kind) if base(kind) in ("AdamW", "SGD") else "torch's own",
     "has `capturable`": option("capturable"),
     "has `maximize`": option("maximize"),

@@ -105,19 +105,20 @@ def test_a_line_that_is_no_run_is_named(tmp_path):
 def test_good_rates_are_where_the_line_crosses_the_bound():
     """A loss that is linear in log2(lr) on both sides: the crossings are known."""
     sweep = {2.0**k: abs(k) for k in range(-3, 5)}
-    assert good_rates(sweep, 1.5) == "8.0x"
-    assert good_rates(sweep, 0.25) == "1.4x"  # the root of 2
-    assert good_rates(sweep, -0.1) == "none"
+    assert good_rates(sweep, 1.5) == "8.0"
+    assert good_rates(sweep, 0.25) == "1.4"  # the root of 2
+    assert good_rates(sweep, -0.1) == ""
 
 
 def test_good_rates_end_beside_a_divergence_and_say_where_the_sweep_ends_first():
-    assert good_rates({1.0: 9.0, 2.0: 1.0, 4.0: 0.0, 8.0: math.inf}, 5.0) == "2.8x"
-    assert good_rates({1.0: 1.0, 2.0: 0.0, 4.0: math.inf}, 5.0) == ">2.0x"
-    assert good_rates({1.0: 9.0, 2.0: 1.0}, 5.0) == ">1.4x"
+    assert good_rates({1.0: 9.0, 2.0: 1.0, 4.0: 0.0, 8.0: math.inf}, 5.0) == "2.8"
+    assert good_rates({1.0: 1.0, 2.0: 0.0, 4.0: math.inf}, 5.0) == ">2.0"
+    assert good_rates({1.0: 9.0, 2.0: 1.0}, 5.0) == ">1.4"
 
 
 def test_spread_is_mean_and_ends():
-    assert spread([1.0, 2.0, 6.0]) == "3.000 (1.000 to 6.000)"
+    assert list(spread("loss", [1.0, 2.0, 6.0]).values()) == ["3.000", "1.000", "6.000"]
+    assert list(spread("loss", []).values()) == [""] * 3
 
 
 # --- tasks -------------------------------------------------------------------------------------------
@@ -212,13 +213,13 @@ def test_a_quick_study_its_tables_and_its_resumption(tmp_path, rlora_cli):
     assert done.exit_code == 0, done.output
     rows = Records(tmp_path / "digits-even.jsonl").rows
     assert {job.method for job in rows} == {"adamw", "scaled"}
-    tables = (tmp_path / "tables.md").read_text()
-    assert "| `scaled` |" in tables
+    results = (tmp_path / "results.csv").read_text()
+    assert "\ndigits,even,8,8,scaled," in results
     picture = (tmp_path / "digits-even-r8-8.svg").read_bytes()
     again = rlora_cli(*arguments, "--output", tmp_path)
     assert "runs to do" in done.output
     assert "runs to do" not in again.output
-    assert (tmp_path / "tables.md").read_text() == tables
+    assert (tmp_path / "results.csv").read_text() == results
     assert (tmp_path / "digits-even-r8-8.svg").read_bytes() == picture
 
 
@@ -263,7 +264,7 @@ def test_tables_need_no_baseline(tmp_path, rlora_cli):
     options = ("--model", "digits", "--dataset", "even", "--quick", "--method", "lora-rite")
     done = rlora_cli("study", *options, "--processes", 1, "--output", tmp_path)
     assert done.exit_code == 0, done.output
-    assert "| `lora-rite` |" in (tmp_path / "tables.md").read_text()
+    assert "\ndigits,even,8,8,lora-rite," in (tmp_path / "results.csv").read_text()
 
 
 def test_tables_of_nothing_are_refused(tmp_path, refused):

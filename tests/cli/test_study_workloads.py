@@ -265,7 +265,7 @@ def test_the_study_runs_the_papers_own_settings(rlora_cli, tmp_path, folder, wei
     assert {job.lr for job in rows} >= {1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3}
     tested = [row for job, row in rows.items() if job.tested]
     assert [set(row["test"]) for row in tested] == [{"loss", "bleu", "chrf"}] * 2
-    assert "| `paper-ScaledAdamW` |" in (tmp_path / "tables.md").read_text()
+    assert ",paper-ScaledAdamW," in (tmp_path / "results.csv").read_text()
 
 
 def test_a_run_is_as_long_as_the_papers(tmp_path, folder, weights):

@@ -24,7 +24,7 @@ pytest.importorskip("transformers")
 PAGE = "own_loop.md"
 LOOP, HALF = "The loop", "Half precision"
 SAVE, PLAIN, GROUPS = "Save and go on", "From plain AdamW, and back", "Groups"
-COME, GO, BELOW = "Adapters that come", "Adapters that go", "Another optimizer below"
+COME, GO, BELOW = "Add an adapter", "Remove an adapter", "Precondition another optimizer"
 EPOCH = 8
 
 make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)

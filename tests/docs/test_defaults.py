@@ -33,9 +33,9 @@ def test_the_most_common_default_is_of_others(script, monkeypatch):
 
     monkeypatch.setattr(script, "WHY", {"steps=1": "haste", "steps=2": "care"})
     rows = script.table("Methods", [("a", quick), ("b", slow), ("c", slow), ("d", slow)])
-    assert rows[-2:] == ["| `steps=1` | `a` | haste |", "| `steps=2` | others | care |"]
+    assert rows[-2:] == ["| `steps=1`: `a` | haste |", "| `steps=2`: others | care |"]
     rows = script.table("Classes", [("A", slow), ("B", slow)], [("a", quick), ("b", slow)])
-    assert rows[-1] == "| `steps=2` | `A` | care |"
+    assert rows[-1] == "| `steps=2`: `A` | care |"
 
 
 def test_no_reason_is_left_of_a_default_that_is_gone(script):
