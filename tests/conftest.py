@@ -1,5 +1,6 @@
 """One `backend` fixture over every array library that is installed; others skip with the reason."""
 
+import gc
 import os
 from functools import cache
 from pathlib import Path
@@ -32,6 +33,8 @@ SLOW = tuple(
 SLOW_LIBRARIES = ("array_api_strict", "jax")
 """Libraries whose tests of methods are slow: compiled for each, or checked at each operation."""
 
+gc.disable()  # until all tests are collected
+
 LIBRARIES = ("numpy", "numpy-readonly", "array_api_strict", "torch", "jax", "cupy")
 
 
@@ -42,6 +45,12 @@ class ReadOnlyNumPy(Backend):
         array = np.array(x, dtype=dtype)
         array.setflags(write=False)
         return array
+
+
+def pytest_collection_finish():
+    """Let the garbage collector pass over what imports and collecting left: millions of objects."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
