@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from .markdown import captioned
 from .sweeps import Sweeps
 
 TIMED: Final[Mapping[str, str]] = {
@@ -82,4 +81,6 @@ def by_seconds(sweeps: Sweeps, record: Mapping[str, Any]) -> list[str]:
         "the optimizer's of a training step."
     )
     heads = [f"`{task}`" for task in tasks]
-    return captioned(caption, ["method", "share", "steps", *heads], rows)
+    table = (["method", "share", "steps", *heads], ["---"] * (3 + len(heads)), *rows)
+    lines = [f"| {' | '.join(cells)} |" for cells in table]
+    return [f"*{caption}*", "", *lines] if rows else []
