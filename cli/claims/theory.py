@@ -107,6 +107,9 @@ ROWS: Final = (
     of(rlora.lora_muon, EVERY, lr=0.2),
     of(rlora.lora_muon, EVERY, lr=0.2, nesterov=True, weight_decay=0.1),
     of(rlora.riemannion, EVERY, lr=0.2),
+    of(rlora.op_lora, EVERY),
+    of(rlora.op_lora, EVERY, momentum=0.0, weight_decay=0.1),
+    of(rlora.op_lora, DAMPED, damping=1e-6, damping_mode="relative"),
     of(rlora.lora_fa, ENTRIES),
     of(rlora.lora_plus, ENTRIES),
     Row(

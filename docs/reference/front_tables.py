@@ -4,10 +4,15 @@ python docs/reference/front_tables.py
 """
 
 import csv
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
+
+from rlora.cli.study.plan import Records
+from rlora.cli.study.seconds import by_seconds
+from rlora.cli.study.sweeps import sweeps_of
 
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = [
@@ -112,6 +117,14 @@ def betas() -> str:
     return markdown(["method, task", *head], rows)
 
 
+def seconds() -> str:
+    """Losses of strings at equal seconds."""
+    paths = sorted((STUDY / "strings").glob("*.jsonl"))
+    sweeps = sweeps_of(row for path in paths for row in Records(path).rows.values())
+    record = STUDY.with_name("benchmarks") / "cpu-training.json"
+    return "\n".join(by_seconds(sweeps, json.loads(record.read_text("utf-8"))))
+
+
 def best_losses() -> str:
     """Lowest losses and exact answers on the main tasks that tell methods apart."""
     tasks = ("fall", "reverse_plus_three", "cipher-noisy")
@@ -178,6 +191,7 @@ TABLES: Final = {
     "losses": losses,
     "betas": betas,
     "best losses": best_losses,
+    "seconds": seconds,
     "wins": wins,
     "suggested rate": suggested_rate,
     "powers": powers,

@@ -8,6 +8,7 @@ from rlora.methods.factor_muon import factor_muon
 from rlora.methods.graft import graft_adamw
 from rlora.methods.loft import loft
 from rlora.methods.muon import lora_muon
+from rlora.methods.op import op_lora
 from rlora.methods.plus import lora_plus
 from rlora.methods.pro import lora_pro_adamw, lora_pro_sgd
 from rlora.methods.rac import rac_lora
@@ -33,6 +34,7 @@ __all__ = [
     "lora_pro_sgd",
     "lora_rite",
     "lora_sb",
+    "op_lora",
     "rac_lora",
     "ref_lora",
     "riemannion",

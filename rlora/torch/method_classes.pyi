@@ -8,7 +8,7 @@ from torch import Tensor
 from rlora.torch.pairing.discovery import Pairs
 from rlora.torch.optimizers.method_optimizer import MethodOptimizer
 
-__all__ = ['AdaPreLoRA', 'AltLoRA', 'AltLoRAPlus', 'BalancedLoRA', 'FactorMuon', 'GraftAdamW', 'LoFT', 'LoRAFA', 'LoRAMuon', 'LoRAPlus', 'LoRAProAdamW', 'LoRAProSGD', 'LoRARite', 'LoRASB', 'RACLoRA', 'RefLoRA', 'Riemannion', 'StableLoRA']
+__all__ = ['AdaPreLoRA', 'AltLoRA', 'AltLoRAPlus', 'BalancedLoRA', 'FactorMuon', 'GraftAdamW', 'LoFT', 'LoRAFA', 'LoRAMuon', 'LoRAPlus', 'LoRAProAdamW', 'LoRAProSGD', 'LoRARite', 'LoRASB', 'OPLoRA', 'RACLoRA', 'RefLoRA', 'Riemannion', 'StableLoRA']
 
 class AdaPreLoRA(MethodOptimizer, torch.optim.AdamW):
     def __init__(
@@ -290,6 +290,26 @@ class LoRASB(MethodOptimizer, torch.optim.AdamW):
         weight_decay: float = 0.0,
         damping: float = 1e-06,
         damping_mode: Literal['relative', 'absolute', 'covariant'] = 'relative',
+        compute_dtype: str | None = None,
+        pairs: Pairs = None,
+        adapter: str | None = None,
+        scaling: float | None = None,
+        stochastic_rounding: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None: ...
+
+class OPLoRA(MethodOptimizer, torch.optim.SGD):
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.001,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        damping: float = 0.01,
+        damping_mode: Literal['relative', 'absolute', 'covariant'] = 'covariant',
         compute_dtype: str | None = None,
         pairs: Pairs = None,
         adapter: str | None = None,

@@ -56,7 +56,7 @@ def test_first_steps_from_zero(name, lr, backend):
 # the product as far as AdamW does, but may go along directions in which B is short, and then A goes
 # further.
 SECOND_STEP = {"loft": 10.0, "scaled_sgd": 50.0, "lora_pro_sgd": 50.0, "alt_lora": 50.0}
-SECOND_STEP["graft_adamw"] = 10.0
+SECOND_STEP |= {"graft_adamw": 10.0, "op_lora": 10.0}
 SECOND_STEP |= dict.fromkeys(
     ["balanced_lora", "lora_muon", "lora_rite", "adapre_lora", "scaled_adamw"], 1.01
 )

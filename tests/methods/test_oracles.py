@@ -86,6 +86,15 @@ CASES = {
         {},
         SIGN,
     ),
+    "op": (rlora.op_lora, dense.Op, {}, UNDAMPED, SGD),
+    "op decay": (
+        rlora.op_lora,
+        dense.Op,
+        {"momentum": 0.5, "weight_decay": 0.5},
+        UNDAMPED,
+        0.1,
+    ),
+    "op without momentum": (rlora.op_lora, dense.Op, {"momentum": 0.0}, UNDAMPED, 0.1),
     "graft": (rlora.graft_adamw, dense.Graft, {}, {}, ADAM),
     "graft decay": (
         rlora.graft_adamw,

@@ -457,3 +457,27 @@ class Riemannion:
             (1 - self.lr * self.weight_decay) * X - self.lr * move, full_matrices=False
         )
         return sigma[:r, None] * Vt[:r], U[:, :r]
+
+
+@dataclass
+class Op:
+    """OPLoRA on dense targets: each half-step a least squares problem, the sum's starts kept."""
+
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    M: tuple | None = None
+
+    def step(self, A, B, G, s):
+        M_A, M_B = self.M or (A, 0 * B)
+        gradient = on_tangent_space(G, A, B) / s
+        seen = on_tangent_space(G / s + self.momentum * M_B @ M_A, A, B)
+        target = self.momentum * M_B @ M_A + gradient
+        if self.M:  # before the first gradient no M_A is better than another one
+            M_A = np.linalg.lstsq(M_B, target, rcond=None)[0]
+        self.M = M_A, np.linalg.lstsq(M_A.T, target.T, rcond=None)[0].T
+        target = B @ A - self.lr * seen
+        new_A = np.linalg.lstsq(B, target, rcond=None)[0]
+        new_B = np.linalg.lstsq(new_A.T, target.T, rcond=None)[0].T
+        decay = self.lr * self.weight_decay
+        return new_A - decay * A, new_B - decay * B

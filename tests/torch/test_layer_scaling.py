@@ -16,7 +16,7 @@ from rlora.torch.init.sd_lora import SDLoRALinear
 
 peft = pytest.importorskip("peft")
 
-WITH_S = ("AdaPreLoRA", "AltLoRA", "AltLoRAPlus", "LoRAMuon", "LoRAProSGD", "RACLoRA")
+WITH_S = ("AdaPreLoRA", "AltLoRA", "AltLoRAPlus", "LoRAMuon", "LoRAProSGD", "OPLoRA", "RACLoRA")
 """Classes whose step depends on s; Adam's quotient hides it from most others but for its eps."""
 SCALES = {
     False: {"0": 2.0, "2": 8.0, "4": 0.5, "6": 12.0},

@@ -154,6 +154,7 @@ SPELLING = {
     "fa": "FA",
     "sb": "SB",
     "rac": "RAC",
+    "op": "OP",
 }
 
 
