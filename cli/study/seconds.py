@@ -77,8 +77,8 @@ def by_seconds(sweeps: Sweeps, record: Mapping[str, Any]) -> list[str]:
             share = f"{time.step / time.whole:.1%}"
             rows.append([f"`{name}`", share, f"{steps}; {fewer:.0f}", *cells])
     caption = (
-        "Validation loss, nats a digit, at the best rate: at equal steps; at equal seconds. Share: "
-        "the optimizer's of a training step."
+        "Validation loss, nats a digit, at the best rate: at equal steps; at equal seconds.\n"
+        "Share: the optimizer's of a training step."
     )
     heads = [f"`{task}`" for task in tasks]
     table = (["method", "share", "steps", *heads], ["---"] * (3 + len(heads)), *rows)
