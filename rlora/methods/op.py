@@ -175,12 +175,20 @@ def low_rank_sum(
     for c, Y, X in ((keep - 1, M_B, M_A), (1.0, B, D_A), (1.0, D_B, A)):
         parts = backend.apply_left([mT(c * y) for y in inside([mT(y) for y in Y])], X)
         sums = [total + part for total, part in zip(sums, parts, strict=True)]
+    sums = orthonormal(backend, sums, group.dtype)  # or the condition number grows at each step
     inside = least_squares(backend, sums, group.dtype)
     new: list[Any] = [0.0] * len(M)
     for c, Y, X in ((keep, M_B, M_A), (1.0, B, D_A), (1.0, D_B, A)):
         parts = backend.apply_right(Y, [c * x for x in inside(X)])
         new = [total + part for total, part in zip(new, parts, strict=True)]
     return list(map(LowRank, sums, new))
+
+
+def orthonormal(backend: Backend, F: Sequence[Array], dtype: Any) -> list[Array]:
+    """Rows (..., r, n) that span the same, orthonormal up to damping."""
+    F, _ = into_range(backend, F)
+    W = backend.cast(backend.damped_half(backend.cross_rows(F, F, dtype)), F[0].dtype)
+    return backend.apply_left(backend.unstack(W, F), F)
 
 
 def proximal_step(
