@@ -1,42 +1,33 @@
-"""Write the tables that stand on several pages, and those of the study, between their marks.
+"""Write the tables of the study and of the speed, from their records, between their marks.
 
 python docs/reference/front_tables.py
 """
 
 import csv
-import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from rlora.cli.study.plan import Records
-from rlora.cli.study.seconds import by_seconds
-from rlora.cli.study.sweeps import sweeps_of
+from speed_tables import TABLES as SPEED, markdown, share, timed
 
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = [
     ROOT / "README.md",
+    ROOT / "docs" / "reference" / "speed.md",
     ROOT / "docs" / "reference" / "study.md",
 ]
 STUDY: Final = ROOT / "docs" / "reference" / "study"
 
-COSTS: Final = """
-*One optimizer step, as a multiple of torch's fused AdamW on the same parameters; gpt2-medium, 24
-pairs, float32.*
-
-| rank | 4 | 16 | 64 |
-| --- | --- | --- | --- |
-| `ScaledAdamW`, two CPU threads | 4.1 | 4.3 | 9.0 |
-| PEFT's Riemannian wrapper, two CPU threads | 9.3 | 6.8 | 14.2 |
-| `ScaledAdamW`, one NVIDIA H100 | 10.6 | 9.9 | 9.0 |
-| PEFT's Riemannian wrapper, one NVIDIA H100 | 47 | 56 | 154 |
-"""
-"""Figures of today's default, idle machines: renew them here and run this script."""
-
 LOSSES: Final = """
 *Test loss, cross-entropy in natural logarithms (lower is better), each with a learning
 rate of its own sweep; betas in parentheses; bold: the lowest.*
+
+"""
+SECONDS: Final = """
+*Validation loss, nats a digit, at the best rate: at equal steps; at equal seconds.
+Share: the optimizer's of a training step.*
 
 """
 METHODS: Final = {
@@ -68,12 +59,6 @@ def read(name: str, methods: str = ".*") -> list[Row]:
     """Rows of a table of the study, of methods whose names match a pattern."""
     with (STUDY / name).open(encoding="utf-8", newline="") as file:
         return [row for row in csv.DictReader(file) if re.fullmatch(methods, row["method"])]
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str | None]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *([x or "-" for x in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def bold(cells: Sequence[str]) -> list[str]:
@@ -117,12 +102,44 @@ def betas() -> str:
     return markdown(["method, task", *head], rows)
 
 
+STEP: Final = {"adamw-fast": "adamw", "scaled": "scaled_adamw", "lora-rite-fast": "lora_rite"}
+"""Method of the study -> the same in the record of a training step; AdamW first."""
+LENGTHS: Final = (160, 300, 1000)
+
+
+def at_steps(losses: Mapping[int, float], steps: float) -> float:
+    """The loss at a number of steps, on a line between its neighbours: logarithm by logarithm."""
+    low = max(n for n in losses if n <= steps)
+    if low == steps:
+        return losses[low]
+    high = min(n for n in losses if n > steps)
+    part = math.log(steps / low) / math.log(high / low)
+    return math.exp((1 - part) * math.log(losses[low]) + part * math.log(losses[high]))
+
+
 def seconds() -> str:
-    """Losses of strings at equal seconds."""
-    paths = sorted((STUDY / "strings").glob("*.jsonl"))
-    sweeps = sweeps_of(row for path in paths for row in Records(path).rows.values())
-    record = STUDY.with_name("benchmarks") / "cpu-training.json"
-    return "\n".join(by_seconds(sweeps, json.loads(record.read_text("utf-8"))))
+    """Losses of strings at equal steps and in equal time, where all of `STEP` have all lengths."""
+    shares = {x["method"]: share(x) for x in timed("cpu-training.json")}
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for x in read("strings/best_losses.csv", "|".join(STEP)):
+        if x["rank"] == "4" and int(x["steps"]) in LENGTHS:
+            runs = found.setdefault(x["dataset"], {}).setdefault(x["method"], {})
+            runs[int(x["steps"])] = float(x[LOSS])
+    tasks = [
+        task
+        for task, by_method in found.items()
+        if [len(by_method.get(name, ())) for name in STEP] == [len(LENGTHS)] * len(STEP)
+    ]
+    rows = []
+    for steps in LENGTHS[1:]:
+        for name, timed_as in STEP.items():
+            # The rest of a training step takes the same time with every optimizer.
+            fewer = steps * (1 - shares[timed_as]) / (1 - shares["adamw"])
+            runs = [found[task][name] for task in tasks]
+            later = [f"{at_steps(x, fewer):.4f}" if fewer >= LENGTHS[0] else "-" for x in runs]
+            cells = [f"{x[steps]:.4f}; {y}" for x, y in zip(runs, later, strict=True)]
+            rows.append([f"`{name}`", f"{shares[timed_as]:.1%}", f"{steps}; {fewer:.0f}", *cells])
+    return SECONDS + markdown(["method", "share", "steps", *(f"`{x}`" for x in tasks)], rows)
 
 
 def best_losses() -> str:
@@ -187,7 +204,7 @@ def changed_factors() -> str:
 
 
 TABLES: Final = {
-    "costs": lambda: COSTS,
+    **SPEED,
     "losses": losses,
     "betas": betas,
     "best losses": best_losses,

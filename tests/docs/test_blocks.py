@@ -1,6 +1,5 @@
 """Python on the pages runs: here that of the pages which have no test of their own."""
 
-import importlib.util
 import re
 import tomllib
 from collections import OrderedDict
@@ -68,19 +67,6 @@ def test_badges_say_what_the_project_file_says():
     assert f"licence: {project['license']}" in said["licence"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"badges/(\w+)\.svg", readme)) == said.keys()
-
-
-def test_tables_of_several_pages_are_made_in_one_place():
-    script = DOCS / "reference" / "front_tables.py"
-    spec = importlib.util.spec_from_file_location("front_tables", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    marks = 0
-    for page in module.PAGES:
-        text = page.read_text(encoding="utf-8")
-        assert module.rewritten(text) == text, page
-        marks += text.count("made by front_tables.py")
-    assert marks == 11
 
 
 def test_diagnostics(capsys):

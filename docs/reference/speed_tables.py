@@ -1,0 +1,129 @@
+"""Tables of what a step costs, from the records of the benchmark, for `front_tables.py`."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any, Final
+
+BENCHMARKS: Final = Path(__file__).parent / "benchmarks"
+
+COSTS: Final = """
+*One optimizer step, as a multiple of torch's fused AdamW on the same parameters; gpt2-medium, 24
+pairs, float32.*
+
+"""
+CPU, GPU = "cpu-gpt2-medium.json", "h100-float32.json"
+TIMED: Final = {
+    "scaled_adamw": "`scaled_adamw`, the default",
+    "scaled_adamw:before": '`scaled_adamw`, "before"',
+    "peft": "PEFT's wrapper",
+    "lora_rite": "`lora_rite`",
+    "lora_pro_adamw": "`lora_pro_adamw`",
+    "lora_muon": "`lora_muon`",
+    "ref_lora": "`ref_lora`",
+}
+"""Method in the records of the benchmark -> its name in a table."""
+PRESETS: Final = ("gpt2-medium", "smollm2-135m", "llama-7b")
+LIMITS: Final = {"scaled_adamw": "2", "scaled_adamw:before": "2.5"}
+"""Limits of `rlora bench run --suite speed` for the mean of times faster than PEFT's wrapper."""
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str | None]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *([x or "-" for x in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def timed(name: str) -> list[dict[str, Any]]:
+    """Rows of a record of the benchmark."""
+    rows: list[dict[str, Any]] = json.loads((BENCHMARKS / name).read_text("utf-8"))["rows"]
+    return rows
+
+
+def ratios(name: str) -> dict[str, list[float]]:
+    """Multiples of AdamW's step of each method of a record, by rank."""
+    found: dict[str, dict[int, float]] = {}
+    for row in timed(name):
+        found.setdefault(row["method"], {})[row["rank"]] = row["ratio"]
+    return {method: [x[rank] for rank in sorted(x)] for method, x in found.items()}
+
+
+def times(values: Iterable[float]) -> list[str]:
+    """Multiples with the digits that a measurement has."""
+    return [f"{x:.1f}" if x < 20 else f"{x:.0f}" for x in values]
+
+
+def share(row: Mapping[str, Any]) -> float:
+    """The optimizer's share of a training step."""
+    step, rest = row["median_s"], row["forward_backward_s"]
+    return float(step / (step + rest))
+
+
+def costs() -> str:
+    """A step of the default and of PEFT's wrapper."""
+    rows = [
+        [f"{name}, {where}", *times(ratios(record)[method])]
+        for record, where in ((CPU, "two CPU threads"), (GPU, "one NVIDIA H100"))
+        for method, name in (
+            ("scaled_adamw", "`ScaledAdamW`"),
+            ("peft", "PEFT's Riemannian wrapper"),
+        )
+    ]
+    return COSTS + markdown(["rank", "4", "16", "64"], rows)
+
+
+def cpu_steps() -> str:
+    """A step of each method on the shapes of three models."""
+    found = [ratios(f"cpu-{preset}.json") for preset in PRESETS]
+    rows = [
+        [name, *(", ".join(times(x[method])) for x in found)]
+        for method, name in TIMED.items()
+        if all(method in x for x in found)
+    ]
+    return markdown(["method", *PRESETS], rows)
+
+
+def gpu_steps() -> str:
+    """A step of each method on a GPU, and its operations."""
+    found, operations = ratios(GPU), {row["method"]: row["operations"] for row in timed(GPU)}
+    rows = [
+        [name, *times(found[method]), f"{operations[method]}"]
+        for method, name in TIMED.items()
+        if method in found
+    ]
+    return markdown(["method", "r = 4", "16", "64", "operations"], rows)
+
+
+def against_peft() -> str:
+    """How many times faster than PEFT's wrapper, over presets and ranks."""
+    rows = []
+    for method, limit in LIMITS.items():
+        gains = []
+        for preset in PRESETS:
+            found = ratios(f"cpu-{preset}.json")
+            gains += [y / x for x, y in zip(found[method], found["peft"], strict=True)]
+        low, high, mean = times((min(gains), max(gains), geometric_mean(gains)))
+        rows.append([TIMED[method], f"{low} to {high}", mean, limit])
+    return markdown(["", "times faster", "geometric mean", "limit"], rows)
+
+
+def training() -> str:
+    """Shares of a training step."""
+    names = {"adamw": "fused AdamW", **TIMED}
+    rows = [
+        [names[x["method"]], f"{1e3 * x['median_s']:.3g} ms", f"{share(x):.1%}"]
+        for x in timed("cpu-training.json")
+        if x["method"] in names
+    ]
+    return markdown(["optimizer", "step", "share of step, forward and backward"], rows)
+
+
+TABLES: Final = {
+    "costs": costs,
+    "steps on a CPU": cpu_steps,
+    "steps on a GPU": gpu_steps,
+    "against PEFT": against_peft,
+    "training": training,
+}
+"""Name in the marks -> the table."""
