@@ -87,7 +87,8 @@ def is_eager_cpu(x: Tensor) -> bool:
 def damped_if_sound(S: Tensor, damping: float, relative: bool, least: float) -> Damped | None:
     """`Backend.damped` where every member has an inverse, else None; its numbers by NumPy.
 
-    NumPy's arithmetic on K numbers takes a fraction of the time of a call of torch.
+    NumPy's arithmetic on K numbers takes a fraction of the time of a call of torch. Each member is
+    to the bit what `TorchBackend.damped` makes of it beside one that has no inverse.
     """
     shift, scale = _shifts(S, damping, relative, least)
     info = torch.finfo(S.dtype)

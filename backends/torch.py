@@ -156,7 +156,8 @@ class TorchBackend(Backend):
         floor = max(rounding, least)
         shift = mean * max(damping, floor) if relative else (mean * floor).clamp_(min=damping)
         scale = mean + shift
-        unit = scale.clamp(info.smallest_normal / rounding, info.max / 2)  # NaN stays
+        # NaN stays; the last binade counts as overflown: two comparisons less.
+        unit = scale.clamp(info.smallest_normal / rounding, info.max / 2)
         live = scale == unit
         H = torch.where(live, S, 0.0).div_(unit)  # (K, r, r)
         added: Any = share_of(max(damping, floor))
@@ -177,8 +178,8 @@ class TorchBackend(Backend):
         by_size = partial(super().damped_half, relative=relative, least=least, upper=upper)
         if not is_eager_cpu(S):
             return by_size(S, damping)
-        # Nothing has to be divided by its size and multiplied again where that is moderate. Each
-        # member decides for itself: what is in another one does not change a bit of it.
+        # Nothing is divided by its size and multiplied again where that is moderate. Each member
+        # decides for itself: what is in another one does not change a bit of it.
         H, moderate = shifted(S, damping, relative, least)
         if moderate.all():
             return self.inverse_cholesky(H, upper=upper)
@@ -221,11 +222,10 @@ class TorchBackend(Backend):
             return super().pseudo_power(S, exponent)
         # The filter (λ / (λ + shift))⁴ takes the place of a cut-off: nothing is left of directions
         # that are lost in rounding.
-        r = S.shape[-1]
         mean, info = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1), torch.finfo(S.dtype)
         S = torch.where(mean <= info.smallest_normal / rounding_of(S), 0.0, S)
-        shift = torch.finfo(S.dtype).eps ** 0.5 * mean
-        Z, _ = self.newton_schulz(S + shift * torch.eye(r, dtype=S.dtype, device=S.device))
+        eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+        Z, _ = self.newton_schulz(S + info.eps**0.5 * mean * eye)
         return torch.matrix_power(Z @ S @ Z, 4) @ Z
 
     def pseudo_half(self, S: Array) -> Array:

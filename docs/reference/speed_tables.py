@@ -96,7 +96,7 @@ def gpu_steps() -> str:
 
 
 def against_peft() -> str:
-    """How many times faster than PEFT's wrapper, over presets and ranks."""
+    """Multiples of PEFT's speed, over presets and ranks."""
     rows = []
     for method, limit in LIMITS.items():
         gains = []

@@ -166,7 +166,8 @@ def low_rank_sum(
 ) -> list[LowRank]:
     """LoRSum: a half-step of M_A, then one of M_B, towards ``T = keep M + B D_A + D_B A``.
 
-    ``M_A + (M_BᵀM_B)⁻¹ M_Bᵀ (T - M_B M_A)``: of the least squares solutions the nearest one to M_A.
+    ``M_A + (M_BᵀM_B)⁻¹ M_Bᵀ (T - M_B M_A)``: of the least squares solutions the nearest one to M_A,
+    in an orthonormal basis of its rows.
     """
     (A, B), (D_A, D_B) = zip(*group.params, strict=True), zip(*D, strict=True)
     M_A, M_B = zip(*M, strict=True)

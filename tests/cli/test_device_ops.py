@@ -1,5 +1,7 @@
 """Steps on a device that is not there: how many operations, and what holds up the host."""
 
+import math
+
 import pytest
 
 import rlora.methods
@@ -16,6 +18,8 @@ WAITS = {
     "balanced_lora": EIGEN,
     "riemannion": {"_linalg_svd"},
 }
+MOST = {"scaled_adamw": 120, "lora_rite": 360, "lora_muon": 305, "ref_lora": 245}
+"""Operations of a step, of which each costs a launch: 117, 350, 296 and 238 were counted."""
 PLACED = ["scaled_adamw:before", "scaled_adamw:after"]
 
 
@@ -27,7 +31,7 @@ def test_operations_do_not_grow_with_the_layers_and_none_waits(method):
     )
     assert few.finished
     assert many.finished
-    assert few.operations > 10
+    assert 10 < few.operations <= MOST.get(method, math.inf)
     assert few.operations == many.operations
     assert {*few.waits, *many.waits} == WAITS.get(method, set())
 

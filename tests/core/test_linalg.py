@@ -1,5 +1,7 @@
 """The r x r algebra: operations of every backend against float64 NumPy, and hard members of a batch."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -176,24 +178,30 @@ def test_hard_members_stay_alone(backend, exponent, dtype):
     assert np.isfinite(P[4]).all()
 
 
-@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("call", [
+    ("damped_half", ()), ("damped_half", (), {"upper": True}), ("damped_power", (-1.0,)),
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("options", [{}, {"damping": 0.1}, {"damping": 0.1, "relative": False}])
 @pytest.mark.parametrize("dtype, rtol", [("float64", 1e-12), ("float32", 1e-4)])  # 1e3 eps
-def test_damped_half_of_every_size(backend, dtype, rtol, options, upper):
+def test_damped_grams_of_every_size(backend, dtype, rtol, options, call):
     """Equal to the generic class whatever a Gram's size, and to the bit what it is alone."""
+    name, exponent, *more = call
+    options = {**options, **dict(*more)}
     good = np.array([[4.0, 1.0, 0.5], [1.0, 2.0, 0.3], [0.5, 0.3, 1.0]])
     sizes = [1.0, 1e-25, 1e-19, 1e19, 1e25, 0.0, np.inf, np.nan]
     stack = backend.asarray(np.stack([c * good for c in sizes]).astype(dtype), dtype)
-    found = backend.to_numpy(backend.damped_half(stack, upper=upper, **options))
-    expected = backend.to_numpy(Backend.damped_half(backend, stack, upper=upper, **options))
+
+    def power(S, of=backend):
+        make = getattr(backend, name) if of is backend else partial(getattr(of, name), backend)
+        return backend.to_numpy(make(S, *exponent, **options))
+
+    found, expected = power(stack), power(stack, Backend)
     assert np.isnan(found[-1]).all()
     assert np.isnan(expected[-1]).all()
     for k, x in enumerate(found):
         if k < len(sizes) - 1:
             assert_close(x, expected[k], rtol=rtol)
-        alone = backend.to_numpy(
-            backend.damped_half(stack[k : k + 1, ...], upper=upper, **options)
-        )[0]
+        alone = power(stack[k : k + 1, ...])[0]
         assert np.array_equal(x, alone, equal_nan=True) or backend.name == "jax"  # it fuses
 
 
