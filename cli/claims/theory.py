@@ -81,6 +81,7 @@ ROWS: Final = (
     of(rlora.scaled_adamw, ENTRIES, placement="before", damping=0.0),
     of(rlora.scaled_adamw, ENTRIES, placement="after", damping=0.0),
     of(rlora.scaled_adamw, TRIANGULAR, placement="both", damping=0.0),
+    of(rlora.scaled_prodigy, TRIANGULAR, lr=1.0),
     of(rlora.lora_rite, EVERY),
     of(rlora.lora_rite, EVERY, escape=True),
     of(rlora.lora_rite, EVERY, weight_decay=0.1),

@@ -113,6 +113,9 @@ def rates(lowest: float, count: int = 4) -> tuple[float, ...]:
     return tuple(lowest * 2**k for k in range(count))
 
 
+FOUND: Final = (1.0,)
+"""The learning rate of a method that finds its own."""
+
 METHODS: Final[dict[str, Method]] = {
     "adamw": Method(adamw(USUAL), rates(2e-3)),
     "adamw-fast": Method(adamw(FAST), rates(1e-3, 8)),
@@ -134,6 +137,7 @@ METHODS: Final[dict[str, Method]] = {
         scaled(betas=FAST, **{**PUBLISHED, "placement": "both"}), rates(2e-3)
     ),
     "scaled": Method(scaled(betas=FAST), rates(1e-3, 7)),
+    "scaled-prodigy": Method(of("ScaledProdigy"), FOUND),
     "scaled-clipped": Method(clipped(0.01, FAST), rates(4e-3, 5)),
     "grafted-both-fast": Method(
         grafted(b1=FAST[0], b2=FAST[1], placement="both", **COVARIANT), rates(1e-3, 7)

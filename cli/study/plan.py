@@ -81,7 +81,7 @@ def chosen_rate(records: Records, entry: Entry) -> float | None:
 def sweep(records: Records, entry: Entry) -> list[Job]:
     """The runs of the sweep, one rate wider for every time that the best lay at an end."""
     found, rates = sweep_losses(records, entry), entry.rates
-    for _ in range(WIDENINGS):
+    for _ in range(WIDENINGS if len(rates) > 1 else 0):
         if not found.keys() >= set(rates):
             break
         best = min(rates, key=lambda lr: found[lr])

@@ -9,7 +9,7 @@ from rlora.methods.scaled import scale_by_gram
 
 from .favoured import favour_b
 from .growing import scale_by_growing_adam
-from .methods import FAST, PUBLISHED, USUAL, rates
+from .methods import FAST, FOUND, PUBLISHED, USUAL, rates
 from .trust import trust_region
 
 Sizes = Mapping[str, float]
@@ -91,6 +91,7 @@ METHODS: Final[Mapping[str, Method]] = {
         f"scaled-{b1}-{b2}": Method(with_betas(rlora.scaled_adamw, (b1, b2)), WIDE)
         for b1, b2 in BETAS
     },
+    "scaled-prodigy": Method(of(rlora.scaled_prodigy), FOUND),
     "scaled-growing": Method(
         lambda sizes: chain(
             scale_by_gram(scale_by_growing_adam(FAST[0]), damping=1e-2, placement="both")
@@ -131,7 +132,7 @@ METHODS: Final[Mapping[str, Method]] = {
 
 But `scaled`, and what is made of it, has the fast ones; growing ones have a b1 of 0.7; both Muons
 have a momentum of 0.95, `alt-lora` and `riemannion` one of 0.9, as those of SGD. Clipped ones move
-no weight by more than the share `SHARE`, or that in the name.
+no weight by more than the share `SHARE`, or that in the name. `scaled-prodigy` finds its rate.
 """
 
 BY_BETAS: Final = tuple(

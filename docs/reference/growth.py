@@ -69,24 +69,30 @@ def cases(m: int, n: int, r: int, *, every: bool) -> list[Case]:
 
 
 def run(
-    method: Transform, shape: tuple[int, int, int], dtype: str, *, every: bool
+    make: Callable[[], Transform], shape: tuple[int, int, int], dtype: str, *, every: bool
 ) -> dict[Case, Growth]:
-    """All cases of one shape in one stack."""
+    """All cases of one shape in one stack.
+
+    A method that finds its learning rate runs at multiples of it, 1 in the place of `USUAL`.
+    """
     backend, some = get(DTYPES[dtype]), cases(*shape, every=every)
-    return growths(method, *shape, some, STEPS, dtype=dtype, backend=backend)
+    ratio = getattr(make, "lr", USUAL) / USUAL
+    theirs = [case._replace(lr=ratio * case.lr) for case in some]
+    found = growths(make(), *shape, theirs, STEPS, dtype=dtype, backend=backend)
+    return dict(zip(some, found.values(), strict=True))
 
 
 @cache
 def theirs(shape: tuple[int, int, int], dtype: str, *, every: bool) -> dict[Case, Growth]:
     """AdamW on the same samples."""
-    return run(adamw(), shape, dtype, every=every)
+    return run(adamw, shape, dtype, every=every)
 
 
 def rows(label: str) -> Iterator[dict[str, Any]]:
     """The lines of a method: what was worst on each shape in each dtype, and in which case."""
     every = label == DEFAULT
     for shape, dtype in product((*SHAPES, MORE) if every else SHAPES, DTYPES):
-        ours = run(ROWS[label](), shape, dtype, every=every)
+        ours = run(ROWS[label], shape, dtype, every=every)
         other = theirs(shape, dtype, every=every)
         usual = [case for case in ours if case.noise and case.lr <= USUAL]
         loss = {case: over(ours[case].last, ours[case].first) for case in ours}

@@ -56,6 +56,16 @@ def meant_for(start: str) -> Callable[[Maker], Maker]:
     return mark
 
 
+def default_rate(lr: float) -> Callable[[Maker], Maker]:
+    """Name the learning rate of a method that finds its own: the default of its torch class."""
+
+    def mark(method: Maker) -> Maker:
+        cast("Any", method).lr = lr
+        return method
+
+    return mark
+
+
 def is_traced(value: Any) -> bool:
     """Return whether a number is a JAX array: it may differ at each step, and has no value in jit.
 
@@ -103,7 +113,7 @@ def check_count(name: str, value: Any, least: int, most: float = math.inf, where
 def check_positive(name: str, value: Any) -> None:
     """ValueError or TypeError unless the value is a positive number."""
     check_nonnegative(name, value)
-    if value == 0:
+    if is_zero(value):
         msg = f"{name} must be positive, got {value!r}"
         raise ValueError(msg)
 

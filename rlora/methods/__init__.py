@@ -11,6 +11,7 @@ from rlora.methods.muon import lora_muon
 from rlora.methods.op import op_lora
 from rlora.methods.plus import lora_plus
 from rlora.methods.pro import lora_pro_adamw, lora_pro_sgd
+from rlora.methods.prodigy import scaled_prodigy
 from rlora.methods.rac import rac_lora
 from rlora.methods.ref import ref_lora
 from rlora.methods.riemannion import riemannion
@@ -39,6 +40,7 @@ __all__ = [
     "ref_lora",
     "riemannion",
     "scaled_adamw",
+    "scaled_prodigy",
     "scaled_sgd",
     "stable_lora",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 from rlora.torch.pairing.discovery import Pairs
 from rlora.torch.optimizers.method_optimizer import MethodOptimizer
 
-__all__ = ['AdaPreLoRA', 'AltLoRA', 'AltLoRAPlus', 'BalancedLoRA', 'FactorMuon', 'GraftAdamW', 'LoFT', 'LoRAFA', 'LoRAMuon', 'LoRAPlus', 'LoRAProAdamW', 'LoRAProSGD', 'LoRARite', 'LoRASB', 'OPLoRA', 'RACLoRA', 'RefLoRA', 'Riemannion', 'StableLoRA']
+__all__ = ['AdaPreLoRA', 'AltLoRA', 'AltLoRAPlus', 'BalancedLoRA', 'FactorMuon', 'GraftAdamW', 'LoFT', 'LoRAFA', 'LoRAMuon', 'LoRAPlus', 'LoRAProAdamW', 'LoRAProSGD', 'LoRARite', 'LoRASB', 'OPLoRA', 'RACLoRA', 'RefLoRA', 'Riemannion', 'ScaledProdigy', 'StableLoRA']
 
 class AdaPreLoRA(MethodOptimizer, torch.optim.AdamW):
     def __init__(
@@ -370,6 +370,28 @@ class Riemannion(MethodOptimizer, torch.optim.AdamW):
         *,
         b1: float = 0.9,
         weight_decay: float = 0.0,
+        compute_dtype: str | None = None,
+        pairs: Pairs = None,
+        adapter: str | None = None,
+        scaling: float | None = None,
+        stochastic_rounding: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None: ...
+
+class ScaledProdigy(MethodOptimizer, torch.optim.AdamW):
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        *,
+        betas: tuple[float, float] = (0.7, 0.8),
+        eps: float = 1e-08,
+        weight_decay: float = 0.01,
+        d0: float = 0.0001,
+        damping: float = 0.01,
+        damping_mode: Literal['relative', 'absolute', 'covariant'] = 'covariant',
         compute_dtype: str | None = None,
         pairs: Pairs = None,
         adapter: str | None = None,

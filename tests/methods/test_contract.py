@@ -1,5 +1,7 @@
 """Every method, on every backend, keeps the promises of `rlora.testing.CONTRACT`."""
 
+from functools import wraps
+
 import pytest
 
 from rlora import Factors, apply_updates, chain, methods
@@ -31,7 +33,10 @@ VARIANTS = [(name, {}) for name in methods.__all__] + [
 def test_contract(name, options, check, backend):
     if check.__name__ == "check_no_growth" and options.get("mode") == "full":
         pytest.skip("Adam on the whole weight grows in null spaces: documented on its page")
-    check(lambda: getattr(methods, name)(**options), backend)
+    method = getattr(methods, name)
+    check(
+        wraps(method)(lambda: method(**options)), backend
+    )  # with its learning rate, if it has one
 
 
 # --- methods that break a promise -----------------------------------------------------------------

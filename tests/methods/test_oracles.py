@@ -95,6 +95,14 @@ CASES = {
         0.1,
     ),
     "op without momentum": (rlora.op_lora, dense.Op, {"momentum": 0.0}, UNDAMPED, 0.1),
+    "prodigy": (rlora.scaled_prodigy, dense.Prodigy, {}, {}, 1.0),
+    "prodigy decay": (
+        rlora.scaled_prodigy,
+        dense.Prodigy,
+        {"b1": 0.5, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.1, "d0": 1e-2, "damping": 0.1},
+        {},
+        0.5,
+    ),
     "graft": (rlora.graft_adamw, dense.Graft, {}, {}, ADAM),
     "graft decay": (
         rlora.graft_adamw,

@@ -89,9 +89,16 @@ METHODS = {
     for kind in (getattr(rlora.torch, name) for name in rlora.torch.__all__)
     if isinstance(kind, type) and issubclass(kind, MethodOptimizer)
 }
+
+
+def usual_rate(kind):
+    """A learning rate at which a class learns; 1 if it finds its own."""
+    if own := getattr(kind.method, "lr", None):
+        return own
+    return 5e-2 if issubclass(kind, torch.optim.SGD) else 1e-2
+
+
 CLASSES |= {
-    name: lambda m, kind=kind, **k: kind(
-        m, lr=5e-2 if issubclass(kind, torch.optim.SGD) else 1e-2, **k
-    )
+    name: lambda m, kind=kind, **k: kind(m, lr=usual_rate(kind), **k)
     for name, kind in METHODS.items()
 }

@@ -12,6 +12,7 @@ gradient by the weight, and may keep what it likes between steps. Damping is rel
 from dataclasses import dataclass, field
 
 import numpy as np
+from oracle import ScaledOracle
 
 
 def run(oracle, problem, steps=20):
@@ -434,6 +435,51 @@ class Stable(AdamW):
         moved, B = super().step(A, B, G, s)
         keep = 1 - self.lr * self.weight_decay
         return moved - A + start if keep == 1 else moved - keep * A + start - (1 - keep) * A, B
+
+
+@dataclass
+class Prodigy:
+    """Scaled AdamW, and a learning rate from how far the gradients say that the solution is."""
+
+    lr: float
+    b1: float = 0.7
+    b2: float = 0.8
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    d0: float = 1e-4
+    damping: float = 1e-2
+    d: float = 0.0
+    gain: float = 0.0
+    start: tuple | None = None
+    total: tuple = (0.0, 0.0)
+
+    def __post_init__(self):
+        self.d = self.d0
+        self.scaled = ScaledOracle(
+            lr=0.0,
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            damping=self.damping,
+            damping_mode="covariant",
+            placement="both",
+        )
+
+    def step(self, A, B, G, s):
+        self.start = self.start or (A, B)
+        grads = s * B.T @ G, s * G @ A.T
+        weight = (self.d / self.d0) ** 2
+        for g, x0, x in zip(grads, self.start, (A, B), strict=True):
+            self.gain += weight * np.vdot(g, x0 - x)
+        P_A, P_B = (self.scaled.half(side, A, B) for side in "AB")
+        whitened = P_A @ grads[0], grads[1] @ P_B.T
+        self.total = tuple(t + weight * w for t, w in zip(self.total, whitened, strict=True))
+        self.d = max(self.d, self.gain / sum(np.abs(t).sum() for t in self.total))
+        moves = [self.scaled.direction(x, A, B, g) for x, g in zip("AB", grads, strict=True)]
+        return tuple(
+            x - self.lr * self.d * (move + self.weight_decay * x)
+            for x, move in zip((A, B), moves, strict=True)
+        )
 
 
 @dataclass

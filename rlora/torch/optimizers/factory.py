@@ -134,12 +134,15 @@ def _class(method: Method, parent: Any) -> type[MethodOptimizer]:
 
 def _constructor(method: Method) -> Any:
     """`MethodOptimizer`'s constructor with the options of a method in its signature."""
+    *own, _ = inspect.signature(MethodOptimizer.__init__).parameters.values()  # but **options
+    usual = next(p.default for p in own if p.name == "lr")
+    rate = getattr(method, "lr", usual)
+    own = [p.replace(default=rate) if p.name == "lr" else p for p in own]
 
     @functools.wraps(MethodOptimizer.__init__)
-    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
-        MethodOptimizer.__init__(self, *args, **kwargs)
+    def construct(self: Any, params: Any, lr: Any = rate, **kwargs: Any) -> None:
+        MethodOptimizer.__init__(self, params, lr, **kwargs)
 
-    *own, _ = inspect.signature(MethodOptimizer.__init__).parameters.values()  # but **options
     at = next(i for i, p in enumerate(own) if p.kind is p.KEYWORD_ONLY)
     own[at:at] = MethodOptimizer.options_of(method)
     vars(construct)["__signature__"] = inspect.Signature(own, return_annotation=None)

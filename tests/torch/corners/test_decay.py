@@ -7,7 +7,7 @@ import torch
 from models import CLASSES, METHODS, loss_of, make_model, pairs_in, same, train, values
 
 import rlora.torch
-from rlora.torch import LoRAPlus, ScaledAdamW, ScaledSGD, findings
+from rlora.torch import LoRAPlus, ScaledAdamW, ScaledProdigy, ScaledSGD, findings
 
 DECAYING = {
     kind.__name__: kind
@@ -43,7 +43,8 @@ def test_decay_by_group_under_lora_plus():
 @pytest.mark.parametrize("kind", DECAYING.values(), ids=DECAYING)
 def test_decay_alone_shrinks_the_product_and_turns_nothing(kind):
     model = make_model(dtype=torch.float64, bias=False)
-    optimizer = kind(model, lr=1e-2, weight_decay=0.5)
+    own = {"d0": 1.0} if kind is ScaledProdigy else {}  # its decay goes with the rate it has found
+    optimizer = kind(model, lr=1e-2, weight_decay=0.5, **own)
     start = [(B @ A).detach() for A, B in pairs_in(model)]
     without_gradients(model, optimizer, 3)
     for (A, B), old in zip(pairs_in(model), start, strict=True):

@@ -1,0 +1,171 @@
+"""Scaled Prodigy: scaled AdamW at a learning rate that each pair finds by itself.
+
+K. Mishchenko, A. Defazio. Prodigy: An Expeditiously Adaptive Parameter-Free Learner.
+arXiv:2306.06101, 2023.
+"""
+
+from typing import Any, NamedTuple
+
+from rlora.core.checks import check_nonnegative, check_positive, default_rate, hyperparameters
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import (
+    Array,
+    Factors,
+    Tree,
+    counterparts,
+    leaves_of,
+    map_leaves,
+    pairs_of,
+    rebuild,
+    where_moving,
+)
+from rlora.core.linalg import DampingMode, check_damping
+from rlora.core.moments import AdamState, each, per_pair, scale_by_adam, zeros
+from rlora.core.placement import precondition, preconditioners
+from rlora.core.transform import State, Transform, chain
+
+
+class ProdigyState(NamedTuple):
+    """State of scaled Prodigy."""
+
+    adam: AdamState
+    """Moments of the preconditioned gradients."""
+
+    start: Tree
+    """The parameters before the first step."""
+
+    total: Tree
+    """Sum of the weighted preconditioned gradients, like the parameters."""
+
+    gain: Tree
+    """Sum of the weighted products of gradient and way back to the start, one number a pair."""
+
+    size: Tree
+    """d, the learning rate found so far, one number a pair."""
+
+
+@default_rate(1.0)
+@hyperparameters
+def scaled_prodigy(
+    *,
+    b1: float = 0.7,
+    b2: float = 0.8,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    d0: float = 1e-4,
+    damping: float = 1e-2,
+    damping_mode: DampingMode = "covariant",
+    compute_dtype: str | None = None,
+) -> Transform:
+    """Scaled AdamW whose learning rate need not be tuned: leave ``lr`` at 1.
+
+    With P the half power of `rlora.scaled_adamw` and D its direction with ``placement="both"``,
+    each pair keeps, from zero, ::
+
+        q <- q + (d / d0)² (<G_A, A_0 - A> + <G_B, B_0 - B>)
+        S <- S + (d / d0)² (P_A G_A, G_B P_Bᵀ)
+        d <- max(d, q / |S|_1)
+        A <- A - lr d (D_A + λ A),    B <- B - lr d (D_B + λ B)
+
+    with the start ``(A_0, B_0)`` and the sum ``|S|_1`` of the entries' absolute values.
+
+    Parameters
+    ----------
+    b1, b2, eps, damping, damping_mode, compute_dtype
+        As in `rlora.scaled_adamw`.
+    weight_decay : float
+        λ, at least 0; decoupled, with the rate that was found.
+    d0 : float
+        Positive: the first d, below every learning rate that might be right. d never falls; from
+        far below it takes some four steps to double.
+
+    Returns
+    -------
+    Transform
+        State: four arrays a factor and its step count, two numbers a pair.
+
+    Raises
+    ------
+    ValueError, TypeError
+        When a hyperparameter is out of its range or of the wrong type.
+
+    Notes
+    -----
+    For a convex loss with the solution X*, ``<G_k, X_k - X*>`` is not negative, so that q is at
+    most ``<S, P⁻¹ (X_0 - X*)>``, and ``q / |S|_1`` at most the distance to the solution in the
+    largest entry, in the coordinates in which Adam steps by d in each entry; P counts as constant.
+    A schedule belongs in ``lr``. q, and S under triangular changes of basis, do not depend on how
+    the product is split.
+
+    d is found for each pair alone. In Prodigy one d serves all parameters, the sums forget with
+    ``b2^½``, d is in the moments too, and its first value is 1e-6.
+
+    References
+    ----------
+    K. Mishchenko, A. Defazio. Prodigy: An Expeditiously Adaptive Parameter-Free Learner.
+    arXiv:2306.06101, 2023.
+
+    Examples
+    --------
+    >>> import rlora
+    >>> method = rlora.scaled_prodigy()
+    """
+    adam = scale_by_adam(b1, b2, eps)
+    check_nonnegative("weight_decay", weight_decay)
+    check_positive("d0", d0)
+    check_damping(damping, damping_mode, compute_dtype)
+
+    def init(params: Tree, scaling: float = 1.0) -> ProdigyState:
+        start = map_leaves(lambda x: x + 0, params)  # memory of its own: parameters may be donated
+        number = per_pair(params, 0.0), per_pair(params, d0)
+        return ProdigyState(adam.init(params, scaling), start, zeros(params), *number)
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, ProdigyState]:
+        backend = get_backend(*leaves_of(params))
+        with backend.exact(leaves_of(params)[0]):
+            first, second = preconditioners(
+                backend,
+                pairs_of(params),
+                damping=damping,
+                damping_mode=damping_mode,
+                placement="both",
+                compute_dtype=compute_dtype,
+            )
+            G = rebuild(params, precondition(backend, first or [], pairs_of(grads)))
+            D, moments = adam.update(G, state.adam, params)
+            D = rebuild(params, precondition(backend, second or [], pairs_of(D)))
+        total, gain, size = _found(grads, G, params, state, d0)
+
+        def move(d: Factors, pair: Factors, rate: Array) -> Factors:
+            moved: Factors = map_leaves(lambda x, p: each(rate) * (x + weight_decay * p), d, pair)
+            return moved
+
+        trees = (counterparts(params, x) for x in (D, params, size))
+        D = rebuild(params, list(map(move, *trees)))
+        return D, ProdigyState(moments, state.start, total, gain, size)
+
+    return chain(Transform(init, update))
+
+
+def _found(
+    grads: Tree, G: Tree, params: Tree, state: ProdigyState, d0: float
+) -> tuple[Tree, Tree, Tree]:
+    """The sums and the learning rates after a gradient, which is `G` when preconditioned."""
+    fields = (grads, G, params, state.start, state.total, state.gain, state.size)
+    totals, gains, sizes = [], [], []
+    for g, h, now, start, total, gain, d in zip(
+        *(counterparts(params, field) for field in fields), strict=True
+    ):
+        xp, weight = get_backend(now.A).xp, (d / d0) ** 2
+
+        def over_sides(x: Factors, xp: Any = xp) -> Array:
+            return sum(xp.sum(leaf, axis=(-2, -1)) for leaf in x if leaf is not None)
+
+        way = map_leaves(lambda g, x, x0: g * (x0 - x), g, now, start)
+        gains.append(gain + weight * over_sides(way))
+        added = map_leaves(lambda h, s, weight=weight: s + each(weight) * h, h, total)
+        totals.append(where_moving(g, added, total))
+        norm = over_sides(map_leaves(xp.abs, totals[-1]))
+        found = gains[-1] / xp.where(norm == 0, xp.ones_like(norm), norm)
+        sizes.append(xp.maximum(d, found))
+    return rebuild(params, totals), rebuild(params, gains), rebuild(params, sizes)
