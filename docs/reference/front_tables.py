@@ -48,7 +48,6 @@ BETAS: Final = {
     "`ScaledAdamW`": ("scaled", "scaled-0.9-0.95", "scaled-usual", "scaled-growing"),
 }
 FEW: Final = "adamw|adamw-fast|lora-plus-16-fast|scaled|lora-rite-fast"
-MAIN: Final = f"{FEW}|scaled-clipped|scaled-favoured"
 ALL: Final = f"{FEW}|lora-pro-fast|alt-lora-plus-fast|lora-muon|lora-pro-sgd"
 
 Row = dict[str, str]
@@ -156,14 +155,14 @@ def best_losses() -> str:
 
 def wins() -> str:
     """Settings in which a method is better, or worse, than AdamW on test."""
-    rows = ([f"`{x.pop('method')}`", *x.values()] for x in read("strings/test_wins.csv", MAIN))
+    rows = ([f"`{x.pop('method')}`", *x.values()] for x in read("strings/test_wins.csv", FEW))
     return markdown(["method", "settings", "better", "worse", "difference", "exact"], rows)
 
 
 def suggested_rate() -> str:
     """Regrets at the rate of `rlora.suggest_lr`."""
     rows = []
-    for x in read("strings/suggested_rate.csv", MAIN):
+    for x in read("strings/suggested_rate.csv", FEW):
         counts = (x["settings"], x["regret at most 0.02 nats"], x["regret at most 2 % of guessing"])
         regrets = (x[f"{name} regret [nats/digit]"] for name in ("mean", "worst"))
         rows.append([f"`{x['method']}`", *counts, *regrets, x["exact [%]"]])
@@ -171,21 +170,12 @@ def suggested_rate() -> str:
     return markdown(["method", *head], rows)
 
 
-def powers() -> str:
-    """Powers by which best rates go with each quantity."""
-    found: dict[str, Row] = {}
-    for x in read("strings/best_rate_powers.csv", FEW):
-        error = f" ± {x['standard error']}" if x["standard error"] else ""
-        found.setdefault(x["method"], {})[x["quantity"]] = x["power"] + error
-    axes = ("rank", "s", "width", "batch", "steps")
-    rows = ([f"`{name}`", *map(row.get, axes)] for name, row in found.items())
-    return markdown(["method", *axes], rows)
-
-
 def regret_by_rate() -> str:
-    """Mean regret of each rate."""
+    """Mean regret of rates up to a factor of 8 from the best single one."""
     found: dict[str, Row] = {}
-    for x in read("strings/regret_by_rate.csv", f"{FEW}|scaled-clipped"):
+    for x in read("strings/regret_by_rate.csv", FEW):
+        if not 0.001 <= float(x["learning rate"]) <= 0.064:
+            continue
         found.setdefault(x["method"], {})[x["learning rate"]] = x["mean regret [nats/digit]"]
     rows = ([f"`{name}`", *row.values()] for name, row in found.items())
     return markdown(["method", *next(iter(found.values()))], rows)
@@ -211,7 +201,6 @@ TABLES: Final = {
     "seconds": seconds,
     "wins": wins,
     "suggested rate": suggested_rate,
-    "powers": powers,
     "regret by rate": regret_by_rate,
     "changed factors": changed_factors,
 }
