@@ -104,6 +104,8 @@ def betas() -> str:
 STEP: Final = {"adamw-fast": "adamw", "scaled": "scaled_adamw", "lora-rite-fast": "lora_rite"}
 """Method of the study -> the same in the record of a training step; AdamW first."""
 LENGTHS: Final = (160, 300, 1000)
+TASKS_APART: Final = ("fall", "reverse_plus_three", "cipher-noisy")
+"""Main tasks on strings that tell methods apart."""
 
 
 def at_steps(losses: Mapping[int, float], steps: float) -> float:
@@ -126,8 +128,8 @@ def seconds() -> str:
             runs[int(x["steps"])] = float(x[LOSS])
     tasks = [
         task
-        for task, by_method in found.items()
-        if [len(by_method.get(name, ())) for name in STEP] == [len(LENGTHS)] * len(STEP)
+        for task in TASKS_APART
+        if [len(found.get(task, {}).get(name, ())) for name in STEP] == [len(LENGTHS)] * len(STEP)
     ]
     rows = []
     for steps in LENGTHS[1:]:
@@ -142,15 +144,16 @@ def seconds() -> str:
 
 
 def best_losses() -> str:
-    """Lowest losses and exact answers on the main tasks that tell methods apart."""
-    tasks = ("fall", "reverse_plus_three", "cipher-noisy")
+    """Lowest losses and exact answers."""
     found: dict[str, Row] = {}
     for x in read("strings/best_losses.csv", ALL):
-        if (x["rank"], x["steps"]) == ("4", "300") and x["dataset"] in tasks:
+        if (x["rank"], x["steps"]) == ("4", "300") and x["dataset"] in TASKS_APART:
             cell = f"{float(x[LOSS]):.3f} ({x['exact [%]']})"
             found.setdefault(x["method"], {})[x["dataset"]] = cell
-    rows = [[f"`{name}`", *map(row.get, tasks)] for name, row in found.items() if len(row) > 1]
-    return markdown(["method", *(f"`{task}`" for task in tasks)], rows)
+    rows = [
+        [f"`{name}`", *map(row.get, TASKS_APART)] for name, row in found.items() if len(row) > 1
+    ]
+    return markdown(["method", *(f"`{task}`" for task in TASKS_APART)], rows)
 
 
 def wins() -> str:
@@ -210,7 +213,7 @@ TABLES: Final = {
 def rewritten(text: str) -> str:
     """A page with all tables as they are now."""
     for name, table in TABLES.items():
-        begin, end = f"<!-- {name}: made by front_tables.py -->", f"<!-- end of {name} -->"
+        begin, end = f"<!-- {name}: made by front_tables.py -->", "<!-- end -->"
         pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
         if begin in text:
             block = f"{begin}\n\n{table().strip()}\n\n{end}"
