@@ -172,8 +172,8 @@ eight draws.*
 """
 
 RECORDS: Final = """
-Records: [growth](growth.csv), the worst case of each shape and dtype, by `growth.py [METHOD...]` in
-this folder (forty minutes on one core); [rounding](rounding.csv), by `rounding.py`.
+Records: [growth](growth.csv), by `growth.py [METHOD...]` in this folder (forty minutes on a core);
+[rounding](rounding.csv), by `rounding.py`.
 """
 
 COLUMNS: Final = ("method", "float32, float64", "bfloat16")

@@ -202,10 +202,7 @@ WHEN: Final[dict[str, Callable[[Any], bool | str]]] = {
     "keeps float32 state for bfloat16 factors": float32_state,
     "updates parameters in no pair as": base,
     "decays by": lambda kind: decay(kind) if base(kind) in ("AdamW", "SGD") else "torch's own",
-    "has `capturable`": option("capturable"),
     "has `maximize`": option("maximize"),
-    "has `amsgrad`": option("amsgrad"),
-    "has `momentum`": option("momentum"),
 }
 
 
