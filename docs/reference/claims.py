@@ -22,14 +22,14 @@ FOLDER: Final = Path(__file__).with_suffix("")
 
 HEAD: Final = """# The papers' claims, tested
 
-See which statements of the papers hold in small seeded experiments, and repeat these:
+See which statements of the papers hold in small seeded experiments, and repeat these, into
+build/reproduce (exit code 1: a verdict differs):
 
     rlora reproduce --list
-    rlora reproduce all                 # figures and records in build/reproduce
+    rlora reproduce all
     rlora reproduce damping --quick
 
-A verdict that differs from the documented one gives exit code 1. A *gauge* or *split* is a
-factorization (R A, B R⁻¹) of a product B A.
+A *gauge* or *split* is a factorization (R A, B R⁻¹) of a product B A.
 """
 
 REFERENCE: Final = re.compile(

@@ -23,7 +23,7 @@ PRECISION: Final = "[precision](../explanation/precision.md)"
 WHY: Final[dict[str, str]] = {
     "adam=False": "the theory's; the authors' large runs use AdamW",
     "adapter=None": "all adapters of the model",
-    "amsgrad=False": "torch's AdamW",
+    "amsgrad=False": "torch's",
     "b1=0.7": "[lower loss](study.md#betas) than Adam's",
     "b1=0.9": "Adam's",
     "b1=0.95": "Muon's",
@@ -31,7 +31,7 @@ WHY: Final[dict[str, str]] = {
     "b2=0.999": "Adam's",
     "balance=False": "the authors' code",
     "bias_correction=True": "Adam's",
-    "capturable=False": "torch's AdamW",
+    "capturable=False": "torch's",
     "compute_dtype=None": f"the parameters' own, at least float32: {PRECISION}",
     "damping=0.0001": f"the size of a squared step: {DECISION}",
     "damping=0.01": f"bounds A while B is near zero, and the growth of both: {DECISION}",
@@ -39,7 +39,7 @@ WHY: Final[dict[str, str]] = {
     "damping_mode='covariant'": f"keeps every invariance: {DAMPING}",
     "damping_mode='relative'": f"keeps scalings and rotations: {DAMPING}",
     "d0=0.0001": "below the rates that adapters need; some 25 steps from 0.01",
-    "dampening=0.0": "torch's SGD",
+    "dampening=0.0": "torch's",
     "decay='before'": "torch's AdamW; the authors' code has \"after\"",
     "eps=1e-06": "the authors' code",
     "eps=1e-08": "Adam's",
@@ -91,8 +91,7 @@ WHY: Final[dict[str, str]] = {
 HEAD: Final = """# All defaults, with reasons
 
 Look up what an option is when you do not set it, and why. A class of `rlora.torch` has the defaults
-of its method (`b1`, `b2` are `betas`) and those of its own table. "Others": all others that have
-the option.
+of its method (`b1`, `b2` are `betas`) and its own. "Others": all others that have the option.
 """
 
 Named = Sequence[tuple[str, Callable[..., Any]]]

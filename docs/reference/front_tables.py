@@ -48,7 +48,6 @@ BETAS: Final = {
     "`ScaledAdamW`": ("scaled", "scaled-0.9-0.95", "scaled-usual", "scaled-growing"),
 }
 FEW: Final = "adamw|adamw-fast|lora-plus-16-fast|scaled|lora-rite-fast"
-MAIN: Final = f"{FEW}|scaled-clipped|scaled-favoured"
 ALL: Final = f"{FEW}|lora-pro-fast|alt-lora-plus-fast|lora-muon|lora-pro-sgd"
 
 Row = dict[str, str]
@@ -105,6 +104,8 @@ def betas() -> str:
 STEP: Final = {"adamw-fast": "adamw", "scaled": "scaled_adamw", "lora-rite-fast": "lora_rite"}
 """Method of the study -> the same in the record of a training step; AdamW first."""
 LENGTHS: Final = (160, 300, 1000)
+TASKS_APART: Final = ("fall", "reverse_plus_three", "cipher-noisy")
+"""Main tasks on strings that tell methods apart."""
 
 
 def at_steps(losses: Mapping[int, float], steps: float) -> float:
@@ -127,8 +128,8 @@ def seconds() -> str:
             runs[int(x["steps"])] = float(x[LOSS])
     tasks = [
         task
-        for task, by_method in found.items()
-        if [len(by_method.get(name, ())) for name in STEP] == [len(LENGTHS)] * len(STEP)
+        for task in TASKS_APART
+        if [len(found.get(task, {}).get(name, ())) for name in STEP] == [len(LENGTHS)] * len(STEP)
     ]
     rows = []
     for steps in LENGTHS[1:]:
@@ -143,27 +144,28 @@ def seconds() -> str:
 
 
 def best_losses() -> str:
-    """Lowest losses and exact answers on the main tasks that tell methods apart."""
-    tasks = ("fall", "reverse_plus_three", "cipher-noisy")
+    """Lowest losses and exact answers."""
     found: dict[str, Row] = {}
     for x in read("strings/best_losses.csv", ALL):
-        if (x["rank"], x["steps"]) == ("4", "300") and x["dataset"] in tasks:
+        if (x["rank"], x["steps"]) == ("4", "300") and x["dataset"] in TASKS_APART:
             cell = f"{float(x[LOSS]):.3f} ({x['exact [%]']})"
             found.setdefault(x["method"], {})[x["dataset"]] = cell
-    rows = [[f"`{name}`", *map(row.get, tasks)] for name, row in found.items() if len(row) > 1]
-    return markdown(["method", *(f"`{task}`" for task in tasks)], rows)
+    rows = [
+        [f"`{name}`", *map(row.get, TASKS_APART)] for name, row in found.items() if len(row) > 1
+    ]
+    return markdown(["method", *(f"`{task}`" for task in TASKS_APART)], rows)
 
 
 def wins() -> str:
     """Settings in which a method is better, or worse, than AdamW on test."""
-    rows = ([f"`{x.pop('method')}`", *x.values()] for x in read("strings/test_wins.csv", MAIN))
+    rows = ([f"`{x.pop('method')}`", *x.values()] for x in read("strings/test_wins.csv", FEW))
     return markdown(["method", "settings", "better", "worse", "difference", "exact"], rows)
 
 
 def suggested_rate() -> str:
     """Regrets at the rate of `rlora.suggest_lr`."""
     rows = []
-    for x in read("strings/suggested_rate.csv", MAIN):
+    for x in read("strings/suggested_rate.csv", FEW):
         counts = (x["settings"], x["regret at most 0.02 nats"], x["regret at most 2 % of guessing"])
         regrets = (x[f"{name} regret [nats/digit]"] for name in ("mean", "worst"))
         rows.append([f"`{x['method']}`", *counts, *regrets, x["exact [%]"]])
@@ -171,21 +173,12 @@ def suggested_rate() -> str:
     return markdown(["method", *head], rows)
 
 
-def powers() -> str:
-    """Powers by which best rates go with each quantity."""
-    found: dict[str, Row] = {}
-    for x in read("strings/best_rate_powers.csv", FEW):
-        error = f" ± {x['standard error']}" if x["standard error"] else ""
-        found.setdefault(x["method"], {})[x["quantity"]] = x["power"] + error
-    axes = ("rank", "s", "width", "batch", "steps")
-    rows = ([f"`{name}`", *map(row.get, axes)] for name, row in found.items())
-    return markdown(["method", *axes], rows)
-
-
 def regret_by_rate() -> str:
-    """Mean regret of each rate."""
+    """Mean regret of rates up to a factor of 8 from the best single one."""
     found: dict[str, Row] = {}
-    for x in read("strings/regret_by_rate.csv", f"{FEW}|scaled-clipped"):
+    for x in read("strings/regret_by_rate.csv", FEW):
+        if not 0.001 <= float(x["learning rate"]) <= 0.064:
+            continue
         found.setdefault(x["method"], {})[x["learning rate"]] = x["mean regret [nats/digit]"]
     rows = ([f"`{name}`", *row.values()] for name, row in found.items())
     return markdown(["method", *next(iter(found.values()))], rows)
@@ -211,7 +204,6 @@ TABLES: Final = {
     "seconds": seconds,
     "wins": wins,
     "suggested rate": suggested_rate,
-    "powers": powers,
     "regret by rate": regret_by_rate,
     "changed factors": changed_factors,
 }
@@ -221,7 +213,7 @@ TABLES: Final = {
 def rewritten(text: str) -> str:
     """A page with all tables as they are now."""
     for name, table in TABLES.items():
-        begin, end = f"<!-- {name}: made by front_tables.py -->", f"<!-- end of {name} -->"
+        begin, end = f"<!-- {name}: made by front_tables.py -->", "<!-- end -->"
         pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
         if begin in text:
             block = f"{begin}\n\n{table().strip()}\n\n{end}"

@@ -146,11 +146,11 @@ def refresh(labels: Sequence[str]) -> None:
 HEAD: Final = f"""# Factors where the product needs less
 
 See which methods let factors grow where the rank is higher than the task needs, and what bfloat16
-factors lose.
+loses.
 
 *Largest entry of a factor over that under AdamW, betas (0.7, 0.8), at the same learning rate up to
 {USUAL:g}; the worst of {len(SHAPES)} shapes and several ranks of the target in {STEPS} steps with
-noise; bold above {PROMISED:g}. Not finite: of 480 runs at rates up to {RATES[-1]:g}.*
+noise; bold above {PROMISED:g}.*
 """
 
 GROW: Final = """
@@ -160,9 +160,8 @@ side. `scaled_adamw()` has a filter ([decision 10](../decisions/0010-null-space.
 
 ## bfloat16
 
-Rounding to nearest loses [small steps](../explanation/precision.md#bfloat16-factors), so the torch
-classes round stochastically; `rlora.step` and `rlora.optax` do not: keep parameters in float32
-there.
+The torch classes [round stochastically](../explanation/precision.md#bfloat16-factors); `rlora.step`
+and `rlora.optax` do not: keep parameters in float32 there.
 
 *Loss of `rlora.torch.ScaledAdamW` in bfloat16 over that of AdamW in float32, the worst of six draws
 and all ranks of the target; rate 4e-3, noise 0.5, 1000 steps. 768 x 2 and 20 x 3 have not converged
@@ -179,11 +178,11 @@ eight draws.*
 """
 
 RECORDS: Final = """
-Records: [growth](growth.csv), the worst case of each shape and dtype, by `growth.py [METHOD...]` in
-this folder (forty minutes on one core); [rounding](rounding.csv), by `rounding.py`.
+Records: [growth](growth.csv), by `growth.py [METHOD...]` in this folder (forty minutes on a core);
+[rounding](rounding.csv), by `rounding.py`.
 """
 
-COLUMNS: Final = ("method", "not finite", "float32, float64", "bfloat16")
+COLUMNS: Final = ("method", "float32, float64", "bfloat16")
 
 
 def most(lines: Sequence[Row], name: str, *dtypes: str, bound: float) -> str:
@@ -192,13 +191,17 @@ def most(lines: Sequence[Row], name: str, *dtypes: str, bound: float) -> str:
     return f"**{value:.2g}**" if value > bound else f"{value:.2g}"
 
 
+def not_finite(label: str, record: Sequence[Row]) -> int:
+    """Runs of a method that ended in NaN or inf."""
+    return sum(int(x["not_finite"]) for x in record if x["method"] == label)
+
+
 def line(label: str, record: Sequence[Row]) -> list[str]:
     """The row of a method."""
     lines = [x for x in record if x["method"] == label]
     entry = "entry_over_adamw"
     return [
         f"`{label}`",
-        str(sum(int(x["not_finite"]) for x in lines)),
         most(lines, entry, "float32", "float64", bound=PROMISED),
         most(lines, entry, "bfloat16", bound=PROMISED),
     ]
@@ -231,11 +234,12 @@ def page() -> str:
     """The whole page, from the records."""
     record = read()
     lines = [line(label, record) for label in ROWS if label != "AdamW"]
-    grown = [cells for cells in lines if cells[1] != "0" or "**" in "".join(cells)]
+    grown = [cells for cells in lines if "**" in "".join(cells)]
     held = ", ".join(cells[0] for cells in lines if cells not in grown)
-    wrapped = textwrap.fill(
-        f"Below {PROMISED:g}, all runs finite: {held}.", 100, break_on_hyphens=False
-    )
+    counts = {label: not_finite(label, record) for label in ROWS if label != "AdamW"}
+    lost = ", ".join(f"`{label}` {n}" for label, n in counts.items() if n)
+    text = f"Below {PROMISED:g}: {held}. Not finite, of 480 runs at rates up to {RATES[-1]:g}: "
+    wrapped = textwrap.fill(f"{text}{lost}.", 100, break_on_hyphens=False)
     rounded = {"nearest": "nearest", "stochastic": "stochastic"}
     kept = by_shape("kept", "largest", rounded)
     afterwards = by_shape("change", "median", {"default": "as it is", "rebalanced": "rebalanced"})

@@ -202,10 +202,7 @@ WHEN: Final[dict[str, Callable[[Any], bool | str]]] = {
     "keeps float32 state for bfloat16 factors": float32_state,
     "updates parameters in no pair as": base,
     "decays by": lambda kind: decay(kind) if base(kind) in ("AdamW", "SGD") else "torch's own",
-    "has `capturable`": option("capturable"),
     "has `maximize`": option("maximize"),
-    "has `amsgrad`": option("amsgrad"),
-    "has `momentum`": option("momentum"),
 }
 
 
@@ -219,16 +216,22 @@ def answer(question: Callable[[Any], bool | str], kind: Any) -> str:
 
 
 def when_table() -> Iterator[str]:
-    """A row for each circumstance: the answer of all classes, or the classes of each answer."""
+    """A row for each answer that all classes give, and one for each question that parts them."""
     yield "| a class | answer |"
     yield "| --- | --- |"
+    said: dict[str, list[str]] = {}
+    parted: dict[str, dict[str, list[str]]] = {}
     for words, question in WHEN.items():
         answers: dict[str, list[str]] = {}
         for name, kind in CLASSES.items():
             answers.setdefault(answer(question, kind), []).append(name)
         if len(answers) == 1:
-            yield f"| {words} | {next(iter(answers))} |"
-            continue
+            said.setdefault(next(iter(answers)), []).append(words)
+        else:
+            parted[words] = answers
+    for common, questions in said.items():
+        yield f"| {'; '.join(questions)} | {common} |"
+    for words, answers in parted.items():
         rare = sorted(answers.items(), key=lambda item: len(item[1]))
         *named, (usual, _) = rare
         lists = (f"{', '.join(f'`{name}`' for name in names)}: {a}" for a, names in named)

@@ -113,6 +113,11 @@ def lora_fa(
     ValueError, TypeError
         When a hyperparameter is out of its range or of the wrong type.
 
+    Notes
+    -----
+    PEFT inverts S_A in each step, under bfloat16 autocast if there is one, and pairs parameters by
+    their order.
+
     References
     ----------
     L. Zhang, L. Zhang, S. Shi, X. Chu, B. Li. LoRA-FA: Memory-efficient Low-rank Adaptation for

@@ -262,8 +262,9 @@ def loft(
     own axes, as AdamW's does.
 
     The authors' code carries the second moment by ``Tᵀ C T``; ``T C Tᵀ`` is what products of rows
-    become when rows become ``T g``. It decays by λ without lr, after A's turn B's moments take an
-    old gradient by the new A, and a saved state lacks the old factors and whose turn it is.
+    become when rows become ``T g``. It has an eps of 1e-4, decays by λ without lr, after A's turn
+    B's moments take an old gradient by the new A, and a saved state lacks the old factors and
+    whose turn it is.
 
     References
     ----------

@@ -76,7 +76,8 @@ def lora_muon(
     The product follows the same path however it is split. The move has the size of the learning
     rate in every direction that the momentum has at all; directions below its rounding are left
     out, not lifted. As the factors shrink their moves grow: right after B = 0, A moves by as much
-    as it is large.
+    as it is large. Roots and signs are exact, by eigendecompositions; the paper has Newton-Schulz
+    iterations.
 
     References
     ----------

@@ -47,6 +47,7 @@ def lora_plus(
     -----
     A ratio is a choice of split: AdamW without eps and decay moves the product from (A, B) with
     ratio c² as it does with ratio 1 from (c A, B / c). Methods that no split can change need none.
+    PEFT's ``create_loraplus_optimizer`` takes ``loraplus_weight_decay`` and ignores `weight_decay`.
 
     References
     ----------

@@ -254,7 +254,8 @@ def lora_pro_adamw(
     Notes
     -----
     "full" with X zero or balanced and no damping keeps to one path of the product however it is
-    split; "efficient" only under signed permutations of the rank axis.
+    split; "efficient" only under signed permutations of the rank axis. "balanced" has the inverse
+    of S_A where the published "symmetry" has S_A; the bias correction begins with t = 1.
 
     References
     ----------

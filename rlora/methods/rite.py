@@ -244,8 +244,9 @@ def lora_rite(
     -----
     No basis is stored. M R_A⁻ᵀ and R⁻¹ V R⁻ᵀ live in the coordinates of the factors, where the
     transport is ``A_old Aᵀ S_A⁻¹``: `transport` writes down ``A A_oldᵀ`` when the parameters move.
-    A direction in which a factor has no mass does not move its partner; an eigenvalue of V below
-    its own rounding counts as that rounding.
+    Whoever changes the factors otherwise calls it too, or starts the state anew. A direction in
+    which a factor has no mass does not move its partner; an eigenvalue of V below its own rounding
+    counts as that rounding. NaN stays NaN, which the authors' code makes 0.
 
     References
     ----------

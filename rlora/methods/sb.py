@@ -137,7 +137,8 @@ def lora_sb(
     -----
     Meant for a start with `rlora.initializers.lora_sb`; from B = 0 nothing can move. A₀ is made
     orthonormal, ``(A Aᵀ)^-½ A`` of the A at `init`, so that its Gram needs no inverse. The authors
-    store R by itself and so need no frame: 2 r² numbers of state, at the price of another model.
+    store R by itself, in bfloat16, and so need no frame: 2 r² numbers of state, at the price of
+    another model.
 
     References
     ----------

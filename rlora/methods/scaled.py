@@ -225,14 +225,15 @@ def scaled_adamw(
     weight_decay : float
         λ, at least 0; decoupled.
     damping : float
-        δ, at least 0. Never less in effect than what the rounding of the Gram can carry.
+        δ, at least 0. Never less in effect than what the rounding of the Gram can carry, and
+        behind Adam than 1e-6 of the mean eigenvalue.
     damping_mode : {"relative", "absolute", "covariant"}
         ``S + δ tr(S)/r I``, ``S + δ I``, or ``S_B + δ S_A⁻¹`` for A and S_A as it is for B, which
         compares δ with the squared singular values of BA and keeps the invariance. Covariant
         damping is made for factors of which B starts at zero.
     placement : {"before", "after", "both"}
-        The preconditioner before Adam (published code), after it (what the paper's theorem
-        proves), or half powers of it on both sides.
+        The preconditioner before Adam, ``Adam(H⁻¹ G)`` (published code), after it,
+        ``c H⁻¹ (S H⁻¹)⁴ Adam(G)`` (the paper's theorem), or half powers of it on both sides.
     order : {"jacobi", "gauss_seidel"}
         Both factors from the old pair, or B from the new A, as the authors' Adam code does.
     compute_dtype : {None, "float32", "float64"}
@@ -259,8 +260,8 @@ def scaled_adamw(
     a lower loss than (0.9, 0.999) everywhere, and half powers mostly the widest range of good
     learning rates. F leaves out directions of rank space in which the partner has no mass, which
     Adam fills, and c keeps one factor from growing at the cost of the other: docs/decisions/0010.
-    `rlora.methods.scaled.OFFICIAL` and `rlora.methods.scaled.PEFT` are the
-    published methods.
+    `rlora.methods.scaled.OFFICIAL` and `rlora.methods.scaled.PEFT` are the published methods. A
+    zero factor does not move its partner; the official code takes the identity for its Gram.
 
     Adam's entrywise normalisation breaks the invariance of scaled gradient descent: only signed
     permutations of the rank axis are left. With ``placement="both"`` it is, instead, triangular

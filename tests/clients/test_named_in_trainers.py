@@ -65,7 +65,7 @@ def learns(model, optimizer):
 ARGS = SimpleNamespace(learning_rate=1e-2, weight_decay=0.05, optimizer=None, optim_args=None)
 
 
-@pytest.mark.works("axolotl", "a plugin, by its calling convention and in its own trainer")
+@pytest.mark.works("axolotl", "a plugin, also in its own trainer")
 def test_axolotl(monkeypatch):
     stand_in(monkeypatch, "axolotl.integrations.base", BasePlugin=object)
     fresh(monkeypatch, "rlora.integrations.axolotl")
@@ -134,7 +134,7 @@ def test_axolotl_itself(tmp_path):
     assert loss_on_all(model) < before
 
 
-@pytest.mark.works("LLaMA-Factory v1", "its optimizer plugins, by their calling convention")
+@pytest.mark.works("LLaMA-Factory v1", "its optimizer plugins")
 @pytest.mark.parametrize("place", ["optimizer", "optimizers.optimizer"])
 def test_llama_factory(place, monkeypatch):
     registry = {}
@@ -175,7 +175,7 @@ def test_llama_factorys_own_plugins(monkeypatch):
     learns(model, plugins.OptimizerPlugin(described["name"])(model, described))
 
 
-@pytest.mark.works("ms-swift", "`--external_plugins`, by its calling convention and its own code")
+@pytest.mark.works("ms-swift", "`--external_plugins`, also by its own code")
 def test_ms_swift(monkeypatch):
     class OptimizerCallback:
         def __init__(self, args, trainer):
@@ -235,7 +235,7 @@ def test_ms_swift_itself(tmp_path):
     learns(trainer.model, optimizer)
 
 
-@pytest.mark.works("transformers Trainer", "`RLoraFactory`; its own AdamW's checkpoint goes on")
+@pytest.mark.works("transformers Trainer", "`RLoraFactory`")
 def test_the_factory_in_the_real_trainer_goes_on_from_its_adamw(tmp_path):
     transformers = pytest.importorskip("transformers", minversion="5.0")
     arguments = transformers.TrainingArguments(

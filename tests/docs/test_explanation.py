@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import rlora
+
 FOLDER = Path(__file__).parents[2] / "docs" / "explanation"
 PAGES = [
     FOLDER / name
@@ -76,6 +78,26 @@ def test_links_lead_somewhere(page):
             titles = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
             assert anchor in slugs, target
+
+
+def test_what_a_step_does_to_the_product():
+    """The rows of the table of geometry.md, by the page's own code."""
+    space = {}
+    ((code, _),) = blocks(FOLDER / "geometry.md")
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(code, space)
+    move, G, s = space["move"], space["G"], space["s"]
+    for name in ("even", "uneven"):
+        A, B = space[name]
+        P_A, P_B = np.linalg.pinv(A) @ A, B @ np.linalg.pinv(B)
+        lora_pro = rlora.lora_pro_sgd(gauge="zero", damping=0)
+        for method, row in (
+            (rlora.chain(), s**2 * (B @ B.T @ G + G @ A.T @ A)),
+            (rlora.scaled_sgd(damping=0), s**2 * (P_B @ G + G @ P_A)),
+            (lora_pro, P_B @ G + G @ P_A - P_B @ G @ P_A),
+        ):
+            # Left out: terms of second order in a step of 1e-7, on factors of condition 100.
+            np.testing.assert_allclose(move(method, space[name]), row, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -159,6 +159,9 @@ def test_every_method_has_a_page_and_a_row():
 LINKS = re.findall(r"^\| \[`(.*)`\]\((\w+\.md)\) \|", INDEX.read_text("utf-8"), re.MULTILINE)
 
 
+PAGE_OF = [(call.partition("(")[0], FOLDER / page) for call, page in LINKS]
+
+
 def test_the_index_links_every_page_and_the_right_one():
     assert {page for _, page in LINKS} == {path.name for path in PAGES}
     for call, page in LINKS:
@@ -175,9 +178,22 @@ def test_links_lead_somewhere(path):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_pages_say_what_a_page_says(path):
     text = path.read_text(encoding="utf-8")
-    parts = ["Update", "Use", "Options", "Differences from the paper", "Evidence"]
-    assert re.findall("^## (.*)$", text, re.MULTILINE) == parts
+    assert re.findall("^## (.*)$", text, re.MULTILINE) == ["Use", "Evidence"]
     assert "arXiv:" in text.rpartition("## Evidence")[2]
+    assert re.search(r"\bUse (it|them)\s", text.partition("## Use")[0])
+
+
+@pytest.mark.parametrize("name", methods.__all__)
+def test_the_rest_is_in_the_docstring_that_the_page_names(name):
+    """The update rule, every option, and the paper."""
+    method = getattr(methods, name)
+    rule, _, rest = method.__doc__.partition("    Parameters\n    ----------\n")
+    options, _, rest = rest.partition("    Returns\n")
+    assert re.search("``.*``|::\n", rule)
+    assert inspect.signature(method).parameters.keys() <= {*re.findall(r"\w+", options)}
+    (arxiv,) = re.findall(r"arXiv:(\d+\.\d+)", rest.partition("    References\n")[2])[:1]
+    page = dict(PAGE_OF)[name]
+    assert f"arXiv:{arxiv}" in page.read_text(encoding="utf-8")
 
 
 def blocks(path):

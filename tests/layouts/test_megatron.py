@@ -67,7 +67,7 @@ def layers(*owners):
 
 
 @pytest.mark.parametrize("parallel", [False, True])
-@pytest.mark.works("Megatron, NeMo", "adapters, not sharded (tested where it is installed)")
+@pytest.mark.works("Megatron, NeMo", "adapters, not sharded")
 def test_identity(adapter_class, parallel):
     """Both kinds of base layer, those cut by columns and those cut by rows."""
     torch.manual_seed(0)

@@ -58,7 +58,7 @@ def test_dora():
     check(model, squares(batch(16, 6)), LAYERS)
 
 
-@pytest.mark.works("torchtune", "linear, DoRA, experts (tested where it is installed)")
+@pytest.mark.works("torchtune", "linear, DoRA, experts")
 def test_experts():
     """A is (E, n, r) and B (E, r, m); the down-projection's A is no kohya "lora_down"."""
     moe = pytest.importorskip("torchtune.modules.moe.experts")
