@@ -78,17 +78,17 @@ def test_sound_runs_are_not_said_to_grow(zero_B, lr):
 
 @pytest.mark.parametrize(
     ("kind", "m", "n", "r"),
-    [("AdaPreLoRA", 768, 2, 8), ("LoRARite", 3, 20, 8), ("AltLoRA", 2, 2, 16)],
+    [("AdaPreLoRA", 768, 2, 8), ("LoRARite", 2, 2, 16), ("AltLoRA", 2, 2, 16)],
 )
 def test_methods_that_grow_in_a_null_space_are_named(kind, m, n, r):
-    """Noisy least squares with a target of rank 1: entries end at 20 to 400 times AdamW's."""
+    """Noisy least squares with a target of rank 1: entries end at 13 to 55 times AdamW's."""
     torch.manual_seed(0)
     target = torch.randn(m, 1) @ torch.randn(1, n) * (8 / n) ** 0.5
     A = nn.Parameter(torch.randn(r, n) / n**0.5)
     B = nn.Parameter(torch.zeros(m, r))
     optimizer = METHODS[kind]([A, B], lr=4e-3, pairs=[(A, B)])
     optimizer.watch()
-    for _ in range(1000):
+    for _ in range(200):
         X = torch.randn(n, 32)
         error = B @ (A @ X) - target @ X - 0.5 * torch.randn(m, 32)
         optimizer.zero_grad()

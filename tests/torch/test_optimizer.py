@@ -199,7 +199,7 @@ def test_is_a_true_subclass_and_the_loss_falls(make):
     optimizer = make(model)
     parents = (torch.optim.AdamW, torch.optim.SGD, torch.optim.NAdam)
     assert sum(isinstance(optimizer, parent) for parent in parents) == 1
-    losses = train(model, optimizer, 40)
+    losses = train(model, optimizer, 20)
     assert losses[-1] < 0.9 * losses[0]
     assert {"damping", "scaling"} & set(re.findall(r"\w+", repr(optimizer)))
 
@@ -267,15 +267,15 @@ def test_resume_is_bit_exact(make, dtype, tmp_path):
     """Through torch.load(weights_only=True), into a fresh model and optimizer."""
     model = make_model(dtype=dtype)
     optimizer = make(model)
-    train(model, optimizer, 5)
+    train(model, optimizer, 3)
     torch.save({"m": model.state_dict(), "o": optimizer.state_dict()}, tmp_path / "c.pt")
-    expected = train(model, optimizer, 5, start=5)
+    expected = train(model, optimizer, 3, start=3)
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
     again = make_model(seed=9, dtype=dtype)
     resumed = make(again)
     again.load_state_dict(saved["m"])
     resumed.load_state_dict(saved["o"])
-    assert train(again, resumed, 5, start=5) == expected
+    assert train(again, resumed, 3, start=3) == expected
     assert same(values(model), values(again))
 
 

@@ -57,7 +57,7 @@ def test_a_stored_pair_steps_as_the_pairs_in_it(make, name):
     ]
     stored = make([A, B], pairs=[(A, B, layout)])
     separate = make([p for pair in alone for p in pair], pairs=alone)
-    for t in range(5):
+    for t in range(3):
         for optimizer, pairs in (
             (stored, lambda: products(A, B, layout)),
             (separate, lambda: alone),
