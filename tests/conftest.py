@@ -25,11 +25,9 @@ from rlora import BackendError
 from rlora.backends import get
 from rlora.core.backend import Backend
 
-SLOW = tuple(
-    line
-    for line in (Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines()
-    if not line.startswith("#")
-)
+LINES = (Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines()
+SLOW = tuple(line for line in LINES if not line.startswith(("#", "!")))
+QUICK = tuple(line.removeprefix("!") for line in LINES if line.startswith("!"))
 SLOW_LIBRARIES = ("array_api_strict", "jax")
 """Libraries whose tests of methods are slow: compiled for each, or checked at each operation."""
 
@@ -58,20 +56,24 @@ def pytest_collection_modifyitems(items):
     for item in items:
         library = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
         of_methods = item.nodeid.startswith("tests/methods/") and library in SLOW_LIBRARIES
-        if of_methods or item.nodeid.startswith(SLOW):
+        listed = item.nodeid.startswith(SLOW) and not item.nodeid.startswith(QUICK)
+        if of_methods or listed:
             item.add_marker("slow")
 
 
 @cache
-def load(library: str) -> Backend:
+def load(library: str) -> Backend | BackendError:
     if library == "numpy-readonly":
         return ReadOnlyNumPy(get("numpy").xp, "numpy")
     try:
         return get(library)
     except BackendError as error:
-        pytest.skip(str(error))
+        return error
 
 
 @pytest.fixture(params=LIBRARIES)
 def backend(request) -> Backend:
-    return load(request.param)
+    found = load(request.param)
+    if isinstance(found, BackendError):
+        pytest.skip(str(found))
+    return found

@@ -57,8 +57,8 @@ def test_an_adapter_of_two_ranks_says_both():
     assert with_gradients(mixed, 0).rank == [2, 4]
 
 
-@pytest.mark.parametrize("library", ["numpy", "jax", "array_api_strict"])
 @pytest.mark.parametrize("name", rlora.methods.__all__)
+@pytest.mark.parametrize("library", ["numpy", "jax", "array_api_strict"])
 def test_a_functional_case_takes_the_steps_of_the_method(library, name):
     spec = ArraySpec(get(library), "float32", None)
     plain, case = functional_cases(PROBLEM, spec, [baseline_of(name), name])

@@ -368,17 +368,27 @@ def recipe():
     del sys.modules[spec.name]
 
 
+NAIVE = "LoRA, loss over all classes seen"
+COMPARED = (NAIVE, "LoRA", "SD-LoRA", "SD-LoRA, ScaledSGD")
+
+
+def test_sd_lora_forgets_less_than_sequential_fine_tuning(recipe):
+    """In two epochs of one seed; over four seeds it forgot 0.51 to 0.77 less."""
+    methods = [method for method in recipe.METHODS if method.name in COMPARED]
+    forgetting = {name: f for name, [(_, f)] in recipe.compare(methods, [0], 2).items()}
+    for name in COMPARED[2:]:
+        assert forgetting[name] < forgetting[NAIVE] - 0.3
+
+
 def test_sd_lora_beats_sequential_fine_tuning_in_the_short_recipe(recipe):
     """Over eight triples of seeds: 0.29 to 0.40 above the ordinary loss, 0.02 to 0.07 above LoRA."""
-    naive = "LoRA, loss over all classes seen"
-    names = (naive, "LoRA", "SD-LoRA", "SD-LoRA, ScaledSGD")
-    methods = [method for method in recipe.METHODS if method.name in names]
+    methods = [method for method in recipe.METHODS if method.name in COMPARED]
     results = recipe.compare(methods, *recipe.QUICK)
     accuracy = {name: mean(a for a, _ in runs) for name, runs in results.items()}
     forgetting = {name: mean(f for _, f in runs) for name, runs in results.items()}
-    assert accuracy[naive] < 0.25  # it knows the last two classes only
-    for name in names[2:]:
-        assert accuracy[name] > accuracy[naive] + 0.2
+    assert accuracy[NAIVE] < 0.25  # it knows the last two classes only
+    for name in COMPARED[2:]:
+        assert accuracy[name] > accuracy[NAIVE] + 0.2
         assert accuracy[name] > accuracy["LoRA"] + 0.01
-        assert forgetting[name] < forgetting[naive] - 0.5
+        assert forgetting[name] < forgetting[NAIVE] - 0.5
     assert recipe.table(methods, results).row_count == 4
