@@ -17,9 +17,15 @@ def method(name):
     return getattr(methods, name)(weight_decay=0.0)
 
 
+SMALL = [(1, 9, 7), (1, 1, 1), (4, 3, 2), (3, 1, 5)]
+
+
 @EVERY
-@pytest.mark.parametrize("r, n, m", [(1, 9, 7), (1, 1, 1), (4, 3, 2), (256, 260, 20), (3, 1, 5)])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "r, n, m, dtype",
+    [(*shape, dtype) for dtype in ("float32", "float64") for shape in SMALL]
+    + [(256, 260, 20, "float32")],
+)
 def test_shapes_at_the_edge(name, r, n, m, dtype):
     """Rank one, one by one, a rank above the weight's own, and a large one: finite, and it moves."""
     problem = make_problem(m, n, r, seed=1).on(get("numpy"), dtype)
