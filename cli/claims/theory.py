@@ -7,7 +7,8 @@ import rlora
 from rlora import Transform
 from rlora.core.backend import Backend
 from rlora.core.decay import add_decayed_weights
-from rlora.testing import GAUGES, invariance
+from rlora.testing import GAUGES
+from rlora.testing.invariance import invariances
 
 ROUNDING: Final = 1e-10
 """Largest difference in float64 that counts as none: 50 steps, a basis with condition number 50."""
@@ -42,10 +43,7 @@ class Row(NamedTuple):
 
     def measure(self, backend: Backend | None = None, steps: int = STEPS) -> list[float]:
         """The worst relative difference of the product, gauge by gauge."""
-        return [
-            invariance(self.make(), gauge, lr=self.lr, steps=steps, backend=backend)
-            for gauge in GAUGES
-        ]
+        return invariances(self.make(), lr=self.lr, steps=steps, backend=backend)
 
     def verdicts(self, figures: Sequence[float]) -> list[str]:
         """Per gauge "exact" or "not" where measurement and theory agree, "neither" elsewhere."""

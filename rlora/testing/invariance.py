@@ -1,5 +1,6 @@
 """Dependence of the product's path on the factorization at the start."""
 
+from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -83,21 +84,38 @@ def invariance(
     float
         Rounding if the method does not depend on the split; inf if one of the runs diverges.
     """
+    (worst,) = invariances(method, [gauge], lr=lr, steps=steps, seed=seed, backend=backend)
+    return worst
+
+
+def invariances(
+    method: Transform,
+    gauges: Sequence[Gauge] = GAUGES,
+    *,
+    lr: float = 0.05,
+    steps: int = 50,
+    seed: int = 0,
+    backend: Backend | None = None,
+) -> list[float]:
+    """Differences as of `invariance`, one for each gauge, beside one run from the start."""
     problem = make_problem(20, 16, 3, seed=seed)
-    R = change_of_basis(gauge, seed=seed)
-    pair = problem.params
-    split = Factors(R @ pair.A, pair.B @ np.linalg.inv(R))
-    backend = backend or get_backend(pair.A)
+    given = problem.params
+    backend = backend or get_backend(given.A)
     problem = problem.on(backend)
-    pairs = [problem.params, Factors(*(backend.asarray(x, "float64") for x in split))]
+    pairs = [problem.params]
+    for gauge in gauges:
+        R = change_of_basis(gauge, seed=seed)
+        split = Factors(R @ given.A, given.B @ np.linalg.inv(R))
+        pairs.append(Factors(*(backend.asarray(x, "float64") for x in split)))
     states = [method.init(p, problem.scaling) for p in pairs]
     norm = backend.xp.linalg.vector_norm
-    worst = 0.0
+    worst = [0.0] * len(gauges)
     with np.errstate(all="ignore"):
         for _ in range(steps):
             for k, (p, state) in enumerate(zip(pairs, states, strict=True)):
                 pairs[k], states[k] = step(method, p, problem.grads(p), state, lr)
-            X, Y = (p.B @ p.A for p in pairs)
-            distance = float(norm(Y - X) / norm(X))
-            worst = max(worst, distance) if np.isfinite(distance) else float("inf")
+            X, *others = (p.B @ p.A for p in pairs)
+            for k, Y in enumerate(others):
+                distance = float(norm(Y - X) / norm(X))
+                worst[k] = max(worst[k], distance) if np.isfinite(distance) else float("inf")
     return worst
