@@ -4,7 +4,7 @@ K. Mishchenko, A. Defazio. Prodigy: An Expeditiously Adaptive Parameter-Free Lea
 arXiv:2306.06101, 2023.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rlora.core.checks import check_nonnegative, check_positive, default_rate, hyperparameters
 from rlora.core.dispatch import get_backend
@@ -40,6 +40,9 @@ class ProdigyState(NamedTuple):
     gain: Tree
     """Sum of the weighted products of gradient and way back to the start, one number a pair."""
 
+    noise: Tree
+    """Sum of the squared entries of these products, one number a pair."""
+
     size: Tree
     """d, the learning rate found so far, one number a pair."""
 
@@ -63,8 +66,9 @@ def scaled_prodigy(
     each pair keeps, from zero, ::
 
         q <- q + (d / d0)² (<G_A, A_0 - A> + <G_B, B_0 - B>)
+        v <- v + (d / d0)⁴ (|G_A ∘ (A_0 - A)|² + |G_B ∘ (B_0 - B)|²)
         S <- S + (d / d0)² (P_A G_A, G_B P_Bᵀ)
-        d <- max(d, q / |S|_1)
+        d <- max(d, (q - 2 v^½) / |S|_1)
         A <- A - lr d (D_A + λ A),    B <- B - lr d (D_B + λ B)
 
     with the start ``(A_0, B_0)`` and the sum ``|S|_1`` of the entries' absolute values.
@@ -82,7 +86,7 @@ def scaled_prodigy(
     Returns
     -------
     Transform
-        State: four arrays a factor and its step count, two numbers a pair.
+        State: four arrays a factor and its step count, three numbers a pair.
 
     Raises
     ------
@@ -94,11 +98,12 @@ def scaled_prodigy(
     For a convex loss with the solution X*, ``<G_k, X_k - X*>`` is not negative, so that q is at
     most ``<S, P⁻¹ (X_0 - X*)>``, and ``q / |S|_1`` at most the distance to the solution in the
     largest entry, in the coordinates in which Adam steps by d in each entry; P counts as constant.
-    A schedule belongs in ``lr``. q, and S under triangular changes of basis, do not depend on how
-    the product is split.
+    Of gradients that are noise alone q has the variance v: less than two standard deviations count
+    as nothing, or d of small layers runs away. A schedule belongs in ``lr``, and should end near 0.
+    q, and S under triangular changes of basis, do not depend on how the product is split.
 
     d is found for each pair alone. In Prodigy one d serves all parameters, the sums forget with
-    ``b2^½``, d is in the moments too, and its first value is 1e-6.
+    ``b2^½``, d is in the moments too, its first value is 1e-6, and nothing is taken off q.
 
     References
     ----------
@@ -117,8 +122,8 @@ def scaled_prodigy(
 
     def init(params: Tree, scaling: float = 1.0) -> ProdigyState:
         start = map_leaves(lambda x: x + 0, params)  # memory of its own: parameters may be donated
-        number = per_pair(params, 0.0), per_pair(params, d0)
-        return ProdigyState(adam.init(params, scaling), start, zeros(params), *number)
+        numbers = [per_pair(params, x) for x in (0.0, 0.0, d0)]
+        return ProdigyState(adam.init(params, scaling), start, zeros(params), *numbers)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, ProdigyState]:
         backend = get_backend(*leaves_of(params))
@@ -134,38 +139,48 @@ def scaled_prodigy(
             G = rebuild(params, precondition(backend, first or [], pairs_of(grads)))
             D, moments = adam.update(G, state.adam, params)
             D = rebuild(params, precondition(backend, second or [], pairs_of(D)))
-        total, gain, size = _found(grads, G, params, state, d0)
+        found = _found(grads, G, params, state, d0)
 
         def move(d: Factors, pair: Factors, rate: Array) -> Factors:
             moved: Factors = map_leaves(lambda x, p: each(rate) * (x + weight_decay * p), d, pair)
             return moved
 
-        trees = (counterparts(params, x) for x in (D, params, size))
+        trees = (counterparts(params, x) for x in (D, params, found[-1]))
         D = rebuild(params, list(map(move, *trees)))
-        return D, ProdigyState(moments, state.start, total, gain, size)
+        return D, ProdigyState(moments, state.start, *found)
 
     return chain(Transform(init, update))
 
 
-def _found(
-    grads: Tree, G: Tree, params: Tree, state: ProdigyState, d0: float
-) -> tuple[Tree, Tree, Tree]:
-    """The sums and the learning rates after a gradient, which is `G` when preconditioned."""
-    fields = (grads, G, params, state.start, state.total, state.gain, state.size)
-    totals, gains, sizes = [], [], []
-    for g, h, now, start, total, gain, d in zip(
-        *(counterparts(params, field) for field in fields), strict=True
-    ):
-        xp, weight = get_backend(now.A).xp, (d / d0) ** 2
+def _found(grads: Tree, G: Tree, params: Tree, state: ProdigyState, d0: float) -> list[Tree]:
+    """Fields of the state from `total` on, after a gradient, which is `G` when preconditioned."""
+    trees = (grads, G, params, *state[1:])
+    pairs = zip(*(counterparts(params, tree) for tree in trees), strict=True)
+    new = [_of_pair(*pair, d0=d0) for pair in pairs]
+    return [rebuild(params, field) for field in zip(*new, strict=True)]
 
-        def over_sides(x: Factors, xp: Any = xp) -> Array:
-            return sum(xp.sum(leaf, axis=(-2, -1)) for leaf in x if leaf is not None)
 
-        way = map_leaves(lambda g, x, x0: g * (x0 - x), g, now, start)
-        gains.append(gain + weight * over_sides(way))
-        added = map_leaves(lambda h, s, weight=weight: s + each(weight) * h, h, total)
-        totals.append(where_moving(g, added, total))
-        norm = over_sides(map_leaves(xp.abs, totals[-1]))
-        found = gains[-1] / xp.where(norm == 0, xp.ones_like(norm), norm)
-        sizes.append(xp.maximum(d, found))
-    return rebuild(params, totals), rebuild(params, gains), rebuild(params, sizes)
+def _of_pair(
+    grads: Factors,
+    G: Factors,
+    params: Factors,
+    start: Factors,
+    total: Factors,
+    gain: Array,
+    noise: Array,
+    d: Array,
+    *,
+    d0: float,
+) -> tuple[Factors, Array, Array, Array]:
+    xp, weight = get_backend(params.A).xp, (d / d0) ** 2
+
+    def over_sides(pair: Factors) -> Array:
+        return sum(xp.sum(x, axis=(-2, -1)) for x in pair if x is not None)
+
+    way = map_leaves(lambda g, x, x0: each(weight) * g * (x0 - x), grads, params, start)
+    gain, noise = gain + over_sides(way), noise + over_sides(map_leaves(lambda x: x * x, way))
+    added = map_leaves(lambda g, s: s + each(weight) * g, G, total)
+    total = where_moving(grads, added, total)
+    norm = over_sides(map_leaves(xp.abs, total))
+    found = (gain - 2 * noise**0.5) / xp.where(norm == 0, xp.ones_like(norm), norm)
+    return total, gain, noise, xp.maximum(d, found)

@@ -10,6 +10,7 @@ import rlora
 import rlora.torch
 from rlora import Factors
 from rlora.testing import assert_close, make_problem
+from rlora.testing.growth import adamw, growth
 
 STEPS = 150
 RATES = 2.0 ** -np.arange(12)
@@ -53,6 +54,17 @@ def test_the_rate_is_no_more_than_the_distance_to_the_solution(seed):
         sizes.append(float(state[0].size))
     assert sizes == sorted(sizes)
     assert 1e-3 * distance < sizes[-1] <= distance
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 8), (20, 3, 8), (2, 2, 16)])
+def test_noise_alone_does_not_raise_the_rate(shape):
+    """Without the two standard deviations d of these runs away, to NaN."""
+    m, n, r = shape
+    found, usual = (
+        growth(method, m, n, r, lr=lr, dtype="float64")
+        for method, lr in ((rlora.scaled_prodigy(), 1.0), (adamw(), 4e-3))
+    )
+    assert found.last < 1.5 * usual.last
 
 
 @pytest.mark.parametrize("unit", [1e-8, 1e8])

@@ -450,6 +450,7 @@ class Prodigy:
     damping: float = 1e-2
     d: float = 0.0
     gain: float = 0.0
+    noise: float = 0.0
     start: tuple | None = None
     total: tuple = (0.0, 0.0)
 
@@ -471,10 +472,12 @@ class Prodigy:
         weight = (self.d / self.d0) ** 2
         for g, x0, x in zip(grads, self.start, (A, B), strict=True):
             self.gain += weight * np.vdot(g, x0 - x)
+            self.noise += weight**2 * np.linalg.norm(g * (x0 - x)) ** 2
         P_A, P_B = (self.scaled.half(side, A, B) for side in "AB")
         whitened = P_A @ grads[0], grads[1] @ P_B.T
         self.total = tuple(t + weight * w for t, w in zip(self.total, whitened, strict=True))
-        self.d = max(self.d, self.gain / sum(np.abs(t).sum() for t in self.total))
+        bound = self.gain - 2 * np.sqrt(self.noise)
+        self.d = max(self.d, bound / sum(np.abs(t).sum() for t in self.total))
         moves = [self.scaled.direction(x, A, B, g) for x, g in zip("AB", grads, strict=True)]
         return tuple(
             x - self.lr * self.d * (move + self.weight_decay * x)
