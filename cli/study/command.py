@@ -8,10 +8,11 @@ from typing import Final
 
 import click
 
-SMALL: Final = ("torch", "peft", "matplotlib")
+TABLES: Final = ("torch", "matplotlib", "pandas")
+SMALL: Final = (*TABLES, "peft")
 PACKAGES: Final = {
-    "plots": ("study", ("torch", "matplotlib")),
-    "strings": ("study", ("torch", "matplotlib")),
+    "plots": ("study", TABLES),
+    "strings": ("study", TABLES),
     "digits": ("study", (*SMALL, "sklearn")),
     "smollm2": ("study", (*SMALL, "transformers", "gguf", "sentencepiece")),
     **dict.fromkeys(

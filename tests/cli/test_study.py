@@ -6,6 +6,7 @@ import math
 import random
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -117,8 +118,9 @@ def test_good_rates_end_beside_a_divergence_and_say_where_the_sweep_ends_first()
 
 
 def test_spread_is_mean_and_ends():
-    assert list(spread("loss", [1.0, 2.0, 6.0]).values()) == ["3.000", "1.000", "6.000"]
-    assert list(spread("loss", []).values()) == [""] * 3
+    losses = pd.Series([1.0, 2.0, 6.0, math.nan]).groupby([0, 0, 0, 1])
+    found = [column.tolist() for column in spread("loss", losses).values()]
+    assert found == [["3.000", ""], ["1.000", ""], ["6.000", ""]]
 
 
 # --- tasks -------------------------------------------------------------------------------------------
