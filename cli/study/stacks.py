@@ -5,7 +5,6 @@ take the axis for one of equal layers, so that the step of a run is what it woul
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,13 +26,13 @@ from .transformer import (
     Adapters,
     Shape,
     exact,
-    kept_weights,
     logits,
     losses,
     new_adapters,
+    trained,
     widened,
 )
-from .workload import Part
+from .workload import Part, remembered
 
 MOST: Final = {"cpu": 16, "cuda": 256}
 """Type of device -> runs in a stack."""
@@ -43,9 +42,6 @@ EVALUATED: Final = 16
 
 WIDENED: Final = 1
 """Block that `Dataset.widened` is about."""
-
-TRIAL: Final = 4
-"""Steps by which the time of a study is estimated."""
 
 EAGER: Final = 3
 """First steps on a CUDA device, without which no graph can be captured."""
@@ -71,7 +67,8 @@ class Strings:
         self.shape = BASES[kind.base]
         if quick:
             self.shape = self.shape._replace(steps=QUICK_STEPS)
-        self.weights = widened(kept_weights(kept, self.shape, self.device), WIDENED, kind.widened)
+        weights = remembered(kept, lambda: trained(self.shape, self.device), self.device)
+        self.weights = widened(weights, WIDENED, kind.widened)
 
     def adapters(self, jobs: Sequence[Job]) -> Adapters:
         """Adapters of a stack; those of a run depend on its dataset and its seed alone."""
@@ -201,14 +198,6 @@ class Strings:
             }
             rows.append(row if tests is None or lost else row | {"test": tests[k]})
         return rows
-
-    def seconds(self, jobs: Sequence[Job]) -> float:
-        """Time that a stack will take, by a few steps of it, of which the first are slower."""
-        short = [job._replace(steps=TRIAL) for job in jobs]
-        self.train(short)
-        begin = time.perf_counter()
-        self.train(short)
-        return (time.perf_counter() - begin) / TRIAL * jobs[0].steps
 
 
 @contextmanager
