@@ -45,9 +45,10 @@ def write_tables(folder: Path) -> None:
         base = lowest[known or lowest.index].idxmin()
         table = results(mine, sweeps, base).reset_index()
         tables.append(pd.DataFrame([kind] * len(table), columns=KIND).join(table))
-        title = f"{model}, {dataset}, rank {rank}, {steps} steps"
-        drawn = plots.as_svg(title, [panel(sweeps, lowest[base])])
-        write_text(folder / f"{model}-{dataset}-r{rank}-{steps}.svg", drawn)
+        if math.isfinite(lowest[base]):
+            title = f"{model}, {dataset}, rank {rank}, {steps} steps"
+            drawn = plots.as_svg(title, [panel(sweeps, lowest[base])])
+            write_text(folder / f"{model}-{dataset}-r{rank}-{steps}.svg", drawn)
     write_text(folder / "results.csv", pd.concat(tables).to_csv(index=False))
 
 
@@ -90,7 +91,7 @@ def results(runs: Frame, sweeps: Frame, base: str) -> Frame:
         "state [kB]": text(mine["state_bytes"].first() / 1e3, ".0f"),
     }
     order = mine["test loss"].mean().reindex(lowest.index).sort_values(kind="stable").index
-    return pd.DataFrame(cells, index=lowest.index).fillna("").loc[order]
+    return pd.DataFrame(cells, index=lowest.index).astype(object).fillna("").loc[order]
 
 
 def spread(head: str, groups: Frame) -> dict[str, Frame]:

@@ -14,7 +14,7 @@ from rlora.cli.study import digits, tasks
 from rlora.cli.study.methods import METHODS
 from rlora.cli.study.models import MODELS, module_of
 from rlora.cli.study.plan import Entry, Records, chosen_rate, confirmations, rounds, sweep
-from rlora.cli.study.tables import good_rates, spread
+from rlora.cli.study.tables import good_rates, spread, write_tables
 from rlora.cli.study.train import Job, evaluate, run, share
 
 LIKE = Job("digits", "even", 8, "adamw", 0.0, 0, 8, tested=False)
@@ -121,6 +121,22 @@ def test_spread_is_mean_and_ends():
     losses = pd.Series([1.0, 2.0, 6.0, math.nan]).groupby([0, 0, 0, 1])
     found = [column.tolist() for column in spread("loss", losses).values()]
     assert found == [["3.000", ""], ["1.000", ""], ["6.000", ""]]
+
+
+def test_tables_of_runs_that_all_diverged_and_of_strings_beside_them(tmp_path):
+    lost = [
+        {**row(LIKE._replace(lr=lr), math.inf), "step_ms": 1.0, "state_bytes": 8} for lr in (1, 2)
+    ]
+    strings = row(LIKE._replace(model="strings", dataset="fall", lr=0.1), 1.0)
+    rows = [*lost, strings]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    write_tables(tmp_path)
+    lines = (tmp_path / "results.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[5:8] for line in lines] == [
+        ["1", ">2.0", "inf"],
+        ["0.1", ">1.0", "1.000"],
+    ]
+    assert [path.name for path in tmp_path.glob("*.svg")] == ["strings-fall-r8-8.svg"]
 
 
 # --- tasks -------------------------------------------------------------------------------------------
