@@ -66,7 +66,7 @@ def study(
     Strings is a small transformer that knows seven tasks and is taught others, made in a minute;
     its runs are trained many at once.
     """
-    check_installed(model, datasets, tables=tables)
+    check_installed(model, tables=tables)
     from .regret import write_regrets  # torch, and more: not for `rlora --help`
     from .runner import run_study
     from .tables import write_tables

