@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 import rlora
 from rlora import Factors
+from rlora.cli.chart import Curve, Panel
 from rlora.core.factors import Array
 from rlora.core.linalg import DampingMode
 
-from .claim import Check, Claim, Curve, Outcome, Panel, Setting, lines
+from .claim import Check, Claim, Outcome, Setting, lines
 from .papers import PRECONDITIONED
 from .problems import GOAL, errors, factor_gradients, iterations, low_rank, truncated
 
@@ -162,7 +163,7 @@ def run_damping(setting: Setting) -> Outcome:
             for condition in conditions
         ]
     hardest = conditions[-1]
-    every = {mode: np.max(rows, axis=0) for mode, rows in slower.items()}
+    every: dict[str, Any] = {mode: np.max(rows, axis=0) for mode, rows in slower.items()}
     y = "iterations / undamped"
     panel = Panel(
         f"Condition number {hardest}",

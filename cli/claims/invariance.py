@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from rlora.cli.chart import Curve, Panel
 from rlora.testing import GAUGES
 
-from .claim import Check, Claim, Curve, Outcome, Panel, Setting
+from .claim import Check, Claim, Outcome, Setting
 from .papers import RITE
 from .theory import ROUNDING, ROWS, STEPS, Theory
 

@@ -12,10 +12,11 @@ import numpy as np
 
 import rlora
 from rlora import Transform
+from rlora.cli.chart import Curve, Panel
 from rlora.core.moments import scale_by_adam
 from rlora.core.placement import Placement
 
-from .claim import Check, Claim, Curve, Outcome, Panel, Setting
+from .claim import Check, Claim, Outcome, Setting
 from .digits import Numbers, Task, make_task
 from .papers import PRECONDITIONED
 
@@ -66,10 +67,9 @@ def adamw_contest(label: str, placement: Placement, betas: tuple[float, float]) 
     )
 
 
-PUBLISHED, BOTH = (
-    [adamw_contest(label, placement, betas) for betas in ((0.9, 0.999), (0.7, 0.8))]
-    for label, placement in (("scaled AdamW", "before"), ("scaled AdamW, both", "both"))
-)
+BETAS: Final = ((0.9, 0.999), (0.7, 0.8))
+PUBLISHED: Final = [adamw_contest("scaled AdamW", "before", betas) for betas in BETAS]
+BOTH: Final = [adamw_contest("scaled AdamW, both", "both", betas) for betas in BETAS]
 """Usual betas, which are judged, and the authors', which are shown.
 
 Adam divides by the root of the mean square of what it is given: from B = 0 the first preconditioned

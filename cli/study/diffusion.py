@@ -38,7 +38,7 @@ BEFORE: Final = {
 
 def preset(dropout: float, batch: int, epochs: int, eps: float) -> Preset:
     """The settings of one of the two experiments; rank 4, a learning rate of 1e-4."""
-    adamw = {"lr": 1e-4, "eps": eps, "weight_decay": 0.01}
+    adamw: dict[str, Any] = {"lr": 1e-4, "eps": eps, "weight_decay": 0.01}
     optimizers = {"AdamW": adamw, "ScaledAdamW": {**adamw, **BEFORE}}
     return Preset(4, 4, dropout, batch, epochs, optimizers)
 

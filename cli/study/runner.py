@@ -50,8 +50,9 @@ def measure(place: Place, dataset: str, rank: int | None, steps: int | None) -> 
     """Give what all runs have in common; of a large model that is the paper's rank and epochs."""
     preset = preset_of(place.model, dataset)
     size = QUICK if place.quick else MODELS[place.model].size
-    if size is None and preset is not None:
-        count = steps or preset.epochs * len(loaded(place, dataset).parts["train"])
+    if size is None:
+        epochs = preset.epochs if preset else 1
+        count = steps or epochs * len(loaded(place, dataset).parts["train"])
         size = Size(count, sweep_seeds=1, seeds=3)
     size = size._replace(steps=steps or size.steps)
     rank = rank or (preset.rank if preset else RANK)
