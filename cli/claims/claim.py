@@ -1,43 +1,42 @@
 """Claims, and outcomes of their experiments."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from rich import progress
+from rich.console import Console
 
 from rlora import Factors, Transform, step
-from rlora.cli.chart import Curve as Curve, Panel as Panel
+from rlora.cli.chart import Curve, Panel
 from rlora.core.backend import Backend
 from rlora.core.factors import Array
 
 T = TypeVar("T")
 
 
-class Track(Protocol):
-    """Passes items on, with a bar that says how many are done."""
-
-    def __call__(self, items: Iterable[T], label: str) -> Iterable[T]: ...
-
-
 class Setting(NamedTuple):
-    """Setting of an experiment: backend and size.
-
-    Parameters
-    ----------
-    backend : Backend
-        Whose arrays the method under test steps, in float64.
-    quick : bool
-        Whether a smaller experiment with the same verdict will do.
-    track : callable
-        ``for x in track(items, "what they are")`` shows a bar.
-    """
+    """Setting of an experiment: backend and size."""
 
     backend: Backend
+    """Backend whose arrays the method under test steps, in float64."""
+
     quick: bool
-    track: Track
+    """Flag: a smaller experiment with the same verdict will do."""
+
+    def track(self, items: Iterable[T], label: str) -> Iterable[T]:
+        """Items, with a bar on a terminal's stderr that says how many are done."""
+        stderr = Console(stderr=True)
+        off = not stderr.is_terminal
+        return progress.track(items, label, console=stderr, transient=True, disable=off)
 
     def array(self, x: Any) -> Array:
         """A NumPy array as one of the backend, in float64."""
         return self.backend.asarray(x, "float64")
+
+    def arrays(self, pair: Factors) -> Factors:
+        """A pair of NumPy arrays likewise."""
+        return Factors(*map(self.array, pair))
 
     def path(
         self,
@@ -45,8 +44,6 @@ class Setting(NamedTuple):
         start: Factors,
         grads: Callable[[Factors], Factors],
         lr: float,
-        *,
-        scaling: float = 1.0,
     ) -> Iterator[Factors]:
         """The pairs that a method goes through, from the start on, without end."""
 
@@ -54,7 +51,7 @@ class Setting(NamedTuple):
             return step(method, pair, grads(pair), state, lr)
 
         move = self.backend.compile(move)
-        pair, state = start, method.init(start, scaling)
+        pair, state = start, method.init(start)
         while True:
             yield pair
             pair, state = move(pair, state)
@@ -89,29 +86,37 @@ class Outcome(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A statement of a paper, and the experiment that tries it.
-
-    Parameters
-    ----------
-    name : str
-        In kebab-case; of the command line and of the files.
-    statement : str
-        One sentence.
-    source : str
-        Authors, title, arXiv, year, theorem.
-    run : callable
-        The experiment: seeded, of CPU size.
-    holds : bool
-        The documented verdict; False for a claim that is documented as failing.
-    """
+    """A statement of a paper, and the experiment that tries it."""
 
     name: str
+    """In kebab-case; of the command line and of the files."""
+
     statement: str
     source: str
+    """Authors, title, arXiv, year, theorem."""
+
     run: Callable[[Setting], Outcome]
+    """The experiment: seeded, of CPU size."""
+
     holds: bool = True
+    """The documented verdict."""
 
     def as_documented(self, outcome: Outcome) -> bool:
         """Return whether the outcome is the documented one. A value that is no number never is."""
         measured = not any(math.isnan(check.value) for check in outcome.checks)
         return measured and outcome.holds == self.holds
+
+
+def lines(
+    title: str,
+    x: tuple[str, Sequence[float]],
+    y: str,
+    found: Mapping[str, Any],
+    *,
+    log_x: bool = True,
+    log_y: bool = True,
+) -> Panel:
+    """A panel of lines by their labels, over the same places; some may end before the others."""
+    label, places = x
+    curves = [Curve(name, places[: len(values)], values) for name, values in found.items()]
+    return Panel(title, label, y, tuple(curves), log_x, log_y)

@@ -1,17 +1,17 @@
 """A two-layer ReLU network in its convex form, each gate with a weight W_i + B_i A_i to tune."""
 
 import math
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
 import rlora
 from rlora import Factors
-from rlora.core.algebra import mT
 from rlora.core.factors import Array
 
-from .claim import Check, Claim, Curve, Outcome, Panel, Setting
-from .factorisation import errors, iterations, truncated
+from .claim import Check, Claim, Outcome, Setting, lines
+from .papers import PRECONDITIONED
+from .problems import errors, factor_gradients, iterations, low_rank, truncated
 
 LR: Final = 0.3
 GATES, INPUTS, OUTPUTS, RANK = 3, 20, 10, 2
@@ -48,7 +48,7 @@ class Network(NamedTuple):
         """``B_iᵀ G_i`` and ``G_i A_iᵀ`` with ``G_i = (D_i X)ᵀ residual``."""
         missing = pair.B @ pair.A - self.target
         G = (self.gram @ missing.reshape((-1, OUTPUTS))).reshape(missing.shape)
-        return Factors(mT(pair.B) @ G, G @ mT(pair.A))
+        return factor_gradients(pair, G)
 
 
 def network(setting: Setting, condition: float, data_condition: float | None = None) -> Network:
@@ -60,15 +60,10 @@ def network(setting: Setting, condition: float, data_condition: float | None = N
         X = math.sqrt(2) * U * np.geomspace(1.0, 1.0 / data_condition, INPUTS) @ Vt
     gated = [X * (X @ rng.normal(size=(INPUTS, 1)) >= 0) for _ in range(GATES)]
     gram = np.hstack(gated).T @ np.hstack(gated)
-    target = np.stack([_low_rank(rng, condition) for _ in range(GATES)])
+    target = np.stack([low_rank(rng, INPUTS, OUTPUTS, RANK, condition) for _ in range(GATES)])
     correlation = (gram @ target.reshape(-1, OUTPUTS)).reshape(target.shape)
     start = truncated(correlation, RANK)
-    return Network(setting.array(gram), setting.array(target), Factors(*map(setting.array, start)))
-
-
-def _low_rank(rng: np.random.Generator, condition: float) -> Any:
-    U, V = (np.linalg.qr(rng.normal(size=(side, RANK)))[0] for side in (INPUTS, OUTPUTS))
-    return U * np.geomspace(1.0, 1.0 / condition, RANK) @ V.T
+    return Network(setting.array(gram), setting.array(target), setting.arrays(start))
 
 
 def run(setting: Setting) -> Outcome:
@@ -88,7 +83,14 @@ def run(setting: Setting) -> Outcome:
         c: path(network(setting, 1, c), SCALED, 20_000)
         for c in setting.track(of_data, "condition of X")
     }
-    return Outcome(checks(scaled, plain, data), panels(scaled, plain, data))
+    drawn = {
+        "Scaled GD": {f"condition number {c}": scaled[c] for c in conditions},
+        "GD": {f"condition number {c}": plain[c] for c in conditions},
+        "Scaled GD, ill-conditioned data": {f"X: condition number {c}": data[c] for c in of_data},
+    }
+    iterate = "iterate, from the start at 1", range(1, 20_002)
+    panels = [lines(title, iterate, "relative error", paths) for title, paths in drawn.items()]
+    return Outcome(checks(scaled, plain, data), tuple(panels))
 
 
 Paths = dict[int, list[float]]
@@ -117,33 +119,11 @@ def checks(scaled: Paths, plain: Paths, data: Paths) -> tuple[Check, ...]:
     )
 
 
-def panels(scaled: Paths, plain: Paths, data: Paths) -> tuple[Panel, ...]:
-    """Paths of both methods by the weights' condition number, then by that of the data."""
-    return tuple(
-        Panel(
-            title,
-            "iterate, from the start at 1",
-            "relative error",
-            tuple(
-                Curve(f"{of} {condition}", range(1, len(path) + 1), path)
-                for condition, path in paths.items()
-            ),
-            log_x=True,
-        )
-        for title, of, paths in (
-            ("Scaled GD", "condition number", scaled),
-            ("GD", "condition number", plain),
-            ("Scaled GD, ill-conditioned data", "X: condition number", data),
-        )
-    )
-
-
 CLAIM: Final = Claim(
     "convex-relu",
     "In the convex form of a two-layer ReLU network scaled gradient descent converges at a rate "
     "free of the condition number of the weights to be found, where the data are well "
     "conditioned; ill-conditioned data slow it down.",
-    "F. Zhang, M. Pilanci. Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models. "
-    "arXiv:2402.02347, 2024. Section 7, the reparametrised ReLU network.",
+    f"{PRECONDITIONED}. Section 7, the reparametrised ReLU network.",
     run,
 )

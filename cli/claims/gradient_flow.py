@@ -7,17 +7,15 @@ stays as it started, the product of two small parts: hence the squares, where th
 """
 
 from itertools import islice
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 import rlora
 from rlora import Factors
-from rlora.core.algebra import mT
 
-from .claim import Check, Claim, Curve, Outcome, Panel, Setting
-from .teacher import Matrix
-from .widths import exponent
+from .claim import Check, Claim, Outcome, Setting, lines
+from .problems import Matrix, exponent, factor_gradients
 
 OUTPUTS, INPUTS, TRUE_RANK, RANK = 30, 24, 2, 4
 SINGULAR: Final = (1.0, 0.5)
@@ -37,16 +35,19 @@ EXACT: Final = 1e-12
 
 def run(setting: Setting) -> Outcome:
     """Errors along the flow, by size of the start and by its part outside."""
-    parts = (*PARTS, 0.0)
-    ends, paths = {}, {}
-    for part in setting.track(parts, "starts"):
-        found = errors(setting, part)  # (STEPS + 1, sizes)
-        ends[part], paths[part] = found[-1], found
+    paths = {part: errors(setting, part) for part in setting.track((*PARTS, 0.0), "starts")}
+    ends = {part: path[-1] for part, path in paths.items()}
     # The largest start is for the figure: its outside decays.
-    by_size = exponent(SIZES[1:], ends[1.0][1:].tolist())
-    by_part = exponent(PARTS, [float(ends[part][-2]) for part in PARTS])
+    by_size = exponent(SIZES[1:], ends[1.0][1:])
+    by_part = exponent(PARTS, [ends[part][-2] for part in PARTS])
+    labels = {part: f"{part:g} of it outside" if part else "start inside" for part in paths}
+    size = "size of the start", SIZES
+    time = "time", [LR * step for step in range(0, STEPS + 1, 10)]
+    error = "|BA - Δ| / |Δ|"
+    by_label = {labels[part]: end for part, end in ends.items()}
+    along = {labels[part]: path[::10, -2] for part, path in paths.items()}
     return Outcome(
-        checks=(
+        (
             Check(
                 "distance from 2 of the error's exponent in the size",
                 abs(by_size - 2),
@@ -56,7 +57,10 @@ def run(setting: Setting) -> Outcome:
             Check("the same in the part outside", abs(by_part - 2), "<=", SQUARE),
             Check("largest error, start inside", float(ends[0.0].max()), "<=", EXACT),
         ),
-        panels=panels(ends, paths),
+        (
+            lines(f"error at time {LR * STEPS:g}", size, error, by_label),
+            lines(f"from a start of size {SIZES[-2]:g}", time, error, along, log_x=False),
+        ),
     )
 
 
@@ -66,8 +70,7 @@ def errors(setting: Setting, part: float) -> Matrix:
     D = setting.array(target)
 
     def grads(pair: Factors) -> Factors:
-        E = pair.B @ pair.A - D
-        return Factors(mT(pair.B) @ E, E @ mT(pair.A))
+        return factor_gradients(pair, pair.B @ pair.A - D)
 
     pairs = Factors(*(setting.array(np.stack([size * F for size in SIZES])) for F in start))
     norm = setting.backend.xp.linalg.matrix_norm
@@ -91,27 +94,6 @@ def misaligned(F: Matrix, basis: Matrix, part: float) -> Matrix:
     outside = F - inside
     inside /= np.linalg.norm(inside)
     return np.asarray(inside + part * outside / np.linalg.norm(outside))
-
-
-def panels(ends: dict[float, Any], paths: dict[float, Any]) -> tuple[Panel, ...]:
-    """The error at the end by size of the start, and along the way from one size."""
-    labels = {0.0: "start inside", **{part: f"{part:g} of it outside" for part in PARTS}}
-    time = [LR * step for step in range(0, STEPS + 1, 10)]
-    return (
-        Panel(
-            f"error at time {LR * STEPS:g}",
-            "size of the start",
-            "|BA - Δ| / |Δ|",
-            tuple(Curve(labels[part], SIZES, y.tolist()) for part, y in ends.items()),
-            log_x=True,
-        ),
-        Panel(
-            f"from a start of size {SIZES[-2]:g}",
-            "time",
-            "|BA - Δ| / |Δ|",
-            tuple(Curve(labels[part], time, y[::10, -2].tolist()) for part, y in paths.items()),
-        ),
-    )
 
 
 CLAIM = Claim(

@@ -14,9 +14,8 @@ import numpy as np
 
 from rlora import Factors
 
-from .claim import Check, Claim, Curve, Outcome, Panel, Setting
-from .teacher import Matrix
-from .widths import exponent
+from .claim import Check, Claim, Outcome, Setting, lines
+from .problems import Matrix, exponent
 
 HEAD, INPUTS, RANK = 3, 12, 2
 NORMS: Final = (1.0, 2.0, 4.0, 8.0)
@@ -123,6 +122,7 @@ def run(setting: Setting) -> Outcome:
     for norm in setting.track(NORMS, "norms"):
         ranks[norm] = [rank(score_gradient(attention(length, norm))) for length in lengths]
         wrong[norm] = [error(attention(lengths[-1], norm), degree) for degree in DEGREES]
+    sizes = [math.comb(HEAD + degree, HEAD) for degree in DEGREES]
     growth = {norm: exponent(lengths, found) for norm, found in ranks.items()}
     return Outcome(
         checks=(
@@ -131,7 +131,20 @@ def run(setting: Setting) -> Outcome:
             Check("error of the gradients, degree 10, norm 1", wrong[1.0][-1], "<=", CLOSE),
             Check("the same, norm 8", wrong[8.0][-1], ">=", LOST),
         ),
-        panels=panels(lengths, ranks, wrong),
+        panels=(
+            lines(
+                "rank of the scores' gradient",
+                ("tokens", lengths),
+                f"singular values above {TOLERANCE:g} of the largest",
+                {f"norm {norm:g}": found for norm, found in ranks.items()},
+            ),
+            lines(
+                f"gradients of A and B, {lengths[-1]} tokens",
+                ("columns of the factors of softmax", sizes),
+                "relative error",
+                {f"norm {norm:g}": found for norm, found in wrong.items()},
+            ),
+        ),
     )
 
 
@@ -143,33 +156,9 @@ def rank(p: Matrix) -> float:
 
 def error(head: Attention, degree: int) -> float:
     """Relative difference of the gradients of both factors."""
-    ours, theirs = (np.concatenate([x.ravel() for x in pair]) for pair in (
-        chained_gradients(head, degree), exact_gradients(head)
-    ))  # fmt: skip
+    pairs = chained_gradients(head, degree), exact_gradients(head)
+    ours, theirs = (np.concatenate([x.ravel() for x in pair]) for pair in pairs)
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-
-
-def panels(
-    lengths: tuple[int, ...], ranks: dict[float, list[float]], wrong: dict[float, list[float]]
-) -> tuple[Panel, ...]:
-    """Both figures, a line for each norm."""
-    sizes = [math.comb(HEAD + degree, HEAD) for degree in DEGREES]
-    return (
-        Panel(
-            "rank of the scores' gradient",
-            "tokens",
-            f"singular values above {TOLERANCE:g} of the largest",
-            tuple(Curve(f"norm {norm:g}", lengths, y) for norm, y in ranks.items()),
-            log_x=True,
-        ),
-        Panel(
-            f"gradients of A and B, {lengths[-1]} tokens",
-            "columns of the factors of softmax",
-            "relative error",
-            tuple(Curve(f"norm {norm:g}", sizes, y) for norm, y in wrong.items()),
-            log_x=True,
-        ),
-    )
 
 
 CLAIM = Claim(

@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from rlora.cli.chart import Curve, Panel
 from rlora.testing import GAUGES
 
-from .claim import Check, Claim, Curve, Outcome, Panel, Setting
+from .claim import Check, Claim, Outcome, Setting
+from .papers import RITE
 from .theory import ROUNDING, ROWS, STEPS, Theory
 
 SHOWN: Final = (1e-17, 1e2)
@@ -64,7 +66,6 @@ CLAIM: Final = Claim(
     "invariance",
     "The path of the product does not depend on how it was split into factors for exactly the "
     "methods, and under exactly the changes of basis, for which theory says so.",
-    "J.-N. Yen, S. Si, Z. Meng, F. Yu, S. S. Duvvuri, I. S. Dhillon, C.-J. Hsieh, S. Kumar. "
-    "LoRA Done RITE. arXiv:2410.20625, 2024. Definition 1; for the other methods the same algebra.",
+    f"{RITE}. Definition 1; for the other methods the same algebra.",
     run,
 )

@@ -11,10 +11,10 @@ import numpy as np
 
 import rlora
 from rlora import Factors
-from rlora.core.algebra import mT
 from rlora.core.factors import Array
 
-from .claim import Check, Claim, Curve, Outcome, Panel, Setting
+from .claim import Check, Claim, Outcome, Setting, lines
+from .problems import factor_gradients
 
 OUTPUTS, INPUTS, RANK = 60, 50, 4
 LEARNING_RATES: Final = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -49,12 +49,11 @@ def run(setting: Setting) -> Outcome:
             ),
         ),
         panels=(
-            Panel(
+            lines(
                 "the first step from each start",
-                "learning rate",
+                ("learning rate", LEARNING_RATES),
                 "sine of the angle to [G]_2r",
-                tuple(Curve(label, LEARNING_RATES, y) for label, y in found.items()),
-                log_x=True,
+                found,
             ),
         ),
     )
@@ -62,7 +61,7 @@ def run(setting: Setting) -> Outcome:
 
 def first_step(pair: Factors, G: Array, lr: float) -> Array:
     """Return the change of the product by gradient descent."""
-    moved = rlora.apply_updates(pair, Factors(mT(pair.B) @ G, G @ mT(pair.A)), lr)
+    moved = rlora.apply_updates(pair, factor_gradients(pair, G), lr)
     return moved.B @ moved.A - pair.B @ pair.A
 
 

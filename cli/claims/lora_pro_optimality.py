@@ -16,7 +16,8 @@ from rlora.core.backend import Backend
 from rlora.core.factors import Array
 from rlora.methods.pro import Gauge
 
-from .claim import Check, Claim, Curve, Outcome, Panel, Setting
+from .claim import Check, Claim, Outcome, Setting, lines
+from .problems import factor_gradients
 
 OUTPUTS, INPUTS, SCALING = 48, 40, 2.0
 RANKS: Final = (1, 2, 4, 8, 16, 32)
@@ -28,7 +29,7 @@ SIZES: Final = (1.0, 1e-1, 1e-2, 1e-3)
 EXACT: Final = 1e-10
 """Rounding times the condition of the Gram of 32 rows among 40, about 500: 1e-13 is seen."""
 
-GAUGES: Final[tuple[Gauge, ...]] = get_args(Gauge)
+METHODS: Final = {gauge: rlora.lora_pro_sgd(gauge=gauge, damping=0.0) for gauge in get_args(Gauge)}
 COMPETITORS: Final = {"GD": rlora.chain(), "scaled GD": rlora.scaled_sgd(damping=0.0)}
 """An empty chain: the gradients themselves."""
 
@@ -41,7 +42,7 @@ class Problem:
         shapes = (rank, INPUTS), (OUTPUTS, rank), (OUTPUTS, INPUTS)
         A, B, self.G = (backend.asarray(rng.standard_normal(x), "float64") for x in shapes)
         self.pair = Factors(A, B)
-        self.grads = Factors(SCALING * mT(B) @ self.G, SCALING * self.G @ mT(A))
+        self.grads = factor_gradients(self.pair, SCALING * self.G)
         self.backend = backend
 
     def direction(self, method: Transform) -> Factors:
@@ -100,65 +101,40 @@ def run(setting: Setting) -> Outcome:
     """Distances to G by rank, and around LoRA-Pro's move."""
     misses, residuals = [], []
     distances: dict[str, list[float]] = {name: [] for name in (*COMPETITORS, "LoRA-Pro")}
+    total = setting.backend.xp.sum
     for rank in setting.track(RANKS, "ranks"):
         problem = Problem(setting.backend, rank)
-        nearest, total = problem.projection(), setting.backend.xp.sum
-        for gauge in GAUGES:
-            move = problem.direction(rlora.lora_pro_sgd(gauge=gauge, damping=0.0))
+        nearest = problem.projection()
+        for gauge, method in METHODS.items():
+            move = problem.direction(method)
             off = total((problem.equivalent(move) - nearest) ** 2) / total(nearest**2)
             misses.append(float(off**0.5))
             if gauge == "sylvester":
                 residuals.append(problem.sylvester(move))
-        distances["LoRA-Pro"].append(problem.distance(problem.equivalent(move)))
-        for name, method in COMPETITORS.items():
+        for name, method in {**COMPETITORS, "LoRA-Pro": rlora.lora_pro_sgd(damping=0.0)}.items():
             g = problem.equivalent(problem.direction(method))
             distances[name].append(problem.distance(g))
-    excess = around(setting)
+    problem, draws = Problem(setting.backend, RANK), 100 if setting.quick else 1000
+    moves = {gauge: problem.direction(method) for gauge, method in METHODS.items()}
+    excess = {
+        f"gauge {gauge}": [problem.excess(move, size, draws) for size in SIZES]
+        for gauge, move in moves.items()
+    }
+    over = [np.divide(distances[name], distances["LoRA-Pro"]).min() for name in COMPETITORS]
+    ranks, sizes = ("rank", RANKS), ("size of the perturbation", SIZES)
+    y = "distance to the full gradient"
     return Outcome(
-        checks=(
+        (
             Check("off the projection, any rank and gauge", max(misses), "<=", EXACT),
             Check("residual of Sylvester's equation", max(residuals), "<=", EXACT),
             Check("least excess of a perturbation", min(map(min, excess.values())), ">=", 0.0),
-            Check(
-                "nearest competitor, its distance over LoRA-Pro's",
-                min(
-                    float(np.min(np.divide(distances[x], distances["LoRA-Pro"])))
-                    for x in COMPETITORS
-                ),
-                ">=",
-                1.0,
-            ),
+            Check("nearest competitor, its distance over LoRA-Pro's", float(min(over)), ">=", 1.0),
         ),
-        panels=(
-            Panel(
-                "each with its best step",
-                "rank",
-                "distance to the full gradient",
-                tuple(Curve(name, RANKS, y) for name, y in distances.items()),
-                log_x=True,
-                log_y=False,
-            ),
-            Panel(
-                "around LoRA-Pro's move",
-                "size of the perturbation",
-                "least excess of the distance²",
-                tuple(Curve(f"gauge {gauge}", SIZES, y) for gauge, y in excess.items()),
-                log_x=True,
-            ),
+        (
+            lines("each with its best step", ranks, y, distances, log_y=False),
+            lines("around LoRA-Pro's move", sizes, "least excess of the distance²", excess),
         ),
     )
-
-
-def around(setting: Setting) -> dict[Gauge, list[float]]:
-    """The least excess by size of the perturbation."""
-    problem, draws = Problem(setting.backend, RANK), 100 if setting.quick else 1000
-    moves = {
-        gauge: problem.direction(rlora.lora_pro_sgd(gauge=gauge, damping=0.0)) for gauge in GAUGES
-    }
-    return {
-        gauge: [problem.excess(move, size, draws) for size in SIZES]
-        for gauge, move in moves.items()
-    }
 
 
 CLAIM = Claim(

@@ -10,11 +10,10 @@ import numpy as np
 
 import rlora
 from rlora import Factors
-from rlora.core.algebra import mT
 from rlora.methods.rac import restart
 
-from .claim import Check, Claim, Curve, Outcome, Panel, Setting
-from .teacher import Matrix
+from .claim import Check, Claim, Outcome, Setting, lines
+from .problems import Matrix, factor_gradients
 
 SIZE = 100
 RANKS: Final = (1, 4, 16)
@@ -29,7 +28,8 @@ STUCK: Final = 1e-10
 def run(setting: Setting) -> Outcome:
     """Losses with fresh sketches and with one, against the rate."""
     steps, chains = (60, 4) if setting.quick else (200, 8)
-    checks, curves = [], []
+    checks, panels = [], []
+    at = "step", range(steps + 1)
     for rank in setting.track(RANKS, "ranks"):
         fresh = losses(setting, rank, steps, chains, fresh=True)
         fixed = losses(setting, rank, steps, chains, fresh=False)
@@ -45,17 +45,9 @@ def run(setting: Setting) -> Outcome:
             "(1 - r/n)^t": rate,
             "one sketch": fixed.mean(axis=1),
         }
-        curves.append(found)
-    panels = tuple(
-        Panel(
-            f"rank {rank} of {SIZE}",
-            "step",
-            "loss over the first",
-            tuple(Curve(label, range(steps + 1), y.tolist()) for label, y in found.items()),
-        )
-        for rank, found in zip(RANKS, curves, strict=True)
-    )
-    return Outcome(tuple(checks), panels)
+        title = f"rank {rank} of {SIZE}"
+        panels.append(lines(title, at, "loss over the first", found, log_x=False))
+    return Outcome(tuple(checks), tuple(panels))
 
 
 def losses(setting: Setting, rank: int, steps: int, chains: int, *, fresh: bool) -> Matrix:
@@ -71,7 +63,7 @@ def losses(setting: Setting, rank: int, steps: int, chains: int, *, fresh: bool)
         if fresh or t == 0:
             weight, pair = restart(weight, pair, seed=t)
         error = weight + pair.B @ pair.A - target
-        grads = Factors(mT(pair.B) @ error, error @ mT(pair.A))
+        grads = factor_gradients(pair, error)
         pair, _ = rlora.step(method, pair, grads, method.init(pair), 1.0)
         path.append(weight + pair.B @ pair.A - target)
     squares = np.stack([np.sum(setting.backend.to_numpy(x) ** 2, axis=(-2, -1)) for x in path])

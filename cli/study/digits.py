@@ -1,6 +1,5 @@
 """A small network on pictures of digits: runs of a second, for studies with many seeds."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .workload import Part
+from .workload import Part, Workload
 
 DATASETS: Final = ("even", "rotated")
 WIDTH: Final = 256
@@ -26,28 +25,11 @@ class Batch(NamedTuple):
     digits: Tensor
 
 
-class Digits:
-    """Two hidden layers, taught some pictures; the adapters are taught others."""
+class Digits(Workload[Batch]):
+    """Two hidden layers, taught some pictures; adapters everywhere are taught others."""
 
     def __init__(self, known: Batch, new: Batch) -> None:
-        self.base = pretrained(known)
-        self.parts = cut(new)
-
-    def adapted(self, rank: int, seed: int) -> nn.Module:
-        """Adapters with alpha = 2 r on both hidden layers and the output."""
-        import peft
-
-        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["0", "2", "4"])
-        torch.manual_seed(seed)
-        return peft.get_peft_model(self.base, config)
-
-    def release(self, model: Any) -> None:
-        """The base is left as it was."""
-        model.unload()
-
-    def batches(self, part: Part) -> Sequence[Batch]:
-        """`BATCH` pictures at a time."""
-        return self.parts[part]
+        super().__init__(pretrained(known), {"target_modules": ["0", "2", "4"]}, batches(new))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy over ten digits."""
@@ -60,9 +42,8 @@ class Digits:
     @torch.no_grad()
     def scores(self, model: nn.Module, part: Part) -> dict[str, float]:
         """Accuracy."""
-        batches = self.parts[part]
-        right = sum(int((model(x).argmax(-1) == digits).sum()) for x, digits in batches)
-        return {"accuracy": right / sum(map(self.weight, batches))}
+        right = [model(x).argmax(-1) == digits for x, digits in self.parts[part]]
+        return {"accuracy": float(torch.cat(right).double().mean())}
 
 
 def load(dataset: str, *, kept: Path | None = None, quick: bool = False) -> Digits:
@@ -102,16 +83,14 @@ def pretrained(known: Batch) -> nn.Module:
         cast("Any", loss).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model.requires_grad_(False)
+    return model
 
 
-def cut(data: Batch) -> dict[Part, list[Batch]]:
-    """The three parts, in batches."""
+def batches(data: Batch) -> dict[Part, list[Batch]]:
+    """The three parts, `BATCH` pictures at a time."""
     sizes = [int(share * len(data.digits)) for share in SHARES.values()]
     parts = zip(*(torch.split(x[: sum(sizes)], sizes) for x in data), strict=True)
     return {
-        part: [
-            Batch(*pair) for pair in zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True)
-        ]
-        for part, (x, y) in zip(SHARES, parts, strict=True)
+        name: [Batch(*x) for x in zip(*(torch.split(y, BATCH) for y in part), strict=True)]
+        for name, part in zip(SHARES, parts, strict=True)
     }

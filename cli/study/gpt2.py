@@ -35,9 +35,9 @@ NAMES: Final = {"eatType": "Type", "priceRange": "price", "familyFriendly": "fam
 """Attributes that the LoRA paper's files spell otherwise."""
 
 DECAY: Final = {"weight_decay": 0.01}
+SCALED: Final = {"damping": 1e-6, "damping_mode": "absolute", **DECAY}
 PRESETS: Final[Mapping[str, Preset]] = {
     "e2e": Preset(
-        source="Zhang, Pilanci, arXiv:2402.02347, 2024, and GPT2/README.md of their code",
         rank=4,
         alpha=32,
         dropout=0.1,
@@ -49,28 +49,23 @@ PRESETS: Final[Mapping[str, Preset]] = {
                 "lr": 8e-4,
                 "betas": (0.7, 0.8),
                 "eps": 1e-6,
-                "damping": 1e-6,
-                "damping_mode": "absolute",
                 "placement": "before",
                 "order": "gauss_seidel",
-                **DECAY,
+                **SCALED,
             },
             "SGD": {"lr": 9e-2, **DECAY},
-            "ScaledSGD": {"lr": 2e-2, "damping": 1e-6, "damping_mode": "absolute", **DECAY},
+            "ScaledSGD": {"lr": 2e-2, **SCALED},
         },
     )
 }
+"""Zhang, Pilanci, arXiv:2402.02347, 2024, and GPT2/README.md of their code."""
 
 RECIPE: Final = Recipe(
-    adapters={
-        "lora_alpha": PRESETS["e2e"].alpha,
-        "lora_dropout": PRESETS["e2e"].dropout,
-        "target_modules": ["q_proj", "v_proj"],
-    },
+    adapters={**PRESETS["e2e"].adapters, "target_modules": ["q_proj", "v_proj"]},
     batch=PRESETS["e2e"].batch,
+    decoding={"num_beams": 10, "length_penalty": 0.8, "max_new_tokens": 64},
     smoothing=0.1,
     separator=True,
-    decoding={"num_beams": 10, "length_penalty": 0.8, "max_new_tokens": 64},
     no_repeat=4,
 )
 
@@ -83,38 +78,11 @@ def load(
     device: str = "cuda",
     quick: bool = False,
 ) -> TextWorkload:
-    """GPT-2 in float32, and the E2E data.
+    """GPT-2 in float32, a model of the hub or a folder, and the E2E data.
 
-    Parameters
-    ----------
-    dataset : str
-        One of `DATASETS`.
-    weights : str or Path, optional
-        A model of the hub or a folder; `WEIGHTS` if not given.
-    data : Path, optional
-        A folder with the challenge's three CSV files, or tables of the same names and columns as
-        TSV or JSON lines; without it the package datasets fetches them from `ORIGIN`.
-    device : str
-        Where the model and the batches are.
-    quick : bool
-        A few rows only, to see that it runs.
-
-    Returns
-    -------
-    TextWorkload
-        Scored by `overlap`.
-
-    Raises
-    ------
-    ValueError
-        When the data are not there or lack a column.
-    ImportError
-        When datasets or sacrebleu is not installed.
+    Data are a folder with the challenge's three CSV files, or tables of the same names and columns
+    as TSV or JSON lines; without it the package datasets fetches them from `ORIGIN`.
     """
-    if dataset not in DATASETS:
-        msg = f"gpt2 has the data sets {', '.join(DATASETS)}, got {dataset!r}"
-        raise ValueError(msg)
-    need("sacrebleu")
     parts = {part: examples(rows_of(part, data)) for part in STEMS}
     if quick:
         parts = {part: some[: QUICK[part]] for part, some in parts.items()}

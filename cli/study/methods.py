@@ -1,6 +1,7 @@
 """Methods of the study, and the learning rates that each is tried at."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import rlora
 import rlora.torch
 from rlora import Transform
 
-from .trust import trust_region
+from .experiments import trust_region
 
 Start = Literal["gaussian", "lora_one"]
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
@@ -25,6 +26,7 @@ PUBLISHED: Final[dict[str, Any]] = {
     "damping": 1e-6,
     "damping_mode": "relative",
 }
+BOTH: Final[dict[str, Any]] = {"placement": "both", **COVARIANT}
 
 
 class Method(NamedTuple):
@@ -50,32 +52,25 @@ def adamw(betas: tuple[float, float]) -> Make:
 
 def of(kind: str, **options: Any) -> Make:
     """A class of rlora.torch; no weight decay, as for all others."""
-
-    def make(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = getattr(rlora.torch, kind)(
-            model, lr=lr, weight_decay=0.0, **options
-        )
-        return optimizer
-
-    return make
+    make = getattr(rlora.torch, kind)
+    return lambda model, lr: make(model, lr=lr, weight_decay=0.0, **options)
 
 
-def scaled(**options: Any) -> Make:
-    """Scaled AdamW."""
-    return of("ScaledAdamW", fused=True, **options)
+scaled: Final = partial(of, "ScaledAdamW", fused=True)
 
 
-def grafted(**options: Any) -> Make:
-    """Scaled AdamW with its step in the size of AdamW's, so that AdamW's learning rate fits."""
+def around_scaled(wrap: Callable[[Transform], Transform], **options: Any) -> Make:
+    """A method around scaled AdamW with the fast betas."""
 
     def method(*, weight_decay: float = 0.0) -> Transform:
-        return rlora.graft_adamw(rlora.scaled_adamw(weight_decay=weight_decay, **options))
+        b1, b2 = FAST
+        return wrap(rlora.scaled_adamw(b1=b1, b2=b2, weight_decay=weight_decay, **options))
 
     kind = rlora.torch.optimizer_class(method)
     return lambda model, lr: kind(model, lr=lr)
 
 
-def clipped(share: float, betas: tuple[float, float]) -> Make:
+def clipped(share: float) -> Make:
     """Scaled AdamW in a trust region: no step moves W by more than a share of its size.
 
     One size for all layers, the root mean square of the entries of all frozen weights beside
@@ -86,26 +81,14 @@ def clipped(share: float, betas: tuple[float, float]) -> Make:
         layers: list[Any] = [x for x in model.modules() if hasattr(x, "lora_A")]
         squares = [x.base_layer.weight.double().square().mean() for x in layers]
         size = float(torch.stack(squares).mean().sqrt()) / layers[0].scaling["default"]
-
-        def method(*, weight_decay: float = 0.0) -> Transform:
-            inner = rlora.scaled_adamw(b1=betas[0], b2=betas[1], weight_decay=weight_decay)
-            return trust_region(inner, share * size)
-
-        return rlora.torch.optimizer_class(method)(model, lr=lr)
+        return around_scaled(lambda inner: trust_region(inner, share * size))(model, lr)
 
     return make
 
 
 def favouring_b(ratio: float, **options: Any) -> Make:
     """Scaled AdamW with a larger learning rate for B, as LoRA+ has."""
-
-    def method(*, weight_decay: float = 0.0) -> Transform:
-        return rlora.lora_plus(
-            rlora.scaled_adamw(weight_decay=weight_decay, **options), ratio=ratio
-        )
-
-    kind = rlora.torch.optimizer_class(method)
-    return lambda model, lr: kind(model, lr=lr)
+    return around_scaled(partial(rlora.lora_plus, ratio=ratio), **options)
 
 
 def rates(lowest: float, count: int = 4) -> tuple[float, ...]:
@@ -120,41 +103,27 @@ METHODS: Final[dict[str, Method]] = {
     "adamw": Method(adamw(USUAL), rates(2e-3)),
     "adamw-fast": Method(adamw(FAST), rates(1e-3, 8)),
     "lora-plus-fast": Method(of("LoRAPlus", ratio=16.0, betas=FAST), rates(1e-3)),
-    "lora-plus-before-fast": Method(
-        favouring_b(16.0, b1=FAST[0], b2=FAST[1], **PUBLISHED), rates(1e-3)
-    ),
-    "lora-plus-both-fast": Method(
-        favouring_b(4.0, b1=FAST[0], b2=FAST[1], placement="both", **COVARIANT), rates(1e-3)
-    ),
+    "lora-plus-before-fast": Method(favouring_b(16.0, **PUBLISHED), rates(1e-3)),
+    "lora-plus-both-fast": Method(favouring_b(4.0, **BOTH), rates(1e-3)),
     "scaled-before": Method(scaled(betas=USUAL, **PUBLISHED), rates(4e-3)),
     "scaled-before-fast": Method(scaled(betas=FAST, **PUBLISHED), rates(4e-3)),
     "scaled-after-fast": Method(
         scaled(placement="after", betas=FAST, **COVARIANT), rates(3.125e-5)
     ),
-    "scaled-both": Method(scaled(placement="both", betas=USUAL, **COVARIANT), rates(2e-3)),
-    "scaled-both-fast": Method(scaled(placement="both", betas=FAST, **COVARIANT), rates(1e-3, 8)),
+    "scaled-both": Method(scaled(betas=USUAL, **BOTH), rates(2e-3)),
+    "scaled-both-fast": Method(scaled(betas=FAST, **BOTH), rates(1e-3, 8)),
     "scaled-both-fast-relative": Method(
         scaled(betas=FAST, **{**PUBLISHED, "placement": "both"}), rates(2e-3)
     ),
     "scaled": Method(scaled(betas=FAST), rates(1e-3, 7)),
     "scaled-prodigy": Method(of("ScaledProdigy"), FOUND),
-    "scaled-clipped": Method(clipped(0.01, FAST), rates(4e-3, 5)),
-    "grafted-both-fast": Method(
-        grafted(b1=FAST[0], b2=FAST[1], placement="both", **COVARIANT), rates(1e-3, 7)
-    ),
+    "scaled-clipped": Method(clipped(0.01), rates(4e-3, 5)),
+    # In the size of AdamW's step, so that its learning rate fits.
+    "grafted-both-fast": Method(around_scaled(rlora.graft_adamw, **BOTH), rates(1e-3, 7)),
     "lora-rite": Method(of("LoRARite", betas=USUAL), rates(1e-3)),
     "lora-rite-fast": Method(of("LoRARite", betas=FAST), rates(1e-3)),
     "lora-pro-fast": Method(of("LoRAProAdamW", betas=FAST), rates(4e-3)),
     "lora-one-adamw-fast": Method(adamw(FAST), rates(1e-3), start="lora_one"),
-    "lora-one-scaled-both-fast": Method(
-        scaled(placement="both", betas=FAST, **COVARIANT), rates(1e-3), start="lora_one"
-    ),
+    "lora-one-scaled-both-fast": Method(scaled(betas=FAST, **BOTH), rates(1e-3), start="lora_one"),
 }
 """Those called fast have the betas `FAST`, the others `USUAL`."""
-
-
-def check_methods(names: Iterable[str], known: Iterable[str]) -> None:
-    """ValueError unless all are known."""
-    if unknown := sorted(set(names) - set(known)):
-        msg = f"there is no method {unknown[0]!r}; there are {', '.join(known)}"
-        raise ValueError(msg)

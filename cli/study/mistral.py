@@ -15,7 +15,7 @@ from transformers import (
 
 from .glue import TASKS, GlueWorkload
 from .preset import Preset
-from .sources import Row, columns, from_folder, from_hub, hold_out, need
+from .sources import Row, columns, from_folder, from_hub, hold_out
 from .tasks import Example
 from .texts import Recipe, TextWorkload
 from .workload import Part, Workload
@@ -35,70 +35,51 @@ HEAD_SEED: Final = 0
 """Seed of the classifier's head, which is random and not trained, as in the paper's code."""
 
 TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj")
-DECAY: Final = {"weight_decay": 0.01}
 
 
 def preset(
-    source: str, lr: float, scaled_lr: float, damping: float, sgd: float, scaled_sgd: float,
+    lr: float,
+    scaled_lr: float,
+    damping: float,
+    scaled_sgd: float,
     sgd_damping: float,
-) -> Preset:  # fmt: skip
+) -> Preset:
     """The paper's settings, which differ between tasks in learning rate and damping only."""
-    absolute = {"damping_mode": "absolute"}
-    adamw = {
-        "lr": scaled_lr,
-        "betas": (0.9, 0.999),
-        "damping": damping,
-        "placement": "before",
-        "order": "gauss_seidel",
-        **absolute,
-        **DECAY,
-    }
+    decay = {"weight_decay": 0.01}
+    scaled = {**decay, "damping_mode": "absolute"}
+    adamw = {"betas": (0.9, 0.999), "placement": "before", "order": "gauss_seidel"}
     return Preset(
-        source=source,
         rank=16,
         alpha=16,
         dropout=0.05,
         batch=8,
         epochs=5,
         optimizers={
-            "AdamW": {"lr": lr, **DECAY},
-            "ScaledAdamW": adamw,
-            "SGD": {"lr": sgd, **DECAY},
-            "ScaledSGD": {"lr": scaled_sgd, "damping": sgd_damping, **absolute, **DECAY},
+            "AdamW": {"lr": lr, **decay},
+            "ScaledAdamW": {"lr": scaled_lr, "damping": damping, **adamw, **scaled},
+            "SGD": {"lr": 5e-3, **decay},
+            "ScaledSGD": {"lr": scaled_sgd, "damping": sgd_damping, **scaled},
         },
     )
 
 
-PAPER: Final = (
-    "Zhang, Pilanci, arXiv:2402.02347, 2024, Table 7, and Mistral-7B/README.md of their code"
-)
 PRESETS: Final[Mapping[str, Preset]] = {
-    "rte": preset(PAPER, 5e-5, 5e-5, 4.5, 5e-3, 5e-3, 0.5),
-    "cola": preset(PAPER, 5e-5, 5e-5, 1.1e-2, 5e-3, 5e-3, 0.1),
-    "sst2": preset(PAPER, 5e-5, 5e-5, 0.9, 5e-3, 5e-3, 1e-2),
-    "stsb": preset(PAPER, 5e-5, 5e-5, 1e-2, 5e-3, 5e-3, 1e-2),
-    "mrpc": preset(PAPER, 5e-5, 5e-5, 100.0, 5e-3, 5e-3, 1e-2),
-    "wnli": preset(PAPER, 5e-5, 5e-5, 10.0, 5e-3, 5e-3, 1e-6),
-    "qnli": preset(PAPER, 1e-5, 1e-5, 1e-6, 5e-3, 9e-4, 1e-2),
-    "mnli": preset(PAPER, 5e-6, 3e-5, 1e-6, 5e-3, 1e-3, 1e-7),
-    "qqp": preset(PAPER, 5e-6, 3e-5, 1e-6, 5e-3, 4e-3, 5e-7),
-    "gsm8k": preset("not published: those of QNLI, the paper has no GSM8K",
-                    1e-5, 1e-5, 1e-6, 5e-3, 9e-4, 1e-2),
-}  # fmt: skip
-
-ADAPTERS: Final = {
-    "lora_alpha": PRESETS["rte"].alpha,
-    "lora_dropout": PRESETS["rte"].dropout,
-    "target_modules": list(TARGETS),
+    "rte": preset(5e-5, 5e-5, 4.5, 5e-3, 0.5),
+    "cola": preset(5e-5, 5e-5, 1.1e-2, 5e-3, 0.1),
+    "sst2": preset(5e-5, 5e-5, 0.9, 5e-3, 1e-2),
+    "stsb": preset(5e-5, 5e-5, 1e-2, 5e-3, 1e-2),
+    "mrpc": preset(5e-5, 5e-5, 100.0, 5e-3, 1e-2),
+    "wnli": preset(5e-5, 5e-5, 10.0, 5e-3, 1e-6),
+    "qnli": preset(1e-5, 1e-5, 1e-6, 9e-4, 1e-2),
+    "mnli": preset(5e-6, 3e-5, 1e-6, 1e-3, 1e-7),
+    "qqp": preset(5e-6, 3e-5, 1e-6, 4e-3, 5e-7),
+    "gsm8k": preset(1e-5, 1e-5, 1e-6, 9e-4, 1e-2),  # those of QNLI: the paper has no GSM8K
 }
+"""Zhang, Pilanci, arXiv:2402.02347, 2024, Table 7, and Mistral-7B/README.md of their code."""
 
+ADAPTERS: Final = {**PRESETS["rte"].adapters, "target_modules": list(TARGETS)}
 RECIPE: Final = Recipe(
-    adapters=ADAPTERS,
-    batch=PRESETS["gsm8k"].batch,
-    smoothing=0.0,
-    separator=False,
-    decoding={"max_new_tokens": 320},
-    no_repeat=0,
+    adapters=ADAPTERS, batch=PRESETS["gsm8k"].batch, decoding={"max_new_tokens": 320}
 )
 
 
@@ -109,69 +90,31 @@ def load(
     data: Path | None = None,
     device: str = "cuda",
     quick: bool = False,
-) -> Workload:
-    """Mistral in 4 bits, and one task.
+) -> Workload[Any]:
+    """Mistral in 4 bits, of weights in full precision on the hub or in a folder, and one task.
 
     A tenth of the published training part, `HELD_OUT` rows at most, is held out as "validation".
     "test" is what published figures are of: GLUE's validation part, whose labels are public, and
-    the test part of GSM8K.
-
-    Parameters
-    ----------
-    dataset : str
-        One of `DATASETS`.
-    weights : str or Path, optional
-        A model of the hub or a folder, in full precision; `WEIGHTS` if not given.
-    data : Path, optional
-        A folder with tables as CSV, TSV or JSON lines. GLUE: ``train`` and ``validation``
-        (``validation_matched`` for MNLI) with the columns of the hub, which `glue.TASKS` lists,
-        and ``label``. GSM8K: ``train`` and ``test`` with ``question`` and ``answer``. Without it
-        the package datasets fetches `GLUE_HUB` or `GSM8K_HUB`.
-    device : str
-        Where the model and the batches are.
-    quick : bool
-        A few rows only, to see that it runs.
-
-    Returns
-    -------
-    GlueWorkload or TextWorkload
-        GLUE is scored by the task's metric, GSM8K by the share of right final numbers.
-
-    Raises
-    ------
-    ValueError
-        When the data are not there or lack a column.
-    ImportError
-        When bitsandbytes, accelerate or datasets is not installed.
+    the test part of GSM8K. Data are a folder with these tables as CSV, TSV or JSON lines, with the
+    names and columns of the hub; without it the package datasets fetches them from there.
     """
-    if dataset not in DATASETS:
-        msg = f"mistral has the data sets {', '.join(DATASETS)}, got {dataset!r}"
-        raise ValueError(msg)
-    need("bitsandbytes")
-    need("accelerate")
     name = str(weights or WEIGHTS)
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.pad_token = tokenizer.eos_token
     loading: dict[str, Any] = {"quantization_config": in_four_bits(), "device_map": {"": device}}
+    parts = parts_of(dataset, data, quick)
     if dataset == "gsm8k":
-        parts = {part: examples(rows) for part, rows in parts_of(dataset, data, quick).items()}
         base = AutoModelForCausalLM.from_pretrained(name, **loading)
         stay_as_loaded(base)
-        return TextWorkload(base, tokenizer, parts, RECIPE, accuracy)
+        asked = {part: examples(rows) for part, rows in parts.items()}
+        return TextWorkload(base, tokenizer, asked, RECIPE, accuracy)
     task = TASKS[dataset]
     torch.manual_seed(HEAD_SEED)
     classifier = AutoModelForSequenceClassification.from_pretrained(
-        name, num_labels=len(task.labels) or 1, pad_token_id=tokenizer.eos_token_id, **loading
+        name, num_labels=task.classes or 1, pad_token_id=tokenizer.eos_token_id, **loading
     )
     stay_as_loaded(classifier)
-    return GlueWorkload(
-        classifier,
-        tokenizer,
-        parts_of(dataset, data, quick),
-        task,
-        ADAPTERS,
-        PRESETS[dataset].batch,
-    )
+    return GlueWorkload(classifier, tokenizer, parts, task, ADAPTERS, PRESETS[dataset].batch)
 
 
 def stay_as_loaded(base: Any) -> None:

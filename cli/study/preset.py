@@ -1,6 +1,6 @@
 """Settings of a paper, or of the code beside it: methods of its own for a large model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -8,14 +8,12 @@ from torch import nn
 
 import rlora.torch
 
-from .methods import METHODS, Method, check_methods
-from .workloads import LARGE, STACKED, check_dataset, module_of
+from .methods import Method
 
 
 class Preset(NamedTuple):
     """Settings of one experiment, as published."""
 
-    source: str
     rank: int
     alpha: int
     dropout: float
@@ -25,6 +23,11 @@ class Preset(NamedTuple):
     epochs: int
     optimizers: Mapping[str, Mapping[str, Any]]
     """Class of rlora.torch or torch.optim -> its arguments."""
+
+    @property
+    def adapters(self) -> dict[str, Any]:
+        """Arguments of PEFT's LoraConfig but for the rank and the layers."""
+        return {"lora_alpha": self.alpha, "lora_dropout": self.dropout}
 
     def optimizer(self, name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         """One of the optimizers, over the trained parameters of a model."""
@@ -40,27 +43,3 @@ class Preset(NamedTuple):
     def _method(self, name: str) -> Method:
         lr = self.optimizers[name]["lr"]
         return Method(lambda model, rate: self.optimizer(name, model, rate), (lr / 2, lr, 2 * lr))
-
-
-def preset_of(model: str, dataset: str) -> Preset | None:
-    """Return the published settings of a large model; None for the others."""
-    if model not in LARGE:
-        return None
-    preset: Preset = module_of(model).PRESETS[dataset]
-    return preset
-
-
-def methods_of(model: str, dataset: str) -> Mapping[str, Any]:
-    """Those of the study, and for a large model the paper's own; a stacked one has others."""
-    if model in STACKED:
-        own: Mapping[str, Any] = module_of(model).METHODS
-        return own
-    preset = preset_of(model, dataset)
-    return {**METHODS, **(preset.methods() if preset else {})}
-
-
-def check_names(model: str, datasets: Sequence[str], methods: Sequence[str]) -> None:
-    """ValueError unless the model has all of them: before the first run, not after hours."""
-    for dataset in datasets:
-        check_dataset(model, dataset)
-        check_methods(methods, methods_of(model, dataset))

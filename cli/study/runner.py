@@ -1,50 +1,44 @@
-"""All runs of a study, one after the other, into a file of records."""
+"""All runs of a study, in processes side by side, into files of records."""
 
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final
+
+import torch
 
 from rlora.cli.console import console, counted
 
+from .models import MODELS, Size, module_of
 from .plan import Entry, Record, Records, final, rounds
-from .preset import methods_of, preset_of
-from .train import Job
-from .workers import Place, estimate, loaded, run_jobs
-from .workloads import LARGE, Origin
+from .train import Job, run
+from .workloads import Place, methods_of, preset_of
 
-
-class Size(NamedTuple):
-    """Length of a run, and numbers of seeds that choose a learning rate and are reported."""
-
-    steps: int
-    sweep_seeds: int
-    seeds: int
-
-
-SIZES: Final = {"digits": Size(200, 4, 20), "smollm2": Size(160, 1, 3), "strings": Size(300, 2, 5)}
 QUICK: Final = Size(8, 1, 1)
 QUICK_METHODS: Final = ("adamw", "scaled")
 RANK: Final = 8
 
+_workloads: Final[dict[tuple[Place, str], Any]] = {}
+"""Workloads of this process: the last one, and of stacked ones all, which are small."""
+
 
 def run_study(
-    model: str,
+    place: Place,
     settings: Sequence[tuple[str, int | None, int | None]],
     names: tuple[str, ...],
     processes: int,
     output: Path,
-    quick: bool,
-    origin: Origin,
 ) -> None:
     """Do what is not done yet of datasets, ranks and lengths, and say each run when it is."""
-    place = Place(model, output / "kept", quick, origin)
+    model = place.model
     entries = []
     for dataset, rank, steps in settings:
         like, size = measure(place, dataset, rank, steps)
-        methods = names or usual(model, dataset, quick)
+        methods = names or usual(model, dataset, place.quick)
         entries += [entry_of(like._replace(method=x), size) for x in methods]
     records = {x: Records(output / f"{model}-{x}.jsonl") for x, *_ in settings}
-    processes = 1 if model in LARGE else processes  # one model fills a GPU
+    processes = 1 if MODELS[model].large else processes  # one model fills a GPU
     for jobs in rounds(records, entries):
         console().print(f"{counted(len(jobs), 'run')} to do")
         if (seconds := estimate(place, jobs, processes)) is not None:
@@ -57,12 +51,10 @@ def run_study(
 def measure(place: Place, dataset: str, rank: int | None, steps: int | None) -> tuple[Job, Size]:
     """Give what all runs have in common; of a large model that is the paper's rank and epochs."""
     preset = preset_of(place.model, dataset)
-    if place.quick:
-        size = QUICK
-    elif preset is None:
-        size = SIZES[place.model]
-    else:
-        count = steps or preset.epochs * len(loaded(place, dataset).batches("train"))
+    size = QUICK if place.quick else MODELS[place.model].size
+    if size is None:
+        epochs = preset.epochs if preset else 1
+        count = steps or epochs * len(loaded(place, dataset).parts["train"])
         size = Size(count, sweep_seeds=1, seeds=3)
     size = size._replace(steps=steps or size.steps)
     rank = rank or (preset.rank if preset else RANK)
@@ -92,3 +84,63 @@ def line(row: Record) -> str:
         f"{row['method']:26} rank {row['rank']:<3} lr {row['lr']:<9.3g} seed {row['seed']:<2} "
         f"validation loss {final(row):.4f}{tested}"
     )
+
+
+def run_jobs(place: Place, jobs: list[Job], processes: int) -> Iterator[Record]:
+    """Records of the jobs, in the order in which they are done.
+
+    Each process has one thread: small products do not share cores well.
+    """
+    for dataset in dict.fromkeys(job.dataset for job in jobs):
+        loaded(place, dataset)  # first of all here: what it keeps in a file, the others find
+    stacks = stacks_of(place, jobs)
+    if processes == 1:
+        for stack in stacks:
+            yield from run_stack(place, stack)
+        return
+    with ProcessPoolExecutor(
+        min(processes, len(stacks)), mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
+        for done in as_completed([pool.submit(run_stack, place, stack) for stack in stacks]):
+            yield from done.result()
+
+
+def stacks_of(place: Place, jobs: list[Job]) -> list[list[Job]]:
+    """Jobs that are trained at once; long ones first, so that all processes end together."""
+    if not MODELS[place.model].stacked:
+        return [[job] for job in jobs]
+    module, kind = module_of(place.model), torch.device(place.device).type
+    stacks: list[list[Job]] = module.together(jobs, module.MOST.get(kind, module.MOST["cpu"]))
+    return sorted(stacks, key=lambda stack: -stack[0].steps)
+
+
+def estimate(place: Place, jobs: list[Job], processes: int) -> float | None:
+    """Seconds that stacked runs will take, by a few steps of each kind; None for other models.
+
+    On a device a few steps say nothing of the many that a graph does.
+    """
+    if not MODELS[place.model].stacked or place.device != "cpu":
+        return None
+    stacks = stacks_of(place, jobs)
+    seconds = [loaded(place, stack[0].dataset).seconds(stack) for stack in stacks]
+    return float(sum(seconds)) / processes
+
+
+def loaded(place: Place, dataset: str) -> Any:
+    """Load a workload, with one thread for a process."""
+    torch.set_num_threads(1)
+    key = place, dataset
+    if key not in _workloads:
+        if not MODELS[place.model].stacked:
+            _workloads.clear()
+        _workloads[key] = place.load(dataset)
+    return _workloads[key]
+
+
+def run_stack(place: Place, jobs: list[Job]) -> list[Record]:
+    """Runs on this process's workload, at once if it can."""
+    workload = loaded(place, jobs[0].dataset)
+    if MODELS[place.model].stacked:
+        rows: list[Record] = workload.run(jobs)
+        return rows
+    return [run(workload, job) for job in jobs]

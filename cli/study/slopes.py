@@ -1,95 +1,66 @@
 """Powers by which best learning rates go with rank, s, width, batch and length of a run."""
 
-import math
-from collections.abc import Callable, Mapping
-from statistics import mean, stdev
-from typing import Any, Final
+from typing import Final
 
-from .csv_tables import Row
-from .stacked_methods import METHODS
+import numpy as np
+import pandas as pd
+
+from .frames import Frame, text
 from .stacks import BASES
 from .strings import DATASETS
-from .sweeps import Setting, Sweeps
+from .sweeps import SWEEP
 
-AXES: Final[Mapping[str, Callable[[Setting], float]]] = {
-    "rank": lambda x: x.rank,
-    "s": lambda x: DATASETS[x.dataset].scaling,
-    "width": lambda x: BASES[DATASETS[x.dataset].base].width,
-    "batch": lambda x: DATASETS[x.dataset].batch,
-    "steps": lambda x: x.steps,
-}
+AXES: Final = ("rank", "s", "width", "batch", "steps")
 """Quantities that settings differ in."""
 
 
-def slopes(sweeps: Sweeps) -> list[Row]:
+def slopes(sweeps: Frame) -> Frame:
     """Power p in lr ~ x^p of best rates, between settings that differ in one quantity alone.
 
     Each from the lowest and the highest x that were run; s = alpha / r is held when r varies.
     Mean over settings, and its standard error.
     """
-    return [
-        {
-            "method": name,
+    optima = sweeps.groupby(SWEEP, observed=True)[["lr", "loss"]].apply(optimum).rename("optimum")
+    optima = optima.dropna().reset_index().merge(facts(), on="dataset").drop(columns="dataset")
+    tables = []
+    for axis in AXES:
+        alike = list(optima.columns.difference([axis, "optimum"]))
+        families = optima.sort_values(axis).groupby(alike, observed=True)
+        ends = families[[axis, "optimum"]].agg(["first", "last"])
+        ends = ends[ends[axis, "first"] < ends[axis, "last"]]
+        ratios = np.log(ends.xs("last", axis=1, level=1) / ends.xs("first", axis=1, level=1))
+        powers = (ratios["optimum"] / ratios[axis]).groupby("method", observed=True)
+        cells = {
             "quantity": axis,
-            "power": f"{mean(found):+.2f}",
-            "standard error": f"{stdev(found) / len(found) ** 0.5:.2f}" if len(found) > 1 else "",
-            "settings": len(found),
+            "power": text(powers.mean(), "+.2f"),
+            "standard error": text(powers.sem(), ".2f"),
+            "settings": powers.size(),
         }
-        for axis in AXES
-        for name, found in powers(sweeps, axis).items()
-    ]
+        tables.append(pd.DataFrame(cells).reset_index())
+    return pd.concat(tables)
 
 
-def powers(sweeps: Sweeps, axis: str) -> dict[str, list[float]]:
-    """Method -> p of each family of settings that differ in one quantity."""
-    families: dict[Any, list[Setting]] = {}
-    for setting in sweeps:
-        families.setdefault(without(setting, axis), []).append(setting)
-    found: dict[str, list[float]] = {}
-    value = AXES[axis]
-    for family in families.values():
-        for name in METHODS:
-            optima = {
-                value(x): best
-                for x in family
-                if name in sweeps[x] and (best := optimum(sweeps[x][name].losses)) is not None
-            }
-            low, high = min(optima, default=0), max(optima, default=0)
-            if low < high:
-                power = math.log(optima[high] / optima[low]) / math.log(high / low)
-                found.setdefault(name, []).append(power)
-    return found
+def facts() -> Frame:
+    """All in which datasets differ, apart from rank and steps."""
+    rows = []
+    for name, x in DATASETS.items():
+        base = BASES[x.base]
+        shape = {"width": base.width, "base": (base.blocks, base.heads)}
+        rows.append({**x._asdict(), "dataset": name, "dtype": str(x.dtype), **shape})
+    return pd.DataFrame(rows).rename(columns={"scaling": "s"})
 
 
-def without(setting: Setting, axis: str) -> Any:
-    """The settings that differ in a quantity alone, by all that they have in common."""
-    dataset, base = DATASETS[setting.dataset], BASES[DATASETS[setting.dataset].base]
-    cleared = {
-        "s": dataset._replace(scaling=0.0),
-        "batch": dataset._replace(batch=0),
-        "width": dataset._replace(base=f"{base.blocks} blocks of {base.heads} heads"),
-    }
-    rank, steps = setting.rank, setting.steps
-    return (
-        cleared.get(axis, dataset),
-        0 if axis == "rank" else rank,
-        0 if axis == "steps" else steps,
-    )
-
-
-def optimum(losses: Mapping[float, float]) -> float | None:
+def optimum(sweep: Frame) -> float:
     """The vertex of a parabola in log(lr) through the log losses at and beside the best rate.
 
-    None where the best rate is the first or the last.
+    NaN where the best rate is the first or the last.
     """
-    rates = list(losses)
-    i = min(range(len(rates)), key=lambda k: losses[rates[k]])
-    if not 0 < i < len(rates) - 1:
-        return None
-    x = [math.log(rates[k]) for k in (i - 1, i, i + 1)]
-    y = [math.log(losses[rates[k]]) for k in (i - 1, i, i + 1)]
-    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    i = int(np.argmin(sweep["loss"]))
+    if not 0 < i < len(sweep) - 1:
+        return np.nan
+    x, y = (np.log(sweep[name].to_numpy()[i - 1 : i + 2]) for name in ("lr", "loss"))
+    left, right = np.diff(y) / np.diff(x)
     if left == right:
-        return rates[i]
+        return float(np.exp(x[1]))
     bend = (right - left) / (x[2] - x[0])
-    return math.exp((x[0] + x[1]) / 2 - left / (2 * bend))
+    return float(np.exp((x[0] + x[1]) / 2 - left / (2 * bend)))

@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from .tasks import Example, Task, load_task
 from .texts import IGNORE, right_padded
-from .workload import Part
+from .workload import Part, Workload, cut, remembered
 
 GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DATASETS: Final = ("chain_sum", "spell_backward", "pronounce")
+DATASETS: Final = ("chain_sum", "pronounce")
 SIZES: Final[dict[Part, int]] = {"train": 1600, "validation": 256, "test": 256}
 QUICK_SIZES: Final[dict[Part, int]] = {"train": 32, "validation": 16, "test": 16}
 BATCH: Final = 16
@@ -44,41 +44,23 @@ class Skip(nn.Module):
         return hidden
 
 
-class SmolLM2:
-    """The model with one task."""
+class SmolLM2(Workload[Batch]):
+    """The model with one task, and adapters on all linear layers of the last `ADAPTED` blocks."""
 
     def __init__(self, task: Task, kept: Path | None, device: str) -> None:
         self.task, self.device = task, torch.device(device)
         self.tokenizer, self.base = load_tokenizer(), load_model().to(self.device)
         self.lower = list(self.base.model.layers[:-ADAPTED])
-        self.parts = self._cached(kept)
+        adapters = {
+            "target_modules": list(TARGETS),
+            "layers_to_transform": list(range(len(self.lower), self.base.config.num_hidden_layers)),
+            "task_type": "CAUSAL_LM",
+        }
+        super().__init__(self.base, adapters, self._cached(kept))
         self._put([Skip()] * len(self.lower))
         targets = [b.targets[b.targets != IGNORE] for part in self.parts.values() for b in part]
         self.spoken = torch.unique(torch.cat(targets))  # ids of the tokens of answers, sorted
         self.head = self.base.lm_head.weight[self.spoken].detach()
-
-    def adapted(self, rank: int, seed: int) -> nn.Module:
-        """Adapters with alpha = 2 r on all linear layers of the last `ADAPTED` blocks."""
-        import peft
-
-        layers = range(len(self.lower), self.base.config.num_hidden_layers)
-        config = peft.LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules=list(TARGETS),
-            layers_to_transform=list(layers),
-            task_type="CAUSAL_LM",
-        )
-        torch.manual_seed(seed)
-        return peft.get_peft_model(self.base, config)
-
-    def release(self, model: Any) -> None:
-        """The base is left as it was."""
-        model.unload()
-
-    def batches(self, part: Part) -> Sequence[Batch]:
-        """Examples in the order of the task, `BATCH` at a time."""
-        return self.parts[part]
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """Mean cross-entropy of the answer's tokens among those that occur in answers."""
@@ -105,8 +87,8 @@ class SmolLM2:
         longest = max(len(self.tokenizer(x.answer).input_ids) for x in examples)
         answers: list[str] = []
         self._put(self.lower)
-        for i in range(0, len(examples), 4 * BATCH):
-            prompts = [x.prompt for x in examples[i : i + 4 * BATCH]]
+        for some in cut(examples, 4 * BATCH):
+            prompts = [x.prompt for x in some]
             given = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
             given = given.to(self.device)
             made = model.generate(
@@ -127,22 +109,18 @@ class SmolLM2:
 
     def _cached(self, kept: Path | None) -> dict[Part, list[Batch]]:
         """Batches as they enter the first adapted layer; from the file if there is one."""
-        if kept is not None and kept.exists():
-            stored = torch.load(kept, weights_only=True, map_location=self.device)
-            return {part: [Batch(*pair) for pair in pairs] for part, pairs in stored.items()}
-        parts = {part: self._batches(examples) for part, examples in self.task.parts.items()}
-        if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            whole = kept.with_suffix(".part")
-            torch.save({p: [tuple(b) for b in batches] for p, batches in parts.items()}, whole)
-            whole.replace(kept)
-        return parts
 
-    def _batches(self, examples: list[Example]) -> list[Batch]:
-        return [self._batch(examples[i : i + BATCH]) for i in range(0, len(examples), BATCH)]
+        def make() -> dict[Part, list[tuple[Tensor, ...]]]:
+            return {
+                part: [tuple(self._batch(some)) for some in cut(examples, BATCH)]
+                for part, examples in self.task.parts.items()
+            }
+
+        parts = remembered(kept, make, self.device)
+        return {part: [Batch(*pair) for pair in pairs] for part, pairs in parts.items()}
 
     @torch.no_grad()
-    def _batch(self, examples: list[Example]) -> Batch:
+    def _batch(self, examples: Sequence[Example]) -> Batch:
         end = [self.tokenizer.eos_token_id]
         prompts = [self.tokenizer(x.prompt).input_ids for x in examples]
         answers = [self.tokenizer(x.answer).input_ids + end for x in examples]

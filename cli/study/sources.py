@@ -3,7 +3,6 @@
 import csv
 import importlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,15 +52,13 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def columns(rows: Iterable[Row], *names: str) -> list[tuple[Any, ...]]:
+def columns(rows: list[Row], *names: str) -> list[tuple[Any, ...]]:
     """The named values of every row."""
-    found = []
     for number, row in enumerate(rows, 1):
         if missing := [name for name in names if row.get(name) is None]:
             msg = f"row {number} lacks {', '.join(missing)}; it has {', '.join(map(str, row))}"
             raise ValueError(msg)
-        found.append(tuple(row[name] for name in names))
-    return found
+    return [tuple(row[name] for name in names) for row in rows]
 
 
 def hold_out(rows: list[Row], most: int) -> tuple[list[Row], list[Row]]:

@@ -7,10 +7,8 @@ import rlora
 from rlora import Transform, chain
 from rlora.methods.scaled import scale_by_gram
 
-from .favoured import favour_b
-from .growing import scale_by_growing_adam
+from .experiments import favour_b, scale_by_growing_adam, trust_region
 from .methods import FAST, FOUND, PUBLISHED, USUAL, rates
-from .trust import trust_region
 
 Sizes = Mapping[str, float]
 """Name of an adapted weight -> root mean square of the entries of W0, divided by s: what a change
@@ -40,31 +38,23 @@ def with_betas(make: Callable[..., Transform], betas: tuple[float, float], **opt
     return of(make, b1=betas[0], b2=betas[1], **options)
 
 
-def adamw(betas: tuple[float, float], ratio: float = 1.0) -> Make:
-    """AdamW, or with a ratio LoRA+."""
-    return with_betas(rlora.lora_plus, betas, ratio=ratio)
-
-
-def clipped(make: Make, share: float) -> Make:
+def clipped(make: Make) -> Make:
     """A method in a trust region."""
-    return lambda sizes: trust_region(make(sizes), {name: share * x for name, x in sizes.items()})
-
-
-def favoured(make: Make) -> Make:
-    """A method that favours B while it is small."""
-    return lambda sizes: favour_b(make(sizes))
+    return lambda sizes: trust_region(make(sizes), {name: SHARE * x for name, x in sizes.items()})
 
 
 SHARE: Final = 0.01
 """Share of the root mean square of W0 by which a clipped step may move the entries of s B A."""
-
-OTHER_SHARES: Final = (SHARE / 4, 4 * SHARE)
 
 BETAS: Final = ((0.9, 0.95), (0.9, 0.99))
 """Those between `FAST` and `USUAL`."""
 
 WIDE: Final = rates(2.5e-4, 11)
 """Learning rates from 0.00025 to 0.256."""
+
+
+ADAMW: Final = with_betas(rlora.lora_plus, FAST, ratio=1.0)
+SCALED: Final = with_betas(rlora.scaled_adamw, FAST)
 
 
 def both(
@@ -77,21 +67,26 @@ def both(
     }
 
 
+def between(name: str, make: Callable[..., Transform], **options: Any) -> dict[str, Method]:
+    """A method with the betas between these."""
+    return {
+        f"{name}-{betas[0]}-{betas[1]}": Method(with_betas(make, betas, **options), WIDE)
+        for betas in BETAS
+    }
+
+
 METHODS: Final[Mapping[str, Method]] = {
     **both("adamw", rlora.lora_plus, ratio=1.0),
-    **{f"adamw-{b1}-{b2}": Method(adamw((b1, b2)), WIDE) for b1, b2 in BETAS},
+    **between("adamw", rlora.lora_plus, ratio=1.0),
     "adamw-growing": Method(lambda sizes: scale_by_growing_adam(FAST[0]), WIDE),
     **both("lora-plus-2", rlora.lora_plus, ratio=2.0),
     **both("lora-plus-4", rlora.lora_plus, ratio=4.0),
     **both("lora-plus-8", rlora.lora_plus, ratio=8.0),
     **both("lora-plus-16", rlora.lora_plus, ratio=16.0),
-    "scaled": Method(with_betas(rlora.scaled_adamw, FAST), WIDE),
+    "scaled": Method(SCALED, WIDE),
     "scaled-usual": Method(with_betas(rlora.scaled_adamw, USUAL), WIDE),
-    **{
-        f"scaled-{b1}-{b2}": Method(with_betas(rlora.scaled_adamw, (b1, b2)), WIDE)
-        for b1, b2 in BETAS
-    },
     "scaled-prodigy": Method(of(rlora.scaled_prodigy), FOUND),
+    **between("scaled", rlora.scaled_adamw),
     "scaled-growing": Method(
         lambda sizes: chain(
             scale_by_gram(scale_by_growing_adam(FAST[0]), damping=1e-2, placement="both")
@@ -116,23 +111,15 @@ METHODS: Final[Mapping[str, Method]] = {
     "scaled-sgd": Method(of(rlora.scaled_sgd, momentum=0.9), rates(0.032, 11)),
     "lora-pro-sgd": Method(of(rlora.lora_pro_sgd, momentum=0.9), rates(0.032, 11), True),
     "riemannion": Method(of(rlora.riemannion), WIDE, True),
-    "scaled-clipped": Method(clipped(with_betas(rlora.scaled_adamw, FAST), SHARE), WIDE),
-    **{
-        f"scaled-clipped-{x:g}": Method(clipped(with_betas(rlora.scaled_adamw, FAST), x), WIDE)
-        for x in OTHER_SHARES
-    },
-    "adamw-fast-clipped": Method(clipped(adamw(FAST), SHARE), WIDE),
-    "lora-rite-fast-clipped": Method(clipped(with_betas(rlora.lora_rite, FAST), SHARE), WIDE),
-    "scaled-favoured": Method(favoured(with_betas(rlora.scaled_adamw, FAST)), WIDE),
-    "scaled-favoured-clipped": Method(
-        clipped(favoured(with_betas(rlora.scaled_adamw, FAST)), SHARE), WIDE
-    ),
+    "scaled-clipped": Method(clipped(SCALED), WIDE),
+    "adamw-fast-clipped": Method(clipped(ADAMW), WIDE),
+    "scaled-favoured": Method(lambda sizes: favour_b(SCALED(sizes)), WIDE),
 }
 """Betas: (0.7, 0.8) of those called fast, others as named, else (0.9, 0.999).
 
 But `scaled`, and what is made of it, has the fast ones; growing ones have a b1 of 0.7; both Muons
 have a momentum of 0.95, `alt-lora` and `riemannion` one of 0.9, as those of SGD. Clipped ones move
-no weight by more than the share `SHARE`, or that in the name. `scaled-prodigy` finds its rate.
+no weight by more than the share `SHARE`. `scaled-prodigy` finds its rate.
 """
 
 BY_BETAS: Final = tuple(

@@ -27,13 +27,13 @@ from .transformer import (
     Adapters,
     Shape,
     exact,
-    kept_weights,
     logits,
     losses,
     new_adapters,
+    trained,
     widened,
 )
-from .workload import Part
+from .workload import Part, remembered
 
 MOST: Final = {"cpu": 16, "cuda": 256}
 """Type of device -> runs in a stack."""
@@ -71,7 +71,8 @@ class Strings:
         self.shape = BASES[kind.base]
         if quick:
             self.shape = self.shape._replace(steps=QUICK_STEPS)
-        self.weights = widened(kept_weights(kept, self.shape, self.device), WIDENED, kind.widened)
+        weights = remembered(kept, lambda: trained(self.shape, self.device), self.device)
+        self.weights = widened(weights, WIDENED, kind.widened)
 
     def adapters(self, jobs: Sequence[Job]) -> Adapters:
         """Adapters of a stack; those of a run depend on its dataset and its seed alone."""

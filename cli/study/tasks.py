@@ -25,26 +25,21 @@ class Task(NamedTuple):
 SEED: Final = 20261124
 """Seed of the data; those of a run are those of its adapter and of the order of its batches."""
 
-GYM: Final[Mapping[str, Mapping[str, Any]]] = {
-    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 2, "max_digits": 2},
-    "spell_backward": {"min_word_len": 3, "max_word_len": 6},
-}
-"""Tasks of reasoning-gym, in a size that the base model fails at and 200 steps can teach."""
+CHAIN_SUM: Final = {"min_terms": 2, "max_terms": 3, "min_digits": 2, "max_digits": 2}
+"""A size of reasoning-gym's task that the base model fails at and 200 steps can teach."""
 
 
 def load_task(name: str, sizes: Mapping[Part, int]) -> Task:
     """Make a task of a seed."""
-    if name == "pronounce":
-        return pronounce(sizes)
-    return gym(name, sizes)
+    return {"chain_sum": chain_sum, "pronounce": pronounce}[name](sizes)
 
 
-def gym(name: str, sizes: Mapping[Part, int]) -> Task:
-    """A task of reasoning-gym, scored by itself."""
+def chain_sum(sizes: Mapping[Part, int]) -> Task:
+    """Sums of reasoning-gym, scored by itself."""
     import reasoning_gym
 
     wanted = sum(sizes.values())
-    made = reasoning_gym.create_dataset(name, size=4 * wanted, seed=SEED, **GYM[name])
+    made = reasoning_gym.create_dataset("chain_sum", size=4 * wanted, seed=SEED, **CHAIN_SUM)
     unique = {entry["question"]: entry for entry in made}
     examples = [Example(q + "\n", str(entry["answer"]), entry) for q, entry in unique.items()]
     return Task(

@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
-from .adapting import PeftWorkload, cut, set_mode, shuffled
 from .tasks import Example
-from .workload import Part
+from .workload import Part, Workload, cut, set_mode, shuffled
 
 IGNORE: Final = -100
 """The target of a token that does not count."""
@@ -33,20 +32,20 @@ class Recipe(NamedTuple):
     """Arguments of PEFT's LoraConfig but for the rank."""
 
     batch: int
-    smoothing: float
-    """Smoothing of the labels, in training."""
-
-    separator: bool
-    """Flag: the end-of-text token stands between prompt and answer, as in the LoRA paper."""
-
     decoding: Mapping[str, Any]
     """Arguments of transformers' generate."""
 
-    no_repeat: int
+    smoothing: float = 0.0
+    """Smoothing of the labels, in training."""
+
+    separator: bool = False
+    """Flag: the end-of-text token stands between prompt and answer, as in the LoRA paper."""
+
+    no_repeat: int = 0
     """No n-gram of this size stands twice in an answer; 0 for no such rule."""
 
 
-class TextWorkload(PeftWorkload[Batch]):
+class TextWorkload(Workload[Batch]):
     """A causal language model with prompts and answers."""
 
     def __init__(
@@ -57,8 +56,8 @@ class TextWorkload(PeftWorkload[Batch]):
         recipe: Recipe,
         judge: Judge,
     ) -> None:
-        self.tokenizer, self.parts, self.recipe, self.judge = tokenizer, parts, recipe, judge
-        self.device = base.device
+        self.tokenizer, self.recipe, self.judge = tokenizer, recipe, judge
+        self.device, self.examples = base.device, parts
         batches = {part: self._batched(part) for part in parts}
         super().__init__(base, recipe.adapters, batches)
 
@@ -78,7 +77,7 @@ class TextWorkload(PeftWorkload[Batch]):
     def scores(self, model: Any, part: Part) -> dict[str, float]:
         """Ask each different prompt once and judge the answers by all right ones."""
         right: dict[str, list[str]] = {}
-        for example in self.parts[part]:
+        for example in self.examples[part]:
             right.setdefault(example.prompt, []).append(example.answer)
         return self.judge(self.answers(model, list(right)), list(right.values()))
 
@@ -102,7 +101,8 @@ class TextWorkload(PeftWorkload[Batch]):
         return [answer.strip().split("\n\n")[0].strip() for answer in said]
 
     def _batched(self, part: Part) -> list[Batch]:
-        examples = shuffled(self.parts[part]) if part == "train" else self.parts[part]
+        examples = self.examples[part]
+        examples = shuffled(examples) if part == "train" else examples
         encoded = [(self._prompt(x.prompt), self._answer(x.answer)) for x in examples]
         return [right_padded(some, self.device) for some in cut(encoded, self.recipe.batch)]
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import rlora.torch
 
-from .preset import methods_of
 from .workload import Part, Workload
+from .workloads import methods_of
 
 WARMUP: Final = 0.05
 """Share of the steps in which the learning rate rises; then it falls to zero in a line."""
@@ -38,11 +38,11 @@ class Job(NamedTuple):
     """Flag: the test part is read, only for a learning rate that validation has chosen."""
 
 
-def run(workload: Workload, job: Job) -> dict[str, Any]:
+def run(workload: Workload[Any], job: Job) -> dict[str, Any]:
     """Train once; everything but the optimizer depends on the seed alone."""
     method = methods_of(job.model, job.dataset)[job.method]
     model = workload.adapted(job.rank, job.seed)
-    batches = workload.batches("train")
+    batches = workload.parts["train"]
     if method.start != "gaussian":
         rlora.torch.initialize(
             model, batches[:START_BATCHES], loss=workload.loss, method=method.start
@@ -61,11 +61,11 @@ def run(workload: Workload, job: Job) -> dict[str, Any]:
 
 
 def train(
-    workload: Workload, model: nn.Module, optimizer: torch.optim.Optimizer, job: Job
+    workload: Workload[Any], model: nn.Module, optimizer: torch.optim.Optimizer, job: Job
 ) -> dict[str, Any]:
     """All steps, with the validation loss at the middle and at the end."""
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: share(done, job.steps))
-    batches, shuffler = workload.batches("train"), random.Random(job.seed)
+    batches, shuffler = workload.parts["train"], random.Random(job.seed)
     queue: list[Any] = []
     bound = math.inf
     seconds, validation = [], []
@@ -100,9 +100,9 @@ def share(done: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(workload: Workload, model: nn.Module, part: Part) -> float:
+def evaluate(workload: Workload[Any], model: nn.Module, part: Part) -> float:
     """Mean loss over all that counts in a part."""
-    batches = workload.batches(part)
+    batches = workload.parts[part]
     weights = [workload.weight(batch) for batch in batches]
     losses = [float(workload.loss(model, batch)) for batch in batches]
     return sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)

@@ -5,7 +5,6 @@ The weights are shared by all runs; adapters have a leading axis, and so have th
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 import torch
@@ -95,20 +94,10 @@ def logits(
     adapters: Mapping[str, Factors],
     scaling: float,
 ) -> Tensor:
-    """Scores (..., strings, LENGTH, DIGITS) of the digits of answers.
+    """Scores (..., strings, LENGTH, DIGITS) of the digits of answers, with ``W + scaling B A``.
 
-    Parameters
-    ----------
-    shape : Shape
-        Sizes of the base.
-    weights : dict of Tensor
-        Of the base.
-    tokens : Tensor
-        (strings, POSITIONS), or (runs, strings, POSITIONS) if there are adapters.
-    adapters : mapping of str to Factors
-        One pair for every linear layer, or none at all.
-    scaling : float
-        The s of ``W + s B A``.
+    Tokens are (strings, POSITIONS), or (runs, strings, POSITIONS) with a pair for every linear
+    layer.
     """
 
     def linear(name: str, x: Tensor) -> Tensor:
@@ -176,20 +165,6 @@ def trained(shape: Shape, device: torch.device, seed: int = 0) -> Weights:
         optimizer.zero_grad()
         schedule.step()
     return {name: w.detach() for name, w in weights.items()}
-
-
-def kept_weights(kept: Path | None, shape: Shape, device: torch.device) -> Weights:
-    """The base from its file, or trained now and put there."""
-    if kept is not None and kept.exists():
-        weights: Weights = torch.load(kept, weights_only=True, map_location=device)
-        return weights
-    weights = trained(shape, device)
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        whole = kept.with_suffix(".part")
-        torch.save(weights, whole)
-        whole.replace(kept)
-    return weights
 
 
 def widened(weights: Weights, block: int, times: int) -> Weights:

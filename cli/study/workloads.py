@@ -1,73 +1,81 @@
-"""Models, and the modules that load them."""
+"""Workloads of the models, their methods, and checks of names before the first run."""
 
-import importlib
-import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
-LARGE: Final = {"gpt2": ".gpt2", "mistral": ".mistral", "diffusion": ".diffusion"}
-"""Those that want a GPU, and weights and data from elsewhere; they have `PRESETS` too."""
+import torch
 
-STACKED: Final = {"strings": ".stacks"}
-"""Those whose runs are trained many at once: they have a `run` and `METHODS` of their own."""
-
-ON_A_CPU: Final = ("digits",)
-"""Those that know no other device."""
-
-MODELS: Final = {"digits": ".digits", "smollm2": ".smollm2", **STACKED, **LARGE}
-"""Model -> the module with its `load` and its `DATASETS`; imported when it is asked for."""
+from .methods import METHODS
+from .models import MODELS, module_of
+from .preset import Preset
 
 
-class Origin(NamedTuple):
-    """Origin of a large model and its data, from the hub unless it is said; device of any."""
+class Place(NamedTuple):
+    """Origin of the workloads of a study, one for each dataset."""
 
-    weights: str | None = None
-    data: Path | None = None
+    model: str
+    kept: Path
+    """Folder for what takes long to compute."""
+
+    quick: bool = False
     device: str = "cpu"
+    weights: str | None = None
+    """Weights of a large model, and its data: from the hub, unless it is said."""
+
+    data: Path | None = None
+
+    def load(self, dataset: str) -> Any:
+        """Load a `Workload`, or a stacked one."""
+        load, model = module_of(self.model).load, MODELS[self.model]
+        if model.large:
+            origin = {"weights": self.weights, "data": self.data, "device": self.device}
+            return load(dataset, quick=self.quick, **origin)
+        file = self.kept / f"{self.model}-{dataset}{'-quick' if self.quick else ''}.pt"
+        device = {} if model.only_cpu else {"device": self.device}
+        return load(dataset, kept=file, quick=self.quick, **device)
+
+    def check_device(self) -> None:
+        """ValueError unless the model runs there, and torch can make a tensor."""
+        if MODELS[self.model].only_cpu and self.device != "cpu":
+            msg = (
+                f"{self.model} runs on a CPU alone, got device {self.device!r}: leave --device out"
+            )
+            raise ValueError(msg)
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it is built for CUDA
+            reason = str(error).partition("\n")[0]
+            msg = f"torch has no device {self.device!r} here ({reason}); give another with --device"
+            raise ValueError(msg) from None
 
 
-def module_of(model: str) -> Any:
-    """Import the module of a model; all that a small one reads is installed."""
-    if model not in LARGE:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return importlib.import_module(MODELS[model], __package__)
+def preset_of(model: str, dataset: str) -> Preset | None:
+    """Return the published settings of a large model; None for the others."""
+    preset: Preset | None = None
+    if MODELS[model].large:
+        preset = module_of(model).PRESETS[dataset]
+    return preset
 
 
-def datasets_of(model: str) -> tuple[str, ...]:
-    """List the datasets of a model; ValueError if there is no such model."""
-    if model not in MODELS:
-        msg = f"there is no model {model!r}; there are {', '.join(MODELS)}"
+def methods_of(model: str, dataset: str) -> Mapping[str, Any]:
+    """Those of the study, and for a large model the paper's own; a stacked one has others."""
+    if MODELS[model].stacked:
+        own: Mapping[str, Any] = module_of(model).METHODS
+        return own
+    preset = preset_of(model, dataset)
+    return {**METHODS, **(preset.methods() if preset else {})}
+
+
+def check_names(model: str, datasets: Sequence[str], methods: Sequence[str]) -> None:
+    """ValueError unless the model has all of them: before the first run, not after hours."""
+    check("dataset", model, datasets, module_of(model).DATASETS)
+    for dataset in datasets:
+        check("method", model, methods, methods_of(model, dataset))
+
+
+def check(kind: str, model: str, names: Sequence[str], known: Iterable[str]) -> None:
+    """ValueError unless all names are known."""
+    if unknown := [name for name in names if name not in known]:
+        msg = f"{model} has no {kind} {unknown[0]!r}; it has {', '.join(known)}"
         raise ValueError(msg)
-    return tuple(module_of(model).DATASETS)
-
-
-def check_dataset(model: str, dataset: str) -> None:
-    """ValueError unless there is such a model, and it has the dataset."""
-    known = datasets_of(model)
-    if dataset not in known:
-        msg = f"{model} has no dataset {dataset!r}; it has {', '.join(known)}"
-        raise ValueError(msg)
-
-
-def check_device(model: str, device: str) -> None:
-    """ValueError unless the model runs there, and torch can make a tensor."""
-    import torch  # not for `rlora --help`
-
-    if model in ON_A_CPU and device != "cpu":
-        msg = f"{model} runs on a CPU alone, got device {device!r}: leave --device out"
-        raise ValueError(msg)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it is built for CUDA
-        reason = str(error).partition("\n")[0]
-        msg = f"torch has no device {device!r} here ({reason}); give another with --device"
-        raise ValueError(msg) from None
-
-
-def load_workload(model: str, dataset: str, kept: Path, quick: bool, origin: Origin) -> Any:
-    """Load a `Workload`, or a stacked one; `kept` is a folder for what takes long to compute."""
-    if model in LARGE:
-        return module_of(model).load(dataset, quick=quick, **origin._asdict())
-    device = {} if model in ON_A_CPU else {"device": origin.device}
-    file = kept / f"{model}-{dataset}{'-quick' if quick else ''}.pt"
-    return module_of(model).load(dataset, kept=file, quick=quick, **device)

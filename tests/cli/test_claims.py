@@ -14,15 +14,15 @@ from rlora.cli.claims import (
     gradient_rank,
     learning_rates,
     lora_ga_first_step,
-    lora_one_alignment,
-    lora_plus_gauge,
+    lora_one,
     lora_pro_optimality,
+    problems,
     rac_lora_rate,
-    teacher,
+    splits,
 )
 from rlora.cli.claims.claim import Setting
 
-QUICK = Setting(get("numpy"), quick=True, track=lambda items, label: items)
+QUICK = Setting(get("numpy"), quick=True)
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_curves_leave_out_what_diverged():
 
 
 def test_a_teacher_has_its_rank_and_condition(rng):
-    target, covariance = teacher.draw_teacher(rng, 12, 10, 3, 7.0, 50)
+    target, covariance = problems.draw_teacher(rng, 12, 10, 3, 7.0, 50)
     sigma = np.linalg.svd(target, compute_uv=False)
     # A product of two orthonormal bases: rounding.
     np.testing.assert_allclose(sigma[:3], [1.0, 7**-0.5, 1 / 7], rtol=1e-12)
@@ -168,7 +168,7 @@ def test_the_sine_is_that_of_the_largest_principal_angle(rng):
     factor, space = rng.normal(size=(9, 2)), np.linalg.qr(rng.normal(size=(9, 2)))[0]
     expected = np.sin(scipy_linalg.subspace_angles(factor, space)[0])
     # Two roads to an angle of about 1 radian.
-    assert lora_one_alignment.sine(get("numpy"), factor, space) == pytest.approx(expected, 1e-10)
+    assert lora_one.sine(get("numpy"), factor, space) == pytest.approx(expected, 1e-10)
 
 
 # --- LoRA-Pro, LoRA-GA, LoRA+, RAC-LoRA -------------------------------------------------------------
@@ -210,10 +210,10 @@ def test_the_first_step_of_lora_ga_is_seen_to_be_off(rng):
 
 
 def test_another_ratio_than_the_splits_gives_another_path():
-    adam, c = lora_plus_gauge.ADAM, 2.0
-    rescaled = lora_plus_gauge.path(QUICK, adam, 0.02, c)
-    wrong = lora_plus_gauge.path(QUICK, rlora.lora_plus(adam, ratio=3.0), 0.02 / c)
-    assert lora_plus_gauge.distance(rescaled, wrong) > 0.01
+    adam, c = splits.ADAM, 2.0
+    rescaled = splits.moves(QUICK, adam, 0.02, c)
+    wrong = splits.moves(QUICK, rlora.lora_plus(adam, ratio=3.0), 0.02 / c)
+    assert splits.distance(rescaled, wrong) > 0.01
 
 
 def test_one_sketch_leaves_what_lies_outside_of_it():

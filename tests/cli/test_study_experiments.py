@@ -5,8 +5,7 @@ import torch
 
 import rlora
 from rlora import Factors
-from rlora.cli.study.favoured import MOST, favour_b
-from rlora.cli.study.growing import scale_by_growing_adam
+from rlora.cli.study.experiments import MOST, favour_b, scale_by_growing_adam
 
 
 @pytest.fixture

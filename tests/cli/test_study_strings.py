@@ -2,6 +2,7 @@
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 
@@ -9,18 +10,17 @@ from rlora import Factors
 from rlora.cli.study import (
     comparisons,
     regret,
+    runner,
     slopes,
     stacked_methods,
     stacks,
     strings,
     transformer,
-    workers,
 )
 from rlora.cli.study.plan import Records
-from rlora.cli.study.sweeps import sweeps_of
+from rlora.cli.study.sweeps import best_of, runs_of, scores, sweeps_of
 from rlora.cli.study.train import Job
-from rlora.cli.study.workers import Place
-from rlora.cli.study.workloads import Origin
+from rlora.cli.study.workloads import Place
 
 JOB = Job("strings", "cipher", 4, "adamw", 8e-3, 0, 12, tested=False)
 
@@ -284,7 +284,7 @@ def test_the_size_of_a_base_is_that_of_its_weights(tmp_path):
 def test_stacks_are_larger_on_a_device_and_long_runs_come_first(tmp_path):
     jobs = [JOB._replace(seed=k) for k in range(300)] + [JOB._replace(steps=50)]
     for device, largest in (("cpu", 16), ("cuda:1", 256)):
-        made = workers.stacks_of(Place("strings", tmp_path, False, Origin(device=device)), jobs)
+        made = runner.stacks_of(Place("strings", tmp_path, device=device), jobs)
         assert max(map(len, made)) == largest
         assert made[0] == [jobs[-1]]
         assert sorted(job for stack in made for job in stack) == sorted(jobs)
@@ -304,6 +304,9 @@ def test_digits_on_a_device_are_refused(tmp_path, refused):
     assert "digits runs on a CPU alone, got device 'meta'" in message
 
 
+# --- the command -------------------------------------------------------------------------------------
+
+
 def test_the_time_of_a_stack_is_not_that_of_the_first_steps_in_a_process(kept, monkeypatch):
     workload = stacks.load("cipher", kept=kept, quick=True)
     clock, costs = [0.0], [100.0, 2.0]
@@ -314,9 +317,6 @@ def test_the_time_of_a_stack_is_not_that_of_the_first_steps_in_a_process(kept, m
     monkeypatch.setattr(workload, "train", train)
     monkeypatch.setattr(stacks.time, "perf_counter", lambda: clock[0])
     assert workload.seconds([JOB._replace(steps=2 * stacks.TRIAL)]) == 4.0
-
-
-# --- the command -------------------------------------------------------------------------------------
 
 
 def test_a_quick_study_says_its_time_first_and_goes_on_where_it_was(tmp_path, rlora_cli):
@@ -356,15 +356,19 @@ def rows_of(method, losses, dataset="cipher", rank=4, exact=0.5):
     ]
 
 
+def sweeps_in(rows):
+    return sweeps_of(runs_of(rows))
+
+
 def cells(table, **wanted):
     """The other cells of the one row that has these."""
-    (row,) = (row for row in table if row.items() >= wanted.items())
+    (row,) = (row for row in table.to_dict("records") if row.items() >= wanted.items())
     return [cell for head, cell in row.items() if head not in wanted]
 
 
 def test_regret_is_against_the_baseline_tuned_for_each_setting():
     """By hand: rate 2 has the lowest mean, 0.4; regrets 0.3 - 0.2 and 0.5 - 0.6."""
-    sweeps = sweeps_of(
+    sweeps = sweeps_in(
         rows_of("adamw", {1.0: 0.2, 2.0: 0.9})
         + rows_of("adamw", {1.0: math.inf, 2.0: 0.6}, "fall")
         + rows_of("scaled", {1.0: 0.1, 2.0: 0.3})
@@ -375,10 +379,11 @@ def test_regret_is_against_the_baseline_tuned_for_each_setting():
     # AdamW too has one rate: 2, with 0.9 - 0.2 and 0; what diverges counts as guessing.
     adamw = cells(regret.one_rate(sweeps), method="adamw")
     assert adamw[:7] == ["2", 2, 1, 1, "+0.350", "+0.350", "+0.700"]
-    best = cells(regret.best_losses(sweeps), dataset="fall", method="scaled")
+    best = cells(regret.losses_by_rate(best_of(sweeps)), dataset="fall", method="scaled")
     assert best == [4, 12, "4", "0.0000", "50"]
-    every = {(x["dataset"], x["method"], x["learning rate"]) for x in regret.losses_by_rate(sweeps)}
-    assert every >= {("fall", "scaled", lr) for lr in "124"}
+    every = regret.losses_by_rate(sweeps)
+    mine = every[(every["dataset"] == "fall") & (every["method"] == "scaled")]
+    assert list(mine["learning rate"]) == ["1", "2", "4"]
     assert len(every) == 9
 
 
@@ -388,7 +393,7 @@ def test_the_suggested_rate_is_the_nearest_that_was_run():
     rows = rows_of("adamw", {0.004: 0.05}) + rows_of("scaled", losses)
     rows += rows_of("adamw", {0.004: 0.05}, "fall-scaling-1")
     rows += rows_of("scaled", losses, "fall-scaling-1")
-    found = cells(regret.by_rule(sweeps_of(rows)), method="scaled")
+    found = cells(regret.by_rule(sweeps_in(rows)), method="scaled")
     assert found[:6] == [2, 0, 0, "+0.100", "+0.100", "+0.150"]
 
 
@@ -396,7 +401,7 @@ def test_regret_by_rate_is_over_settings_with_all_rates():
     rates = stacked_methods.METHODS["scaled"].rates
     rows = rows_of("adamw", {1.0: 0.5}) + rows_of("scaled", dict.fromkeys(rates, 0.75))
     rows += rows_of("adamw", {1.0: 0.5}, "fall") + rows_of("scaled", {rates[0]: 0.1}, "fall")
-    table = regret.by_rate(sweeps_of(rows))
+    table = regret.by_rate(sweeps_in(rows))
     for lr in rates:
         assert cells(table, method="scaled", **{"learning rate": f"{lr:g}"}) == [1, "+0.25"]
     assert len(table) == len(rates)
@@ -410,8 +415,13 @@ def parabola(vertex):
 
 def test_slopes_are_powers_of_what_settings_differ_in():
     """Vertices at 0.01, at half of it at rank 16, and at twice of it for a quarter of s."""
-    assert slopes.optimum(parabola(0.01)) == pytest.approx(0.01)
-    assert slopes.optimum({1.0: 0.1, 2.0: 0.2}) is None
+    frames = (
+        pd.DataFrame({"lr": list(x), "loss": list(x.values())})
+        for x in (parabola(0.01), {1.0: 0.1, 2.0: 0.2})
+    )
+    inside, at_an_end = map(slopes.optimum, frames)
+    assert inside == pytest.approx(0.01)
+    assert math.isnan(at_an_end)
     rows = rows_of("scaled", parabola(0.01), "fall")
     rows += rows_of("scaled", parabola(0.005), "fall", rank=16)
     rows += rows_of("scaled", parabola(0.02), "fall-scaling-0.5")
@@ -419,7 +429,7 @@ def test_slopes_are_powers_of_what_settings_differ_in():
     rows += rows_of("scaled", {1.0: 0.3, 2.0: 0.2}, "fall-batch-32")  # best at an end
     rows += rows_of("scaled", parabola(0.01), "cipher")
     rows += rows_of("scaled", parabola(0.01), "cipher", rank=16)
-    found = [list(row.values())[1:] for row in slopes.slopes(sweeps_of(rows))]
+    found = slopes.slopes(sweeps_in(rows)).drop(columns="method").values.tolist()
     assert found == [
         ["rank", "-0.25", "0.25", 2],
         ["s", "-0.50", "", 1],
@@ -428,7 +438,7 @@ def test_slopes_are_powers_of_what_settings_differ_in():
 
 
 def test_unusual_factors_are_shown_at_the_rate_of_the_usual_ones():
-    sweeps = sweeps_of(
+    sweeps = sweeps_in(
         rows_of("scaled", {1.0: 0.1, 2.0: 0.3}, "fall")
         + rows_of("scaled", {1.0: 0.7, 2.0: 0.4}, "fall-large-start")
         + rows_of("scaled", {1.0: 0.7, 2.0: 0.4}, "fall-few")  # other data: not in the table
@@ -448,13 +458,17 @@ def confirmed(method, losses, lr=1.0):
     return rows
 
 
+def losses_on_test(rows):
+    return comparisons.test_losses(sweeps_in(rows), runs_of(rows))
+
+
 def test_test_losses_are_compared_seed_by_seed():
     """By hand: differences -0.1 and -0.3, mean -0.2, half width 12.71 * 0.1414 / 1.4142."""
     rows = confirmed("adamw", {1: 0.5, 2: 0.8, 3: 0.6}) + confirmed("scaled", {1: 0.4, 2: 0.5})
     rows += confirmed("adamw-fast", {1: 0.0, 2: 0.0})  # its sweep was worse: not the baseline
     sweeps = {"adamw": 0.2, "adamw-fast": 0.3, "scaled": 0.1}
     rows += [row for name, loss in sweeps.items() for row in rows_of(name, {1.0: loss})]
-    table = comparisons.test_losses(sweeps_of(rows), rows)
+    table = losses_on_test(rows)
     setting = {"dataset": "cipher", "rank": 4, "steps": 12}
     adamw = cells(table, **setting, method="adamw")
     assert adamw == ["1", "0.6333", "", "", "", "25.0", 3]
@@ -469,7 +483,7 @@ def test_wins_are_intervals_that_leave_out_zero():
     rows += confirmed("adamw", {1: 0.5, 2: 0.5}) + confirmed("scaled", {1: 0.3, 2: 0.28})
     other = confirmed("adamw", {1: 0.5, 2: 0.5}) + confirmed("scaled", {1: 0.6, 2: 0.4})
     rows += [{**row, "dataset": "fall"} for row in other]
-    table = comparisons.test_wins(sweeps_of(rows), rows)
+    table = comparisons.test_wins(sweeps_in(rows), runs_of(rows))
     assert cells(table, method="scaled") == [2, 1, 0, "-0.105", "+0.0"]
     assert cells(table, method="adamw") == [2, 0, 0, "+0.000", "+0.0"]
 
@@ -477,23 +491,25 @@ def test_wins_are_intervals_that_leave_out_zero():
 def test_only_the_best_rate_of_known_methods_on_equal_seeds_is_compared():
     rows = rows_of("adamw", {1.0: 0.2}) + confirmed("adamw", {1: 0.5, 2: 0.5})
     rows += rows_of("scaled", {1.0: 0.1, 2.0: 0.3}) + confirmed("scaled", {1: 0.4})
-    usual = comparisons.test_losses(sweeps_of(rows), rows)
+    usual = losses_on_test(rows)
     rows += confirmed("scaled", {1: 0.0, 2: 0.0}, lr=2.0)  # of a sweep that was shorter once
     rows += rows_of("lora-pro", {1.0: 0.1}) + confirmed("lora-pro", {3: 0.1})
     rows += rows_of("of old", {1.0: 0.1}) + confirmed("of old", {1: 0.1})
-    assert comparisons.test_losses(sweeps_of(rows), rows) == usual != []
+    assert losses_on_test(rows).equals(usual)
+    assert len(usual) > 1
 
 
 def test_intervals_of_more_seeds_than_there_are_quantiles_are_refused():
     most = len(comparisons.QUANTILES) + 1
-    assert all(comparisons.interval([0.1] * most).values())
+    groups = [pd.Series([0.1] * n).groupby([0] * n) for n in (most, most + 1)]
+    assert comparisons.intervals(groups[0]).notna().all(axis=None)
     with pytest.raises(ValueError, match=f"at most {most} seeds, got {most + 1}"):
-        comparisons.interval([0.1] * (most + 1))
+        comparisons.intervals(groups[1])
 
 
 def test_a_run_without_a_test_loss_counts_as_guessing():
-    assert comparisons.tested({"diverged": True}, "loss") == pytest.approx(math.log(10))
-    assert comparisons.tested({"diverged": True}, "exact") == 0
+    found = scores({"diverged": True, "tested": True})
+    assert found == {"loss": pytest.approx(math.log(10)), "exact": 0}
 
 
 def test_exact_answers_away_from_the_best_rate():
@@ -502,7 +518,7 @@ def test_exact_answers_away_from_the_best_rate():
     rows += rows_of("adamw", {2.0: 0.3, 8.0: 0.4}, "fall", exact=0.2)
     rows += rows_of("scaled", {1.0: 0.1}) + rows_of("scaled", {1.0: 0.1}, "fall", exact=0.1)
     rows += rows_of("adamw", {1.0: 0.0}, "lowest", exact=1.0)  # alone in its setting
-    found = cells(comparisons.good_rates(sweeps_of(rows)), method="adamw")
+    found = cells(comparisons.good_rates(sweeps_in(rows)), method="adamw")
     # Good are 1 and 4 of the first; 2 and 8 of the second: both ranges are 4.
     assert found == [2, "4", "60", 1, "", 0, "50", 2, "", 0, "50", 2]
 
@@ -512,7 +528,7 @@ def test_a_range_of_good_rates_is_around_the_best_and_against_the_best_method():
     rows += rows_of("adamw", {4.0: 0.1, 8.0: 0.1, 16.0: 0.1}, exact=0.91)
     rows += rows_of("scaled", {1.0: 0.1}, exact=0.95) + rows_of("scaled", {2.0: 0.1}, exact=0.5)
     rows += rows_of("lora-rite", {1.0: 0.1}, exact=0.8)
-    table = comparisons.good_rates(sweeps_of(rows))
+    table = comparisons.good_rates(sweeps_in(rows))
     names = ("adamw", "scaled", "lora-rite")
     assert [cells(table, method=x)[1] for x in names] == ["4", "1", "0"]
 
@@ -526,7 +542,7 @@ def test_betas_are_compared_at_best_rates_and_at_one_rate():
     rows += rows_of(fast, {1.0: 0.3}, "lowest") + rows_of(usual, {1.0: 2.0}, "lowest")
     rows += rows_of(growing, {1.0: 0.4}, "lowest") + rows_of(fast, {1.0: 0.3}, "exchange")
     rows += rows_of(usual, {1.0: 0.3}, "exchange")
-    table = comparisons.beta_regrets(sweeps_of(rows))
+    table = comparisons.beta_regrets(sweeps_in(rows))
     assert cells(table, method=fast) == [2, "0.1000", "0.3000"]  # 2: those that have all betas
     for name in (mid, slow, usual, growing):
         assert cells(table, method=name) == [2, "0.5000", "0.5000"]
@@ -537,8 +553,8 @@ def test_betas_without_a_common_rate_have_no_regret_at_one_rate():
     names = stacked_methods.BY_BETAS[0]
     rows = [row for name in names for row in rows_of(name, {1.0: 0.2})]
     rows += [row for name in names for row in rows_of(name, {2.0: 0.2}, "fall")]
-    table = comparisons.beta_regrets(sweeps_of(rows))
-    assert [row["worst regret, one rate [nats/digit]"] for row in table] == [""] * 5
+    table = comparisons.beta_regrets(sweeps_in(rows))
+    assert list(table["worst regret, one rate [nats/digit]"]) == [""] * 5
 
 
 def test_batches_have_the_size_of_the_setting_and_hold_strings_of_the_task(kept):

@@ -5,7 +5,7 @@ import torch
 
 import rlora
 from rlora import Factors
-from rlora.cli.study.trust import fraction, trust_region
+from rlora.cli.study.experiments import fraction, trust_region
 
 M, N, R = 6, 5, 3
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlora.cli.claims import CLAIMS, load
+from rlora.cli.claims import CLAIMS
 from rlora.cli.claims.evidence import read_evidence
 from rlora.cli.claims.theory import ROWS
 
@@ -25,7 +25,7 @@ DOCS = script()
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_each_claim_has_a_record_of_today_and_a_figure(name):
-    claim, path = load(name), DOCS.FOLDER / f"{name}.json"
+    claim, path = CLAIMS[name], DOCS.FOLDER / f"{name}.json"
     record = read_evidence(path)
     assert record["as_documented"]
     assert not record["quick"]

@@ -7,10 +7,6 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
@@ -162,20 +158,6 @@ def stable_diffusion(folder, prediction="epsilon"):
         text_encoder=CLIPTextModel(CLIPTextConfig(**clip_text(tokenizer))),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
-def clip(folder):
-    """CLIP for pictures of 16 x 16."""
-    torch.manual_seed(0)
-    tokenizer = clip_tokenizer()
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    seen = {"num_attention_heads": 2, "image_size": 16, "patch_size": 8, **size}
-    CLIPModel(
-        CLIPConfig(text_config=clip_text(tokenizer), vision_config=seen, projection_dim=8)
-    ).save_pretrained(folder)
-    looks = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    CLIPProcessor(looks, tokenizer).save_pretrained(folder)
     return folder
 
 
