@@ -152,6 +152,8 @@ def transferred(sweeps: Frame) -> Frame:
 
 def panels_of(sweeps: Frame) -> list[Panel]:
     """Loss against learning rate in the settings in which most methods were run."""
+    swept = [name for name, method in METHODS.items() if len(method.rates) > 1]
+    sweeps = sweeps[sweeps["method"].isin(swept)]
     counts = best_of(sweeps)["method"].value_counts(sort=False)
     names = counts.index[2 * counts >= counts.max()][:CURVES]
     settings = best_of(sweeps).groupby(SETTING, observed=True).size()

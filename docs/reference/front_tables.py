@@ -165,7 +165,7 @@ def wins() -> str:
 def suggested_rate() -> str:
     """Regrets at the rate of `rlora.suggest_lr`."""
     rows = []
-    for x in read("strings/suggested_rate.csv", FEW):
+    for x in read("strings/suggested_rate.csv", f"{FEW}|scaled-prodigy"):
         counts = (x["settings"], x["regret at most 0.02 nats"], x["regret at most 2 % of guessing"])
         regrets = (x[f"{name} regret [nats/digit]"] for name in ("mean", "worst"))
         rows.append([f"`{x['method']}`", *counts, *regrets, x["exact [%]"]])

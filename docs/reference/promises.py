@@ -76,7 +76,7 @@ def decay(kind: Any) -> str:
     for _ in range(2):
         optimizer.step()
         left.append([float(p.detach().norm()) / old for p, old in zip(pair, before, strict=True)])
-    words = {1.0: None, 0.95: "1 - lr λ", 0.95**0.5: "√(1 - lr λ)"}
+    words = {1.0: None, 0.95: "1 - lr λ", 0.95**0.5: "√(1 - lr λ)", 1 - 0.05e-4: "1 - lr d λ"}
     found = {
         next((word for x, word in words.items() if abs(share - x) < 1e-6), "B: 1 - its lr λ")
         for share in left[0]
