@@ -196,12 +196,12 @@ def test_other_methods_under_ddp(groups):
     assert_equal(found, runs.trained_by_methods(None)[0], atol=1e-9)
 
 
-GATHERED = {"AdaPreLoRA", "LoFT", "LoRASB", "OPLoRA", "Riemannion"}
+GATHERED = {"AdaPreLoRA", "LoFT", "LoRASB", "OPLoRA", "Riemannion", "ScaledProdigy"}
 """Classes that see whole factors."""
 
 
 @pytest.mark.parametrize("layout", ["default", "columns", "hsdp"])
-@pytest.mark.works("FSDP2", "every other class, five of them on gathered factors")
+@pytest.mark.works("FSDP2", "every other class, six of them on gathered factors")
 def test_other_methods_under_fsdp2(groups, layout):
     """In float64, so that only the order of sums differs; moments are shared out.
 
