@@ -11,7 +11,7 @@ import numpy as np
 import rlora
 from rlora.cli.chart import Curve, Panel
 from rlora.cli.environment import environment
-from rlora.cli.records import read_json
+from rlora.cli.records import ENVIRONMENT, TEXT, TEXTS, closed, fault, optional, read_json
 
 from .claim import Claim, Outcome, Setting
 
@@ -19,8 +19,48 @@ NAME: Final = "rlora-claim/1"
 POINTS, DIGITS = 100, 6
 """Points of a curve, and digits of its numbers: more than a figure shows."""
 
-PANEL: Final = ("title", "x", "y", "log_x", "log_y", "rows", "threshold")
-"""All of a panel but its curves."""
+_NUMBER: Final = optional({"type": "number"})
+"""None for what has flown away or never arrived."""
+_TRUTH: Final = {"type": "boolean"}
+_NUMBERS: Final = {"type": "array", "items": _NUMBER}
+
+_CHECK: Final = closed(
+    {"what": TEXT, "value": _NUMBER, "bound": TEXT, "threshold": _NUMBER, "holds": _TRUTH}
+)
+_PANEL: Final = closed(
+    {
+        "title": TEXT,
+        "x": TEXT,
+        "y": TEXT,
+        "curves": {
+            "type": "array",
+            "items": closed({"label": TEXT, "x": _NUMBERS, "y": _NUMBERS}),
+        },
+        "log_x": _TRUTH,
+        "log_y": _TRUTH,
+        "rows": TEXTS,
+        "threshold": _NUMBER,
+    }
+)
+SCHEMA: Final = closed(
+    {
+        "schema": {"const": NAME},
+        "claim": TEXT,
+        "statement": TEXT,
+        "source": TEXT,
+        "verdict": TEXT,
+        "as_documented": _TRUTH,
+        "checks": {"type": "array", "items": _CHECK},
+        "panels": {"type": "array", "items": _PANEL},
+        "quick": _TRUTH,
+        "backend": TEXT,
+        "rlora": TEXT,
+        "created": TEXT,
+        "seconds": {"type": "number"},
+        "environment": ENVIRONMENT,
+    }
+)
+"""JSON Schema of the record."""
 
 
 def verdict(claim: Claim, outcome: Outcome) -> str:
@@ -34,7 +74,7 @@ def verdict(claim: Claim, outcome: Outcome) -> str:
 def make_evidence(
     claim: Claim, outcome: Outcome, setting: Setting, seconds: float
 ) -> dict[str, Any]:
-    """Make the record of an experiment; None stands for numbers that are not finite."""
+    """Make the record of an experiment; valid by `SCHEMA`."""
     return {
         "schema": NAME,
         "claim": claim.name,
@@ -59,10 +99,11 @@ def make_evidence(
 def _panel(panel: Panel) -> dict[str, Any]:
     curves = [thinned(curve, log=panel.log_x) for curve in panel.curves]
     return {
-        **{key: getattr(panel, key) for key in PANEL},
+        **{key: getattr(panel, key) for key in _PANEL["properties"]},
         "curves": [
             {"label": c.label, "x": [*map(_number, c.x)], "y": [*map(_number, c.y)]} for c in curves
         ],
+        "rows": list(panel.rows),
     }
 
 
@@ -73,7 +114,11 @@ def thinned(curve: Curve, *, log: bool) -> Curve:
         return curve
     places = np.geomspace(1, count, POINTS) - 1 if log else np.linspace(0, count - 1, POINTS)
     kept = sorted({round(float(place)) for place in places})
-    return Curve(curve.label, [curve.x[i] for i in kept], [curve.y[i] for i in kept])
+    return Curve(curve.label, _at(curve.x, kept), _at(curve.y, kept))
+
+
+def _at(values: Sequence[float], kept: Sequence[int]) -> list[float]:
+    return [values[i] for i in kept]
 
 
 def _number(x: float) -> float | None:
@@ -81,10 +126,10 @@ def _number(x: float) -> float | None:
 
 
 def read_evidence(path: Path) -> dict[str, Any]:
-    """Read a record; a ValueError says that the file is none."""
-    record: Any = read_json(path, "rlora reproduce")
-    if not isinstance(record, dict) or record.get("schema") != NAME:
-        msg = f"{path.name} is no record of rlora reproduce: its schema is not {NAME}"
+    """Read a record, and see that it is one; a ValueError says where it stops to be."""
+    record: dict[str, Any] = read_json(path, "rlora reproduce")
+    if (found := fault(record, SCHEMA)) is not None:
+        msg = f"{path.name} is no record of rlora reproduce: {found}"
         raise ValueError(msg)
     return record
 
@@ -99,10 +144,13 @@ def panels_of(record: dict[str, Any]) -> tuple[Panel, ...]:
     """The panels of a record, to be drawn; NaN for a number that is missing."""
     return tuple(
         Panel(
-            **{key: panel[key] for key in PANEL},
-            curves=tuple(
-                Curve(c["label"], _drawable(c["x"]), _drawable(c["y"])) for c in panel["curves"]
-            ),
+            **{
+                **panel,
+                "curves": tuple(
+                    Curve(c["label"], _drawable(c["x"]), _drawable(c["y"])) for c in panel["curves"]
+                ),
+                "rows": tuple(panel["rows"]),
+            }
         )
         for panel in record["panels"]
     )

@@ -64,7 +64,7 @@ def study(
     the best by validation loss is then run on other seeds, and only those read the test part.
     Every run is written down when it is done: started again, the study goes on where it was.
     Strings is a small transformer that knows seven tasks and is taught others, made in a minute;
-    its runs are trained many at once.
+    its runs are trained many at once, and it says first how long that takes.
     """
     check_installed(model, tables=tables)
     from .regret import write_regrets  # torch, and more: not for `rlora --help`

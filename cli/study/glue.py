@@ -12,25 +12,27 @@ from .workload import Part, Workload, cut, set_mode, shuffled
 
 
 class Task(NamedTuple):
-    """Columns that are read, number of classes, and the measure of answers."""
+    """Columns that are read, labels, and the measure of answers."""
 
     fields: tuple[str, ...]
-    classes: int = 2
-    """Number of classes; 0 where a real number is learned."""
+    labels: tuple[str, ...]
+    """Names of the classes in the order of their numbers; none where a real number is learned."""
 
     metric: Literal["accuracy", "matthews", "pearson"] = "accuracy"
 
 
+ENTAILMENT: Final = ("entailment", "not_entailment")
+TWO: Final = ("sentence1", "sentence2")
 TASKS: Final[Mapping[str, Task]] = {
-    "cola": Task(("sentence",), metric="matthews"),
-    "mnli": Task(("premise", "hypothesis"), classes=3),
-    "mrpc": Task(("sentence1", "sentence2")),
-    "qnli": Task(("question", "sentence")),
-    "qqp": Task(("question1", "question2")),
-    "rte": Task(("sentence1", "sentence2")),
-    "sst2": Task(("sentence",)),
-    "stsb": Task(("sentence1", "sentence2"), classes=0, metric="pearson"),
-    "wnli": Task(("sentence1", "sentence2")),
+    "cola": Task(("sentence",), ("unacceptable", "acceptable"), "matthews"),
+    "mnli": Task(("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+    "mrpc": Task(TWO, ("not_equivalent", "equivalent")),
+    "qnli": Task(("question", "sentence"), ENTAILMENT),
+    "qqp": Task(("question1", "question2"), ("not_duplicate", "duplicate")),
+    "rte": Task(TWO, ENTAILMENT),
+    "sst2": Task(("sentence",), ("negative", "positive")),
+    "stsb": Task(TWO, (), "pearson"),
+    "wnli": Task(TWO, ("not_entailment", "entailment")),
 }
 
 
@@ -62,7 +64,7 @@ class GlueWorkload(Workload[Batch]):
         """Mean cross-entropy of the classes, or the mean squared error of real numbers."""
         set_mode(model)
         output = self._output(model, batch)
-        if self.task.classes:
+        if self.task.labels:
             return functional.cross_entropy(output, batch.labels)
         return functional.mse_loss(output.squeeze(-1), batch.labels)
 
@@ -76,7 +78,7 @@ class GlueWorkload(Workload[Batch]):
         set_mode(model)
         outputs = torch.cat([self._output(model, batch) for batch in self.parts[part]])
         labels = torch.cat([batch.labels for batch in self.parts[part]])
-        said = outputs.argmax(-1) if self.task.classes else outputs.squeeze(-1)
+        said = outputs.argmax(-1) if self.task.labels else outputs.squeeze(-1)
         if self.task.metric == "accuracy":
             return {"accuracy": float((said == labels).float().mean())}
         return {self.task.metric: correlation(said, labels)}
@@ -92,8 +94,7 @@ class GlueWorkload(Workload[Batch]):
     def _batch(self, rows: Sequence[tuple[Any, ...]]) -> Batch:
         *fields, labels = zip(*rows, strict=True)
         tokens = self.tokenizer(*map(list, fields), padding=True, return_tensors="pt")
-        number = int if self.task.classes else float
-        wanted = torch.tensor([number(label) for label in labels])
+        wanted = torch.tensor([label_of(label, self.task.labels) for label in labels])
         return Batch(
             tokens.input_ids.to(self.device),
             tokens.attention_mask.to(self.device),
@@ -101,6 +102,20 @@ class GlueWorkload(Workload[Batch]):
         )
 
 
+def label_of(label: Any, names: Sequence[str]) -> int | float:
+    """The number of a class, given it or its name; or the real number."""
+    if not names:
+        return float(label)
+    if str(label) in names:
+        return names.index(str(label))
+    if str(label) in map(str, range(len(names))):
+        return int(label)
+    msg = f"expected a label 0 to {len(names) - 1} or one of {', '.join(names)}, got {label!r}"
+    raise ValueError(msg)
+
+
 def correlation(x: Tensor, y: Tensor) -> float:
     """Pearson's; of two classes it is Matthews'. 0 where one of the two does not vary."""
-    return float(torch.corrcoef(torch.stack([x, y]).double())[0, 1].nan_to_num())
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    size = float(x.norm() * y.norm())
+    return float(x @ y) / size if size else 0.0

@@ -111,7 +111,7 @@ def load(
     task = TASKS[dataset]
     torch.manual_seed(HEAD_SEED)
     classifier = AutoModelForSequenceClassification.from_pretrained(
-        name, num_labels=task.classes or 1, pad_token_id=tokenizer.eos_token_id, **loading
+        name, num_labels=max(1, len(task.labels)), pad_token_id=tokenizer.eos_token_id, **loading
     )
     stay_as_loaded(classifier)
     return GlueWorkload(classifier, tokenizer, parts, task, ADAPTERS, PRESETS[dataset].batch)

@@ -1,6 +1,7 @@
 """Base class of what a run trains on: a frozen model, adapters in and out of it, and batches."""
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Generic, Literal, TypeVar
@@ -15,7 +16,7 @@ ORDER_SEED: Final = 0
 """Seed of the draw that makes batches; a run shuffles the batches with its own seed."""
 
 
-class Workload(Generic[T]):
+class Workload(ABC, Generic[T]):
     """A base into which fresh adapters are put for every run, and the batches of a task.
 
     The learning rate is chosen on the part "validation"; "test" is read for what was chosen.
@@ -39,17 +40,17 @@ class Workload(Generic[T]):
         """Take the adapters out of the base again."""
         model.unload()
 
+    @abstractmethod
     def loss(self, model: nn.Module, batch: T) -> Tensor:
         """Mean over what counts in the batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weight(self, batch: T) -> int:
         """Return the number of terms in that mean."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scores(self, model: nn.Module, part: Part) -> dict[str, float]:
         """Return the scores of the task, beside the loss."""
-        raise NotImplementedError
 
 
 def set_mode(model: nn.Module) -> bool:

@@ -4,7 +4,7 @@ K. Mishchenko, A. Defazio. Prodigy: An Expeditiously Adaptive Parameter-Free Lea
 arXiv:2306.06101, 2023.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from rlora.core.checks import check_nonnegative, check_positive, default_rate, hyperparameters
 from rlora.core.dispatch import get_backend
@@ -25,11 +25,8 @@ from rlora.core.placement import precondition, preconditioners
 from rlora.core.transform import State, Transform, chain
 
 
-class ProdigyState(NamedTuple):
-    """State of scaled Prodigy."""
-
-    adam: AdamState
-    """Moments of the preconditioned gradients."""
+class DistanceState(NamedTuple):
+    """What each pair knows of its distance to the solution."""
 
     start: Tree
     """The parameters before the first step."""
@@ -45,6 +42,13 @@ class ProdigyState(NamedTuple):
 
     size: Tree
     """d, the learning rate found so far, one number a pair."""
+
+
+class ProdigyState(NamedTuple):
+    """State of scaled Prodigy: moments of the preconditioned gradients, and the distance."""
+
+    adam: AdamState
+    distance: DistanceState
 
 
 @default_rate(1.0)
@@ -80,8 +84,8 @@ def scaled_prodigy(
     weight_decay : float
         λ, at least 0; decoupled, with the rate that was found.
     d0 : float
-        Positive: the first d, below every learning rate that might be right. d never falls; from
-        far below it takes some four steps to double.
+        Positive: the first d, below every learning rate that might be right. d never falls; far
+        below the right rate it grows tenfold in some ten steps.
 
     Returns
     -------
@@ -123,64 +127,57 @@ def scaled_prodigy(
     def init(params: Tree, scaling: float = 1.0) -> ProdigyState:
         start = map_leaves(lambda x: x + 0, params)  # memory of its own: parameters may be donated
         numbers = [per_pair(params, x) for x in (0.0, 0.0, d0)]
-        return ProdigyState(adam.init(params, scaling), start, zeros(params), *numbers)
+        distance = DistanceState(start, zeros(params), *numbers)
+        return ProdigyState(adam.init(params, scaling), distance)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, ProdigyState]:
         backend = get_backend(*leaves_of(params))
         with backend.exact(leaves_of(params)[0]):
-            first, second = preconditioners(
+            P = preconditioners(
                 backend,
                 pairs_of(params),
                 damping=damping,
                 damping_mode=damping_mode,
-                placement="both",
+                placement="both",  # so neither is None
                 compute_dtype=compute_dtype,
             )
-            G = rebuild(params, precondition(backend, first or [], pairs_of(grads)))
+            first, second = cast("tuple[list[Factors], list[Factors]]", P)
+            G = rebuild(params, precondition(backend, first, pairs_of(grads)))
             D, moments = adam.update(G, state.adam, params)
-            D = rebuild(params, precondition(backend, second or [], pairs_of(D)))
-        found = _found(grads, G, params, state, d0)
+            D = rebuild(params, precondition(backend, second, pairs_of(D)))
 
-        def move(d: Factors, pair: Factors, rate: Array) -> Factors:
-            moved: Factors = map_leaves(lambda x, p: each(rate) * (x + weight_decay * p), d, pair)
+        trees = (counterparts(params, x) for x in (grads, G, params, *state.distance))
+        found = [
+            distance(g, h, pair, DistanceState(*before), d0)
+            for g, h, pair, *before in zip(*trees, strict=True)
+        ]
+
+        def move(d: Factors, pair: Factors, now: DistanceState) -> Factors:
+            rate = each(now.size)
+            moved: Factors = map_leaves(lambda x, p: rate * (x + weight_decay * p), d, pair)
             return moved
 
-        trees = (counterparts(params, x) for x in (D, params, found[-1]))
-        D = rebuild(params, list(map(move, *trees)))
-        return D, ProdigyState(moments, state.start, *found)
+        D = rebuild(params, list(map(move, counterparts(params, D), pairs_of(params), found)))
+        fields = (rebuild(params, field) for field in zip(*found, strict=True))
+        return D, ProdigyState(moments, DistanceState(*fields))
 
     return chain(Transform(init, update))
 
 
-def _found(grads: Tree, G: Tree, params: Tree, state: ProdigyState, d0: float) -> list[Tree]:
-    """Fields of the state from `total` on, after a gradient, which is `G` when preconditioned."""
-    trees = (grads, G, params, *state[1:])
-    pairs = zip(*(counterparts(params, tree) for tree in trees), strict=True)
-    new = [_of_pair(*pair, d0=d0) for pair in pairs]
-    return [rebuild(params, field) for field in zip(*new, strict=True)]
+def distance(
+    grads: Factors, G: Factors, pair: Factors, state: DistanceState, d0: float
+) -> DistanceState:
+    """The state of one pair after a gradient, which is `G` when preconditioned."""
+    xp, weight = get_backend(pair.A).xp, (state.size / d0) ** 2
 
+    def over_sides(x: Factors) -> Array:
+        return sum(xp.sum(leaf, axis=(-2, -1)) for leaf in x if leaf is not None)
 
-def _of_pair(
-    grads: Factors,
-    G: Factors,
-    params: Factors,
-    start: Factors,
-    total: Factors,
-    gain: Array,
-    noise: Array,
-    d: Array,
-    *,
-    d0: float,
-) -> tuple[Factors, Array, Array, Array]:
-    xp, weight = get_backend(params.A).xp, (d / d0) ** 2
-
-    def over_sides(pair: Factors) -> Array:
-        return sum(xp.sum(x, axis=(-2, -1)) for x in pair if x is not None)
-
-    way = map_leaves(lambda g, x, x0: each(weight) * g * (x0 - x), grads, params, start)
-    gain, noise = gain + over_sides(way), noise + over_sides(map_leaves(lambda x: x * x, way))
-    added = map_leaves(lambda g, s: s + each(weight) * g, G, total)
-    total = where_moving(grads, added, total)
+    way = map_leaves(lambda g, x, x0: each(weight) * g * (x0 - x), grads, pair, state.start)
+    gain = state.gain + over_sides(way)
+    noise = state.noise + over_sides(map_leaves(lambda x: x * x, way))
+    added = map_leaves(lambda g, s: s + each(weight) * g, G, state.total)
+    total = where_moving(grads, added, state.total)
     norm = over_sides(map_leaves(xp.abs, total))
     found = (gain - 2 * noise**0.5) / xp.where(norm == 0, xp.ones_like(norm), norm)
-    return total, gain, noise, xp.maximum(d, found)
+    return DistanceState(state.start, total, gain, noise, xp.maximum(state.size, found))

@@ -18,7 +18,7 @@ MethodFactory = Callable[[], Transform]
 """Gives a method, fresh; its `lr`, if it has one, is the learning rate to use the method with."""
 
 USUAL = 4e-3
-"""Learning rate at which it is measured, but for a method that names its own."""
+"""Learning rate at which growth is measured, but for a method that names its own."""
 
 GROWTH = 40.0
 """Largest entry of a factor that is allowed, over that under AdamW."""

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -103,6 +104,7 @@ def test_it_writes_a_figure_and_a_record(rlora_cli, toy, tmp_path):
     assert "1 of 1 verdict as documented" in done.stdout
     assert "A toy is a toy." in (folder / "toy.svg").read_text()
     record = evidence.read_evidence(folder / "toy.json")
+    jsonschema.validate(record, evidence.SCHEMA)
     assert record["verdict"] == "holds"
     (check,) = record["checks"]
     assert list(check.values()) == ["value", 0.5, "<=", 1.0, True]

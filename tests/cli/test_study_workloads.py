@@ -407,6 +407,17 @@ def test_metrics_of_glue():
     assert glue.correlation(torch.ones(4), torch.tensor([0, 1, 1, 0])) == 0
 
 
+@pytest.mark.parametrize("label", [1, "1", "not_entailment"])
+def test_labels_by_number_or_by_name(label):
+    assert glue.label_of(label, glue.TASKS["rte"].labels) == 1
+
+
+def test_labels_that_are_none():
+    with pytest.raises(ValueError, match="one of entailment, not_entailment, got -1"):
+        glue.label_of(-1, glue.TASKS["rte"].labels)
+    assert glue.label_of("3.25", glue.TASKS["stsb"].labels) == 3.25
+
+
 @pytest.mark.parametrize(
     "answer, number",
     [

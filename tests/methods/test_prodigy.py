@@ -47,13 +47,26 @@ def test_the_rate_is_no_more_than_the_distance_to_the_solution(seed):
     P = np.linalg.cholesky(np.linalg.inv(H)[::-1, ::-1]).T[::-1, ::-1]
     best = problem.target @ np.linalg.pinv(params.A) / problem.scaling
     distance = np.abs((params.B - best) @ np.linalg.inv(P)).max()
-    sizes = [float(state[0].size)]
+    sizes = [float(state[0].distance.size)]
     for _ in range(120):
         grads = problem.grads(params)._replace(A=None)
         params, state = rlora.step(method, params, grads, state, 1.0)
-        sizes.append(float(state[0].size))
+        sizes.append(float(state[0].distance.size))
     assert sizes == sorted(sizes)
     assert 1e-3 * distance < sizes[-1] <= distance
+
+
+def test_a_rate_that_is_far_too_low_grows_tenfold_in_ten_steps():
+    problem = make_problem(zero_B=True)
+    method = rlora.scaled_prodigy(d0=1e-8)
+    params, state = problem.params, method.init(problem.params)
+    sizes = [1e-8]
+    for _ in range(40):
+        params, state = rlora.step(method, params, problem.grads(params), state, 1.0)
+        sizes.append(float(state[0].distance.size))
+    ratios = [later / now for now, later in zip(sizes, sizes[10:], strict=False) if later < 1e-3]
+    assert len(ratios) > 20
+    assert 5 < min(ratios) < max(ratios) < 100
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 8), (20, 3, 8), (2, 2, 16)])
@@ -94,7 +107,7 @@ def test_a_pair_finds_its_rate_alone():
             error = params.B @ params.A - target[chosen]
             grads = Factors(params.B.mT @ error, error @ params.A.mT)
             params, state = rlora.step(method, params, grads, state, 1.0)
-        sizes.append(state[0].size)
+        sizes.append(state[0].distance.size)
     assert_close(sizes[0], np.concatenate(sizes[1:]), rtol=1e-10)
     assert sizes[0][1] > 10 * sizes[0][0]
 
@@ -106,7 +119,7 @@ def test_the_start_is_not_written_over_by_a_donated_step():
     for _ in range(2):
         grads = problem.grads(params)
         params, state = rlora.step(method, params, grads, state, 1.0, donate=True)
-    for kept, x in zip(state[0].start, start, strict=True):
+    for kept, x in zip(state[0].distance.start, start, strict=True):
         assert_close(kept, x)
 
 
