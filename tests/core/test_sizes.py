@@ -68,9 +68,7 @@ def seen(name, pair):
 
 
 def check(name, backend, factor, gradient):
-    # A decay below the rounding of a factor takes it no way from its start in float32 alone.
-    options = {"weight_decay": 0.0} if name == "scaled_prodigy" else {}
-    method = getattr(methods, name)(**options)
+    method = getattr(methods, name)()
     if name == "riemannion" and factor > 1e10:
         return  # its new factors are U and ΣVᵀ, as large as the product, which is out of range
     with np.errstate(all="ignore"):

@@ -34,6 +34,7 @@ def test_it_learns_as_well_as_at_a_tuned_rate(d0):
     problem = make_problem(zero_B=True)
     tuned = losses_after(rlora.scaled_adamw(weight_decay=0.0), problem, RATES)
     found = losses_after(rlora.scaled_prodigy(weight_decay=0.0, d0=d0), problem, [1.0])
+    # A hundredth of what there is to learn: what lies between two rates of the sweep.
     assert found.item() - tuned.min() <= 0.01 * np.sum(problem.target**2)
 
 
@@ -66,18 +67,18 @@ def test_a_rate_that_is_far_too_low_grows_tenfold_in_ten_steps():
         sizes.append(float(state[0].distance.size))
     ratios = [later / now for now, later in zip(sizes, sizes[10:], strict=False) if later < 1e-3]
     assert len(ratios) > 20
-    assert 5 < min(ratios) < max(ratios) < 100
+    assert 5 < min(ratios) < max(ratios) < 100  # 8 to 41 were measured
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 8), (20, 3, 8), (2, 2, 16)])
-def test_noise_alone_does_not_raise_the_rate(shape):
-    """Without the two standard deviations d of these runs away, to NaN."""
+def test_noise_does_not_raise_the_rate_for_ever(shape):
+    """At a constant rate; without the two standard deviations d of these runs away, to NaN."""
     m, n, r = shape
     found, usual = (
         growth(method, m, n, r, lr=lr, dtype="float64")
         for method, lr in ((rlora.scaled_prodigy(), 1.0), (adamw(), 4e-3))
     )
-    assert found.last < 1.5 * usual.last
+    assert found.last < 1.5 * usual.last  # its steps are larger: 1.0 to 1.14 were measured
 
 
 @pytest.mark.parametrize("unit", [1e-8, 1e8])
