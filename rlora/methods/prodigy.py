@@ -26,7 +26,7 @@ from rlora.core.transform import State, Transform, chain
 
 
 class DistanceState(NamedTuple):
-    """What each pair knows of its distance to the solution."""
+    """Sums by which each pair bounds its distance to the solution."""
 
     start: Tree
     """The parameters before the first step."""
