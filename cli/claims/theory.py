@@ -118,6 +118,7 @@ ROWS: Final = (
     of(rlora.factor_muon, ROTATION, lr=0.02),
     of(rlora.balanced_lora, ENTRIES),
     of(rlora.stable_lora, ENTRIES),
+    of(rlora.trust_region, ENTRIES),
     of(rlora.rac_lora, EVERY, damping=0.0),
     of(rlora.rac_lora, ENTRIES, adam=True),
     of(rlora.lora_sb, ENTRIES),

@@ -11,8 +11,6 @@ import rlora
 import rlora.torch
 from rlora import Transform
 
-from .experiments import trust_region
-
 Start = Literal["gaussian", "lora_one"]
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
 
@@ -81,7 +79,7 @@ def clipped(share: float) -> Make:
         layers: list[Any] = [x for x in model.modules() if hasattr(x, "lora_A")]
         squares = [x.base_layer.weight.double().square().mean() for x in layers]
         size = float(torch.stack(squares).mean().sqrt()) / layers[0].scaling["default"]
-        return around_scaled(lambda inner: trust_region(inner, share * size))(model, lr)
+        return around_scaled(partial(rlora.trust_region, bound=share * size))(model, lr)
 
     return make
 

@@ -5,9 +5,10 @@ from typing import Any, Final, NamedTuple
 
 import rlora
 from rlora import Transform, chain
+from rlora.core.factors import Array, Tree
 from rlora.methods.scaled import scale_by_gram
 
-from .experiments import favour_b, scale_by_growing_adam, trust_region
+from .experiments import favour_b, scale_by_growing_adam
 from .methods import FAST, FOUND, PUBLISHED, USUAL, rates
 
 Sizes = Mapping[str, float]
@@ -39,8 +40,18 @@ def with_betas(make: Callable[..., Transform], betas: tuple[float, float], **opt
 
 
 def clipped(make: Make) -> Make:
-    """A method in a trust region."""
-    return lambda sizes: trust_region(make(sizes), {name: SHARE * x for name, x in sizes.items()})
+    """A method in a trust region, of each layer by its own size."""
+
+    def method(sizes: Sizes) -> Transform:
+        inner = make(sizes)
+        cut = {name: rlora.trust_region(inner, bound=SHARE * x) for name, x in sizes.items()}
+
+        def apply(params: Tree, direction: Tree, lr: Array | float) -> Tree:
+            return {name: cut[name].apply(params[name], direction[name], lr) for name in params}
+
+        return inner._replace(apply=apply)
+
+    return method
 
 
 SHARE: Final = 0.01

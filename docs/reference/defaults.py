@@ -30,6 +30,7 @@ WHY: Final[dict[str, str]] = {
     "b2=0.8": "[lower loss](study.md#betas) than Adam's",
     "b2=0.999": "Adam's",
     "balance=False": "the authors' code",
+    "bound=0.01": "1 % of a W0 of unit size; set it to 1 % of yours, over s",
     "bias_correction=True": "Adam's",
     "capturable=False": "torch's",
     "compute_dtype=None": f"the parameters' own, at least float32: {PRECISION}",

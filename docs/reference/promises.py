@@ -76,13 +76,17 @@ def decay(kind: Any) -> str:
     for _ in range(2):
         optimizer.step()
         left.append([float(p.detach().norm()) / old for p, old in zip(pair, before, strict=True)])
-    words = {1.0: None, 0.95: "1 - lr λ", 0.95**0.5: "√(1 - lr λ)", 1 - 0.05e-4: "1 - lr d λ"}
+    words = {0.95: "1 - lr λ", 0.95**0.5: "√(1 - lr λ)", 1 - 0.05e-4: "1 - lr d λ"}
     found = {
-        next((word for x, word in words.items() if abs(share - x) < 1e-6), "B: 1 - its lr λ")
+        next((word for x, word in words.items() if abs(share - x) < 1e-6), None)
+        or ("B: 1 - its lr λ" if share < 0.95 else "1 - t lr λ")
         for share in left[0]
+        if share != 1
     }
+    if "1 - t lr λ" in found:  # another t at each step
+        return "1 - t lr λ"
     faster = any(one < 0.999 and two < one**2 - 1e-3 for one, two in zip(*left, strict=True))
-    return ", ".join(sorted(filter(None, found))) + (", through the momentum" if faster else "")
+    return ", ".join(sorted(found)) + (", through the momentum" if faster else "")
 
 
 def float32_state(kind: Any) -> bool:

@@ -19,6 +19,7 @@ from rlora.methods.rite import lora_rite
 from rlora.methods.sb import lora_sb
 from rlora.methods.scaled import scaled_adamw, scaled_sgd
 from rlora.methods.stable import stable_lora
+from rlora.methods.trust_region import trust_region
 
 __all__ = [
     "adapre_lora",
@@ -43,4 +44,5 @@ __all__ = [
     "scaled_prodigy",
     "scaled_sgd",
     "stable_lora",
+    "trust_region",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 from rlora.torch.pairing.discovery import Pairs
 from rlora.torch.optimizers.method_optimizer import MethodOptimizer
 
-__all__ = ['AdaPreLoRA', 'AltLoRA', 'AltLoRAPlus', 'BalancedLoRA', 'FactorMuon', 'GraftAdamW', 'LoFT', 'LoRAFA', 'LoRAMuon', 'LoRAPlus', 'LoRAProAdamW', 'LoRAProSGD', 'LoRARite', 'LoRASB', 'OPLoRA', 'RACLoRA', 'RefLoRA', 'Riemannion', 'ScaledProdigy', 'StableLoRA']
+__all__ = ['AdaPreLoRA', 'AltLoRA', 'AltLoRAPlus', 'BalancedLoRA', 'FactorMuon', 'GraftAdamW', 'LoFT', 'LoRAFA', 'LoRAMuon', 'LoRAPlus', 'LoRAProAdamW', 'LoRAProSGD', 'LoRARite', 'LoRASB', 'OPLoRA', 'RACLoRA', 'RefLoRA', 'Riemannion', 'ScaledProdigy', 'StableLoRA', 'TrustRegion']
 
 class AdaPreLoRA(MethodOptimizer, torch.optim.AdamW):
     def __init__(
@@ -410,6 +410,25 @@ class StableLoRA(MethodOptimizer, torch.optim.AdamW):
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         shrink: float = 0.0005,
+        eps: float = 1e-08,
+        weight_decay: float = 0.0,
+        pairs: Pairs = None,
+        adapter: str | None = None,
+        scaling: float | None = None,
+        stochastic_rounding: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None: ...
+
+class TrustRegion(MethodOptimizer, torch.optim.AdamW):
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.001,
+        *,
+        betas: tuple[float, float] = (0.7, 0.8),
+        bound: float = 0.01,
         eps: float = 1e-08,
         weight_decay: float = 0.0,
         pairs: Pairs = None,

@@ -29,6 +29,7 @@ MOMENTS = {
     "scaled_adamw",
     "scaled_prodigy",
     "stable_lora",
+    "trust_region",
 }
 
 

@@ -196,7 +196,7 @@ def test_other_methods_under_ddp(groups):
     assert_equal(found, runs.trained_by_methods(None)[0], atol=1e-9)
 
 
-GATHERED = {"AdaPreLoRA", "LoFT", "LoRASB", "OPLoRA", "Riemannion", "ScaledProdigy"}
+GATHERED = {"AdaPreLoRA", "LoFT", "LoRASB", "OPLoRA", "Riemannion", "ScaledProdigy", "TrustRegion"}
 """Classes that see whole factors."""
 
 

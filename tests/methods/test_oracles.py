@@ -13,6 +13,7 @@ from rlora.testing import assert_close, make_problem
 
 # Name of the case: the method, the oracle, options of both, options of the method only, lr.
 UNDAMPED = {"damping": 0.0}
+USUAL = {"b1": 0.9, "b2": 0.999}
 SGD, ADAM, SIGN = 0.02, 0.02, 0.05
 CASES = {
     "alt": (rlora.alt_lora, dense.Alt, {}, {}, 0.1),
@@ -78,6 +79,14 @@ CASES = {
     "factor muon without momentum": (rlora.factor_muon, dense.FactorMuon, {"b1": 0.0}, {}, SIGN),
     "stable": (rlora.stable_lora, dense.Stable, {"shrink": 0.1}, {}, ADAM),
     "stable decay": (rlora.stable_lora, dense.Stable, {"weight_decay": 0.1}, {}, ADAM),
+    "trust region": (rlora.trust_region, dense.TrustRegion, {}, USUAL, ADAM),
+    "trust region decay": (
+        rlora.trust_region,
+        dense.TrustRegion,
+        {"weight_decay": 0.1, "bound": 0.02},
+        USUAL,
+        ADAM,
+    ),
     "riemannion": (rlora.riemannion, dense.Riemannion, {}, {}, SIGN),
     "riemannion decay": (
         rlora.riemannion,

@@ -438,6 +438,19 @@ class Stable(AdamW):
 
 
 @dataclass
+class TrustRegion(AdamW):
+    """AdamW, its steps cut by products that are formed and the root of a polynomial."""
+
+    bound: float = 1e-2
+
+    def step(self, A, B, G, s):
+        a, b = (old - new for old, new in zip((A, B), super().step(A, B, G, s), strict=True))
+        f, q = (np.sqrt(np.mean(X**2)) for X in (B @ a + b @ A, b @ a))
+        t = 1.0 if f + q <= self.bound else max(np.roots([q, f, -self.bound]))
+        return A - t * a, B - t * b
+
+
+@dataclass
 class Prodigy:
     """Scaled AdamW, and a learning rate from how far the gradients say that the solution is."""
 
