@@ -32,6 +32,7 @@ CAPTURED = (
     *("adapre_lora", "alt_lora", "alt_lora_plus", "factor_muon", "graft_adamw", "loft", "lora_fa"),
     *("lora_muon", "lora_plus", "lora_rite", "ref_lora", "scaled_adamw", "scaled_sgd"),
     "stable_lora",
+    "trust_region",
 )
 """Methods whose step asks a device for nothing."""
 
