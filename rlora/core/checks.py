@@ -79,6 +79,14 @@ def is_zero(value: Any) -> bool:
     return not is_traced(value) and bool(value == 0)
 
 
+def check_real(name: str, value: Any) -> None:
+    """TypeError unless the value is a real number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        hint = "; YAML reads 1e-3 as text: write 1.0e-3" if isinstance(value, str) else ""
+        msg = f"{name} must be a real number, got {value!r} ({type(value).__name__}){hint}"
+        raise TypeError(msg)
+
+
 def check_unit(name: str, value: Any) -> None:
     """ValueError unless 0 <= value < 1, TypeError unless it is a number."""
     check_nonnegative(name, value)
@@ -92,9 +100,7 @@ def check_nonnegative(name: str, value: Any) -> None:
     if is_traced(value):
         _check_traced(name, value)
         return
-    if isinstance(value, bool) or not isinstance(value, Real):
-        msg = f"{name} must be a real number, got {value!r} ({type(value).__name__})"
-        raise TypeError(msg)
+    check_real(name, value)
     if not 0.0 <= float(value) < float("inf"):
         msg = f"{name} must be finite and at least 0, got {value!r}"
         raise ValueError(msg)
@@ -147,8 +153,7 @@ def check_rate(lr: Any) -> None:
             msg = f"lr must be finite and at least 0, got {lr!r}"
             raise ValueError(msg)
     elif not hasattr(lr, "shape"):
-        msg = f"lr must be one real number or an array, got {lr!r} ({type(lr).__name__})"
-        raise TypeError(msg)
+        check_real("lr", lr)
 
 
 def check_scaling(scaling: Any) -> None:

@@ -236,3 +236,14 @@ def test_a_method_whose_update_gives_another_state():
     with pytest.raises(ShapeError, match=r"fields of its init's: .*'nu'.* expected .*'mu'"):
         optimizer.step()
     assert all(map(torch.equal, pair, before))
+
+
+@pytest.mark.parametrize("kind", [rlora.torch.ScaledAdamW, rlora.torch.LoRARite])
+@pytest.mark.parametrize("bad", [{"lr": "1e-3"}, {"betas": ("0.9", "0.99")}, {"eps": "1e-8"}])
+def test_numbers_that_came_as_text_are_named(kind, bad):
+    """As YAML reads 1e-3: torch itself only says that it cannot compare."""
+    (name,) = bad
+    with pytest.raises(TypeError, match=rf"{name} must be a real number.*write 1.0e-3"):
+        kind(make_model(), **bad)
+    with pytest.raises(TypeError, match=r"lr must be a real number.*write 1.0e-3"):
+        rlora.torch.precondition(torch.optim.SGD)(make_model(), "1e-3")

@@ -39,6 +39,7 @@ from rlora.torch.pairing.param_groups import (
     check_grad,
     misfit,
     plain_numbers,
+    refuse_text,
     rename,
     split_names,
     successors,
@@ -91,6 +92,7 @@ class LoRAOptimizer(LoadsState, ABC):
         self._known = what_modules_know(params)
         self._model = ref(params) if isinstance(params, nn.Module) else None
         own, kwargs = plain_numbers(own), plain_numbers(kwargs)
+        refuse_text({"lr": args[0], **kwargs} if args else kwargs)
         groups = as_groups(params, self._source, self._known)
         if pairs == BY_ORDER:
             self._by_hand = in_order(groups)

@@ -125,11 +125,11 @@ class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):
     ) -> None:
         super().__init__(
             params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
             damping=damping,
             damping_mode=damping_mode,
             placement=placement,
@@ -207,11 +207,11 @@ class ScaledSGD(GramPreconditioned, torch.optim.SGD):
     ) -> None:
         super().__init__(
             params,
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
             damping=damping,
             damping_mode=damping_mode,
             order=order,

@@ -1,13 +1,13 @@
 """From what people hand to a torch optimizer to named groups, and what a factor must be."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from rlora.core.checks import plain_number
+from rlora.core.checks import check_real, plain_number
 from rlora.core.errors import NamespaceError, PairingError, ShardingError
 from rlora.pairing import Known, Source, find_pairs as find_named_pairs, is_factor
 from rlora.pairing.report import number_of
@@ -57,6 +57,15 @@ def as_groups(
 def plain_numbers(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a group with Python's numbers, so that any file and any kernel takes them."""
     return {k: v if k == "params" else plain_number(v) for k, v in options.items()}
+
+
+def refuse_text(options: Mapping[str, Any]) -> None:
+    """TypeError for numbers that came as text, which torch would compare with numbers."""
+    for name in ("lr", "betas", "eps", "weight_decay", "momentum"):
+        value = options.get(name)
+        for x in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(x, str):
+                check_real(name, x)
 
 
 def split_names(group: dict[str, Any]) -> list[str] | None:
