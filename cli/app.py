@@ -1,7 +1,9 @@
 """The command group, and the one door through which errors become messages and exit codes."""
 
+import importlib
 import sys
-from typing import Any, Final, NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import click
 
@@ -9,26 +11,50 @@ import rlora
 from rlora import RLoraError
 
 from .console import escape_unencodable, one_line
-from .lazy import Lazy
-
-COMMANDS: Final = {
-    "bench": "rlora.cli.bench",
-    "info": "rlora.cli.info",
-    "reproduce": "rlora.cli.claims.reproduce",
-    "study": "rlora.cli.study",
-}
-"""Command -> the module that has it under its name."""
 
 USAGE, INTERRUPTED = 2, 130
 
 REFUSALS = (RLoraError, ValueError, ImportError, MemoryError)
 """Errors of a wrong name, number or machine. Files apart, all else is a bug, with its trace."""
 
+LONGEST = 500
+"""Letters of a first sentence, more than any has."""
 
-class App(Lazy):
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when it is asked for."""
+
+    modules: Mapping[str, str] = {}
+    """Command -> the module that has it under its name."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(self.modules)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.modules:
+            return None
+        module = importlib.import_module(self.modules[cmd_name])
+        found = (x for x in vars(module).values() if isinstance(x, click.Command))
+        return next(command for command in found if command.name == cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands with their first sentences, wrapped where click would cut them."""
+        found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, command.get_short_help_str(LONGEST)) for name, command in found if command]
+            )
+
+
+class App(LazyGroup):
     """The commands, whose errors are one line each."""
 
-    where = COMMANDS
+    modules = {  # noqa: RUF012
+        "bench": "rlora.cli.bench",
+        "info": "rlora.cli.info",
+        "reproduce": "rlora.cli.claims.reproduce",
+        "study": "rlora.cli.study",
+    }
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run a command line, then exit with 0, 2 after an error, or 130 after an interrupt."""

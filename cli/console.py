@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
@@ -72,59 +72,28 @@ def fitted(
 ) -> Table:
     """Make a table of as many columns as fit; numbers are never cut.
 
-    Parameters
-    ----------
-    title : str or None
-        Set above it.
-    lines : sequence of mapping
-        Text by column, the same columns in each.
-    out : Console
-        Where it is to be printed.
-    keep : sequence of str
-        Columns that stay at any width; those of text wrap when even these do not fit.
-    texts : sequence of str
-        Columns of text, to the left; all others are numbers, to the right.
-    order : sequence of str
-        Other columns, the first to stay first; a column that is not named goes first of all.
-    section : str or None
-        Column at whose changes a line is left free.
-
-    Returns
-    -------
-    rich.table.Table
-        Its columns in the order of `lines`.
+    Each line has text by column. The columns of `keep` stay at any width; the last of `order`, then
+    of the others, go first. Those of `texts` are to the left, and wrap when even what is kept does
+    not fit. A line is left free where the column `section` changes.
     """
     names = list(lines[0])
-    ranked = [name for name in (*keep, *order) if name in names]
-    ranked += [name for name in names if name not in ranked]
+    ranked = [name for name in dict.fromkeys((*keep, *order, *names)) if name in names]
     least = sum(name in keep for name in names)
     unbounded = out.options.update(width=sys.maxsize)
     for count in range(len(ranked), least - 1, -1):
+        table = text_table(title=title)
+        table.padding = (0, 1, 0, 0)
         shown = [name for name in names if name in ranked[:count]]
-        table = _table(title, [{name: line[name] for name in shown} for line in lines], texts)
-        if section is not None:
-            _add_sections(table, [line[section] for line in lines])
+        for name in shown:
+            text = name in texts
+            side: JustifyMethod = "left" if text else "right"
+            table.add_column(name, justify=side, no_wrap=not text, overflow="fold")
+        for line, after in zip(lines, (*lines[1:], lines[-1]), strict=True):
+            ends = section is not None and line[section] != after[section]
+            table.add_row(*(Text(line[name]) for name in shown), end_section=ends)
         if out.measure(table, options=unbounded).maximum <= out.width:
             break
     return table
-
-
-def _table(title: str | None, lines: Sequence[Mapping[str, str]], texts: Sequence[str]) -> Table:
-    table = text_table(title=title)
-    table.padding = (0, 1, 0, 0)
-    for name in lines[0]:
-        text = name in texts
-        table.add_column(
-            name, justify="left" if text else "right", no_wrap=not text, overflow="fold"
-        )
-    for line in lines:
-        table.add_row(*map(Text, line.values()))
-    return table
-
-
-def _add_sections(table: Table, values: Sequence[str]) -> None:
-    for row, here, after in zip(table.rows, values, values[1:], strict=False):
-        row.end_section = here != after
 
 
 @contextmanager

@@ -51,12 +51,7 @@ def _version(name: str) -> str | None:
 
 def cpu_model() -> str:
     """Name the processor as the kernel does, or its architecture."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
+    return _of_proc("cpuinfo", r"^model name\s*:\s*(.+)$") or platform.machine()
 
 
 def cpu_count() -> int:
@@ -95,10 +90,17 @@ def free_memory() -> int | None:
     try:
         return int(importlib.import_module("psutil").virtual_memory().available)
     except ImportError:
-        meminfo = Path("/proc/meminfo")
-        text = meminfo.read_text() if meminfo.exists() else ""
-        found = re.search(r"^MemAvailable:\s*(\d+) kB$", text, re.MULTILINE)
-        return int(found[1]) * 1024 if found else None
+        found = _of_proc("meminfo", r"^MemAvailable:\s*(\d+) kB$")
+        return int(found) * 1024 if found else None
+
+
+def _of_proc(name: str, pattern: str) -> str | None:
+    """Find what a pattern has in parentheses, in a file of Linux's /proc."""
+    try:
+        found = re.search(pattern, Path("/proc", name).read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return found[1].strip() if found else None
 
 
 def load_average() -> list[float] | None:

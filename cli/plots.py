@@ -1,27 +1,60 @@
-"""The figure of a chart, by matplotlib: its panels one under another, as a telephone shows them."""
+"""The figure of a chart, by matplotlib: its panels one under another, as a telephone shows them.
 
+The same figure gives the same bytes every time.
+"""
+
+import io
 import math
 import re
 import textwrap
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 from typing import Any, Final
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure  # not pyplot: this one never looks for a display
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, NullLocator
 
-from . import plot_style
 from .chart import Curve, Panel
-from .plot_style import COLORS, DASHES, FAINT, INK, MARKERS, PAPER, WIDTH
 
-LINE: Final = 0.185
-"""Inches of a line of text."""
-ROW: Final = 0.23
-"""Inches of a row of dots: two lines of its small name."""
+INK, FAINT, PAPER = "#1b1f24", "#d8dee3", "#fffffe"
+"""Colours of text and axes, of grids, of the background; a page puts its own in their place."""
+
+COLORS: Final = (
+    *("#0068a6", "#ff6000", "#5ba664", "#7826ff"),
+    *("#bf311d", "#36a3b2", "#22735f", "#4d8fff"),
+)
+"""Any two differ for colour-blind eyes too, and each stands out from white and from black."""
+
+MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
+DASHES: Final[tuple[Any, ...]] = ("-", (0, (5, 1.5)), (0, (3, 1, 1, 1)))
+
+STYLE: Final[dict[Any, Any]] = {
+    "font.size": 9.3,
+    "axes.titlesize": 9.3,
+    "axes.facecolor": "none",
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5.0,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rlora",
+    # Names are from records: a dollar sign in them is no formula.
+    "text.parse_math": False,
+}
+WIDTH, DPI = 4.6, 200
+"""Inches; narrow, so that a telephone shows the text in its size."""
+LINE, ROW = 0.185, 0.23
+"""Inches of a line of text, and of a row of dots: two lines of its small name."""
 NAMES: Final = 46
 """Letters of a row's name in a line."""
 LONGEST, LONGEST_OF_TWO = 40, 22
@@ -45,12 +78,31 @@ def as_svg(title: str, panels: Sequence[Panel], *, by_name: bool = False) -> str
 
     With `by_name` a label looks the same in every figure, else its place among the labels decides.
     """
-    return plot_style.as_svg(partial(draw, title, panels, by_name=by_name))
+    return svg_of(partial(draw, title, panels, by_name=by_name))
 
 
 def as_png(title: str, panels: Sequence[Panel], *, by_name: bool = False) -> bytes:
     """Draw a figure as a bitmap."""
-    return plot_style.as_png(partial(draw, title, panels, by_name=by_name))
+    out, figure = io.BytesIO(), partial(draw, title, panels, by_name=by_name)
+    _save(figure, out, format="png", dpi=DPI, metadata={"Software": None})
+    return out.getvalue()
+
+
+def svg_of(figure: Callable[[], Figure]) -> str:
+    """Draw a file of its own, its text as text."""
+    out = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    _save(figure, out, format="svg", metadata=nothing)
+    return out.getvalue()
+
+
+def _save(figure: Callable[[], Figure], out: io.StringIO | io.BytesIO, **options: Any) -> None:
+    with mpl.rc_context(), warnings.catch_warnings():
+        mpl.rcdefaults()  # whatever style the user has
+        mpl.rcParams.update(STYLE)
+        # A name in a script that the font lacks: an SVG has it as text all the same.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure().savefig(out, facecolor=PAPER, **options)
 
 
 def inline(svg: str, name: str, alternative: str) -> str:
@@ -72,7 +124,7 @@ def draw(title: str, panels: Sequence[Panel], *, by_name: bool = False) -> Figur
     legends = [_labels(panel) if _ends(panels, i) else [] for i, panel in enumerate(panels)]
     heading = [part for line in title.split("\n") for part in textwrap.wrap(line, 58)]
     heights = [
-        _height(panel) + LINE * _lines(labels)
+        _height(panel) + LINE * -(-len(labels) // _columns(labels))
         for panel, labels in zip(panels, legends, strict=True)
     ]
     figure = Figure(figsize=(WIDTH, sum(heights) + LINE * len(heading) + 0.1))
@@ -110,10 +162,6 @@ def _short(label: str) -> str:
 
 def _columns(labels: Sequence[str]) -> int:
     return 2 if len(labels) > 1 and max(map(len, labels)) <= LONGEST_OF_TWO else 1
-
-
-def _lines(labels: Sequence[str]) -> int:
-    return -(-len(labels) // _columns(labels)) if labels else 0
 
 
 def _dots(panel: Panel) -> dict[str, Any]:

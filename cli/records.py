@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,39 +60,39 @@ _TYPES: Final[dict[str, Any]] = {
 
 def fault(value: Any, schema: Mapping[str, Any], path: str = "it") -> str | None:
     """Say what first is not as the schema has it; None for a valid value."""
+    return next(_faults(value, schema, path), None)
+
+
+def _faults(value: Any, schema: Mapping[str, Any], path: str) -> Iterator[str]:
     if "anyOf" in schema:
         faults = [fault(value, option, path) for option in schema["anyOf"]]
-        return None if None in faults else faults[0]
+        if None not in faults:
+            yield str(faults[0])
+        return
     if "const" in schema:
-        good = value == schema["const"]
-        return None if good else f"{path} must be {schema['const']!r}, got {str(value)[:40]!r}"
+        if value != schema["const"]:
+            yield f"{path} must be {schema['const']!r}, got {str(value)[:40]!r}"
+        return
     kind = schema["type"]
     if not isinstance(value, _TYPES[kind]) or (kind != "boolean" and isinstance(value, bool)):
-        return f"{path} must be of type {kind}, got {type(value).__name__}"
-    if kind in ("number", "integer") and not schema.get("minimum", value) <= value < float("inf"):
-        return f"{path} must be a number from {schema.get('minimum')} up, got {value}"
-    if kind == "array":
+        yield f"{path} must be of type {kind}, got {type(value).__name__}"
+    elif kind in ("number", "integer"):
+        if not schema.get("minimum", value) <= value < float("inf"):
+            yield f"{path} must be a number from {schema.get('minimum')} up, got {value}"
+    elif kind == "array":
         least, most = schema.get("minItems", 0), schema.get("maxItems", len(value))
         if not least <= len(value) <= most:
-            return f"{path} must have {least} items or more, got {len(value)}"
-        parts = [(x, schema["items"], f"{path}[{i}]") for i, x in enumerate(value)]
-        return _first(parts)
-    return _fault_of_object(value, schema, path) if kind == "object" else None
-
-
-def _fault_of_object(value: dict[str, Any], schema: Mapping[str, Any], path: str) -> str | None:
-    known, others = schema.get("properties", {}), schema.get("additionalProperties", True)
-    missing = [name for name in schema.get("required", ()) if name not in value]
-    if missing:
-        return f"{path} lacks {missing[0]!r}"
-    unknown = [name for name in value if name not in known]
-    if unknown and others is False:
-        return f"{path} has an unknown key {unknown[0][:40]!r}"
-    return _first([(x, known.get(name, others), f"{path}.{name}") for name, x in value.items()])
-
-
-def _first(parts: list[tuple[Any, Mapping[str, Any], str]]) -> str | None:
-    return next((found for part in parts if (found := fault(*part)) is not None), None)
+            yield f"{path} must have {least} items or more, got {len(value)}"
+        for i, x in enumerate(value):
+            yield from _faults(x, schema["items"], f"{path}[{i}]")
+    elif kind == "object":
+        known, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+        yield from (f"{path} lacks {x!r}" for x in schema.get("required", ()) if x not in value)
+        if others is False:
+            unknown = (x for x in value if x not in known)
+            yield from (f"{path} has an unknown key {x[:40]!r}" for x in unknown)
+        for name, x in value.items():
+            yield from _faults(x, known.get(name, others), f"{path}.{name}")
 
 
 def read_json(path: Path, command: str) -> Any:

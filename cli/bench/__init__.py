@@ -2,7 +2,7 @@
 
 import click
 
-from rlora.cli.lazy import Lazy
+from rlora.cli.app import LazyGroup
 
 HELP = """Time optimizer steps beside plain AdamW's, on LoRA shapes of models.
 
@@ -11,10 +11,10 @@ keeps the record with every sample and the environment. The other commands read 
 """
 
 
-class Bench(Lazy):
+class Bench(LazyGroup):
     """The commands; without one, `run`."""
 
-    where = {  # noqa: RUF012
+    modules = {  # noqa: RUF012
         "compare": "rlora.cli.bench.compare",
         "export": "rlora.cli.bench.export",
         "list": "rlora.cli.bench.list",

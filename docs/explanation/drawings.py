@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter
 
 import rlora
-from rlora.cli.plot_style import COLORS, FAINT, INK, WIDTH, as_svg
+from rlora.cli.plots import COLORS, FAINT, INK, WIDTH, svg_of
 
 FOLDER: Final = Path(__file__).with_suffix("")
 BLUE, ORANGE, GREEN, VIOLET = COLORS[:4]
@@ -157,7 +157,7 @@ def save(folder: Path) -> None:
     """Write every drawing, the same bytes every time."""
     folder.mkdir(exist_ok=True)
     for name, draw in DRAWINGS.items():
-        (folder / f"{name}.svg").write_text(as_svg(draw), encoding="utf-8")
+        (folder / f"{name}.svg").write_text(svg_of(draw), encoding="utf-8")
 
 
 if __name__ == "__main__":
