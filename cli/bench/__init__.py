@@ -20,7 +20,7 @@ class Bench(LazyGroup):
         "list": "rlora.cli.bench.list",
         "report": "rlora.cli.bench.report",
         "run": "rlora.cli.bench.run",
-        "show": "rlora.cli.bench.show",
+        "show": "rlora.cli.bench.table",
     }
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -3,8 +3,7 @@
 import inspect
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 import rlora
@@ -25,10 +24,20 @@ Key = tuple[str, str]
 """Backend and name: who is who in a timing."""
 
 
-class Stepper(ABC):
+class Case(ABC):
     """One row of the table. A subclass does one step of an optimizer and waits for the device."""
 
-    device: str
+    def __init__(self, key: Key, ratio_to: Key, device: str) -> None:
+        self.key, self.device = key, device
+        self.ratio_to = ratio_to
+        """The baseline it is compared with; itself, if it is one."""
+
+        self.samples: list[float] = []
+        self.build_s = 0.0
+        self.compile_s: float | None = None
+        self.first_call_s = 0.0
+        self.operations: int | None = None
+        self.peak: int | None = None
 
     @abstractmethod
     def refresh(self) -> None:
@@ -42,32 +51,13 @@ class Stepper(ABC):
     def state_bytes(self) -> int:
         """Bytes of all arrays of the optimizer's state."""
 
-    def compile(self) -> float | None:
-        """Compile ahead of the first step; its seconds, or None where nothing is compiled."""
-        return None
-
     def peak_temporary_bytes(self) -> int | None:
         """Most bytes a step holds at once beyond what was there before; None if unknown."""
         return None
 
-    def operations(self) -> int | None:
+    def count_operations(self) -> int | None:
         """Count the operations that a step hands to the library; None if that cannot be seen."""
         return None
-
-
-class Case(NamedTuple):
-    """One row of the table to be: building it takes its share of the memory."""
-
-    backend: str
-    name: str
-    ratio_to: Key
-    """The baseline it is compared with; itself, if it is one."""
-
-    build: Callable[[], Stepper]
-
-    @property
-    def key(self) -> Key:
-        return self.backend, self.name
 
 
 class ArraySpec(NamedTuple):
@@ -120,81 +110,74 @@ def baseline_of(method: str) -> str:
     return "sgd" if method.endswith("sgd") else "adamw"
 
 
-def plain(name: str) -> Transform:
-    """Plain AdamW or SGD out of the library's own transformations."""
-    if name == "adamw":
-        return rlora.chain(scale_by_adam(), add_decayed_weights(0.01))
-    return rlora.chain(add_decayed_weights(0.0))
-
-
 def make_method(method: str) -> Transform:
-    """Make a method, or a plain one, by its name."""
-    if method in BASELINES:
-        return plain(method)
+    """Make a method, or plain AdamW or SGD out of the library's own transformations."""
+    if method == "adamw":
+        return rlora.chain(scale_by_adam(), add_decayed_weights(0.01))
+    if method == "sgd":
+        return rlora.chain(add_decayed_weights(0.0))
     name, options = split_variant(method)
     made: Transform = getattr(rlora.methods, name)(**options)
     return made
 
 
-def functional_cases(problem: Problem, spec: ArraySpec, methods: list[str]) -> list[Case]:
-    """Plain methods and methods of the library, through the functional API."""
+def functional_cases(problem: Problem, spec: ArraySpec, methods: list[str]) -> Iterator[Case]:
+    """Plain methods and methods of the library, by the functional API, built one by one."""
     params, grads = spec.factors(problem.pairs), spec.factors(problem.grads)
-
-    def case(name: str) -> Case:
-        def build() -> Stepper:
-            method = make_method(name)
-            kind, donate = (DonatedStepper, True) if spec.name == "numpy" else (PureStepper, False)
-            return kind(
-                spec,
-                params,
-                grads,
-                method.init(params),
-                partial(_stepped, method, donate),
-                lambda state: rlora.flatten_state(state).values(),
-            )
-
-        return Case(spec.name, name, (spec.name, baseline_of(name)), build)
-
-    return [case(name) for name in methods]
+    return (_functional_case(spec, name, params, grads) for name in methods)
 
 
-def _stepped(
-    method: Transform, donate: bool, params: list[Factors], grads: list[Factors], state: Any
-) -> tuple[list[Factors], Any]:
-    moved: tuple[list[Factors], Any] = rlora.step(method, params, grads, state, LR, donate=donate)
-    return moved
+def _functional_case(
+    spec: ArraySpec, name: str, params: list[Factors], grads: list[Factors]
+) -> Case:
+    method, donate = make_method(name), spec.name == "numpy"
+
+    def step(params: Any, grads: Any, state: Any) -> Any:
+        return rlora.step(method, params, grads, state, LR, donate=donate)
+
+    def leaves(state: Any) -> Iterable[Array]:
+        return rlora.flatten_state(state).values()
+
+    ratio_to, state = (spec.name, baseline_of(name)), method.init(params)
+    return PureCase(spec, name, ratio_to, params, grads, state, step, leaves, donate=donate)
 
 
-class PureStepper(Stepper):
-    """A pure step, compiled where the backend compiles.
+class PureCase(Case):
+    """A step of a pure function, compiled where the backend compiles.
 
-    Parameters and state are fed back, as in training; gradients are shared and stay.
+    Parameters and state are fed back, as in training; cases share their gradients. One that donates
+    may write over what it is given, and so is given copies.
     """
 
     def __init__(
         self,
         spec: ArraySpec,
+        name: str,
+        ratio_to: Key,
         params: list[Factors],
         grads: list[Factors],
         state: Any,
-        step: Callable[..., tuple[list[Factors], Any]],
+        step: Callable[[Any, Any, Any], Any],
         leaves: Callable[[Any], Iterable[Array]],
+        *,
+        donate: bool = False,
     ) -> None:
-        self.device = str(getattr(params[0].A, "device", "cpu"))
+        device = str(getattr(params[0].A, "device", "cpu"))
+        super().__init__((spec.name, name), ratio_to, device)
         self._library, self._leaves = spec.backend, leaves
         self._params, self._grads, self._state = params, grads, state
+        if donate:
+            self._params = _copies(params)
+        self._donated = grads if donate else None
         self._step = spec.backend.compile(step)
-
-    def compile(self) -> float | None:
-        lower = getattr(self._step, "lower", None)
-        if lower is None:
-            return None
-        start = time.perf_counter()
-        self._step = lower(self._params, self._grads, self._state).compile()
-        return time.perf_counter() - start
+        if hasattr(self._step, "lower"):
+            start = time.perf_counter()
+            self._step = self._step.lower(self._params, grads, state).compile()
+            self.compile_s = time.perf_counter() - start
 
     def refresh(self) -> None:
-        """Nothing to do: a pure step leaves its gradients as they were."""
+        if self._donated is not None:
+            self._grads = _copies(self._donated)
 
     def step(self) -> None:
         self._params, self._state = self._step(self._params, self._grads, self._state)
@@ -210,19 +193,6 @@ class PureStepper(Stepper):
         if hasattr(self._step, "memory_analysis"):
             return memory.of_xla(self._step)
         return None
-
-
-class DonatedStepper(PureStepper):
-    """A step that may write over what it is given: copies, as cases share their arrays."""
-
-    def __init__(
-        self, spec: ArraySpec, params: list[Factors], grads: list[Factors], *rest: Any
-    ) -> None:
-        super().__init__(spec, _copies(params), grads, *rest)
-        self._source = grads
-
-    def refresh(self) -> None:
-        self._grads = _copies(self._source)
 
 
 def _copies(pairs: list[Factors]) -> list[Factors]:

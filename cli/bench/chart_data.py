@@ -7,7 +7,7 @@ from rlora.cli.chart import Curve, Interval, Panel
 from rlora.cli.console import one_line
 
 from .join import Measured, join, setups
-from .presets import SHAPE
+from .problem import SHAPE
 from .schema import Record, Row
 
 Roof = tuple[float, float]

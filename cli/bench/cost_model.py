@@ -5,6 +5,7 @@ those of its matrix products, counted in a step on NumPy arrays. Memory and arit
 once, so the least time is the longer of the two.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -18,9 +19,8 @@ from rlora import Factors, Transform
 from rlora.core import dispatch
 from rlora.core.backend import Backend
 
-from .cases import BASELINES, make_method, method_names
+from .cases import BASELINES, ArraySpec, make_method, method_names
 from .problem import Shapes
-from .roofline import Peaks
 
 SAME_AS: Final = {"peft": "scaled_adamw:before", "torch.adamw": "adamw", "optax.adamw": "adamw"}
 """Optimizers of others that do the arithmetic of one of ours."""
@@ -126,6 +126,65 @@ def _small_state(method: str, m: int, n: int, r: int) -> int:
 def state_numbers(method: str, m: int, n: int, r: int) -> int:
     """Count the numbers that a pair keeps between two steps."""
     return _from_small_layers(_small_state, method, m, n, r)
+
+
+LONG: Final = 1 << 24
+"""Numbers in an array too large for any cache."""
+
+SQUARE: Final = 512
+"""Side of matrices whose product keeps the arithmetic busy and the memory idle."""
+
+SECONDS: Final = 0.1
+"""For each of the two, after a warm-up."""
+
+
+class Peaks(NamedTuple):
+    """Rates of one backend on one device, in one dtype."""
+
+    backend: str
+    device: str
+    bytes_per_s: float
+    flops_per_s: float
+
+    def or_better(self, other: "Peaks | None") -> "Peaks":
+        """Take the higher of two rates each, as other programs only ever slow one down."""
+        if other is None:
+            return self
+        return self._replace(
+            bytes_per_s=max(self.bytes_per_s, other.bytes_per_s),
+            flops_per_s=max(self.flops_per_s, other.flops_per_s),
+        )
+
+
+def measure_peaks(spec: ArraySpec) -> Peaks:
+    """Add two long arrays and multiply two square ones; the best of several counts."""
+    xp, compiled = spec.backend.xp, spec.backend.compile
+    # Where a sum needs a new array, a long one would cost its pages too: what steps make is short.
+    in_place = spec.name in ("numpy", "torch", "cupy")
+    long = LONG if in_place else LONG // 8
+    x, y = (spec.array(np.ones(long, np.float32)) for _ in range(2))
+    device = str(getattr(x, "device", "cpu"))
+    item = xp.finfo(x.dtype).bits // 8
+    if in_place:
+        out = xp.empty_like(x)
+        moving = _best(spec, lambda: xp.add(x, y, out=out))
+    else:
+        add = compiled(lambda x, y: x + y)
+        moving = _best(spec, lambda: add(x, y))
+    X = spec.array(np.full((SQUARE, SQUARE), 1 / SQUARE, np.float32))
+    product = compiled(spec.backend.matmul)
+    multiplying = _best(spec, lambda: product(X, X))
+    return Peaks(spec.name, device, 3 * long * item / moving, 2 * SQUARE**3 / multiplying)
+
+
+def _best(spec: ArraySpec, f: Callable[[], Any]) -> float:
+    spec.backend.synchronize(f())
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    while best == float("inf") or time.perf_counter() < end:
+        start = time.perf_counter()
+        spec.backend.synchronize(f())
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def least_seconds(flops: int, moved: int, peaks: Peaks) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 from rlora.cli.records import check_writable, make_folder, write_text
 
 from .schema import Record, Row, read_record
-from .table import cells
+from .table import cells, filled
 
 
 def full_name(row: Row) -> str:
@@ -224,13 +224,10 @@ def _csv_row(row: Row) -> dict[str, Any]:
 def markdown(record: Record, commit: str) -> str:
     """Give the table as it is on the screen."""
     lines = [cells(row) for row in record["rows"]]
-    names = [x for x in (lines[0] if lines else ()) if any(line[x] != "-" for line in lines)]
+    names = filled(lines)
     rows = [names, ["---"] * len(names), *([line[name] for name in names] for line in lines)]
-    return "".join(f"| {' | '.join(map(_in_cell, row))} |\n" for row in rows)
-
-
-def _in_cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
 
 
 FORMATS: Final[dict[str, Callable[[Record, str], str]]] = {

@@ -17,17 +17,13 @@ from .chart_data import KINDS, Chart
 from .join import setups
 from .options import ROUNDS
 from .schema import Record, Row
-from .table import COLUMNS, NOTES, TEXTS, cells, figure, instability, size
+from .table import COLUMNS, NOTES, TEXTS, cells, figure, filled, instability, size
 
 NAMES_SHOWN: Final = 3
 """Models or methods named in a heading."""
 
 FIRST: Final = ("method", "verdict", "rank", "ratio", "on", "preset", "record")
 """Columns before all others: the page sends its reader to the verdicts."""
-
-
-SAID_ABOVE: Final = ("preset", "record")
-"""Columns that a report leaves out where all rows have the same: its heading says it."""
 
 
 def render(records: Mapping[str, Record], drawn: Sequence[tuple[Chart, str]]) -> str:
@@ -42,9 +38,8 @@ def render(records: Mapping[str, Record], drawn: Sequence[tuple[Chart, str]]) ->
     )
     rows = [row for record in records.values() for row in record["rows"]]
     lines = [_line(name, row) for name, record in records.items() for row in record["rows"]]
-    columns = [name for name in lines[0] if any(x[name] != "-" for x in lines)] if lines else FIRST
-    same = [name for name in SAID_ABOVE if len({line[name] for line in lines}) == 1]
-    columns = [name for name in columns if name not in same]
+    said_above = [x for x in ("preset", "record") if len({line[x] for line in lines}) == 1]
+    columns = [name for name in filled(lines) or FIRST if name not in said_above]
     have = {chart.kind for chart, _ in drawn}
     return env.from_string(source).render(
         policy=_policy(source),

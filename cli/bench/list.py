@@ -10,16 +10,8 @@ from rlora.cli.console import console, counted, text_table
 from rlora.cli.info import usable
 
 from .cases import VARIANTS
-from .presets import PRESETS
-
-THIRD_PARTY = {
-    "torch.adamw": "torch's AdamW, fused; or torch.adamw:foreach",
-    "peft": "PEFT's Riemannian wrapper over fused AdamW",
-    "optax.adamw": "optax's AdamW, jitted",
-    "bitsandbytes": "its 8-bit AdamW, where it is installed",
-    "torchao": "its 8-bit AdamW, where it is installed",
-    "module:Class": "any torch optimizer, called as Class(params, lr=...)",
-}
+from .problem import PRESETS
+from .third_party import KNOWN
 
 
 @click.command("list")
@@ -27,7 +19,7 @@ def listing() -> None:
     """List methods, backends, presets and third-party optimizers."""
     out = console()
     backends = {name: usable(found) for name, found in rlora.backends.available().items()}
-    found = {"method": methods(), "backend": backends, "preset": presets(), "against": THIRD_PARTY}
+    found = {"method": methods(), "backend": backends, "preset": presets(), "against": KNOWN}
     for option, lines in found.items():
         out.print(text_table(f"--{option}", "", rows=lines.items()))
 

@@ -1,29 +1,29 @@
 """``rlora bench run``: the measurement."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+import rlora
 from rlora.cli.console import console, progress
-from rlora.cli.environment import free_memory
+from rlora.cli.environment import environment, free_memory
 from rlora.cli.records import check_writable, write_record
 
 from . import table
-from .cost_model import least_seconds, work
+from .cost_model import Peaks, least_seconds, measure_peaks, work
 from .device_ops import device_op_checks
-from .forward_backward import forward_backward_seconds
-from .options import QUICK_RANKS, QUICK_ROUNDS, RANKS, ROUNDS, Options, listed, make_options
-from .presets import DEFAULT
-from .problem import Shapes
-from .roofline import Peaks, measure_peaks
-from .schema import Row, make_record
-from .suite import SPEED, WATCHED, judge, suite_options
+from .options import DTYPES, QUICK_RANKS, QUICK_ROUNDS, RANKS, ROUNDS, Options, make_options
+from .problem import DEFAULT, Problem, Shapes
+from .schema import NAME, Record, Row
+from .suite import SPEED, SUITES, WATCHED, judge
 from .targets import Check
 from .third_party import KNOWN
-from .threads import pinned, reserved
-from .timing import Timing
+from .timing import Timing, pinned, reserved
+from .torch_cases import forward_backward_seconds
 
 HELP = """Time a step of each method beside its baseline's.
 
@@ -35,34 +35,45 @@ for reading; --output keeps the record with every sample and the environment.
 `rlora bench list` has the methods, backends, presets and third-party optimizers.
 """
 
+AT_LEAST_ONE = click.IntRange(min=1)
 
-SUITE_HAS = ("backend", "methods", "against", "preset", "ranks")
-"""Options that a suite sets itself, or for each of its runs."""
+
+def _listed(context: click.Context, option: click.Parameter, words: Sequence[str]) -> list[Any]:
+    """Split an option that may be repeated, or hold several with commas between."""
+    parts = [part.strip() for word in words for part in word.split(",")]
+    if words and not any(parts):
+        msg = f"{option.opts[0]} was given without a value; name one or leave it out"
+        raise ValueError(msg)
+    found = list(dict.fromkeys(part for part in parts if part))
+    kind = AT_LEAST_ONE if option.name == "ranks" else click.STRING
+    return [kind(word, option, context) for word in found]
 
 
 def _words(numbers: tuple[int, ...]) -> str:
     return ",".join(map(str, numbers))
 
 
+several = partial(click.option, multiple=True, callback=_listed)
+
+
 @click.command(help=HELP, epilog="Options that take several may be repeated, or use commas.")
-@click.option("--backend", multiple=True, help="Array libraries.  [default: numpy]")
-@click.option("--method", "methods", multiple=True, help="Methods to time.  [default: all]")
-@click.option(
-    "--rank", "ranks", multiple=True, help=f"Ranks of the factors.  [default: {_words(RANKS)}]"
-)
+@several("--backend", help="Array libraries.  [default: numpy]")
+@several("--method", "methods", help="Methods to time.  [default: all]")
+@several("--rank", "ranks", help=f"Ranks of the factors.  [default: {_words(RANKS)}]")
 @click.option("--preset", help=f"Shapes of a model, or MxN*K.  [default: {DEFAULT}]")
 @click.option("--adapter", type=Path, help="Shapes and values of a saved adapter: file or folder.")
 @click.option(
-    "--dtype", default="float32", show_default=True, help="Dtype of factors and gradients."
+    "--dtype",
+    type=click.Choice(DTYPES),
+    metavar="NAME",
+    default="float32",
+    show_default=True,
+    help="Dtype of factors and gradients.",
 )
 @click.option("--device", help="A device of the backend, such as cuda:0.")
-@click.option(
-    "--against",
-    multiple=True,
-    help=f"Third-party optimizers to time too: {', '.join(KNOWN)}, module:Class.",
-)
+@several("--against", help=f"Third-party optimizers to time too: {', '.join(KNOWN)}.")
 @click.option("--output", type=Path, help="JSON file for the record; its folder must exist.")
-@click.option("--repeat", type=int, help="Samples of each row.  [default: by precision]")
+@click.option("--repeat", type=AT_LEAST_ONE, help="Samples of each row.  [default: by precision]")
 @click.option(
     "--seconds", type=float, help=f"Time for the samples of each rank.  [default: {ROUNDS.seconds}]"
 )
@@ -71,19 +82,32 @@ def _words(numbers: tuple[int, ...]) -> str:
     is_flag=True,
     help=f"Ranks {_words(QUICK_RANKS)}, {QUICK_ROUNDS.most} samples, one thread unless told.",
 )
-@click.option("--threads", type=int, help="Pin BLAS, OpenMP, torch and XLA to so many threads.")
+@click.option(
+    "--threads", type=AT_LEAST_ONE, help="Pin BLAS, OpenMP, torch and XLA to so many threads."
+)
 @click.option("--end-to-end", is_flag=True, help="Also forward and backward; rank 32, torch.")
-@click.option("--suite", help="Instead: speed, a table of targets; or scaling, widths and depths.")
+@click.option(
+    "--suite",
+    type=click.Choice(list(SUITES)),
+    metavar="NAME",
+    help="Instead: speed, a table of targets; or scaling, widths and depths.",
+)
 @click.option("--force", is_flag=True, help="Go on when it needs more memory than is free.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of values and order.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of values and order.",
+)
 def run(
     output: Path | None, threads: int | None, suite: str | None, *, force: bool, **given: Any
 ) -> None:
     if given["quick"] and threads is None:
         threads = 1  # several wait for each other on a busy machine, and a first look takes minutes
     with reserved(threads):
-        runs = suite_of(suite, threads=threads, **given) if suite else None
-        runs = runs or [make_options(threads=threads, **given)]
+        given["threads"] = threads
+        runs = suite_of(suite, given) if suite else [make_options(**given)]
         if not force:
             check_memory(runs)
         if output is not None:
@@ -98,15 +122,14 @@ def run(
             made.report(output)
 
 
-def suite_of(suite: str, **given: Any) -> list[Options]:
+def suite_of(suite: str, given: dict[str, Any]) -> list[Options]:
     """Make the runs of a suite, which has its own backends, methods and others."""
     for name in ("backend", "methods", "against", "adapter", "quick", "end_to_end"):
         if given[name]:
             option = name.removesuffix("s").replace("_", "-")
             msg = f"--suite {suite} brings its own methods and backends; leave out --{option}"
             raise ValueError(msg)
-    left = {name: given[name] for name in given if name not in SUITE_HAS}
-    return suite_options(suite, given["preset"], listed("--rank", given["ranks"]), **left)
+    return SUITES[suite](given)
 
 
 def check_memory(runs: Sequence[Options]) -> None:
@@ -133,31 +156,34 @@ class Results:
         self.device_ops: list[Check] = []
 
     def measure(self) -> None:
-        """Timing on every problem; `rows` has what is done, after an interrupt too."""
+        """Time every problem; `rows` has what is done, after an interrupt too."""
         for options in self.runs:
             for problem in options.problems():
-                for name, spec in options.everywhere().items():
+                for name, spec in options.specs.items():
                     self.peaks[name] = measure_peaks(spec).or_better(self.peaks.get(name))
-                timing = Timing(problem, options.cases(problem), options.seed)
-                try:
-                    where = f"{next(filter(None, options.source().values()))}, rank {problem.rank}"
-                    with progress(where, options.rounds.most, log=bool(self.suite)) as tick:
-                        timing.run(options.rounds, tick)
-                finally:
-                    done = timing.rows()
-                    for row in done:
-                        row |= {"dtype": options.dtype, **options.source()}
-                        row["forward_backward_s"] = None
-                    self.rows += [(row, problem.shapes) for row in done]
-                if options.end_to_end:
-                    seconds = forward_backward_seconds(problem, options.everywhere()["torch"])
-                    for row in done:
-                        row["forward_backward_s"] = seconds if row["backend"] == "torch" else None
+                self._time(options, problem)
         if self.suite == SPEED:
             with progress("operations on a device", len(WATCHED), log=True) as tick:
                 for method in WATCHED:
                     self.device_ops += device_op_checks(method)
                     tick()
+
+    def _time(self, options: Options, problem: Problem) -> None:
+        source = options.source()
+        timing = Timing(problem, options.cases(problem), options.seed)
+        rows: list[Row] = []
+        try:
+            where = f"{source['preset'] or source['adapter']}, rank {problem.rank}"
+            with progress(where, options.rounds.most, log=bool(self.suite)) as tick:
+                timing.run(options.rounds, tick)
+        finally:
+            rest = {"dtype": options.dtype, **source, "forward_backward_s": None}
+            rows += [{**row, **rest} for row in timing.rows()]
+            self.rows += [(row, problem.shapes) for row in rows]
+        if options.end_to_end:
+            seconds = forward_backward_seconds(problem, options.specs["torch"])
+            for row in rows:
+                row["forward_backward_s"] = seconds if row["backend"] == "torch" else None
 
     def _finished(self, row: Row, shapes: Shapes) -> Row:
         """Add the work a row could not do without, and its least time by the run's best peaks."""
@@ -167,8 +193,8 @@ class Results:
         least = least_seconds(*counted, self.peaks[row["backend"]])
         return {**row, "flops": counted.flops, "bytes_moved": counted.bytes, "model_s": least}
 
-    def record(self, *, partial: bool = False) -> dict[str, Any]:
-        """Make the record that `write_record` takes."""
+    def record(self, *, partial: bool = False) -> Record:
+        """Make the record of the run; valid by `schema.SCHEMA`."""
         command = self.runs[0].as_data()
         if self.suite:
             presets = {options.preset for options in self.runs}
@@ -176,13 +202,17 @@ class Results:
             command |= {"suite": self.suite, "ranks": list(ranks)}
             command["preset"] = command["preset"] if len(presets) == 1 else None
         rows = [self._finished(row, shapes) for row, shapes in self.rows]
-        return make_record(
-            command,
-            rows,
-            peaks=[peak._asdict() for peak in self.peaks.values()],
-            checks=[*judge(rows), *self.device_ops] if self.suite else (),
-            partial=partial,
-        )
+        return {
+            "schema": NAME,
+            "rlora": rlora.__version__,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "partial": partial,
+            "command": command,
+            "environment": environment(),
+            "rows": rows,
+            "peaks": [peak._asdict() for peak in self.peaks.values()],
+            "checks": [*judge(rows), *self.device_ops] if self.suite else [],
+        }
 
     def report(self, output: Path | None, *, partial: bool = False) -> None:
         """Print the rows, and keep them if there is a file to keep them in."""

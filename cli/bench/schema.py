@@ -1,12 +1,9 @@
 """The record of a timing: its samples, its conditions, and its AdamW row."""
 
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import rlora
-from rlora.cli.environment import environment
 from rlora.cli.records import (
     COUNT,
     ENVIRONMENT,
@@ -56,37 +53,21 @@ _COMMAND: Final = closed(
 
 _ROW: Final = closed(
     {
-        "method": TEXT,
-        "backend": TEXT,
-        "device": TEXT,
-        "dtype": TEXT,
-        "preset": optional(TEXT),
-        "adapter": optional(TEXT),
+        **dict.fromkeys(("method", "backend", "device", "dtype"), TEXT),
+        **dict.fromkeys(("ratio_to", "ratio_to_backend", "verdict"), TEXT),
+        **dict.fromkeys(("preset", "adapter"), optional(TEXT)),
+        **dict.fromkeys(("pairs", "parameters", "state_bytes"), COUNT),
+        **dict.fromkeys(("peak_temporary_bytes", "operations", "outliers"), optional(COUNT)),
+        **dict.fromkeys(("flops", "bytes_moved"), optional(COUNT)),
+        **dict.fromkeys(("first_call_s", "median_s"), NUMBER),
+        **dict.fromkeys(("build_s", "compile_s", "spread", "ratio"), optional(NUMBER)),
+        **dict.fromkeys(("model_s", "forward_backward_s"), optional(NUMBER)),
         # A list for an adapter whose pairs have several.
         "rank": {"anyOf": [_RANK, _RANKS]},
-        "pairs": COUNT,
-        "parameters": COUNT,
         "samples_s": {"type": "array", "items": NUMBER, "minItems": 1},
-        "build_s": optional(NUMBER),
-        "compile_s": optional(NUMBER),
-        "first_call_s": NUMBER,
-        "median_s": NUMBER,
-        "spread": optional(NUMBER),
-        "outliers": optional(COUNT),
-        "ratio": optional(NUMBER),
         "ratio_interval": optional(
             {"type": "array", "items": NUMBER, "minItems": 2, "maxItems": 2}
         ),
-        "ratio_to": TEXT,
-        "ratio_to_backend": TEXT,
-        "state_bytes": COUNT,
-        "peak_temporary_bytes": optional(COUNT),
-        "operations": optional(COUNT),
-        "flops": optional(COUNT),
-        "bytes_moved": optional(COUNT),
-        "model_s": optional(NUMBER),
-        "forward_backward_s": optional(NUMBER),
-        "verdict": TEXT,
     }
 )
 
@@ -137,75 +118,25 @@ ROW_NOT_YET: Final = {
 """Values for keys that the first version of the record lacks."""
 
 
-def make_record(
-    command: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    peaks: Sequence[Mapping[str, Any]] = (),
-    checks: Sequence[Mapping[str, Any]] = (),
-    partial: bool = False,
-) -> dict[str, Any]:
-    """Make the record of a run.
-
-    Parameters
-    ----------
-    command : mapping
-        The options as they were understood, without paths.
-    rows : sequence of mapping
-        From `Timing.rows`, with what they were measured on.
-    peaks : sequence of mapping
-        What each backend can do at best.
-    checks : sequence of mapping
-        The verdicts of a suite.
-    partial : bool
-        Whether the run was interrupted.
-
-    Returns
-    -------
-    dict
-        Valid by `SCHEMA`.
-    """
-    return {
-        "schema": NAME,
-        "rlora": rlora.__version__,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "partial": partial,
-        "command": dict(command),
-        "environment": environment(),
-        "rows": [dict(row) for row in rows],
-        "peaks": [dict(peak) for peak in peaks],
-        "checks": [dict(check) for check in checks],
-    }
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Read a record, of this or the first version, and see that it is one.
-
-    Raises
-    ------
-    ValueError
-        When it is not; the message says where it stops to be.
-    OSError
-        When it cannot be opened.
-    """
-    record = read_json(path, "rlora bench")
+def read_record(path: Path) -> Record:
+    """Read a record, of this or the first version; a ValueError says where it stops to be one."""
+    record: Record = read_json(path, "rlora bench")
     if isinstance(record, dict) and record.get("schema") == "rlora-bench/1":
         record = _upgraded(record)
     if (found := fault(record, SCHEMA) or _timeless(record)) is not None:
         msg = f"{path.name} is no record of rlora bench: {found}"
         raise ValueError(msg)
-    made: dict[str, Any] = record
-    return made
+    return record
 
 
-def _timeless(record: dict[str, Any]) -> str | None:
+def _timeless(record: Record) -> str | None:
     for i, row in enumerate(record["rows"]):
         if min(row["median_s"], *row["samples_s"]) <= 0:
             return f"it.rows[{i}] took no time"
     return None
 
 
-def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
+def _upgraded(old: Record) -> Record:
     """Give a record of the first version the keys it had not yet; None says "not measured"."""
     record = {**NOT_YET, **old, "schema": NAME}
     rows, command = record.get("rows"), record.get("command")

@@ -1,39 +1,26 @@
-"""``--suite speed``: the targets of this project as a table of PASS and FAIL."""
+"""Suites of runs: ``speed``, held against targets, and ``scaling``, over widths and depths."""
 
 import importlib.util
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import rlora.methods
 
 from .cases import Key
 from .options import RANKS, Options, make_options
-from .presets import DEFAULT, is_shape
-from .scaling import NAME as SCALING, scaling_options
+from .problem import DEFAULT, is_shape
 from .schema import Row
-from .targets import (
-    TORCH_ADAMW,
-    Check,
-    Limits,
-    Predicted,
-    Ratio,
-    State,
-    Target,
-    Temporaries,
-    make_check,
-)
+from .targets import TORCH_ADAMW, Check, Limits, Ratio, State, Temporaries, make_check
 
 SPEED: Final = "speed"
-PRESETS_OF: Final = {SPEED: ("gpt2-medium", "smollm2-135m", "llama-7b", "llama-7b-quarter")}
-"""By the name of the suite."""
+PRESETS: Final = ("gpt2-medium", "smollm2-135m", "llama-7b", "llama-7b-quarter")
 
 PUBLISHED: Final = "scaled_adamw:before"
 """The placement of the paper and of PEFT's wrapper; every library is timed with it."""
 
-SCALED_ADAMW: Final = ["scaled_adamw", PUBLISHED, "scaled_adamw:after"]
 METHODS: Final = {
-    "torch": [*SCALED_ADAMW, "lora_rite", "lora_pro_adamw"],
+    "torch": ["scaled_adamw", PUBLISHED, "scaled_adamw:after", "lora_rite", "lora_pro_adamw"],
     "numpy": [PUBLISHED],
     "jax": [PUBLISHED],
 }
@@ -44,9 +31,6 @@ WATCHED: Final = [*METHODS["torch"], *OTHERS]
 """Methods whose operations on a device are counted."""
 
 JAX_RANK: Final = 16
-DEFAULT_STEP: Final = ("torch", "scaled_adamw")
-SCALED: Final = ("torch", PUBLISHED)
-RITE, PRO = ("torch", "lora_rite"), ("torch", "lora_pro_adamw")
 
 
 def by_rank(*limits: float) -> dict[int, float]:
@@ -65,6 +49,8 @@ def anywhere(limit: float) -> Limits:
     return {None: dict.fromkeys(RANKS, limit)}
 
 
+DEFAULT_STEP: Final = ("torch", "scaled_adamw")
+SCALED: Final = ("torch", PUBLISHED)
 PEFT: Final = (
     (Ratio(("torch", "peft"), DEFAULT_STEP, anywhere(1.3), "at least"), 2.0),
     (Ratio(("torch", "peft"), SCALED, anywhere(1.7), "at least"), 2.5),
@@ -76,7 +62,7 @@ LARGER: Final = by_preset((5.0, 6.0, 10.0), (4.0, 6.0, 13.0), (5.0, 5.5, 9.0))
 # The limits of scaled AdamW over torch's are what a step of list-wise operations, written alone,
 # took on two CPU cores, and a little more; the rest is what the project asks of itself. Measured
 # figures are in docs/reference/speed.md.
-TARGETS: Final[tuple[Target, ...]] = (
+TARGETS: Final[tuple[Ratio | Temporaries | State, ...]] = (
     Ratio(DEFAULT_STEP, TORCH_ADAMW, by_preset((3.1, 3.3, 5.2), (2.1, 3.4, 5.6), (3.5, 3.2, 5.0))),
     Ratio(
         SCALED,
@@ -86,47 +72,14 @@ TARGETS: Final[tuple[Target, ...]] = (
     ),
     Ratio(("torch", "scaled_adamw:after"), SCALED, anywhere(1.4)),
     *(ratio for ratio, _ in PEFT),
-    Ratio(RITE, TORCH_ADAMW, LARGER),
-    Ratio(PRO, TORCH_ADAMW, LARGER, goal=by_rank(3.0, 4.0, 8.0)),
+    Ratio(("torch", "lora_rite"), TORCH_ADAMW, LARGER),
+    Ratio(("torch", "lora_pro_adamw"), TORCH_ADAMW, LARGER, goal=by_rank(3.0, 4.0, 8.0)),
     Ratio(("numpy", PUBLISHED), SCALED, anywhere(2.5)),
     Ratio(("jax", PUBLISHED), ("jax", "optax.adamw"), {None: {JAX_RANK: 3.0}}),
-    *map(Predicted, OTHERS),
+    *(Ratio(("torch", name), TORCH_ADAMW) for name in OTHERS),
     *map(Temporaries, (PUBLISHED, "lora_rite", "lora_pro_adamw")),
     *map(State, rlora.methods.__all__),
 )
-
-
-def suite_options(
-    name: str, preset: str | None, ranks: Sequence[str], **given: Any
-) -> list[Options]:
-    """Make the options for each preset and rank, as JAX takes part at one rank only."""
-    if name == SCALING:
-        return scaling_options(preset, ranks, **given)
-    if name not in PRESETS_OF:
-        msg = f"--suite must be one of {', '.join((*PRESETS_OF, SCALING))}, got {name!r}"
-        raise ValueError(msg)
-    have = [x for x in ("torch", "numpy", "jax") if importlib.util.find_spec(x)]
-    if "torch" not in have:
-        msg = f"--suite {name} is about torch: pip install torch"
-        raise ValueError(msg)
-    others = [x for x in ("peft", "optax") if importlib.util.find_spec(x)]
-    against = {"torch": ["peft"] * ("peft" in others), "jax": ["optax.adamw"] * ("optax" in others)}
-    wanted = PRESETS_OF[name] if preset is None else (preset,)
-
-    def options(preset: str, rank: str) -> Options:
-        backends = [x for x in have if x != "jax" or rank == str(JAX_RANK)]
-        others = [other for x in backends for other in against.get(x, ())]
-        made = make_options(
-            backend=backends, methods=[], ranks=[rank], preset=preset, against=others, **given
-        )
-        methods, rounds = {x: METHODS[x] for x in backends}, made.rounds
-        if len(wanted) == 1 or preset == DEFAULT:
-            methods["torch"] = METHODS["torch"] + OTHERS
-            if rounds.seconds is not None and given["seconds"] is None:
-                rounds = rounds._replace(seconds=2 * rounds.seconds)
-        return made._replace(methods=methods, rounds=rounds)
-
-    return [options(preset, rank) for preset in wanted for rank in ranks or map(str, RANKS)]
 
 
 def judge(rows: Sequence[Row]) -> list[Check]:
@@ -140,10 +93,67 @@ def judge(rows: Sequence[Row]) -> list[Check]:
     checks = [target.check(found) for target in TARGETS for found in problems.values()]
     made = [check for check in checks if check]
     for ratio, limit in PEFT:
-        against_peft = [check for check in made if check["what"] == ratio.words]
-        if against_peft:
-            mean = statistics.geometric_mean([check["measured"] for check in against_peft])
-            stable = all(check["stable"] for check in against_peft)
+        mine = [check for check in made if check["what"] == ratio.words]
+        if mine:
+            mean = statistics.geometric_mean([check["measured"] for check in mine])
             check = make_check(ratio.words, "geometric mean", None, ratio.sense, limit, mean)
-            made.append(check | {"stable": stable})
+            made.append(check | {"stable": all(check["stable"] for check in mine)})
     return made
+
+
+def speed(given: dict[str, Any]) -> list[Options]:
+    """Make the options for each preset and rank, as JAX takes part at one rank only."""
+    have = [x for x in ("torch", "numpy", "jax") if importlib.util.find_spec(x)]
+    if "torch" not in have:
+        msg = f"--suite {SPEED} is about torch: pip install torch"
+        raise ValueError(msg)
+    presets = [given["preset"]] if given["preset"] else PRESETS
+    against = {"torch": ("peft", "peft"), "jax": ("optax", "optax.adamw")}
+
+    def options(preset: str, rank: int) -> Options:
+        backends = [x for x in have if x != "jax" or rank == JAX_RANK]
+        third = [against[x] for x in backends if x in against]
+        mine = {
+            "backend": backends,
+            "ranks": [rank],
+            "preset": preset,
+            "against": [name for package, name in third if importlib.util.find_spec(package)],
+        }
+        made = make_options(**{**given, **mine})
+        methods, rounds = {x: METHODS[x] for x in backends}, made.rounds
+        if len(presets) == 1 or preset == DEFAULT:
+            methods["torch"] = METHODS["torch"] + OTHERS
+            if rounds.seconds is not None and given["seconds"] is None:
+                rounds = rounds._replace(seconds=2 * rounds.seconds)
+        return made._replace(methods=methods, rounds=rounds)
+
+    return [options(preset, rank) for preset in presets for rank in given["ranks"] or RANKS]
+
+
+SCALING_METHODS: Final = ["scaled_adamw", "lora_rite", "lora_pro_adamw"]
+WIDTHS: Final = (256, 512, 1024, 2048, 4096)
+LAYERS: Final = (1, 4, 16, 64)
+SECONDS: Final = 8.0
+"""For each problem: all of them in less than two minutes."""
+
+
+def scaling(given: dict[str, Any]) -> list[Options]:
+    """Make the options for each width at 8 layers and each number of layers at width 1024."""
+    shapes = [f"{width}x{width}*8" for width in WIDTHS]
+    shapes += [f"1024x1024*{layers}" for layers in LAYERS]
+    mine = {
+        "backend": ["torch" if importlib.util.find_spec("torch") else "numpy"],
+        "methods": SCALING_METHODS,
+        "ranks": given["ranks"] or [16],
+    }
+    if given["seconds"] is None and given["repeat"] is None:
+        mine["seconds"] = SECONDS
+    presets = [given["preset"]] if given["preset"] else shapes
+    return [make_options(**{**given, **mine, "preset": preset}) for preset in presets]
+
+
+SUITES: Final[Mapping[str, Callable[[dict[str, Any]], list[Options]]]] = {
+    SPEED: speed,
+    "scaling": scaling,
+}
+"""By the name that `--suite` takes: what makes its runs from the other options."""

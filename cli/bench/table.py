@@ -1,18 +1,20 @@
-"""Tables of a benchmark, for a terminal."""
+"""Tables of a benchmark, for a terminal; ``rlora bench show``."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlora.cli.console import counted, fitted
+from rlora.cli.console import console, counted, fitted
 
-from .forward_backward import TOKENS
-from .schema import Record, Row
+from .schema import Record, Row, read_record
+from .torch_cases import TOKENS
 
 KEEP = ("method", "on", "rank", "ratio")
 """Columns of a table at any width."""
@@ -46,6 +48,13 @@ NOTES = {
 """The meaning of columns; printed for those that are there."""
 
 
+@click.command()
+@click.argument("record", type=Path)
+def show(record: Path) -> None:
+    """Print the table of RECORD again."""
+    show_record(read_record(record), console())
+
+
 def show_record(record: Record, out: Console) -> None:
     """Print the rows of a record, a table for each preset, and the verdicts of a suite."""
     if not record["rows"]:
@@ -54,7 +63,7 @@ def show_record(record: Record, out: Console) -> None:
     dtype = record["command"]["dtype"]
     for where, group in groupby(record["rows"], lambda row: row["preset"] or row["adapter"]):
         rows = list(group)
-        show(f"{where}: {counted(rows[0]['pairs'], 'pair')}, {dtype}{partial}", rows, out)
+        show_rows(f"{where}: {counted(rows[0]['pairs'], 'pair')}, {dtype}{partial}", rows, out)
     for peak in record["peaks"]:
         rates = f"{size(round(peak['bytes_per_s']))}/s, {peak['flops_per_s'] / 1e9:.3g} Gflop/s"
         out.print(Text(f"peak of {peak['backend']} {peak['device']}: {rates}"))
@@ -80,9 +89,7 @@ def _verdicts(checks: Sequence[dict[str, Any]], out: Console) -> Table:
         for check in checks
     ]
     keep, texts = ("", "what", "preset", "rank"), ("what", "preset", "limit")
-    return fitted(
-        None, _without_empty(lines), out, keep=keep, texts=texts, order=("measured", "limit")
-    )
+    return fitted(None, lines, out, keep=keep, texts=texts, order=("measured", "limit"))
 
 
 def figure(value: float) -> str:
@@ -90,9 +97,10 @@ def figure(value: float) -> str:
     return f"{value:.2f}" if value < EXACT else f"{value:.0f}"
 
 
-def show(title: str, rows: Sequence[Row], out: Console) -> None:
+def show_rows(title: str, rows: Sequence[Row], out: Console) -> None:
     """Print the rows as a table, and under it the meaning of its columns."""
-    lines = _without_empty([{**cells(row), "verdict": word_of(row)} for row in rows])
+    found = [{**cells(row), "verdict": row["verdict"].partition(":")[0]} for row in rows]
+    lines = [{name: line[name] for name in filled(found)} for line in found]
     table = print_rows(title, lines, out, keep=KEEP, texts=TEXTS, order=ORDER, section="rank")
     shown = [str(column.header) for column in table.columns]
     notes = [note for name, note in NOTES.items() if name in shown]
@@ -120,11 +128,6 @@ def print_rows(
     return table
 
 
-def word_of(row: Row) -> str:
-    """Give the first word of a verdict: "ok" or "unstable"."""
-    return str(row["verdict"].partition(":")[0])
-
-
 def instability(rows: Sequence[Row]) -> str | None:
     """Say once for all rows why they are unstable and what to do; None if none is."""
     advice: dict[str, list[str]] = {}
@@ -143,9 +146,9 @@ def instability(rows: Sequence[Row]) -> str | None:
     return f"unstable: {'; '.join(said)}."
 
 
-def _without_empty(lines: list[dict[str, str]]) -> list[dict[str, str]]:
-    kept = [name for name in lines[0] if any(line[name] != "-" for line in lines)]
-    return [{name: line[name] for name in kept} for line in lines]
+def filled(lines: Sequence[Mapping[str, str]]) -> list[str]:
+    """List the columns in which any line has something."""
+    return [name for name in (lines[0] if lines else ()) if any(x[name] != "-" for x in lines)]
 
 
 def seconds(value: float) -> str:

@@ -1,11 +1,11 @@
 """Kinds of target: each holds one figure of the rows of one problem against its limit."""
 
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from .cases import Key
 from .cost_model import state_numbers
-from .presets import named
+from .problem import named
 from .schema import Row
 from .stats import median_ratio
 
@@ -60,65 +60,44 @@ def make_check(
     }
 
 
-class Target(Protocol):
-    """Limit that a suite holds the rows of a problem against."""
-
-    @property
-    def words(self) -> str:
-        """Name of the measured quantity."""
-
-    def check(self, found: Found) -> Check | None:
-        """Give the verdict; None where it was not measured."""
-
-
 class Ratio(NamedTuple):
     """Steps of two cases, and the most or least that their ratio should be."""
 
     over: Key
     under: Key
-    limits: Limits
+    limits: Limits | None = None
+    """None stands for twice what bytes and flops predict."""
+
     sense: str = "at most"
     goal: Mapping[int, float] | None = None
     """By rank, what is to be reached one day."""
 
     @property
     def words(self) -> str:
-        return f"{' '.join(self.over)} / {' '.join(self.under)}"
+        """Name of the measured quantity."""
+        predicted = f", {SLACK:g} x predicted" if self.limits is None else ""
+        return f"{' '.join(self.over)} / {' '.join(self.under)}{predicted}"
 
     def check(self, found: Found) -> Check | None:
+        """Give the verdict; None where it was not measured."""
         over, under = found.get(self.over), found.get(self.under)
         if not over or not under:
             return None
-        preset, rank = over["preset"], over["rank"]
-        limit = self.limits.get(preset, self.limits[None]).get(rank)
-        goal = None if self.goal is None else self.goal.get(rank)
+        limit, rank = self._limit(over, under), over["rank"]
         ratio = median_ratio(over["samples_s"], under["samples_s"])
         if limit is None or ratio is None:
             return None
+        goal = (self.goal or {}).get(rank)
         return make_check(
-            self.words, preset, rank, self.sense, limit, ratio, over, under, goal=goal
+            self.words, over["preset"], rank, self.sense, limit, ratio, over, under, goal=goal
         )
 
-
-class Predicted(NamedTuple):
-    """A torch method's step over AdamW's, at most twice what their bytes and flops predict."""
-
-    method: str
-
-    @property
-    def words(self) -> str:
-        return f"torch {self.method} / torch adamw, {SLACK:g} x predicted"
-
-    def check(self, found: Found) -> Check | None:
-        mine, plain = found.get(("torch", self.method)), found.get(TORCH_ADAMW)
-        if not mine or not plain or not mine["model_s"] or not plain["model_s"]:
-            return None
-        ratio = median_ratio(mine["samples_s"], plain["samples_s"])
-        if ratio is None:
-            return None
-        limit = SLACK * mine["model_s"] / plain["model_s"]
-        rank = mine["rank"]
-        return make_check(self.words, mine["preset"], rank, "at most", limit, ratio, mine, plain)
+    def _limit(self, over: Row, under: Row) -> float | None:
+        if self.limits is not None:
+            return self.limits.get(over["preset"], self.limits[None]).get(over["rank"])
+        if over["model_s"] and under["model_s"]:
+            return float(SLACK * over["model_s"] / under["model_s"])
+        return None
 
 
 class Temporaries(NamedTuple):
@@ -128,9 +107,11 @@ class Temporaries(NamedTuple):
 
     @property
     def words(self) -> str:
+        """Name of the measured quantity."""
         return f"torch {self.method}, temporary bytes"
 
     def check(self, found: Found) -> Check | None:
+        """Give the verdict; None where it was not measured."""
         row = found.get(("torch", self.method))
         if not row or row["peak_temporary_bytes"] is None:
             return None
@@ -147,9 +128,11 @@ class State(NamedTuple):
 
     @property
     def words(self) -> str:
+        """Name of the measured quantity."""
         return f"torch {self.method}, state bytes"
 
     def check(self, found: Found) -> Check | None:
+        """Give the verdict; None where it was not measured."""
         row = found.get(("torch", self.method))
         # torch counts its steps in float32 beside moments of float64.
         if not row or row["dtype"] == "float64":

@@ -9,16 +9,17 @@ from rlora import BackendError
 
 from .cases import LR
 
-KNOWN: Final = (
-    "torch.adamw",
-    "torch.adamw:foreach",
-    "torch.adamw:fused",
-    "peft",
-    "optax.adamw",
-    "bitsandbytes",
-    "torchao",
-)
-"""Beside them, ``module:Class`` of any torch optimizer."""
+KNOWN: Final = {
+    "torch.adamw": "torch's AdamW, fused",
+    "torch.adamw:foreach": "torch's AdamW, by lists",
+    "torch.adamw:fused": "the same as torch.adamw",
+    "peft": "PEFT's Riemannian wrapper over fused AdamW",
+    "optax.adamw": "optax's AdamW, jitted",
+    "bitsandbytes": "its 8-bit AdamW, where it is installed",
+    "torchao": "its 8-bit AdamW, where it is installed",
+    "module:Class": "any torch optimizer, called as Class(params, lr=...)",
+}
+"""Names that `--against` takes, and what they stand for."""
 
 
 class ThirdParty(NamedTuple):
@@ -34,27 +35,25 @@ class ThirdParty(NamedTuple):
 
 def find_third_party(name: str) -> ThirdParty:
     """Import the packages of a third-party optimizer; an error says what is missing."""
-    if name.startswith("torch.adamw"):
-        flag = name.partition(":")[2] or "fused"
-        if name in KNOWN:
-            return ThirdParty(name, "torch", _of("torch", "torch.optim", "AdamW", **{flag: True}))
-    elif name == "peft":
-        return ThirdParty(name, "torch", _riemannian())
-    elif name == "optax.adamw":
-        return ThirdParty(name, "jax", _optax())
-    elif name == "bitsandbytes":
-        return ThirdParty(name, "torch", _of(name, "bitsandbytes.optim", "AdamW8bit"))
-    elif name == "torchao":
-        return ThirdParty(name, "torch", _of(name, "torchao.optim", "AdamW8bit"))
-    elif ":" in name:
+    package, _, rest = name.partition(":")
+    if package == "torch.adamw" and name in KNOWN:
+        flag = {rest or "fused": True}
+        adamw = _found("torch", "torch.optim", "AdamW")
+        return ThirdParty(name, "torch", lambda model: adamw(model.parameters(), lr=LR, **flag))
+    if name == "peft":
+        create = _found("peft", "peft.optimizers", "create_riemannian_optimizer")
+        adamw = _found("torch", "torch.optim", "AdamW")
+        return ThirdParty(name, "torch", lambda model: create(model, adamw, lr=LR, fused=True))
+    if name == "optax.adamw":
+        adamw = _found("optax", "optax", "adamw")
+        return ThirdParty(name, "jax", lambda _: adamw(LR, weight_decay=0.01))
+    if name in ("bitsandbytes", "torchao"):
+        adamw = _found(name, f"{name}.optim", "AdamW8bit")
+        return ThirdParty(name, "torch", lambda model: adamw(model.parameters(), lr=LR))
+    if ":" in name and package != "torch.adamw":
         return ThirdParty(name, "torch", _by_path(name))
-    msg = f"--against must be one of {', '.join(KNOWN)} or module:Class, got {name!r}"
+    msg = f"--against must be one of {', '.join(KNOWN)}, got {name!r}"
     raise ValueError(msg)
-
-
-def _of(package: str, module: str, attribute: str, **options: Any) -> Callable[[Any], Any]:
-    kind = _found(package, module, attribute)
-    return lambda model: kind(model.parameters(), lr=LR, **options)
 
 
 def _found(package: str, module: str, attribute: str) -> Any:
@@ -71,17 +70,6 @@ def _found(package: str, module: str, attribute: str) -> Any:
 
 def _too_old(package: str, error: Exception) -> str:
     return f"--against {package} needs a newer {package} (pip install -U {package}): {error}"
-
-
-def _riemannian() -> Callable[[Any], Any]:
-    create = _found("peft", "peft.optimizers", "create_riemannian_optimizer")
-    AdamW = importlib.import_module("torch.optim").AdamW
-    return lambda model: create(model, AdamW, lr=LR, fused=True)
-
-
-def _optax() -> Callable[[Any], Any]:
-    adamw = _found("optax", "optax", "adamw")
-    return lambda _: adamw(LR, weight_decay=0.01)
 
 
 def _by_path(path: str) -> Callable[[Any], Any]:

@@ -4,17 +4,18 @@ import gc
 import math
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from rlora.cli.environment import load_average
 
-from .cases import Case, Key, Stepper
+from .cases import Case, Key
 from .problem import Problem
 from .schema import Row
 from .stats import FEWEST, median_interval, median_ratio, outliers, relative_spread, round_ratios
@@ -40,44 +41,12 @@ class Rounds(NamedTuple):
     precision: float = 0.05
 
 
-def timed(stepper: Stepper) -> float:
+def timed(case: Case) -> float:
     """Seconds of one step, its gradients written before the clock starts."""
-    stepper.refresh()
+    case.refresh()
     start = time.perf_counter()
-    stepper.step()
+    case.step()
     return time.perf_counter() - start
-
-
-@dataclass
-class TimedCase:
-    """A case in the timing, and what is known of it so far."""
-
-    case: Case
-    stepper: Stepper
-    build_s: float
-    compile_s: float | None
-    first_call_s: float = 0.0
-    peak: int | None = None
-    operations: int | None = None
-    samples: list[float] = field(default_factory=list)
-
-    @classmethod
-    def open(cls, case: Case, patience: float) -> "TimedCase":
-        """Build a case, compile it, take its first step, each by its own clock; weigh it.
-
-        One whose first step outlasts the patience is not weighed, as that takes more steps.
-        """
-        start = time.perf_counter()
-        stepper = case.build()
-        one = cls(case, stepper, time.perf_counter() - start, stepper.compile())
-        one.first_call_s = timed(stepper)
-        if one.first_call_s > patience:
-            return one
-        stepper.refresh()
-        one.operations = stepper.operations()
-        stepper.refresh()
-        one.peak = stepper.peak_temporary_bytes()
-        return one
 
 
 class Timing:
@@ -87,83 +56,102 @@ class Timing:
     ----------
     problem : Problem
         What they work on, for the rows.
-    cases : sequence of Case
-        Who takes part, the baselines among them.
+    cases : iterable of Case
+        Who takes part, the baselines among them; to go on to the next is to build it.
     seed : int
         Of the order within each round.
     """
 
-    def __init__(self, problem: Problem, cases: Sequence[Case], seed: int) -> None:
-        self.problem, self.cases = problem, cases
+    def __init__(self, problem: Problem, cases: Iterable[Case], seed: int) -> None:
+        self.problem, self._unbuilt = problem, cases
+        self._cases: dict[Key, Case] = {}
         self._rng = np.random.default_rng(seed)
         self._load = (load_average() or [0.0])[0]
-        self._timed: dict[Key, TimedCase] = {}
 
     def run(self, rounds: Rounds, tick: Callable[[], None]) -> None:
         """Make each case ready, then time round after round."""
         patience = math.inf if rounds.seconds is None else rounds.seconds / 2
-        for case in self.cases:
-            self._timed[case.key] = TimedCase.open(case, patience)
-        with _no_garbage_collection():
-            while timed_cases := self._next(rounds):
+        start = time.perf_counter()
+        for case in self._unbuilt:
+            case.build_s = time.perf_counter() - start - (case.compile_s or 0.0)
+            _prepare(case, patience)
+            self._cases[case.key] = case
+            start = time.perf_counter()
+        gc.collect()
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            while cases := self._next(rounds):
                 # Shuffled, because who comes after whom decides what is left in the caches.
-                for i in self._rng.permutation(len(timed_cases)):
-                    timed_cases[i].samples.append(timed(timed_cases[i].stepper))
+                for i in self._rng.permutation(len(cases)):
+                    cases[i].samples.append(timed(cases[i]))
                 tick()
+        finally:
+            if enabled:
+                gc.enable()
 
-    def _next(self, rounds: Rounds) -> list[TimedCase]:
+    def _next(self, rounds: Rounds) -> list[Case]:
         """List who is in the next round: those that want more samples, and their baselines."""
-        share = None if rounds.seconds is None else rounds.seconds / len(self._timed)
-        eager = [one for one in self._timed.values() if self._wants(one, rounds, share)]
-        keys = {key for one in eager for key in (one.case.key, one.case.ratio_to)}
-        return [one for key, one in self._timed.items() if key in keys]
+        share = None if rounds.seconds is None else rounds.seconds / len(self._cases)
+        eager = [case for case in self._cases.values() if self._wants(case, rounds, share)]
+        keys = {key for case in eager for key in (case.key, case.ratio_to)}
+        return [case for key, case in self._cases.items() if key in keys]
 
-    def _wants(self, one: TimedCase, rounds: Rounds, share: float | None) -> bool:
-        done = len(one.samples)
+    def _wants(self, case: Case, rounds: Rounds, share: float | None) -> bool:
+        done = len(case.samples)
         if not done or done >= rounds.most or share is None:
             return done < rounds.most
-        if done >= rounds.least and self._precise(one, rounds.precision):
+        if done >= rounds.least and self._precise(case, rounds.precision):
             return False
-        last, spent = one.samples[-1], sum(one.samples)
+        last, spent = case.samples[-1], sum(case.samples)
         return spent + last <= share or (done < FEWEST and last <= share)
 
-    def _precise(self, one: TimedCase, precision: float) -> bool:
-        interval = median_interval(self._ratios(one))
+    def _precise(self, case: Case, precision: float) -> bool:
+        interval = median_interval(self._ratios(case))
         return interval is not None and interval[1] - interval[0] <= precision * sum(interval)
 
-    def _ratios(self, one: TimedCase) -> list[float]:
-        return round_ratios(one.samples, self._timed[one.case.ratio_to].samples)
+    def _ratios(self, case: Case) -> list[float]:
+        return round_ratios(case.samples, self._cases[case.ratio_to].samples)
 
     def rows(self) -> list[Row]:
         """Give what has been measured so far, in the order of the cases."""
-        return [self._row(one) for one in self._timed.values() if one.samples]
+        return [self._row(case) for case in self._cases.values() if case.samples]
 
-    def _row(self, one: TimedCase) -> Row:
-        samples, case = one.samples, one.case
-        spread, interval = relative_spread(samples), median_interval(self._ratios(one))
+    def _row(self, case: Case) -> Row:
+        spread, interval = relative_spread(case.samples), median_interval(self._ratios(case))
         return {
-            "method": case.name,
-            "backend": case.backend,
-            "device": one.stepper.device,
+            "method": case.key[1],
+            "backend": case.key[0],
+            "device": case.device,
             "rank": self.problem.rank,
             "pairs": len(self.problem.pairs),
             "parameters": self.problem.parameters,
-            "samples_s": samples,
-            "build_s": one.build_s,
-            "compile_s": one.compile_s,
-            "first_call_s": one.first_call_s,
-            "median_s": statistics.median(samples),
+            "samples_s": case.samples,
+            "build_s": case.build_s,
+            "compile_s": case.compile_s,
+            "first_call_s": case.first_call_s,
+            "median_s": statistics.median(case.samples),
             "spread": spread,
-            "outliers": outliers(samples),
-            "ratio": median_ratio(samples, self._timed[case.ratio_to].samples),
+            "outliers": outliers(case.samples),
+            "ratio": median_ratio(case.samples, self._cases[case.ratio_to].samples),
             "ratio_interval": interval and list(interval),
             "ratio_to": case.ratio_to[1],
             "ratio_to_backend": case.ratio_to[0],
-            "state_bytes": one.stepper.state_bytes(),
-            "peak_temporary_bytes": one.peak,
-            "operations": one.operations,
+            "state_bytes": case.state_bytes(),
+            "peak_temporary_bytes": case.peak,
+            "operations": case.operations,
             "verdict": verdict(spread, self._load),
         }
+
+
+def _prepare(case: Case, patience: float) -> None:
+    """Take the first step of a case, and weigh it unless that outlasts the patience."""
+    case.first_call_s = timed(case)
+    if case.first_call_s <= patience:
+        case.refresh()
+        case.operations = case.count_operations()
+        case.refresh()
+        case.peak = case.peak_temporary_bytes()
 
 
 def verdict(spread: float | None, load: float) -> str:
@@ -189,12 +177,33 @@ def verdict(spread: float | None, load: float) -> str:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
+def reserved(threads: int | None) -> Iterator[None]:
+    """Tell libraries that are yet to be loaded; XLA makes its pool once, and asks NPROC."""
+    before = os.environ.get("NPROC")
+    if threads is not None:
+        os.environ["NPROC"] = str(threads)
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        if before is not None:
+            os.environ["NPROC"] = before
+        elif threads is not None:
+            del os.environ["NPROC"]
+
+
+@contextmanager
+def pinned(threads: int | None) -> Iterator[None]:
+    """Pin the threads of the BLAS and OpenMP libraries that are loaded, and torch's."""
+    if threads is None:
+        yield
+        return
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else threads
+    with threadpool_limits(limits=threads):
+        if torch:
+            torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            if torch:
+                torch.set_num_threads(before)

@@ -1,24 +1,22 @@
-"""Cases that other libraries own: classes of `rlora.torch`, torch's optimizers, optax."""
+"""Cases that other libraries own, and the rest of a training step: forward and backward."""
 
 import importlib
 import inspect
+import statistics
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
+
+import numpy as np
 
 from . import memory
-from .cases import (
-    BASELINES,
-    LR,
-    ArraySpec,
-    Case,
-    Key,
-    PureStepper,
-    Stepper,
-    baseline_of,
-    split_variant,
-)
+from .cases import BASELINES, LR, ArraySpec, Case, Key, PureCase, baseline_of, split_variant
 from .problem import Problem
-from .third_party import ThirdParty
+
+TOKENS: Final = 512
+"""In one sequence; the batch is one."""
+
+REPEATS: Final = 3
 
 
 def torch_class(method: str) -> Any:
@@ -30,6 +28,18 @@ def torch_class(method: str) -> Any:
     return None
 
 
+def make_optimizer(method: str, model: Any) -> Any:
+    """Make a plain optimizer of torch, or a class of `rlora.torch`."""
+    if method in BASELINES:
+        kind = getattr(importlib.import_module("torch.optim"), BASELINES[method])
+        return kind(model.parameters(), lr=LR, fused=True)
+    name, options = split_variant(method)
+    kind = torch_class(name)
+    if "fused" in inspect.signature(kind).parameters:
+        options["fused"] = True
+    return kind(model, lr=LR, **options)
+
+
 class SharedTensors:
     """Gradients that all torch cases share, and a copy from which they are written anew.
 
@@ -39,8 +49,8 @@ class SharedTensors:
 
     def __init__(self, problem: Problem, spec: ArraySpec) -> None:
         self.spec, self.problem = spec, problem
-        arrays = [x for pair in spec.factors(problem.grads) for x in pair]
-        self.source, self.grads = arrays, [x.clone() for x in arrays]
+        self.source = [x for pair in spec.factors(problem.grads) for x in pair]
+        self.grads = [x.clone() for x in self.source]
 
     def model(self) -> Any:
         """Make a module with nothing but the factors, under the names that PEFT gives them."""
@@ -64,71 +74,36 @@ class SharedTensors:
         self.spec.backend.synchronize(*self.grads)
 
 
-def torch_cases(
-    shared: SharedTensors, methods: list[str], others: list[ThirdParty], ratio_to: Key
-) -> list[Case]:
-    """Plain optimizers of torch and classes of `rlora.torch`, then others beside `ratio_to`."""
-
-    def case(name: str, ratio_to: Key, make: Callable[[Any], Any]) -> Case:
-        return Case("torch", name, ratio_to, lambda: TorchStepper(make, shared))
-
-    return [
-        *(case(name, ("torch", baseline_of(name)), _method(name)) for name in methods),
-        *(case(other.name, ratio_to, other.make) for other in others),
-    ]
-
-
-def _method(method: str) -> Callable[[Any], Any]:
-    if method in BASELINES:
-        kind = getattr(importlib.import_module("torch.optim"), BASELINES[method])
-        return lambda model: kind(model.parameters(), lr=LR, fused=True)
-    name, options = split_variant(method)
-    kind = torch_class(name)
-    if "fused" in inspect.signature(kind).parameters:
-        options["fused"] = True
-    return lambda model: kind(model, lr=LR, **options)
-
-
-def optax_case(problem: Problem, spec: ArraySpec, other: ThirdParty, ratio_to: Key) -> Case:
-    """A GradientTransformation, jitted with the update of the parameters."""
-    jax, optax = (importlib.import_module(name) for name in ("jax", "optax"))
-
-    def build() -> Stepper:
-        transformation = other.make(None)
-        params, grads = spec.factors(problem.pairs), spec.factors(problem.grads)
-
-        def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
-            updates, state = transformation.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        state = transformation.init(params)
-        return PureStepper(spec, params, grads, state, step, jax.tree.leaves)
-
-    return Case("jax", other.name, ratio_to, build)
-
-
-class TorchStepper(Stepper):
+class TorchCase(Case):
     """A torch optimizer over a model of its own."""
 
-    def __init__(self, make: Callable[[Any], Any], shared: SharedTensors) -> None:
-        self.device = str(shared.grads[0].device)
-        self._make, self._shared, self._backend = make, shared, shared.spec.backend
+    def __init__(
+        self, name: str, ratio_to: Key, make: Callable[[Any], Any], shared: SharedTensors
+    ) -> None:
+        super().__init__(("torch", name), ratio_to, str(shared.grads[0].device))
+        self._make, self._shared = make, shared
         # The model stays alive with its optimizer, as in training.
         self._model = shared.model()
         self._optimizer = make(self._model)
+
+    @classmethod
+    def of_method(cls, method: str, shared: SharedTensors) -> "TorchCase":
+        """Make the case of a method or a baseline."""
+        ratio_to = ("torch", baseline_of(method))
+        return cls(method, ratio_to, lambda model: make_optimizer(method, model), shared)
 
     def refresh(self) -> None:
         self._shared.refresh()
 
     def step(self) -> None:
         self._optimizer.step()
-        self._backend.synchronize(*self._shared.grads)
+        self._shared.spec.backend.synchronize(*self._shared.grads)
 
     def state_bytes(self) -> int:
         tensors = [x for state in self._optimizer.state.values() for x in state.values()]
         return sum(x.nbytes for x in tensors if hasattr(x, "nbytes"))
 
-    def operations(self) -> int:
+    def count_operations(self) -> int:
         return memory.operations(self.step)
 
     def peak_temporary_bytes(self) -> int | None:
@@ -137,9 +112,52 @@ class TorchStepper(Stepper):
         if meter is None:
             return None
         # A new one, because what the first step lays out and keeps counts too.
-        fresh = TorchStepper(self._make, self._shared)
+        fresh = TorchCase(self.key[1], self.ratio_to, self._make, self._shared)
         held, _ = meter(fresh.step)
         fresh.refresh()
         _, peak = meter(fresh.step)
         # Memory that an optimizer keeps between steps without its being state is no less taken.
         return peak + max(0, held - fresh.state_bytes())
+
+
+def optax_case(problem: Problem, spec: ArraySpec, transformation: Any, ratio_to: Key) -> Case:
+    """A GradientTransformation, jitted with the update of the parameters."""
+    jax, optax = (importlib.import_module(name) for name in ("jax", "optax"))
+    params, grads = spec.factors(problem.pairs), spec.factors(problem.grads)
+
+    def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = transformation.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = transformation.init(params)
+    return PureCase(spec, "optax.adamw", ratio_to, params, grads, state, step, jax.tree.leaves)
+
+
+def forward_backward_seconds(problem: Problem, spec: ArraySpec) -> float:
+    """Sum over all layers; layers of one shape are timed once, as their weights would not fit.
+
+    A layer is ``x W0ᵀ + (x Aᵀ) Bᵀ`` with W0 frozen. Backward goes to A, B and x, as the layer
+    before needs it. Attention, norms and activations between the layers are left out.
+    """
+    return sum(count * _layer_seconds(shape, spec) for shape, count in problem.shapes.items())
+
+
+def _layer_seconds(shape: tuple[int, int, int], spec: ArraySpec) -> float:
+    m, n, r = shape
+    rng, torch = np.random.default_rng(0), importlib.import_module("torch")
+
+    def tensor(*size: int) -> Any:
+        return spec.array(rng.standard_normal(size, np.float32) / size[-1] ** 0.5)
+
+    W, G = tensor(m, n), tensor(TOKENS, m)
+    x, A, B = (tensor(*s).requires_grad_() for s in ((TOKENS, n), (r, n), (m, r)))
+
+    def once() -> float:
+        start = time.perf_counter()
+        y = torch.nn.functional.linear(x, W) + (x @ A.mT) @ B.mT
+        grads = torch.autograd.grad(y, (x, A, B), G)
+        spec.backend.synchronize(*grads)
+        return time.perf_counter() - start
+
+    once()
+    return statistics.median(once() for _ in range(REPEATS))

@@ -13,9 +13,9 @@ from rlora.cli.app import app
 @pytest.fixture(autouse=True)
 def quick_peaks(monkeypatch):
     """Peaks by one look at small arrays: no test is about how high they are."""
-    monkeypatch.setattr("rlora.cli.bench.roofline.LONG", 1 << 12)
-    monkeypatch.setattr("rlora.cli.bench.roofline.SQUARE", 16)
-    monkeypatch.setattr("rlora.cli.bench.roofline.SECONDS", 0.0)
+    monkeypatch.setattr("rlora.cli.bench.cost_model.LONG", 1 << 12)
+    monkeypatch.setattr("rlora.cli.bench.cost_model.SQUARE", 16)
+    monkeypatch.setattr("rlora.cli.bench.cost_model.SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def a_record():
     plan = make_options(
         backend=["numpy"],
         methods=["scaled_adamw"],
-        ranks=["4"],
+        ranks=[4],
         preset="roberta-base",
         dtype="float32",
         against=[],

@@ -3,26 +3,24 @@ import json
 import pytest
 
 from rlora.backends import get
-from rlora.cli.bench import forward_backward
+from rlora.cli.bench import torch_cases
 from rlora.cli.bench.cases import ArraySpec
-from rlora.cli.bench.presets import PRESETS, Preset
-from rlora.cli.bench.problem import random_problem
+from rlora.cli.bench.problem import PRESETS, Preset, random_problem
 
 
 def test_equal_layers_are_timed_once(monkeypatch):
     pytest.importorskip("torch")
     times = iter([1.0, 10.0])
-    monkeypatch.setattr(forward_backward, "_layer_seconds", lambda shape, spec: next(times))
+    monkeypatch.setattr(torch_cases, "_layer_seconds", lambda shape, spec: next(times))
     problem = random_problem([(40, 30), (24, 30), (40, 30)], 4, 0)
-    assert forward_backward.forward_backward_seconds(problem, None) == 2 * 1.0 + 10.0
+    assert torch_cases.forward_backward_seconds(problem, None) == 2 * 1.0 + 10.0
 
 
 def test_a_layer_takes_time():
     pytest.importorskip("torch")
     problem = random_problem([(40, 30)], 4, 0)
     assert (
-        forward_backward.forward_backward_seconds(problem, ArraySpec(get("torch"), "float32", None))
-        > 0
+        torch_cases.forward_backward_seconds(problem, ArraySpec(get("torch"), "float32", None)) > 0
     )
 
 

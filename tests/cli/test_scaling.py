@@ -3,13 +3,13 @@ import json
 
 import pytest
 
-from rlora.cli.bench import presets, scaling, suite
+from rlora.cli.bench import problem, suite
 
 
 def test_a_shape_is_a_preset():
-    assert presets.named("20x16*3").pairs() == [(20, 16)] * 3
-    assert presets.is_shape("20x16*3")
-    assert not presets.is_shape("llama-7b")
+    assert problem.named("20x16*3").pairs() == [(20, 16)] * 3
+    assert problem.is_shape("20x16*3")
+    assert not problem.is_shape("llama-7b")
 
 
 def test_it_is_timed_under_its_own_name(rlora_cli, tmp_path):
@@ -34,27 +34,30 @@ def test_a_rank_above_its_narrow_side_is_refused(refused):
     assert "at most 16" in refused("bench", "--preset", "20x16*3", "--rank", 17)
 
 
-def options(**given):
-    usual = dict.fromkeys(("adapter", "device", "repeat", "seconds", "threads"))
-    return {**usual, "dtype": "float32", "seed": 0, "quick": False, "end_to_end": False, **given}
+def plans(**given):
+    usual = dict.fromkeys(("adapter", "device", "repeat", "seconds", "threads", "preset"))
+    usual |= {"dtype": "float32", "seed": 0, "quick": False, "end_to_end": False}
+    return suite.scaling(
+        {**usual, "backend": [], "methods": [], "against": [], "ranks": [], **given}
+    )
 
 
 def test_the_suite_varies_width_and_layers():
-    plans = scaling.scaling_options(None, [], **options())
-    assert [plan.preset for plan in plans] == [
+    found = plans()
+    assert [plan.preset for plan in found] == [
         *(f"{width}x{width}*8" for width in (256, 512, 1024, 2048, 4096)),
         *(f"1024x1024*{layers}" for layers in (1, 4, 16, 64)),
     ]
-    assert {tuple(plan.ranks) for plan in plans} == {(16,)}
-    assert sum(plan.rounds.seconds for plan in plans) < 100
-    assert scaling.scaling_options(None, [], **options(repeat=2))[0].rounds.seconds is None
+    assert {tuple(plan.ranks) for plan in found} == {(16,)}
+    assert sum(plan.rounds.seconds for plan in found) < 100
+    assert plans(repeat=2)[0].rounds.seconds is None
 
 
 def test_without_torch_it_is_about_numpy(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda x: None if x == "torch" else find(x))
-    (plan,) = scaling.scaling_options("64x64*2", ["4"], **options())
-    assert [spec.name for spec in plan.specs] == ["numpy"]
+    (plan,) = plans(preset="64x64*2", ranks=[4])
+    assert list(plan.specs) == ["numpy"]
 
 
 def test_it_has_no_targets(rlora_cli, tmp_path):
@@ -65,7 +68,7 @@ def test_it_has_no_targets(rlora_cli, tmp_path):
     assert result.exit_code == 0, result.output
     record = json.loads(out.read_text())
     assert record["command"]["suite"] == "scaling"
-    assert [row["method"] for row in record["rows"]] == ["adamw", *scaling.METHODS]
+    assert [row["method"] for row in record["rows"]] == ["adamw", *suite.SCALING_METHODS]
     assert record["checks"] == []
     models = [{**row, "preset": "gpt2-medium", "rank": 4} for row in record["rows"]]
     assert suite.judge(models)

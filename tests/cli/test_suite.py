@@ -5,7 +5,7 @@ import pytest
 
 import rlora.methods
 from rlora.cli.bench import run, schema, suite, targets, timing
-from rlora.cli.bench.presets import PRESETS, Preset
+from rlora.cli.bench.problem import PRESETS, Preset
 from rlora.cli.records import fault
 
 
@@ -127,10 +127,10 @@ def test_every_method_has_targets():
     assert set(rlora.methods.__all__) <= set(suite.WATCHED)
 
 
-def plans(preset=None, ranks=(), **options):
-    defaults = {"dtype": "float32", "device": None, "repeat": None, "seconds": None, "seed": 0}
-    defaults |= {"adapter": None, "quick": False, "end_to_end": False, "threads": None}
-    return suite.suite_options("speed", preset, ranks, **{**defaults, **options})
+def plans(**given):
+    usual = {"dtype": "float32", "device": None, "repeat": None, "seconds": None, "seed": 0}
+    usual |= {"adapter": None, "quick": False, "end_to_end": False, "threads": None}
+    return suite.speed({**usual, "preset": None, "ranks": [], "methods": [], **given})
 
 
 def test_the_others_take_part_at_one_preset():
@@ -139,7 +139,7 @@ def test_the_others_take_part_at_one_preset():
         others = set(suite.OTHERS) <= set(plan.methods["torch"])
         assert others == (plan.preset == "gpt2-medium")
         assert plan.rounds.seconds == (24.0 if others else 12.0)
-    (narrow,) = plans("roberta-base", ["4"], seconds=3.0)
+    (narrow,) = plans(preset="roberta-base", ranks=[4], seconds=3.0)
     assert set(suite.OTHERS) <= set(narrow.methods["torch"])
     assert narrow.rounds.seconds == 3.0
 
@@ -158,7 +158,7 @@ def test_the_command_prints_verdicts_and_keeps_them(rlora_cli, monkeypatch, tmp_
     assert record["command"]["ranks"] == [4, 16, 64]
     whats = [check["what"] for check in record["checks"]]
     for target in suite.TARGETS:
-        limits = getattr(target, "limits", {None: (4, 16, 64)})[None]
+        limits = (getattr(target, "limits", None) or {None: (4, 16, 64)})[None]
         means = sum(target is ratio for ratio, _ in suite.PEFT)
         assert whats.count(target.words) == len(limits) + means, target
     states = [check for check in record["checks"] if check["what"].endswith("state bytes")]
@@ -195,7 +195,7 @@ def test_limits_belong_to_what_is_allowed(sense, measured, passed):
 @pytest.mark.parametrize(
     ("args", "why"),
     [
-        (("--suite", "accuracy"), "must be one of speed"),
+        (("--suite", "accuracy"), "is not one of 'speed', 'scaling'"),
         (("--suite", "speed", "--method", "scaled_sgd"), "leave out --method"),
         (("--suite", "speed", "--backend", "jax"), "leave out --backend"),
         (("--suite", "speed", "--preset", "gpt5"), "there are gpt2-medium"),
@@ -203,7 +203,7 @@ def test_limits_belong_to_what_is_allowed(sense, measured, passed):
     ],
 )
 def test_wrong_options_are_refused_first(refused, monkeypatch, args, why):
-    monkeypatch.setattr(timing, "timed", lambda stepper: pytest.fail("it measured first"))
+    monkeypatch.setattr(timing, "timed", lambda case: pytest.fail("it measured first"))
     assert why in refused("bench", *args)
 
 

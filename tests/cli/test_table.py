@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from rlora.cli.bench.table import cells, seconds, show, show_record, size
+from rlora.cli.bench.table import cells, seconds, show_record, show_rows, size
 from rlora.cli.console import counted
 
 ROW = {
@@ -31,7 +31,7 @@ ROW = {
 
 def shown(rows, width):
     out = io.StringIO()
-    show("a title", rows, Console(file=out, width=width))
+    show_rows("a title", rows, Console(file=out, width=width))
     assert all(len(line) <= width for line in out.getvalue().splitlines())
     return out.getvalue()
 

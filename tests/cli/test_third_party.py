@@ -8,7 +8,7 @@ from rlora.backends import get
 from rlora.cli.bench.cases import ArraySpec
 from rlora.cli.bench.problem import random_problem
 from rlora.cli.bench.third_party import find_third_party
-from rlora.cli.bench.torch_cases import SharedTensors, optax_case, torch_cases
+from rlora.cli.bench.torch_cases import SharedTensors, TorchCase, optax_case
 
 torch = pytest.importorskip("torch")
 PROBLEM = random_problem([(40, 30), (24, 30)], 4, seed=0)
@@ -17,23 +17,23 @@ BASELINE = ("torch", "adamw")
 
 def built(name):
     shared = SharedTensors(PROBLEM, ArraySpec(get("torch"), "float32", None))
-    (case,) = torch_cases(shared, [], [find_third_party(name)], BASELINE)
-    assert (case.name, case.backend, case.ratio_to) == (name, "torch", BASELINE)
-    return case.build()
+    case = TorchCase(name, BASELINE, find_third_party(name).make, shared)
+    assert (case.key, case.ratio_to) == (("torch", name), BASELINE)
+    return case
 
 
 @pytest.mark.parametrize("flag", ["foreach", "fused"])
 def test_flags_of_adamw(flag):
-    stepper = built(f"torch.adamw:{flag}")
-    assert stepper._optimizer.param_groups[0][flag]
-    assert stepper.operations() > 0
+    case = built(f"torch.adamw:{flag}")
+    assert case._optimizer.param_groups[0][flag]
+    assert case.count_operations() > 0
 
 
 def test_any_torch_optimizer_by_its_path():
-    stepper = built("torch.optim:NAdam")
-    stepper.refresh()
-    stepper.step()
-    assert isinstance(stepper._optimizer, torch.optim.NAdam)
+    case = built("torch.optim:NAdam")
+    case.refresh()
+    case.step()
+    assert isinstance(case._optimizer, torch.optim.NAdam)
 
 
 def test_a_class_of_the_folder_one_is_in(tmp_path, monkeypatch):
@@ -94,14 +94,15 @@ def test_wrong_names(name, why):
 def test_optax_takes_the_steps_of_optax():
     jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
     spec = ArraySpec(get("jax"), "float32", None)
-    stepper = optax_case(PROBLEM, spec, find_third_party("optax.adamw"), ("jax", "adamw")).build()
-    assert stepper.compile() > 0
-    stepper.step()
+    transformation = find_third_party("optax.adamw").make(None)
+    case = optax_case(PROBLEM, spec, transformation, ("jax", "adamw"))
+    assert case.compile_s > 0
+    case.step()
     params = spec.factors(PROBLEM.pairs)
     adamw = optax.adamw(1e-4, weight_decay=0.01)
     updates, _ = adamw.update(spec.factors(PROBLEM.grads), adamw.init(params), params)
     moved = optax.apply_updates(params, updates)
-    same = jax.tree.map(lambda x, y: bool(abs(x - y).max() < 1e-7), stepper._params, moved)
+    same = jax.tree.map(lambda x, y: bool(abs(x - y).max() < 1e-7), case._params, moved)
     assert all(jax.tree.leaves(same))
-    assert stepper.state_bytes() >= 2 * 4 * PROBLEM.parameters
-    assert stepper.peak_temporary_bytes() > 0
+    assert case.state_bytes() >= 2 * 4 * PROBLEM.parameters
+    assert case.peak_temporary_bytes() > 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import threadpoolctl
 
-from rlora.cli.bench.threads import pinned, reserved
+from rlora.cli.bench.timing import pinned, reserved
 
 
 def test_libraries_are_pinned_and_set_free_again():
@@ -26,7 +26,7 @@ def test_xla_makes_as_many_threads_as_were_reserved():
     pytest.importorskip("jax")
     code = (
         "import os, sys\n"
-        "from rlora.cli.bench.threads import reserved\n"
+        "from rlora.cli.bench.timing import reserved\n"
         "with reserved(int(sys.argv[1])):\n"
         "    import jax\n"
         "    jax.numpy.ones(3).block_until_ready()\n"
@@ -58,4 +58,4 @@ def test_the_record_has_the_number(rlora_cli, refused, adapter, tmp_path):
     found = json.loads(out.read_text())
     assert found["command"]["threads"] == 1
     assert {library["threads"] for library in found["environment"]["blas"]} == {1}
-    assert "at least 1" in refused("bench", "--threads", 0)
+    assert "x>=1" in refused("bench", "--threads", 0)

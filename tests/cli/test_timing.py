@@ -7,18 +7,13 @@ import rlora
 import rlora.methods
 from rlora.backends import get
 from rlora.cli.bench import memory, timing
-from rlora.cli.bench.cases import ArraySpec, Case, Stepper, baseline_of, functional_cases
-from rlora.cli.bench.presets import PRESETS
-from rlora.cli.bench.problem import random_problem, with_gradients
+from rlora.cli.bench.cases import ArraySpec, Case, baseline_of, functional_cases
+from rlora.cli.bench.problem import PRESETS, random_problem, with_gradients
 from rlora.cli.bench.third_party import find_third_party
 from rlora.cli.bench.timing import Rounds, Timing, verdict
-from rlora.cli.bench.torch_cases import SharedTensors, torch_cases, torch_class
+from rlora.cli.bench.torch_cases import SharedTensors, TorchCase, torch_class
 
 PROBLEM = random_problem([(40, 30), (24, 30)], 4, seed=0)
-
-
-def factors_of(stepper):
-    return stepper._params
 
 
 def test_verdict_says_what_is_wrong_and_what_to_do():
@@ -62,18 +57,16 @@ def test_an_adapter_of_two_ranks_says_both():
 def test_a_functional_case_takes_the_steps_of_the_method(library, name):
     spec = ArraySpec(get(library), "float32", None)
     plain, case = functional_cases(PROBLEM, spec, [baseline_of(name), name])
-    stepper = case.build()
-    stepper.compile()
     method = getattr(rlora.methods, name)()
     params, state = PROBLEM.pairs, method.init(PROBLEM.pairs)
     # Riemannion's second step from an equal gradient rests on singular values that are rounding.
     for _ in range(1 if name == "riemannion" else 2):
-        stepper.step()
+        case.step()
         params, state = rlora.step(method, params, PROBLEM.grads, state, 1e-4)
-        A, B = map(spec.backend.to_numpy, factors_of(stepper)[0])
+        A, B = map(spec.backend.to_numpy, case._params[0])
         # The product, as some methods choose its factors anew, and rounding may choose otherwise.
         np.testing.assert_allclose(B @ A, params[0].B @ params[0].A, rtol=1e-4, atol=1e-6)
-    assert stepper.state_bytes() == sum(x.nbytes for x in rlora.flatten_state(state).values())
+    assert case.state_bytes() == sum(x.nbytes for x in rlora.flatten_state(state).values())
     assert case.ratio_to == plain.key == plain.ratio_to == (library, baseline_of(name))
     np.testing.assert_array_equal(PROBLEM.pairs[0].B, random_problem([(40, 30)], 4, 0).pairs[0].B)
 
@@ -83,13 +76,13 @@ def test_torch_cases_are_what_they_say(name):
     torch = pytest.importorskip("torch")
     spec = ArraySpec(get("torch"), "float32", None)
     shared = SharedTensors(PROBLEM, spec)
-    names, baseline = ["adamw", "scaled_adamw"], ("torch", "adamw")
-    cases = torch_cases(shared, names, [find_third_party(name)], baseline)
-    assert [case.ratio_to for case in cases] == [baseline] * 3
-    plain, scaled, other = (case.build() for case in cases)
-    for stepper in (plain, scaled, other):
-        stepper.refresh()
-        stepper.step()
+    baseline = ("torch", "adamw")
+    plain, scaled = (TorchCase.of_method(x, shared) for x in ("adamw", "scaled_adamw"))
+    other = TorchCase(name, baseline, find_third_party(name).make, shared)
+    for case in (plain, scaled, other):
+        assert case.ratio_to == baseline
+        case.refresh()
+        case.step()
     assert isinstance(scaled._optimizer, torch_class("scaled_adamw"))
     assert len(scaled._optimizer.report) == 2
     kinds = [type(c._optimizer).__name__ for c in (plain, other)]
@@ -145,12 +138,11 @@ def test_xla_says_how_much_it_needs():
     assert 4_000_000 <= memory.of_xla(jax.jit(lambda x: x + 1).lower(x).compile()) < 4_050_000
 
 
-class Counted(Stepper):
-    """A stepper whose steps are only counted."""
-
-    device = "cpu"
+class Counted(Case):
+    """A case whose steps are only counted."""
 
     def __init__(self, name, steps):
+        super().__init__(("none", name), ("none", "a"), "cpu")
         self.name, self.steps = name, steps
 
     def refresh(self):
@@ -166,11 +158,7 @@ class Counted(Stepper):
 
 def timing_of(names, steps=None):
     steps = [] if steps is None else steps
-
-    def case(name):
-        return Case("none", name, ("none", "a"), lambda: Counted(name, steps))
-
-    timing = Timing(PROBLEM, [case(name) for name in names], seed=0)
+    timing = Timing(PROBLEM, [Counted(name, steps) for name in names], seed=0)
     timing._load = 0.0  # whatever else runs here
     return timing
 
@@ -182,9 +170,9 @@ def clock(monkeypatch):
     def set_to(duration):
         counts = {}
 
-        def timed(stepper):
-            counts[stepper.name] = counts.get(stepper.name, -1) + 1
-            return duration(stepper.name, counts[stepper.name])
+        def timed(case):
+            counts[case.name] = counts.get(case.name, -1) + 1
+            return duration(case.name, counts[case.name])
 
         monkeypatch.setattr(timing, "timed", timed)
 
@@ -234,7 +222,7 @@ def test_a_slow_one_gets_its_share_of_the_time(clock):
 
 
 def test_a_hopeless_one_is_not_weighed(clock, monkeypatch):
-    monkeypatch.setattr(Counted, "operations", lambda self: 5)
+    monkeypatch.setattr(Counted, "count_operations", lambda self: 5)
     clock(lambda name, i: {"a": 1.0, "b": 21.0}[name])
     timing = timing_of("ab")
     timing.run(Rounds(least=7, most=100, seconds=40.0), lambda: None)
