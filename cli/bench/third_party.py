@@ -11,8 +11,8 @@ from .cases import LR
 
 KNOWN: Final = {
     "torch.adamw": "torch's AdamW, fused",
-    "torch.adamw:foreach": "torch's AdamW, by lists",
-    "torch.adamw:fused": "the same as torch.adamw",
+    "torch.adamw:foreach": "torch's AdamW, foreach",
+    "torch.adamw:fused": "torch's AdamW, fused",
     "peft": "PEFT's Riemannian wrapper over fused AdamW",
     "optax.adamw": "optax's AdamW, jitted",
     "bitsandbytes": "its 8-bit AdamW, where it is installed",

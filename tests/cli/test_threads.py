@@ -22,6 +22,17 @@ def test_libraries_are_pinned_and_set_free_again():
         assert torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize("before", [None, "3"])
+def test_what_xla_asks_for_is_as_before(monkeypatch, before):
+    monkeypatch.setenv("NPROC", before or "")
+    if before is None:
+        monkeypatch.delenv("NPROC")
+    with reserved(1):
+        assert os.environ["NPROC"] == "1"
+    with reserved(None):
+        assert os.environ.get("NPROC") == before
+
+
 def test_xla_makes_as_many_threads_as_were_reserved():
     pytest.importorskip("jax")
     code = (

@@ -196,6 +196,15 @@ def test_cases_take_turns():
     assert gc.isenabled()
 
 
+def test_a_collector_that_was_off_stays_off():
+    gc.disable()
+    try:
+        timing_of("a", [""] * 10).run(Rounds(1, 1), lambda: None)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
 def test_samples_are_enough_once_their_ratio_is_known(clock):
     clock(lambda name, i: 1.0 if name == "a" else 2.0 + 0.01 * (i % 3))
     timing = timing_of("ab")
