@@ -20,33 +20,24 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Curves that share their axes.
-
-    Parameters
-    ----------
-    title, x, y : str
-        Over the panel, and of its axes.
-    curves : tuple of Curve
-        In the order of the legend. The same label has the same look in every panel.
-    log_x, log_y : bool
-        Which axes are logarithmic.
-    rows : tuple of str
-        Names of y = 0, 1, 2, ..., from the top down; the curves are then dots in these rows.
-    threshold : float, optional
-        Where a line is drawn across: on the y axis, or on the x axis of a panel with rows.
-    roof : tuple of float, optional
-        Slope and height of the line that no point can be above; the curves are then dots.
-    least : float
-        Least ratio of the ends of a logarithmic y axis, or noise would look large.
-    """
+    """Curves that share their axes."""
 
     title: str
     x: str
     y: str
     curves: tuple[Curve, ...]
+    """In the order of the legend. The same label has the same look in every panel."""
+
     log_x: bool = False
     log_y: bool = True
     rows: tuple[str, ...] = ()
+    """Names of y = 0, 1, 2, ..., from the top down; the curves are then dots in these rows."""
+
     threshold: float | None = None
+    """Place of a line across: on the y axis, or on the x axis of a panel with rows."""
+
     roof: tuple[float, float] | None = None
+    """Slope and height of the line that no point can be above; the curves are then dots."""
+
     least: float = 10.0
+    """Least ratio of the ends of a logarithmic y axis, or noise would look large."""
