@@ -63,7 +63,8 @@ def get(name: str) -> Backend:
         When the library is not installed, cannot be imported, or has no device here.
     """
     if importlib.util.find_spec(name.partition(".")[0]) is None:
-        extra = f": pip install 'rlora[{name}]'" if name in BUILTIN else ""
+        known = f"; there are {', '.join(BUILTIN)}, and any Array-API namespace"
+        extra = f": pip install 'rlora[{name}]'" if name in BUILTIN else known
         msg = f"{name} is not installed{extra}"
         raise BackendError(msg)
     try:

@@ -32,7 +32,8 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.modules:
-            return None
+            msg = f"No such command {cmd_name!r}; there are {', '.join(self.list_commands(ctx))}."
+            raise click.UsageError(msg, ctx)
         module = importlib.import_module(self.modules[cmd_name])
         found = (x for x in vars(module).values() if isinstance(x, click.Command))
         return next(command for command in found if command.name == cmd_name)

@@ -35,7 +35,8 @@ def escape_unencodable() -> None:
 
 def one_line(message: str) -> str:
     """Strip a message of line breaks, and of the control codes a file name may carry."""
-    flat = "; ".join(part.strip() for part in message.splitlines() if part.strip())
+    parts = [part.strip() for part in message.splitlines() if part.strip()]
+    flat = "; ".join(parts).replace(":; ", ": ").replace(",; ", ", ")  # lists of click
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in flat)
 
 

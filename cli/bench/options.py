@@ -1,5 +1,6 @@
 """Options of a run: every wrong name or number is refused here, before anything is timed."""
 
+import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -197,7 +198,9 @@ def among(option: str, words: Sequence[str], choices: Iterable[str]) -> list[str
     choices = list(choices)
     for word in words:
         if word not in choices:
-            msg = f"{option} must be one of {', '.join(choices)}, got {word!r}"
+            near = difflib.get_close_matches(word, choices, 1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            msg = f"{option} must be one of {', '.join(choices)}, got {word!r}{hint}"
             raise ValueError(msg)
     return list(words)
 
