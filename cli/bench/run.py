@@ -170,7 +170,7 @@ class Results:
 
     def _time(self, options: Options, problem: Problem) -> None:
         source = options.source()
-        timing = Timing(problem, options.cases(problem), options.seed)
+        timing = Timing(problem, options.cases(problem), options.seed, options.threads)
         rows: list[Row] = []
         try:
             where = f"{source['preset'] or source['adapter']}, rank {problem.rank}"

@@ -60,10 +60,14 @@ class Timing:
         Who takes part, the baselines among them; to go on to the next is to build it.
     seed : int
         Of the order within each round.
+    threads : int, optional
+        Number that the libraries are pinned to, for the advice.
     """
 
-    def __init__(self, problem: Problem, cases: Iterable[Case], seed: int) -> None:
-        self.problem, self._unbuilt = problem, cases
+    def __init__(
+        self, problem: Problem, cases: Iterable[Case], seed: int, threads: int | None = None
+    ) -> None:
+        self.problem, self._unbuilt, self._threads = problem, cases, threads
         self._cases: dict[Key, Case] = {}
         self._rng = np.random.default_rng(seed)
         self._load = (load_average() or [0.0])[0]
@@ -140,7 +144,7 @@ class Timing:
             "state_bytes": case.state_bytes(),
             "peak_temporary_bytes": case.peak,
             "operations": case.operations,
-            "verdict": verdict(spread, self._load),
+            "verdict": verdict(spread, self._load, self._threads),
         }
 
 
@@ -154,14 +158,14 @@ def _prepare(case: Case, patience: float) -> None:
         case.peak = case.peak_temporary_bytes()
 
 
-def verdict(spread: float | None, load: float) -> str:
-    """Return whether a row can be believed, and if not, what to do."""
+def verdict(spread: float | None, load: float, threads: int | None = None) -> str:
+    """Return whether a row can be believed, and if not, what to do that is not done yet."""
     # Threads that wait for each other lose whole time slices on a busy machine: every sample is
     # then as wrong as the next, and the spread does not show it.
     if load > MAX_LOAD * (os.cpu_count() or 1):
+        fewer = "" if threads == 1 else " or use --threads 1"
         return (
-            f"unstable: load {load:.1f} on {os.cpu_count()} processors; "
-            f"close other programs or use --threads 1"
+            f"unstable: load {load:.1f} on {os.cpu_count()} processors; close other programs{fewer}"
         )
     if spread is None:
         return (

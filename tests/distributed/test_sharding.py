@@ -201,7 +201,7 @@ GATHERED = {"AdaPreLoRA", "LoFT", "LoRASB", "OPLoRA", "Riemannion", "ScaledProdi
 
 
 @pytest.mark.parametrize("layout", ["default", "columns", "hsdp"])
-@pytest.mark.works("FSDP2", "every other class, six of them on gathered factors")
+@pytest.mark.works("FSDP2", "every other class, seven of them on gathered factors")
 def test_other_methods_under_fsdp2(groups, layout):
     """In float64, so that only the order of sums differs; moments are shared out.
 
