@@ -32,11 +32,17 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.modules:
-            msg = f"No such command {cmd_name!r}; there are {', '.join(self.list_commands(ctx))}."
-            raise click.UsageError(msg, ctx)
+            return None
         module = importlib.import_module(self.modules[cmd_name])
         found = (x for x in vars(module).values() if isinstance(x, click.Command))
         return next(command for command in found if command.name == cmd_name)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args[0] not in self.modules and not ctx.resilient_parsing:
+            ctx.fail(
+                f"No such command {args[0]!r}; there are {', '.join(self.list_commands(ctx))}."
+            )
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands with their first sentences, wrapped where click would cut them."""

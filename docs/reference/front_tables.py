@@ -37,7 +37,7 @@ METHODS: Final = {
     "lora-plus-fast": "`LoRAPlus` (0.7, 0.8)",
 }
 BEFORE: Final = {"scaled": "scaled-both-fast"}
-"""What stood for a method in runs of 160 and 200 steps: the default had a damping of 1e-4."""
+"""Stand-in of a method in runs of 160 and 200 steps: the default had a damping of 1e-4."""
 
 TASKS: Final = {
     ("pronounce", "8", "160"): "SmolLM2-135M, `pronounce`, rank 8",

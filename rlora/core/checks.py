@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from functools import wraps
 from numbers import Integral, Real
@@ -82,7 +83,8 @@ def is_zero(value: Any) -> bool:
 def check_real(name: str, value: Any) -> None:
     """TypeError unless the value is a real number."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        hint = "; YAML reads 1e-3 as text: write 1.0e-3" if isinstance(value, str) else ""
+        numeric = isinstance(value, str) and re.fullmatch(r"[-+\d.]+e[-+]?\d+", value)
+        hint = "; YAML reads 1e-3 as text: write 1.0e-3" if numeric else ""
         msg = f"{name} must be a real number, got {value!r} ({type(value).__name__}){hint}"
         raise TypeError(msg)
 
@@ -153,7 +155,8 @@ def check_rate(lr: Any) -> None:
             msg = f"lr must be finite and at least 0, got {lr!r}"
             raise ValueError(msg)
     elif not hasattr(lr, "shape"):
-        check_real("lr", lr)
+        msg = f"lr must be one real number or an array, got {lr!r} ({type(lr).__name__})"
+        raise TypeError(msg)
 
 
 def check_scaling(scaling: Any) -> None:

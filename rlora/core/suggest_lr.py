@@ -6,7 +6,8 @@ from typing import Final
 from rlora.core.checks import check_count, check_positive, check_scaling
 
 SHARE: Final = 0.25
-"""The constant of `suggest_lr`: from the study of strings; SmolLM2 agrees."""
+"""The constant of `suggest_lr`: from the study of strings. SmolLM2 agrees in 160 steps, and wants a
+quarter of it in 640, which read its data six times."""
 
 
 def suggest_lr(size: float, *, rank: int, scaling: float = 1.0) -> float:

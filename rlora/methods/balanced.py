@@ -8,13 +8,12 @@ from typing import Final
 
 from rlora.core.algebra import mT
 from rlora.core.checks import hyperparameters
-from rlora.core.decay import add_decayed_weights
+from rlora.core.decay import inner_or_adamw
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, device_of, leaves_of, map_leaves, map_pairs
 from rlora.core.linalg import geometric_mean
-from rlora.core.moments import scale_by_adam
 from rlora.core.rank_group import RankGroup, by_rank
-from rlora.core.transform import State, Transform, chain, no_state, still_at_zero
+from rlora.core.transform import State, Transform, check_jacobi, no_state, still_at_zero
 
 SINGULAR: Final = 1e-6
 """Addition to each Gram, relative to its mean eigenvalue: a direction that one factor has lost
@@ -75,11 +74,8 @@ def balanced_lora(
     >>> method = rlora.balanced_lora(weight_decay=0.01)
     >>> scaled = rlora.balanced_lora(rlora.scaled_sgd())
     """
-    adamw = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay))
-    inner = adamw if inner is None else inner
-    if inner.order != "jacobi":
-        msg = "balanced_lora expected a method of order='jacobi', got 'gauss_seidel'; give it that"
-        raise ValueError(msg)
+    inner = inner_or_adamw(inner, b1, b2, eps, weight_decay)
+    check_jacobi("balanced_lora", inner)
     move, rebase = inner.apply, by_rank(no_state, balance, rescaled=False).update
 
     def apply(params: Tree, direction: Tree, lr: Array | float) -> Tree:

@@ -5,10 +5,9 @@ S. Hayou, N. Ghosh, B. Yu. LoRA+: Efficient Low Rank Adaptation of Large Models.
 """
 
 from rlora.core.checks import check_nonnegative, hyperparameters
-from rlora.core.decay import add_decayed_weights
+from rlora.core.decay import inner_or_adamw
 from rlora.core.factors import Factors, Tree, map_pairs
-from rlora.core.moments import scale_by_adam
-from rlora.core.transform import State, Transform, chain
+from rlora.core.transform import State, Transform
 
 
 @hyperparameters
@@ -61,8 +60,7 @@ def lora_plus(
     >>> both = rlora.lora_plus(rlora.scaled_adamw(), ratio=4.0)
     """
     check_nonnegative("ratio", ratio)
-    adamw = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay))
-    inner = adamw if inner is None else inner
+    inner = inner_or_adamw(inner, b1, b2, eps, weight_decay)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         direction, state = inner.update(grads, state, params)

@@ -5,12 +5,11 @@ arXiv:2603.05204, 2026.
 """
 
 from rlora.core.checks import check_unit, hyperparameters
-from rlora.core.decay import add_decayed_weights
+from rlora.core.decay import inner_or_adamw
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, map_pairs
-from rlora.core.moments import scale_by_adam
 from rlora.core.sizes import into_range
-from rlora.core.transform import Transform, chain, still_at_zero
+from rlora.core.transform import Transform, still_at_zero
 
 
 @hyperparameters
@@ -69,8 +68,7 @@ def stable_lora(
     >>> scaled = rlora.stable_lora(rlora.scaled_adamw())
     """
     check_unit("shrink", shrink)
-    adamw = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay))
-    inner = adamw if inner is None else inner
+    inner = inner_or_adamw(inner, b1, b2, eps, weight_decay)
     move = inner.apply
 
     def shrunk(pair: Factors, d: Factors) -> Factors:

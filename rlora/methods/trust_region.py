@@ -1,15 +1,12 @@
 """Trust region: no step moves the product of a pair by more than a bound."""
 
-from typing import Any
-
 from rlora.core.algebra import mT
 from rlora.core.checks import check_positive, hyperparameters
-from rlora.core.decay import add_decayed_weights
+from rlora.core.decay import inner_or_adamw
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, map_pairs
-from rlora.core.moments import scale_by_adam
 from rlora.core.sizes import shrink_to
-from rlora.core.transform import Transform, chain, still_at_zero
+from rlora.core.transform import Transform, check_jacobi, still_at_zero
 
 
 @hyperparameters
@@ -33,7 +30,8 @@ def trust_region(
         A <- A - t lr D_A                          B <- B - t lr D_B
 
     t is the largest fraction with ``t f + t² q <= bound``, so the product moves by the bound at
-    most. f and q are those of the product: where `inner` is invariant, so is this.
+    most, before it is rounded to the parameters' dtype. f and q are those of the product: where
+    `inner` is invariant, so is this.
 
     Parameters
     ----------
@@ -55,12 +53,16 @@ def trust_region(
     Raises
     ------
     ValueError, TypeError
-        When a hyperparameter is out of its range or of the wrong type.
+        When a hyperparameter is out of its range or of the wrong type, or `inner` moves one factor
+        after the other.
 
     Notes
     -----
     One t for both factors of a pair, each pair its own, so that the direction stays what it was. It
-    bounds a single step and not the sum of many. A learning rate of 0 changes nothing.
+    bounds a single step and not the sum of many. What `inner` does beside its step comes on top:
+    the decay of `lora_muon`, `riemannion`, `op_lora` and of ``decay="after"``, the shrinking of
+    `stable_lora`. bfloat16 factors lose, or gain by stochastic rounding, more than a small bound.
+    Where a step hardly changes the product in first order, f is rounded up to ``ε^½ lr |B D_A|``.
 
     Adafactor clips the root mean square of a parameter's update. Of factors that would depend on
     the split of the product; the t of the product's change is derived here.
@@ -77,8 +79,8 @@ def trust_region(
     >>> scaled = rlora.trust_region(rlora.scaled_adamw(), bound=1e-4)
     """
     check_positive("bound", bound)
-    adamw = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay))
-    inner = adamw if inner is None else inner
+    inner = inner_or_adamw(inner, b1, b2, eps, weight_decay)
+    check_jacobi("trust_region", inner)
     move = inner.apply
 
     def apply(params: Tree, direction: Tree, lr: Array | float) -> Tree:
@@ -96,39 +98,41 @@ def trust_region(
 def fraction(pair: Factors, step: Factors, bound: float) -> Array:
     """The t of `trust_region` for a step of a pair, (..., 1, 1); None in a step is zero.
 
-    ``B D_A + D_B A`` is ``[B D_B] [D_A; A]``, so that its squared norm is the inner product of two
-    Grams of (2r, 2r). Its terms do not change as B is divided and D_A multiplied by a number, nor
-    as A and D_B are: so all squares are of numbers of at most 1.
+    All four matrices are divided by their largest entries first, so that no square overflows, and
+    none is lost beside a larger one.
     """
     backend = get_backend(*pair)
     xp, dtype = backend.xp, backend.compute_dtype(pair.A.dtype)
     A, B = (backend.cast(x, dtype) for x in pair)
     changes = zip(step, (A, B), strict=True)
     a, b = (xp.zeros_like(p) if x is None else backend.cast(x, dtype) for x, p in changes)
-    peak_A, peak_B = _peak(xp, A), _peak(xp, B)
-    a, b = peak_B * a, peak_A * b
-    peak = xp.maximum(_peak(xp, a), _peak(xp, b))
-    with backend.exact(A):
-        rows = xp.concat([a / peak, A / peak_A], axis=-2)
-        columns = xp.concat([B / peak_B, b / peak], axis=-1)
-        of_rows = backend.matmul(rows, mT(rows))
-        of_columns = backend.matmul(mT(columns), columns)
+    info = xp.finfo(dtype)
+    least, most = float(info.smallest_normal), float(info.max) / 4
+    sizes = [xp.max(xp.abs(x), axis=(-2, -1), keepdims=True) for x in (A, B, a, b)]
+    sizes = [xp.clip(x, min=least, max=most) for x in sizes]
+    A, B, a, b = (x / size for x, size in zip((A, B, a, b), sizes, strict=True))
+
+    def product(x: Array, y: Array) -> Array:
+        return x * xp.minimum(y, most / xp.clip(x, min=1.0))
+
+    of_A, of_B, of_a, of_b = sizes
+    first, second = product(of_B, of_a), product(of_A, of_b)  # of B D_A, of D_B A
+    unit = xp.clip(xp.maximum(first, second), min=least)
+    ones = xp.ones_like(a[..., :1])
+    shares = xp.concat([first / unit * ones, second / unit * ones], axis=-2)  # (..., 2r, 1)
     r, entries = A.shape[-2], A.shape[-1] * B.shape[-2]
+    with backend.exact(A):  # [B D_B] [D_A; A], whose squared norm is that of two Grams (2r, 2r)
+        rows, columns = xp.concat([a, A], axis=-2), xp.concat([B, b], axis=-1)
+        K, L = backend.matmul(rows, mT(rows)), backend.matmul(mT(columns), columns)
 
     def size(K: Array, L: Array) -> Array:  # rounding may leave less than zero
         square = xp.sum(K * L, axis=(-2, -1), keepdims=True) / entries
         return xp.sqrt(xp.clip(square, min=0.0))
 
-    f = peak * size(of_rows, of_columns)
-    q = size(of_rows[..., :r, :r], of_columns[..., r:, r:])
-    g = 2 * peak * xp.sqrt(bound * q) / (xp.sqrt(peak_A) * xp.sqrt(peak_B))
-    largest = xp.maximum(f, g)
-    unit = xp.where(largest > 0, largest, xp.ones_like(largest))
-    longest = unit * xp.sqrt((f / unit) ** 2 + (g / unit) ** 2)
-    return shrink_to(xp, 2 * bound, f + longest)
-
-
-def _peak(xp: Any, x: Array) -> Array:
-    """The largest magnitude, (..., 1, 1), and 1 where all are zero."""
-    peak = xp.max(xp.abs(x), axis=(-2, -1), keepdims=True)
-    return xp.where(peak > 0, peak, xp.ones_like(peak))
+    f = product(unit, size(K * shares * mT(shares), L))
+    root = xp.sqrt(bound * size(K[..., :r, :r], L[..., r:, r:]))
+    g = 2 * product(xp.sqrt(of_a) * xp.sqrt(of_b), root)
+    largest = xp.clip(xp.maximum(f, g), min=least)
+    length = largest * xp.sqrt((f / largest) ** 2 + (g / largest) ** 2)
+    t = shrink_to(xp, 2 * bound, f + length)
+    return xp.where(xp.maximum(unit, largest) >= most / 2, xp.zeros_like(t), t)  # out of range

@@ -6,6 +6,7 @@ import torch
 import rlora
 from rlora import Factors
 from rlora.cli.study.experiments import MOST, favour_b, scale_by_growing_adam
+from rlora.cli.study.stacked_methods import SHARE, clipped
 
 
 @pytest.fixture
@@ -55,3 +56,23 @@ def test_b_is_favoured_by_the_ratio_of_sizes_between_one_and_the_most(draw):
             assert 1 <= ratio <= MOST
             # Sizes are measured in float32.
             torch.testing.assert_close(found.B[k], ratio * plain.B[k], rtol=1e-6, atol=0)
+
+
+def test_each_layer_is_clipped_by_its_own_size(draw):
+    """One layer free, the other held to a share of its W0: as if each were alone."""
+    pairs, grads = ({name: draw() for name in ("free", "held")} for _ in range(2))
+    sizes = {"held": 1.0, "free": 1e8}  # of W0
+    inner = rlora.lora_plus(ratio=1.0)
+    method = clipped(lambda _: inner)(sizes)
+    found, _ = rlora.step(method, pairs, grads, method.init(pairs), 1.0)
+    for name, pair in pairs.items():
+        alone = rlora.trust_region(inner, bound=SHARE * sizes[name])
+        expected, _ = rlora.step(alone, pair, grads[name], alone.init(pair), 1.0)
+        for mine, theirs in zip(found[name], expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    moved = {
+        name: (found[name].B @ found[name].A - x.B @ x.A).square().mean((-2, -1)).sqrt()
+        for name, x in pairs.items()
+    }
+    assert (moved["held"] <= SHARE * (1 + 1e-12)).all()  # float64 rounding
+    assert (moved["free"] > 10 * SHARE).all()

@@ -6,6 +6,7 @@ import pytest
 import rlora
 from rlora import Factors
 from rlora.methods.trust_region import fraction
+from rlora.testing import make_problem
 
 M, N, R = 6, 5, 3
 
@@ -61,16 +62,61 @@ def test_a_frozen_factor_counts_as_a_step_of_zero(draw):
         np.testing.assert_allclose(rms(found.B @ found.A - pair.B @ pair.A), 1e-3, rtol=1e-9)
 
 
-@pytest.mark.parametrize("size", [1e-18, 1e-9, 1.0, 1e9, 1e18])
-def test_squares_of_huge_and_of_tiny_factors_are_in_range(draw, size):
-    """In float32, where their squares are not, against float64: a few roundings apart."""
-    pair, step = draw(), draw()
-    pair = Factors(pair.A * size, pair.B / 3)
-    low = [Factors(*(x.astype("float32") for x in some)) for some in (pair, step)]
-    for bound in (1e-6 * size, 1e-3, 1e3 * size):
-        np.testing.assert_allclose(
-            fraction(*low, bound), fraction(pair, step, bound), rtol=1e-5, atol=1e-30
-        )
+SIZES = [1e-30, 1e-9, 1.0, 1e9, 1e30]
+
+
+@pytest.mark.parametrize("of_A", SIZES)
+@pytest.mark.parametrize("of_b", [1e-20, 1.0, 1e20])
+def test_nothing_overflows_and_nothing_is_lost_beside_what_is_larger(draw, of_A, of_b):
+    """Float32 against float64, to some roundings of the Grams of 6 terms; 1e-38 counts as 0."""
+    for of_B in SIZES:
+        pair, step = draw(), draw()
+        pair, step = Factors(pair.A * of_A, pair.B * of_B), step._replace(B=step.B * of_b)
+        low = [Factors(*(x.astype("float32") for x in some)) for some in (pair, step)]
+        for bound in (1e-6, 1.0, 1e6):
+            t = fraction(*low, bound)
+            assert t.dtype == np.float32
+            np.testing.assert_allclose(t, fraction(pair, step, bound), rtol=1e-5, atol=1e-37)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_huge_factors_stay_finite(draw, decay):
+    for size in (1e21, 1e30):
+        pair = Factors(*((size * x).astype("float32") for x in draw()))
+        grads = Factors(*(x.astype("float32") for x in draw()))
+        for method in (
+            rlora.trust_region(weight_decay=decay),
+            rlora.trust_region(rlora.scaled_adamw(weight_decay=decay)),
+        ):
+            with np.errstate(over="ignore"):  # in the Grams of scaled AdamW, which leaves them out
+                found = stepped(method, pair, grads, 0.1)
+            assert all(np.isfinite(x).all() for x in found)
+
+
+@pytest.mark.parametrize("name", ["scaled_sgd", "scaled_adamw", "lora_rite", "loft", "graft_adamw"])
+def test_no_method_moves_the_product_further(name, backend):
+    """Twenty steps at a rate of 1, each by the bound or less, to rounding."""
+    method = rlora.trust_region(getattr(rlora, name)(), bound=1e-3)
+    problem = make_problem(seed=5).on(backend)
+    pair, state = problem.params, method.init(problem.params)
+    for _ in range(20):
+        old = [backend.to_numpy(x) for x in pair]
+        pair, state = rlora.step(method, pair, problem.grads(pair), state, 1.0)
+        A, B = (backend.to_numpy(x) for x in pair)
+        assert rms(B @ A - old[1] @ old[0]) <= 1e-3 * (1 + 1e-9)
+
+
+def test_a_method_that_moves_one_factor_after_the_other_is_refused():
+    """Each half would have the whole bound."""
+    with pytest.raises(ValueError, match="order='jacobi'"):
+        rlora.trust_region(rlora.scaled_sgd(order="gauss_seidel"))
+
+
+@pytest.mark.parametrize("wrapper", ["trust_region", "lora_plus", "stable_lora", "balanced_lora"])
+@pytest.mark.parametrize("inner", ["adamw", rlora.scaled_adamw])
+def test_an_inner_method_that_is_none_is_refused(wrapper, inner):
+    with pytest.raises(TypeError, match=r"as rlora.scaled_adamw\(\) gives"):
+        getattr(rlora, wrapper)(inner)
 
 
 def test_rounding_of_a_step_without_a_second_order_leaves_a_number():

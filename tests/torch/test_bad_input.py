@@ -239,7 +239,7 @@ def test_a_method_whose_update_gives_another_state():
 
 
 @pytest.mark.parametrize("kind", [rlora.torch.ScaledAdamW, rlora.torch.LoRARite])
-@pytest.mark.parametrize("bad", [{"lr": "1e-3"}, {"betas": ("0.9", "0.99")}, {"eps": "1e-8"}])
+@pytest.mark.parametrize("bad", [{"lr": "1e-3"}, {"betas": ("9e-1", "0.99")}, {"eps": "1e-8"}])
 def test_numbers_that_came_as_text_are_named(kind, bad):
     """As YAML reads 1e-3: torch itself only says that it cannot compare."""
     (name,) = bad
@@ -247,3 +247,11 @@ def test_numbers_that_came_as_text_are_named(kind, bad):
         kind(make_model(), **bad)
     with pytest.raises(TypeError, match=r"lr must be a real number.*write 1.0e-3"):
         rlora.torch.precondition(torch.optim.SGD)(make_model(), "1e-3")
+
+
+@pytest.mark.parametrize("kind", [rlora.torch.ScaledAdamW, rlora.torch.LoRARite])
+@pytest.mark.parametrize("bad, match", [(("0.9", "0.99"), "betas"), ((0.9, 1.5), r"in \[0, 1\)")])
+def test_betas_of_a_group_are_checked_at_construction(kind, bad, match):
+    params = list(make_model().named_parameters())
+    with pytest.raises((TypeError, ValueError), match=match):
+        kind([{"params": params, "betas": bad}])

@@ -190,6 +190,7 @@ class LoRAOptimizer(LoadsState, ABC):
 
     def _check(self, group: dict[str, Any]) -> None:
         """Numbers and choices of a group; torch checks those of the constructor only."""
+        refuse_text(group)
         for name in NONNEGATIVE & group.keys():
             if not isinstance(group[name], Tensor):
                 check_nonnegative(name, group[name])

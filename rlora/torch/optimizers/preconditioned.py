@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from rlora.core.checks import check_choice
+from rlora.core.checks import check_choice, check_unit
 from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.placement import Placement
 from rlora.core.transform import Order
@@ -62,6 +62,9 @@ class GramPreconditioned(LoRAOptimizer):
     def _check_own(self, group: dict[str, Any]) -> None:
         check_damping(group["damping"], group["damping_mode"], group["compute_dtype"])
         check_choice("placement", group["placement"], Placement)
+        for beta in group.get("betas", ()):
+            if not isinstance(beta, torch.Tensor):
+                check_unit("each of betas", beta)
         if group["placement"] != "before" and self._kernel is not AdamW:
             msg = (
                 f"placement {group['placement']!r} needs decoupled weight decay and moments that "

@@ -61,11 +61,12 @@ def plain_numbers(options: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_text(options: Mapping[str, Any]) -> None:
     """TypeError for numbers that came as text, which torch would compare with numbers."""
-    for name in ("lr", "betas", "eps", "weight_decay", "momentum"):
-        value = options.get(name)
-        for x in value if isinstance(value, (tuple, list)) else (value,):
+    for name in ("lr", "betas", "eps", "weight_decay", "momentum", "dampening"):
+        value: Any = options.get(name)
+        several = isinstance(value, (tuple, list))
+        for x in value if several else (value,):
             if isinstance(x, str):
-                check_real(name, x)
+                check_real(f"each of {name}" if several else name, x)
 
 
 def split_names(group: dict[str, Any]) -> list[str] | None:
