@@ -2,7 +2,7 @@
 
 A step reads parameters and gradients, writes parameters, reads and writes its state; its flops are
 those of its matrix products, counted in a step on NumPy arrays. Memory and arithmetic may go on at
-once, so the least time is the longer of the two.
+once, so the least time is the longer of the two, at the peaks that this machine reaches in a run.
 """
 
 import time
@@ -129,13 +129,13 @@ def state_numbers(method: str, m: int, n: int, r: int) -> int:
 
 
 LONG: Final = 1 << 24
-"""Numbers in an array too large for any cache."""
+"""Numbers in the arrays that the peak of the memory is measured on: too large for any cache."""
 
 SQUARE: Final = 512
-"""Side of matrices whose product keeps the arithmetic busy and the memory idle."""
+"""Side of the matrices for the peak of arithmetic, whose product leaves the memory idle."""
 
 SECONDS: Final = 0.1
-"""For each of the two, after a warm-up."""
+"""Time for each of the two peaks, after a warm-up."""
 
 
 class Peaks(NamedTuple):

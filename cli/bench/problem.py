@@ -48,6 +48,9 @@ PRESETS: Final[dict[str, Preset]] = {
 
 DEFAULT: Final = "gpt2-medium"
 
+TOKENS: Final = 512
+"""Length of the one sequence of a forward and backward pass."""
+
 
 SHAPE: Final = re.compile(r"([1-9]\d{0,6})x([1-9]\d{0,6})\*([1-9]\d{0,6})", re.ASCII)
 """``MxN*K``, as in ``1024x1024*24``: K layers with one weight of m x n each."""

@@ -35,7 +35,14 @@ for reading; --output keeps the record with every sample and the environment.
 `rlora bench list` has the methods, backends, presets and third-party optimizers.
 """
 
-AT_LEAST_ONE = click.IntRange(min=1)
+
+class Whole(click.IntRange):
+    """A whole number, which an error names so."""
+
+    name = "whole number"
+
+
+AT_LEAST_ONE = Whole(min=1)
 
 
 def _listed(context: click.Context, option: click.Parameter, words: Sequence[str]) -> list[Any]:
@@ -95,7 +102,7 @@ several = partial(click.option, multiple=True, callback=_listed)
 @click.option("--force", is_flag=True, help="Go on when it needs more memory than is free.")
 @click.option(
     "--seed",
-    type=click.IntRange(min=0),
+    type=Whole(min=0),
     default=0,
     show_default=True,
     help="Seed of values and order.",
@@ -171,14 +178,13 @@ class Results:
     def _time(self, options: Options, problem: Problem) -> None:
         source = options.source()
         timing = Timing(problem, options.cases(problem), options.seed, options.threads)
-        rows: list[Row] = []
         try:
             where = f"{source['preset'] or source['adapter']}, rank {problem.rank}"
             with progress(where, options.rounds.most, log=bool(self.suite)) as tick:
                 timing.run(options.rounds, tick)
         finally:
             rest = {"dtype": options.dtype, **source, "forward_backward_s": None}
-            rows += [{**row, **rest} for row in timing.rows()]
+            rows = [{**row, **rest} for row in timing.rows()]
             self.rows += [(row, problem.shapes) for row in rows]
         if options.end_to_end:
             seconds = forward_backward_seconds(problem, options.specs["torch"])

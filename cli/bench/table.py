@@ -13,8 +13,8 @@ from rich.text import Text
 
 from rlora.cli.console import console, counted, fitted
 
+from .problem import TOKENS
 from .schema import Record, Row, read_record
-from .torch_cases import TOKENS
 
 KEEP = ("method", "on", "rank", "ratio")
 """Columns of a table at any width."""

@@ -11,10 +11,7 @@ import numpy as np
 
 from . import memory
 from .cases import BASELINES, LR, ArraySpec, Case, Key, PureCase, baseline_of, split_variant
-from .problem import Problem
-
-TOKENS: Final = 512
-"""In one sequence; the batch is one."""
+from .problem import TOKENS, Problem
 
 REPEATS: Final = 3
 

@@ -83,7 +83,7 @@ def is_zero(value: Any) -> bool:
 def check_real(name: str, value: Any) -> None:
     """TypeError unless the value is a real number."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        numeric = isinstance(value, str) and re.fullmatch(r"[-+\d.]+e[-+]?\d+", value)
+        numeric = isinstance(value, str) and re.fullmatch(r"[-+\d.]+[eE][-+]?\d+", value)
         hint = "; YAML reads 1e-3 as text: write 1.0e-3" if numeric else ""
         msg = f"{name} must be a real number, got {value!r} ({type(value).__name__}){hint}"
         raise TypeError(msg)

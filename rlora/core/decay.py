@@ -1,13 +1,11 @@
 """Decoupled weight decay: with the step, after it, or once for the product."""
 
 from collections.abc import Callable
-from typing import Any
 
 from rlora.core.checks import check_nonnegative, hyperparameters, is_zero
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Tree, map_moving
-from rlora.core.moments import scale_by_adam
-from rlora.core.transform import State, Transform, chain, no_state, pass_on
+from rlora.core.transform import State, Transform, no_state, pass_on
 
 Split = Callable[[Array | float], tuple[Array | float, Array | float]]
 """From what one step keeps, ``1 - lr λ``, to what a factor keeps and what multiplies its update."""
@@ -85,16 +83,3 @@ def _decay(weight_decay: float, split: Split) -> Transform:
         return moved
 
     return Transform(no_state, pass_on, apply, sharded=True)
-
-
-def inner_or_adamw(inner: Any, b1: float, b2: float, eps: float, weight_decay: float) -> Transform:
-    """The method that a wrapper is given, or AdamW; TypeError if it is no `Transform`."""
-    adamw = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay))
-    if inner is not None and not isinstance(inner, Transform):
-        msg = (
-            f"inner must be a Transform, as rlora.scaled_adamw() gives, got {inner!r} "
-            f"({type(inner).__name__})"
-        )
-        raise TypeError(msg)
-    found: Transform = adamw if inner is None else inner
-    return found

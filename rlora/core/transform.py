@@ -160,13 +160,6 @@ class Transform(NamedTuple):
     sharded: bool = False
 
 
-def check_jacobi(method: str, inner: Transform) -> None:
-    """ValueError for an inner method that moves one factor after the other."""
-    if inner.order != "jacobi":
-        msg = f"{method} expected a method of order='jacobi', got 'gauss_seidel'; give it that"
-        raise ValueError(msg)
-
-
 def chain(*links: Transform) -> Transform:
     """Transforms one after the other, each taking the direction of the one before.
 

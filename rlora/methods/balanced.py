@@ -8,12 +8,12 @@ from typing import Final
 
 from rlora.core.algebra import mT
 from rlora.core.checks import hyperparameters
-from rlora.core.decay import inner_or_adamw
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, device_of, leaves_of, map_leaves, map_pairs
+from rlora.core.inner import check_jacobi, inner_or_adamw
 from rlora.core.linalg import geometric_mean
 from rlora.core.rank_group import RankGroup, by_rank
-from rlora.core.transform import State, Transform, check_jacobi, no_state, still_at_zero
+from rlora.core.transform import State, Transform, no_state, still_at_zero
 
 SINGULAR: Final = 1e-6
 """Addition to each Gram, relative to its mean eigenvalue: a direction that one factor has lost

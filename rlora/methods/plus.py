@@ -5,8 +5,8 @@ S. Hayou, N. Ghosh, B. Yu. LoRA+: Efficient Low Rank Adaptation of Large Models.
 """
 
 from rlora.core.checks import check_nonnegative, hyperparameters
-from rlora.core.decay import inner_or_adamw
 from rlora.core.factors import Factors, Tree, map_pairs
+from rlora.core.inner import inner_or_adamw
 from rlora.core.transform import State, Transform
 
 

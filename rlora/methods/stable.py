@@ -5,9 +5,9 @@ arXiv:2603.05204, 2026.
 """
 
 from rlora.core.checks import check_unit, hyperparameters
-from rlora.core.decay import inner_or_adamw
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, map_pairs
+from rlora.core.inner import inner_or_adamw
 from rlora.core.sizes import into_range
 from rlora.core.transform import Transform, still_at_zero
 

@@ -2,11 +2,11 @@
 
 from rlora.core.algebra import mT
 from rlora.core.checks import check_positive, hyperparameters
-from rlora.core.decay import inner_or_adamw
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, map_pairs
+from rlora.core.inner import check_jacobi, inner_or_adamw
 from rlora.core.sizes import shrink_to
-from rlora.core.transform import Transform, check_jacobi, still_at_zero
+from rlora.core.transform import Transform, still_at_zero
 
 
 @hyperparameters
@@ -62,7 +62,8 @@ def trust_region(
     bounds a single step and not the sum of many. What `inner` does beside its step comes on top:
     the decay of `lora_muon`, `riemannion`, `op_lora` and of ``decay="after"``, the shrinking of
     `stable_lora`. bfloat16 factors lose, or gain by stochastic rounding, more than a small bound.
-    Where a step hardly changes the product in first order, f is rounded up to ``ε^½ lr |B D_A|``.
+    Where a step hardly changes the product in first order, rounding leaves f known to about
+    ``ε^½ lr |B D_A|`` only, and the product may move by as much beyond the bound.
 
     Adafactor clips the root mean square of a parameter's update. Of factors that would depend on
     the split of the product; the t of the product's change is derived here.
@@ -92,6 +93,7 @@ def trust_region(
 
         return move(params, map_pairs(cut, params, direction), lr)
 
+    # Norms are of whole factors: pieces would have to be summed.
     return inner._replace(apply=still_at_zero(apply), sharded=False)
 
 

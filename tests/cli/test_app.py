@@ -73,7 +73,16 @@ def test_a_narrow_encoding_escapes_what_it_lacks(args):
 
 
 def test_no_such_command(refused):
-    assert "frobnicate" in refused("frobnicate")
+    """Those that there are come with it, also in a group below."""
+    assert "'frobnicate'; there are bench, info, reproduce, study." in refused("frobnicate")
+    assert "'shw'; there are compare, export, list, report, run, show." in refused("bench", "shw")
+
+
+def test_a_method_that_was_misspelt_is_named(refused):
+    assert "'scaled_adam', did you mean scaled_adamw?" in refused(
+        "bench", "--method", "scaled_adam"
+    )
+    assert "did you mean" not in refused("bench", "--method", "zzz")
 
 
 def test_info_lists_every_backend(rlora_cli):
@@ -112,3 +121,4 @@ def test_the_door_lets_bugs_through(rlora_cli, monkeypatch):
 
 def test_one_line_keeps_text_and_disarms_the_rest():
     assert one_line("größer\n\n  \x1b[31mred\x07") == "größer; \\x1b[31mred\\x07"
+    assert one_line("Choose from:\n\tone,\n\ttwo") == "Choose from: one, two"

@@ -255,3 +255,18 @@ def test_betas_of_a_group_are_checked_at_construction(kind, bad, match):
     params = list(make_model().named_parameters())
     with pytest.raises((TypeError, ValueError), match=match):
         kind([{"params": params, "betas": bad}])
+
+
+def test_betas_of_another_optimizer_are_its_own_business():
+    """It may have none, or more than two, of any meaning."""
+
+    class Own(torch.optim.Optimizer):
+        def __init__(self, params, lr=1e-3, betas=None):
+            super().__init__(params, {"lr": lr, "betas": betas})
+
+        def step(self, closure=None):
+            pass
+
+    for betas in (None, (0.9, 2.0, 3.0)):
+        kind = rlora.torch.precondition(Own)
+        assert kind(make_model(), betas=betas).param_groups[0]["betas"] == betas

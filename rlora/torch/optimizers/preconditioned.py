@@ -62,7 +62,7 @@ class GramPreconditioned(LoRAOptimizer):
     def _check_own(self, group: dict[str, Any]) -> None:
         check_damping(group["damping"], group["damping_mode"], group["compute_dtype"])
         check_choice("placement", group["placement"], Placement)
-        for beta in group.get("betas", ()):
+        for beta in group["betas"] if self._kernel is AdamW else ():
             if not isinstance(beta, torch.Tensor):
                 check_unit("each of betas", beta)
         if group["placement"] != "before" and self._kernel is not AdamW:
