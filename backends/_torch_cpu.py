@@ -117,7 +117,10 @@ def _shifts(
     means = S.diagonal(dim1=-2, dim2=-1).mean(-1).numpy()
     floor = max(rounding_of(S), least)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite stays visible
-        shift = means * max(damping, floor) if relative else np.maximum(means * floor, damping)
+        if relative:
+            ratio = max(damping, floor)
+            return means * ratio, means * (1 + ratio)
+        shift = np.maximum(means * floor, damping)
         return shift, means + shift
 
 

@@ -54,7 +54,7 @@ def rows_times(X: Array, Y: Array) -> Array:
     """``X Yᵀ`` of (..., r, n)."""
     if X.ndim == 3 and min(fold_of(X.mT, FOLDED_GRAM), fold_of(Y.mT, FOLDED_GRAM)) > 1:
         return folded_columns(X.mT, Y.mT)
-    return X @ Y.mT
+    return product_of(X)(X, Y.mT)
 
 
 def folded_columns(X: Array, Y: Array) -> Array:
@@ -65,14 +65,13 @@ def folded_columns(X: Array, Y: Array) -> Array:
     return blocks.diagonal(dim1=1, dim2=3).sum(-1)
 
 
-def gram_into(slot: str, F: Array, out: Array) -> None:
+def gram_of(slot: str, F: Array, out: Array | None) -> Array:
     """``F Fᵀ`` ("rows") or ``Fᵀ F`` ("columns") of (..., ., .), written to (..., r, r)."""
     if slot == "rows":
-        product_of(F)(F, F.mT, out=out)
-    elif fold_of(F, FOLDED_GRAM) > 1:
-        out.copy_(folded_columns(F, F).view_as(out))
-    else:
-        product_of(F)(F.mT, F, out=out)
+        return product_of(F)(F, F.mT, out=out)
+    if out is not None and fold_of(F, FOLDED_GRAM) > 1:
+        return out.copy_(folded_columns(F, F).view_as(out))
+    return product_of(F)(F.mT, F, out=out)
 
 
 def factors_of(slot: str, P: Array, G: Array, out: Array) -> tuple[Array, Array, Array]:
@@ -86,6 +85,15 @@ def factors_of(slot: str, P: Array, G: Array, out: Array) -> tuple[Array, Array,
         shape = (*G.shape[:-2], -1, fold * G.shape[-1])
         return G.view(shape), block_diagonal(P, fold), out.view(shape)
     return G, P, out
+
+
+def multiply(slot: str, P: Array, G: Array, out: Array | None) -> Array:
+    """``P G`` ("left") or ``G P`` ("right") of (K, ., .), in the memory of `out` if it is given."""
+    if out is None:
+        return torch.bmm(P, G) if slot == "left" else torch.bmm(G, P)
+    left, right, folded = factors_of(slot, P, G, out.view(G.shape))
+    torch.bmm(left, right, out=folded)
+    return out
 
 
 def product_of(X: Array) -> Any:
@@ -132,18 +140,22 @@ def stacked(tall: list[Array], dtype: Any, workspace: Workspace | None) -> Array
     # One flat buffer for every bucket: it stays in the cache.
     size = len(tall) * F.numel()
     flat = take(workspace, ("stack", dtype), (size,), dtype, F.device)
-    return torch.stack(tall, out=flat.view(len(tall), *F.shape)).view(shape)
+    out = None if flat is None else flat.view(len(tall), *F.shape)
+    return torch.stack(tall, out=out).view(shape)
 
 
 def take(
     workspace: Workspace | None, key: Any, shape: Sequence[int], dtype: Any, device: Any
-) -> Array:
+) -> Array | None:
     """Uninitialised memory: the workspace's from the last call where it fits, else new.
 
-    On an accelerator the caching allocator is quick, and to hold on to memory would be worse.
+    None on an accelerator, where torch's own allocator is quick and to hold on to memory would be
+    worse.
     """
+    if device.type != "cpu":
+        return None
     shape = tuple(shape)
-    if workspace is None or device.type != "cpu":
+    if workspace is None:
         return empty(shape, dtype, device)
     held = workspace.get(key)
     if held is None or held.dtype != dtype or held.numel() < math.prod(shape):
@@ -174,7 +186,7 @@ def views(
     workspace: Workspace | None, key: Any, stack: Array, count: int, shape: Sequence[int]
 ) -> Any:
     """The members of a stack; the same tensor objects again while the stack is the same memory."""
-    if workspace is None:
+    if workspace is None or stack.device.type != "cpu":
         return stack.view(count, *shape).unbind(0)
     held = workspace.get(key)
     if held is None or held[0] is not stack:

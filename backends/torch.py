@@ -29,9 +29,9 @@ from ._torch_cpu import (
 from ._torch_precision import exact
 from ._torch_stacks import (
     buckets_of,
-    factors_of,
-    gram_into,
+    gram_of,
     is_stacked,
+    multiply,
     multiply_each,
     rows_times,
     stacked,
@@ -85,20 +85,22 @@ class TorchBackend(Backend):
         self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None, slot: str
     ) -> Array:
         """Products with the transpose, written bucket by bucket into one stack (K, r, r)."""
-        order, start = [], 0
+        order, pieces, start = [], [], 0
         r = tall[0].shape[-2 if slot == "rows" else -1]
         layers = [math.prod(F.shape[:-2]) for F in tall]
         stack = take(workspace, ("gram", slot), (sum(layers), r, r), dtype, tall[0].device)
         for members in buckets_of(tall, workspace, slot).values():
             some, stop = [tall[i] for i in members], start + sum(layers[i] for i in members)
-            out = stack[start:stop]
+            out = None if stack is None else stack[start:stop]
             if is_stacked(some[0]):
-                gram_into(slot, stacked(some, dtype, workspace), out)
+                pieces.append(gram_of(slot, stacked(some, dtype, workspace), out))
             else:
                 for F, S in zip(some, self.unstack(out, some), strict=True):
-                    gram_into(slot, F.to(dtype), S)
+                    gram_of(slot, F.to(dtype), S)
             order += members
             start = stop
+        if stack is None:
+            stack = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return self._in_order(stack, order, layers)
 
     @staticmethod
@@ -130,8 +132,7 @@ class TorchBackend(Backend):
                 P_k = powers[0] if len(powers) == 1 else torch.stack(powers)
                 P_k = P_k.reshape(-1, *P_k.shape[-2:])
                 out = take(workspace, ("out", slot, key), G.shape, dtype, device)
-                left, right, folded = factors_of(slot, P_k, G, out.view(G.shape))
-                torch.bmm(left, right, out=folded)
+                out = multiply(slot, P_k, G, out)
                 outs = views(workspace, ("views", slot, key), out, len(members), shape)
             else:
                 outs = take_each(workspace, ("out", slot, key), len(some), shape, dtype, device)
@@ -153,15 +154,15 @@ class TorchBackend(Backend):
             return sound
         info, rounding = torch.finfo(S.dtype), rounding_of(S)
         mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)  # (K, 1, 1)
-        floor = max(rounding, least)
-        shift = mean * max(damping, floor) if relative else (mean * floor).clamp_(min=damping)
-        scale = mean + shift
+        ratio = max(damping, floor := max(rounding, least))
+        shift = None if relative else (mean * floor).clamp_(min=damping)
+        scale = mean * (1 + ratio) if shift is None else mean + shift
         # NaN stays; the last binade counts as overflown: two comparisons less.
         unit = scale.clamp(info.smallest_normal / rounding, info.max / 2)
         live = scale == unit
-        H = torch.where(live, S, 0.0).div_(unit)  # (K, r, r)
-        added: Any = share_of(max(damping, floor))
-        if not relative:
+        H = S / unit  # (K, r, r); factorisations keep a member that is not finite to itself
+        added: Any = share_of(ratio)
+        if shift is not None:
             added = torch.where(live, shift / unit, 1.0).view(-1, 1)
         H.diagonal(dim1=-2, dim2=-1).add_(added)
         return Damped(H, unit, live, unit * 0)
@@ -190,7 +191,7 @@ class TorchBackend(Backend):
     def spd_power(self, S: Array, power: float) -> Array:
         if power == -1.0:
             W = self.inverse_cholesky(S)
-            return W.mT @ W
+            return torch.bmm(W.mT, W)
         if abs(power) == 0.5 and eigh_waits(S):
             inverse, root = self.newton_schulz(S)
             return inverse if power < 0 else root
@@ -208,14 +209,13 @@ class TorchBackend(Backend):
     def newton_schulz(self, S: Array) -> tuple[Array, Array]:
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
         trace = S.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1)
-        live = trace != 0
-        unit = torch.where(live, trace, 1.0)
+        unit = trace.clamp(min=torch.finfo(S.dtype).smallest_normal)
         Y, Z = S / unit, eye
         for alpha, beta in cubics(torch.finfo(S.dtype).eps):
             T = torch.baddbmm(eye, Z, Y, beta=alpha, alpha=-beta)  # in one operation
-            Y, Z = Y @ T, T @ Z
-        root = unit**0.5
-        return torch.where(live, Z / root, 0.0), torch.where(live, Y * root, 0.0)
+            Y, Z = torch.bmm(Y, T), torch.bmm(T, Z)
+        root = unit.sqrt()
+        return Z * (trace / unit / root), Y * root
 
     def pseudo_power(self, S: Array, exponent: float) -> Array:
         if exponent != -0.5 or not eigh_waits(S):
@@ -226,7 +226,7 @@ class TorchBackend(Backend):
         S = torch.where(mean <= info.smallest_normal / rounding_of(S), 0.0, S)
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
         Z, _ = self.newton_schulz(S + info.eps**0.5 * mean * eye)
-        return torch.matrix_power(Z @ S @ Z, 4) @ Z
+        return torch.bmm(torch.matrix_power(torch.bmm(torch.bmm(Z, S), Z), 4), Z)
 
     def pseudo_half(self, S: Array) -> Array:
         return cholesky_half(self, S) if is_eager_cpu(S) else self.pseudo_power(S, -0.5)

@@ -177,8 +177,8 @@ def symmetric(S: Array) -> Array:
 
 
 def congruence(backend: Backend, W: Array, S: Array) -> Array:
-    """``W S Wᵀ``, symmetric as S is."""
-    return symmetric(backend.matmul(backend.matmul(W, S), mT(W)))
+    """``W S Wᵀ``, as symmetric as rounding leaves it."""
+    return backend.matmul(backend.matmul(W, S), mT(W))
 
 
 def geometric_mean(backend: Backend, M: Array, S: Array) -> Array:

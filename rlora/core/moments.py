@@ -233,8 +233,9 @@ def corrected_decay(xp: Any, b: float, count: Array) -> Array:
     """
     if is_zero(b):
         return xp.zeros_like(count)
-    before, after = _corrections(xp, b, [count, count + 1])
-    return b * before / after
+    (before,) = _corrections(xp, b, [count])
+    before = b * before
+    return before / (before + (1 - b))  # 1 - b^(t+1) = b (1 - b^t) + 1 - b, without cancellation
 
 
 def zeros(params: Tree) -> Tree:

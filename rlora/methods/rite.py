@@ -13,7 +13,7 @@ from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
-from rlora.core.linalg import congruence
+from rlora.core.linalg import congruence, symmetric
 from rlora.core.moments import corrected_decay, counts, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, Stack, by_rank, record_turn
 from rlora.core.sizes import euclidean_norm, into_range, shrink_to
@@ -36,10 +36,10 @@ class RiteState(NamedTuple):
     """The partner's new rows times its old ones, (..., r, r)."""
 
     spectrum: Tree
-    """Eigenvalues of the second moment, (..., r)."""
+    """Eigenvalues of the second moment, (..., r); 0 without `escape`."""
 
     escaped: Tree
-    """Mass that has left the second moment as the partner turned, (...)."""
+    """Mass that has left the second moment as the partner turned, (...); 0 without `escape`."""
 
     count: Tree
     """Steps taken."""
@@ -70,28 +70,29 @@ def scale_by_rite(
         T = backend.matmul(mT(W), U)  # old coordinates to new
 
         V = congruence(backend, U, group.stack(state.nu))
-        rho, spectrum = group.per_layer(state.escaped), group.stack(state.spectrum)
+        rho = 0 * t  # none without `escape`
         if escape:
-            rho = decay2 * (rho + _escaped(backend, spectrum, V))
+            lost = _escaped(backend, group.stack(state.spectrum), V)
+            rho = decay2 * (group.per_layer(state.escaped) + lost)
+            state = state._replace(escaped=group.unstack(rho[:, 0, 0]))
         G, numbers = group.in_range(G)
         Q = congruence(backend, W, group.gram(G)) / group.columns()
         # Back to the gradient's own size, or less where its square would leave the range.
         size = xp.sqrt(_trace(xp, Q)) * xp.clip(_size(xp, W), min=1.0)
         back = 1 / xp.clip(size / _largest_root(xp, V), min=numbers)
-        V = decay2 * V + (1 - decay2) * (back * Q) * back
+        V = symmetric(decay2 * V + (1 - decay2) * (back * Q) * back)
         if escape:
             spectrum, _ = backend.eigh(V)
+            state = state._replace(spectrum=group.unstack(spectrum))
 
         X = congruence(backend, mT(W), back * backend.inverse_root(V, rho, eps))
         mu = group.apply((1 - decay1) * X, G, onto=group.apply(decay1 * T, state.mu))
         nu = group.unstack(congruence(backend, mT(W), V))
-        return mu, RiteState(
-            mu,
-            nu,
+        return mu, state._replace(
+            mu=mu,
+            nu=nu,
             # Whoever moves the parameters without `transport` shall see it at once.
             turn=group.unstack(T * float("nan")),
-            spectrum=group.unstack(spectrum),
-            escaped=group.unstack(rho[:, 0, 0]),
             count=[Factors(c.A + 1, c.B + 1) for c in state.count],
         )
 
