@@ -76,7 +76,7 @@ def seen_in_a_step(make: Callable[[Any], Any], layers: int) -> Seen:
     fake = importlib.import_module("torch._subclasses.fake_tensor")
     read_back = (fake.DataDependentOutputException, fake.DynamicOutputShapeException)
     seen = Seen()
-    with warnings.catch_warnings(), fake.FakeTensorMode(), _without_guards():
+    with warnings.catch_warnings(), fake.FakeTensorMode(), without_guards():
         warnings.simplefilter("ignore")  # fake tensors have no address, and say so
         optimizer = make(_model(layers))
         try:
@@ -118,7 +118,7 @@ def _watching(seen: Seen) -> Any:
 
 
 @contextmanager
-def _without_guards() -> Iterator[None]:
+def without_guards() -> Iterator[None]:
     """Do without the guard of the current device in Python's operators.
 
     Where torch is built without CUDA there is none, and `x[...]` and `~x` would fail.
@@ -128,7 +128,8 @@ def _without_guards() -> Iterator[None]:
     instead = {torch.Tensor.__getitem__: _item, torch.Tensor.__invert__: torch.bitwise_not}
 
     def call(_: Any, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return instead.get(f, f)(*args, **(kwargs or {}))
+        there = f in instead and args[0].device.type != "cpu"
+        return (instead[f] if there else f)(*args, **(kwargs or {}))
 
     with type("Operators", (mode,), {"__torch_function__": call})():
         yield
