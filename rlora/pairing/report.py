@@ -73,12 +73,15 @@ class PairReport:
         update too, unless they are frozen.
     tied : dict of str to str
         Names of tensors that share their memory with another one, which is updated for both.
+    frozen : tuple of str
+        Names of factors of these pairs that do not move, so that their partners do alone.
     """
 
     pairs: tuple[Pair, ...] = ()
     plain: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self.pairs)
@@ -99,6 +102,8 @@ class PairReport:
             lines.append(f"  pair {kind}: {number_of(len(names), 'time')}, {_some(names)}")
         if self.plain:
             lines.append(f"  unpaired, so updated without preconditioning: {_some(self.plain)}")
+        if self.frozen:
+            lines.append(f"  frozen, so only the partner is updated: {_some(self.frozen)}")
         lines += [f"  refused {name}: {why}" for name, why in self.refused.items()]
         lines += [f"  tied {name}: updated with {twin}" for name, twin in self.tied.items()]
         return "\n".join(lines)

@@ -103,7 +103,7 @@ def test_the_host_waits_for_nothing(name, dtype, device):
 
 
 def test_reads_are_seen(device):
-    """Or the test above could not fail."""
+    """Show that the test above can fail."""
     x = torch.ones(2, device=DEVICE)
     assert device == []
     assert float(x.sum()) == 2

@@ -95,6 +95,20 @@ def test_frozen_weights_are_not_updated():
     assert "rank 2: 1 time, pairs[0]" in str(by_hand.report)
 
 
+def test_a_report_names_frozen_factors():
+    model = adapted()
+    for name, p in model.named_parameters():
+        if "0.lora_A" in name:
+            p.requires_grad_(False)
+            frozen = name
+    report = ScaledAdamW(model).report
+    assert report.frozen == (frozen,)
+    assert f"frozen, so only the partner is updated: {frozen}" in str(report)
+    A, B = torch.ones(2, 3), torch.zeros(4, 2, requires_grad=True)
+    assert ScaledAdamW([A, B], pairs=[(A, B)]).report.frozen == ("pairs[0][0]",)
+    assert "frozen" not in str(ScaledAdamW(adapted()).report)
+
+
 # --- the time that it takes -----------------------------------------------------------------------
 
 

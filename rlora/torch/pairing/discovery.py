@@ -121,7 +121,8 @@ def pairs_in_groups(
         ]
         pairs += found
         plain = (*theirs.plain, *nameless)
-        report = replace(theirs, pairs=report.pairs + theirs.pairs, plain=plain)
+        frozen = report.frozen + theirs.frozen
+        report = replace(theirs, pairs=report.pairs + theirs.pairs, plain=plain, frozen=frozen)
     check_layouts(pairs)
     return pairs, report
 
@@ -177,12 +178,23 @@ def match(
             names = (first.b, first.a) if turned else (first.a, first.b)
             tied |= dict(zip((pair.a, pair.b), names, strict=True))
     plain = tuple(name for name in report.plain if moves(tensors[name]))
-    return list(pairs.values()), PairReport(tuple(pairs), plain, refused, tied)
+    frozen = frozen_in(pairs, pairs.values())
+    return list(pairs.values()), PairReport(tuple(pairs), plain, refused, tied, frozen)
 
 
 def moves(p: Tensor) -> bool:
     """Return whether a step can move a parameter: a frozen one never gets a gradient."""
     return p.requires_grad or p.grad is not None
+
+
+def frozen_in(names: Iterable[Pair], pairs: Iterable[TensorPair]) -> tuple[str, ...]:
+    """The names of factors that no step can move."""
+    factors = [
+        x
+        for name, pair in zip(names, pairs, strict=True)
+        for x in ((name.a, pair.A), (name.b, pair.B))
+    ]
+    return tuple(name for name, p in factors if not moves(p))
 
 
 def memory(p: Tensor) -> int:
@@ -240,7 +252,8 @@ def check_explicit(
         checked.append(TensorPair(a, b, views))
         report.append(Pair(where, f"{where}[0]", f"{where}[1]", views))
     plain = [f"parameter {i}" for i, p in enumerate(members) if id(p) not in used and moves(p)]
-    return checked, PairReport(tuple(report), tuple(plain))
+    frozen = frozen_in(report, checked)
+    return checked, PairReport(tuple(report), tuple(plain), frozen=frozen)
 
 
 def no_pair(names: Sequence[str | None], report: PairReport, kind: str) -> PairingError:
