@@ -23,7 +23,7 @@ OPTIONS = {
     "amsgrad": {"amsgrad": True, "maximize": True},
 }
 LAWS = [check for check in CONTRACT if check.__name__ != "check_no_growth"]
-"""What one step shows; growth takes many, which are slow here."""
+"""Laws of few steps; growth takes many, which are slow here."""
 
 
 @pytest.fixture
