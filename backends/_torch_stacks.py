@@ -66,7 +66,7 @@ def folded_columns(X: Array, Y: Array) -> Array:
 
 
 def gram_of(slot: str, F: Array, out: Array | None) -> Array:
-    """``F Fᵀ`` ("rows") or ``Fᵀ F`` ("columns") of (..., ., .), written to (..., r, r)."""
+    """``F Fᵀ`` ("rows") or ``Fᵀ F`` ("columns") of (..., ., .), in `out` if it is given."""
     if slot == "rows":
         return product_of(F)(F, F.mT, out=out)
     if out is not None and fold_of(F, FOLDED_GRAM) > 1:

@@ -84,7 +84,7 @@ class TorchBackend(Backend):
     def _gram(
         self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None, slot: str
     ) -> Array:
-        """Products with the transpose, written bucket by bucket into one stack (K, r, r)."""
+        """Products with the transpose, bucket by bucket, as one stack (K, r, r)."""
         order, pieces, start = [], [], 0
         r = tall[0].shape[-2 if slot == "rows" else -1]
         layers = [math.prod(F.shape[:-2]) for F in tall]
@@ -160,7 +160,7 @@ class TorchBackend(Backend):
         # NaN stays; the last binade counts as overflown: two comparisons less.
         unit = scale.clamp(info.smallest_normal / rounding, info.max / 2)
         live = scale == unit
-        H = S / unit  # (K, r, r); factorisations keep a member that is not finite to itself
+        H = S / unit  # (K, r, r); what is not finite stays in its member, which `restore` replaces
         added: Any = share_of(ratio)
         if shift is not None:
             added = torch.where(live, shift / unit, 1.0).view(-1, 1)
@@ -209,7 +209,7 @@ class TorchBackend(Backend):
     def newton_schulz(self, S: Array) -> tuple[Array, Array]:
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
         trace = S.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1)
-        unit = trace.clamp(min=torch.finfo(S.dtype).smallest_normal)
+        unit = trace.clamp(min=torch.finfo(S.dtype).smallest_normal)  # a smaller one counts as it
         Y, Z = S / unit, eye
         for alpha, beta in cubics(torch.finfo(S.dtype).eps):
             T = torch.baddbmm(eye, Z, Y, beta=alpha, alpha=-beta)  # in one operation

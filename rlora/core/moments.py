@@ -233,9 +233,9 @@ def corrected_decay(xp: Any, b: float, count: Array) -> Array:
     """
     if is_zero(b):
         return xp.zeros_like(count)
-    (before,) = _corrections(xp, b, [count])
-    before = b * before
-    return before / (before + (1 - b))  # 1 - b^(t+1) = b (1 - b^t) + 1 - b, without cancellation
+    (correction,) = _corrections(xp, b, [count])
+    old = b * correction
+    return old / (old + (1 - b))  # 1 - b^(t+1) = b (1 - b^t) + 1 - b, without cancellation
 
 
 def zeros(params: Tree) -> Tree:

@@ -36,10 +36,10 @@ class RiteState(NamedTuple):
     """The partner's new rows times its old ones, (..., r, r)."""
 
     spectrum: Tree
-    """Eigenvalues of the second moment, (..., r); 0 without `escape`."""
+    """Eigenvalues of the second moment, (..., r), after the last step with `escape`."""
 
     escaped: Tree
-    """Mass that has left the second moment as the partner turned, (...); 0 without `escape`."""
+    """Mass that has left the second moment as the partner turned, (...), likewise."""
 
     count: Tree
     """Steps taken."""
@@ -70,7 +70,7 @@ def scale_by_rite(
         T = backend.matmul(mT(W), U)  # old coordinates to new
 
         V = congruence(backend, U, group.stack(state.nu))
-        rho = 0 * t  # none without `escape`
+        rho = xp.zeros_like(t)
         if escape:
             lost = _escaped(backend, group.stack(state.spectrum), V)
             rho = decay2 * (group.per_layer(state.escaped) + lost)

@@ -74,7 +74,7 @@ class PairReport:
     tied : dict of str to str
         Names of tensors that share their memory with another one, which is updated for both.
     frozen : tuple of str
-        Names of factors of these pairs that do not move, so that their partners do alone.
+        Names of factors of these pairs that are not updated.
     """
 
     pairs: tuple[Pair, ...] = ()
@@ -103,7 +103,7 @@ class PairReport:
         if self.plain:
             lines.append(f"  unpaired, so updated without preconditioning: {_some(self.plain)}")
         if self.frozen:
-            lines.append(f"  frozen, so only the partner is updated: {_some(self.frozen)}")
+            lines.append(f"  frozen, so not updated: {_some(self.frozen)}")
         lines += [f"  refused {name}: {why}" for name, why in self.refused.items()]
         lines += [f"  tied {name}: updated with {twin}" for name, twin in self.tied.items()]
         return "\n".join(lines)

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from models import (
-    BY_PRODUCTS,
     CLASSES,
     WITHOUT_WAIT,
     batch,
@@ -26,6 +25,8 @@ from rlora.torch import ScaledAdamW
 
 if not torch.cuda.is_available():
     pytest.skip("there is no CUDA device here", allow_module_level=True)
+
+BY_PRODUCTS = ("BalancedLoRA", "FactorMuon", "LoRARite", "LoRAMuon", "RefLoRA")
 
 CAPTURED = (
     *("adapre_lora", "alt_lora", "alt_lora_plus", "factor_muon", "graft_adamw", "loft", "lora_fa"),

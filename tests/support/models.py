@@ -105,6 +105,3 @@ CLASSES |= {
 
 WITHOUT_WAIT = ("adamw", "sgd", "LoRARite", "LoRAMuon", "RefLoRA", "AltLoRA", "AltLoRAPlus")
 """Classes of which it is promised that the host does not wait for a device."""
-
-BY_PRODUCTS = ("BalancedLoRA", "FactorMuon", "LoRARite", "LoRAMuon", "RefLoRA")
-"""Classes that on a device take roots by products alone."""

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rlora.cli.bench.device_ops import without_guards
+from rlora.cli.bench.device_ops import COPYING, WAITING, without_guards
 
 DEVICE = torch.device("cuda:0")
 
@@ -42,9 +42,14 @@ def is_device(device):
 
 
 def run(operation, args, kwargs):
-    """The result of an operation, and whether something of the device has gone to the host."""
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Pretended)]
-    there = bool(given)
+    """The result of an operation, and whether the host and the device wait for each other."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    given = [x for x in tensors if isinstance(x, Pretended)]
+    name, there = operation.overloadpacket.__name__, bool(given)
+    hosted = any(not isinstance(x, Pretended) and x.ndim for x in tensors)
+    if given and hosted and name not in COPYING:
+        msg = f"{name} takes tensors of the host and of the device"
+        raise RuntimeError(msg)
     if kwargs.get("device") is not None:
         there = is_device(kwargs["device"])
         kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -52,27 +57,37 @@ def run(operation, args, kwargs):
     result = operation(*args, **kwargs)
     leaves = [x for x in tree_leaves(result) if x is not None]
     read = bool(given) and not all(there and isinstance(x, torch.Tensor) for x in leaves)
+    across = name in COPYING and {isinstance(x, Pretended) for x in tensors} | {there} == {0, 1}
     if there:
         known = {id(x.held): x for x in given}  # for what was written in place
         new = lambda x: known[id(x)] if id(x) in known else Pretended(x)  # noqa: E731
         result = tree_map_only(torch.Tensor, new, result)
-    return result, read
+    return result, read or across or (bool(given) and name in WAITING)
 
 
 class Operations(TorchDispatchMode):
-    """Runs every operation, and names in `reads` those that the host has to wait for."""
+    """Runs every operation, and names in `waits` those that hold up the host."""
 
     _mode_key = torch._C._TorchDispatchModeKey.FAKE  # else torch would look for the device
 
     def __init__(self):
         super().__init__()
-        self.reads = []
+        self.waits = []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result, read = run(operation, args, kwargs or {})
-        if read:
-            self.reads.append(operation.overloadpacket.__name__)
+        result, waits = run(operation, args, kwargs or {})
+        if waits:
+            self.waits.append(operation.overloadpacket.__name__)
         return result
+
+
+NUMBERS = {
+    torch.Tensor.item: lambda x: x,
+    torch.Tensor.__bool__: bool,
+    torch.Tensor.__float__: float,
+    torch.Tensor.__int__: int,
+    torch.Tensor.__index__: int,
+}
 
 
 class Functions(TorchFunctionMode):
@@ -82,13 +97,13 @@ class Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in (torch.asarray, torch.tensor) and is_device(kwargs.get("device")):
             return function(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
-        if function in (torch.Tensor.__float__, torch.Tensor.__bool__, torch.Tensor.item):
-            return torch.ops.aten._local_scalar_dense(args[0])
+        if function in NUMBERS and isinstance(args[0], Pretended):
+            return NUMBERS[function](torch.ops.aten._local_scalar_dense(args[0]))
         return function(*args, **kwargs)
 
 
 @contextmanager
 def pretended_device():
-    """A context with a device; gives the names of operations for which the host has to wait."""
+    """A context with a device; gives the names of operations that hold up the host."""
     with Operations() as operations, without_guards(), Functions():
-        yield operations.reads
+        yield operations.waits

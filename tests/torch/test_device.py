@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import BY_PRODUCTS, CLASSES, WITHOUT_WAIT, loss_of, make_model, pairs_in, values
+from models import CLASSES, WITHOUT_WAIT, loss_of, make_model, values
 from pretended import DEVICE, Pretended, pretended_device
 
 from rlora import methods
@@ -22,14 +22,24 @@ OPTIONS = {
     "fused": {"fused": True},
     "amsgrad": {"amsgrad": True, "maximize": True},
 }
+SHIFTED = ("FactorMuon", "LoRAMuon", "LoRARite")
+"""Classes whose roots by products are taken under a shift of sqrt(eps), 1.5e-8 in float64: in four
+steps they end 1e-6, 5e-7 and 3e-6 away from a CPU's, others 1e-14."""
+
+
+def near(name):
+    """The relative distance of a class from a CPU's steps in float64."""
+    return 3e-5 if name in SHIFTED else 1e-10
+
+
 LAWS = [check for check in CONTRACT if check.__name__ != "check_no_growth"]
 """Laws of few steps; growth takes many, which are slow here."""
 
 
 @pytest.fixture
 def device():
-    with pretended_device() as reads:
-        yield reads
+    with pretended_device() as waits:
+        yield waits
 
 
 class Twins:
@@ -56,8 +66,8 @@ class Twins:
     def step(self, t, change=None):
         self.backward(t)
         if change is not None:
-            change(dict(self.host.named_parameters()), lambda x: x)
-            change(self.named, Pretended)
+            change(dict(self.host.named_parameters()))
+            change(self.named)
         for optimizer in self.optimizers:
             optimizer.step()
 
@@ -70,16 +80,11 @@ class Twins:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_equals_a_step_on_a_cpu(name, dtype, device):
-    """Roots by products are taken under a shift of sqrt(eps): 1e-8 and 3e-4 in Grams.
-
-    Random rounding of bfloat16 may go the other way, at each step, where results differ in their
-    last digits.
-    """
+    """Random rounding of bfloat16 may go the other way, at each step, where digits differ."""
     twins = Twins(CLASSES[name], dtype)
     for t in range(4):
         twins.step(t)
-    near = 1e-5 if name in BY_PRODUCTS else 1e-10
-    twins.check(near if dtype == torch.float64 else 4 * 2**-7)
+    twins.check(near(name) if dtype == torch.float64 else 4 * 2**-7)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -102,58 +107,62 @@ def test_the_host_waits_for_nothing(name, dtype, device):
     assert device == []
 
 
-def test_reads_are_seen(device):
+def test_waits_are_seen(device):
     """Show that the test above can fail."""
-    x = torch.ones(2, device=DEVICE)
+    x = torch.ones(2, 2, device=DEVICE)
     assert device == []
-    assert float(x.sum()) == 2
+    assert float(x.sum()) == 4
     assert (x.cpu() == 1).all()
-    assert device == ["_local_scalar_dense", "_to_copy"]
+    torch.tensor([1.0], device=DEVICE)
+    torch.linalg.eigh(x)
+    assert device == ["_local_scalar_dense", "_to_copy", "_to_copy", "_linalg_eigh"]
+    with pytest.raises(RuntimeError, match="of the host and of the device"):
+        x + torch.ones(2)
 
 
 @pytest.mark.parametrize("name", WITHOUT_WAIT)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
 def test_a_bad_factor_stays_alone(name, bad, device):
-    """A member of a batched factorisation that fails changes nothing of the others."""
+    """The other pair is what it is in a step without the bad one."""
 
-    def fill(named, wrap):
+    def fill(named):
         named["0.lora_A.default.weight"].data.fill_(bad)
 
-    twins = Twins(CLASSES[name])
-    twins.step(0)
-    twins.step(1, fill)
-    A, B = (p.detach() for p in pairs_in(twins.host)[1])
-    assert A.isfinite().all()
-    assert B.isfinite().all()
-    for part, p in (("lora_A", A), ("lora_B", B)):
-        found = twins.named[f"2.{part}.default.weight"].detach().held
-        assert_close(found.numpy(), p.numpy(), rtol=1e-5)
+    spoilt, sound = Twins(CLASSES[name]), Twins(CLASSES[name])
+    for twins, change in ((spoilt, fill), (sound, None)):
+        twins.step(0)
+        twins.step(1, change)
+    for part in ("lora_A", "lora_B"):
+        found, expected = (
+            twins.named[f"2.{part}.default.weight"].detach().held for twins in (spoilt, sound)
+        )
+        assert_close(found.numpy(), expected.numpy(), rtol=1e-14)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-gs", "LoRARite", "LoRAProAdamW"])
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 def test_a_missing_gradient(name, part, device):
-    def drop(named, wrap):
+    def drop(named):
         named[f"2.{part}.default.weight"].grad = None
 
     twins = Twins(CLASSES[name])
     twins.step(0)
     twins.step(1, drop)
     twins.step(2)
-    twins.check(1e-5 if name in BY_PRODUCTS else 1e-10)
+    twins.check(near(name))
 
 
 @pytest.mark.parametrize("name", ["adamw", "LoRARite"])
 def test_a_state_goes_from_a_cpu_to_a_device(name, device):
-    twins = Twins(CLASSES[name], torch.bfloat16)
+    twins = Twins(CLASSES[name])
     twins.step(0)
     twins.step(1)
-    again = Twins(CLASSES[name], torch.bfloat16, twins.host.state_dict())
+    again = Twins(CLASSES[name], start=twins.host.state_dict())
     saved = twins.optimizers[0].state_dict()
     for optimizer in again.optimizers:
         optimizer.load_state_dict(copy.deepcopy(saved))
     again.step(2)
-    again.check(4 * 2**-7)
+    again.check(near(name))
 
 
 @pytest.mark.parametrize("check", LAWS, ids=lambda c: c.__name__.removeprefix("check_"))

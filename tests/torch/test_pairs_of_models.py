@@ -103,10 +103,36 @@ def test_a_report_names_frozen_factors():
             frozen = name
     report = ScaledAdamW(model).report
     assert report.frozen == (frozen,)
-    assert f"frozen, so only the partner is updated: {frozen}" in str(report)
+    assert f"frozen, so not updated: {frozen}" in str(report)
     A, B = torch.ones(2, 3), torch.zeros(4, 2, requires_grad=True)
     assert ScaledAdamW([A, B], pairs=[(A, B)]).report.frozen == ("pairs[0][0]",)
     assert "frozen" not in str(ScaledAdamW(adapted()).report)
+
+
+def test_a_tied_factor_that_trains_is_not_frozen():
+    A, B = nn.Parameter(torch.ones(2, 3), requires_grad=False), nn.Parameter(torch.zeros(4, 2))
+    twins = nn.Parameter(A.data), nn.Parameter(B.data)
+    named = [
+        (f"{layer}.lora_{letter}.weight", p)
+        for layer, pair in (("q", (A, B)), ("k", twins))
+        for letter, p in zip("AB", pair, strict=True)
+    ]
+    report = ScaledAdamW(named).report
+    assert len(report.tied) == 2
+    assert report.frozen == ()
+
+
+def test_a_refused_pair_is_not_named_frozen():
+    base = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4))
+    config = peft.AdaLoraConfig(init_r=2, target_r=1, total_step=9, target_modules=["0", "2"])
+    model = peft.get_peft_model(base, config)
+    plain = nn.ParameterDict({"lora_A": torch.ones(2, 3), "lora_B": torch.zeros(4, 2)})
+    model.base_model.add_module("extra", plain)
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name and "0.lora_A" not in name)
+    report = LoRARite(model, lr=1e-3).report
+    assert len(report.refused) == 4
+    assert report.frozen == ()
 
 
 # --- the time that it takes -----------------------------------------------------------------------

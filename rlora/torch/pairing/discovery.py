@@ -188,13 +188,13 @@ def moves(p: Tensor) -> bool:
 
 
 def frozen_in(names: Iterable[Pair], pairs: Iterable[TensorPair]) -> tuple[str, ...]:
-    """The names of factors that no step can move."""
-    factors = [
-        x
-        for name, pair in zip(names, pairs, strict=True)
-        for x in ((name.a, pair.A), (name.b, pair.B))
-    ]
-    return tuple(name for name, p in factors if not moves(p))
+    """The names of factors that no step can move, neither they nor what is tied to them."""
+    found = list[str]()
+    for name, pair in zip(names, pairs, strict=True):
+        for factor, p, twins in zip((name.a, name.b), pair[:2], pair.twins, strict=True):
+            if not any(map(moves, (p, *twins))):
+                found.append(factor)
+    return tuple(found)
 
 
 def memory(p: Tensor) -> int:
@@ -281,4 +281,5 @@ def without_middles(
         for name in (pair.a, pair.b)
     }
     kept = [pair for pair in pairs if pair.middle is None]
-    return kept, replace(report, pairs=plain, refused={**report.refused, **refused})
+    frozen = tuple(name for name in report.frozen if name not in refused)
+    return kept, replace(report, pairs=plain, refused={**report.refused, **refused}, frozen=frozen)
