@@ -7,7 +7,7 @@ from rlora.core.checks import check_count, check_positive, check_scaling
 
 SHARE: Final = 0.25
 """The constant of `suggest_lr`: from the study of strings. SmolLM2 agrees in 160 steps, and wants a
-quarter of it in 640, which read its data six times."""
+half or a quarter of it in 640, which read its data six times."""
 
 
 def suggest_lr(size: float, *, rank: int, scaling: float = 1.0) -> float:
@@ -41,7 +41,7 @@ def suggest_lr(size: float, *, rank: int, scaling: float = 1.0) -> float:
     -----
     The constant was chosen in hindsight, the powers were not. The page of the study has the
     settings in which it was tried, and where it fails: it is where a sweep begins. SmolLM2, which
-    read its data six times, wanted a quarter of it.
+    read its data six times, wanted a half or a quarter of it.
 
     Examples
     --------
