@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from rlora.core.algebra import Damped, cubics
+from rlora.core.algebra import Damped
 from rlora.core.backend import AdamNumbers, Backend, Tall, Workspace
 from rlora.core.factors import Array
 
 from ._cpu import cholesky_half
+from ._torch_algebra import newton_schulz, without_lost
 from ._torch_cpu import (
     damped_if_sound,
     eigh_waits,
@@ -207,29 +208,23 @@ class TorchBackend(Backend):
         return W.flip(-2, -1) if upper else W
 
     def newton_schulz(self, S: Array) -> tuple[Array, Array]:
-        eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
-        trace = S.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1)
-        unit = trace.clamp(min=torch.finfo(S.dtype).smallest_normal)  # a smaller one counts as it
-        Y, Z = S / unit, eye
-        for alpha, beta in cubics(torch.finfo(S.dtype).eps):
-            T = torch.baddbmm(eye, Z, Y, beta=alpha, alpha=-beta)  # in one operation
-            Y, Z = torch.bmm(Y, T), torch.bmm(T, Z)
-        root = unit.sqrt()
-        return Z * (trace / unit / root), Y * root
+        return newton_schulz(S)
 
     def pseudo_power(self, S: Array, exponent: float) -> Array:
         if exponent != -0.5 or not eigh_waits(S):
             return super().pseudo_power(S, exponent)
-        # The filter (λ / (λ + shift))⁴ takes the place of a cut-off: nothing is left of directions
-        # that are lost in rounding.
         mean, info = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1), torch.finfo(S.dtype)
         S = torch.where(mean <= info.smallest_normal / rounding_of(S), 0.0, S)
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
         Z, _ = self.newton_schulz(S + info.eps**0.5 * mean * eye)
-        return torch.bmm(torch.matrix_power(torch.bmm(torch.bmm(Z, S), Z), 4), Z)
+        return without_lost(Z, S)
 
     def pseudo_half(self, S: Array) -> Array:
-        return cholesky_half(self, S) if is_eager_cpu(S) else self.pseudo_power(S, -0.5)
+        if is_eager_cpu(S):
+            return cholesky_half(self, S)
+        if not eigh_waits(S):
+            return self.pseudo_power(S, -0.5)
+        return without_lost(self.damped_half(S, torch.finfo(S.dtype).eps ** 0.5), S)
 
     def inverse_root(self, V: Array, shift: Array, eps: float) -> Array:
         if not eigh_waits(V):

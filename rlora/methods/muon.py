@@ -6,6 +6,7 @@ a product: Intrinsic Muon: Spectral Optimization on Riemannian Matrix Manifolds.
 2026.
 """
 
+from rlora.core.algebra import mT
 from rlora.core.checks import check_unit, hyperparameters, is_zero
 from rlora.core.decay import decay_product_around
 from rlora.core.factors import Factors
@@ -18,15 +19,16 @@ from rlora.core.transform import State, Transform, chain
 def scale_by_spectral_norm(*, compute_dtype: str | None = None) -> Transform:
     """The direction of `lora_muon` without momentum, as a transformation.
 
-    ``msign(S_B^-½ M_A) = (S_B^-½ M_A M_Aᵀ S_B^-½)^-½ S_B^-½ M_A``: one product of the tall matrix.
+    ``S_B^-½ msign(S_B^-½ M_A) = Wᵀ (W M_A M_Aᵀ Wᵀ)^-½ W M_A`` for any W with ``Wᵀ W = S_B⁻¹``: one
+    product of the tall matrix.
     """
 
     def rule(group: RankGroup, M: list[Factors], state: State) -> tuple[list[Factors], State]:
         backend = group.backend
-        W = backend.pseudo_power(group.swap_sides(group.gram(group.params)), -0.5)
+        W = backend.pseudo_half(group.swap_sides(group.gram(group.params)))
         M, _ = group.in_range(M)  # of which msign knows the direction alone
         sign = backend.pseudo_power(congruence(backend, W, group.gram(M)), -0.5)
-        D = group.apply(congruence(backend, W, sign), M)
+        D = group.apply(congruence(backend, mT(W), sign), M)
         return [over(d, 2 * s) for d, s in zip(D, state.scaling, strict=True)], state
 
     return by_rank(keep_scaling, rule, compute_dtype=compute_dtype, sharded=True)
