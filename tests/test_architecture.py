@@ -28,6 +28,7 @@ FRAMEWORKS = {
     "torch": {
         "rlora.torch",
         "rlora.backends.torch",
+        "rlora.backends._torch_algebra",
         "rlora.backends._torch_cpu",
         "rlora.backends._torch_dtensor",
         "rlora.backends._torch_precision",
