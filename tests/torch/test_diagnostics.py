@@ -263,7 +263,7 @@ def test_the_host_reads_once():
 
     from rlora.cli.bench import device_ops
 
-    with FakeTensorMode(), device_ops._without_guards():
+    with FakeTensorMode(), device_ops.without_guards():
         watch = Watch()
         pairs = [
             tuple(torch.empty(shape, device="cuda") for shape in ((r, 12), (9, r)))

@@ -214,7 +214,7 @@ def test_saving_does_not_wait_for_an_accelerator(monkeypatch):
 
     from rlora.cli.bench import device_ops
 
-    with FakeTensorMode(), device_ops._without_guards():
+    with FakeTensorMode(), device_ops.without_guards():
         A, B = (torch.empty(s, device="cuda", requires_grad=True) for s in ((3, 12), (9, 3)))
         optimizer = ScaledAdamW([A, B], pairs=[(A, B)])
         asked = []
