@@ -61,7 +61,7 @@ def reusing(workspace: Workspace) -> Iterator[None]:
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory, inside of `reusing` that of the last time."""
     arena = None if torch.compiler.is_compiling() else _arena.get()
-    if arena is None or device.type != "cpu":
+    if arena is None:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     return arena.take(shape, dtype)
 
