@@ -149,6 +149,9 @@ class TorchBackend(Backend):
             return torch.bmm(X, Y)  # what `torch.matmul` calls after four views
         return torch.matmul(X, Y)
 
+    def plus_product(self, S: Array, c: float, X: Array, Y: Array) -> Array:
+        return torch.baddbmm(S, X, Y, alpha=c)
+
     def damped(self, S: Array, damping: float, *, relative: bool, least: float) -> Damped:
         """As the generic one, in fewer kernels: for small adapters they are what a step costs."""
         if is_eager_cpu(S) and (sound := damped_if_sound(S, damping, relative, least)):
@@ -204,7 +207,7 @@ class TorchBackend(Backend):
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
         W = torch.linalg.solve_triangular(L, eye, upper=False)  # (K, r, r)
         if not (is_eager_cpu(S) and not failed.numpy().any()):
-            W = torch.where(failed.view(-1, 1, 1) == 0, W, torch.nan)
+            W = W.masked_fill(failed.view(-1, 1, 1) != 0, torch.nan)
         return W.flip(-2, -1) if upper else W
 
     def newton_schulz(self, S: Array) -> tuple[Array, Array]:

@@ -39,6 +39,10 @@ class MatrixAlgebra:
         """``X Y`` in the full precision of the arrays' dtype."""
         return self.xp.matmul(X, Y)
 
+    def plus_product(self, S: Array, c: float, X: Array, Y: Array) -> Array:
+        """``S + c X Y`` of (K, r, r), in the precision of `matmul`."""
+        return S + c * self.matmul(X, Y)
+
     def spd_power(self, S: Array, power: float) -> Array:
         """``S^power`` of symmetric positive definite matrices (K, r, r) with trace about r."""
         w, Q = self.eigh(S)

@@ -86,7 +86,7 @@ def metric_half(
     S_A, S_B = group.halves(S)
     if damping_mode == "covariant":
         P_B = half(S_A)
-        P_A = half(S_B + damping * group.backend.matmul(mT(P_B), P_B), upper=True)
+        P_A = half(group.backend.plus_product(S_B, damping, mT(P_B), P_B), upper=True)
     else:
         relative = damping_mode == "relative"
         P_B = half(S_A, damping, relative=relative)

@@ -11,6 +11,8 @@ from rlora import methods
 from rlora.backends import get
 from rlora.testing import CONTRACT, assert_close
 from rlora.torch import ScaledAdamW
+from rlora.torch.step.listwise import ListStep
+from rlora.torch.step.stacks import StackedAdamW
 
 OPTIONS = {
     "before": {"placement": "before"},
@@ -96,6 +98,24 @@ def test_options_of_scaled_adamw(options, device):
     twins = Twins(lambda params: ScaledAdamW(params, lr=1e-2, **options))
     for t in range(4):
         twins.step(t)
+    twins.check(1e-10)
+
+
+def kinds_of_work(optimizer):
+    return {type(work) for plan in optimizer._plans[1] for work in plan.batches}
+
+
+@pytest.mark.parametrize("change", [{"foreach": True}, {"lr": torch.tensor(5e-3)}], ids=str)
+def test_from_stacks_to_lists_and_back(change, device):
+    """The counters go along, to where torch's own kernel wants them."""
+    twins = Twins(lambda params: ScaledAdamW(params, lr=1e-2))
+    before = {"foreach": None, "lr": 1e-2}
+    for t, options in enumerate([{}, {}, change, {}, before, {}]):
+        for optimizer in twins.optimizers:
+            optimizer.param_groups[0].update(options)
+        twins.step(t)
+        lists = t in (2, 3)
+        assert kinds_of_work(twins.optimizers[1]) == {ListStep if lists else StackedAdamW}
     twins.check(1e-10)
 
 

@@ -58,6 +58,18 @@ def test_what_needs_no_rounding_stays():
     assert rounded(nan, 20).isnan().all()
 
 
+@pytest.mark.parametrize("shapes", [[(3, 8), (3, 8)], [(3, 8), (8, 3), (3, 8), (5, 5)]], ids=str)
+def test_a_result_is_rounded_as_if_it_were_alone(shapes):
+    torch.manual_seed(0)
+    wide = [torch.randn(shape) for shape in shapes]
+    group = {"stochastic_rounding": True, "rounded": torch.tensor(7, dtype=torch.int32)}
+    together, alone = ([torch.empty_like(x, dtype=torch.bfloat16) for x in wide] for _ in range(2))
+    store(together, wide, group)
+    for p, x in zip(alone, wide, strict=True):
+        store([p], [x], group)
+    assert all(map(torch.equal, together, alone))
+
+
 def test_a_compiled_step_rounds_as_an_eager_one():
     """One graph, which advances the count as well."""
     models = [make_model(dtype=torch.bfloat16, bias=False) for _ in range(2)]

@@ -76,7 +76,8 @@ class GramPreconditioned(LoRAOptimizer):
     def _choices(self, group: dict[str, Any]) -> list[Any]:
         # What decides in which memory a step works, and what state it then has.
         flags = [group.get(name) for name in ("amsgrad", "capturable", "fused")]
-        return [*super()._choices(group), has_kernel(group), *flags]
+        kernels = [has_kernel(group, device) for device in ("cpu", "cuda")]
+        return [*super()._choices(group), *kernels, *flags]
 
     def _turns(self, pairs: list[TensorPair]) -> list[Turn]:
         sides = ("AB",) if self.order == "jacobi" else ("A", "B")

@@ -34,8 +34,8 @@ class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):
     weight_decay : float
         λ, at least 0; decoupled, with the step.
     amsgrad, maximize, foreach, capturable, fused
-        As in torch's AdamW. On a CPU pairs have its fused kernel by default; for parameters in no
-        pair ``fused=True`` is several times faster than the default.
+        As in torch's AdamW. Pairs have its fused kernel by default, on a CPU and on CUDA; for
+        parameters in no pair ``fused=True`` is on a CPU several times faster than the default.
     damping : float
         δ, at least 0. Never less in effect than what the rounding of the Gram can carry.
     damping_mode : {"relative", "absolute", "covariant"}

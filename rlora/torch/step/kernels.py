@@ -98,12 +98,13 @@ class WithState(Kernel):
         """On the host as torch has it, unless a kernel is to read it on the device."""
         fused = self.group["fused"]
         on_device = self.group["capturable"] or fused
+        # A step over stacks may have left it on the device, where to read it would be to wait.
         device = self.targets[k].device if on_device else torch.device("cpu")
         if known is None:
             wide = torch.get_default_dtype() == torch.float64 and not fused
             return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
         count = torch.as_tensor(known)
-        return count.to(device) if on_device else count
+        return count.to(device)
 
 
 class AdamW(WithState):
@@ -113,7 +114,7 @@ class AdamW(WithState):
         if self.targets:
             _check_capturable(self.group, self.targets[0].device.type)
             if self.targets[0].device.type != "cpu":
-                _check_capture(self.optimizer)
+                check_capture(self.optimizer)
         names = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
         self._arrays = self.follow(names if self.group["amsgrad"] else names[:3])
 
@@ -143,7 +144,8 @@ class AdamW(WithState):
         if torch.compiler.is_compiling():  # then fusing is the compiler's business
             return None
         fused: bool | None = self.group["fused"]
-        if fused is None and self.targets[0].device.type == "cpu" and has_kernel(self.group):
+        on_cpu = self.targets[0].device.type == "cpu"  # elsewhere it reads counters on the device
+        if fused is None and on_cpu and has_kernel(self.group, "cpu"):
             return True
         return fused
 
@@ -176,10 +178,12 @@ class SGD(WithState):
                 self.optimizer.state[p]["momentum_buffer"] = like_param(p, new)
 
 
-def has_kernel(group: dict[str, Any]) -> bool:
-    """Return whether torch's fused AdamW has the options of a group on a CPU."""
+def has_kernel(group: dict[str, Any], device: str) -> bool:
+    """Return whether torch's fused AdamW has the options of a group on a type of device."""
+    if device not in ("cpu", "cuda") or (device == "cpu" and group.get("capturable")):
+        return False
     numbers = [group.get("lr"), *group.get("betas", ())]
-    by_loop = group.get("fused") is False or group.get("foreach") or group.get("capturable")
+    by_loop = group.get("fused") is False or group.get("foreach")
     return not (by_loop or any(isinstance(x, Tensor) for x in numbers))
 
 
@@ -193,7 +197,7 @@ def _check_capturable(group: dict[str, Any], device: str) -> None:
         raise ValueError(msg)
 
 
-def _check_capture(optimizer: Any) -> None:
+def check_capture(optimizer: Any) -> None:
     """Torch's error for a step in a CUDA graph whose counters are on the host."""
     names = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
     for name in names:  # torch renamed it

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from rlora.core.backend import Backend, Workspace
 from rlora.torch.step.plan import Share
-from rlora.torch.step.rounding import store
 
 
 class Part:
@@ -37,24 +36,26 @@ class Part:
         group: dict[str, Any] | None,
     ) -> None:
         self.params, self.side, self.stacked, self.group = params, side, stacked, group
-        first, last = places[0], places[-1]
+        first, last, device = places[0], places[-1], params[0].device
         run = places == [*range(first, last + 1)]  # then a view takes the place of a copy
-        self.places = slice(first, last + 1) if run else torch.tensor(places)
+        self.places = slice(first, last + 1) if run else torch.tensor(places, device=device)
         self.dtype = torch.promote_types(params[0].dtype, torch.float32)
         ready = all(p.dtype == self.dtype and p.is_contiguous() for p in params)
         self.copied = stacked or not ready
-        self.X = self._like_params(torch.empty) if self.copied else [p.detach() for p in params]
+        self.held = self.copied and device.type == "cpu"
+        """True for copies in memory of the last step; on a device torch's allocator keeps it."""
+        self.X = self._like_params(torch.empty) if self.held else [p.detach() for p in params]
         self.workspace: Workspace = {}
         self.D: list[Tensor] = []
         """Preconditioned gradients, in whose place the kernel writes Adam's direction."""
         if group is None:
             return
-        self.G = self._like_params(torch.empty) if self.copied else []
-        self.steps = torch.zeros(len(params))
+        self.G = self._like_params(torch.empty) if self.held else []
+        self.steps = torch.zeros(len(params), device=device)
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
         self.moments = {name: self._like_params(torch.zeros) for name in names}
-        memory = [self.steps.unbind(0), *map(self._each, self.moments.values())]
-        views = zip(*memory, strict=True)
+        self.views = [self.steps.unbind(0), *map(self._each, self.moments.values())]
+        views = zip(*self.views, strict=True)
         self.shares = [
             Share(p, ["step", *names], list(some)) for p, some in zip(params, views, strict=True)
         ]
@@ -63,32 +64,35 @@ class Part:
         shapes = [p.shape for p in self.params]
         if self.stacked:
             shapes = [torch.Size((len(shapes), *shapes[0]))]
-        return [make(shape, dtype=self.dtype) for shape in shapes]
+        return [make(shape, dtype=self.dtype, device=self.params[0].device) for shape in shapes]
 
     def _each(self, arrays: list[Tensor]) -> Sequence[Tensor]:
         """The arrays of each parameter, in the order of `params`."""
         return arrays[0].unbind(0) if self.stacked else arrays
 
-    def _gather(self, arrays: list[Tensor], tensors: list[Any]) -> None:
-        """Copy tensors, one a parameter, to arrays of this part."""
+    def _gather(self, held: list[Tensor], tensors: list[Any]) -> list[Tensor]:
+        """Copies of tensors, one a parameter, as arrays of this part."""
+        if not self.held:
+            return [torch.stack(tensors).to(self.dtype)]
         if self.stacked and tensors[0].dtype == self.dtype:
-            torch.stack(tensors, out=arrays[0])
+            torch.stack(tensors, out=held[0])
         else:
-            torch._foreach_copy_(list(self._each(arrays)), tensors)
+            torch._foreach_copy_(list(self._each(held)), tensors)
+        return held
 
-    def gram(self, backend: Backend, S: Tensor) -> None:
-        """Write ``A Aᵀ`` or ``Bᵀ B`` of every factor to its place in S."""
+    def gram(self, backend: Backend, dtype: torch.dtype) -> Tensor:
+        """``A Aᵀ`` or ``Bᵀ B`` of every factor, (k, r, r)."""
         if self.copied:
-            self._gather(self.X, self.params)
+            self.X = self._gather(self.X, self.params)
         gram = backend.gram_columns if self.side else backend.gram_rows
-        S[self.places] = gram(self.X, S.dtype, self.workspace)
+        S: Tensor = gram(self.X, dtype, self.workspace)
+        return S
 
     def precondition(self, backend: Backend, P: Tensor | None) -> None:
         """``P G`` for factors A, ``G Pᵀ`` for factors B, or G itself, in `D`."""
         G: list[Any] = [p.grad for p in self.params]
         if self.copied:
-            self._gather(self.G, G)
-            G = self.G
+            G = self._gather(self.G, G)
         # Contiguous as the moments are: the kernel runs through memory without a look at strides.
         if P is None:
             self.D = [g.clone(memory_format=torch.contiguous_format) for g in G]
@@ -104,31 +108,34 @@ class Part:
         keep: float = 1.0,
     ) -> list[Tensor]:
         """``P X``, or ``X Pᵀ`` for B; see `Backend.apply_left`."""
-        P = P[self.places].mT if self.side else P[self.places]
+        places = self.places
+        P = P[places] if isinstance(places, slice) else P.index_select(0, places)
+        P = P.mT if self.side else P
         each = [P] if self.stacked else list(P.unbind(0))
         if self.side:
             return backend.apply_right(X, each, self.workspace, onto, keep)
         return backend.apply_left(each, X, self.workspace, onto, keep)
 
     def kernel(self, own: bool) -> Iterator[tuple[Tensor, ...]]:
-        """Target, gradient, step and moments for the kernel, a stack with equal steps at once.
+        """Target, gradient, counter and moments for the kernel, a stack with equal steps at once.
 
         Parameters
         ----------
         own : bool
             Whether the target is the parameters, else the gradient, which the direction replaces.
         """
-        self.steps += 1
-        arrays = [self.X if own else self.D, self.D, *self.moments.values()]
-        counts = self.steps.numpy()
-        if self.stacked and (counts == counts[0]).all():
-            target, gradient, *moments = (x[0] for x in arrays)
-            yield target, gradient, self.steps[0], *moments
+        target, gradient = self.X if own else self.D, self.D
+        if self.stacked and self._counts_are_equal():
+            moments = (x[0] for x in self.moments.values())
+            yield target[0], gradient[0], self.steps[0], *moments
             return
-        steps = self.steps.unbind(0)
-        yield from zip(
-            *map(self._each, arrays[:2]), steps, *map(self._each, arrays[2:]), strict=True
-        )
+        yield from zip(*map(self._each, (target, gradient)), *self.views, strict=True)
+
+    def _counts_are_equal(self) -> bool:
+        if self.steps.device.type != "cpu":  # to ask would be to wait
+            return False
+        counts = self.steps.numpy()
+        return bool((counts == counts[0]).all())
 
     def move(self, backend: Backend, P: Tensor, keep: float) -> None:
         """``X <- keep X + P D``, or with ``D Pᵀ`` for B."""
@@ -137,7 +144,6 @@ class Part:
             if new is not x:  # from the generic backend
                 x.copy_(new)
 
-    def write(self) -> None:
-        """Copy the stack back to the parameters, if there is one."""
-        if self.copied and self.group is not None:
-            store(self.params, self._each(self.X), self.group)
+    def stacks(self) -> list[Tensor]:
+        """The factors (k, ., .), large ones one by one."""
+        return self.X if self.stacked else [x[None] for x in self.X]

@@ -34,30 +34,40 @@ def count_roundings(groups: Iterable[dict[str, Any]]) -> None:
 
 
 def store(params: Sequence[Tensor], wide: Sequence[Tensor], group: dict[str, Any]) -> None:
-    """Copy results into parameters, each number to the nearest or, if the group says so, at random.
-
-    The random bits depend on the group's count and a number's place in its tensor alone, not on
-    what else there is: replicas stay equal, a resumed run goes on bit for bit, and torch's own
-    random state is not touched.
-    """
+    """Copy results into parameters, as `rounded` has them."""
+    alike: dict[Any, list[int]] = {}
+    for i, (p, x) in enumerate(zip(params, wide, strict=True)):
+        if p.dtype != x.dtype:
+            alike.setdefault((p.dtype, x.dtype, x.shape, x.device), []).append(i)
     results = list(wide)
-    if group["stochastic_rounding"]:
-        bits: dict[Any, Tensor] = {}  # by shape
-        for i, (p, x) in enumerate(zip(params, wide, strict=True)):
-            if p.dtype == torch.bfloat16:
-                if x.shape not in bits:
-                    bits[x.shape] = _random_bits(x, group["rounded"])
-                results[i] = _at_random(x, bits[x.shape])
+    for (dtype, *_), members in alike.items():
+        (stack,) = rounded([torch.stack([wide[i] for i in members])], dtype, group)
+        for i, x in zip(members, stack.unbind(0), strict=True):
+            results[i] = x
     torch._foreach_copy_(list(params), results)
 
 
-def _random_bits(like: Tensor, count: Tensor) -> Tensor:
-    """16 bits for each number: MurmurHash3's finalizer of its place and the count.
+def rounded(stacks: list[Tensor], dtype: torch.dtype, group: dict[str, Any]) -> list[Tensor]:
+    """Results in the dtype of parameters: nearest or, if the group says so, at random.
+
+    Each stack (K, ...) has K results, all stacks of one device. The random bits depend on the
+    group's count and a number's place in its result alone, not on what else there is: replicas stay
+    equal, a resumed run goes on bit for bit, and torch's own random state is not touched.
+    """
+    if group["stochastic_rounding"] and dtype == torch.bfloat16:
+        sizes = [x[0].numel() for x in stacks]
+        bits = _random_bits(max(sizes), group["rounded"].to(stacks[0].device))
+        pieces = [bits[:size].view(x.shape[1:]) for size, x in zip(sizes, stacks, strict=True)]
+        stacks = list(map(_at_random, stacks, pieces))
+    return [x.to(dtype) for x in stacks]
+
+
+def _random_bits(count: int, seed: Tensor) -> Tensor:
+    """16 bits for each place: MurmurHash3's finalizer of the place and a seed.
 
     Integer arithmetic, which wraps, gives the same on every device and in every graph.
     """
-    place = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
-    h = place + count.to(like.device) * GOLDEN
+    h = torch.arange(count, dtype=torch.int32, device=seed.device) + seed * GOLDEN
     for shift, factor in ROUNDS:
         unsigned = (1 << (32 - shift)) - 1  # the sign is not to be shifted in
         h = (h ^ ((h >> shift) & unsigned)) * factor

@@ -1,8 +1,8 @@
-"""The default step of AdamW on a CPU, in which small factors of one shape lie on stacks.
+"""Scaled AdamW by stacks of factors of one shape.
 
-Their moments lie there too, so that one call serves all of them; large factors are read and written
-where they are. Adam itself is torch's fused kernel, whose target is the gradient where a second
-half follows: so nothing has to be zeroed.
+Their moments lie there too, so that one call serves all of them; on a CPU large factors are read
+and written where they are. Adam itself is torch's fused kernel, whose target is the gradient where
+a second half follows: so nothing has to be zeroed.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,11 @@ from rlora.core.factors import Factors
 from rlora.core.placement import split_power
 from rlora.core.rank_group import RankGroup
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
+from rlora.torch.step.kernels import check_capture
 from rlora.torch.step.listwise import recipe_of
 from rlora.torch.step.parts import Part
 from rlora.torch.step.plan import take_over
+from rlora.torch.step.rounding import rounded
 
 Moving: TypeAlias = tuple[bool, bool]
 """True for A, and for B, if it is to be updated."""
@@ -35,7 +37,7 @@ class StackedAdamW:
     group : dict
         The parameter group.
     pairs : sequence of TensorPair
-        Pairs of one rank and dtype, dense, on a CPU.
+        Dense pairs of one rank, dtype and device.
     moving : sequence of (bool, bool)
         Whether A and B of each pair are to be updated.
     """
@@ -53,7 +55,9 @@ class StackedAdamW:
         for side in (0, 1):
             for i, both in enumerate(factors):
                 p = both[side]
-                shape = p.shape if p.numel() < LARGE else None
+                # On a device the number of launches is not to depend on the number of layers.
+                small = p.device.type != "cpu" or p.numel() < LARGE
+                shape = p.shape if small else None
                 alike.setdefault((side, shape, moving[i][side]), []).append(i)
         count = len(pairs)
         self.parts = [
@@ -68,10 +72,13 @@ class StackedAdamW:
         ]
         self.moving = [part for part in self.parts if part.group is not None]
         self.shares = [share for part in self.moving for share in part.shares]
-        self.dtype, r = self.parts[0].dtype, pairs[0].A.shape[0]
+        self.dtype, self.device = self.parts[0].dtype, pairs[0].A.device
         self.backend = get_backend(pairs[0].A)
         dtype = self.backend.compute_dtype(self.dtype, self.recipe.compute_dtype)
-        self.S = torch.empty((2 * count, r, r), dtype=dtype)
+        places = [i + side * count for (side, *_), some in alike.items() for i in some]
+        order = sorted(range(2 * count), key=places.__getitem__)
+        in_order = order == [*range(2 * count)]
+        self.order = None if in_order else torch.tensor(order, device=self.device)
         self.sizes = [(pair.B.shape[0], pair.A.shape[1]) for pair in pairs]
         values = [Factors(A.detach(), B.detach()) for A, B in factors]
         self.ranks = RankGroup(self.backend, values, dtype=dtype, workspace={})
@@ -81,12 +88,14 @@ class StackedAdamW:
 
     def prepare(self) -> Tensor | None:
         """Grams, their powers and the preconditioned gradients; the power behind Adam, if any."""
+        if self.device.type != "cpu":
+            check_capture(self.optimizer)
         take_over(self.shares, self.optimizer.state, self._start)
         damping, damping_mode, placement = self.recipe[:3]
-        with self.backend.exact(self.S):
-            for part in self.parts:
-                part.gram(self.backend, self.S)
-            powers = split_power(self.ranks, self.S, self.sizes, placement, damping, damping_mode)
+        with self.backend.exact(self.ranks.like):
+            S = torch.cat([part.gram(self.backend, self.ranks.dtype) for part in self.parts])
+            S = S if self.order is None else S.index_select(0, self.order)
+            powers = split_power(self.ranks, S, self.sizes, placement, damping, damping_mode)
             first, second = (None if P is None else P.to(self.dtype) for P in powers)
             for part in self.moving:
                 part.precondition(self.backend, first)
@@ -94,21 +103,30 @@ class StackedAdamW:
 
     def finish(self, second: Tensor | None) -> None:
         """Adam, then the update along its direction, times the power behind it if there is one."""
-        lr, weight_decay = float(self.group["lr"]), self.group["weight_decay"]
+        group = self.group
+        lr, weight_decay = float(group["lr"]), group["weight_decay"]
         if second is None:
             self._adam(True, lr, weight_decay)
         else:
             # A decay of 1 at a rate of 1 leaves the negative direction alone in the target.
             self._adam(False, 1.0, 1.0)
             if lr:
-                with self.backend.exact(self.S):
+                with self.backend.exact(self.ranks.like):
+                    P, keep = lr * second, 1 - lr * weight_decay
                     for part in self.moving:
-                        part.move(self.backend, lr * second, 1 - lr * weight_decay)
-        for part in self.moving:
-            part.write()
+                        part.move(self.backend, P, keep)
+        if written := [part for part in self.moving if part.copied]:
+            params = [p for part in written for p in part.params]
+            stacks = [x for part in written for x in part.stacks()]
+            new = [x for stack in rounded(stacks, params[0].dtype, group) for x in stack.unbind(0)]
+            torch._foreach_copy_(params, new)
+        if self.device.type != "cpu":  # there their memory is used again
+            for part in self.parts:
+                part.X, part.D = [], []
 
     def _adam(self, own: bool, lr: float, weight_decay: float) -> None:
         group = self.group
+        torch._foreach_add_([part.steps for part in self.moving], 1)
         lists = zip(*(some for part in self.moving for some in part.kernel(own)), strict=True)
         targets, gradients, steps, exp_avgs, exp_avg_sqs, *maxima = map(list, lists)
         torch._fused_adamw_(
@@ -129,14 +147,13 @@ class StackedAdamW:
 
 
 def is_dense(pair: TensorPair) -> bool:
-    """Return whether the parameters of a pair are the factors themselves, on a CPU."""
+    """Return whether the parameters of a pair are the factors themselves."""
     return (
         len(pair.views) == 1
         and all(view.is_plain for view in pair.views[0])
         and pair.middle is None
         and not any(pair.twins)
         and pair.A.ndim == pair.B.ndim == 2
-        and pair.A.device.type == "cpu"
         and not is_distributed(pair.A)
-        and pair.A.dtype == pair.B.dtype
+        and (pair.A.dtype, pair.A.device) == (pair.B.dtype, pair.B.device)
     )

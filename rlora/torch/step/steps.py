@@ -31,7 +31,6 @@ def steps_of(optimizer: Any, kernel: type[Kernel], pairs: Sequence[TensorPair], 
     groups = optimizer.param_groups
     group_of = groups_by_id(groups)
     by_stacks = kernel is AdamW and not torch.compiler.is_compiling()
-    fits = [by_stacks and has_kernel(group) for group in groups]
     stacked: dict[Any, tuple[list[TensorPair], list[Moving]]] = {}
     listed: dict[Any, tuple[list[TensorPair], list[Job]]] = {}
     cut = []
@@ -40,12 +39,14 @@ def steps_of(optimizer: Any, kernel: type[Kernel], pairs: Sequence[TensorPair], 
             cut.append(pair)
             continue
         moves = [side for side in (0, 1) if "AB"[side] in sides and pair.gradient(side) is not None]
-        owners = {group_of[id(pair[side])] for side in moves}
-        if len(owners) == 1 and fits[i := owners.pop()] and is_dense(pair):
-            members = stacked.setdefault((i, pair.A.shape[0], pair.A.dtype), ([], []))
-            members[0].append(pair)
-            members[1].append((0 in moves, 1 in moves))
-            continue
+        owners, A = {group_of[id(pair[side])] for side in moves}, pair.A
+        if by_stacks and len(owners) == 1 and is_dense(pair):
+            i = owners.pop()
+            if has_kernel(groups[i], A.device.type):
+                members = stacked.setdefault((i, A.shape[0], A.dtype, A.device), ([], []))
+                members[0].append(pair)
+                members[1].append((0 in moves, 1 in moves))
+                continue
         for side in moves:
             p = pair[:2][side]
             some, jobs = listed.setdefault((group_of[id(p)], p.dtype, p.device), ([], []))
