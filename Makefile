@@ -18,6 +18,7 @@ figures:
 gpu:  # needs a CUDA device with torch and PEFT, and CuPy for its rows; records in build/gpu
 	mkdir -p build/gpu
 	$(PYTHON) -m pytest -q -n 8 -rf -W default tests/gpu
+	$(PYTHON) docs/reference/graphs.py build/gpu/graphs.csv
 	@set -e; for dtype in float32 bfloat16; do \
 	  rlora bench run --backend torch --device cuda:0 --dtype $$dtype --against torch.adamw:fused,peft \
 	    --method scaled_adamw,scaled_adamw:before,lora_rite,lora_muon,ref_lora,lora_pro_adamw \

@@ -15,8 +15,10 @@ from models import (
     train,
     values,
 )
+from pages import sections
 
 import rlora
+import rlora.torch
 from rlora import Factors, flatten_state, methods
 from rlora.backends import get
 from rlora.integrations.deepspeed import ZeroOptimizer
@@ -35,6 +37,9 @@ CAPTURED = (
     "trust_region",
 )
 """Methods whose step asks a device for nothing."""
+
+NEVER_CAPTURED = {"BalancedLoRA", "LoRAProAdamW", "LoRAProSGD", "Riemannion", "nadam"}
+"""Classes that wait for a factorisation, and one whose counters are torch's own, on the host."""
 
 
 @pytest.fixture
@@ -134,6 +139,54 @@ def test_a_captured_step_is_the_eager_one(placement):
     torch.cuda.synchronize()
     for key, p in values(models[0]).items():
         assert_close(values(models[1])[key].cpu().numpy(), p.cpu().numpy(), rtol=1e-5, what=key)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", sorted(CLASSES.keys() - NEVER_CAPTURED))
+def test_a_captured_step_of_every_class(name, dtype):
+    """Replays on gradients that change where they are: the same kernels, so the same bits."""
+    models = [on_device(make_model(dtype=dtype, bias=False)) for _ in range(2)]
+    captured, eager = (CLASSES[name](model) for model in models)
+    for group in captured.param_groups:
+        if "capturable" in group:
+            group["capturable"] = True
+    graph, params = torch.cuda.CUDAGraph(), [[*model.parameters()] for model in models]
+    for t in range(7):
+        for p, q in zip(*params, strict=True):
+            if q.requires_grad:
+                q.grad = torch.sin(torch.arange(q.numel(), device="cuda") + t).view_as(q).to(dtype)
+                if p.grad is None:
+                    p.grad = q.grad.clone()
+                p.grad.copy_(q.grad)
+        if t == 3:
+            with torch.cuda.graph(graph):
+                captured.step()
+        graph.replay() if t >= 3 else captured.step()
+        eager.step()
+    assert same(values(models[0]), values(models[1]))
+
+
+@pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRARite"])
+def test_the_how_to_of_graphs(kind):
+    """Beside eager steps with a schedule of numbers, which have more digits than a tensor's."""
+    models = [on_device(make_model(bias=False)) for _ in range(2)]
+
+    def loss(model, t):
+        x, y = (z.to("cuda") for z in batch(t))
+        return (model(x) - y).square().mean()
+
+    title, page = "Replay the step from a CUDA graph", "own_loop.md"
+    code = sections(page)[title].replace("ScaledAdamW", kind)
+    code = code if kind == "ScaledAdamW" else code.replace(", capturable=True", "")
+    exec(code, {"model": models[0], "batches": range(8), "loss_of": loss})
+    eager = getattr(rlora.torch, kind)(models[1], lr=4e-3)
+    for t in range(8):
+        eager.param_groups[0]["lr"] = 4e-3 * 0.95**t
+        eager.zero_grad()
+        loss(models[1], t).backward()
+        eager.step()
+    for key, p in values(models[1]).items():
+        assert_close(values(models[0])[key].cpu().numpy(), p.cpu().numpy(), rtol=1e-4, what=key)
 
 
 @pytest.mark.parametrize("rank", [4, 40])

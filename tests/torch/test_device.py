@@ -105,7 +105,9 @@ def kinds_of_work(optimizer):
     return {type(work) for plan in optimizer._plans[1] for work in plan.batches}
 
 
-@pytest.mark.parametrize("change", [{"foreach": True}, {"lr": torch.tensor(5e-3)}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"foreach": True}, {"lr": torch.tensor(5e-3).double()}], ids=str
+)
 def test_from_stacks_to_lists_and_back(change, device):
     """The counters go along, to where torch's own kernel wants them."""
     twins = Twins(lambda params: ScaledAdamW(params, lr=1e-2))
@@ -117,6 +119,24 @@ def test_from_stacks_to_lists_and_back(change, device):
         lists = t in (2, 3)
         assert kinds_of_work(twins.optimizers[1]) == {ListStep if lists else StackedAdamW}
     twins.check(1e-10)
+
+
+@pytest.mark.parametrize("placement", ["before", "both"])
+def test_a_learning_rate_on_the_device(placement, device):
+    """A graph reads it anew at each replay. 1e-6: it has 24 bits, the host's 53."""
+    twins = Twins(lambda params: ScaledAdamW(params, lr=1e-2, placement=placement))
+    rate = torch.full((), 1e-2, device=DEVICE)
+    twins.optimizers[1].param_groups[0].update(lr=rate, capturable=True)
+    for t in range(4):
+        twins.optimizers[0].param_groups[0]["lr"] = 1e-2 * 0.9**t
+        twins.backward(t)
+        device.clear()
+        for optimizer in twins.optimizers:
+            optimizer.step()
+        assert device == [] or t == 0
+        rate.mul_(0.9)
+    assert kinds_of_work(twins.optimizers[1]) == {StackedAdamW}
+    twins.check(1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

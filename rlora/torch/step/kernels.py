@@ -182,9 +182,13 @@ def has_kernel(group: dict[str, Any], device: str) -> bool:
     """Return whether torch's fused AdamW has the options of a group on a type of device."""
     if device not in ("cpu", "cuda") or (device == "cpu" and group.get("capturable")):
         return False
-    numbers = [group.get("lr"), *group.get("betas", ())]
-    by_loop = group.get("fused") is False or group.get("foreach")
-    return not (by_loop or any(isinstance(x, Tensor) for x in numbers))
+    if group.get("fused") is False or group.get("foreach"):
+        return False
+    if any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
+        return False
+    lr = group.get("lr")  # one on the host would be a wait for each step on a device
+    on_device = isinstance(lr, Tensor) and (lr.device.type, lr.dtype) == (device, torch.float32)
+    return on_device or device == "cpu" or not isinstance(lr, Tensor)
 
 
 def _check_capturable(group: dict[str, Any], device: str) -> None:

@@ -6,7 +6,7 @@ a second half follows: so nothing has to be zeroed.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from rlora.core.factors import Factors
 from rlora.core.placement import split_power
 from rlora.core.rank_group import RankGroup
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
-from rlora.torch.step.kernels import check_capture
+from rlora.torch.step.kernels import Number, check_capture
 from rlora.torch.step.listwise import recipe_of
 from rlora.torch.step.parts import Part
 from rlora.torch.step.plan import take_over
@@ -104,15 +104,19 @@ class StackedAdamW:
     def finish(self, second: Tensor | None) -> None:
         """Adam, then the update along its direction, times the power behind it if there is one."""
         group = self.group
-        lr, weight_decay = float(group["lr"]), group["weight_decay"]
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        lr = float(lr) if self.device.type == "cpu" else lr  # a CUDA graph reads a tensor anew
         if second is None:
             self._adam(True, lr, weight_decay)
         else:
             # A decay of 1 at a rate of 1 leaves the negative direction alone in the target.
             self._adam(False, 1.0, 1.0)
-            if lr:
+            if isinstance(lr, Tensor) or lr:
+                P, keep = lr * second, 1 - lr * weight_decay
+                if isinstance(keep, Tensor):  # torch's products take numbers
+                    torch._foreach_mul_([x for part in self.moving for x in part.X], keep)
+                    keep = 1.0
                 with self.backend.exact(self.ranks.like):
-                    P, keep = lr * second, 1 - lr * weight_decay
                     for part in self.moving:
                         part.move(self.backend, P, keep)
         if written := [part for part in self.moving if part.copied]:
@@ -124,7 +128,7 @@ class StackedAdamW:
             for part in self.parts:
                 part.X, part.D = [], []
 
-    def _adam(self, own: bool, lr: float, weight_decay: float) -> None:
+    def _adam(self, own: bool, lr: Number, weight_decay: float) -> None:
         group = self.group
         torch._foreach_add_([part.steps for part in self.moving], 1)
         lists = zip(*(some for part in self.moving for some in part.kernel(own)), strict=True)
@@ -136,7 +140,7 @@ class StackedAdamW:
             exp_avg_sqs,
             maxima[0] if maxima else [],
             steps,
-            lr=lr,
+            lr=cast("float", lr),  # the kernel takes tensors too
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             weight_decay=weight_decay,
