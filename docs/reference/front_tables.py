@@ -45,7 +45,7 @@ TASKS: Final = {
     ("pronounce", "8", "640"): "the same, 640 steps",
     ("pronounce", "32", "160"): "SmolLM2-135M, `pronounce`, rank 32",
     ("chain_sum", "8", "160"): "SmolLM2-135M, `chain_sum`, rank 8",
-    ("chain_sum", "8", "640"): "the same, 640 steps, one seed",
+    ("chain_sum", "8", "640"): "the same, 640 steps",
     ("chain_sum", "32", "160"): "SmolLM2-135M, `chain_sum`, rank 32",
     ("rotated", "8", "200"): "rotated digits, rank 8",
 }

@@ -1,5 +1,6 @@
 """Tables of what a step costs, from the records of the benchmark, for `front_tables.py`."""
 
+import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ COSTS: Final = """
 pairs, float32.*
 
 """
-CPU, GPU = "cpu-gpt2-medium.json", "h100-float32.json"
+CPU, GPU = "cpu-gpt2-medium.json", "h200-float32.json"
 TIMED: Final = {
     "scaled_adamw": "`scaled_adamw`, the default",
     "scaled_adamw:before": '`scaled_adamw`, "before"',
@@ -22,6 +23,7 @@ TIMED: Final = {
     "lora_pro_adamw": "`lora_pro_adamw`",
     "lora_muon": "`lora_muon`",
     "ref_lora": "`ref_lora`",
+    "alt_lora_plus": "`alt_lora_plus`",
 }
 """Method in the records of the benchmark -> its name in a table."""
 PRESETS: Final = ("gpt2-medium", "smollm2-135m", "llama-7b")
@@ -64,7 +66,7 @@ def costs() -> str:
     """A step of the default and of PEFT's wrapper."""
     rows = [
         [f"{name}, {where}", *times(ratios(record)[method])]
-        for record, where in ((CPU, "two CPU threads"), (GPU, "one NVIDIA H100"))
+        for record, where in ((CPU, "two CPU threads"), (GPU, "one NVIDIA H200"))
         for method, name in (
             ("scaled_adamw", "`ScaledAdamW`"),
             ("peft", "PEFT's Riemannian wrapper"),
@@ -95,6 +97,18 @@ def gpu_steps() -> str:
     return markdown(["method", "r = 4", "16", "64", "operations"], rows)
 
 
+def graphs() -> str:
+    """Milliseconds of a step, launched kernel by kernel and replayed from a CUDA graph."""
+    found: dict[str, dict[str, list[str]]] = {}
+    with Path(__file__).with_name("graphs.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            times = found.setdefault(row["method"], {}).setdefault(row["dtype"], [])
+            times.append(f"{float(row['eager [ms]']):.1f} → {float(row['graph [ms]']):.2f}")
+    names = {"adamw": "fused AdamW", **TIMED}
+    rows = [[names[method], *x["float32"], x["bfloat16"][1]] for method, x in found.items()]
+    return markdown(["method", "r = 4", "16", "64", "16, bfloat16"], rows)
+
+
 def against_peft() -> str:
     """Multiples of PEFT's speed, over presets and ranks."""
     rows = []
@@ -123,6 +137,7 @@ TABLES: Final = {
     "costs": costs,
     "steps on a CPU": cpu_steps,
     "steps on a GPU": gpu_steps,
+    "steps in a CUDA graph": graphs,
     "against PEFT": against_peft,
     "training": training,
 }

@@ -166,6 +166,29 @@ def test_a_captured_step_of_every_class(name, dtype):
     assert same(values(models[0]), values(models[1]))
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("name", [*WITHOUT_WAIT, "adamw-before", "LoRAPlus"])
+def test_a_compiled_step_is_the_eager_one(name, capturable):
+    """In one graph; sums in another order, and Adam's bias correction on the device."""
+    torch.compiler.reset()
+    models = [on_device(make_model(bias=False)) for _ in range(2)]
+    compiled, eager = (CLASSES[name](model) for model in models)
+    if capturable and "capturable" not in compiled.defaults:
+        pytest.skip("this class has no such option")
+    for group in compiled.param_groups:
+        group["lr"] = torch.tensor(group["lr"], device="cuda")
+        group.update({"capturable": True} if capturable else {})
+    step = torch.compile(compiled.step, fullgraph=True, backend="aot_eager")
+    for t in range(4):
+        for model, move in zip(models, (step if t else compiled.step, eager.step), strict=True):
+            x, y = (z.to("cuda") for z in batch(t))
+            model.zero_grad()
+            (model(x) - y).square().mean().backward()
+            move()
+    for key, p in values(models[1]).items():
+        assert_close(values(models[0])[key].cpu().numpy(), p.cpu().numpy(), rtol=1e-4, what=key)
+
+
 @pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRARite"])
 def test_the_how_to_of_graphs(kind):
     """Beside eager steps with a schedule of numbers, which have more digits than a tensor's."""

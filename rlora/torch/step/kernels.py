@@ -203,6 +203,8 @@ def _check_capturable(group: dict[str, Any], device: str) -> None:
 
 def check_capture(optimizer: Any) -> None:
     """Torch's error for a step in a CUDA graph whose counters are on the host."""
+    if torch.compiler.is_compiling():  # the compiler makes the graph
+        return
     names = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
     for name in names:  # torch renamed it
         if check := getattr(optimizer, name, None):

@@ -261,7 +261,8 @@ def places_in(flat: Mapping[str, Tensor]) -> dict[str, tuple[int, int | None, st
     """
     places = {}
     for name in flat:
-        *path, last = name.split(".")
+        path = name.split(".")
+        last = path.pop()
         side = "AB".index(last) if last in ("A", "B") else None
         bucket = last if side is None else path.pop()
         places[name] = (int(bucket), side, ".".join(path))
