@@ -1,8 +1,6 @@
 """Comparing states: their types, fields and shapes, on the host."""
 
 from collections.abc import Callable, Mapping
-from itertools import starmap
-from operator import eq
 from typing import Any
 
 from rlora.core.errors import ShapeError
@@ -13,8 +11,7 @@ def same_shapes(one: Any, other: Any) -> bool:
     leaves = side_by_side(one, other)
     if leaves is None:
         return False
-    shapes = [(getattr(x, "shape", None), getattr(y, "shape", None)) for x, y in leaves]
-    return all(starmap(eq, shapes))
+    return all(getattr(x, "shape", None) == getattr(y, "shape", None) for x, y in leaves)
 
 
 def side_by_side(one: Any, other: Any) -> list[tuple[Any, Any]] | None:
@@ -26,11 +23,11 @@ def side_by_side(one: Any, other: Any) -> list[tuple[Any, Any]] | None:
         if isinstance(x, (tuple, list)):
             if not (type(x) is type(y) or _kind(x) is _kind(y)) or len(x) != len(y):
                 return None
-            pending += zip(x, y, strict=True)
+            pending += list(zip(x, y, strict=True))
         elif isinstance(x, Mapping):
             if not isinstance(y, Mapping) or x.keys() != y.keys():
                 return None
-            pending += zip(x.values(), map(y.__getitem__, x), strict=True)
+            pending += [(x[key], y[key]) for key in x]
         elif isinstance(y, (tuple, list, Mapping)):
             return None
         else:

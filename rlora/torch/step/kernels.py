@@ -173,7 +173,7 @@ class SGD(WithState):
             foreach=group["foreach"],
             fused=None if torch.compiler.is_compiling() else group["fused"],
         )
-        for p, old, new in zip(self.params, self._buffers, buffers, strict=bool(buffers)):
+        for p, old, new in zip(self.params, self._buffers, buffers, strict=False):  # or none
             if old is None:
                 self.optimizer.state[p]["momentum_buffer"] = like_param(p, new)
 

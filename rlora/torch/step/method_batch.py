@@ -261,11 +261,12 @@ def places_in(flat: Mapping[str, Tensor]) -> dict[str, tuple[int, int | None, st
     """
     places = {}
     for name in flat:
-        path = name.split(".")
-        last = path.pop()
+        path, _, last = name.rpartition(".")
         side = "AB".index(last) if last in ("A", "B") else None
-        bucket = last if side is None else path.pop()
-        places[name] = (int(bucket), side, ".".join(path))
+        bucket = last
+        if side is not None:
+            path, _, bucket = path.rpartition(".")
+        places[name] = (int(bucket), side, path)
     keys = {key for _, _, key in places.values()}
     short = {key: key.rpartition(".")[2] for key in keys}
     if len(set(short.values())) < len(keys):
