@@ -213,6 +213,15 @@ def test_newton_schulz_equals_eigh(condition, dtype, backend):
     assert all(not backend.to_numpy(x).any() for x in zero)
 
 
+@pytest.mark.parametrize("c", [0.0, 0.5, -2.0])
+def test_a_sum_with_a_product(c, backend):
+    """Stacks (K, r, r), one of them transposed; a few roundings of float32."""
+    S, X, Y = np.random.default_rng(0).normal(size=(3, 4, 5, 5))
+    s, x, y = (backend.asarray(z, "float32") for z in (S, X, Y))
+    found = backend.plus_product(s, c, mT(x), y)
+    assert_close(found, S + c * mT(X) @ Y, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("dtype", "count"), [("float32", 11), ("float64", 22)])
 def test_cubics_bring_all_roots_to_one(dtype, count):
     """From the root of the rounding on; (3 x - x³) / 2 is not there after six steps more."""

@@ -29,6 +29,9 @@ SHIFTED = ("FactorMuon", "LoRAMuon", "LoRARite")
 steps they end 1e-6, 5e-7 and 3e-6 away from a CPU's, others 1e-14."""
 
 
+LATE = "0.lora_A.default.weight"
+
+
 def near(name):
     """A bound for the relative distance of a class from a CPU's steps in float64.
 
@@ -105,13 +108,11 @@ def kinds_of_work(optimizer):
     return {type(work) for plan in optimizer._plans[1] for work in plan.batches}
 
 
-@pytest.mark.parametrize(
-    "change", [{"foreach": True}, {"lr": torch.tensor(5e-3).double()}], ids=str
-)
+@pytest.mark.parametrize("change", [{"foreach": True}, {"fused": False}], ids=str)
 def test_from_stacks_to_lists_and_back(change, device):
     """The counters go along, to where torch's own kernel wants them."""
     twins = Twins(lambda params: ScaledAdamW(params, lr=1e-2))
-    before = {"foreach": None, "lr": 1e-2}
+    before = {"foreach": None, "fused": None}
     for t, options in enumerate([{}, {}, change, {}, before, {}]):
         for optimizer in twins.optimizers:
             optimizer.param_groups[0].update(options)
@@ -121,11 +122,12 @@ def test_from_stacks_to_lists_and_back(change, device):
     twins.check(1e-10)
 
 
+@pytest.mark.parametrize(("shape", "dtype"), [((), torch.float32), ((1,), torch.float64)], ids=str)
 @pytest.mark.parametrize("placement", ["before", "both"])
-def test_a_learning_rate_on_the_device(placement, device):
+def test_a_learning_rate_on_the_device(placement, shape, dtype, device):
     """A graph reads it anew at each replay. 1e-6: it has 24 bits, the host's 53."""
     twins = Twins(lambda params: ScaledAdamW(params, lr=1e-2, placement=placement))
-    rate = torch.full((), 1e-2, device=DEVICE)
+    rate = torch.full(shape, 1e-2, device=DEVICE, dtype=dtype)
     twins.optimizers[1].param_groups[0].update(lr=rate, capturable=True)
     for t in range(4):
         twins.optimizers[0].param_groups[0]["lr"] = 1e-2 * 0.9**t
@@ -137,6 +139,38 @@ def test_a_learning_rate_on_the_device(placement, device):
         rate.mul_(0.9)
     assert kinds_of_work(twins.optimizers[1]) == {StackedAdamW}
     twins.check(1e-6)
+
+
+def test_a_learning_rate_of_the_host(device):
+    twins = Twins(lambda params: ScaledAdamW(params, lr=torch.tensor(1e-2)))
+    for t in range(3):
+        twins.backward(t)
+        device.clear()
+        for optimizer in twins.optimizers:
+            optimizer.step()
+        assert device == [] or t == 0
+    assert kinds_of_work(twins.optimizers[1]) == {StackedAdamW}
+    twins.check(1e-10)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_counters_are_where_torch_has_them(fused, device):
+    """So a checkpoint of ours makes torch's own AdamW wait no more than one of its own."""
+    twins = Twins(lambda params: ScaledAdamW(params, lr=1e-2, fused=fused))
+    for t in range(2):
+        twins.step(t)
+    counters = [held["step"] for held in twins.optimizers[1].state.values()]
+    assert {x.device.type for x in counters} == {"cuda" if fused else "cpu"}
+    assert all(float(x) == 2 for x in counters)
+
+
+def test_counters_that_differ(device):
+    """A factor whose gradient was missing once is a step behind the others of its stack."""
+    twins = Twins(lambda params: ScaledAdamW(params, lr=1e-2))
+    for t in range(5):
+        twins.step(t, (lambda named: setattr(named[LATE], "grad", None)) if t == 1 else None)
+    assert {float(held["step"]) for held in twins.optimizers[1].state.values()} == {4.0, 5.0}
+    twins.check(1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

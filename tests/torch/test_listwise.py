@@ -196,6 +196,33 @@ def test_an_option_changed_between_steps_counts(change):
     assert_same(ours, theirs, one, other, 1e-12)
 
 
+@pytest.mark.parametrize("kind", [rlora.torch.ScaledAdamW, rlora.torch.LoRARite])
+def test_a_state_keeps_no_memory_of_others(kind):
+    """Factors leave a stack one by one; what stays of them is as large as they are."""
+    pairs = [tuple(p for p in pair) for _ in range(4) for pair in make_pairs()[:1]]
+    optimizer = kind([p for pair in pairs for p in pair], lr=1e-2, pairs=pairs)
+    for left in range(len(pairs)):
+        set_gradients(pairs, left, {(i, side) for i in range(left) for side in (0, 1)})
+        optimizer.step()
+    entries = [x for held in optimizer.state.values() for x in held.values()]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in entries}
+    assert sum(storages.values()) <= 1.5 * sum(x.nbytes for x in entries)
+
+
+def test_a_capture_that_would_lay_out_the_step_is_refused(monkeypatch):
+    pairs = make_pairs()
+    optimizer = make_optimizer(pairs)
+    set_gradients(pairs, 0)
+    before = [p.detach().clone() for pair in pairs for p in pair]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="make one, then capture"):
+            optimizer.step()
+        assert all(map(torch.equal, before, (p for pair in pairs for p in pair)))
+        assert not optimizer.state
+
+
 def test_a_state_of_another_shape_is_refused():
     """Broadcasting would have taken it."""
     pairs = make_pairs()

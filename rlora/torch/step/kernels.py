@@ -186,9 +186,8 @@ def has_kernel(group: dict[str, Any], device: str) -> bool:
         return False
     if any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
         return False
-    lr = group.get("lr")  # one on the host would be a wait for each step on a device
-    on_device = isinstance(lr, Tensor) and (lr.device.type, lr.dtype) == (device, torch.float32)
-    return on_device or device == "cpu" or not isinstance(lr, Tensor)
+    lr = group.get("lr")  # of the host's a graph would have the value at its capture
+    return not (group.get("capturable") and isinstance(lr, Tensor) and lr.device.type == "cpu")
 
 
 def _check_capturable(group: dict[str, Any], device: str) -> None:

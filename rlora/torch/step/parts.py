@@ -44,14 +44,18 @@ class Part:
         self.copied = stacked or not ready
         self.held = self.copied and device.type == "cpu"
         """True for copies in memory of the last step; on a device torch's allocator keeps it."""
-        self.X = self._like_params(torch.empty) if self.held else [p.detach() for p in params]
+        self.X = self._like_params(torch.empty) if self.held else []
+        if not self.copied:
+            self.X = [p.detach() for p in params]
         self.workspace: Workspace = {}
         self.D: list[Tensor] = []
         """Preconditioned gradients, in whose place the kernel writes Adam's direction."""
         if group is None:
             return
         self.G = self._like_params(torch.empty) if self.held else []
-        self.steps = torch.zeros(len(params), device=device)
+        # As torch has them: on the host, unless the options say that the device counts.
+        there = group["fused"] or group["capturable"]
+        self.steps = torch.zeros(len(params), device=device if there else "cpu")
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
         self.moments = {name: self._like_params(torch.zeros) for name in names}
         self.views = [self.steps.unbind(0), *map(self._each, self.moments.values())]
@@ -95,7 +99,8 @@ class Part:
             G = self._gather(self.G, G)
         # Contiguous as the moments are: the kernel runs through memory without a look at strides.
         if P is None:
-            self.D = [g.clone(memory_format=torch.contiguous_format) for g in G]
+            own = self.copied and not self.held  # made by `_gather` a moment ago
+            self.D = G if own else [g.clone(memory_format=torch.contiguous_format) for g in G]
         else:
             self.D = self._apply(backend, P, G)
 
@@ -116,26 +121,28 @@ class Part:
             return backend.apply_right(X, each, self.workspace, onto, keep)
         return backend.apply_left(each, X, self.workspace, onto, keep)
 
-    def kernel(self, own: bool) -> Iterator[tuple[Tensor, ...]]:
+    def kernel(self, own: bool, counters: dict[float, Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """Target, gradient, counter and moments for the kernel, a stack with equal steps at once.
 
         Parameters
         ----------
         own : bool
             Whether the target is the parameters, else the gradient, which the direction replaces.
+        counters : dict
+            Counters on the device by their value, to which those that are missing are added.
         """
-        target, gradient = self.X if own else self.D, self.D
-        if self.stacked and self._counts_are_equal():
-            moments = (x[0] for x in self.moments.values())
-            yield target[0], gradient[0], self.steps[0], *moments
-            return
-        yield from zip(*map(self._each, (target, gradient)), *self.views, strict=True)
-
-    def _counts_are_equal(self) -> bool:
-        if self.steps.device.type != "cpu":  # to ask would be to wait
-            return False
-        counts = self.steps.numpy()
-        return bool((counts == counts[0]).all())
+        target, gradient, device = self.X if own else self.D, self.D, self.params[0].device
+        steps, *moments = self.views
+        if self.steps.device.type == "cpu":
+            counts = self.steps.tolist()
+            if device.type != "cpu":
+                for n in {*counts} - counters.keys():
+                    counters[n] = torch.full((), n, device=device)
+                steps = [counters[n] for n in counts]
+            if self.stacked and len({*counts}) == 1:
+                yield target[0], gradient[0], steps[0], *(x[0] for x in self.moments.values())
+                return
+        yield from zip(*map(self._each, (target, gradient)), steps, *moments, strict=True)
 
     def move(self, backend: Backend, P: Tensor, keep: float) -> None:
         """``X <- keep X + P D``, or with ``D Pᵀ`` for B."""

@@ -113,6 +113,25 @@ class Share(NamedTuple):
     views: list[Tensor]
 
 
+def leave_stacks(state: Any) -> None:
+    """Give entries of a parameter without gradient their own memory: others leave the stack."""
+    for p, held in state.items():
+        if isinstance(p, Tensor) and p.grad is None:
+            for key, x in held.items():
+                if type(x) is Tensor and x.untyped_storage().nbytes() > x.nbytes:
+                    held[key] = x.clone()
+
+
+def check_not_capturing() -> None:
+    """RuntimeError in the capture of a CUDA graph, whose replays would begin the state anew."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        msg = (
+            "the step that a CUDA graph captures must be laid out before, by a step with the same "
+            "options and gradients in the same places: make one, then capture"
+        )
+        raise RuntimeError(msg)
+
+
 def take_over(
     shares: Sequence[Share], state: Any, start: Callable[[int, int], Tensor | None]
 ) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlora.core.backend import LARGE
+
 HALF = 1 << 16
 """bfloat16 is the upper half of float32; the lower half has so many values."""
 
@@ -38,10 +40,13 @@ def store(params: Sequence[Tensor], wide: Sequence[Tensor], group: dict[str, Any
     alike: dict[Any, list[int]] = {}
     for i, (p, x) in enumerate(zip(params, wide, strict=True)):
         if p.dtype != x.dtype:
-            alike.setdefault((p.dtype, x.dtype, x.shape, x.device), []).append(i)
+            by_itself = i if x.device.type == "cpu" and x.numel() >= LARGE else None
+            alike.setdefault((p.dtype, x.dtype, x.shape, x.device, by_itself), []).append(i)
     results = list(wide)
     for (dtype, *_), members in alike.items():
-        (stack,) = rounded([torch.stack([wide[i] for i in members])], dtype, group)
+        first, *others = (wide[i] for i in members)
+        together = torch.stack([first, *others]) if others else first[None]
+        (stack,) = rounded([together], dtype, group)
         for i, x in zip(members, stack.unbind(0), strict=True):
             results[i] = x
     torch._foreach_copy_(list(params), results)

@@ -28,7 +28,7 @@ Moving: TypeAlias = tuple[bool, bool]
 
 
 class StackedAdamW:
-    """The step of all pairs of one group, rank and dtype.
+    """The step of all pairs of one group, rank, dtype and device.
 
     Parameters
     ----------
@@ -103,16 +103,15 @@ class StackedAdamW:
 
     def finish(self, second: Tensor | None) -> None:
         """Adam, then the update along its direction, times the power behind it if there is one."""
-        group = self.group
-        lr, weight_decay = group["lr"], group["weight_decay"]
-        lr = float(lr) if self.device.type == "cpu" else lr  # a CUDA graph reads a tensor anew
+        group, lr = self.group, self._rate()
+        weight_decay = group["weight_decay"]
         if second is None:
             self._adam(True, lr, weight_decay)
         else:
             # A decay of 1 at a rate of 1 leaves the negative direction alone in the target.
             self._adam(False, 1.0, 1.0)
             if isinstance(lr, Tensor) or lr:
-                P, keep = lr * second, 1 - lr * weight_decay
+                P, keep = lr * second, 1 - lr * weight_decay if weight_decay else 1.0
                 if isinstance(keep, Tensor):  # torch's products take numbers
                     torch._foreach_mul_([x for part in self.moving for x in part.X], keep)
                     keep = 1.0
@@ -128,10 +127,19 @@ class StackedAdamW:
             for part in self.parts:
                 part.X, part.D = [], []
 
+    def _rate(self) -> Number:
+        """The learning rate: a number, or a tensor of this device, which a graph reads anew."""
+        lr = self.group["lr"]
+        if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+            return float(lr)
+        return lr.to(self.device).reshape(())
+
     def _adam(self, own: bool, lr: Number, weight_decay: float) -> None:
         group = self.group
         torch._foreach_add_([part.steps for part in self.moving], 1)
-        lists = zip(*(some for part in self.moving for some in part.kernel(own)), strict=True)
+        counters: dict[float, Tensor] = {}
+        calls = [some for part in self.moving for some in part.kernel(own, counters)]
+        lists = zip(*calls, strict=True)
         targets, gradients, steps, exp_avgs, exp_avg_sqs, *maxima = map(list, lists)
         torch._fused_adamw_(
             targets,
@@ -140,7 +148,7 @@ class StackedAdamW:
             exp_avg_sqs,
             maxima[0] if maxima else [],
             steps,
-            lr=cast("float", lr),  # the kernel takes tensors too
+            lr=cast("float", lr.float() if isinstance(lr, Tensor) else lr),  # it takes both
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             weight_decay=weight_decay,
