@@ -477,11 +477,15 @@ def test_numbers_of_a_group_are_validated():
 
 
 @pytest.mark.parametrize("options", [
-    {"amsgrad": True}, {"maximize": True}, {"lr": torch.tensor(1e-2)}, {"capturable": False},
+    {"amsgrad": True}, {"maximize": True}, {"lr": torch.tensor(1e-2).double()},
+    {"capturable": False},
 ])  # fmt: skip
 @pytest.mark.parametrize("placement", ["before", "both"])
 def test_flags_of_adamw(options, placement):
-    """The parent's own arithmetic on hand-made directions, and ours, agree."""
+    """The parent's own arithmetic on hand-made directions, and ours, agree.
+
+    A learning rate of float32 would be divided in float32 by the parent, and is not by its kernel.
+    """
     model = make_model(dtype=torch.float64, bias=False)
     twin = copy.deepcopy(model)
     settings = {"lr": 1e-2, "betas": (0.7, 0.8), "weight_decay": 0.0, **options}
