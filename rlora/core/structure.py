@@ -11,7 +11,8 @@ def same_shapes(one: Any, other: Any) -> bool:
     leaves = side_by_side(one, other)
     if leaves is None:
         return False
-    return all([getattr(x, "shape", None) == getattr(y, "shape", None) for x, y in leaves])
+    alike = [getattr(x, "shape", None) == getattr(y, "shape", None) for x, y in leaves]
+    return all(alike)
 
 
 def side_by_side(one: Any, other: Any) -> list[tuple[Any, Any]] | None:
