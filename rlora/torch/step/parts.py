@@ -53,9 +53,10 @@ class Part:
         if group is None:
             return
         self.G = self._like_params(torch.empty) if self.held else []
-        # As torch has them: on the host, unless the options say that the device counts.
-        there = group["fused"] or group["capturable"]
-        self.steps = torch.zeros(len(params), device=device if there else "cpu")
+        # On the host as torch has them, unless the options say that the device counts.
+        there = device.type != "cpu" and (group["fused"] or group["capturable"])
+        dtype = torch.float32 if there else None  # what the kernel reads there
+        self.steps = torch.zeros(len(params), dtype=dtype, device=device if there else "cpu")
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
         self.moments = {name: self._like_params(torch.zeros) for name in names}
         self.views = [self.steps.unbind(0), *map(self._each, self.moments.values())]
@@ -137,7 +138,7 @@ class Part:
             counts = self.steps.tolist()
             if device.type != "cpu":
                 for n in {*counts} - counters.keys():
-                    counters[n] = torch.full((), n, device=device)
+                    counters[n] = torch.full((), n, dtype=torch.float32, device=device)
                 steps = [counters[n] for n in counts]
             if self.stacked and len({*counts}) == 1:
                 yield target[0], gradient[0], steps[0], *(x[0] for x in self.moments.values())
