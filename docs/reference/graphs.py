@@ -20,7 +20,12 @@ from rlora.cli.bench.problem import DEFAULT, named, random_problem
 from rlora.cli.bench.torch_cases import SharedTensors, make_optimizer
 
 METHODS: Final = (
-    *("adamw", "scaled_adamw", "scaled_adamw:before", "lora_rite", "lora_muon", "ref_lora"),
+    "adamw",
+    "scaled_adamw",
+    "scaled_adamw:before",
+    "lora_rite",
+    "lora_muon",
+    "ref_lora",
     "alt_lora_plus",
 )
 RANKS: Final = (4, 16, 64)
@@ -67,11 +72,12 @@ def rows() -> Iterator[list[str]]:
 
 
 def main(path: Path) -> None:
-    """Write the record."""
+    """Write the record, once all is measured."""
+    measured = list(rows())
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows(rows())
+        writer.writerows(measured)
 
 
 if __name__ == "__main__":

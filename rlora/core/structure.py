@@ -19,7 +19,7 @@ def side_by_side(one: Any, other: Any) -> list[tuple[Any, Any]] | None:
     """The arrays of two states, each with its counterpart; None if types or fields differ."""
     leaves: list[tuple[Any, Any]] = []
     pending = [(one, other)]
-    while pending:
+    while pending:  # of lists, which older compilers of torch know better than iterators
         x, y = pending.pop()
         if isinstance(x, (tuple, list)):
             if not (type(x) is type(y) or _kind(x) is _kind(y)) or len(x) != len(y):

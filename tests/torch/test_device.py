@@ -29,7 +29,7 @@ SHIFTED = ("FactorMuon", "LoRAMuon", "LoRARite")
 steps they end 1e-6, 5e-7 and 3e-6 away from a CPU's, others 1e-14."""
 
 
-LATE = "0.lora_A.default.weight"
+FIRST_A = "0.lora_A.default.weight"
 
 
 def near(name):
@@ -168,7 +168,7 @@ def test_counters_that_differ(device):
     """A factor whose gradient was missing once is a step behind the others of its stack."""
     twins = Twins(lambda params: ScaledAdamW(params, lr=1e-2))
     for t in range(5):
-        twins.step(t, (lambda named: setattr(named[LATE], "grad", None)) if t == 1 else None)
+        twins.step(t, (lambda named: setattr(named[FIRST_A], "grad", None)) if t == 1 else None)
     assert {float(held["step"]) for held in twins.optimizers[1].state.values()} == {4.0, 5.0}
     twins.check(1e-10)
 
@@ -204,7 +204,7 @@ def test_a_bad_factor_stays_alone(name, bad, device):
     """The other pair is what it is in a step without the bad one, but for a BLAS's last digit."""
 
     def fill(named):
-        named["0.lora_A.default.weight"].data.fill_(bad)
+        named[FIRST_A].data.fill_(bad)
 
     spoilt, sound = Twins(CLASSES[name]), Twins(CLASSES[name])
     for twins, change in ((spoilt, fill), (sound, None)):

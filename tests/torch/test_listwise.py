@@ -99,6 +99,31 @@ def test_narrow_factors(dtype, bound):
     assert_same(ours, theirs, one, other, bound)
 
 
+def test_bits_are_drawn_as_over_lists():
+    """Large factors and stacks alike; sums in another order change the last digits of few."""
+    ours, theirs = make_pairs(torch.bfloat16), make_pairs(torch.bfloat16)
+    one, other = make_optimizer(ours), make_optimizer(theirs, fused=False)
+    for pairs, optimizer in ((ours, one), (theirs, other)):
+        for step in range(2):
+            set_gradients(pairs, step)
+            optimizer.step()
+    for p, q in zip(sum(ours, ()), sum(theirs, ()), strict=True):
+        assert (p == q).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": False}], ids=str)
+def test_a_learning_rate_with_an_axis(options):
+    """As torch's AdamW takes it."""
+    ours, theirs = make_pairs(), make_pairs()
+    one, other = make_optimizer(ours, **options), make_optimizer(theirs, fused=False)
+    one.param_groups[0]["lr"] = torch.tensor([1e-2], dtype=torch.float64)
+    for step in range(3):
+        for pairs, optimizer in ((ours, one), (theirs, other)):
+            set_gradients(pairs, step)
+            optimizer.step()
+    assert_same(ours, theirs, one, other, 1e-12)
+
+
 def test_a_single_layer_equals_itself_in_a_stack():
     """Other factors in a stack have no effect on a factor."""
     together, alone = make_pairs(), make_pairs()[2:3]
@@ -206,7 +231,7 @@ def test_a_state_keeps_no_memory_of_others(kind):
         optimizer.step()
     entries = [x for held in optimizer.state.values() for x in held.values()]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in entries}
-    assert sum(storages.values()) <= 1.5 * sum(x.nbytes for x in entries)
+    assert sum(storages.values()) == sum(x.nbytes for x in entries)
 
 
 def test_a_capture_that_would_lay_out_the_step_is_refused(monkeypatch):
@@ -217,7 +242,7 @@ def test_a_capture_that_would_lay_out_the_step_is_refused(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        with pytest.raises(RuntimeError, match="make one, then capture"):
+        with pytest.raises(RuntimeError, match="make an eager step as they are now, then capture"):
             optimizer.step()
         assert all(map(torch.equal, before, (p for pair in pairs for p in pair)))
         assert not optimizer.state

@@ -13,7 +13,7 @@ from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.pairing.discovery import Pairs
 from rlora.torch.pairing.pairs import TensorPair
 from rlora.torch.step.compiling import inherited
-from rlora.torch.step.kernels import SGD, AdamW, Kernel, has_kernel
+from rlora.torch.step.kernels import FUSED, SGD, AdamW, Kernel, has_kernel
 from rlora.torch.step.listwise import Recipe
 from rlora.torch.step.plan import Turn
 from rlora.torch.step.standins import StandIns, is_narrow
@@ -76,7 +76,7 @@ class GramPreconditioned(LoRAOptimizer):
     def _choices(self, group: dict[str, Any]) -> list[Any]:
         # What decides in which memory a step works, and what state it then has.
         flags = [group.get(name) for name in ("amsgrad", "capturable", "fused")]
-        kernels = [has_kernel(group, device) for device in ("cpu", "cuda")]
+        kernels = [has_kernel(group, device) for device in FUSED]
         return [*super()._choices(group), *kernels, *flags]
 
     def _turns(self, pairs: list[TensorPair]) -> list[Turn]:

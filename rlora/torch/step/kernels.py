@@ -98,13 +98,12 @@ class WithState(Kernel):
         """On the host as torch has it, unless a kernel is to read it on the device."""
         fused = self.group["fused"]
         on_device = self.group["capturable"] or fused
-        # A step over stacks may have left it on the device, where to read it would be to wait.
+        # The options may have been others: where it was then, to read it may be to wait.
         device = self.targets[k].device if on_device else torch.device("cpu")
         if known is None:
             wide = torch.get_default_dtype() == torch.float64 and not fused
             return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
-        count = torch.as_tensor(known)
-        return count.to(device)
+        return torch.as_tensor(known).to(device)
 
 
 class AdamW(WithState):
@@ -144,7 +143,7 @@ class AdamW(WithState):
         if torch.compiler.is_compiling():  # then fusing is the compiler's business
             return None
         fused: bool | None = self.group["fused"]
-        on_cpu = self.targets[0].device.type == "cpu"  # elsewhere it reads counters on the device
+        on_cpu = self.targets[0].device.type == "cpu"  # elsewhere counters would have to be there
         if fused is None and on_cpu and has_kernel(self.group, "cpu"):
             return True
         return fused
@@ -173,20 +172,25 @@ class SGD(WithState):
             foreach=group["foreach"],
             fused=None if torch.compiler.is_compiling() else group["fused"],
         )
-        for p, old, new in zip(self.params, self._buffers, buffers, strict=False):  # or none
+        # Without momentum there are none.
+        for p, old, new in zip(self.params, self._buffers, buffers, strict=False):
             if old is None:
                 self.optimizer.state[p]["momentum_buffer"] = like_param(p, new)
 
 
+FUSED = ("cpu", "cuda")
+"""Types of device on which steps over stacks are tested."""
+
+
 def has_kernel(group: dict[str, Any], device: str) -> bool:
     """Return whether torch's fused AdamW has the options of a group on a type of device."""
-    if device not in ("cpu", "cuda") or (device == "cpu" and group.get("capturable")):
+    if device not in FUSED or (device == "cpu" and group.get("capturable")):
         return False
     if group.get("fused") is False or group.get("foreach"):
         return False
     if any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
         return False
-    lr = group.get("lr")  # of the host's a graph would have the value at its capture
+    lr = group.get("lr")  # of a tensor on the host a graph would keep the value at its capture
     return not (group.get("capturable") and isinstance(lr, Tensor) and lr.device.type == "cpu")
 
 
@@ -198,6 +202,12 @@ def _check_capturable(group: dict[str, Any], device: str) -> None:
             f"got some on {device}; leave it out there"
         )
         raise ValueError(msg)
+
+
+def rate_of(group: dict[str, Any]) -> Number:
+    """The learning rate of a group; of a tensor with one element that as a number has it."""
+    lr: Number = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
 def check_capture(optimizer: Any) -> None:

@@ -24,7 +24,7 @@ from rlora.core.placement import (
     rank_grams,
 )
 from rlora.torch.pairing.pairs import TensorPair, local
-from rlora.torch.step.kernels import Kernel, Number
+from rlora.torch.step.kernels import Kernel, Number, rate_of
 from rlora.torch.step.rounding import store
 
 
@@ -184,7 +184,7 @@ class ListStep:
 
     def finish(self, P: Preconditioners) -> None:
         """The kernel, and the second half behind it if there is one."""
-        lr, weight_decay = self.group["lr"], self.group.get("weight_decay", 0.0)
+        lr, weight_decay = rate_of(self.group), self.group.get("weight_decay", 0.0)
         if self.live:
             self.kernel.run(self.directions, lr, weight_decay if P.second is None else 0.0)
         if P.second is not None:

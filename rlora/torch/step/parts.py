@@ -44,15 +44,13 @@ class Part:
         self.copied = stacked or not ready
         self.held = self.copied and device.type == "cpu"
         """True for copies in memory of the last step; on a device torch's allocator keeps it."""
-        self.X = self._like_params(torch.empty) if self.held else []
-        if not self.copied:
-            self.X = [p.detach() for p in params]
+        self.X = self._memory() if self.copied else [p.detach() for p in params]
         self.workspace: Workspace = {}
         self.D: list[Tensor] = []
         """Preconditioned gradients, in whose place the kernel writes Adam's direction."""
         if group is None:
             return
-        self.G = self._like_params(torch.empty) if self.held else []
+        self.G = self._memory()
         # On the host as torch has them, unless the options say that the device counts.
         there = device.type != "cpu" and (group["fused"] or group["capturable"])
         dtype = torch.float32 if there else None  # what the kernel reads there
@@ -65,6 +63,9 @@ class Part:
             Share(p, ["step", *names], list(some)) for p, some in zip(params, views, strict=True)
         ]
 
+    def _memory(self) -> list[Tensor]:
+        return self._like_params(torch.empty) if self.held else []
+
     def _like_params(self, make: Any) -> list[Tensor]:
         shapes = [p.shape for p in self.params]
         if self.stacked:
@@ -75,15 +76,15 @@ class Part:
         """The arrays of each parameter, in the order of `params`."""
         return arrays[0].unbind(0) if self.stacked else arrays
 
-    def _gather(self, held: list[Tensor], tensors: list[Any]) -> list[Tensor]:
-        """Copies of tensors, one a parameter, as arrays of this part."""
+    def _gather(self, memory: list[Tensor], tensors: list[Any]) -> list[Tensor]:
+        """Copies of tensors, one a parameter, as arrays of this part, in `memory` if it is held."""
         if not self.held:
             return [torch.stack(tensors).to(self.dtype)]
         if self.stacked and tensors[0].dtype == self.dtype:
-            torch.stack(tensors, out=held[0])
+            torch.stack(tensors, out=memory[0])
         else:
-            torch._foreach_copy_(list(self._each(held)), tensors)
-        return held
+            torch._foreach_copy_(list(self._each(memory)), tensors)
+        return memory
 
     def gram(self, backend: Backend, dtype: torch.dtype) -> Tensor:
         """``A Aᵀ`` or ``Bᵀ B`` of every factor, (k, r, r)."""

@@ -114,7 +114,10 @@ class Share(NamedTuple):
 
 
 def leave_stacks(state: Any) -> None:
-    """Give entries of a parameter without gradient their own memory: others leave the stack."""
+    """Copy what parameters without gradient have on stacks that the next plan does not use.
+
+    Else one of them would keep the memory of all that were on its stack.
+    """
     for p, held in state.items():
         if isinstance(p, Tensor) and p.grad is None:
             for key, x in held.items():
@@ -126,8 +129,9 @@ def check_not_capturing() -> None:
     """RuntimeError in the capture of a CUDA graph, whose replays would begin the state anew."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         msg = (
-            "the step that a CUDA graph captures must be laid out before, by a step with the same "
-            "options and gradients in the same places: make one, then capture"
+            "a CUDA graph is capturing a step that has to be laid out anew: the first one, or one "
+            "whose parameters, gradients or options are others than the last step's; make an eager "
+            "step as they are now, then capture"
         )
         raise RuntimeError(msg)
 

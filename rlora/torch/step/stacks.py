@@ -17,7 +17,7 @@ from rlora.core.factors import Factors
 from rlora.core.placement import split_power
 from rlora.core.rank_group import RankGroup
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
-from rlora.torch.step.kernels import Number, check_capture
+from rlora.torch.step.kernels import Number, check_capture, rate_of
 from rlora.torch.step.listwise import recipe_of
 from rlora.torch.step.parts import Part
 from rlora.torch.step.plan import take_over
@@ -129,10 +129,9 @@ class StackedAdamW:
 
     def _rate(self) -> Number:
         """The learning rate: a number, or a tensor of this device, which a graph reads anew."""
-        lr = self.group["lr"]
-        if not isinstance(lr, Tensor) or lr.device.type == "cpu":
-            return float(lr)
-        return lr.to(self.device).reshape(())
+        lr = rate_of(self.group)
+        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+        return cast("Tensor", lr).to(self.device) if on_device else float(lr)
 
     def _adam(self, own: bool, lr: Number, weight_decay: float) -> None:
         group = self.group
