@@ -5,18 +5,46 @@ import torch
 from rlora.core.algebra import cubics
 from rlora.core.factors import Array
 
+from ._torch_cpu import is_eager_cpu, rounding_of, share_of
 
-def newton_schulz(S: Array) -> tuple[Array, Array]:
+
+def newton_schulz(S: Array, power: float, damping: float) -> Array:
     """`Backend.newton_schulz` with three operations a step."""
-    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
-    trace = S.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1)
-    unit = trace.clamp(min=torch.finfo(S.dtype).smallest_normal)  # a smaller one counts as it
+    r, info = S.shape[-1], torch.finfo(S.dtype)
+    eye = torch.eye(r, dtype=S.dtype, device=S.device).expand_as(S)
+    trace = S.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1) * (1 + damping)
+    unit = trace.clamp(min=info.smallest_normal)  # a smaller one counts as it
     Y, Z = S / unit, eye
-    for alpha, beta in cubics(torch.finfo(S.dtype).eps):
+    if damping:
+        Y.diagonal(dim1=-2, dim2=-1).add_(share := damping / (1 + damping) / r)
+    *steps, last = cubics(info.eps, share if damping else 0.0)
+    for alpha, beta in steps:
         T = torch.baddbmm(eye, Z, Y, beta=alpha, alpha=-beta)  # in one operation
         Y, Z = torch.bmm(Y, T), torch.bmm(T, Z)
-    root = unit.sqrt()
-    return Z * (trace / unit / root), Y * root
+    T = torch.baddbmm(eye, Z, Y, beta=last[0], alpha=-last[1])
+    if power > 0:
+        return torch.bmm(Y, T) * unit**power
+    return torch.bmm(T, Z) * (trace / unit * unit**power)
+
+
+def cholesky_solve(S: Array, X: Array) -> Array:
+    """``L⁻¹ X`` with the Cholesky factor L of definite S (K, r, r); NaN where S is not definite."""
+    L, failed = torch.linalg.cholesky_ex(S)  # neither raises nor waits for the device
+    solved = torch.linalg.solve_triangular(L, X, upper=False)
+    if is_eager_cpu(S) and not failed.numpy().any():
+        return solved
+    return solved.masked_fill(failed.view(-1, 1, 1) != 0, torch.nan)
+
+
+def sound_half(S: Array) -> Array:
+    """`Backend.pseudo_half` by a Cholesky half and the filter of `without_lost`."""
+    info, damping = torch.finfo(S.dtype), torch.finfo(S.dtype).eps ** 0.5
+    mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)
+    unit = (mean * (1 + damping)).clamp(min=info.smallest_normal / rounding_of(S))
+    S = S / unit
+    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
+    W = cholesky_solve(torch.add(S, eye, alpha=share_of(damping)), eye)
+    return without_lost(W, S) * unit**-0.5
 
 
 def without_lost(W: Array, S: Array) -> Array:
@@ -25,4 +53,5 @@ def without_lost(W: Array, S: Array) -> Array:
     The filter ``(λ / (λ + shift))⁴`` takes the place of a cut-off, which needs eigenvalues.
     """
     F = torch.bmm(torch.bmm(W, S), W.mT)
-    return torch.bmm(torch.matrix_power(F, 4), W)
+    F = torch.bmm(F, F)
+    return torch.bmm(F, torch.bmm(F, W))

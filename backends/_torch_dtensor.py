@@ -26,11 +26,20 @@ class OnPieces(Backend):
     def gram_columns(self, tall: Tall, dtype: Any, workspace: Workspace | None = None) -> Array:
         return _reduced(super().gram_columns(_pieces(tall), dtype, workspace), tall)
 
-    def grams(self, A: Tall, B: Tall, dtype: Any, workspace: Workspace | None = None) -> Array:
+    def grams(
+        self,
+        A: Tall,
+        B: Tall,
+        dtype: Any,
+        workspace: Workspace | None = None,
+        *,
+        swapped: bool = False,
+    ) -> Array:
         """Both in one message."""
         rows = super().gram_rows(_pieces(A), dtype, workspace)
         columns = super().gram_columns(_pieces(B), dtype, workspace)
-        return _reduced(torch.cat([rows, columns]), [*A, *B])
+        both = [columns, rows] if swapped else [rows, columns]
+        return _reduced(torch.cat(both), [*A, *B])
 
     def cross_rows(self, X: Tall, Y: Tall, dtype: Any) -> Array:
         return _reduced(super().cross_rows(_pieces(X), _pieces(Y), dtype), X)

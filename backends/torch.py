@@ -13,7 +13,7 @@ from rlora.core.backend import AdamNumbers, Backend, Tall, Workspace
 from rlora.core.factors import Array
 
 from ._cpu import cholesky_half
-from ._torch_algebra import newton_schulz, without_lost
+from ._torch_algebra import cholesky_solve, newton_schulz, sound_half, without_lost
 from ._torch_cpu import (
     damped_if_sound,
     eigh_waits,
@@ -102,12 +102,10 @@ class TorchBackend(Backend):
             start = stop
         if stack is None:
             stack = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return self._in_order(stack, order, layers)
+        return stack if order == sorted(order) else self._in_order(stack, order, layers)
 
     @staticmethod
     def _in_order(stack: Array, order: list[int], layers: list[int]) -> Array:
-        if order == sorted(order):
-            return stack
         pieces = dict(zip(order, stack.split([layers[i] for i in order]), strict=True))
         return torch.cat([pieces[i] for i in range(len(order))])
 
@@ -197,45 +195,37 @@ class TorchBackend(Backend):
             W = self.inverse_cholesky(S)
             return torch.bmm(W.mT, W)
         if abs(power) == 0.5 and eigh_waits(S):
-            inverse, root = self.newton_schulz(S)
-            return inverse if power < 0 else root
+            return self.newton_schulz(S, power)
         return super().spd_power(S, power)
 
     def inverse_cholesky(self, S: Array, *, upper: bool = False) -> Array:
-        # cholesky_ex neither raises nor waits for the device; the damping keeps members definite.
-        L, failed = torch.linalg.cholesky_ex(S.flip(-2, -1) if upper else S)
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
-        W = torch.linalg.solve_triangular(L, eye, upper=False)  # (K, r, r)
-        if not (is_eager_cpu(S) and not failed.numpy().any()):
-            W = W.masked_fill(failed.view(-1, 1, 1) != 0, torch.nan)
+        W = cholesky_solve(S.flip(-2, -1) if upper else S, eye)
         return W.flip(-2, -1) if upper else W
 
-    def newton_schulz(self, S: Array) -> tuple[Array, Array]:
-        return newton_schulz(S)
+    def newton_schulz(self, S: Array, power: float, damping: float = 0.0) -> Array:
+        return newton_schulz(S, power, damping)
 
     def pseudo_power(self, S: Array, exponent: float) -> Array:
         if exponent != -0.5 or not eigh_waits(S):
             return super().pseudo_power(S, exponent)
         mean, info = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1), torch.finfo(S.dtype)
         S = torch.where(mean <= info.smallest_normal / rounding_of(S), 0.0, S)
-        eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-        Z, _ = self.newton_schulz(S + info.eps**0.5 * mean * eye)
-        return without_lost(Z, S)
+        return without_lost(self.newton_schulz(S, -0.5, info.eps**0.5), S)
 
     def pseudo_half(self, S: Array) -> Array:
         if is_eager_cpu(S):
             return cholesky_half(self, S)
         if not eigh_waits(S):
             return self.pseudo_power(S, -0.5)
-        return without_lost(self.damped_half(S, torch.finfo(S.dtype).eps ** 0.5), S)
+        return sound_half(S)
 
-    def inverse_root(self, V: Array, shift: Array, eps: float) -> Array:
+    def inverse_root_half(self, V: Array, eps: float, X: Array) -> Array:
         if not eigh_waits(V):
-            return super().inverse_root(V, shift, eps)
-        eye = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
-        mean = V.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)
-        _, root = self.newton_schulz(V + (torch.finfo(V.dtype).eps ** 0.5 * mean + shift) * eye)
-        return self.spd_power(root + eps * eye, -1.0)  # an LU factorisation may wait for a device
+            return super().inverse_root_half(V, eps, X)
+        root = self.newton_schulz(V, 0.5, torch.finfo(V.dtype).eps ** 0.5)
+        root.diagonal(dim1=-2, dim2=-1).add_(eps)
+        return cholesky_solve(root, X)  # an LU factorisation may wait for a device
 
     def adam(self, M: Tall, V: Tall, G: Tall, numbers: AdamNumbers) -> tuple[list[Array], ...]:
         b1, b2, *by_array = numbers
@@ -254,6 +244,8 @@ class TorchBackend(Backend):
     def descend(self, X: Tall, D: Tall, lr: Array | float, donate: bool = False) -> list[Array]:
         if not isinstance(lr, float):
             return [x - lr * d for x, d in zip(X, D, strict=True)]
+        if not self.on_pieces and all(x.device.type == "cuda" for x in X):
+            return list(torch._foreach_sub(list(X), list(D), alpha=lr))
         moved = []
         for x, d in zip(X, D, strict=True):
             out = None
@@ -268,6 +260,8 @@ class TorchBackend(Backend):
     def unstack(self, P: Array, tall: Sequence[Array]) -> list[Array]:
         if max([F.ndim for F in tall]) == 2:
             return list(P.unbind(0))  # one call instead of one for each factor
+        if len(tall) == 1:
+            return [P.reshape(*tall[0].shape[:-2], *P.shape[1:])]
         return super().unstack(P, tall)
 
     def for_type(self, kind: type) -> Backend:

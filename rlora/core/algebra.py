@@ -168,8 +168,8 @@ class MatrixAlgebra:
         unit = xp.where(zero, xp.ones_like(mean), mean)
         return xp.where(zero, xp.zeros_like(S), S / unit), unit, rounding
 
-    def inverse_root(self, V: Array, shift: Array, eps: float) -> Array:
-        """``((V + shift I)^½ + eps I)⁻¹`` of semidefinite V (K, r, r) and shifts (K, 1, 1).
+    def inverse_root_half(self, V: Array, eps: float, X: Array) -> Array:
+        """``P X`` for one of the P with ``Pᵀ P = (V^½ + eps I)⁻¹``; semidefinite V (K, r, r).
 
         An eigenvalue of V below what rounding has left of it counts as that rounding.
         """
@@ -177,30 +177,32 @@ class MatrixAlgebra:
         w, Q = self.eigh(V)
         trace = xp.sum(w, axis=-1, keepdims=True)
         floor = ROUNDING * float(xp.finfo(V.dtype).eps) * xp.clip(trace, min=0.0)
-        root = xp.sqrt(xp.maximum(w, floor) + shift[..., 0]) + eps
-        return self.matmul(Q / xp.expand_dims(root, axis=-2), mT(Q))
+        root = xp.sqrt(xp.maximum(w, floor)) + eps
+        return self.matmul(mT(Q / xp.expand_dims(root**0.5, axis=-2)), X)
 
-    def newton_schulz(self, S: Array) -> tuple[Array, Array]:
-        """``S^-½`` and ``S^½`` of definite (K, r, r) by products alone; 0 and 0 for a zero.
+    def newton_schulz(self, S: Array, power: float, damping: float = 0.0) -> Array:
+        """``(S + damping tr(S)/r I)^power`` for ±½ by products alone, 0 for S = 0; (K, r, r).
 
-        ``T = α I - β Z Y, Y <- Y T, Z <- T Z`` from ``Y = S / tr S, Z = I``, with the `cubics` for
-        eigenvalues from 10 eps tr S on. The error is about eps times the condition number: callers
-        keep that far below 1.
+        ``T = α I - β Z Y, Y <- Y T, Z <- T Z`` from Z = I and the damped S of trace 1 as Y, which
+        go to its root and to the inverse of that. The error is about eps times the condition
+        number: callers keep that far below 1.
         """
-        xp, matmul = self.xp, self.matmul
-        eye = xp.eye(S.shape[-1], dtype=S.dtype, device=device_of(S))
-        trace = xp.reshape(xp.linalg.trace(S), (-1, 1, 1))
+        xp, matmul, r = self.xp, self.matmul, S.shape[-1]
+        eye = xp.eye(r, dtype=S.dtype, device=device_of(S))
+        trace = (1 + damping) * xp.reshape(xp.linalg.trace(S), (-1, 1, 1))
         unit = xp.where(trace == 0, xp.ones_like(trace), trace)
-        Y, Z = S / unit, eye + xp.zeros_like(S)
-        for alpha, beta in cubics(float(xp.finfo(S.dtype).eps)):
+        share = damping / (1 + damping) / r
+        Y, Z = S / unit + share * eye, eye + xp.zeros_like(S)
+        for alpha, beta in cubics(float(xp.finfo(S.dtype).eps), share):
             T = alpha * eye - beta * matmul(Z, Y)
             Y, Z = matmul(Y, T), matmul(T, Z)
-        live, zero = trace != 0, xp.zeros_like(S)
-        return xp.where(live, Z * unit**-0.5, zero), xp.where(live, Y * unit**0.5, zero)
+        return xp.where(trace == 0, xp.zeros_like(S), (Y if power > 0 else Z) * unit**power)
 
 
-def cubics(eps: float) -> list[tuple[float, float]]:
-    """The α and β of steps ``x <- α x - β x³`` that bring all of ``[sqrt(10 eps), 1]`` to 1.
+def cubics(eps: float, least: float = 0.0) -> list[tuple[float, float]]:
+    """The α and β of steps ``x <- α x - β x³`` that bring all of ``[sqrt(least), 1]`` to 1.
+
+    `least` counts as 10 eps, what rounding leaves of a zero eigenvalue, where it is smaller.
 
     Of all odd cubics each is the one that is nearest to 1 on the interval ``[a, b]`` that the step
     before has left: with ``s = a² + ab + b²`` and ``e = sqrt(s / 3)``, its extremum, it is
@@ -212,7 +214,7 @@ def cubics(eps: float) -> list[tuple[float, float]]:
     via Chebyshev-type Polynomials. arXiv:2506.10935, 2025.
     """
     steps = []
-    a, b, error = (ROUNDING * eps) ** 0.5, 1.0, 1.0
+    a, b, error = max(least, ROUNDING * eps) ** 0.5, 1.0, 1.0
     while 2 * error**2 >= eps:
         s, ends = a * a + a * b + b * b, a * b * (a + b)
         peak = 2 * (s / 3) ** 1.5  # 2 e³

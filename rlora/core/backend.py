@@ -56,6 +56,7 @@ class Backend(MatrixAlgebra):
     def __init__(self, xp: Any, name: str) -> None:
         self.xp = xp
         self.name = name
+        self._narrow: dict[Any, Any] = {}  # float32 for dtypes that are known to be computed in it
 
     # --- factor-sized work: O((m + n) r^2) per pair ------------------------------------------
 
@@ -79,10 +80,22 @@ class Backend(MatrixAlgebra):
             products.append(self.xp.reshape(C, (-1, *C.shape[-2:])))
         return self.xp.concat(products)
 
-    def grams(self, A: Tall, B: Tall, dtype: Any, workspace: Workspace | None = None) -> Array:
-        """Those of `gram_rows`, then those of `gram_columns`, as one stack (2K, r, r)."""
+    def grams(
+        self,
+        A: Tall,
+        B: Tall,
+        dtype: Any,
+        workspace: Workspace | None = None,
+        *,
+        swapped: bool = False,
+    ) -> Array:
+        """Those of `gram_rows`, then those of `gram_columns`, as one stack (2K, r, r).
+
+        With `swapped` those of `gram_columns` come first.
+        """
         rows = self.gram_rows(A, dtype, workspace)
-        return self.xp.concat([rows, self.gram_columns(B, dtype, workspace)])
+        columns = self.gram_columns(B, dtype, workspace)
+        return self.xp.concat([columns, rows] if swapped else [rows, columns])
 
     def peaks(self, X: Tall) -> Array:
         """Largest magnitudes of the (..., r, n) of a list, as one stack (K, 1, 1)."""
@@ -179,6 +192,8 @@ class Backend(MatrixAlgebra):
 
     def compute_dtype(self, dtype: Any, wanted: str | None = None) -> Any:
         """At least float32; `wanted` ("float32", "float64") may ask for more, never for less."""
+        if wanted is None and dtype in self._narrow:
+            return self._narrow[dtype]
         name = dtype_name(dtype)
         if wanted is not None and wanted not in ("float32", "float64"):
             msg = f"compute_dtype must be None, 'float32' or 'float64', got {wanted!r}"
@@ -196,7 +211,10 @@ class Backend(MatrixAlgebra):
                 "; set jax_enable_x64 first" if self.name == "jax" else ""
             )
             raise BackendError(msg)
-        return getattr(self.xp, wide)
+        found = getattr(self.xp, wide)
+        if wanted is None and wide == "float32":
+            self._narrow[dtype] = found
+        return found
 
     def has_float64(self) -> bool:
         return hasattr(self.xp, "float64")

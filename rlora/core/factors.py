@@ -1,6 +1,7 @@
 """The pair (A, B), and collections of pairs: one ``Factors``, or a list or dict of them, nested."""
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -41,60 +42,86 @@ class Factors(NamedTuple):
 
 def pairs_of(tree: Tree) -> list[Factors]:
     """Every pair of the collection, in the order of its lists and dicts."""
-    return counterparts(tree, tree)
+    return counterparts(tree, tree)[0]
 
 
-def counterparts(tree: Tree, other: Tree) -> list[Any]:
-    """The members at each pair, Factors or others, of a collection with the structure of `tree`.
+def counterparts(tree: Tree, *others: Tree) -> list[list[Any]]:
+    """The members at each pair, Factors or others, of collections with the structure of `tree`.
 
-    Dicts are matched by key, so that the order of insertion does not matter.
+    A list for each of the others. Dicts are matched by key, so that the order of insertion does
+    not matter.
     """
     if isinstance(tree, Factors):
-        return [other]
+        return [[other] for other in others]
+    keys: Iterable[Any]
+    children: Iterable[Any]
     if isinstance(tree, Mapping):
-        if not isinstance(other, Mapping) or other.keys() != tree.keys():
-            raise _mismatch(tree, other)
-        keys: Iterable[Any] = tree
+        keys, children = tree, tree.values()
+        for other in others:
+            if not isinstance(other, Mapping) or other.keys() != tree.keys():
+                raise _mismatch(tree, other)
     elif isinstance(tree, (list, tuple)):
-        if not isinstance(other, (list, tuple)) or len(other) != len(tree):
-            raise _mismatch(tree, other)
-        keys = range(len(tree))
+        keys, children = range(len(tree)), tree
+        for other in others:
+            if not isinstance(other, (list, tuple)) or len(other) != len(tree):
+                raise _mismatch(tree, other)
     else:
         raise _no_pair(tree)
-    found: list[Any] = []
-    for key in keys:  # a call for each container, none for a pair
+    if {*map(type, children)} == {Factors}:  # the way without a call for each of them
+        return [list(map(other.__getitem__, keys)) for other in others]
+    found: list[list[Any]] = [[] for _ in others]
+    for key in keys:
+        members = [other[key] for other in others]
         if isinstance(tree[key], Factors):
-            found.append(other[key])
+            for column, member in zip(found, members, strict=True):
+                column.append(member)
         else:
-            found += counterparts(tree[key], other[key])
+            for column, more in zip(found, counterparts(tree[key], *members), strict=True):
+                column += more
     return found
 
 
 def rebuild(tree: Tree, pairs: Iterable[Any]) -> Tree:
     """A collection with the structure of `tree` and these in the places of its pairs."""
-    supply = iter(pairs)
+    return rebuild_each(tree, pairs)[0]
+
+
+def rebuild_each(tree: Tree, *columns: Iterable[Any]) -> list[Tree]:
+    """The inverse of `counterparts`: a collection of each column."""
+    supplies = list(map(iter, columns))
     if isinstance(tree, Factors):
-        return next(supply)
-    keys: Iterable[Any] = tree if isinstance(tree, Mapping) else range(len(tree))
-    new = []
-    for key in keys:
-        child = tree[key]
-        new.append(next(supply) if isinstance(child, Factors) else rebuild(child, supply))
-    return dict(zip(keys, new, strict=True)) if isinstance(tree, Mapping) else new
+        return list(map(next, supplies))
+    new: list[list[Any]]
+    if {*map(type, tree.values() if isinstance(tree, Mapping) else tree)} == {Factors}:
+        new = [list(itertools.islice(supply, len(tree))) for supply in supplies]
+    else:
+        new = [[] for _ in supplies]
+        for key in tree if isinstance(tree, Mapping) else range(len(tree)):
+            here = isinstance(tree[key], Factors)
+            members = map(next, supplies) if here else rebuild_each(tree[key], *supplies)
+            for column, member in zip(new, members, strict=True):
+                column.append(member)
+    return [dict(zip(tree, x, strict=True)) for x in new] if isinstance(tree, Mapping) else new
 
 
-def flatten(tree: Tree, other: Tree) -> list[Array]:
-    """A, B, A, B, ... of a collection with the structure of `tree`, Nones too."""
-    pairs = counterparts(tree, other)
-    for pair in pairs:
-        if not isinstance(pair, Factors):
-            raise _mismatch(tree, pair)
-    return list(itertools.chain.from_iterable(pairs))
+def flatten(tree: Tree, *others: Tree) -> list[list[Array]]:
+    """A, B, A, B, ... of each of the others, which have the structure of `tree`; Nones too."""
+    columns = counterparts(tree, *others)
+    for column in columns:
+        for pair in column:
+            if not isinstance(pair, Factors):
+                raise _mismatch(tree, pair)
+    return [list(itertools.chain.from_iterable(column)) for column in columns]
+
+
+def replaced(tree: Tree, old: Sequence[Array], new: Sequence[Array]) -> Tree:
+    """A collection whose leaves are `old`, with `new` ones in their places: itself if equal."""
+    return tree if all(map(operator.is_, old, new)) else unflatten(tree, new)
 
 
 def unflatten(tree: Tree, leaves: Sequence[Array]) -> Tree:
     """The inverse of `flatten`."""
-    return rebuild(tree, map(Factors, leaves[::2], leaves[1::2]))
+    return rebuild_each(tree, map(Factors, leaves[::2], leaves[1::2]))[0]
 
 
 def in_pairs(leaves: Sequence[Array]) -> list[Factors]:
@@ -104,14 +131,14 @@ def in_pairs(leaves: Sequence[Array]) -> list[Factors]:
 
 def map_pairs(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """``f`` on every pair of `tree` with its counterparts in `rest`; same structure back."""
-    others = [in_pairs(flatten(tree, other)) for other in rest]
+    others = map(in_pairs, flatten(tree, *rest))
     return rebuild(tree, map(f, pairs_of(tree), *others))
 
 
 def map_leaves(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """``f`` on every array and its counterparts; where `tree` has None the result has None."""
     found = []
-    for x, *xs in zip(*[flatten(tree, other) for other in (tree, *rest)], strict=True):
+    for x, *xs in zip(*flatten(tree, tree, *rest), strict=True):
         found.append(None if x is None else f(x, *xs))
     return unflatten(tree, found)
 
@@ -132,7 +159,7 @@ def map_moving(f: Callable[..., Sequence[list[Array]]], *trees: Tree) -> tuple[T
         In the structure of the first tree.
     """
     like = trees[0]
-    columns = [flatten(like, tree) for tree in trees]
+    columns = flatten(like, *trees)
     moving = [x is not None for x in columns[-1]]
     if not any(moving):
         return trees
@@ -142,8 +169,8 @@ def map_moving(f: Callable[..., Sequence[list[Array]]], *trees: Tree) -> tuple[T
     for column, result in zip(columns, results, strict=False):
         for i, x in zip(places, result, strict=True):
             column[i] = x
-        new.append(unflatten(like, column))
-    return *new, *trees[len(new) :]
+        new.append(in_pairs(column))
+    return *rebuild_each(like, *new), *trees[len(new) :]
 
 
 def where_moving(grads: Factors, new: Any, old: Any) -> Any:
@@ -161,6 +188,21 @@ def leaves_of(*trees: Tree) -> list[Array]:
 def device_of(x: Array) -> Any:
     """The device to make an array on; under a JAX trace there is none to name, nor needed."""
     return None if hasattr(x, "aval") else getattr(x, "device", None)
+
+
+def indices_by_rank(
+    params: Sequence[Factors], workspace: dict[Any, Any] | None = None
+) -> list[list[int]]:
+    """Positions of the pairs of one rank, dtype and device."""
+    groups: dict[Any, list[int]] | None = (workspace or {}).get("by rank")
+    if groups is None:
+        groups = {}
+        for i, (A, _) in enumerate(params):
+            where = str(device_of(A))  # those of CuPy have no hash
+            groups.setdefault((A.shape[-2], A.dtype, where), []).append(i)
+        if workspace is not None:
+            workspace["by rank"] = groups
+    return list(groups.values())
 
 
 def detached(arrays: Sequence[Array]) -> list[Array]:

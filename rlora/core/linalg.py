@@ -10,8 +10,8 @@ from typing import Any, Literal
 from rlora.core.algebra import ROUNDING, mT
 from rlora.core.backend import Backend
 from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative
-from rlora.core.factors import Array, Factors, device_of
-from rlora.core.rank_group import RankGroup, Stack, indices_by_rank
+from rlora.core.factors import Array, Factors, device_of, indices_by_rank
+from rlora.core.rank_group import RankGroup, Stack
 
 DampingMode = Literal["relative", "absolute", "covariant"]
 Side = Literal["A", "B"]
@@ -63,13 +63,13 @@ def metric_power(
 ) -> Stack:
     """``H^exponent``, where the H of a factor is the damped Gram of its partner.
 
-    `S` are the Grams of the factors themselves. A factor whose partner is zero gets 0. The shift is
-    at least `least` times the mean eigenvalue, in every mode.
+    `S` are the Grams of the partners. A factor whose partner is zero gets 0. The shift is at least
+    `least` times the mean eigenvalue, in every mode.
     """
     power, concat = partial(group.backend.damped_power, least=least), group.xp.concat
     if damping_mode != "covariant":
-        return power(group.swap_sides(S), exponent, damping, relative=damping_mode == "relative")
-    S_A, S_B = group.halves(S)
+        return power(S, exponent, damping, relative=damping_mode == "relative")
+    S_B, S_A = group.halves(S)
     return power(concat([S_B + damping * power(S_A, -1.0), S_A]), exponent)
 
 
@@ -83,7 +83,7 @@ def metric_half(
     makes of a gradient is the same in both bases.
     """
     half = partial(group.backend.damped_half, least=least)
-    S_A, S_B = group.halves(S)
+    S_B, S_A = group.halves(S)
     if damping_mode == "covariant":
         P_B = half(S_A)
         P_A = half(group.backend.plus_product(S_B, damping, mT(P_B), P_B), upper=True)
@@ -107,13 +107,13 @@ def without_null_space(group: RankGroup, P: Stack, S: Stack) -> Stack:
     P : Stack
         The preconditioner of each factor, as `metric_power` gives it.
     S : Stack
-        The Grams of the factors themselves.
+        The Grams of the partners.
     """
     r, xp, matmul = group.rank, group.xp, group.backend.matmul
     sides = [(pair.A.shape[-1], pair.B.shape[-2]) for pair in group.params]
     if all(min(both) >= r for both in sides):
         return P
-    _, Q = group.backend.eigh(group.swap_sides(S))
+    _, Q = group.backend.eigh(S)
     first = group.swap_sides(group.constant([(float(r - n), float(r - m)) for n, m in sides]))
     places = xp.arange(r, dtype=S.dtype, device=device_of(S))  # of ascending eigenvalues
     Q = xp.where(places < first, xp.zeros_like(Q), Q)

@@ -233,9 +233,8 @@ def corrected_decay(xp: Any, b: float, count: Array) -> Array:
     """
     if is_zero(b):
         return xp.zeros_like(count)
-    (correction,) = _corrections(xp, b, [count])
-    old = b * correction
-    return old / (old + (1 - b))  # 1 - b^(t+1) = b (1 - b^t) + 1 - b, without cancellation
+    old = xp.expm1(count * _logarithm(xp, b))  # b^t - 1
+    return old / (old - (1 - b) / b)  # 1 - b^(t+1) = b (1 - b^t) + 1 - b, without cancellation
 
 
 def zeros(params: Tree) -> Tree:
@@ -288,6 +287,10 @@ def _corrections(xp: Any, b: float, counts: list[Array]) -> list[Any]:
     """``1 - b^t`` of each; expm1, because in float32 the plain form loses 4 digits at b = 0.999."""
     if is_zero(b):
         return [1.0] * len(counts)
-    # An array that is 0 by chance counts as almost 0: 0 times its logarithm would be NaN.
-    log_b = xp.log(xp.clip(b, min=TINY)) if is_traced(b) else math.log(b)
+    log_b = _logarithm(xp, b)
     return [-xp.expm1(t * log_b) for t in counts]
+
+
+def _logarithm(xp: Any, b: float) -> Any:
+    # An array that is 0 by chance counts as almost 0: 0 times its logarithm would be NaN.
+    return xp.log(xp.clip(b, min=TINY)) if is_traced(b) else math.log(b)

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from rlora.core.algebra import mT
 from rlora.core.backend import Backend, Workspace
-from rlora.core.factors import Factors
+from rlora.core.factors import Array, Factors, indices_by_rank
 from rlora.core.linalg import DampingMode, metric_half, metric_power
-from rlora.core.rank_group import RankGroup, Stack, indices_by_rank
+from rlora.core.rank_group import RankGroup, Stack
 
 Placement = Literal["before", "after", "both"]
 
@@ -76,6 +76,7 @@ class RankGrams(NamedTuple):
     """Positions of the pairs."""
     group: RankGroup
     S: Stack
+    """Those of the partner of each factor."""
 
 
 def rank_grams(
@@ -96,7 +97,7 @@ def rank_grams(
         memory = None if workspace is None else workspace.setdefault(pairs[0].A.shape[-2], {})
         dtype = backend.compute_dtype(pairs[0].A.dtype, compute_dtype)
         group = RankGroup(backend, pairs, dtype=dtype, workspace=memory)
-        grams.append(RankGrams(members, group, group.gram(pairs)))
+        grams.append(RankGrams(members, group, group.partner_gram(pairs)))
     return grams
 
 
@@ -145,6 +146,7 @@ def split_power(
     placement: Placement,
     damping: float,
     damping_mode: DampingMode,
+    rate: Array | float = 1.0,
 ) -> tuple[Stack | None, Stack | None]:
     """``H⁻¹`` before an entrywise method, after it, or in halves on both sides of it.
 
@@ -164,11 +166,13 @@ def split_power(
     group : RankGroup
         The pairs.
     S : Stack
-        Grams of the factors themselves.
+        Grams of the partners.
     sizes : sequence of (int, int)
         The m and n of the group's pairs.
     placement, damping, damping_mode
         As `preconditioners` has them.
+    rate : float or array
+        A number by which what stands after it is multiplied, such as the learning rate.
 
     Returns
     -------
@@ -182,17 +186,16 @@ def split_power(
         P = metric_half(group, S, damping, damping_mode, LEAST)
     else:
         P = metric_power(group, S, -1.0, damping, damping_mode, LEAST)
-    partner = group.swap_sides(S)
     if not group.backend.within([S], 0.0, math.inf):
         # A Gram that has overflowed has P = 0, and 0 times inf would be NaN.
         live = P[:, :1, :1] != 0  # on the diagonal of another one all is positive
-        partner = xp.where(live, partner, xp.zeros_like(P))
-    F = matmul(partner, mT(P))
+        S = xp.where(live, S, xp.zeros_like(P))
+    F = matmul(S, mT(P))
     F = matmul(P, F) if both else F
     F = matmul(F, F)
     second = matmul(mT(P), matmul(F, F))
     c = group.constant([((m / n) ** 0.25, (n / m) ** 0.25) for m, n in sizes])
-    return (P if both else None), c * second
+    return (P if both else None), rate * c * second
 
 
 def precondition(

@@ -22,12 +22,12 @@ from rlora.core.factors import (
     counterparts,
     device_of,
     in_pairs,
-    leaves_of,
+    indices_by_rank,
     pairs_of,
-    rebuild,
+    rebuild_each,
     where_moving,
 )
-from rlora.core.sizes import into_range, moderate, swapped
+from rlora.core.sizes import moderate, range_numbers, swapped
 from rlora.core.transform import ApplyFn, State, Transform, apply_updates
 
 Stack: TypeAlias = Array
@@ -82,9 +82,19 @@ class RankGroup:
         A, B = zip(*X, strict=True)
         return self.backend.grams(A, B, self.dtype, self.workspace)
 
+    def partner_gram(self, X: Sequence[Factors]) -> Stack:
+        """``X Xᵀ`` of the partner of each factor: ``Bᵀ B`` and ``A Aᵀ``."""
+        A, B = zip(*X, strict=True)
+        return self.backend.grams(A, B, self.dtype, self.workspace, swapped=True)
+
     def cross(self, X: Sequence[Factors], Y: Sequence[Factors]) -> Stack:
         """``X Yᵀ`` in row form."""
         x, y = ([pair.A for pair in each] + [mT(pair.B) for pair in each] for each in (X, Y))
+        return self.backend.cross_rows(x, y, self.dtype)
+
+    def partner_cross(self, X: Sequence[Factors], Y: Sequence[Factors]) -> Stack:
+        """``X Yᵀ`` of the partner of each factor: ``X_Bᵀ Y_B`` and ``X_A Y_Aᵀ``."""
+        x, y = ([mT(pair.B) for pair in each] + [pair.A for pair in each] for each in (X, Y))
         return self.backend.cross_rows(x, y, self.dtype)
 
     def apply(
@@ -99,8 +109,13 @@ class RankGroup:
 
     def in_range(self, X: Sequence[Factors]) -> tuple[list[Factors], Stack | float]:
         """X, each factor times a number that brings its squares into range, and the numbers."""
-        flat, numbers = into_range(self.backend, [x for pair in X for x in pair])
-        return in_pairs(flat), 1.0 if numbers is None else self.stack(in_pairs(numbers))
+        A, B = zip(*X, strict=True)
+        numbers = range_numbers(self.backend, [*A, *B])
+        if numbers is None:
+            return list(X), 1.0
+        pieces = zip(self.unstack(numbers), X, strict=True)
+        sized = [Factors(c.A * x.A, c.B * x.B) for c, x in pieces]
+        return sized, self.backend.cast(numbers, self.dtype)
 
     def filled(self, X: Sequence[Factors]) -> list[Factors]:
         """Gradients or directions, with zeros for those that are None."""
@@ -173,21 +188,6 @@ class RankGroup:
         return self.constant(list(zip(both, both, strict=True)))[: self.layers, ...]
 
 
-def indices_by_rank(
-    params: Sequence[Factors], workspace: Workspace | None = None
-) -> list[list[int]]:
-    """Positions of the pairs of one rank, dtype and device."""
-    groups: dict[Any, list[int]] | None = (workspace or {}).get("by rank")
-    if groups is None:
-        groups = {}
-        for i, (A, _) in enumerate(params):
-            where = str(device_of(A))  # those of CuPy have no hash
-            groups.setdefault((A.shape[-2], A.dtype, where), []).append(i)
-        if workspace is not None:
-            workspace["by rank"] = groups
-    return list(groups.values())
-
-
 Rule: TypeAlias = Callable[[RankGroup, list[Factors], State], tuple[list[Factors], State]]
 """``rule(group, grads, state) -> (directions, state)`` for all pairs of one rank: lists of
 Factors, and a named tuple of lists of whatever the state has for each pair. A factor without a
@@ -231,10 +231,8 @@ def by_rank(
     check_choice("compute_dtype", compute_dtype, ComputeDtype)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        G = counterparts(params, grads)
-
-        def work(group: RankGroup, members: list[int], part: State) -> tuple[list[Factors], State]:
-            whole = group.filled([G[i] for i in members])
+        def work(group: RankGroup, G: list[Factors], part: State) -> tuple[list[Factors], State]:
+            whole = group.filled(G)
             if group.numbers is None or not rescaled:
                 return rule(group, whole, part)
             D, part = rule(group, swapped(group.numbers, whole), part)
@@ -247,13 +245,10 @@ def by_rank(
     carried = transport
 
     def carry(state: State, old: Tree, new: Tree) -> State:
-        before = pairs_of(old)
-
-        def work(group: RankGroup, members: list[int], part: State) -> tuple[list[Factors], State]:
-            old, _ = moderate(group.backend, [before[i] for i in members])
+        def work(group: RankGroup, old: list[Factors], part: State) -> tuple[list[Factors], State]:
             return list(group.params), carried(group, old, part)
 
-        return _each_rank(work, new, new, state, compute_dtype)[1]
+        return _each_rank(work, new, new, state, compute_dtype, pairs_of(old))[1]
 
     return Transform(init, update, apply, transport=carry, sharded=sharded)
 
@@ -263,7 +258,7 @@ def record_turn(group: RankGroup, old: Sequence[Factors], state: State) -> State
 
     With it the next step finds the old coordinates again: S⁻¹ turn takes them to the new ones.
     """
-    return state._replace(turn=group.unstack(group.swap_sides(group.cross(group.params, old))))
+    return state._replace(turn=group.unstack(group.partner_cross(group.params, old)))
 
 
 def _each_rank(
@@ -272,29 +267,33 @@ def _each_rank(
     grads: Tree,
     state: State,
     compute_dtype: str | None,
+    old: Sequence[Factors] = (),
 ) -> tuple[Tree, State]:
-    """Do `work` rank by rank, and put its results back in their places."""
-    pairs, G = pairs_of(tree), counterparts(tree, grads)
-    backend = get_backend(*leaves_of(tree))
+    """Do `work` rank by rank, on the gradients or on `old`, and put its results in their places."""
+    pairs, G, *fields = counterparts(tree, tree, grads, *state)
+    backend = get_backend(*chain.from_iterable(pairs))
     directions = [Factors(None, None)] * len(pairs)
-    fields = [counterparts(tree, field) for field in state]
     with backend.exact(pairs[0].A):
         for everyone in indices_by_rank(pairs):
             # What has no gradient at all is left out: nothing of it may be written to.
             members = [i for i in everyone if G[i].A is not None or G[i].B is not None]
             if not members:
                 continue
-            params, numbers = moderate(backend, [pairs[i] for i in members])
+            count = len(members)
+            both = [pairs[i] for i in members] + [old[i] for i in members if old]
+            sized, numbers = moderate(backend, both)
             group = RankGroup(
                 backend,
-                params,
-                numbers=numbers,
+                sized[:count],
+                numbers=numbers and numbers[:count],
                 moving=[(G[i].A is not None, G[i].B is not None) for i in members],
                 dtype=backend.compute_dtype(pairs[members[0]].A.dtype, compute_dtype),
             )
             part = type(state)(*[[field[i] for i in members] for field in fields])
-            found, part = work(group, members, part)
+            given = sized[count:] if old else [G[i] for i in members]
+            found, part = work(group, given, part)
             for all_values, new in zip([directions, *fields], [found, *part], strict=True):
                 for i, x in zip(members, new, strict=True):
                     all_values[i] = x if group.all_move else where_moving(G[i], x, all_values[i])
-    return rebuild(tree, directions), type(state)(*[rebuild(tree, field) for field in fields])
+    direction, *new_fields = rebuild_each(tree, directions, *fields)
+    return direction, type(state)(*new_fields)

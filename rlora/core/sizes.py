@@ -27,11 +27,8 @@ def into_range(
 
     Parameters
     ----------
-    X : sequence of arrays
-        Matrices (..., r, n) of one dtype; what is larger is divided down to the largest ordinary
-        size, what is smaller multiplied up to the smallest.
-    huge_only : bool
-        Leave tiny ones as they are.
+    X, huge_only
+        See `range_numbers`.
 
     Returns
     -------
@@ -40,19 +37,34 @@ def into_range(
     numbers : list of arrays of shape (..., 1, 1), or None
         None where all are known to be 1.
     """
+    numbers = range_numbers(backend, X, huge_only=huge_only)
+    if numbers is None:
+        return list(X), None
+    pieces = backend.unstack(numbers, X)
+    return [c * x for c, x in zip(pieces, X, strict=True)], pieces
+
+
+def range_numbers(backend: Backend, X: Sequence[Array], *, huge_only: bool = False) -> Array | None:
+    """Numbers (K, 1, 1) that bring the largest entries to ordinary sizes; None if all are 1.
+
+    Parameters
+    ----------
+    X : sequence of arrays
+        Matrices (..., r, n) of one dtype; what is larger is divided down to the largest ordinary
+        size, what is smaller multiplied up to the smallest.
+    huge_only : bool
+        Leave tiny ones as they are.
+    """
     xp = backend.xp
     low, high = ordinary(xp, X[0].dtype)
     if backend.within(X, 0.0 if huge_only else low, high):
-        return list(X), None
+        return None
     peak = backend.peaks(X)
     info = xp.finfo(peak.dtype)
     tiny, most = float(info.smallest_normal), float(info.max)  # instead of zero and infinity
     if huge_only:
-        numbers = high / xp.clip(peak, min=high, max=most)
-    else:
-        numbers = xp.clip(peak, min=low, max=high) / xp.clip(peak, min=tiny, max=most)
-    pieces = backend.unstack(numbers, X)
-    return [c * x for c, x in zip(pieces, X, strict=True)], pieces
+        return high / xp.clip(peak, min=high, max=most)
+    return xp.clip(peak, min=low, max=high) / xp.clip(peak, min=tiny, max=most)
 
 
 def moderate(

@@ -14,6 +14,7 @@ from rlora.core.factors import (
     flatten,
     map_leaves,
     map_moving,
+    replaced,
     unflatten,
 )
 from rlora.core.structure import check_state, same_shapes
@@ -195,10 +196,11 @@ def chain(*links: Transform) -> Transform:
         return tuple(link.init(wide, scaling) for link in links)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        leaves, G = flatten(params, params), flatten(params, grads)
+        leaves, G = flatten(params, params, grads)
         check_matches(G, leaves)
         backend = get_backend(*leaves, *G)
-        direction, wide = (unflatten(params, backend.widen(x)) for x in (G, leaves))
+        direction = unflatten(params, backend.widen(G))
+        wide = replaced(params, leaves, backend.widen(leaves))
         states = []
         try:
             for link, link_state in zip(links, state, strict=True):
@@ -207,8 +209,9 @@ def chain(*links: Transform) -> Transform:
         except Exception as error:
             check_state(state, lambda: init(params), error)
             raise
+        (D,) = flatten(params, direction)
         # Broadcasting may have hidden what does not fit.
-        if not (same_shapes(state, tuple(states)) and _fits(flatten(params, direction), leaves)):
+        if not (same_shapes(state, tuple(states)) and _fits(D, leaves)):
             check_state(state, lambda: init(params))
         return direction, tuple(states)
 
@@ -235,5 +238,5 @@ def _fits(directions: list[Array], params: list[Array]) -> bool:
 
 
 def _widen(tree: Tree) -> Tree:
-    leaves = flatten(tree, tree)
-    return unflatten(tree, get_backend(*leaves).widen(leaves))
+    (leaves,) = flatten(tree, tree)
+    return replaced(tree, leaves, get_backend(*leaves).widen(leaves))

@@ -65,7 +65,7 @@ def scale_by_adapre(
         xp = group.xp
         g = [over(G_k, s) for G_k, s in zip(G, state.scaling, strict=True)]
         g, number = _in_range(group, g)
-        P = _inverses(group, group.gram(group.params), damping, damping_mode)
+        P = _inverses(group, group.partner_gram(group.params), damping, damping_mode)
 
         def average(old: Array, new: Array, count: Array) -> Array:
             decay = corrected_decay(xp, b2, count)[..., None]
@@ -125,11 +125,9 @@ def energies(group: RankGroup, D: Sequence[Factors]) -> list[Factors]:
     ``F'ᵀ d_j + D'ᵀ f_j``: only r x r matrices of the partner are needed.
     """
     pairs, apply = group.params, group.apply
-    own, mixed = group.gram(pairs), group.cross(pairs, D)
-    left = add(
-        apply(group.swap_sides(own), D), apply(2 * group.swap_sides(mixed), pairs)
-    )  # F'F'ᵀ d + 2 F'D'ᵀ f
-    right = apply(group.swap_sides(group.gram(D)), pairs)  # D'D'ᵀ f
+    own, mixed = group.partner_gram(pairs), group.partner_cross(pairs, D)
+    left = add(apply(own, D), apply(2 * mixed, pairs))  # F'F'ᵀ d + 2 F'D'ᵀ f
+    right = apply(group.partner_gram(D), pairs)  # D'D'ᵀ f
     total = group.xp.sum
     return [
         Factors(total(d.A * x.A + f.A * y.A, axis=-2), total(d.B * x.B + f.B * y.B, axis=-1))
@@ -189,8 +187,8 @@ def weighted_tangent(
         Factors(x.A / w.A[..., None, :], x.B / w.B[..., :, None])
         for x, w in zip(g, weights, strict=True)
     ]
-    S = symmetric(group.cross(weighted, group.params))
-    P = _inverses(group, S, damping, damping_mode)  # of the partner
+    S = symmetric(group.partner_cross(weighted, group.params))
+    P = _inverses(group, S, damping, damping_mode)
     # From the left: the rounding of a product that already has one inverse in it would otherwise be
     # multiplied by the other one, and where both factors have lost rank both are huge.
     C = matmul(matmul(P, group.cross(g, group.params)), group.swap_sides(P))  # S'⁻¹ g Fᵀ S⁻¹

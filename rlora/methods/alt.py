@@ -93,7 +93,7 @@ def alternate(
 
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
         backend, xp = group.backend, group.xp
-        S = group.gram(group.params)
+        S = group.partner_gram(group.params)
         T = backend.matmul(metric_power(group, S), group.stack(state.turn))
         mu = group.apply(T, state.mu)  # in the coordinates that the partner has now
         g = group.apply(metric_power(group, S, -1.0, damping, damping_mode), G)
@@ -132,7 +132,7 @@ def decay_in_turn(
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         D, new = transform.update(grads, state, params)
-        counts = counterparts(params, state.count)
+        (counts,) = counterparts(params, state.count)
 
         def decayed(k: int, d: Factors, p: Factors) -> Factors:
             alone = d.A is None or d.B is None

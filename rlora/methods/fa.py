@@ -61,7 +61,8 @@ def scale_by_frozen_gram(
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         leaves = leaves_of(params)
         backend = get_backend(*leaves)
-        P = [Factors(None, inverse) for inverse in counterparts(params, state.inverse)]
+        (inverses,) = counterparts(params, state.inverse)
+        P = [Factors(None, inverse) for inverse in inverses]
         of_B = [Factors(None, pair.B) for pair in pairs_of(grads)]
         with backend.exact(leaves[0]):
             return rebuild(params, precondition(backend, P, of_B)), state

@@ -110,14 +110,14 @@ def scaled_gradient(
     group: RankGroup, G: list[Factors], state: State
 ) -> tuple[list[Factors], State]:
     """``(S_B + δ S_A⁻¹)⁻¹ G_A`` and ``G_B S_A⁻¹``."""
-    P = metric_power(group, group.gram(group.params), -1.0, DAMPING, "covariant")
+    P = metric_power(group, group.partner_gram(group.params), -1.0, DAMPING, "covariant")
     return group.apply(P, G), state
 
 
 def to_size(group: RankGroup, D: list[Factors], state: State) -> tuple[list[Factors], State]:
     """D, each factor in the size of its U."""
     xp = group.xp
-    S = group.swap_sides(group.gram(group.params))
+    S = group.partner_gram(group.params)
 
     def size(X: list[Factors]) -> Stack:
         """``|B X_A|`` and ``|X_B A|``, (2K, 1, 1)."""

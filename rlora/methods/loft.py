@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from rlora.core.algebra import ROUNDING, mT
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Factors, Tree, counterparts, map_pairs, pairs_of, rebuild
+from rlora.core.factors import Array, Factors, Tree, counterparts, map_pairs, rebuild
 from rlora.core.linalg import DampingMode, check_damping, metric_power
 from rlora.core.moments import corrected_decay, counts, each, over, per_pair, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, by_rank, record_turn
@@ -71,7 +71,7 @@ def scale_by_loft(
 
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], LoftState]:
         xp, matmul = group.xp, group.backend.matmul
-        S = group.gram(group.params)
+        S = group.partner_gram(group.params)
         T = matmul(metric_power(group, S), group.stack(state.turn))  # old coordinates to new
         P = metric_power(group, S, -1.0, damping, damping_mode)
         g = [over(d, s) for d, s in zip(group.apply(P, G), state.scaling, strict=True)]
@@ -197,7 +197,7 @@ def decay_in_turn(transform: Transform, weight_decay: float, first: First) -> Tr
 
             return Factors(*map(factor, "AB", d, p))
 
-        sides = zip(pairs_of(D), pairs_of(params), counterparts(params, state.steps), strict=True)
+        sides = zip(*counterparts(params, D, params, state.steps), strict=True)
         return rebuild(params, [decayed(*side) for side in sides]), new
 
     return transform if is_zero(weight_decay) else transform._replace(update=update)

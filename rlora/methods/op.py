@@ -16,15 +16,15 @@ from rlora.core.factors import (
     Factors,
     Tree,
     counterparts,
+    indices_by_rank,
     leaves_of,
     map_leaves,
     map_pairs,
-    pairs_of,
     rebuild,
 )
 from rlora.core.linalg import DampingMode, add, check_damping, metric_power, scale, tangent
 from rlora.core.moments import counts, each, keep_scaling, over, per_pair, zeros
-from rlora.core.rank_group import RankGroup, Stack, by_rank, indices_by_rank
+from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.sizes import into_range
 from rlora.core.transform import State, Transform, apply_updates, chain
 
@@ -127,14 +127,14 @@ def op_lora(
         return OpState(mu, counts(params), per_pair(params, scaling))
 
     def inverses(group: RankGroup) -> Stack:
-        return metric_power(group, group.gram(group.params), -1.0, damping, damping_mode)
+        return metric_power(group, group.partner_gram(group.params), -1.0, damping, damping_mode)
 
     def plain(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
         return tangent(group, inverses(group), _by_weight(G, state)), state
 
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], OpState]:
         P, g = inverses(group), _by_weight(G, state)
-        seen = group.apply(group.swap_sides(group.cross(group.params, state.mu)), state.mu)
+        seen = group.apply(group.partner_cross(group.params, state.mu), state.mu)
         mu = low_rank_sum(group, momentum, _started(group, state), tangent(group, P, g))
         count = [Factors(c.A + 1, c.B + 1) for c in state.count]
         D = tangent(group, P, add(g, scale(momentum, seen)))
@@ -196,7 +196,7 @@ def proximal_step(
     params: Tree, direction: Tree, lr: Array | float, weight_decay: float, dtype: str | None
 ) -> Tree:
     """``A' = A - lr D_A`` and ``B' = B - lr D_B A A'ᵀ S_A'⁻¹``; with a frozen factor a line."""
-    pairs, D = pairs_of(params), list(counterparts(params, direction))
+    pairs, D = counterparts(params, params, direction)
     both = [i for i, d in enumerate(D) if d.A is not None and d.B is not None]
     backend = get_backend(*leaves_of(params))
     for places in indices_by_rank([pairs[i] for i in both]):

@@ -40,7 +40,7 @@ def scale_by_pro(
     check_damping(damping, damping_mode)
 
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
-        S = group.gram(group.params)
+        S = group.partner_gram(group.params)
         P = metric_power(group, S, -1.0, damping, damping_mode)
         cross = group.cross(group.params, G)
         X = gauge_of(gauge, group, S, P, cross)
@@ -62,7 +62,7 @@ def gauge_of(gauge: Gauge, group: RankGroup, S: Stack, P: Stack, cross: Stack) -
     C_A, C_B = group.halves(cross)
     if gauge == "balanced":
         return -0.5 * matmul(matmul(P_A, C_B), P_B)
-    S_A, S_B = group.halves(S)
+    S_B, S_A = group.halves(S)  # those of the partners
     C = -matmul(P_A, mT(C_A))
     if group.numbers is not None:  # huge factors: S_B / c_B² to S_A / c_A², neither enlarged
         c_A, c_B = group.halves(group.stack(group.numbers))
@@ -116,7 +116,7 @@ def scale_by_full_adam(
 
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], FullState]:
         matmul = group.backend.matmul
-        S = group.gram(group.params)
+        S = group.partner_gram(group.params)
         P = metric_power(group, S, -1.0, damping, damping_mode)
         g = tangent(group, P, G)  # times s²: the equivalent gradient is the same in every gauge
 

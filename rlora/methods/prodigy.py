@@ -146,7 +146,7 @@ def scaled_prodigy(
             D, moments = adam.update(G, state.adam, params)
             D = rebuild(params, precondition(backend, second, pairs_of(D)))
 
-        trees = (counterparts(params, x) for x in (grads, G, params, *state.distance))
+        trees = counterparts(params, grads, G, params, *state.distance)
         found = [
             distance(g, h, pair, DistanceState(*before), d0)
             for g, h, pair, *before in zip(*trees, strict=True)
@@ -157,7 +157,7 @@ def scaled_prodigy(
             moved: Factors = map_leaves(lambda x, p: rate * (x + weight_decay * p), d, pair)
             return moved
 
-        D = rebuild(params, list(map(move, counterparts(params, D), pairs_of(params), found)))
+        D = rebuild(params, map(move, *counterparts(params, D, params), found))
         fields = (rebuild(params, field) for field in zip(*found, strict=True))
         return D, ProdigyState(moments, DistanceState(*fields))
 

@@ -48,7 +48,7 @@ def scale_by_sketch(
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         leaves = leaves_of(params)
         backend = get_backend(*leaves)
-        scalings = counterparts(params, state.scaling)
+        (scalings,) = counterparts(params, state.scaling)
         with backend.exact(leaves[0]):
             inverses = frozen_powers(
                 backend,

@@ -91,17 +91,17 @@ def riemannion(
         return RiemannionState(map_pairs(lambda pair: Tangent(*pair), zeros(params)))
 
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
-        P = metric_power(group, group.gram(group.params))
+        P = metric_power(group, group.partner_gram(group.params))
         mu = add(tangent(group, P, G), scale(b1, state.mu))
         seen = [_seen_msign(group.backend, X, M) for X, M in zip(group.params, mu, strict=True)]
         return tangent(group, P, seen), RiemannionState([Tangent(*M) for M in mu])
 
     def transport(group: RankGroup, old: Sequence[Factors], state: State) -> RiemannionState:
         # What the new factors see of the old tangent vector: its projection needs no more.
-        turn = group.swap_sides(group.cross(group.params, old))
-        move = group.swap_sides(group.cross(group.params, state.mu))
+        turn = group.partner_cross(group.params, old)
+        move = group.partner_cross(group.params, state.mu)
         seen = add(group.apply(turn, state.mu), group.apply(move, old))
-        P = metric_power(group, group.gram(group.params))
+        P = metric_power(group, group.partner_gram(group.params))
         return RiemannionState([Tangent(*M) for M in tangent(group, P, seen)])
 
     def retract(params: Tree, direction: Tree, lr: Array | float) -> Tree:

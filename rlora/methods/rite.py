@@ -12,7 +12,15 @@ from rlora.core.backend import Backend
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
+from rlora.core.factors import (
+    Array,
+    Factors,
+    Tree,
+    device_of,
+    leaves_of,
+    map_leaves,
+    map_pairs,
+)
 from rlora.core.linalg import congruence, symmetric
 from rlora.core.moments import corrected_decay, counts, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, Stack, by_rank, record_turn
@@ -64,13 +72,12 @@ def scale_by_rite(
         t = group.per_layer(state.count)
         decay1, decay2 = corrected_decay(xp, b1, t), corrected_decay(xp, b2, t)
 
-        S = group.swap_sides(group.gram(group.params))
+        S = group.partner_gram(group.params)
         W = backend.pseudo_half(S)  # W G is the unmagnified gradient, in some orthonormal basis
         U = backend.matmul(W, group.stack(state.turn))
         T = backend.matmul(mT(W), U)  # old coordinates to new
 
         V = congruence(backend, U, group.stack(state.nu))
-        rho = xp.zeros_like(t)
         if escape:
             lost = _escaped(backend, group.stack(state.spectrum), V)
             rho = decay2 * (group.per_layer(state.escaped) + lost)
@@ -79,21 +86,24 @@ def scale_by_rite(
         Q = congruence(backend, W, group.gram(G)) / group.columns()
         # Back to the gradient's own size, or less where its square would leave the range.
         size = xp.sqrt(_trace(xp, Q)) * xp.clip(_size(xp, W), min=1.0)
-        back = 1 / xp.clip(size / _largest_root(xp, V), min=numbers)
+        back = xp.clip(size / _largest_root(xp, V), min=numbers) ** -1.0
         V = symmetric(decay2 * V + (1 - decay2) * (back * Q) * back)
+        below = V
         if escape:
             spectrum, _ = backend.eigh(V)
             state = state._replace(spectrum=group.unstack(spectrum))
+            below = V + rho * xp.eye(group.rank, dtype=V.dtype, device=device_of(V))
 
-        X = congruence(backend, mT(W), back * backend.inverse_root(V, rho, eps))
-        mu = group.apply((1 - decay1) * X, G, onto=group.apply(decay1 * T, state.mu))
+        H = backend.inverse_root_half(below, eps, W)
+        X = backend.matmul(mT(H), (1 - decay1) * back * H)
+        mu = group.apply(X, G, onto=group.apply(decay1 * T, state.mu))
         nu = group.unstack(congruence(backend, mT(W), V))
         return mu, state._replace(
             mu=mu,
             nu=nu,
             # Whoever moves the parameters without `transport` shall see it at once.
             turn=group.unstack(T * float("nan")),
-            count=[Factors(c.A + 1, c.B + 1) for c in state.count],
+            count=group.unstack((t + 1)[:, 0, 0]),
         )
 
     return by_rank(_init, rule, transport=record_turn, compute_dtype=compute_dtype, sharded=True)
@@ -116,7 +126,7 @@ def _trace(xp: Any, S: Stack) -> Stack:
 
 def _size(xp: Any, W: Stack) -> Stack:
     """A bound of the spectral norm, whose squares may be out of range."""
-    return xp.sum(xp.abs(W), axis=(-2, -1), keepdims=True)
+    return xp.linalg.vector_norm(W, ord=1, axis=(-2, -1), keepdims=True)
 
 
 def _largest_root(xp: Any, V: Stack) -> float:
@@ -155,7 +165,7 @@ def clip_unmagnified(max_norm: float | None = None, max_rms: float | None = None
             check_nonnegative(name, value)
 
     def measure(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
-        W = group.backend.pseudo_half(group.swap_sides(group.gram(group.params)))
+        W = group.backend.pseudo_half(group.partner_gram(group.params))
         G, numbers = group.in_range(G)
         squares = _trace(group.xp, congruence(group.backend, W, group.gram(G)))
         norms = squares**0.5 / numbers

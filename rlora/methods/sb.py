@@ -77,7 +77,7 @@ def scale_by_core(
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, CoreState]:
         leaves = leaves_of(params)
         backend = get_backend(*leaves)
-        frames, inverses = (counterparts(params, x) for x in (state.frame, state.inverse))
+        frames, inverses = counterparts(params, state.frame, state.inverse)
 
         def matmul(X: Array, Y: Array) -> Array:
             return None if X is None else backend.matmul(X, Y)

@@ -193,7 +193,7 @@ def without_eigh(monkeypatch):
     import rlora.backends.torch as fast
 
     monkeypatch.setattr(fast, "eigh_waits", lambda S: True)
-    for name in ("eigh", "spd_power", "pseudo_power", "inverse_root"):  # the generic ones
+    for name in ("eigh", "spd_power", "pseudo_power", "inverse_root_half"):  # the generic ones
         monkeypatch.setattr(Backend, name, None)
 
 
@@ -206,11 +206,25 @@ def test_newton_schulz_equals_eigh(condition, dtype, backend):
     w = 7 * np.geomspace(1, 1 / condition, 16)
     S = backend.asarray((Q * w) @ mT(Q), dtype)
     eps = np.finfo(dtype).eps
-    inverse, root = backend.newton_schulz(S)
+    root, inverse = (backend.newton_schulz(S, power) for power in (0.5, -0.5))
     assert_close(root, (Q * w**0.5) @ mT(Q), rtol=100 * eps * condition**0.5)
     assert_close(inverse, (Q * w**-0.5) @ mT(Q), rtol=10 * eps * max(condition, 10))
-    zero = backend.newton_schulz(0 * S)
-    assert all(not backend.to_numpy(x).any() for x in zero)
+    assert not any(backend.to_numpy(backend.newton_schulz(0 * S, p)).any() for p in (0.5, -0.5))
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1e-3, 1.0])
+@pytest.mark.parametrize("power", [0.5, -0.5])
+def test_newton_schulz_of_what_is_damped(power, damping, backend):
+    """A direction of the matrix is lost; the condition number is 16 / damping at most."""
+    rng = np.random.default_rng(0)
+    Q = np.linalg.qr(rng.normal(size=(5, 16, 16)))[0]
+    w = 7 * np.append(np.geomspace(1, 1e-3, 15), 0.0)
+    S = backend.asarray((Q * w) @ mT(Q), "float64")
+    expected = (Q * (w + damping * w.mean()) ** power) @ mT(Q)
+    found = backend.newton_schulz(S, power, damping)
+    assert_close(found, expected, rtol=10 * np.finfo(float).eps * max(16 / damping, 100))
+    zero = backend.to_numpy(backend.newton_schulz(0 * S, power, damping))
+    assert abs(zero).max() < 1e-150  # or what is left of the root of the smallest number
 
 
 @pytest.mark.parametrize("c", [0.0, 0.5, -2.0])
@@ -222,18 +236,20 @@ def test_a_sum_with_a_product(c, backend):
     assert_close(found, S + c * mT(X) @ Y, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "count"), [("float32", 11), ("float64", 22)])
-def test_cubics_bring_all_roots_to_one(dtype, count):
-    """From the root of the rounding on; (3 x - x³) / 2 is not there after six steps more."""
+@pytest.mark.parametrize(("dtype", "least", "count"), [
+    ("float32", 0.0, 11), ("float64", 0.0, 22), ("float32", 4e-5, 9), ("float64", 1e-3, 8),
+])  # fmt: skip
+def test_cubics_bring_all_roots_to_one(dtype, least, count):
+    """From the root of the rounding on; (3 x - x³) / 2 is not there after three steps more."""
     eps = float(np.finfo(dtype).eps)
-    x = slow = np.geomspace((10 * eps) ** 0.5, 1, 10_001).astype(np.longdouble)
-    steps = cubics(eps)
+    x = slow = np.geomspace(max(least, 10 * eps) ** 0.5, 1, 10_001).astype(np.longdouble)
+    steps = cubics(eps, least)
     for alpha, beta in steps:
         x = alpha * x - beta * x**3
     assert len(steps) == count
     # The last steps double the digits; coefficients are rounded in float64.
     assert abs(x - 1).max() < max(eps, 4 * np.finfo(float).eps)
-    for _ in range(count + 6):
+    for _ in range(count + 3):
         slow = (3 * slow - slow**3) / 2
     assert abs(slow - 1).max() > eps
 

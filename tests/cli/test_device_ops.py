@@ -19,13 +19,13 @@ WAITS = {
     "riemannion": {"_linalg_svd"},
 }
 MOST = {
-    "scaled_adamw": 80,
-    "scaled_adamw:before": 65,
-    "lora_rite": 245,
-    "lora_muon": 205,
-    "ref_lora": 180,
+    "scaled_adamw": 70,
+    "scaled_adamw:before": 60,
+    "lora_rite": 205,
+    "lora_muon": 185,
+    "ref_lora": 175,
 }
-"""Operations of a step, of which each costs a launch: 78, 60, 237, 195 and 172 were counted."""
+"""Operations of a step, of which each costs a launch; within 5 of those counted."""
 PLACED = ["scaled_adamw:before", "scaled_adamw:after"]
 
 
@@ -42,12 +42,12 @@ def test_operations_do_not_grow_with_the_layers_and_none_waits(method):
     assert {*few.waits, *many.waits} == WAITS.get(method, set())
 
 
-def test_a_default_step_of_one_shape(monkeypatch):
-    """59 were counted."""
+@pytest.mark.parametrize(("method", "most"), [("scaled_adamw", 60), ("lora_rite", 160)])
+def test_a_step_of_one_shape(method, most, monkeypatch):
     monkeypatch.setattr(device_ops, "SHAPES", device_ops.SHAPES[:1])
-    seen = device_ops.seen_in_a_step(device_ops.optimizer_of("scaled_adamw"), device_ops.FEW)
+    seen = device_ops.seen_in_a_step(device_ops.optimizer_of(method), device_ops.FEW)
     assert seen.finished
-    assert seen.operations <= 60
+    assert seen.operations <= most
 
 
 class Curious(torch.optim.SGD):

@@ -103,7 +103,7 @@ def test_the_filter_in_eigenvalues(placement, mode):
     m, n = 48, 3
     pair = rlora.Factors(np.diag(a), np.vstack([np.diag(b), np.zeros((m - 3, 3))]))
     group = RankGroup(get("numpy"), [pair])
-    S = group.gram([pair])
+    S = group.partner_gram([pair])
     _, second = split_power(group, S, [(m, n)], placement, delta, mode)
     for own, partner, c, Q in ((a, b, 2.0, second[0]), (b, a, 0.5, second[1])):
         s = partner**2

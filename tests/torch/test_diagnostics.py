@@ -23,7 +23,7 @@ from rlora.torch.monitor.diagnostics import MARKS, MEASURES
 from rlora.torch.monitor.snapshot import Watch, read
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.pairing.discovery import check_explicit
-from rlora.torch.step.compiling import inherited
+from rlora.torch.step.plan import inherited
 
 WIDE = [key for key in MEASURES if not key.startswith("lost")]
 """Figures of float32 factors, which lose no step in rounding."""

@@ -11,9 +11,9 @@ from torch import Tensor
 from rlora.core.diagnostics import step_norms
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import ShardingError
-from rlora.core.factors import Factors
+from rlora.core.factors import Factors, indices_by_rank
 from rlora.core.layout import read_pairs
-from rlora.core.rank_group import RankGroup, indices_by_rank
+from rlora.core.rank_group import RankGroup
 from rlora.pairing import PairReport
 from rlora.torch.monitor.finite import peaks
 from rlora.torch.pairing.pairs import TensorPair, is_distributed

@@ -12,10 +12,9 @@ from rlora.core.transform import Order
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.pairing.discovery import Pairs
 from rlora.torch.pairing.pairs import TensorPair
-from rlora.torch.step.compiling import inherited
 from rlora.torch.step.kernels import FUSED, SGD, AdamW, Kernel, has_kernel
 from rlora.torch.step.listwise import Recipe
-from rlora.torch.step.plan import Turn
+from rlora.torch.step.plan import Turn, inherited
 from rlora.torch.step.standins import StandIns, is_narrow
 from rlora.torch.step.steps import steps_of
 

@@ -46,7 +46,8 @@ class TensorPair(NamedTuple):
     @property
     def params(self) -> tuple[Tensor, ...]:
         """Every parameter that the step reads."""
-        return self.moved if self.middle is None else (*self.moved, self.middle)
+        more = () if self.middle is None else (self.middle,)
+        return (self.A, self.B, *self.twins[0], *self.twins[1], *more)
 
     def gradient(self, side: int) -> Tensor | None:
         """The gradient of A (0) or B (1), with those of its tied parameters."""

@@ -78,7 +78,7 @@ class ShardedStep(ListStep):
         grams = super().grams()
         count = len(self.pairs)
         for members, _, S in grams:
-            places = [*members, *(i + count for i in members)]
+            places = [*(i + count for i in members), *members]  # those of the partners
             for k, place in enumerate(places):
                 if self.copies[place]:
                     S[k] = 0.0

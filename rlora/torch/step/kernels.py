@@ -11,7 +11,7 @@ from torch.optim.sgd import sgd
 
 from rlora.torch.pairing.pairs import local
 from rlora.torch.step.dtensors import like_param
-from rlora.torch.step.errors import misshapen
+from rlora.torch.step.plan import misshapen
 
 Number: TypeAlias = float | Tensor
 

@@ -15,9 +15,8 @@ from rlora.core.step import move
 from rlora.core.structure import another_state, side_by_side
 from rlora.core.transform import State, Transform
 from rlora.torch.pairing.pairs import Member, Side, TensorPair, is_distributed, local
-from rlora.torch.step.compiling import keep
 from rlora.torch.step.dtensors import check_cut, layer_of
-from rlora.torch.step.plan import Share, take_over
+from rlora.torch.step.plan import Share, keep, take_over
 from rlora.torch.step.rounding import store
 
 PORTION = 1 << 23

@@ -152,7 +152,3 @@ class Part:
         for x, new in zip(self.X, moved, strict=True):
             if new is not x:  # from the generic backend
                 x.copy_(new)
-
-    def stacks(self) -> list[Tensor]:
-        """The factors (k, ., .), large ones one by one."""
-        return self.X if self.stacked else [x[None] for x in self.X]

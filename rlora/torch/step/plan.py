@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from rlora.core.errors import ShapeError
 from rlora.torch.pairing.pairs import TensorPair, local
 from rlora.torch.step.dtensors import cut_as
-from rlora.torch.step.errors import misshapen
 
 
 class Work(Protocol):
@@ -113,11 +113,13 @@ class Share(NamedTuple):
     views: list[Tensor]
 
 
-def leave_stacks(state: Any) -> None:
+def leave_plan(state: Any) -> None:
     """Copy what parameters without gradient have on stacks that the next plan does not use.
 
-    Else one of them would keep the memory of all that were on its stack.
+    Else one of them would keep the memory of all that were on its stack. RuntimeError in the
+    capture of a CUDA graph, whose replays would begin the state anew.
     """
+    _check_not_capturing()
     for p, held in state.items():
         if isinstance(p, Tensor) and p.grad is None:
             for key, x in held.items():
@@ -125,8 +127,7 @@ def leave_stacks(state: Any) -> None:
                     held[key] = x.clone()
 
 
-def check_not_capturing() -> None:
-    """RuntimeError in the capture of a CUDA graph, whose replays would begin the state anew."""
+def _check_not_capturing() -> None:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         msg = (
             "a CUDA graph is capturing a step that has to be laid out anew: the first one, or one "
@@ -183,3 +184,38 @@ def take_over(
     if not torch.compiler.is_compiling():  # a graph writes into what is there, later
         for held, key, view in entries:
             held[key] = view
+
+
+def misshapen(key: str, known: Any, view: Tensor) -> ShapeError:
+    """The error for an entry of the optimizer's state that is no tensor of a view's shape."""
+    found = tuple(known.shape) if isinstance(known, Tensor) else repr(known)
+    msg = (
+        f"optimizer.state has {found} as {key!r} of a LoRA factor, expected a tensor of shape "
+        f"{tuple(view.shape)}; remove the entry for a fresh start"
+    )
+    return ShapeError(msg)
+
+
+def inherited(kind: type, name: str, front: type) -> Any:
+    """A function of the first class behind `front` and its subclasses that defines it.
+
+    Its hooks run around our own step already. While a step is compiled the rest goes too: torch
+    breaks the graph around its own steps, and keeps what they call out of it.
+    """
+    behind = (parent for parent in kind.__mro__ if not issubclass(parent, front))
+    parent: Any = next(parent for parent in behind if name in vars(parent))
+    function = getattr(parent, name)
+    if torch.compiler.is_compiling():
+        while hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        return function
+    return function.__wrapped__ if hasattr(function, "hooked") else function
+
+
+def keep(held: dict[str, Any], name: str, value: Tensor) -> None:
+    """Put a tensor into a parameter's state; a graph writes into the one that is there."""
+    if torch.compiler.is_compiling() and name in held:
+        # Torch 2.13 loses a compiled `copy_` to a float64 number.
+        torch._foreach_copy_([held[name]], [value])
+    else:
+        held[name] = value

@@ -51,8 +51,10 @@ class StackedAdamW:
     ) -> None:
         self.optimizer, self.group, self.recipe = optimizer, group, recipe_of(group)
         alike: dict[Any, list[int]] = {}
-        factors = [pair[:2] for pair in pairs]
-        for side in (0, 1):
+        # By shapes, so that the Grams of factors on a stack are mostly a run, and read by a view.
+        order = sorted(range(len(pairs)), key=lambda i: (pairs[i].A.shape, pairs[i].B.shape))
+        factors, moving = [pairs[i][:2] for i in order], [moving[i] for i in order]
+        for side in (1, 0):  # the Grams of B are the first half of those of the partners
             for i, both in enumerate(factors):
                 p = both[side]
                 # On a device the number of launches is not to depend on the number of layers.
@@ -75,35 +77,42 @@ class StackedAdamW:
         self.dtype, self.device = self.parts[0].dtype, pairs[0].A.device
         self.backend = get_backend(pairs[0].A)
         dtype = self.backend.compute_dtype(self.dtype, self.recipe.compute_dtype)
-        places = [i + side * count for (side, *_), some in alike.items() for i in some]
+        places = [i + (1 - side) * count for (side, *_), some in alike.items() for i in some]
         order = sorted(range(2 * count), key=places.__getitem__)
         in_order = order == [*range(2 * count)]
         self.order = None if in_order else torch.tensor(order, device=self.device)
-        self.sizes = [(pair.B.shape[0], pair.A.shape[1]) for pair in pairs]
+        self.sizes = [(B.shape[0], A.shape[1]) for A, B in factors]
         values = [Factors(A.detach(), B.detach()) for A, B in factors]
         self.ranks = RankGroup(self.backend, values, dtype=dtype, workspace={})
 
     def _start(self, i: int, k: int) -> Tensor:
         return torch.zeros_like(self.shares[i].views[k])
 
-    def prepare(self) -> Tensor | None:
-        """Grams, their powers and the preconditioned gradients; the power behind Adam, if any."""
+    def prepare(self) -> tuple[Number, Tensor | None]:
+        """Do everything that may fail: Grams, their powers and the preconditioned gradients.
+
+        Returns
+        -------
+        lr, second
+            The learning rate, and the power behind Adam times it, if there is one.
+        """
         if self.device.type != "cpu":
             check_capture(self.optimizer)
         take_over(self.shares, self.optimizer.state, self._start)
         damping, damping_mode, placement = self.recipe[:3]
+        lr = self._rate()
         with self.backend.exact(self.ranks.like):
             S = torch.cat([part.gram(self.backend, self.ranks.dtype) for part in self.parts])
             S = S if self.order is None else S.index_select(0, self.order)
-            powers = split_power(self.ranks, S, self.sizes, placement, damping, damping_mode)
+            powers = split_power(self.ranks, S, self.sizes, placement, damping, damping_mode, lr)
             first, second = (None if P is None else P.to(self.dtype) for P in powers)
             for part in self.moving:
                 part.precondition(self.backend, first)
-        return second
+        return lr, second
 
-    def finish(self, second: Tensor | None) -> None:
+    def finish(self, prepared: tuple[Number, Tensor | None]) -> None:
         """Adam, then the update along its direction, times the power behind it if there is one."""
-        group, lr = self.group, self._rate()
+        group, (lr, second) = self.group, prepared
         weight_decay = group["weight_decay"]
         if second is None:
             self._adam(True, lr, weight_decay)
@@ -111,16 +120,16 @@ class StackedAdamW:
             # A decay of 1 at a rate of 1 leaves the negative direction alone in the target.
             self._adam(False, 1.0, 1.0)
             if isinstance(lr, Tensor) or lr:
-                P, keep = lr * second, 1 - lr * weight_decay if weight_decay else 1.0
+                keep = 1 - lr * weight_decay if weight_decay else 1.0
                 if isinstance(keep, Tensor):  # torch's products take numbers
                     torch._foreach_mul_([x for part in self.moving for x in part.X], keep)
                     keep = 1.0
                 with self.backend.exact(self.ranks.like):
                     for part in self.moving:
-                        part.move(self.backend, P, keep)
+                        part.move(self.backend, second, keep)
         if written := [part for part in self.moving if part.copied]:
             params = [p for part in written for p in part.params]
-            stacks = [x for part in written for x in part.stacks()]
+            stacks = [x if part.stacked else x[None] for part in written for x in part.X]
             new = [x for stack in rounded(stacks, params[0].dtype, group) for x in stack.unbind(0)]
             torch._foreach_copy_(params, new)
         if self.device.type != "cpu":  # there their memory is used again
