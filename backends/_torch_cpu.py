@@ -145,19 +145,22 @@ SAMPLE = 64
 """So many entries of a matrix mostly tell that its largest one is not tiny."""
 
 
-def is_within(x: Tensor, low: float, high: float) -> bool:
-    """`Backend.within` of one plain tensor (..., r, n)."""
-    ends = torch.aminmax(x)  # in one pass; NumPy reads without an operation of torch
-    peak = max(-float(ends.min.numpy()), float(ends.max.numpy()))
-    if not peak < high:  # NaN too
-        return False
-    if peak == 0 or not low:
-        return True
-    layers = x.numpy().reshape(-1, x.shape[-2] * x.shape[-1])
-    if (np.abs(layers[:, :SAMPLE]).max(axis=1) >= low).all():
-        return True
-    peaks = np.maximum(layers.max(axis=1), -layers.min(axis=1))
-    return bool(((peaks >= low) | (peaks == 0)).all())
+def are_within(X: Sequence[Tensor], low: float, high: float) -> bool:
+    """`Backend.within` of plain tensors (..., r, n)."""
+    for x in X:
+        ends = torch.aminmax(x)  # in one pass; NumPy reads without an operation of torch
+        peak = max(-float(ends.min.numpy()), float(ends.max.numpy()))
+        if not peak < high:  # NaN too
+            return False
+        if peak == 0 or not low:
+            continue
+        layers = x.numpy().reshape(-1, x.shape[-2] * x.shape[-1])
+        if (np.abs(layers[:, :SAMPLE]).max(axis=1) >= low).all():
+            continue
+        peaks = np.maximum(layers.max(axis=1), -layers.min(axis=1))
+        if not ((peaks >= low) | (peaks == 0)).all():
+            return False
+    return True
 
 
 def fused_adam(

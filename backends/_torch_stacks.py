@@ -129,6 +129,11 @@ def is_stacked(F: Array) -> bool:
     return bool(F.device.type != "cpu" or F.numel() < LARGE)
 
 
+def is_one_stack(tall: Tall) -> bool:
+    """Return whether these are the factors of equal layers, one (K, ., .)."""
+    return len(tall) == 1 and tall[0].ndim == 3
+
+
 def stacked(tall: list[Array], dtype: Any, workspace: Workspace | None) -> Array:
     """Factors of one shape as (K, ., .) in `dtype`; good until the next call."""
     F = tall[0]

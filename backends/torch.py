@@ -15,13 +15,13 @@ from rlora.core.factors import Array
 from ._cpu import cholesky_half
 from ._torch_algebra import cholesky_solve, newton_schulz, sound_half, without_lost
 from ._torch_cpu import (
+    are_within,
     damped_if_sound,
     eigh_waits,
     empty,
     fused_adam,
     is_eager_cpu,
     is_plain,
-    is_within,
     reusing,
     rounding_of,
     share_of,
@@ -31,6 +31,7 @@ from ._torch_precision import exact
 from ._torch_stacks import (
     buckets_of,
     gram_of,
+    is_one_stack,
     is_stacked,
     multiply,
     multiply_each,
@@ -80,7 +81,7 @@ class TorchBackend(Backend):
         return self._apply(P, tall, workspace, "right", onto, keep)
 
     def within(self, X: Tall, low: float, high: float) -> bool:
-        return is_plain(*X) and all(map(partial(is_within, low=low, high=high), X))
+        return is_plain(*X) and are_within(X, low, high)
 
     def _gram(
         self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None, slot: str
@@ -88,6 +89,9 @@ class TorchBackend(Backend):
         """Products with the transpose, bucket by bucket, as one stack (K, r, r)."""
         order, pieces, start = [], [], 0
         r = tall[0].shape[-2 if slot == "rows" else -1]
+        if is_one_stack(tall):
+            F, key = tall[0].to(dtype), ("gram", slot)
+            return gram_of(slot, F, take(workspace, key, (len(F), r, r), dtype, F.device))
         layers = [math.prod(F.shape[:-2]) for F in tall]
         stack = take(workspace, ("gram", slot), (sum(layers), r, r), dtype, tall[0].device)
         for members in buckets_of(tall, workspace, slot).values():
@@ -122,6 +126,10 @@ class TorchBackend(Backend):
             wide = [G.to(p.dtype) for p, G in zip(P, tall, strict=True)]
             multiply_each(slot, P, wide, onto, keep)
             return list(onto)
+        if is_one_stack(tall) and onto is None:
+            G = tall[0].to(P[0].dtype)
+            out = take(workspace, ("out", slot), G.shape, G.dtype, G.device)
+            return [multiply(slot, P[0], G, out)]
         result: list[Array] = list(tall)
         for key, members in buckets_of(tall, workspace, slot).items():
             some, powers = [tall[i] for i in members], [P[i] for i in members]

@@ -37,11 +37,11 @@ class MethodBatch:
         self._optimizer, self._group, self._memory = optimizer, group, memory
         alike: dict[Any, list[Member]] = {}
         for member in members:
-            still = [member.gradient(side) is None for side in (0, 1)]
+            moves = (member.gradient(0) is not None, member.gradient(1) is not None)
             cut = [getattr(p, "placements", None) for p in member.params]
-            key = (*member.shapes, member.params[0].dtype, *still, *cut)
+            key = (moves, *member.shapes, member.params[0].dtype, *cut)
             alike.setdefault(key, []).append(member)
-        self._buckets = list(alike.values())
+        self._buckets, self._moves = list(alike.values()), [key[0] for key in alike]
         self._sides = [[Side(bucket, side) for side in (0, 1)] for bucket in self._buckets]
         self._in_pieces = is_distributed(members[0].params[0])
         options = optimizer.param_groups[group]
@@ -140,13 +140,13 @@ class MethodBatch:
             raise another_state(state, self._state)
         old: list[Tensor] = []
         new: list[Tensor] = []
-        for bucket, sides, stacks in zip(self._buckets, self._sides, params.values(), strict=True):
-            for k, side in enumerate(sides):
-                if bucket[0].gradient(k) is None:
+        for moves, sides, stacks in zip(self._moves, self._sides, params.values(), strict=True):
+            for updated, side, stack in zip(moves, sides, stacks, strict=True):
+                if not updated:
                     continue
-                stack, places = stacks[k], side.places()
+                places = side.places()
                 if self._in_pieces:
-                    check_cut(stack, bucket[0].params[k])
+                    check_cut(stack, places[0])
                     stack, places = local(stack), list(map(local, places))
                 values = side.as_stored(stack.unbind(0))
                 if len(values) > 1 or not lies_in(places[0], values[0]):
