@@ -1,4 +1,4 @@
-"""The r x r algebra by products alone, for devices on which an eigendecomposition waits."""
+"""The r x r algebra by factorisations and products that do not wait for a device."""
 
 import torch
 
@@ -11,13 +11,14 @@ from ._torch_cpu import is_eager_cpu, rounding_of, share_of
 def newton_schulz(S: Array, power: float, damping: float) -> Array:
     """`Backend.newton_schulz` with three operations a step."""
     r, info = S.shape[-1], torch.finfo(S.dtype)
+    share = share_of(damping) / r
     eye = torch.eye(r, dtype=S.dtype, device=S.device).expand_as(S)
     trace = S.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1) * (1 + damping)
     unit = trace.clamp(min=info.smallest_normal)  # a smaller one counts as it
     Y, Z = S / unit, eye
     if damping:
-        Y.diagonal(dim1=-2, dim2=-1).add_(share := damping / (1 + damping) / r)
-    *steps, last = cubics(info.eps, share if damping else 0.0)
+        Y.diagonal(dim1=-2, dim2=-1).add_(share)
+    *steps, last = cubics(info.eps, share)
     for alpha, beta in steps:
         T = torch.baddbmm(eye, Z, Y, beta=alpha, alpha=-beta)  # in one operation
         Y, Z = torch.bmm(Y, T), torch.bmm(T, Z)
