@@ -28,7 +28,7 @@ def newton_schulz(S: Array, power: float, damping: float) -> Array:
     return torch.bmm(T, Z) * (trace / unit * unit**power)
 
 
-def cholesky_solve(S: Array, X: Array) -> Array:
+def inverse_cholesky_times(S: Array, X: Array) -> Array:
     """``L⁻¹ X`` with the Cholesky factor L of definite S (K, r, r); NaN where S is not definite."""
     L, failed = torch.linalg.cholesky_ex(S)  # neither raises nor waits for the device
     solved = torch.linalg.solve_triangular(L, X, upper=False)
@@ -37,15 +37,28 @@ def cholesky_solve(S: Array, X: Array) -> Array:
     return solved.masked_fill(failed.view(-1, 1, 1) != 0, torch.nan)
 
 
-def sound_half(S: Array) -> Array:
+def symmetric_pseudo_half(S: Array) -> Array:
+    """``Backend.pseudo_power(S, -0.5)`` by products and the filter of `without_lost`."""
+    S, _ = without_tiny(S)
+    return without_lost(newton_schulz(S, -0.5, torch.finfo(S.dtype).eps ** 0.5), S)
+
+
+def cholesky_pseudo_half(S: Array) -> Array:
     """`Backend.pseudo_half` by a Cholesky half and the filter of `without_lost`."""
-    info, damping = torch.finfo(S.dtype), torch.finfo(S.dtype).eps ** 0.5
-    mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)
-    unit = (mean * (1 + damping)).clamp(min=info.smallest_normal / rounding_of(S))
+    damping = torch.finfo(S.dtype).eps ** 0.5
+    S, mean = without_tiny(S)
+    unit = (mean * (1 + damping)).clamp(min=torch.finfo(S.dtype).smallest_normal)
     S = S / unit
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
-    W = cholesky_solve(torch.add(S, eye, alpha=share_of(damping)), eye)
+    W = inverse_cholesky_times(torch.add(S, eye, alpha=share_of(damping)), eye)
     return without_lost(W, S) * unit**-0.5
+
+
+def without_tiny(S: Array) -> tuple[Array, Array]:
+    """Grams, 0 where they are too small to be inverted, and their mean eigenvalues (K, 1, 1)."""
+    mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)
+    least = torch.finfo(S.dtype).smallest_normal / rounding_of(S)
+    return torch.where(mean <= least, 0.0, S), mean
 
 
 def without_lost(W: Array, S: Array) -> Array:

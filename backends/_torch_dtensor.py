@@ -39,7 +39,7 @@ class OnPieces(Backend):
         rows = super().gram_rows(_pieces(A), dtype, workspace)
         columns = super().gram_columns(_pieces(B), dtype, workspace)
         both = [columns, rows] if swapped else [rows, columns]
-        return _reduced(torch.cat(both), [*A, *B])
+        return _reduced(torch.cat(both), [*B, *A] if swapped else [*A, *B])
 
     def cross_rows(self, X: Tall, Y: Tall, dtype: Any) -> Array:
         return _reduced(super().cross_rows(_pieces(X), _pieces(Y), dtype), X)

@@ -129,6 +129,12 @@ def is_stacked(F: Array) -> bool:
     return bool(F.device.type != "cpu" or F.numel() < LARGE)
 
 
+def reordered(stack: Array, order: list[int], layers: list[int]) -> Array:
+    """The members of a stack as the list has them: its pieces are those of `order`."""
+    pieces = dict(zip(order, stack.split([layers[i] for i in order]), strict=True))
+    return torch.cat([pieces[i] for i in range(len(order))])
+
+
 def is_one_stack(tall: Tall) -> bool:
     """Return whether these are the factors of equal layers, one (K, ., .)."""
     return len(tall) == 1 and tall[0].ndim == 3

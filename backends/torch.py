@@ -13,7 +13,12 @@ from rlora.core.backend import AdamNumbers, Backend, Tall, Workspace
 from rlora.core.factors import Array
 
 from ._cpu import cholesky_half
-from ._torch_algebra import cholesky_solve, newton_schulz, sound_half, without_lost
+from ._torch_algebra import (
+    cholesky_pseudo_half,
+    inverse_cholesky_times,
+    newton_schulz,
+    symmetric_pseudo_half,
+)
 from ._torch_cpu import (
     are_within,
     damped_if_sound,
@@ -35,6 +40,7 @@ from ._torch_stacks import (
     is_stacked,
     multiply,
     multiply_each,
+    reordered,
     rows_times,
     stacked,
     take,
@@ -106,12 +112,7 @@ class TorchBackend(Backend):
             start = stop
         if stack is None:
             stack = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return stack if order == sorted(order) else self._in_order(stack, order, layers)
-
-    @staticmethod
-    def _in_order(stack: Array, order: list[int], layers: list[int]) -> Array:
-        pieces = dict(zip(order, stack.split([layers[i] for i in order]), strict=True))
-        return torch.cat([pieces[i] for i in range(len(order))])
+        return stack if order == sorted(order) else reordered(stack, order, layers)
 
     def _apply(
         self,
@@ -208,7 +209,7 @@ class TorchBackend(Backend):
 
     def inverse_cholesky(self, S: Array, *, upper: bool = False) -> Array:
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
-        W = cholesky_solve(S.flip(-2, -1) if upper else S, eye)
+        W = inverse_cholesky_times(S.flip(-2, -1) if upper else S, eye)
         return W.flip(-2, -1) if upper else W
 
     def newton_schulz(self, S: Array, power: float, damping: float = 0.0) -> Array:
@@ -217,23 +218,21 @@ class TorchBackend(Backend):
     def pseudo_power(self, S: Array, exponent: float) -> Array:
         if exponent != -0.5 or not eigh_waits(S):
             return super().pseudo_power(S, exponent)
-        mean, info = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1), torch.finfo(S.dtype)
-        S = torch.where(mean <= info.smallest_normal / rounding_of(S), 0.0, S)
-        return without_lost(self.newton_schulz(S, -0.5, info.eps**0.5), S)
+        return symmetric_pseudo_half(S)
 
     def pseudo_half(self, S: Array) -> Array:
         if is_eager_cpu(S):
             return cholesky_half(self, S)
         if not eigh_waits(S):
             return self.pseudo_power(S, -0.5)
-        return sound_half(S)
+        return cholesky_pseudo_half(S)
 
     def inverse_root_half(self, V: Array, eps: float, X: Array) -> Array:
         if not eigh_waits(V):
             return super().inverse_root_half(V, eps, X)
         root = self.newton_schulz(V, 0.5, torch.finfo(V.dtype).eps ** 0.5)
         root.diagonal(dim1=-2, dim2=-1).add_(eps)
-        return cholesky_solve(root, X)  # an LU factorisation may wait for a device
+        return inverse_cholesky_times(root, X)  # an LU factorisation may wait for a device
 
     def adam(self, M: Tall, V: Tall, G: Tall, numbers: AdamNumbers) -> tuple[list[Array], ...]:
         b1, b2, *by_array = numbers
@@ -252,7 +251,8 @@ class TorchBackend(Backend):
     def descend(self, X: Tall, D: Tall, lr: Array | float, donate: bool = False) -> list[Array]:
         if not isinstance(lr, float):
             return [x - lr * d for x, d in zip(X, D, strict=True)]
-        if not self.on_pieces and all(x.device.type == "cuda" for x in X):
+        if X and not self.on_pieces and all(x.device.type == "cuda" for x in X):
+            # One kernel for all of a shape; DTensors have none.
             return list(torch._foreach_sub(list(X), list(D), alpha=lr))
         moved = []
         for x, d in zip(X, D, strict=True):

@@ -169,7 +169,7 @@ class MatrixAlgebra:
         return xp.where(zero, xp.zeros_like(S), S / unit), unit, rounding
 
     def inverse_root_half(self, V: Array, eps: float, X: Array) -> Array:
-        """``P X`` for one of the P with ``Pᵀ P = (V^½ + eps I)⁻¹``; semidefinite V (K, r, r).
+        """``P X`` for one of the P with ``Pᵀ P = (V^½ + eps I)⁻¹``, semidefinite V (K, r, r).
 
         An eigenvalue of V below what rounding has left of it counts as that rounding.
         """
@@ -178,7 +178,9 @@ class MatrixAlgebra:
         trace = xp.sum(w, axis=-1, keepdims=True)
         floor = ROUNDING * float(xp.finfo(V.dtype).eps) * xp.clip(trace, min=0.0)
         root = xp.sqrt(xp.maximum(w, floor)) + eps
-        return self.matmul(mT(Q / xp.expand_dims(root**0.5, axis=-2)), X)
+        lost = root == 0  # of V = 0 with eps = 0 no direction is known
+        half = xp.where(lost, root, xp.where(lost, xp.ones_like(root), root) ** -0.5)
+        return self.matmul(mT(Q * xp.expand_dims(half, axis=-2)), X)
 
     def newton_schulz(self, S: Array, power: float, damping: float = 0.0) -> Array:
         """``(S + damping tr(S)/r I)^power`` for ±½ by products alone, 0 for S = 0; (K, r, r).

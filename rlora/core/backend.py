@@ -56,7 +56,9 @@ class Backend(MatrixAlgebra):
     def __init__(self, xp: Any, name: str) -> None:
         self.xp = xp
         self.name = name
-        self._narrow: dict[Any, Any] = {}  # float32 for dtypes that are known to be computed in it
+        # Filled here, as a change while a step is compiled would have it compiled again.
+        names = ("float16", "bfloat16", "float32")
+        self._narrow = {getattr(xp, name): xp.float32 for name in names if hasattr(xp, name)}
 
     # --- factor-sized work: O((m + n) r^2) per pair ------------------------------------------
 
@@ -192,7 +194,7 @@ class Backend(MatrixAlgebra):
 
     def compute_dtype(self, dtype: Any, wanted: str | None = None) -> Any:
         """At least float32; `wanted` ("float32", "float64") may ask for more, never for less."""
-        if wanted is None and dtype in self._narrow:
+        if wanted is None and dtype in self._narrow:  # the quick way where dtypes are plain objects
             return self._narrow[dtype]
         name = dtype_name(dtype)
         if wanted is not None and wanted not in ("float32", "float64"):
@@ -211,10 +213,7 @@ class Backend(MatrixAlgebra):
                 "; set jax_enable_x64 first" if self.name == "jax" else ""
             )
             raise BackendError(msg)
-        found = getattr(self.xp, wide)
-        if wanted is None and wide == "float32":
-            self._narrow[dtype] = found
-        return found
+        return getattr(self.xp, wide)
 
     def has_float64(self) -> bool:
         return hasattr(self.xp, "float64")

@@ -111,7 +111,7 @@ def flatten(tree: Tree, *others: Tree) -> list[list[Array]]:
         for pair in column:
             if not isinstance(pair, Factors):
                 raise _mismatch(tree, pair)
-    return [list(itertools.chain.from_iterable(column)) for column in columns]
+    return list(map(list, map(itertools.chain.from_iterable, columns)))
 
 
 def replaced(tree: Tree, old: Sequence[Array], new: Sequence[Array]) -> Tree:
@@ -143,7 +143,9 @@ def map_leaves(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return unflatten(tree, found)
 
 
-def map_moving(f: Callable[..., Sequence[list[Array]]], *trees: Tree) -> tuple[Tree, ...]:
+def map_moving(
+    f: Callable[..., Sequence[list[Array]]], *trees: Tree, like: Tree = None
+) -> tuple[Tree, ...]:
     """``f`` once, on lists of arrays: those of every tree at the places where the last has one.
 
     Parameters
@@ -152,13 +154,10 @@ def map_moving(f: Callable[..., Sequence[list[Array]]], *trees: Tree) -> tuple[T
         Gives the new arrays of each tree, or of the first few of them, as lists.
     *trees : Tree
         The last one has the gradients or directions. Where it has None the others stay.
-
-    Returns
-    -------
-    tuple of trees
-        In the structure of the first tree.
+    like : Tree, optional
+        The structure of the results; that of the first tree by default.
     """
-    like = trees[0]
+    like = trees[0] if like is None else like
     columns = flatten(like, *trees)
     moving = [x is not None for x in columns[-1]]
     if not any(moving):

@@ -91,7 +91,8 @@ def momentum(decay: float = 0.9, *, nesterov: bool = False, dampening: float = 0
             ahead = [g + decay * mu for g, mu in zip(G, M, strict=True)] if nesterov else M
             return M, [t + 1 for t in counts], ahead
 
-        mu, count, direction = map_moving(move, state.mu, state.count, grads)
+        moved = map_moving(move, state.mu, state.count, grads, like=params)
+        mu, count, direction = moved
         return direction, MomentumState(mu, count)
 
     return Transform(init, update, sharded=True)
@@ -145,7 +146,8 @@ def scale_by_adam(
         ) -> tuple[list[Array], ...]:
             return adam_step(M, V, counts, G, b1, b2, eps, eps_form, bias_correction)
 
-        mu, nu, count, direction = map_moving(move, state.mu, state.nu, state.count, grads)
+        moved = map_moving(move, state.mu, state.nu, state.count, grads, like=params)
+        mu, nu, count, direction = moved
         return direction, AdamState(mu, nu, count)
 
     return Transform(init, update, sharded=True)
@@ -233,8 +235,8 @@ def corrected_decay(xp: Any, b: float, count: Array) -> Array:
     """
     if is_zero(b):
         return xp.zeros_like(count)
-    old = xp.expm1(count * _logarithm(xp, b))  # b^t - 1
-    return old / (old - (1 - b) / b)  # 1 - b^(t+1) = b (1 - b^t) + 1 - b, without cancellation
+    old = b * xp.expm1(count * _logarithm(xp, b))  # b (b^t - 1)
+    return old / (old - (1 - b))  # 1 - b^(t+1) = b (1 - b^t) + 1 - b, without cancellation
 
 
 def zeros(params: Tree) -> Tree:

@@ -86,7 +86,7 @@ def rank_grams(
     compute_dtype: str | None = None,
     workspace: Workspace | None = None,
 ) -> list[RankGrams]:
-    """``A Aᵀ`` and ``Bᵀ B`` of every pair, rank by rank: the first half of `preconditioners`.
+    """``Bᵀ B`` and ``A Aᵀ`` of every pair, rank by rank: the first half of `preconditioners`.
 
     The Grams of pieces of a factor along its outer axis add up, so code that holds single pieces
     sums the stacks before the second half.
@@ -172,7 +172,7 @@ def split_power(
     placement, damping, damping_mode
         As `preconditioners` has them.
     rate : float or array
-        A number by which what stands after it is multiplied, such as the learning rate.
+        A number by which the second result is multiplied, such as the learning rate.
 
     Returns
     -------

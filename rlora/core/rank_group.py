@@ -23,7 +23,6 @@ from rlora.core.factors import (
     device_of,
     in_pairs,
     indices_by_rank,
-    pairs_of,
     rebuild_each,
     where_moving,
 )
@@ -248,7 +247,8 @@ def by_rank(
         def work(group: RankGroup, old: list[Factors], part: State) -> tuple[list[Factors], State]:
             return list(group.params), carried(group, old, part)
 
-        return _each_rank(work, new, new, state, compute_dtype, pairs_of(old))[1]
+        (before,) = counterparts(new, old)
+        return _each_rank(work, new, new, state, compute_dtype, before)[1]
 
     return Transform(init, update, apply, transport=carry, sharded=sharded)
 

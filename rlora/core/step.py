@@ -5,7 +5,7 @@ from collections.abc import Callable
 from rlora.core.checks import check_rate
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
-from rlora.core.factors import Array, Tree, detached, flatten, leaves_of, map_pairs, replaced
+from rlora.core.factors import Array, Tree, detached, flatten, leaves_of, map_pairs, unflatten
 from rlora.core.structure import another_state, side_by_side
 from rlora.core.transform import State, Transform, apply_updates, stay
 
@@ -95,7 +95,7 @@ def move(
     """A `step` that is donated the parameters alone; the state inside of `Backend.reusing`."""
     check_rate(lr)
     (leaves,) = flatten(params, params)
-    params = replaced(params, leaves, detached(leaves))
+    params = unflatten(params, detached(leaves))
     if transform.order == "jacobi":
         return _move(transform, params, grads, state, lr, donate)
     for side in ("A", "B"):

@@ -78,23 +78,25 @@ def scale_by_rite(
         T = backend.matmul(mT(W), U)  # old coordinates to new
 
         V = congruence(backend, U, group.stack(state.nu))
+        largest = _largest_root(xp, group.wide)
         if escape:
             lost = _escaped(backend, group.stack(state.spectrum), V)
             rho = decay2 * (group.per_layer(state.escaped) + lost)
+            rho = xp.clip(rho, max=largest**2)
             state = state._replace(escaped=group.unstack(rho[:, 0, 0]))
         G, numbers = group.in_range(G)
         Q = congruence(backend, W, group.gram(G)) / group.columns()
         # Back to the gradient's own size, or less where its square would leave the range.
         size = xp.sqrt(_trace(xp, Q)) * xp.clip(_size(xp, W), min=1.0)
-        back = xp.clip(size / _largest_root(xp, V), min=numbers) ** -1.0
+        back = xp.clip(size / largest, min=numbers) ** -1.0  # one operation, 1 / x two
         V = symmetric(decay2 * V + (1 - decay2) * (back * Q) * back)
-        below = V
+        shifted = V
         if escape:
             spectrum, _ = backend.eigh(V)
             state = state._replace(spectrum=group.unstack(spectrum))
-            below = V + rho * xp.eye(group.rank, dtype=V.dtype, device=device_of(V))
+            shifted = V + rho * xp.eye(group.rank, dtype=V.dtype, device=device_of(V))
 
-        H = backend.inverse_root_half(below, eps, W)
+        H = backend.inverse_root_half(shifted, eps, W)
         X = backend.matmul(mT(H), (1 - decay1) * back * H)
         mu = group.apply(X, G, onto=group.apply(decay1 * T, state.mu))
         nu = group.unstack(congruence(backend, mT(W), V))
@@ -103,7 +105,7 @@ def scale_by_rite(
             nu=nu,
             # Whoever moves the parameters without `transport` shall see it at once.
             turn=group.unstack(T * float("nan")),
-            count=group.unstack((t + 1)[:, 0, 0]),
+            count=[Factors(c.A + 1, c.B + 1) for c in state.count],
         )
 
     return by_rank(_init, rule, transport=record_turn, compute_dtype=compute_dtype, sharded=True)
@@ -129,9 +131,9 @@ def _size(xp: Any, W: Stack) -> Stack:
     return xp.linalg.vector_norm(W, ord=1, axis=(-2, -1), keepdims=True)
 
 
-def _largest_root(xp: Any, V: Stack) -> float:
+def _largest_root(xp: Any, dtype: Any) -> float:
     """The largest gradient whose square is kept: as in Adam, the second moment ends there."""
-    return math.pow(xp.finfo(V.dtype).max, 0.49)
+    return math.pow(xp.finfo(dtype).max, 0.49)
 
 
 def _escaped(backend: Backend, before: Array, V: Stack) -> Array:

@@ -219,3 +219,45 @@ def test_state_survives_safetensors_and_torch(tmp_path):
 def test_transformations_check_their_numbers(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def named_pairs():
+    rng = np.random.default_rng(0)
+    return {k: Factors(rng.normal(size=(2, 5)), rng.normal(size=(4, 2))) for k in "ab"}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [rlora.scaled_adamw, lambda: rlora.scaled_sgd(momentum=0.9), rlora.scaled_prodigy,
+     rlora.lora_rite, rlora.lora_plus],
+)  # fmt: skip
+def test_keys_in_another_order(make):
+    """Of the parameters beside their state, and of the old ones in a transport."""
+    method, pairs = make(), named_pairs()
+    grads = {k: Factors(np.sin(A), np.cos(B)) for k, (A, B) in pairs.items()}
+    turned = dict(reversed(pairs.items()))
+    state = method.init(pairs)
+    for _ in range(2):
+        moved, expected = rlora.step(method, pairs, grads, state, 0.1)
+        again, found = rlora.step(method, turned, grads, state, 0.1)
+        for key in pairs:
+            assert_close(again[key].A, moved[key].A)
+            assert_close(again[key].B, moved[key].B)
+        direction, state = method.update(grads, state, pairs)
+        new = method.apply(pairs, direction, 0.1)
+        states = (method.transport(state, old, new) for old in (pairs, turned))
+        for x, y in zip(*(rlora.flatten_state(s).values() for s in states), strict=True):
+            assert_close(x, y)
+        pairs, turned, state = moved, again, expected
+        assert rlora.flatten_state(found).keys() == rlora.flatten_state(expected).keys()
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.1])
+def test_a_step_gives_a_collection_of_its_own(lr):
+    pairs = named_pairs()
+    method = rlora.scaled_adamw()
+    new, _ = rlora.step(method, pairs, named_pairs(), method.init(pairs), lr)
+    assert new is not pairs
+    nothing = {k: Factors(None, None) for k in pairs}
+    new, _ = rlora.step(method, pairs, nothing, method.init(pairs), lr)
+    assert new is not pairs

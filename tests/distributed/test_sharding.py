@@ -47,6 +47,12 @@ def test_any_layout_on_a_mesh_of_two_dimensions(groups, maker):
     assert_equal(groups(4).run(runs.trained_in_any_layout, maker, True), expected, atol=1e-12)
 
 
+def test_pairs_with_one_whole_factor(groups):
+    """Its Gram is counted once, and the other one's is a sum over the processes."""
+    expected = runs.trained_with_a_whole_factor(sharded=False)
+    assert_equal(groups(2).run(runs.trained_with_a_whole_factor, True), expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("maker", ["both", "rite"])
 @pytest.mark.parametrize("poison", ["0.lora_A.weight", "1.lora_B.weight", "3.lora_A.weight"])
 def test_nan_in_one_pair_does_not_touch_another(groups, poison, maker):
@@ -135,7 +141,7 @@ def test_what_a_step_of_a_method_class_sends(groups):
     grams = [4 * 2 * pairs * r**2 for pairs, r in ranks]
     peaks = [4 * 2 * pairs for pairs, _ in ranks]
     update = [x for peak, gram in zip(peaks, grams, strict=True) for x in (peak, gram, peak, gram)]
-    transport = [x for peak, gram in zip(peaks, grams, strict=True) for x in (peak, peak, gram)]
+    transport = [x for peak, gram in zip(peaks, grams, strict=True) for x in (2 * peak, gram)]
     sizes = [4 * 2 * len(SHAPES), *update, *transport]
     reduced = [("allreduce", size) for size in sizes]
     for sent in groups(4).run(runs.traffic, "rite", "columns", torch.float32, SHAPES):

@@ -221,3 +221,25 @@ def test_adapre_where_grams_have_a_null_space(m, n, r, dtype, damping):
         losses.append(exact.loss(Factors(*wide)))
     assert max(losses) <= exact.loss(exact.params)
     assert losses[-1] <= 0.5 * exact.loss(exact.params)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_rite_without_eps_from_zero(library):
+    """V of A is 0 as B is: no direction is known, and none is taken."""
+    pytest.importorskip(library)
+    problem = make_problem(zero_B=True).on(get(library))
+    params, _ = run(rlora.lora_rite(eps=0.0), problem, steps=5, lr=1e-3)
+    assert all(np.isfinite(get(library).to_numpy(x)).all() for x in params)
+
+
+@pytest.mark.parametrize("compute_dtype", [None, "float64"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_escaped_mass_of_huge_factors_stays_finite(library, compute_dtype):
+    """The eigenvalues are kept in float32, whose range ends before that of V in float64."""
+    pytest.importorskip(library)
+    problem = make_problem(seed=2)
+    start = Factors(*(1e12 * x for x in problem.params))
+    problem = problem._replace(params=start).on(get(library), "float32")
+    method = rlora.lora_rite(escape=True, compute_dtype=compute_dtype)
+    params, _ = run(method, problem, steps=4, lr=1e-2)
+    assert all(np.isfinite(get(library).to_numpy(x)).all() for x in params)

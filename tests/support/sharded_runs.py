@@ -207,6 +207,33 @@ def trained_by_methods(layout):
     return result, shares
 
 
+def trained_with_a_whole_factor(sharded):
+    """A few steps of every other method over pairs of which A, B or none lies whole everywhere."""
+    cut_0, cut_1, whole_here = Shard(0), Shard(1), Replicate()
+    pairs = [(whole_here, cut_0), (cut_1, whole_here), (cut_1, cut_0)]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if sharded else None
+    result = {}
+    for name, kind in METHODS.items():
+        g = torch.Generator().manual_seed(6)
+
+        def draw(p=None, place=None, shape=(), g=g):
+            x = torch.randn(shape or p.shape, generator=g, dtype=torch.float64)
+            return distribute_tensor(x, mesh, [place]) if sharded else x
+
+        named = [
+            (f"{i}.lora_{letter}.weight", place, nn.Parameter(draw(place=place, shape=shape)))
+            for i, pair in enumerate(pairs)
+            for letter, place, shape in zip("AB", pair, ((3, 6), (8, 3)), strict=True)
+        ]
+        optimizer = kind([(name, p) for name, _, p in named], lr=1e-3)
+        for _ in range(3):
+            for _, place, p in named:
+                p.grad = draw(p, place)
+            optimizer.step()
+        result |= {f"{name}: {key}": whole(p) for key, _, p in named}
+    return result
+
+
 def trained(maker, layout, dtype=torch.float64):
     model = shard(make_model(dtype), layout)
     optimizer = MAKERS[maker](model)

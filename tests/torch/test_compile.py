@@ -253,3 +253,11 @@ assert not any(map(torch.equal, pair, before))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr[-2000:]
+
+
+def test_single_precision_is_compiled_once(one_graph):
+    torch.set_default_dtype(torch.float32)
+    models, optimizers, step = twins(lambda m: ScaledSGD(m, lr=LR), torch.float32)
+    for t in range(3):
+        both_step(models, [step, optimizers[1].step], t)
+    assert graphs() == 1

@@ -264,14 +264,15 @@ def test_a_state_goes_from_a_cpu_to_a_device(name, device):
 
 
 def test_pseudo_half_leaves_out_what_is_lost(device):
-    """An ordinary Gram, one of rank 1 and a zero; the shift is 1.5e-8, the condition 5."""
+    """An ordinary Gram, one of rank 1, a zero and a tiny one; the shift is 1.5e-8, the condition 5."""
     good = torch.tensor([[4.0, 1.0, 0.5], [1.0, 2.0, 0.3], [0.5, 0.3, 1.0]], dtype=torch.float64)
-    S, backend = torch.stack([good, torch.ones_like(good), 0 * good]), get("torch")
+    stack = [good, torch.ones_like(good), 0 * good, 1e-300 * good]
+    S, backend = torch.stack(stack), get("torch")
     W = backend.pseudo_half(S.to(DEVICE)).held
     found, expected = (x.numpy() for x in (W.mT @ W, backend.pseudo_power(S, -1.0)))
     assert_close(found[0], expected[0], rtol=1e-6)
     assert_close(found[1], expected[1], rtol=1e-6)
-    assert not W[2].any()
+    assert not W[2:].any()
 
 
 @pytest.mark.parametrize("check", LAWS, ids=lambda c: c.__name__.removeprefix("check_"))

@@ -46,7 +46,7 @@ from rlora.torch.pairing.param_groups import (
     without_names,
 )
 from rlora.torch.pairing.sharding_checks import check_layouts, check_swap
-from rlora.torch.step.plan import Plan, Turn, inherited, leave_plan, plans_of
+from rlora.torch.step.plan import Plan, Turn, before_new_plan, inherited, plans_of
 from rlora.torch.step.rounding import count_roundings
 
 NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
@@ -282,7 +282,7 @@ class LoRAOptimizer(LoadsState, ABC):
         check_start(self, pairs)
         check_orphans(self, pairs)
         if not torch.compiler.is_compiling():
-            leave_plan(self.state)
+            before_new_plan(self.state)
         return plans_of(self.param_groups, pairs, self._turns(pairs))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -113,7 +113,7 @@ class Share(NamedTuple):
     views: list[Tensor]
 
 
-def leave_plan(state: Any) -> None:
+def before_new_plan(state: Any) -> None:
     """Copy what parameters without gradient have on stacks that the next plan does not use.
 
     Else one of them would keep the memory of all that were on its stack. RuntimeError in the

@@ -52,15 +52,15 @@ class StackedAdamW:
         self.optimizer, self.group, self.recipe = optimizer, group, recipe_of(group)
         alike: dict[Any, list[int]] = {}
         # By shapes, so that the Grams of factors on a stack are mostly a run, and read by a view.
-        order = sorted(range(len(pairs)), key=lambda i: (pairs[i].A.shape, pairs[i].B.shape))
-        factors, moving = [pairs[i][:2] for i in order], [moving[i] for i in order]
+        by_shape = sorted(range(len(pairs)), key=lambda i: (pairs[i].A.shape, pairs[i].B.shape))
+        factors, updated = [pairs[i][:2] for i in by_shape], [moving[i] for i in by_shape]
         for side in (1, 0):  # the Grams of B are the first half of those of the partners
             for i, both in enumerate(factors):
                 p = both[side]
                 # On a device the number of launches is not to depend on the number of layers.
                 small = p.device.type != "cpu" or p.numel() < LARGE
                 shape = p.shape if small else None
-                alike.setdefault((side, shape, moving[i][side]), []).append(i)
+                alike.setdefault((side, shape, updated[i][side]), []).append(i)
         count = len(pairs)
         self.parts = [
             Part(
