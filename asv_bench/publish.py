@@ -11,13 +11,11 @@ does not have is a blank in its row. Results lie in asv_bench/results, the site 
 import argparse
 import base64
 import hashlib
-import io
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import tomllib
 from pathlib import Path
@@ -106,8 +104,8 @@ def run(commit: str, benchmarks: tuple[str, ...] | list[str], on: tuple[str, ...
 def lay_out(commit: str, folder: Path) -> Path | None:
     """The packages of a commit as an installation would have them, or None if it has none."""
     source, site = folder / "source", folder / "site"
-    with tarfile.open(fileobj=io.BytesIO(git("archive", commit))) as archive:
-        archive.extractall(source, filter="data")
+    git("clone", "-q", "--shared", "--no-checkout", ".", str(source))
+    git("-C", str(source), "checkout", "-q", commit)
     config = source / "pyproject.toml"
     settings = tomllib.loads(config.read_text()) if config.exists() else {}
     mapped = settings.get("tool", {}).get("setuptools", {}).get("package-dir", {})

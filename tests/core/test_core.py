@@ -232,7 +232,7 @@ def named_pairs():
      rlora.lora_rite, rlora.lora_plus],
 )  # fmt: skip
 def test_keys_in_another_order(make):
-    """Of the parameters beside their state, and of the old ones in a transport."""
+    """The parameters' beside those of their state, and the old ones' in a transport."""
     method, pairs = make(), named_pairs()
     grads = {k: Factors(np.sin(A), np.cos(B)) for k, (A, B) in pairs.items()}
     turned = dict(reversed(pairs.items()))

@@ -234,7 +234,7 @@ def test_rite_without_eps_from_zero(library):
 
 @pytest.mark.parametrize("compute_dtype", [None, "float64"])
 @pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_escaped_mass_of_huge_factors_stays_finite(library, compute_dtype):
+def test_rho_of_huge_factors_stays_finite(library, compute_dtype):
     """The eigenvalues are kept in float32, whose range ends before that of V in float64."""
     pytest.importorskip(library)
     problem = make_problem(seed=2)
