@@ -205,7 +205,10 @@ def import_watched(names, before=(), path=ROOT):
     ("names", "before"),
     [
         (["rlora", "rlora.testing", "rlora.backends", "rlora.backends.numpy"], []),
-        (["rlora.cli", "rlora.cli.bench", "rlora.cli.info"], ["click", "rich.table", "threadpoolctl"]),
+        (
+            ["rlora.cli", "rlora.cli.bench", "rlora.cli.info"],
+            ["click", "rich.table", "threadpoolctl"],
+        ),
         # Every torch optimizer loads dynamo, which makes its folder, when it is built.
         (["rlora.torch", "rlora.backends.torch"], ["torch._dynamo", "torch.distributed.tensor"]),
         (["rlora.optax", "rlora.backends.jax"], ["jax", "optax"]),
