@@ -99,7 +99,7 @@ def damped_if_sound(S: Tensor, damping: float, relative: bool, least: float) -> 
     if relative:
         H.diagonal(dim1=-2, dim2=-1).add_(share_of(max(damping, rounding_of(S), least)))
     else:
-        H.diagonal(dim1=-2, dim2=-1).add_(torch.from_numpy(shift / scale).view(-1, 1))
+        _add_to_diagonal(H, shift / scale)
     return Damped(H, unit, None, None)
 
 
@@ -107,9 +107,7 @@ def shifted(S: Tensor, damping: float, relative: bool, least: float) -> tuple[Te
     """``S + shift I`` as `Backend.damped_power` has it, and which members are `MODERATE`."""
     shift, scale = _shifts(S, damping, relative, least)
     low, high = MODERATE
-    H = S.clone()
-    H.diagonal(dim1=-2, dim2=-1).add_(torch.from_numpy(shift).view(-1, 1))
-    return H, (low < scale) & (scale < high)
+    return _add_to_diagonal(S.clone(), shift), (low < scale) & (scale < high)
 
 
 def _shifts(
@@ -124,6 +122,11 @@ def _shifts(
             return means * ratio, means * (1 + ratio)
         shift = np.maximum(means * floor, damping)
         return shift, means + shift
+
+
+def _add_to_diagonal(H: Tensor, x: np.ndarray) -> Tensor:
+    H.diagonal(dim1=-2, dim2=-1).add_(torch.from_numpy(x).view(-1, 1))
+    return H
 
 
 def share_of(ratio: float) -> float:

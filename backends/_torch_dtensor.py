@@ -27,19 +27,13 @@ class OnPieces(Backend):
         return _reduced(super().gram_columns(_pieces(tall), dtype, workspace), tall)
 
     def grams(
-        self,
-        A: Tall,
-        B: Tall,
-        dtype: Any,
-        workspace: Workspace | None = None,
-        *,
-        swapped: bool = False,
-    ) -> Array:
+        self, A: Tall, B: Tall, dtype: Any, workspace: Workspace | None = None
+    ) -> tuple[Array, Array]:
         """Both in one message."""
         rows = super().gram_rows(_pieces(A), dtype, workspace)
         columns = super().gram_columns(_pieces(B), dtype, workspace)
-        both = [columns, rows] if swapped else [rows, columns]
-        return _reduced(torch.cat(both), [*B, *A] if swapped else [*A, *B])
+        both = _reduced(torch.cat([rows, columns]), [*A, *B])
+        return both[: len(rows)], both[len(rows) :]
 
     def cross_rows(self, X: Tall, Y: Tall, dtype: Any) -> Array:
         return _reduced(super().cross_rows(_pieces(X), _pieces(Y), dtype), X)

@@ -56,9 +56,6 @@ class Backend(MatrixAlgebra):
     def __init__(self, xp: Any, name: str) -> None:
         self.xp = xp
         self.name = name
-        # Filled here, as a change while a step is compiled would have it compiled again.
-        names = ("float16", "bfloat16", "float32")
-        self._narrow = {getattr(xp, name): xp.float32 for name in names if hasattr(xp, name)}
 
     # --- factor-sized work: O((m + n) r^2) per pair ------------------------------------------
 
@@ -83,21 +80,10 @@ class Backend(MatrixAlgebra):
         return self.xp.concat(products)
 
     def grams(
-        self,
-        A: Tall,
-        B: Tall,
-        dtype: Any,
-        workspace: Workspace | None = None,
-        *,
-        swapped: bool = False,
-    ) -> Array:
-        """Those of `gram_rows`, then those of `gram_columns`, as one stack (2K, r, r).
-
-        With `swapped` those of `gram_columns` come first.
-        """
-        rows = self.gram_rows(A, dtype, workspace)
-        columns = self.gram_columns(B, dtype, workspace)
-        return self.xp.concat([columns, rows] if swapped else [rows, columns])
+        self, A: Tall, B: Tall, dtype: Any, workspace: Workspace | None = None
+    ) -> tuple[Array, Array]:
+        """The stacks of `gram_rows` and of `gram_columns`."""
+        return self.gram_rows(A, dtype, workspace), self.gram_columns(B, dtype, workspace)
 
     def peaks(self, X: Tall) -> Array:
         """Largest magnitudes of the (..., r, n) of a list, as one stack (K, 1, 1)."""
@@ -194,8 +180,6 @@ class Backend(MatrixAlgebra):
 
     def compute_dtype(self, dtype: Any, wanted: str | None = None) -> Any:
         """At least float32; `wanted` ("float32", "float64") may ask for more, never for less."""
-        if wanted is None and dtype in self._narrow:  # the quick way where dtypes are plain objects
-            return self._narrow[dtype]
         name = dtype_name(dtype)
         if wanted is not None and wanted not in ("float32", "float64"):
             msg = f"compute_dtype must be None, 'float32' or 'float64', got {wanted!r}"

@@ -155,7 +155,7 @@ def map_moving(
     *trees : Tree
         The last one has the gradients or directions. Where it has None the others stay.
     like : Tree, optional
-        The structure of the results; that of the first tree by default.
+        The structure of the results, that of the first tree by default.
     """
     like = trees[0] if like is None else like
     columns = flatten(like, *trees)

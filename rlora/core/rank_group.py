@@ -79,12 +79,12 @@ class RankGroup:
     def gram(self, X: Sequence[Factors]) -> Stack:
         """``X Xᵀ`` in row form: ``A Aᵀ`` and ``Bᵀ B``."""
         A, B = zip(*X, strict=True)
-        return self.backend.grams(A, B, self.dtype, self.workspace)
+        return self.xp.concat(self.backend.grams(A, B, self.dtype, self.workspace))
 
     def partner_gram(self, X: Sequence[Factors]) -> Stack:
         """``X Xᵀ`` of the partner of each factor: ``Bᵀ B`` and ``A Aᵀ``."""
         A, B = zip(*X, strict=True)
-        return self.backend.grams(A, B, self.dtype, self.workspace, swapped=True)
+        return self.xp.concat(self.backend.grams(A, B, self.dtype, self.workspace)[::-1])
 
     def cross(self, X: Sequence[Factors], Y: Sequence[Factors]) -> Stack:
         """``X Yᵀ`` in row form."""

@@ -82,7 +82,7 @@ def scale_by_rite(
         if escape:
             lost = _escaped(backend, group.stack(state.spectrum), V)
             rho = decay2 * (group.per_layer(state.escaped) + lost)
-            rho = xp.clip(rho, max=largest**2)
+            rho = xp.clip(rho, max=largest**2)  # it adds up, and is kept in the parameters' dtype
             state = state._replace(escaped=group.unstack(rho[:, 0, 0]))
         G, numbers = group.in_range(G)
         Q = congruence(backend, W, group.gram(G)) / group.columns()

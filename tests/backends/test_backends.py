@@ -236,11 +236,11 @@ def test_a_sum_with_a_product(c, backend):
     assert_close(found, S + c * mT(X) @ Y, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "least", "count"), [
-    ("float32", 0.0, 11), ("float64", 0.0, 22), ("float32", 4e-5, 9), ("float64", 1e-3, 8),
+@pytest.mark.parametrize(("dtype", "least", "count", "more"), [
+    ("float32", 0.0, 11, 6), ("float64", 0.0, 22, 6), ("float32", 4e-5, 9, 3), ("float64", 1e-3, 8, 3),
 ])  # fmt: skip
-def test_cubics_bring_all_roots_to_one(dtype, least, count):
-    """From the root of the rounding on; (3 x - x³) / 2 is not there after three steps more."""
+def test_cubics_bring_all_roots_to_one(dtype, least, count, more):
+    """From the root of the rounding on; (3 x - x³) / 2 is not there after some steps more."""
     eps = float(np.finfo(dtype).eps)
     x = slow = np.geomspace(max(least, 10 * eps) ** 0.5, 1, 10_001).astype(np.longdouble)
     steps = cubics(eps, least)
@@ -249,7 +249,7 @@ def test_cubics_bring_all_roots_to_one(dtype, least, count):
     assert len(steps) == count
     # The last steps double the digits; coefficients are rounded in float64.
     assert abs(x - 1).max() < max(eps, 4 * np.finfo(float).eps)
-    for _ in range(count + 3):
+    for _ in range(count + more):
         slow = (3 * slow - slow**3) / 2
     assert abs(slow - 1).max() > eps
 

@@ -46,8 +46,7 @@ class TensorPair(NamedTuple):
     @property
     def params(self) -> tuple[Tensor, ...]:
         """Every parameter that the step reads."""
-        more = () if self.middle is None else (self.middle,)
-        return (self.A, self.B, *self.twins[0], *self.twins[1], *more)
+        return self.moved if self.middle is None else (*self.moved, self.middle)
 
     def gradient(self, side: int) -> Tensor | None:
         """The gradient of A (0) or B (1), with those of its tied parameters."""
