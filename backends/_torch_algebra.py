@@ -15,12 +15,14 @@ def newton_schulz(S: Array, power: float, damping: float) -> Array:
     eye = torch.eye(r, dtype=S.dtype, device=S.device).expand_as(S)
     trace = S.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1) * (1 + damping)
     unit = trace.clamp(min=info.smallest_normal)  # a smaller one counts as it
-    Y, Z = S / unit, eye
+    Y = S / unit
     if damping:
         Y.diagonal(dim1=-2, dim2=-1).add_(share)
-    *steps, last = cubics(info.eps, share)
+    (alpha, beta), *steps, last = cubics(info.eps, share)
+    Z = torch.baddbmm(eye, eye, Y, beta=alpha, alpha=-beta)  # α I - β Y in one operation
+    Y = torch.bmm(Y, Z)
     for alpha, beta in steps:
-        T = torch.baddbmm(eye, Z, Y, beta=alpha, alpha=-beta)  # in one operation
+        T = torch.baddbmm(eye, Z, Y, beta=alpha, alpha=-beta)
         Y, Z = torch.bmm(Y, T), torch.bmm(T, Z)
     T = torch.baddbmm(eye, Z, Y, beta=last[0], alpha=-last[1])
     if power > 0:
@@ -58,7 +60,7 @@ def without_tiny(S: Array) -> tuple[Array, Array]:
     """Grams, 0 where they are too small to be inverted, and their mean eigenvalues (K, 1, 1)."""
     mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)
     least = torch.finfo(S.dtype).smallest_normal / rounding_of(S)
-    return torch.where(mean <= least, 0.0, S), mean
+    return S.masked_fill(mean <= least, 0.0), mean
 
 
 def without_lost(W: Array, S: Array) -> Array:

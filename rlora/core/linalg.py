@@ -182,14 +182,17 @@ def congruence(backend: Backend, W: Array, S: Array) -> Array:
 
 
 def geometric_mean(backend: Backend, M: Array, S: Array) -> Array:
-    """``M⁻¹ # S = M^-½ (M^½ S M^½)^½ M^-½`` of positive definite matrices."""
+    """``M⁻¹ # S`` of positive definite matrices, ``Wᵀ (L S Lᵀ)^½ W`` for ``Wᵀ W = M⁻¹``, L = W M.
+
+    So for every such W: that of a Cholesky factorisation leaves one square root to be taken.
+    """
     xp = backend.xp
     m, s = (xp.reshape(xp.linalg.trace(X), (-1, 1, 1)) for X in (M, S))
     m, s = (xp.where(x > 0, x, xp.ones_like(x)) for x in (m, s))
     M, S = M / m, S / s  # what is below has their product
-    W = backend.damped_power(M, -0.5)
-    middle = backend.damped_power(congruence(backend, backend.matmul(M, W), S), 0.5)
-    return congruence(backend, W, middle) * (s**0.5 / m**0.5)
+    W = backend.damped_half(M)
+    root = backend.damped_power(congruence(backend, backend.matmul(W, M), S), 0.5)
+    return congruence(backend, mT(W), root) * (s**0.5 / m**0.5)
 
 
 def sylvester_spd(backend: Backend, P: Array, Q: Array, C: Array) -> Array:

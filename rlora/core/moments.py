@@ -235,8 +235,8 @@ def corrected_decay(xp: Any, b: float, count: Array) -> Array:
     """
     if is_zero(b):
         return xp.zeros_like(count)
-    old = b * xp.expm1(count * _logarithm(xp, b))  # b (b^t - 1)
-    return old / (old - (1 - b))  # 1 - b^(t+1) = b (1 - b^t) + 1 - b, without cancellation
+    old = xp.expm1(count * _logarithm(xp, b))  # b^t - 1, without cancellation
+    return old / (old - (1 - b) / b)
 
 
 def zeros(params: Tree) -> Tree:

@@ -21,9 +21,9 @@ WAITS = {
 MOST = {
     "scaled_adamw": 70,
     "scaled_adamw:before": 57,
-    "lora_rite": 205,
-    "lora_muon": 180,
-    "ref_lora": 168,
+    "lora_rite": 200,
+    "lora_muon": 178,
+    "ref_lora": 130,
 }
 """Operations of a step, of which each costs a launch: those counted and up to 3 more."""
 PLACED = ["scaled_adamw:before", "scaled_adamw:after"]
@@ -42,7 +42,9 @@ def test_operations_do_not_grow_with_the_layers_and_none_waits(method):
     assert {*few.waits, *many.waits} == WAITS.get(method, set())
 
 
-@pytest.mark.parametrize(("method", "most"), [("scaled_adamw", 60), ("lora_rite", 160)])
+@pytest.mark.parametrize(
+    ("method", "most"), [("scaled_adamw", 60), ("lora_rite", 156), ("ref_lora", 115)]
+)
 def test_a_step_of_one_shape(method, most, monkeypatch):
     monkeypatch.setattr(device_ops, "SHAPES", device_ops.SHAPES[:1])
     seen = device_ops.seen_in_a_step(device_ops.optimizer_of(method), device_ops.FEW)

@@ -8,6 +8,7 @@ import pytest
 from rlora import Factors
 from rlora.core.algebra import mT
 from rlora.core.backend import AdamNumbers, Backend
+from rlora.core.linalg import geometric_mean
 from rlora.core.placement import preconditioners
 from rlora.testing import assert_close
 
@@ -280,3 +281,31 @@ def test_within_knows_the_largest_magnitudes(backend, lead, low):
         truth = bool((((peaks >= low) | (peaks == 0)) & (peaks < 1e2)).all())
         found = backend.within([backend.asarray(x, "float64")], low, 1e2)
         assert found == truth if backend.name == "torch" else found <= truth
+
+
+@pytest.mark.parametrize("dtype, rtol", [("float64", 1e-8), ("float32", 1e-3)])
+def test_geometric_mean(backend, dtype, rtol):
+    """``M⁻¹ # S`` of Grams with a condition number of 1e4, whose product has 1e8.
+
+    1e-8 is eps times that; in float32 the damping of the root keeps it lower, and with a symmetric
+    root of M, whose eigenvectors are rounded too, it was off by 3e-3 and more.
+    """
+    rng = np.random.default_rng(0)
+    U, V = np.linalg.qr(rng.normal(size=(2, 20, 40, 8)))[0]
+    M, S = (backend.asarray(mT(F) @ F, dtype) for F in hard_factors(rng, U, V))
+    floor = 10 * np.finfo(dtype).eps * np.eye(8)  # of the trace: what a root is damped by
+    exact = []
+    for m, s in zip(*(backend.to_numpy(X).astype(float) for X in (M, S)), strict=True):
+        w, Q = np.linalg.eigh(m + floor * np.trace(m))
+        W = (Q * w**-0.5) @ Q.T
+        middle = W @ m @ s @ m @ W
+        w, Q = np.linalg.eigh(middle + floor * np.trace(middle))
+        exact.append(W @ (Q * w**0.5) @ Q.T @ W)
+    for found, K in zip(backend.to_numpy(geometric_mean(backend, M, S)), exact, strict=True):
+        assert_close(found, K, rtol=rtol)
+
+
+def hard_factors(rng, *bases):
+    """Factors (K, m, 8) with singular values from 1 to 0.01."""
+    sigma = np.geomspace(1, 1e-2, 8)
+    return [X * sigma @ np.linalg.qr(rng.normal(size=(len(X), 8, 8)))[0] for X in bases]
