@@ -236,7 +236,7 @@ def corrected_decay(xp: Any, b: float, count: Array) -> Array:
     if is_zero(b):
         return xp.zeros_like(count)
     old = xp.expm1(count * _logarithm(xp, b))  # b^t - 1, without cancellation
-    return old / (old - (1 - b) / b)
+    return old / (old - (1 - b) / b)  # numerator and denominator over -b
 
 
 def zeros(params: Tree) -> Tree:

@@ -283,29 +283,26 @@ def test_within_knows_the_largest_magnitudes(backend, lead, low):
         assert found == truth if backend.name == "torch" else found <= truth
 
 
-@pytest.mark.parametrize("dtype, rtol", [("float64", 1e-8), ("float32", 1e-3)])
-def test_geometric_mean(backend, dtype, rtol):
-    """``M⁻¹ # S`` of Grams with a condition number of 1e4, whose product has 1e8.
+@pytest.mark.parametrize("dtype, middle, most", [("float64", 1e-9, 1e-8), ("float32", 2e-4, 5e-3)])
+def test_geometric_mean(backend, dtype, middle, most):
+    """``M⁻¹ # S`` of 20 pairs of Grams with a condition number of 1e4: median and largest error.
 
-    1e-8 is eps times that; in float32 the damping of the root keeps it lower, and with a symmetric
-    root of M, whose eigenvectors are rounded too, it was off by 3e-3 and more.
+    With a symmetric root of M in the place of a Cholesky factor the median is 3e-4 and more in
+    float32, here 1e-4 at most (12 seeds, all libraries), the largest 1.4e-3. In float64 no error
+    is above eps times 1e8, the condition number of ``L S Lᵀ``.
     """
     rng = np.random.default_rng(0)
-    U, V = np.linalg.qr(rng.normal(size=(2, 20, 40, 8)))[0]
-    M, S = (backend.asarray(mT(F) @ F, dtype) for F in hard_factors(rng, U, V))
+    Q = np.linalg.qr(rng.normal(size=(2, 20, 8, 8)))[0]
+    M, S = (backend.asarray(X, dtype) for X in (Q * np.geomspace(1, 1e-4, 8)) @ mT(Q))
     floor = 10 * np.finfo(dtype).eps * np.eye(8)  # of the trace: what a root is damped by
-    exact = []
-    for m, s in zip(*(backend.to_numpy(X).astype(float) for X in (M, S)), strict=True):
+    errors = []
+    found = backend.to_numpy(geometric_mean(backend, M, S))
+    for m, s, K in zip(*(backend.to_numpy(X).astype(float) for X in (M, S)), found, strict=True):
         w, Q = np.linalg.eigh(m + floor * np.trace(m))
         W = (Q * w**-0.5) @ Q.T
-        middle = W @ m @ s @ m @ W
-        w, Q = np.linalg.eigh(middle + floor * np.trace(middle))
-        exact.append(W @ (Q * w**0.5) @ Q.T @ W)
-    for found, K in zip(backend.to_numpy(geometric_mean(backend, M, S)), exact, strict=True):
-        assert_close(found, K, rtol=rtol)
-
-
-def hard_factors(rng, *bases):
-    """Factors (K, m, 8) with singular values from 1 to 0.01."""
-    sigma = np.geomspace(1, 1e-2, 8)
-    return [X * sigma @ np.linalg.qr(rng.normal(size=(len(X), 8, 8)))[0] for X in bases]
+        inner = W @ m @ s @ m @ W
+        w, Q = np.linalg.eigh(inner + floor * np.trace(inner))
+        exact = W @ (Q * w**0.5) @ Q.T @ W
+        errors.append(abs(K - exact).max() / abs(exact).max())
+    assert np.median(errors) < middle
+    assert max(errors) < most
