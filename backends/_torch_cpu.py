@@ -36,14 +36,18 @@ class Arena:
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Uninitialised memory, nobody else's until `begin`."""
+        shape = tuple(shape)
         size, place = math.prod(shape), self._taken
         self._taken += 1
         if place == len(self._blocks):
             self._blocks.append(torch.empty(0))
         held = self._blocks[place]
+        if held.dtype == dtype and held.shape == shape:
+            return held
         if held.dtype != dtype or held.numel() < size:
-            held = self._blocks[place] = torch.empty(size, dtype=dtype)
-        return held[:size].view(tuple(shape))
+            held = self._blocks[place] = torch.empty(shape, dtype=dtype)
+            return held
+        return held.view(-1)[:size].view(shape)
 
 
 @contextmanager
@@ -84,11 +88,16 @@ def is_eager_cpu(x: Tensor) -> bool:
     return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def are_finite(S: Tensor) -> bool:
+    """Return whether all is known to be finite, where to look costs less than to do without."""
+    return is_eager_cpu(S) and bool(np.isfinite(S.numpy()).all())
+
+
 def damped_if_sound(S: Tensor, damping: float, relative: bool, least: float) -> Damped | None:
     """`Backend.damped` where every member has an inverse, else None; its numbers by NumPy.
 
     NumPy's arithmetic on K numbers takes a fraction of the time of a call of torch. Each member is
-    to the bit what `TorchBackend.damped` makes of it beside one that has no inverse.
+    to the bit what the way for a device makes of it beside one that has no inverse.
     """
     shift, scale = _shifts(S, damping, relative, least)
     info = torch.finfo(S.dtype)

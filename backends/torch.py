@@ -15,21 +15,20 @@ from rlora.core.factors import Array
 from ._cpu import cholesky_half
 from ._torch_algebra import (
     cholesky_pseudo_half,
+    damped,
     inverse_cholesky_times,
     newton_schulz,
     symmetric_pseudo_half,
 )
 from ._torch_cpu import (
+    are_finite,
     are_within,
-    damped_if_sound,
     eigh_waits,
     empty,
     fused_adam,
     is_eager_cpu,
     is_plain,
     reusing,
-    rounding_of,
-    share_of,
     shifted,
 )
 from ._torch_precision import exact
@@ -159,24 +158,14 @@ class TorchBackend(Backend):
     def plus_product(self, S: Array, c: float, X: Array, Y: Array) -> Array:
         return torch.baddbmm(S, X, Y, alpha=c)
 
+    def eigh(self, S: Array) -> tuple[Array, Array]:
+        if not are_finite(S):
+            return super().eigh(S)
+        w, Q = torch.linalg.eigh(S)
+        return w, Q
+
     def damped(self, S: Array, damping: float, *, relative: bool, least: float) -> Damped:
-        """As the generic one, in fewer kernels: for small adapters they are what a step costs."""
-        if is_eager_cpu(S) and (sound := damped_if_sound(S, damping, relative, least)):
-            return sound
-        info, rounding = torch.finfo(S.dtype), rounding_of(S)
-        mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)  # (K, 1, 1)
-        ratio = max(damping, floor := max(rounding, least))
-        shift = None if relative else (mean * floor).clamp_(min=damping)
-        scale = mean * (1 + ratio) if shift is None else mean + shift
-        # NaN stays; the last binade counts as overflown: two comparisons less.
-        unit = scale.clamp(info.smallest_normal / rounding, info.max / 2)
-        live = scale == unit
-        H = S / unit  # (K, r, r); what is not finite stays in its member, which `restore` replaces
-        added: Any = share_of(ratio)
-        if shift is not None:
-            added = torch.where(live, shift / unit, 1.0).view(-1, 1)
-        H.diagonal(dim1=-2, dim2=-1).add_(added)
-        return Damped(H, unit, live, unit * 0)
+        return damped(S, damping, relative, least)
 
     def damped_half(
         self,
