@@ -40,12 +40,12 @@ class Arena:
         size, place = math.prod(shape), self._taken
         self._taken += 1
         if place == len(self._blocks):
-            self._blocks.append(torch.empty(0))
+            self._blocks.append(torch.empty(0, device="cpu"))
         held = self._blocks[place]
         if held.dtype == dtype and held.shape == shape:
             return held
         if held.dtype != dtype or held.numel() < size:
-            held = self._blocks[place] = torch.empty(shape, dtype=dtype)
+            held = self._blocks[place] = torch.empty(shape, dtype=dtype, device="cpu")
             return held
         return held.view(-1)[:size].view(shape)
 
@@ -62,11 +62,11 @@ def reusing(workspace: Workspace) -> Iterator[None]:
         _arena.reset(token)
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory, inside of `reusing` that of the last time."""
     arena = None if torch.compiler.is_compiling() else _arena.get()
     if arena is None:
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     return arena.take(shape, dtype)
 
 
@@ -185,11 +185,10 @@ def fused_adam(
     ``(M / c1) / (sqrt(V) / root2 + eps) = (root2 / c1) M / (sqrt(V) + root2 eps)``: what torch's
     kernel subtracts from a zero parameter after infinitely many steps, without a correction left.
     """
-    numbers = [_common(x) for x in (c1, root2, eps)]
-    if None in numbers:
+    first, root, small = map(_common, (c1, root2, eps))
+    if first is None or root is None or small is None:
         return None
-    first, root, small = (float(x) for x in numbers if x is not None)
-    d = empty(g.shape, g.dtype, g.device).zero_()
+    d = empty(g.shape, g.dtype).zero_()
     if _arena.get() is None:
         mu, nu = mu.clone(), nu.clone()
     torch._fused_adamw_(
@@ -198,7 +197,7 @@ def fused_adam(
         [mu],
         [nu],
         [],
-        [torch.tensor(float("inf"))],
+        [torch.tensor(float("inf"), device="cpu")],
         lr=-root / first,
         beta1=b1,
         beta2=b2,

@@ -167,7 +167,7 @@ def take(
         return None
     shape = tuple(shape)
     if workspace is None:
-        return empty(shape, dtype, device)
+        return empty(shape, dtype)
     held = workspace.get(key)
     if held is None or held.dtype != dtype or held.numel() < math.prod(shape):
         held = workspace[key] = torch.empty(shape, dtype=dtype, device=device)
@@ -180,12 +180,11 @@ def take_each(
     count: int,
     shape: Sequence[int],
     dtype: Any,
-    device: Any,
 ) -> list[Array]:
-    """So many tensors of one shape, uninitialised: those of the last call where there are any."""
+    """So many tensors on a CPU, uninitialised: those of the last call where there are any."""
     key = (key, dtype)
     if workspace is None or key not in workspace:
-        made = [empty(shape, dtype, device) for _ in range(count)]
+        made = [empty(shape, dtype) for _ in range(count)]
         if workspace is None:
             return made
         workspace[key] = made

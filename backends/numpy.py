@@ -62,11 +62,11 @@ class NumPyBackend(Backend):
             np.multiply(g, g, out=work)
             work *= 1 - b2
             v += work
+            # (m / c) / (sqrt(v) / root + e) with one pass less
             np.sqrt(v, out=work)
-            work /= root
-            work += e
+            work += root * e
             np.divide(m, work, out=work)
-            work /= c
+            work *= root / c
             D.append(work)
         return M, V, D
 

@@ -16,8 +16,9 @@ from ._cpu import cholesky_half
 from ._torch_algebra import (
     cholesky_pseudo_half,
     damped,
+    damping_of,
+    half_power,
     inverse_cholesky_times,
-    newton_schulz,
     symmetric_pseudo_half,
 )
 from ._torch_cpu import (
@@ -142,7 +143,7 @@ class TorchBackend(Backend):
                 out = multiply(slot, P_k, G, out)
                 outs = views(workspace, ("views", slot, key), out, len(members), shape)
             else:
-                outs = take_each(workspace, ("out", slot, key), len(some), shape, dtype, device)
+                outs = take_each(workspace, ("out", slot, key), len(some), shape, dtype)
                 multiply_each(slot, powers, [G.to(dtype) for G in some], outs)
             for i, out in zip(members, outs, strict=True):
                 result[i] = out
@@ -193,16 +194,13 @@ class TorchBackend(Backend):
             W = self.inverse_cholesky(S)
             return torch.bmm(W.mT, W)
         if abs(power) == 0.5 and eigh_waits(S):
-            return self.newton_schulz(S, power)
+            return half_power(S, power)
         return super().spd_power(S, power)
 
     def inverse_cholesky(self, S: Array, *, upper: bool = False) -> Array:
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
         W = inverse_cholesky_times(S.flip(-2, -1) if upper else S, eye)
         return W.flip(-2, -1) if upper else W
-
-    def newton_schulz(self, S: Array, power: float, damping: float = 0.0) -> Array:
-        return newton_schulz(S, power, damping)
 
     def pseudo_power(self, S: Array, exponent: float) -> Array:
         if exponent != -0.5 or not eigh_waits(S):
@@ -219,7 +217,7 @@ class TorchBackend(Backend):
     def inverse_root_half(self, V: Array, eps: float, X: Array) -> Array:
         if not eigh_waits(V):
             return super().inverse_root_half(V, eps, X)
-        root = self.newton_schulz(V, 0.5, torch.finfo(V.dtype).eps ** 0.5)
+        root = half_power(V, 0.5, damping_of(V))
         root.diagonal(dim1=-2, dim2=-1).add_(eps)
         return inverse_cholesky_times(root, X)  # an LU factorisation may wait for a device
 
@@ -240,14 +238,13 @@ class TorchBackend(Backend):
     def descend(self, X: Tall, D: Tall, lr: Array | float, donate: bool = False) -> list[Array]:
         if not isinstance(lr, float):
             return [x - lr * d for x, d in zip(X, D, strict=True)]
-        if X and not self.on_pieces and all(x.device.type == "cuda" for x in X):
-            # One kernel for all of a shape; DTensors have none.
+        if X and all(x.device.type == "cuda" for x in X):  # one kernel for all of a shape
             return list(torch._foreach_sub(list(X), list(D), alpha=lr))
         moved = []
         for x, d in zip(X, D, strict=True):
             out = None
             if is_plain(x, d):
-                out = x if donate else empty(d.shape, d.dtype, d.device)
+                out = x if donate else empty(d.shape, d.dtype)
             moved.append(torch.sub(x, d, alpha=lr, out=out))
         return moved
 

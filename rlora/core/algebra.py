@@ -58,7 +58,7 @@ class MatrixAlgebra:
         """
         xp = self.xp
         finite = xp.all(xp.isfinite(S), axis=(-2, -1), keepdims=True)  # (K, 1, 1)
-        eye = xp.eye(S.shape[-1], dtype=S.dtype, device=device_of(S))
+        eye = eye_like(xp, S)
         w, Q = xp.linalg.eigh(xp.where(finite, S, eye))
         return xp.where(finite[..., 0], w, xp.full_like(w, float("nan"))), Q
 
@@ -130,14 +130,14 @@ class MatrixAlgebra:
         """The damping and scaling of `damped_power`, which leave definite matrices."""
         xp, r, info = self.xp, S.shape[-1], self.xp.finfo(S.dtype)
         rounding = ROUNDING * r * float(info.eps)
-        mean = xp.reshape(xp.linalg.trace(S), (-1, 1, 1)) / r  # (K, 1, 1), the mean eigenvalue
+        mean = traces(xp, S) / r  # (K, 1, 1), the mean eigenvalue
         floor = max(rounding, least)
         ratio = xp.clip(damping * xp.ones_like(mean), min=floor)
         shift = ratio * mean if relative else xp.clip(floor * mean, min=damping)
         scale = mean + shift
         live = (scale > float(info.smallest_normal) / rounding) & (scale < float(info.max))
         unit = xp.where(live, scale, xp.ones_like(scale))
-        eye = xp.eye(r, dtype=S.dtype, device=device_of(S))
+        eye = eye_like(xp, S)
         shift = xp.where(live, shift, xp.zeros_like(scale))  # inf times 0 is NaN
         H = xp.where(live, (S + shift * eye) / unit, eye)  # (K, r, r)
         return Damped(H, unit, live, xp.where(xp.isnan(scale), scale, xp.zeros_like(scale)))
@@ -163,7 +163,7 @@ class MatrixAlgebra:
         """Grams of trace r, 0 for one too small, their divisors, and what rounding leaves of 0."""
         xp, r, info = self.xp, S.shape[-1], self.xp.finfo(S.dtype)
         rounding = ROUNDING * r * float(info.eps)
-        mean = xp.reshape(xp.linalg.trace(S), (-1, 1, 1)) / r
+        mean = traces(xp, S) / r
         zero = mean <= float(info.smallest_normal) / rounding  # or too small, as in `damped_power`
         unit = xp.where(zero, xp.ones_like(mean), mean)
         return xp.where(zero, xp.zeros_like(S), S / unit), unit, rounding
@@ -182,51 +182,17 @@ class MatrixAlgebra:
         half = xp.where(lost, root, xp.where(lost, xp.ones_like(root), root) ** -0.5)
         return self.matmul(mT(Q * xp.expand_dims(half, axis=-2)), X)
 
-    def newton_schulz(self, S: Array, power: float, damping: float = 0.0) -> Array:
-        """``(S + damping tr(S)/r I)^power`` for ±½ by products alone, 0 for S = 0; (K, r, r).
-
-        ``T = α I - β Z Y, Y <- Y T, Z <- T Z`` from Z = I and the damped S of trace 1 as Y, which
-        go to its root and to the inverse of that. The error is about eps times the condition
-        number: callers keep that far below 1.
-        """
-        xp, matmul, r = self.xp, self.matmul, S.shape[-1]
-        eye = xp.eye(r, dtype=S.dtype, device=device_of(S))
-        trace = (1 + damping) * xp.reshape(xp.linalg.trace(S), (-1, 1, 1))
-        unit = xp.where(trace == 0, xp.ones_like(trace), trace)
-        share = damping / (1 + damping) / r
-        Y, Z = S / unit + share * eye, eye + xp.zeros_like(S)
-        for alpha, beta in cubics(float(xp.finfo(S.dtype).eps), share):
-            T = alpha * eye - beta * matmul(Z, Y)
-            Y, Z = matmul(Y, T), matmul(T, Z)
-        return xp.where(trace == 0, xp.zeros_like(S), (Y if power > 0 else Z) * unit**power)
-
-
-def cubics(eps: float, least: float = 0.0) -> list[tuple[float, float]]:
-    """The α and β of steps ``x <- α x - β x³`` that bring all of ``[sqrt(least), 1]`` to 1.
-
-    `least` counts as 10 eps, what rounding leaves of a zero eigenvalue, where it is smaller.
-
-    Of all odd cubics each is the one that is nearest to 1 on the interval ``[a, b]`` that the step
-    before has left: with ``s = a² + ab + b²`` and ``e = sqrt(s / 3)``, its extremum, it is
-    ``2 (s x - x³) / (2 e³ + ab (a + b))``, off by the same at a, e and b. The first multiplies a
-    small x by 5 and the next ones by 2.6, where ``(3 x - x³) / 2``, the limit for a and b near 1,
-    does by 1.5: 11 steps in float32 and 22 in float64 take the place of 23 and 48.
-
-    E. Grishina, M. Smirnov, M. Rakhuba. Accelerating Newton-Schulz Iteration for Orthogonalization
-    via Chebyshev-type Polynomials. arXiv:2506.10935, 2025.
-    """
-    steps = []
-    a, b, error = max(least, ROUNDING * eps) ** 0.5, 1.0, 1.0
-    while 2 * error**2 >= eps:
-        s, ends = a * a + a * b + b * b, a * b * (a + b)
-        peak = 2 * (s / 3) ** 1.5  # 2 e³
-        beta = 2 / (peak + ends)
-        steps.append((beta * s, beta))
-        error = beta / 2 * (peak - ends)
-        a, b = 1 - error, 1 + error
-    return [*steps, (1.5, 0.5)]  # which leaves 1.5 error²
-
 
 def mT(x: Array) -> Array:
     """Transpose of the last two axes; a view where the library has views."""
     return x.mT if hasattr(x, "mT") else x.swapaxes(-1, -2)
+
+
+def traces(xp: Any, S: Array) -> Array:
+    """Those of (K, r, r), as (K, 1, 1)."""
+    return xp.reshape(xp.linalg.trace(S), (-1, 1, 1))
+
+
+def eye_like(xp: Any, S: Array) -> Array:
+    """The identity (r, r) with the dtype and device of S (..., r, r)."""
+    return xp.eye(S.shape[-1], dtype=S.dtype, device=device_of(S))

@@ -163,9 +163,7 @@ def check_scaling(scaling: Any) -> None:
     """ValueError or TypeError unless the s of ``W0 + s B A`` is positive, finite, or an array."""
     if getattr(scaling, "shape", None) == () and not isinstance(scaling, Real):
         return  # its value is not asked for
-    if isinstance(scaling, bool) or not isinstance(scaling, Real):
-        msg = f"scaling must be a real number, got {scaling!r} ({type(scaling).__name__})"
-        raise TypeError(msg)
+    check_real("scaling", scaling)
     if not 0.0 < float(scaling) < float("inf"):
         msg = (
             f"scaling must be finite and positive, got {scaling!r}; it is the s of W0 + s B A, "

@@ -70,6 +70,8 @@ def decay_product_around(weight_decay: float) -> Transform:
 
 def _decay(weight_decay: float, split: Split) -> Transform:
     check_nonnegative("weight_decay", weight_decay)
+    if is_zero(weight_decay):  # then the step may be made in place
+        return Transform(no_state, pass_on, sharded=True)
 
     def apply(params: Tree, direction: Tree, lr: Array | float) -> Tree:
         keep, reach = split(1 - lr * weight_decay)

@@ -7,9 +7,9 @@ round: the question it answers is what is wrong with A.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rlora.core.algebra import ROUNDING
+from rlora.core.algebra import ROUNDING, eye_like
 from rlora.core.backend import Backend
-from rlora.core.factors import Array, Factors, device_of
+from rlora.core.factors import Array, Factors
 from rlora.core.rank_group import RankGroup, Stack
 
 
@@ -139,7 +139,7 @@ def _shift(backend: Backend, S: Stack, damping: Damping) -> tuple[Array, Array]:
 
 
 def _shifted(backend: Backend, S: Stack, shift: Array) -> Stack:
-    eye = backend.xp.eye(S.shape[-1], dtype=S.dtype, device=device_of(S))
+    eye = eye_like(backend.xp, S)
     return S + _small(shift) * eye
 
 

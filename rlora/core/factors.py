@@ -121,7 +121,7 @@ def replaced(tree: Tree, old: Sequence[Array], new: Sequence[Array]) -> Tree:
 
 def unflatten(tree: Tree, leaves: Sequence[Array]) -> Tree:
     """The inverse of `flatten`."""
-    return rebuild_each(tree, map(Factors, leaves[::2], leaves[1::2]))[0]
+    return rebuild_each(tree, in_pairs(leaves))[0]
 
 
 def in_pairs(leaves: Sequence[Array]) -> list[Factors]:

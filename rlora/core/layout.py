@@ -214,7 +214,7 @@ def _axis_of_rank(pattern: str, shape: Shape) -> int:
 
 def _front(pattern: str, shape: Shape) -> Shape:
     """Lengths of the axes that a stack with a star takes at the front."""
-    first, *rest = pattern.split()
+    first, *rest = _tokens(pattern)
     return shape[: len(shape) - len(rest)] if re.fullmatch(r"[^rnm1]\*", first) else ()
 
 

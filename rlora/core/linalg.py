@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
-from rlora.core.algebra import ROUNDING, mT
+from rlora.core.algebra import ROUNDING, mT, traces
 from rlora.core.backend import Backend
 from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative
 from rlora.core.factors import Array, Factors, device_of, indices_by_rank
@@ -53,30 +53,29 @@ def frozen_powers(
     return powers
 
 
-def metric_power(
+def inverse_metric(
     group: RankGroup,
     S: Stack,
-    exponent: float = -1.0,
     damping: float = 0.0,
     damping_mode: DampingMode = "relative",
     least: float = 0.0,
 ) -> Stack:
-    """``H^exponent``, where the H of a factor is the damped Gram of its partner.
+    """``H⁻¹``, where the H of a factor is the damped Gram of its partner.
 
     `S` are the Grams of the partners. A factor whose partner is zero gets 0. The shift is at least
     `least` times the mean eigenvalue, in every mode.
     """
     power, concat = partial(group.backend.damped_power, least=least), group.xp.concat
     if damping_mode != "covariant":
-        return power(S, exponent, damping, relative=damping_mode == "relative")
+        return power(S, -1.0, damping, relative=damping_mode == "relative")
     S_B, S_A = group.halves(S)
-    return power(concat([S_B + damping * power(S_A, -1.0), S_A]), exponent)
+    return power(concat([S_B + damping * power(S_A, -1.0), S_A]), -1.0)
 
 
 def metric_half(
     group: RankGroup, S: Stack, damping: float, damping_mode: DampingMode, least: float
 ) -> Stack:
-    """Triangular P with ``Pᵀ P = H⁻¹``, where H is as in `metric_power`: upper for A, lower for B.
+    """Triangular P with ``Pᵀ P = H⁻¹``, H as in `inverse_metric`: upper for A, lower for B.
 
     After a lower triangular change of basis T with a positive diagonal, ``A <- T A`` and ``B <- B
     T⁻¹``, the halves of B are ``P T⁻¹`` and, under covariant damping, those of A ``P Tᵀ``: what P
@@ -105,7 +104,7 @@ def without_null_space(group: RankGroup, P: Stack, S: Stack) -> Stack:
     group : RankGroup
         The pairs.
     P : Stack
-        The preconditioner of each factor, as `metric_power` gives it.
+        The preconditioner of each factor, as `inverse_metric` gives it.
     S : Stack
         The Grams of the partners.
     """
@@ -187,7 +186,7 @@ def geometric_mean(backend: Backend, M: Array, S: Array) -> Array:
     So for every such W: that of a Cholesky factorisation leaves one square root to be taken.
     """
     xp = backend.xp
-    m, s = (xp.reshape(xp.linalg.trace(X), (-1, 1, 1)) for X in (M, S))
+    m, s = traces(xp, M), traces(xp, S)
     m, s = (xp.where(x > 0, x, xp.ones_like(x)) for x in (m, s))
     M, S = M / m, S / s  # what is below has their product
     W = backend.damped_half(M)

@@ -18,7 +18,7 @@ from rlora.core.factors import (
     map_pairs,
 )
 from rlora.core.sizes import euclidean_norm, shrink_to
-from rlora.core.transform import State, Transform, no_state
+from rlora.core.transform import State, Transform, no_state, one_side
 
 TINY = 1e-30
 EpsForm = Literal["torch", "hf"]
@@ -86,8 +86,11 @@ def momentum(decay: float = 0.9, *, nesterov: bool = False, dampening: float = 0
         def move(M: list[Array], counts: list[Array], G: list[Array]) -> tuple[list[Array], ...]:
             xp = get_backend(*G).xp
             for i, (t, g) in enumerate(zip(counts, G, strict=True)):
-                one = xp.ones_like(t)
-                M[i] = decay * M[i] + each(xp.where(t == 0, one, (1 - dampening) * one)) * g
+                added = g
+                if not is_zero(dampening):
+                    one = xp.ones_like(t)
+                    added = each(xp.where(t == 0, one, (1 - dampening) * one)) * g
+                M[i] = decay * M[i] + added
             ahead = [g + decay * mu for g, mu in zip(G, M, strict=True)] if nesterov else M
             return M, [t + 1 for t in counts], ahead
 
@@ -214,16 +217,12 @@ def only(side: Literal["A", "B"], inner: Transform) -> Transform:
     inner : Transform
         A transformation, such as `scale_by_adam`.
     """
-    other: dict[str, None] = {"B" if side == "A" else "A": None}
-
-    def half(tree: Tree) -> Tree:
-        return map_pairs(lambda pair: pair._replace(**other), tree)
 
     def init(params: Tree, scaling: float = 1.0) -> State:
-        return inner.init(half(params), scaling)
+        return inner.init(one_side(params, side), scaling)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        return inner.update(half(grads), state, half(params))
+        return inner.update(one_side(grads, side), state, one_side(params, side))
 
     return inner._replace(init=init, update=update)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from rlora.core.algebra import mT
 from rlora.core.backend import Backend, Workspace
 from rlora.core.factors import Array, Factors, indices_by_rank
-from rlora.core.linalg import DampingMode, metric_half, metric_power
+from rlora.core.linalg import DampingMode, inverse_metric, metric_half
 from rlora.core.rank_group import RankGroup, Stack
 
 Placement = Literal["before", "after", "both"]
@@ -39,7 +39,6 @@ def preconditioners(
     damping_mode: DampingMode,
     placement: Placement = "before",
     compute_dtype: str | None = None,
-    workspace: Workspace | None = None,
 ) -> Preconditioners:
     """Preconditioners of every pair by the damped Grams: one batch for all pairs of one rank.
 
@@ -59,10 +58,8 @@ def preconditioners(
         See `split_power`.
     compute_dtype : {None, "float32", "float64"}
         Precision of Grams and powers; the result comes in the parameters' own, at least float32.
-    workspace : dict, optional
-        Memory to use again at the next call with factors of the same shapes.
     """
-    grams = rank_grams(backend, params, compute_dtype=compute_dtype, workspace=workspace)
+    grams = rank_grams(backend, params, compute_dtype=compute_dtype)
     sizes = [(pair.B.shape[-2], pair.A.shape[-1]) for pair in params]
     return gram_powers(
         grams, sizes, placement=placement, damping=damping, damping_mode=damping_mode
@@ -180,20 +177,21 @@ def split_power(
         None for the identity.
     """
     if placement == "before":
-        return metric_power(group, S, -1.0, damping, damping_mode), None
+        return inverse_metric(group, S, damping, damping_mode), None
     xp, matmul, both = group.xp, group.backend.matmul, placement == "both"
     if both:
         P = metric_half(group, S, damping, damping_mode, LEAST)
     else:
-        P = metric_power(group, S, -1.0, damping, damping_mode, LEAST)
+        P = inverse_metric(group, S, damping, damping_mode, LEAST)
     if not group.backend.within([S], 0.0, math.inf):
         # A Gram that has overflowed has P = 0, and 0 times inf would be NaN.
         live = P[:, :1, :1] != 0  # on the diagonal of another one all is positive
         S = xp.where(live, S, xp.zeros_like(P))
-    F = matmul(S, mT(P))
+    transposed = mT(P)
+    F = matmul(S, transposed)
     F = matmul(P, F) if both else F
     F = matmul(F, F)
-    second = matmul(mT(P), matmul(F, F))
+    second = matmul(transposed, matmul(F, F))
     c = group.constant([((m / n) ** 0.25, (n / m) ** 0.25) for m, n in sizes])
     return (P if both else None), rate * c * second
 
@@ -202,12 +200,12 @@ def precondition(
     backend: Backend,
     P: Sequence[Factors],
     grads: Sequence[Factors],
-    workspace: Workspace | None = None,
 ) -> list[Factors]:
     """``P_A G_A`` and ``G_B P_B`` for every pair; None stays None."""
     left = [i for i, G in enumerate(grads) if G.A is not None]
     right = [i for i, G in enumerate(grads) if G.B is not None]
-    A = backend.apply_left([P[i].A for i in left], [grads[i].A for i in left], workspace)
-    B = backend.apply_right([grads[i].B for i in right], [P[i].B for i in right], workspace)
+    A = backend.apply_left([P[i].A for i in left], [grads[i].A for i in left])
+    B = backend.apply_right([grads[i].B for i in right], [P[i].B for i in right])
     of_A, of_B = dict(zip(left, A, strict=True)), dict(zip(right, B, strict=True))
-    return [Factors(of_A.get(i), of_B.get(i)) for i in range(len(grads))]
+    places = range(len(grads))
+    return list(map(Factors, map(of_A.get, places), map(of_B.get, places)))

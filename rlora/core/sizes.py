@@ -82,19 +82,12 @@ def swapped(numbers: Sequence[Factors], X: Sequence[Factors]) -> list[Factors]:
 
 def euclidean_norm(xp: Any, leaves: list[Array]) -> Array:
     """Norm of all arrays together; squares overflow before entries do: the largest goes first."""
-    peak = _fold(xp.maximum, [xp.max(xp.abs(x)) for x in leaves])
+    peak = xp.max(xp.stack([xp.max(xp.abs(x)) for x in leaves]))
     peak = xp.where(peak > 0, peak, xp.ones_like(peak))
-    return peak * xp.sqrt(_fold(lambda x, y: x + y, [xp.sum((x / peak) ** 2) for x in leaves]))
+    return peak * xp.sqrt(xp.sum(xp.stack([xp.sum((x / peak) ** 2) for x in leaves])))
 
 
 def shrink_to(xp: Any, bound: float, norm: Array) -> Array:
     """The number that brings a norm down to a bound: at most 1, and NaN stays visible."""
     over = norm > bound
     return xp.where(over, bound / xp.where(over, norm, xp.ones_like(norm)), 0 * norm + 1)
-
-
-def _fold(f: Any, xs: list[Array]) -> Array:
-    total = xs[0]
-    for x in xs[1:]:
-        total = f(total, x)
-    return total

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from rlora.core.checks import check_rate
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
-from rlora.core.factors import Array, Tree, detached, flatten, leaves_of, map_pairs, unflatten
+from rlora.core.factors import Array, Tree, detached, flatten, leaves_of, unflatten
 from rlora.core.structure import another_state, side_by_side
-from rlora.core.transform import State, Transform, apply_updates, stay
+from rlora.core.transform import State, Transform, apply_updates, one_side, stay
 
 
 def step(
@@ -98,10 +98,8 @@ def move(
     params = unflatten(params, detached(leaves))
     if transform.order == "jacobi":
         return _move(transform, params, grads, state, lr, donate)
-    for side in ("A", "B"):
-        other = {"B": None} if side == "A" else {"A": None}
-        one_sided = map_pairs(lambda pair, other=other: pair._replace(**other), grads)
-        params, state = _move(transform, params, one_sided, state, lr, donate)
+    params, state = _move(transform, params, one_side(grads, "A"), state, lr, donate)
+    params, state = _move(transform, params, one_side(grads, "B"), state, lr, donate)
     return params, state
 
 

@@ -14,6 +14,7 @@ from rlora.core.factors import (
     flatten,
     map_leaves,
     map_moving,
+    map_pairs,
     replaced,
     unflatten,
 )
@@ -68,6 +69,11 @@ def pass_on(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
     return grads, state
 
 
+def one_side(tree: Tree, side: Literal["A", "B"]) -> Tree:
+    """A collection with None in the place of each other factor."""
+    return map_pairs(lambda pair: pair._replace(**{"B" if side == "A" else "A": None}), tree)
+
+
 def still_at_zero(apply: ApplyFn) -> ApplyFn:
     """The same update, but for a learning rate of 0, which changes no bit of the parameters.
 
@@ -86,8 +92,10 @@ def still_at_zero(apply: ApplyFn) -> ApplyFn:
         if isinstance(lr, Real):
             return apply(params, direction, lr, **how) if lr else params
 
-        def unless_zero(old: Array, new: Array) -> Array:  # nothing asks an array for its value
-            return get_backend(old).xp.where(lr == 0, old, new)
+        zero = lr == 0  # nothing asks an array for its value
+
+        def unless_zero(old: Array, new: Array) -> Array:
+            return get_backend(old).xp.where(zero, old, new)
 
         return map_leaves(unless_zero, params, apply(params, direction, lr))
 

@@ -15,7 +15,7 @@ from rlora.core.linalg import (
     DampingMode,
     add,
     check_damping,
-    metric_power,
+    inverse_metric,
     symmetric,
     tangent,
     without_null_space,
@@ -151,7 +151,7 @@ def _root_weight(xp: Any, norms: Array, eps: float) -> Array:
 
 
 def _inverses(group: RankGroup, S: Stack, damping: float, damping_mode: DampingMode) -> Stack:
-    P = metric_power(group, S, -1.0, damping, damping_mode)
+    P = inverse_metric(group, S, damping, damping_mode)
     return without_null_space(group, P, S)
 
 

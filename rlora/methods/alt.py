@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, counterparts, pairs_of, rebuild
-from rlora.core.linalg import DampingMode, check_damping, metric_power
+from rlora.core.linalg import DampingMode, check_damping, inverse_metric
 from rlora.core.moments import each, per_pair, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, by_rank, record_turn
 from rlora.core.transform import State, Transform, chain
@@ -94,9 +94,9 @@ def alternate(
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
         backend, xp = group.backend, group.xp
         S = group.partner_gram(group.params)
-        T = backend.matmul(metric_power(group, S), group.stack(state.turn))
+        T = backend.matmul(inverse_metric(group, S), group.stack(state.turn))
         mu = group.apply(T, state.mu)  # in the coordinates that the partner has now
-        g = group.apply(metric_power(group, S, -1.0, damping, damping_mode), G)
+        g = group.apply(inverse_metric(group, S, damping, damping_mode), G)
 
         def move(k: int, letter: str) -> tuple[Array, Array, Array | None]:
             nu = None if rates.b2 is None else getattr(state.nu[k], letter)

@@ -6,10 +6,10 @@ Accelerate Convergence. arXiv:2605.31484, 2026.
 
 from typing import Final
 
-from rlora.core.algebra import mT
+from rlora.core.algebra import eye_like, mT, traces
 from rlora.core.checks import hyperparameters
 from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Factors, Tree, device_of, leaves_of, map_leaves, map_pairs
+from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
 from rlora.core.inner import check_jacobi, inner_or_adamw
 from rlora.core.linalg import geometric_mean
 from rlora.core.rank_group import RankGroup, by_rank
@@ -102,13 +102,13 @@ def balance(group: RankGroup, X: list[Factors], state: State) -> tuple[list[Fact
     """``K^½ A`` and ``B K^-½`` of a group's own factors X."""
     backend, xp = group.backend, group.xp
     S = group.gram(group.params)
-    trace = xp.reshape(xp.linalg.trace(S), (-1, 1, 1))
+    trace = traces(xp, S)
     a, b = group.halves(trace)
     info = xp.finfo(S.dtype)
     least, most = float(info.smallest_normal) / float(info.eps), float(info.max)
     live = (a > least) & (b > least) & (a < most) & (b < most)
     live = xp.concat([live, live])
-    eye = xp.eye(group.rank, dtype=S.dtype, device=device_of(S))
+    eye = eye_like(xp, S)
     unit = xp.where(live, trace, xp.ones_like(trace))
     S_A, S_B = group.halves(xp.where(live, S / unit + SINGULAR / group.rank * eye, eye))
     w, Q = backend.eigh(geometric_mean(backend, S_A, S_B))

@@ -11,7 +11,7 @@ from rlora.core.algebra import ROUNDING, mT
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, counterparts, map_pairs, rebuild
-from rlora.core.linalg import DampingMode, check_damping, metric_power
+from rlora.core.linalg import DampingMode, check_damping, inverse_metric
 from rlora.core.moments import corrected_decay, counts, each, over, per_pair, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, by_rank, record_turn
 from rlora.core.transform import State, Transform, chain
@@ -72,8 +72,8 @@ def scale_by_loft(
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], LoftState]:
         xp, matmul = group.xp, group.backend.matmul
         S = group.partner_gram(group.params)
-        T = matmul(metric_power(group, S), group.stack(state.turn))  # old coordinates to new
-        P = metric_power(group, S, -1.0, damping, damping_mode)
+        T = matmul(inverse_metric(group, S), group.stack(state.turn))  # old coordinates to new
+        P = inverse_metric(group, S, damping, damping_mode)
         g = [over(d, s) for d, s in zip(group.apply(P, G), state.scaling, strict=True)]
         old, to_new = group.apply(T, state.mu), group.unstack(T)
 

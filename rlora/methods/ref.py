@@ -6,9 +6,10 @@ of Large Models. arXiv:2505.18877, 2025.
 
 from typing import Literal
 
+from rlora.core.algebra import eye_like, traces
 from rlora.core.checks import check_choice, hyperparameters, is_zero
 from rlora.core.decay import add_decayed_weights
-from rlora.core.factors import Factors, device_of
+from rlora.core.factors import Factors
 from rlora.core.linalg import geometric_mean
 from rlora.core.moments import momentum as add_momentum
 from rlora.core.rank_group import RankGroup, Stack, by_rank
@@ -32,11 +33,12 @@ def balancing(group: RankGroup, S: Stack, form: Form) -> Stack:
     """``K = S_B⁻¹ # S_A`` for A and its inverse for B; the identity where a factor is zero."""
     backend, xp = group.backend, group.xp
     partner = group.swap_sides(S)
-    own_trace, its_trace = (xp.reshape(xp.linalg.trace(X), (-1, 1, 1)) for X in (S, partner))
-    eye = xp.eye(group.rank, dtype=S.dtype, device=device_of(S))
+    own_trace, its_trace = traces(xp, S), traces(xp, partner)
+    eye = eye_like(xp, S)
     zero = (own_trace == 0) | (its_trace == 0)
     if form == "scalar":
-        K = (own_trace / xp.where(zero, xp.ones_like(its_trace), its_trace)) ** 0.5 * eye
+        # Each root by itself: a ratio of traces may be out of range where that of norms is not.
+        K = own_trace**0.5 / xp.where(zero, xp.ones_like(its_trace), its_trace) ** 0.5 * eye
     else:
         K = geometric_mean(backend, partner, S)
     if group.numbers is not None:

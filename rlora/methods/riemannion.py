@@ -13,7 +13,7 @@ from rlora.core.backend import Backend
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, device_of, map_leaves, map_pairs
-from rlora.core.linalg import add, metric_power, scale, tangent
+from rlora.core.linalg import add, inverse_metric, scale, tangent
 from rlora.core.moments import zeros
 from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, apply_updates, chain
@@ -91,7 +91,7 @@ def riemannion(
         return RiemannionState(map_pairs(lambda pair: Tangent(*pair), zeros(params)))
 
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
-        P = metric_power(group, group.partner_gram(group.params))
+        P = inverse_metric(group, group.partner_gram(group.params))
         mu = add(tangent(group, P, G), scale(b1, state.mu))
         seen = [_seen_msign(group.backend, X, M) for X, M in zip(group.params, mu, strict=True)]
         return tangent(group, P, seen), RiemannionState([Tangent(*M) for M in mu])
@@ -101,7 +101,7 @@ def riemannion(
         turn = group.partner_cross(group.params, old)
         move = group.partner_cross(group.params, state.mu)
         seen = add(group.apply(turn, state.mu), group.apply(move, old))
-        P = metric_power(group, group.partner_gram(group.params))
+        P = inverse_metric(group, group.partner_gram(group.params))
         return RiemannionState([Tangent(*M) for M in tangent(group, P, seen)])
 
     def retract(params: Tree, direction: Tree, lr: Array | float) -> Tree:

@@ -11,11 +11,10 @@ import pytest
 import rlora
 import rlora.backends
 from rlora import BackendError, Factors
-from rlora.backends import get
 from rlora.core import dispatch
-from rlora.core.algebra import cubics, mT
+from rlora.core.algebra import mT
 from rlora.core.backend import Backend
-from rlora.testing import CONTRACT, assert_close, make_problem, run
+from rlora.testing import CONTRACT, assert_close, make_problem
 
 
 def test_available_says_version_and_devices_or_why_not():
@@ -185,48 +184,6 @@ def test_float64_without_jax_x64_is_refused(monkeypatch):
         method.update(pair, method.init(pair), pair)
 
 
-# --- what a CUDA device takes instead of an eigendecomposition, which would wait for it -----------
-
-
-@pytest.fixture
-def without_eigh(monkeypatch):
-    import rlora.backends.torch as fast
-
-    monkeypatch.setattr(fast, "eigh_waits", lambda S: True)
-    for name in ("eigh", "spd_power", "pseudo_power", "inverse_root_half"):  # the generic ones
-        monkeypatch.setattr(Backend, name, None)
-
-
-@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4, 1e6])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_newton_schulz_equals_eigh(condition, dtype, backend):
-    """Roots of eigenvalues down to the rounding of the matrix: eps times the condition number."""
-    rng = np.random.default_rng(0)
-    Q = np.linalg.qr(rng.normal(size=(5, 16, 16)))[0]
-    w = 7 * np.geomspace(1, 1 / condition, 16)
-    S = backend.asarray((Q * w) @ mT(Q), dtype)
-    eps = np.finfo(dtype).eps
-    root, inverse = (backend.newton_schulz(S, power) for power in (0.5, -0.5))
-    assert_close(root, (Q * w**0.5) @ mT(Q), rtol=100 * eps * condition**0.5)
-    assert_close(inverse, (Q * w**-0.5) @ mT(Q), rtol=10 * eps * max(condition, 10))
-    assert not any(backend.to_numpy(backend.newton_schulz(0 * S, p)).any() for p in (0.5, -0.5))
-
-
-@pytest.mark.parametrize("damping", [1e-6, 1e-3, 1.0])
-@pytest.mark.parametrize("power", [0.5, -0.5])
-def test_newton_schulz_of_what_is_damped(power, damping, backend):
-    """A direction of the matrix is lost; the condition number is 16 / damping at most."""
-    rng = np.random.default_rng(0)
-    Q = np.linalg.qr(rng.normal(size=(5, 16, 16)))[0]
-    w = 7 * np.append(np.geomspace(1, 1e-3, 15), 0.0)
-    S = backend.asarray((Q * w) @ mT(Q), "float64")
-    expected = (Q * (w + damping * w.mean()) ** power) @ mT(Q)
-    found = backend.newton_schulz(S, power, damping)
-    assert_close(found, expected, rtol=10 * np.finfo(float).eps * max(16 / damping, 100))
-    zero = backend.to_numpy(backend.newton_schulz(0 * S, power, damping))
-    assert abs(zero).max() < 1e-150  # or what is left of the root of the smallest number
-
-
 @pytest.mark.parametrize("c", [0.0, 0.5, -2.0])
 def test_a_sum_with_a_product(c, backend):
     """Stacks (K, r, r), one of them transposed; a few roundings of float32."""
@@ -234,49 +191,6 @@ def test_a_sum_with_a_product(c, backend):
     s, x, y = (backend.asarray(z, "float32") for z in (S, X, Y))
     found = backend.plus_product(s, c, mT(x), y)
     assert_close(found, S + c * mT(X) @ Y, rtol=1e-6)
-
-
-@pytest.mark.parametrize(("dtype", "least", "count", "more"), [
-    ("float32", 0.0, 11, 6), ("float64", 0.0, 22, 6), ("float32", 4e-5, 9, 3), ("float64", 1e-3, 8, 3),
-])  # fmt: skip
-def test_cubics_bring_all_roots_to_one(dtype, least, count, more):
-    """From the root of the rounding on; (3 x - x³) / 2 is not there after some steps more."""
-    eps = float(np.finfo(dtype).eps)
-    x = slow = np.geomspace(max(least, 10 * eps) ** 0.5, 1, 10_001).astype(np.longdouble)
-    steps = cubics(eps, least)
-    for alpha, beta in steps:
-        x = alpha * x - beta * x**3
-    assert len(steps) == count
-    # The last steps double the digits; coefficients are rounded in float64.
-    assert abs(x - 1).max() < max(eps, 4 * np.finfo(float).eps)
-    for _ in range(count + more):
-        slow = (3 * slow - slow**3) / 2
-    assert abs(slow - 1).max() > eps
-
-
-@pytest.mark.parametrize("make", [
-    lambda: rlora.lora_rite(), lambda: rlora.lora_muon(), lambda: rlora.ref_lora(),
-])  # fmt: skip
-def test_methods_without_eigh_go_the_same_way(make, without_eigh, monkeypatch):
-    """The generic path is the oracle; a shift of sqrt(eps), times cond² and the filter's four."""
-    problem = make_problem(seed=3, condition=10.0)
-    actual, _ = run(make(), problem.on(get("torch")))
-    monkeypatch.undo()
-    expected, _ = run(make(), problem.on(get("numpy")))
-    assert_close(actual.B @ actual.A, expected.B @ expected.A, rtol=4 * 1.5e-8 * 100 * 10)
-
-
-@pytest.mark.parametrize(("make", "lr"), [
-    (rlora.lora_rite, 1e-2), (rlora.ref_lora, 1e-3),
-])  # fmt: skip
-@pytest.mark.parametrize("zero_B", [True, False])
-def test_lost_directions_without_eigh(zero_B, make, lr, without_eigh):
-    """B = 0, and B with a column twice: finite, and the loss falls."""
-    problem = make_problem(zero_B=zero_B)
-    problem.params.B[:, 2] = problem.params.B[:, 1]
-    problem = problem.on(get("torch"))
-    params, _ = run(make(), problem, steps=20, lr=lr)
-    assert float(problem.loss(params)) < float(problem.loss(problem.params))
 
 
 @pytest.mark.parametrize("name", ["lora_rite", "lora_pro_sgd", "riemannion", "scaled_adamw"])

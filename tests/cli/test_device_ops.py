@@ -22,8 +22,8 @@ MOST = {
     "scaled_adamw": 70,
     "scaled_adamw:before": 57,
     "lora_rite": 200,
-    "lora_muon": 178,
-    "ref_lora": 130,
+    "lora_muon": 144,
+    "ref_lora": 125,
 }
 """Operations of a step, of which each costs a launch: those counted and up to 3 more."""
 PLACED = ["scaled_adamw:before", "scaled_adamw:after"]
@@ -43,7 +43,8 @@ def test_operations_do_not_grow_with_the_layers_and_none_waits(method):
 
 
 @pytest.mark.parametrize(
-    ("method", "most"), [("scaled_adamw", 60), ("lora_rite", 156), ("ref_lora", 115)]
+    ("method", "most"),
+    [("scaled_adamw", 60), ("lora_rite", 155), ("lora_muon", 106), ("ref_lora", 108)],
 )
 def test_a_step_of_one_shape(method, most, monkeypatch):
     monkeypatch.setattr(device_ops, "SHAPES", device_ops.SHAPES[:1])

@@ -130,7 +130,7 @@ class MethodBatch:
         shape = torch.Size((len(tensors), *tensors[0].shape))
         held = self._memory.get(slot)
         if held is None or held.numel() < shape.numel() or held.dtype != dtype:
-            held = self._memory[slot] = torch.empty(shape.numel(), dtype=dtype)
+            held = self._memory[slot] = torch.empty(shape.numel(), dtype=dtype, device="cpu")
         return torch.stack(tensors, out=held[: shape.numel()].view(shape))
 
     def finish(self, moved: tuple[dict[str, Factors], State]) -> None:

@@ -25,13 +25,13 @@ def count_roundings(groups: Iterable[dict[str, Any]]) -> None:
     """
     for group in groups:
         if group["stochastic_rounding"]:
-            narrow = [p.device for p in group["params"] if p.dtype == torch.bfloat16]
-            if narrow:
+            narrow = (p.device for p in group["params"] if p.dtype == torch.bfloat16)
+            if (device := next(narrow, None)) is not None:
                 count = group.get("rounded", 0)
-                if isinstance(count, Tensor) and count.device == narrow[0]:
+                if isinstance(count, Tensor) and count.device == device:
                     count.add_(1)
                 else:
-                    now = torch.full((), int(count) + 1, dtype=torch.int32, device=narrow[0])
+                    now = torch.full((), int(count) + 1, dtype=torch.int32, device=device)
                     group["rounded"] = now
 
 
