@@ -127,6 +127,14 @@ def test_adalora_has_a_middle():
     assert "does not fit rank 4" in find_pairs(named).refused["q.lora_A.default"]
 
 
+def test_axes_in_parentheses_behind_a_star():
+    """Of a stack with any leading axes: as the same pattern without parentheses, which is one axis."""
+    shapes = (2, 3, 12, 64), (2, 3, 4, 128, 3)
+    (pair,) = Layout("b* (e r) n", "b* e m r").views(*shapes)
+    (plain,) = Layout("b* e r n", "b* e m r").views((2, 3, 4, 3, 64), shapes[1])
+    assert [view.shape for view in pair] == [view.shape for view in plain]
+
+
 def test_known_layers_and_names_of_ones_own():
     named = {"q.lora_A": np.zeros((8, 20)), "q.lora_B": np.zeros((30, 8)), "x": np.zeros(3)}
     experts = Layout("(e r) n", "m (r e)", sizes={"e": 2})

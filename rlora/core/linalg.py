@@ -10,8 +10,9 @@ from typing import Any, Literal
 from rlora.core.algebra import ROUNDING, mT, traces
 from rlora.core.backend import Backend
 from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative
-from rlora.core.factors import Array, Factors, device_of, indices_by_rank
+from rlora.core.factors import Array, Factors, device_of, indices_by_rank, where_moving
 from rlora.core.rank_group import RankGroup, Stack
+from rlora.core.transform import State
 
 DampingMode = Literal["relative", "absolute", "covariant"]
 Side = Literal["A", "B"]
@@ -91,6 +92,42 @@ def metric_half(
         P_B = half(S_A, damping, relative=relative)
         P_A = half(S_B, damping, relative=relative, upper=True)
     return group.xp.concat([P_A, P_B])
+
+
+def to_new_coordinates(group: RankGroup, S: Stack, turn: Sequence[Factors]) -> Stack:
+    """``S⁻¹ turn``, which takes moments from the coordinates of old factors to those of new ones.
+
+    0 in directions of S that are lost in rounding: damped, their inverse would multiply what the
+    rounding of parameters has put there since the turn was recorded.
+
+    Parameters
+    ----------
+    group : RankGroup
+        The pairs.
+    S : Stack
+        The Grams of the partners.
+    turn : sequence of Factors
+        See `record_turn`.
+    """
+    matmul, W = group.backend.matmul, group.backend.pseudo_half(S)
+    return matmul(mT(W), matmul(W, group.stack(turn)))
+
+
+def record_turn(group: RankGroup, old: Sequence[Factors], state: State) -> State:
+    """A transport that stores, for each factor, its partner's new rows times its old ones.
+
+    With it the next step finds the old coordinates again: S⁻¹ turn takes them to the new ones. A
+    factor that has not been updated is still in older ones, from which its turn leads to `old`.
+    """
+    before = list(map(where_moving, old, old, group.params))
+    turn = group.partner_cross(group.params, before)
+    updates = [(float(x.A is not None), float(x.B is not None)) for x in old]
+    if not all(map(all, updates)):
+        to_old = to_new_coordinates(group, group.partner_gram(before), state.turn)
+        further = group.backend.matmul(turn, to_old)
+        updated = group.constant(updates)
+        turn = group.xp.where(updated == 1, turn, further)
+    return state._replace(turn=group.unstack(turn))
 
 
 def without_null_space(group: RankGroup, P: Stack, S: Stack) -> Stack:

@@ -194,7 +194,7 @@ gradient comes with a zero one; its direction is dropped, and its share of the s
 
 TransportRule: TypeAlias = Callable[[RankGroup, Sequence[Factors], State], State]
 """``transport(group, old, state) -> state`` for all pairs of one rank, after the group's
-parameters were `old`."""
+parameters were `old`, with None for what has not been updated."""
 
 
 def by_rank(
@@ -245,20 +245,11 @@ def by_rank(
 
     def carry(state: State, old: Tree, new: Tree) -> State:
         def work(group: RankGroup, old: list[Factors], part: State) -> tuple[list[Factors], State]:
-            return list(group.params), carried(group, old, part)
+            return old, carried(group, old, part)
 
-        (before,) = counterparts(new, old)
-        return _each_rank(work, new, new, state, compute_dtype, before)[1]
+        return _each_rank(work, new, old, state, compute_dtype, transport=True)[1]
 
     return Transform(init, update, apply, transport=carry, sharded=sharded)
-
-
-def record_turn(group: RankGroup, old: Sequence[Factors], state: State) -> State:
-    """A transport that stores, for each factor, its partner's new rows times its old ones.
-
-    With it the next step finds the old coordinates again: S⁻¹ turn takes them to the new ones.
-    """
-    return state._replace(turn=group.unstack(group.partner_cross(group.params, old)))
 
 
 def _each_rank(
@@ -267,9 +258,13 @@ def _each_rank(
     grads: Tree,
     state: State,
     compute_dtype: str | None,
-    old: Sequence[Factors] = (),
+    *,
+    transport: bool = False,
 ) -> tuple[Tree, State]:
-    """Do `work` rank by rank, on the gradients or on `old`, and put its results in their places."""
+    """Do `work` rank by rank, on the gradients, and put its results in their places.
+
+    In a transport there are the old factors instead of gradients, and None for what stayed.
+    """
     pairs, G, *fields = counterparts(tree, tree, grads, *state)
     backend = get_backend(*chain.from_iterable(pairs))
     directions = [Factors(None, None)] * len(pairs)
@@ -280,17 +275,23 @@ def _each_rank(
             if not members:
                 continue
             count = len(members)
-            both = [pairs[i] for i in members] + [old[i] for i in members if old]
-            sized, numbers = moderate(backend, both)
+            given, now = [G[i] for i in members], [pairs[i] for i in members]
+            old = list(map(where_moving, given, given, now)) if transport else []
+            sized, numbers = moderate(backend, now + old)
+            moves = [(g.A is not None, g.B is not None) for g in given]
+            if transport:
+                given = [
+                    Factors(x.A if a else None, x.B if b else None)
+                    for x, (a, b) in zip(sized[count:], moves, strict=True)
+                ]
             group = RankGroup(
                 backend,
                 sized[:count],
                 numbers=numbers and numbers[:count],
-                moving=[(G[i].A is not None, G[i].B is not None) for i in members],
+                moving=None if transport else moves,
                 dtype=backend.compute_dtype(pairs[members[0]].A.dtype, compute_dtype),
             )
             part = type(state)(*[[field[i] for i in members] for field in fields])
-            given = sized[count:] if old else [G[i] for i in members]
             found, part = work(group, given, part)
             for all_values, new in zip([directions, *fields], [found, *part], strict=True):
                 for i, x in zip(members, new, strict=True):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from rlora.core.checks import check_rate
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
-from rlora.core.factors import Array, Tree, detached, flatten, leaves_of, unflatten
+from rlora.core.factors import Array, Tree, detached, flatten, leaves_of, map_leaves, unflatten
 from rlora.core.structure import another_state, side_by_side
 from rlora.core.transform import State, Transform, apply_updates, one_side, stay
 
@@ -119,4 +119,7 @@ def _move(
         in_place: Callable[..., Tree] = apply_updates  # with more than an `ApplyFn` must have
         return in_place(params, direction, lr, donate=True), state
     moved = transform.apply(params, direction, lr)
-    return moved, transform.transport(state, params, moved)
+    if transform.transport is stay:
+        return moved, state
+    old = map_leaves(lambda _, p: p, grads, params)  # None for what has not been updated
+    return moved, transform.transport(state, old, moved)

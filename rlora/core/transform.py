@@ -49,7 +49,10 @@ class ApplyFn(Protocol):
 
 
 class TransportFn(Protocol):
-    """The state after the parameters have changed from `old` to `new`."""
+    """The state after the parameters have changed from `old` to `new`.
+
+    In `old` a factor that had no gradient, and whose share of the state has stayed, may be None.
+    """
 
     def __call__(self, state: State, old: Tree, new: Tree) -> State: ...
 

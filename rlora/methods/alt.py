@@ -10,9 +10,16 @@ from typing import Any, Literal, NamedTuple
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, counterparts, pairs_of, rebuild
-from rlora.core.linalg import DampingMode, check_damping, inverse_metric
+from rlora.core.linalg import (
+    DampingMode,
+    check_damping,
+    inverse_metric,
+    record_turn,
+    to_new_coordinates,
+    without_null_space,
+)
 from rlora.core.moments import each, per_pair, small_zeros, zeros
-from rlora.core.rank_group import RankGroup, by_rank, record_turn
+from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, chain
 
 First = Literal["A", "B"]
@@ -80,23 +87,20 @@ def alternate(
     check_damping(damping, damping_mode)
 
     def init(params: Tree, scaling: float = 1.0) -> State:
-        common = (
-            zeros(params),
-            small_zeros(params, 2),
-            per_pair(params, 0.0),
-            per_pair(params, scaling),
-        )
+        steps, scales = per_pair(params, 0.0), per_pair(params, scaling)
+        common = zeros(params), small_zeros(params, 2), steps, scales
         return AltState(*common) if rates.b2 is None else AltPlusState(*common, zeros(params))
 
     def turn_of(letter: str, count: Array) -> Array:
         return each(count) % 2 == (0 if letter == first else 1)
 
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
-        backend, xp = group.backend, group.xp
+        xp = group.xp
         S = group.partner_gram(group.params)
-        T = backend.matmul(inverse_metric(group, S), group.stack(state.turn))
-        mu = group.apply(T, state.mu)  # in the coordinates that the partner has now
-        g = group.apply(inverse_metric(group, S, damping, damping_mode), G)
+        T = to_new_coordinates(group, S, state.turn)
+        mu = group.apply(T, state.mu)
+        P = inverse_metric(group, S, damping, damping_mode)
+        g = group.apply(without_null_space(group, P, S), G)
 
         def move(k: int, letter: str) -> tuple[Array, Array, Array | None]:
             nu = None if rates.b2 is None else getattr(state.nu[k], letter)
@@ -118,9 +122,9 @@ def alternate(
         )
         return D, moved if rates.b2 is None else moved._replace(nu=nu)
 
-    transform = by_rank(
-        init, rule, transport=record_turn, compute_dtype=compute_dtype, sharded=True
-    )
+    # Adam's direction does not shrink with the gradient.
+    how: dict[str, Any] = {"compute_dtype": compute_dtype, "rescaled": rates.b2 is None}
+    transform = by_rank(init, rule, transport=record_turn, sharded=True, **how)
     decay = rates.weight_decay
     return transform if is_zero(decay) else decay_in_turn(transform, decay, turn_of)
 

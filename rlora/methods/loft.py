@@ -11,9 +11,16 @@ from rlora.core.algebra import ROUNDING, mT
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, counterparts, map_pairs, rebuild
-from rlora.core.linalg import DampingMode, check_damping, inverse_metric
+from rlora.core.linalg import (
+    DampingMode,
+    check_damping,
+    inverse_metric,
+    record_turn,
+    to_new_coordinates,
+    without_null_space,
+)
 from rlora.core.moments import corrected_decay, counts, each, over, per_pair, small_zeros, zeros
-from rlora.core.rank_group import RankGroup, by_rank, record_turn
+from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, chain
 
 First = Literal["A", "B"]
@@ -70,10 +77,10 @@ def scale_by_loft(
         )
 
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], LoftState]:
-        xp, matmul = group.xp, group.backend.matmul
+        xp = group.xp
         S = group.partner_gram(group.params)
-        T = matmul(inverse_metric(group, S), group.stack(state.turn))  # old coordinates to new
-        P = inverse_metric(group, S, damping, damping_mode)
+        T = to_new_coordinates(group, S, state.turn)
+        P = without_null_space(group, inverse_metric(group, S, damping, damping_mode), S)
         g = [over(d, s) for d, s in zip(group.apply(P, G), state.scaling, strict=True)]
         old, to_new = group.apply(T, state.mu), group.unstack(T)
 

@@ -11,7 +11,14 @@ from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyper
 from rlora.core.decay import add_decayed_weights, decay_product
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, device_of, map_pairs
-from rlora.core.linalg import DampingMode, check_damping, inverse_metric, sylvester_spd, tangent
+from rlora.core.linalg import (
+    DampingMode,
+    check_damping,
+    inverse_metric,
+    sylvester_spd,
+    tangent,
+    without_null_space,
+)
 from rlora.core.moments import (
     adam_step,
     each,
@@ -41,7 +48,7 @@ def scale_by_pro(
 
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
         S = group.partner_gram(group.params)
-        P = inverse_metric(group, S, damping, damping_mode)
+        P = without_null_space(group, inverse_metric(group, S, damping, damping_mode), S)
         cross = group.cross(group.params, G)
         X = gauge_of(gauge, group, S, P, cross)
         s = group.per_layer([Factors(s, s) for s in state.scaling])
@@ -117,7 +124,7 @@ def scale_by_full_adam(
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], FullState]:
         matmul = group.backend.matmul
         S = group.partner_gram(group.params)
-        P = inverse_metric(group, S, damping, damping_mode)
+        P = without_null_space(group, inverse_metric(group, S, damping, damping_mode), S)
         g = tangent(group, P, G)  # times s²: the equivalent gradient is the same in every gauge
 
         moments: list[list[Array]] = []

@@ -20,9 +20,9 @@ from rlora.core.factors import (
     map_leaves,
     map_pairs,
 )
-from rlora.core.linalg import congruence, symmetric
+from rlora.core.linalg import congruence, record_turn, symmetric
 from rlora.core.moments import corrected_decay, counts, each, small_zeros, zeros
-from rlora.core.rank_group import RankGroup, Stack, by_rank, record_turn
+from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.sizes import euclidean_norm, into_range, shrink_to
 from rlora.core.transform import State, Transform, apply_updates, chain, no_state, pass_on
 

@@ -649,6 +649,33 @@ def test_precondition_any_torch_optimizer(base):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)
+def test_factors_on_a_cpu_under_another_default_device(kind):
+    """Everything of a step is made where the factors are, small and large, one and many."""
+    steps = []
+    for default in ("cpu", "meta"):
+        g = torch.Generator().manual_seed(0)
+        shapes = [(4, 20, 30)] * 3 + [(4, 12_000, 10)]
+        pairs = [
+            tuple(torch.randn(shape, generator=g, device="cpu") for shape in ((r, n), (m, r)))
+            for r, n, m in shapes
+        ]
+        params = [p.requires_grad_() for pair in pairs for p in pair]
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=g, device="cpu")
+        before = torch.get_default_device()
+        torch.set_default_device(default)
+        try:
+            optimizer = kind(params, lr=1e-3, pairs=pairs)
+            optimizer.step()
+            optimizer.step()
+        finally:
+            torch.set_default_device(before)
+        steps.append(params)
+    for found, expected in zip(steps[1], steps[0], strict=True):
+        assert torch.equal(found, expected)
+
+
 # --- what a step asks of the device ---------------------------------------------------------------
 
 
