@@ -128,7 +128,7 @@ def test_adalora_has_a_middle():
 
 
 def test_axes_in_parentheses_behind_a_star():
-    """Of a stack with any leading axes: as the same pattern without parentheses, which is one axis."""
+    """A stack with any leading axes: as the same pattern without parentheses, which is one axis."""
     shapes = (2, 3, 12, 64), (2, 3, 4, 128, 3)
     (pair,) = Layout("b* (e r) n", "b* e m r").views(*shapes)
     (plain,) = Layout("b* e r n", "b* e m r").views((2, 3, 4, 3, 64), shapes[1])

@@ -99,7 +99,8 @@ def test_a_state_that_torch_refuses_late(kind):
     train(model, optimizer, 1)
     state = copy.deepcopy(optimizer.state_dict())
     state["state"][5].pop("step")
-    assert_refused(model, optimizer, lambda: optimizer.load_state_dict(state), KeyError, "step")
+    load = lambda: optimizer.load_state_dict(state)  # noqa: E731
+    assert_refused(model, optimizer, load, ShapeError, "exp_avg_sq and no step, which AdamW counts")
     state["state"][5]["step"] = "one"
     assert_refused(model, optimizer, lambda: optimizer.load_state_dict(state), ValueError, "float")
     train(model, optimizer, 1)
@@ -115,6 +116,38 @@ def test_state_of_a_method_is_not_that_of_scaled_adamw(method):
         pytest.skip("keeps no state of pairs")
     load = lambda: optimizer.load_state_dict(saved.state_dict())  # noqa: E731
     assert_refused(model, optimizer, load, ShapeError, "state of another optimizer")
+
+
+LOADS = {**METHODS, "ScaledAdamW": ScaledAdamW, "SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
+
+
+def foreign(name):
+    """An optimizer after a step, and its pair."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=g).requires_grad_() for shape in ((2, 6), (5, 2)))
+    given = {} if name in ("SGD", "AdamW") else {"pairs": [(a, b)]}
+    optimizer = LOADS[name]([a, b], lr=1e-3, **given)
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    optimizer.step()
+    return optimizer, (a, b)
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_the_state_of_any_other_optimizer_is_refused_or_goes_on(name):
+    """Never an error at the step, and what a class does not keep is refused."""
+    saved, _ = foreign(name)
+    for kind in METHODS.keys() | {"ScaledAdamW"}:
+        optimizer, pair = foreign(kind)
+        own = {key for p in pair for key in optimizer.state.get(p, {})}
+        try:
+            optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+        except ShapeError as error:
+            assert "another optimizer" in str(error)  # noqa: PT017
+            continue
+        optimizer.step()
+        held = {key for p in pair for key, x in optimizer.state.get(p, {}).items() if x is not None}
+        assert held <= own
+        assert all(p.isfinite().all() for p in pair)
 
 
 @pytest.mark.parametrize("kind", [ScaledAdamW, LoRARite])

@@ -620,7 +620,7 @@ def test_precondition_refuses_what_cannot_work():
 
 
 @pytest.mark.parametrize(
-    "base", ["Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam",
+    "base", ["Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adafactor", "Adamax", "NAdam", "RAdam",
              "ASGD", "Rprop"],
 )  # fmt: skip
 def test_precondition_any_torch_optimizer(base):

@@ -191,7 +191,7 @@ class LoRAOptimizer(LoadsState, ABC):
         """Numbers and choices of a group; torch checks those of the constructor only."""
         refuse_text(group)
         for name in NONNEGATIVE & group.keys():
-            if not isinstance(group[name], Tensor):
+            if not isinstance(group[name], (Tensor, tuple)):  # Adafactor has two eps
                 check_nonnegative(name, group[name])
         check_flag("stochastic_rounding", group["stochastic_rounding"])
         self._check_own(group)

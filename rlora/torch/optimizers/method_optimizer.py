@@ -13,7 +13,7 @@ from rlora.core.state import flatten_state
 from rlora.core.transform import Transform
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.optimizers.saved_order import ELEMENTWISE
-from rlora.torch.optimizers.state_dict import Shapes
+from rlora.torch.optimizers.state_dict import ONLY_OF_METHODS, Shapes
 from rlora.torch.pairing.discovery import Pairs, without_middles
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
 from rlora.torch.step.method_batch import places_in, start_of
@@ -138,7 +138,8 @@ class MethodOptimizer(LoRAOptimizer):
             kind = (id(groups[id(p)]), pair.views, p.dtype, p.device)
             if kind not in kinds:
                 kinds[kind] = self._shapes_of_pair(pair, groups[id(p)])
-            return {**dict.fromkeys(ELEMENTWISE), **kinds[kind][side]}
+            known = {**dict.fromkeys(ELEMENTWISE), **kinds[kind][side]}
+            return Shapes(known, ONLY_OF_METHODS)
 
         return shapes_of
 

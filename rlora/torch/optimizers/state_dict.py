@@ -1,9 +1,9 @@
 """Loading of a saved state: all of it is checked first, and none is cast to a narrower dtype."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -15,10 +15,20 @@ from rlora.torch.optimizers.saved_order import ELEMENTWISE, as_groups_are
 from rlora.torch.pairing.pairs import TensorPair
 from rlora.torch.pairing.sharding_checks import check_kind
 
-Shapes = Mapping[str, Size | None]
-
 OF_METHODS = {"mu", "count", "scaling", "inverse", "frame", "turn"}
 """Words in the names of the state of method classes, each of which has one."""
+
+ONLY_OF_METHODS = OF_METHODS | {"nu", "escaped", "gain", "noise", "norms", "spectrum", "steps"}
+"""These and others that some have, which may be a parent's too."""
+
+
+class Shapes(NamedTuple):
+    """Shapes of the saved state of a parameter."""
+
+    known: Mapping[str, Size | None]
+    """By name; None is a state that it may not have."""
+    words: Set[str] = frozenset(OF_METHODS)
+    """Words in names of the state of other optimizers; whatever else there is, is left alone."""
 
 
 class Ids(list[Any]):
@@ -44,8 +54,13 @@ class LoadsState(Optimizer, ABC):
         """The pairs as the groups hold them now."""
 
     def _state_shapes(self) -> Callable[[Tensor], Shapes]:
-        """Shapes of each parameter's saved state; None is a state that it may not have."""
-        return lambda p: dict.fromkeys(ELEMENTWISE, p.shape)
+        """Shapes of each parameter's saved state, as far as the parent is known."""
+        kept: tuple[str, ...] = ELEMENTWISE
+        if isinstance(self, torch.optim.AdamW):
+            kept = ELEMENTWISE[:3]
+        elif isinstance(self, torch.optim.SGD):
+            kept = ("momentum_buffer",)
+        return lambda p: Shapes({x: p.shape if x in kept else None for x in ELEMENTWISE})
 
     def _fresh_state(self) -> Callable[[Tensor], dict[str, Any]]:
         """The state that a parameter has at its first step, as far as the parent is known."""
@@ -157,9 +172,17 @@ class LoadsState(Optimizer, ABC):
         saved = as_groups_are(saved, self.param_groups, self._names)
         shapes_of = self._state_shapes()
         for i, p in self._owners(saved):
-            _check(i, saved["state"].get(i, {}), p, shapes_of(p))
+            held, shapes = saved["state"].get(i, {}), shapes_of(p)
+            _check(i, held, p, shapes)
+            if (
+                isinstance(self, torch.optim.AdamW)
+                and held
+                and shapes.known.get("exp_avg") is not None
+            ):
+                _check_counted(i, held)
+        options = {*self._own, *self.defaults, "betas", "momentum"}
         groups = [
-            {**{name: mine[name] for name in self._own}, **theirs}
+            {**{name: mine[name] for name in options & mine.keys()}, **theirs}
             for mine, theirs in zip(self.param_groups, saved["param_groups"], strict=True)
         ]
         params = ({**group, "params": Ids(group["params"])} for group in groups)  # found fast
@@ -179,11 +202,11 @@ class LoadsState(Optimizer, ABC):
 def _check(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> None:
     """ShapeError or ShardingError unless the saved tensors of a parameter are as they should be."""
     for key, value in _tensors(state):
-        if key not in shapes and not _of_method(key, value):
+        if key not in shapes.known and not _of_method(key, value, shapes.words):
             continue
-        shape = shapes.get(key)
+        shape = shapes.known.get(key)
         if shape is None:
-            wanted = ", ".join(name for name in shapes if shapes[name] is not None)
+            wanted = ", ".join(name for name, known in shapes.known.items() if known is not None)
             msg = (
                 f"saved {key} of parameter {i} is the state of another optimizer; this one "
                 f"keeps {wanted or 'nothing'} for it: begin without the saved state"
@@ -194,14 +217,23 @@ def _check(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> None:
         if value.shape != shape:
             msg = (
                 f"saved {key} of parameter {i} has shape {tuple(value.shape)}, expected "
-                f"{tuple(shape)}; was the rank changed?"
+                f"{tuple(shape)}; was the rank changed, or is it the state of another optimizer?"
             )
             raise ShapeError(msg)
 
 
-def _of_method(key: str, value: Tensor) -> bool:
-    words = OF_METHODS & {*key.split(".")}
-    return bool(words) and (words != {"mu"} or value.ndim > 1)  # torch's ASGD has a number mu
+def _check_counted(i: Any, state: Mapping[str, Any]) -> None:
+    if "step" not in state:
+        msg = (
+            f"the saved state of parameter {i} has {', '.join(map(str, state))} and no step, which "
+            f"AdamW counts: it is that of another optimizer; begin without it"
+        )
+        raise ShapeError(msg)
+
+
+def _of_method(key: str, value: Tensor, words: Set[str]) -> bool:
+    found = words & {*key.split(".")}
+    return bool(found) and (found != {"mu"} or value.ndim > 1)  # torch's ASGD has a number mu
 
 
 def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
