@@ -4,7 +4,9 @@
 ``rlora.torch`` has the torch optimizers.
 """
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import Any as _Any
 
 from rlora import initializers, methods
 from rlora.core.errors import (
@@ -33,6 +35,16 @@ __version__ = "0.1.0"
 _project = _Path(__file__).parents[1] / "pyproject.toml"
 if _project.is_file() and '"rlora.backends" = "backends"' in _project.read_text("utf-8"):
     __path__.append(str(_project.parent))  # noqa: F405  this package's own
+
+
+def __getattr__(name: str) -> _Any:
+    """`rlora.torch` and `rlora.optax`, which import their frameworks, when they are asked for."""
+    if name in ("torch", "optax"):
+        return _import_module(f"rlora.{name}")
+    where = "; optimizers of torch are in rlora.torch" if name[:1].isupper() else ""
+    msg = f"module 'rlora' has no attribute {name!r}{where}"
+    raise AttributeError(msg)
+
 
 __all__ = [
     "BackendError",

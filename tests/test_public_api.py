@@ -5,6 +5,8 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,23 @@ def test_version():
     from importlib.metadata import version
 
     assert rlora.__version__ == version("rlora")
+
+
+def test_parts_that_import_a_framework_come_when_they_are_asked_for():
+    """And a class of `rlora.torch` is named where it is."""
+    code = """if True:
+    import sys, rlora
+    try:
+        rlora.ScaledAdamW
+    except AttributeError as error:
+        print(error)
+    assert not hasattr(rlora, "nonesuch")
+    assert "torch" not in sys.modules
+    print(rlora.torch.ScaledAdamW.__name__)
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    where = "optimizers of torch are in rlora.torch"
+    assert found.stdout.splitlines() == [
+        f"module 'rlora' has no attribute 'ScaledAdamW'; {where}",
+        "ScaledAdamW",
+    ]

@@ -227,7 +227,8 @@ def make_spec(name: str, dtype: str, device: str | None) -> ArraySpec:
         spec.array(np.ones((1, 1), np.float32))
     except Exception as error:  # every library refuses a device in its own way
         place = f" on device {device!r}" if device else ""
-        msg = f"the {name} backend cannot make a {dtype} array{place}: {error}"
+        why = str(error).partition("\n")[0].partition(". ")[0]  # torch goes on for pages
+        msg = f"the {name} backend cannot make a {dtype} array{place}: {why}"
         raise BackendError(msg) from error
     return spec
 

@@ -108,6 +108,13 @@ def check_nonnegative(name: str, value: Any) -> None:
         raise ValueError(msg)
 
 
+def check_betas(value: Any) -> None:
+    """TypeError unless these are two; the numbers are checked by themselves."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        msg = f"betas must be two numbers, as in (0.9, 0.999), got {value!r}"
+        raise TypeError(msg)
+
+
 def check_count(name: str, value: Any, least: int, most: float = math.inf, where: str = "") -> None:
     """TypeError unless the value is an integer, ValueError unless it is in its range."""
     if isinstance(value, bool) or not isinstance(value, Integral):

@@ -51,7 +51,7 @@ def step(
     PairingError
         When a parameter to be donated is in two places.
     ValueError, TypeError
-        When the learning rate is out of its range, or no number.
+        When the learning rate is out of its range, or no number; when `transform` is no method.
 
     Examples
     --------
@@ -69,6 +69,10 @@ def step(
     >>> bool(np.abs(pair.B @ pair.A - target).max() < 1e-2)
     True
     """
+    if not hasattr(transform, "update"):
+        name = getattr(transform, "__name__", type(transform).__name__)
+        msg = f"expected a method, got {name}; call the function, as in rlora.scaled_adamw()"
+        raise TypeError(msg)
     if not donate:
         return move(transform, params, grads, state, lr)
     leaves = leaves_of(params)

@@ -261,3 +261,9 @@ def test_a_step_gives_a_collection_of_its_own(lr):
     nothing = {k: Factors(None, None) for k in pairs}
     new, _ = rlora.step(method, pairs, nothing, method.init(pairs), lr)
     assert new is not pairs
+
+
+def test_a_method_that_has_not_been_called():
+    pairs = named_pairs()
+    with pytest.raises(TypeError, match=r"got scaled_adamw; call the function, as in"):
+        rlora.step(rlora.scaled_adamw, pairs, pairs, None, 0.1)

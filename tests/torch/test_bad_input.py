@@ -303,3 +303,10 @@ def test_betas_of_another_optimizer_are_its_own_business():
     for betas in (None, (0.9, 2.0, 3.0)):
         kind = rlora.torch.precondition(Own)
         assert kind(make_model(), betas=betas).param_groups[0]["betas"] == betas
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.99, 0.999), (0.9,), 0.9, "0.9,0.99"], ids=repr)
+@pytest.mark.parametrize("kind", [ScaledAdamW, LoRARite])
+def test_betas_are_two(kind, betas):
+    with pytest.raises(TypeError, match=r"betas must be two numbers, as in \(0.9, 0.999\), got"):
+        kind(make_model(), lr=1e-3, betas=betas)

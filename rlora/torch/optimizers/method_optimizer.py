@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlora.core.checks import check_nonnegative, check_scaling
+from rlora.core.checks import check_betas, check_nonnegative, check_scaling
 from rlora.core.state import flatten_state
 from rlora.core.transform import Transform
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
@@ -58,6 +58,8 @@ class MethodOptimizer(LoRAOptimizer):
             msg = f"{type(self).__name__} has no option {unknown[0]!r}; it has {', '.join(known)}"
             raise TypeError(msg)
         options = {**known, **options}
+        if "betas" in known:
+            check_betas(options["betas"])  # the parent unpacks them without a look
         plain = {name: options.pop(name) for name in PLAIN & options.keys()}
         super().__init__(
             params,
@@ -100,6 +102,7 @@ class MethodOptimizer(LoRAOptimizer):
         """Options of a group for the method, under the names that it has for them."""
         chosen = {name: group[name] for name in self._options}
         if "betas" in chosen:
+            check_betas(chosen["betas"])
             chosen["b1"], chosen["b2"] = chosen.pop("betas")
         return chosen
 

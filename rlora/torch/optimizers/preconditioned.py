@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from rlora.core.checks import check_choice, check_unit
+from rlora.core.checks import check_betas, check_choice, check_unit
 from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.placement import Placement
 from rlora.core.transform import Order
@@ -61,6 +61,8 @@ class GramPreconditioned(LoRAOptimizer):
     def _check_own(self, group: dict[str, Any]) -> None:
         check_damping(group["damping"], group["damping_mode"], group["compute_dtype"])
         check_choice("placement", group["placement"], Placement)
+        if self._kernel is AdamW:
+            check_betas(group["betas"])
         for beta in group["betas"] if self._kernel is AdamW else ():
             if not isinstance(beta, torch.Tensor):
                 check_unit("each of betas", beta)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlora.core.checks import check_betas
 from rlora.core.linalg import DampingMode
 from rlora.core.placement import Placement
 from rlora.core.transform import Order
@@ -124,6 +125,7 @@ class ScaledAdamW(GramPreconditioned, torch.optim.AdamW):
         capturable: bool = False,
         fused: bool | None = None,
     ) -> None:
+        check_betas(betas)
         super().__init__(
             params,
             lr=lr,

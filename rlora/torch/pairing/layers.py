@@ -246,10 +246,10 @@ def own_scalings(model: nn.Module) -> dict[int, float]:
 def _nothing(adapter: str, adapters: set[str], skipped: Mapping[str, str]) -> PairingError:
     why = "".join(f"\n  skipped {name}: {why}" for name, why in list(skipped.items())[:5])
     known = ", ".join(sorted(adapters)) or "none"
-    msg = (
-        f"no adapted linear layer with adapter {adapter!r}; the model has {known}. A layer is a "
-        f"module with lora_A, lora_B and a base{why}"
-    )
+    base = "(a module with lora_A, lora_B and a base)"
+    msg = f"no adapted linear layer {base} has {adapter!r}; the model has {known}{why}"
+    if skipped and adapter in adapters:
+        msg = f"no adapted linear layer: none of adapter {adapter!r} only adds s B A x to W x{why}"
     return PairingError(msg)
 
 
