@@ -22,8 +22,9 @@ STUDY: Final = ROOT / "docs" / "reference" / "study"
 
 LOSSES: Final = """
 *Test loss, cross-entropy in natural logarithms (lower is better), each with a learning
-rate of its own sweep; betas in parentheses; bold: the lowest. `ScaledAdamW` had a damping of
-1e-4, in 640 steps today's 1e-2.*
+rate of its own sweep; betas in parentheses; bold: the lowest. `pronounce`: words to
+phonemes; `chain_sum`: sums of several numbers. `ScaledAdamW` had a damping of 1e-4, in 640 steps
+today's 1e-2.*
 
 """
 SECONDS: Final = """
