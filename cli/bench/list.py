@@ -9,7 +9,7 @@ import rlora.methods
 from rlora.cli.console import console, counted, text_table
 from rlora.cli.info import usable
 
-from .cases import VARIANTS
+from .cases import BASELINES, VARIANTS
 from .problem import PRESETS
 from .third_party import KNOWN
 
@@ -26,7 +26,7 @@ def listing() -> None:
 
 def methods() -> dict[str, str]:
     """Every method with the first line of its docstring; variants beside it."""
-    found = {}
+    found = {name: f"Plain {kind}, a baseline." for name, kind in BASELINES.items()}
     for name in rlora.methods.__all__:
         method = getattr(rlora.methods, name)
         summary = (inspect.getdoc(method) or "").partition("\n")[0].replace("``", "")

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from rlora.cli.console import console
+
 from .models import MODELS, check_installed, module_of
 
 
@@ -77,7 +79,8 @@ def study(
         check_names(model, datasets, names)
         device = device or ("cuda" if MODELS[model].large else "cpu")
         place = Place(model, output / "kept", quick, device, weights, data)
-        place.check_device()
+        place.check()
         settings = list(product(datasets, ranks or (None,), lengths or (None,)))
         run_study(place, settings, names, processes, output)
     (write_regrets if MODELS[model].stacked else write_tables)(output)
+    console().print(f"records, tables and plots: {output}")

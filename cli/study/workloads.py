@@ -35,8 +35,13 @@ class Place(NamedTuple):
         device = {} if model.only_cpu else {"device": self.device}
         return load(dataset, kept=file, quick=self.quick, **device)
 
-    def check_device(self) -> None:
-        """ValueError unless the model runs there, and torch can make a tensor."""
+    def check(self) -> None:
+        """ValueError unless the options fit the model, and torch can make a tensor there."""
+        if not MODELS[self.model].large:
+            for option, given in (("--weights", self.weights), ("--data", self.data)):
+                if given is not None:
+                    msg = f"{self.model} has weights and data of its own; leave {option} out"
+                    raise ValueError(msg)
         if MODELS[self.model].only_cpu and self.device != "cpu":
             msg = (
                 f"{self.model} runs on a CPU alone, got device {self.device!r}: leave --device out"

@@ -299,6 +299,12 @@ def test_a_device_that_is_not_there_is_refused_before_the_first_run(tmp_path, re
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", ["--weights", "--data"])
+def test_what_a_small_model_has_itself_is_refused(option, tmp_path, refused):
+    message = refused("study", "--model", "digits", option, "some", "--output", tmp_path)
+    assert f"digits has weights and data of its own; leave {option} out" in message
+
+
 def test_digits_on_a_device_are_refused(tmp_path, refused):
     message = refused("study", "--model", "digits", "--device", "meta", "--output", tmp_path)
     assert "digits runs on a CPU alone, got device 'meta'" in message
