@@ -1,6 +1,7 @@
 """Gains of a CPU alone: no waits, memory that is used again, and torch's fused Adam.
 
-Fresh pages are what a large allocation spends most of its time on: more than the arithmetic.
+Fresh pages are what a large allocation spends most of its time on: more than the arithmetic. The
+numbers of a damping are here too, as both ways have them.
 """
 
 import math
@@ -89,7 +90,7 @@ def is_eager_cpu(x: Tensor) -> bool:
 
 
 def are_finite(S: Tensor) -> bool:
-    """Return whether all is known to be finite, where to look costs less than to do without."""
+    """Return whether entries are known to be finite: on a CPU to look costs less than a guard."""
     return is_eager_cpu(S) and bool(np.isfinite(S.numpy()).all())
 
 
@@ -97,7 +98,7 @@ def damped_if_sound(S: Tensor, damping: float, relative: bool, least: float) -> 
     """`Backend.damped` where every member has an inverse, else None; its numbers by NumPy.
 
     NumPy's arithmetic on K numbers takes a fraction of the time of a call of torch. Each member is
-    to the bit what the way for a device makes of it beside one that has no inverse.
+    to the bit what `_torch_algebra.damped` makes of it beside one that has no inverse.
     """
     shift, scale = _shifts(S, damping, relative, least)
     info = torch.finfo(S.dtype)

@@ -62,7 +62,7 @@ class NumPyBackend(Backend):
             np.multiply(g, g, out=work)
             work *= 1 - b2
             v += work
-            # (m / c) / (sqrt(v) / root + e) with one pass less
+            # (root / c) M / (sqrt(V) + root e), a pass less than the usual form
             np.sqrt(v, out=work)
             work += root * e
             np.divide(m, work, out=work)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rlora.core.algebra import ROUNDING, mT, traces
 from rlora.core.backend import Backend
 from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative
-from rlora.core.factors import Array, Factors, device_of, indices_by_rank, where_moving
+from rlora.core.factors import Array, Factors, device_of, indices_by_rank
 from rlora.core.rank_group import RankGroup, Stack
 from rlora.core.transform import State
 
@@ -73,6 +73,28 @@ def inverse_metric(
     return power(concat([S_B + damping * power(S_A, -1.0), S_A]), -1.0)
 
 
+def inverse_in_row_space(
+    group: RankGroup, S: Stack, damping: float, damping_mode: DampingMode
+) -> Stack:
+    """`inverse_metric` without the directions in which no partner of that shape can have anything.
+
+    A rank above the outer side of a factor leaves its Gram a null space whatever its entries are,
+    and in it the inverse of the damped Gram multiplies rounding by 1/damping: that of a gradient
+    in bfloat16 is large.
+    """
+    P = inverse_metric(group, S, damping, damping_mode)
+    r, xp, matmul = group.rank, group.xp, group.backend.matmul
+    sides = [(pair.A.shape[-1], pair.B.shape[-2]) for pair in group.params]
+    if all(min(both) >= r for both in sides):
+        return P
+    _, Q = group.backend.eigh(S)
+    first = group.swap_sides(group.constant([(float(r - n), float(r - m)) for n, m in sides]))
+    places = xp.arange(r, dtype=S.dtype, device=device_of(S))  # of ascending eigenvalues
+    Q = xp.where(places < first, xp.zeros_like(Q), Q)
+    kept = matmul(Q, mT(Q))
+    return symmetric(matmul(matmul(kept, P), kept))
+
+
 def metric_half(
     group: RankGroup, S: Stack, damping: float, damping_mode: DampingMode, least: float
 ) -> Stack:
@@ -119,42 +141,13 @@ def record_turn(group: RankGroup, old: Sequence[Factors], state: State) -> State
     With it the next step finds the old coordinates again: S⁻¹ turn takes them to the new ones. A
     factor that has not been updated is still in older ones, from which its turn leads to `old`.
     """
-    before = list(map(where_moving, old, old, group.params))
-    turn = group.partner_cross(group.params, before)
-    updates = [(float(x.A is not None), float(x.B is not None)) for x in old]
-    if not all(map(all, updates)):
-        to_old = to_new_coordinates(group, group.partner_gram(before), state.turn)
+    turn = group.partner_cross(group.params, old)
+    if not group.all_move:
+        to_old = to_new_coordinates(group, group.partner_gram(old), state.turn)
         further = group.backend.matmul(turn, to_old)
-        updated = group.constant(updates)
+        updated = group.constant([(float(a), float(b)) for a, b in group.moving])
         turn = group.xp.where(updated == 1, turn, further)
     return state._replace(turn=group.unstack(turn))
-
-
-def without_null_space(group: RankGroup, P: Stack, S: Stack) -> Stack:
-    """P without the directions in which no partner of that shape can have anything.
-
-    A rank above the outer side of a factor leaves its Gram a null space whatever its entries are,
-    and in it a power of the damped Gram multiplies rounding by 1/damping.
-
-    Parameters
-    ----------
-    group : RankGroup
-        The pairs.
-    P : Stack
-        The preconditioner of each factor, as `inverse_metric` gives it.
-    S : Stack
-        The Grams of the partners.
-    """
-    r, xp, matmul = group.rank, group.xp, group.backend.matmul
-    sides = [(pair.A.shape[-1], pair.B.shape[-2]) for pair in group.params]
-    if all(min(both) >= r for both in sides):
-        return P
-    _, Q = group.backend.eigh(S)
-    first = group.swap_sides(group.constant([(float(r - n), float(r - m)) for n, m in sides]))
-    places = xp.arange(r, dtype=S.dtype, device=device_of(S))  # of ascending eigenvalues
-    Q = xp.where(places < first, xp.zeros_like(Q), Q)
-    kept = matmul(Q, mT(Q))
-    return symmetric(matmul(matmul(kept, P), kept))
 
 
 def tangent(
@@ -165,6 +158,7 @@ def tangent(
     *,
     cross: Stack | None = None,
     scale: Stack | float = 1.0,
+    both: Array | float | None = None,
 ) -> list[Factors]:
     """The pair of directions whose effect on the product comes nearest to a full gradient G.
 
@@ -186,11 +180,13 @@ def tangent(
         ``A G_Aᵀ`` and ``Bᵀ G_B``, where they are known.
     scale : Stack or float
         Numbers that multiply the directions.
+    both : array or float, optional
+        1 for pairs of which both factors move, else 0; `RankGroup.both_move` by default.
     """
     matmul = group.backend.matmul
     P_A, P_B = group.halves(P)
     _, C = group.halves(group.cross(group.params, G) if cross is None else cross)  # Bᵀ G_B
-    both = group.both_move()
+    both = group.both_move() if both is None else both
     Y = matmul(matmul(P_A, C), P_B)  # (K, r, r), what both factors would do twice
     X = group.xp.zeros_like(Y) if X is None else X
     shares = scale * group.xp.concat([both * X, -both * mT(X + Y)])

@@ -194,7 +194,7 @@ gradient comes with a zero one; its direction is dropped, and its share of the s
 
 TransportRule: TypeAlias = Callable[[RankGroup, Sequence[Factors], State], State]
 """``transport(group, old, state) -> state`` for all pairs of one rank, after the group's
-parameters were `old`, with None for what has not been updated."""
+parameters were `old`; factors that have not been updated count as not moving."""
 
 
 def by_rank(
@@ -278,23 +278,18 @@ def _each_rank(
             given, now = [G[i] for i in members], [pairs[i] for i in members]
             old = list(map(where_moving, given, given, now)) if transport else []
             sized, numbers = moderate(backend, now + old)
-            moves = [(g.A is not None, g.B is not None) for g in given]
-            if transport:
-                given = [
-                    Factors(x.A if a else None, x.B if b else None)
-                    for x, (a, b) in zip(sized[count:], moves, strict=True)
-                ]
             group = RankGroup(
                 backend,
                 sized[:count],
                 numbers=numbers and numbers[:count],
-                moving=None if transport else moves,
+                moving=[(g.A is not None, g.B is not None) for g in given],
                 dtype=backend.compute_dtype(pairs[members[0]].A.dtype, compute_dtype),
             )
             part = type(state)(*[[field[i] for i in members] for field in fields])
-            found, part = work(group, given, part)
+            found, part = work(group, sized[count:] if transport else given, part)
+            whole = transport or group.all_move
             for all_values, new in zip([directions, *fields], [found, *part], strict=True):
                 for i, x in zip(members, new, strict=True):
-                    all_values[i] = x if group.all_move else where_moving(G[i], x, all_values[i])
+                    all_values[i] = x if whole else where_moving(G[i], x, all_values[i])
     direction, *new_fields = rebuild_each(tree, directions, *fields)
     return direction, type(state)(*new_fields)

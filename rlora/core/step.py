@@ -1,6 +1,7 @@
 """One optimizer step with any method: a function of parameters, gradients and state."""
 
 from collections.abc import Callable
+from typing import Any
 
 from rlora.core.checks import check_rate
 from rlora.core.dispatch import get_backend
@@ -69,9 +70,10 @@ def step(
     >>> bool(np.abs(pair.B @ pair.A - target).max() < 1e-2)
     True
     """
-    if not hasattr(transform, "update"):
-        name = getattr(transform, "__name__", type(transform).__name__)
-        msg = f"expected a method, got {name}; call the function, as in rlora.scaled_adamw()"
+    given: Any = transform
+    if not isinstance(given, Transform):
+        name = getattr(given, "__name__", type(given).__name__)
+        msg = f"expected a Transform, as rlora.scaled_adamw() gives one, got {name}"
         raise TypeError(msg)
     if not donate:
         return move(transform, params, grads, state, lr)

@@ -15,10 +15,9 @@ from rlora.core.linalg import (
     DampingMode,
     add,
     check_damping,
-    inverse_metric,
+    inverse_in_row_space,
     symmetric,
     tangent,
-    without_null_space,
 )
 from rlora.core.moments import corrected_decay, counts, momentum, over, per_pair
 from rlora.core.rank_group import RankGroup, Stack, by_rank
@@ -151,8 +150,7 @@ def _root_weight(xp: Any, norms: Array, eps: float) -> Array:
 
 
 def _inverses(group: RankGroup, S: Stack, damping: float, damping_mode: DampingMode) -> Stack:
-    P = inverse_metric(group, S, damping, damping_mode)
-    return without_null_space(group, P, S)
+    return inverse_in_row_space(group, S, damping, damping_mode)
 
 
 def weighted_tangent(

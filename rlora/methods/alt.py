@@ -13,10 +13,9 @@ from rlora.core.factors import Array, Factors, Tree, counterparts, pairs_of, reb
 from rlora.core.linalg import (
     DampingMode,
     check_damping,
-    inverse_metric,
+    inverse_in_row_space,
     record_turn,
     to_new_coordinates,
-    without_null_space,
 )
 from rlora.core.moments import each, per_pair, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, by_rank
@@ -99,8 +98,7 @@ def alternate(
         S = group.partner_gram(group.params)
         T = to_new_coordinates(group, S, state.turn)
         mu = group.apply(T, state.mu)
-        P = inverse_metric(group, S, damping, damping_mode)
-        g = group.apply(without_null_space(group, P, S), G)
+        g = group.apply(inverse_in_row_space(group, S, damping, damping_mode), G)
 
         def move(k: int, letter: str) -> tuple[Array, Array, Array | None]:
             nu = None if rates.b2 is None else getattr(state.nu[k], letter)
@@ -122,9 +120,10 @@ def alternate(
         )
         return D, moved if rates.b2 is None else moved._replace(nu=nu)
 
-    # Adam's direction does not shrink with the gradient.
-    how: dict[str, Any] = {"compute_dtype": compute_dtype, "rescaled": rates.b2 is None}
-    transform = by_rank(init, rule, transport=record_turn, sharded=True, **how)
+    plain = rates.b2 is None  # Adam's direction does not shrink with the gradient
+    transform = by_rank(
+        init, rule, transport=record_turn, compute_dtype=compute_dtype, rescaled=plain, sharded=True
+    )
     decay = rates.weight_decay
     return transform if is_zero(decay) else decay_in_turn(transform, decay, turn_of)
 

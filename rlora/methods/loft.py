@@ -14,10 +14,9 @@ from rlora.core.factors import Array, Factors, Tree, counterparts, map_pairs, re
 from rlora.core.linalg import (
     DampingMode,
     check_damping,
-    inverse_metric,
+    inverse_in_row_space,
     record_turn,
     to_new_coordinates,
-    without_null_space,
 )
 from rlora.core.moments import corrected_decay, counts, each, over, per_pair, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, by_rank
@@ -80,7 +79,7 @@ def scale_by_loft(
         xp = group.xp
         S = group.partner_gram(group.params)
         T = to_new_coordinates(group, S, state.turn)
-        P = without_null_space(group, inverse_metric(group, S, damping, damping_mode), S)
+        P = inverse_in_row_space(group, S, damping, damping_mode)
         g = [over(d, s) for d, s in zip(group.apply(P, G), state.scaling, strict=True)]
         old, to_new = group.apply(T, state.mu), group.unstack(T)
 

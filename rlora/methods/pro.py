@@ -14,10 +14,9 @@ from rlora.core.factors import Array, Factors, Tree, device_of, map_pairs
 from rlora.core.linalg import (
     DampingMode,
     check_damping,
-    inverse_metric,
+    inverse_in_row_space,
     sylvester_spd,
     tangent,
-    without_null_space,
 )
 from rlora.core.moments import (
     adam_step,
@@ -48,7 +47,7 @@ def scale_by_pro(
 
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
         S = group.partner_gram(group.params)
-        P = without_null_space(group, inverse_metric(group, S, damping, damping_mode), S)
+        P = inverse_in_row_space(group, S, damping, damping_mode)
         cross = group.cross(group.params, G)
         X = gauge_of(gauge, group, S, P, cross)
         s = group.per_layer([Factors(s, s) for s in state.scaling])
@@ -124,7 +123,7 @@ def scale_by_full_adam(
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], FullState]:
         matmul = group.backend.matmul
         S = group.partner_gram(group.params)
-        P = without_null_space(group, inverse_metric(group, S, damping, damping_mode), S)
+        P = inverse_in_row_space(group, S, damping, damping_mode)
         g = tangent(group, P, G)  # times s²: the equivalent gradient is the same in every gauge
 
         moments: list[list[Array]] = []

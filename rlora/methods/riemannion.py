@@ -12,7 +12,7 @@ from rlora.core.algebra import ROUNDING, mT
 from rlora.core.backend import Backend
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Factors, Tree, device_of, map_leaves, map_pairs, where_moving
+from rlora.core.factors import Array, Factors, Tree, device_of, map_leaves, map_pairs
 from rlora.core.linalg import add, inverse_metric, scale, tangent
 from rlora.core.moments import zeros
 from rlora.core.rank_group import RankGroup, by_rank
@@ -98,12 +98,12 @@ def riemannion(
 
     def transport(group: RankGroup, old: Sequence[Factors], state: State) -> RiemannionState:
         # What the new factors see of the old tangent vector: its projection needs no more.
-        old = list(map(where_moving, old, old, group.params))
         turn = group.partner_cross(group.params, old)
         move = group.partner_cross(group.params, state.mu)
         seen = add(group.apply(turn, state.mu), group.apply(move, old))
         P = inverse_metric(group, group.partner_gram(group.params))
-        return RiemannionState([Tangent(*M) for M in tangent(group, P, seen)])
+        # A tangent vector of the product, of which a frozen factor has its share too.
+        return RiemannionState([Tangent(*M) for M in tangent(group, P, seen, both=1.0)])
 
     def retract(params: Tree, direction: Tree, lr: Array | float) -> Tree:
         return map_pairs(lambda pair, d: _retract(pair, d, lr, weight_decay), params, direction)

@@ -265,5 +265,5 @@ def test_a_step_gives_a_collection_of_its_own(lr):
 
 def test_a_method_that_has_not_been_called():
     pairs = named_pairs()
-    with pytest.raises(TypeError, match=r"got scaled_adamw; call the function, as in"):
+    with pytest.raises(TypeError, match=r"as rlora.scaled_adamw\(\) gives one, got scaled_adamw"):
         rlora.step(rlora.scaled_adamw, pairs, pairs, None, 0.1)
