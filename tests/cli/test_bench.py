@@ -215,6 +215,16 @@ def test_cupy_without_cuda_gives_the_reason(refused):
     assert "cupy" in refused("bench", "--backend", "cupy").lower()
 
 
+def test_a_device_that_torch_has_not_is_refused_in_a_line(refused):
+    """Torch's own message goes on for thousands of letters."""
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    message = refused("bench", "--backend", "torch", "--device", "cuda:0")
+    assert "torch backend cannot make a float32 array on device 'cuda:0'" in message
+    assert len(message) < 400
+
+
 def test_a_peft_without_the_optimizer_is_refused_before_anything_is_timed(
     refused, adapter, monkeypatch
 ):

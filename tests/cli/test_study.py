@@ -286,6 +286,7 @@ def test_tables_need_no_baseline(tmp_path, rlora_cli):
     done = rlora_cli("study", *options, "--processes", 1, "--output", tmp_path)
     assert done.exit_code == 0, done.output
     assert "\ndigits,even,8,8,lora-rite," in (tmp_path / "results.csv").read_text()
+    assert done.stdout.replace("\n", "").endswith(f"records, tables and plots: {tmp_path}")
 
 
 def test_tables_of_nothing_are_refused(tmp_path, refused):

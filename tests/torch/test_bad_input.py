@@ -100,7 +100,9 @@ def test_a_state_that_torch_refuses_late(kind):
     state = copy.deepcopy(optimizer.state_dict())
     state["state"][5].pop("step")
     load = lambda: optimizer.load_state_dict(state)  # noqa: E731
-    assert_refused(model, optimizer, load, ShapeError, "exp_avg_sq and no step, which AdamW counts")
+    assert_refused(
+        model, optimizer, load, ShapeError, "exp_avg_sq and no step, which this optimizer"
+    )
     state["state"][5]["step"] = "one"
     assert_refused(model, optimizer, lambda: optimizer.load_state_dict(state), ValueError, "float")
     train(model, optimizer, 1)
@@ -136,6 +138,7 @@ def foreign(name):
 def test_the_state_of_any_other_optimizer_is_refused_or_goes_on(name):
     """Never an error at the step, and what a class does not keep is refused."""
     saved, _ = foreign(name)
+    accepted = set()
     for kind in METHODS.keys() | {"ScaledAdamW"}:
         optimizer, pair = foreign(kind)
         own = {key for p in pair for key in optimizer.state.get(p, {})}
@@ -144,10 +147,45 @@ def test_the_state_of_any_other_optimizer_is_refused_or_goes_on(name):
         except ShapeError as error:
             assert "another optimizer" in str(error)  # noqa: PT017
             continue
+        accepted.add(kind)
         optimizer.step()
         held = {key for p in pair for key, x in optimizer.state.get(p, {}).items() if x is not None}
         assert held <= own
         assert all(p.isfinite().all() for p in pair)
+    assert {"AdamW": "ScaledAdamW", "SGD": "RefLoRA"}.get(name, name) in accepted
+
+
+class OwnState(torch.optim.AdamW):
+    """Keeps what torch's AdamW does not."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.grad is not None:
+                held = self.state[p]
+                held["step"] = held.get("step", torch.tensor(0.0)) + 1
+                held["momentum_buffer"] = p.grad.clone()
+                p.sub_(p.grad, alpha=1e-3)
+
+
+def test_the_state_of_a_parent_of_ones_own_is_loaded():
+    model = make_model()
+    optimizer = rlora.torch.precondition(OwnState)(model)
+    train(model, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    held = optimizer.state_dict()["state"]
+    assert all(
+        torch.equal(held[i]["momentum_buffer"], x["momentum_buffer"])
+        for i, x in saved["state"].items()
+    )
+
+
+@pytest.mark.parametrize("value", [(1e-8, 1e-8), "1e-8", -1.0])
+def test_eps_of_adamw_is_one_number(value):
+    optimizer = ScaledAdamW(make_model())
+    with pytest.raises((TypeError, ValueError), match="eps"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "eps": value})
 
 
 @pytest.mark.parametrize("kind", [ScaledAdamW, LoRARite])
@@ -310,3 +348,8 @@ def test_betas_of_another_optimizer_are_its_own_business():
 def test_betas_are_two(kind, betas):
     with pytest.raises(TypeError, match=r"betas must be two numbers, as in \(0.9, 0.999\), got"):
         kind(make_model(), lr=1e-3, betas=betas)
+
+
+def test_what_a_method_gives_is_no_method():
+    with pytest.raises(TypeError, match=r"as rlora\.lora_rite, got a Transform; do not"):
+        rlora.torch.optimizer_class(rlora.lora_rite())

@@ -103,6 +103,11 @@ def optimizer_class(method: Method, parent: type[Optimizer] | None = None) -> ty
         ``stochastic_rounding`` and ``adapter`` as `ScaledAdamW` has them; and ``maximize``,
         ``foreach`` and ``fused`` for the parent.
 
+    Raises
+    ------
+    TypeError
+        When `method` is no function, as what one of them gives.
+
     Examples
     --------
     >>> import torch, rlora.torch
@@ -110,6 +115,13 @@ def optimizer_class(method: Method, parent: type[Optimizer] | None = None) -> ty
     >>> A, B = torch.randn(4, 16, requires_grad=True), torch.zeros(32, 4, requires_grad=True)
     >>> optimizer = LoRARite([A, B], lr=1e-3, betas=(0.9, 0.99), pairs=[(A, B)])
     """
+    given: Any = method
+    if not callable(given):
+        msg = (
+            f"expected a function that makes a method, as rlora.lora_rite, got a "
+            f"{type(given).__name__}; do not call it before"
+        )
+        raise TypeError(msg)
     momentum = "momentum" in inspect.signature(method).parameters
     plain: Any = parent or (torch.optim.SGD if momentum else torch.optim.AdamW)
     return _class(method, plain)

@@ -191,7 +191,8 @@ class LoRAOptimizer(LoadsState, ABC):
         """Numbers and choices of a group; torch checks those of the constructor only."""
         refuse_text(group)
         for name in NONNEGATIVE & group.keys():
-            if not isinstance(group[name], (Tensor, tuple)):  # Adafactor has two eps
+            several = isinstance(self.defaults[name], tuple)  # Adafactor has two eps
+            if not (several or isinstance(group[name], Tensor)):
                 check_nonnegative(name, group[name])
         check_flag("stochastic_rounding", group["stochastic_rounding"])
         self._check_own(group)

@@ -1,5 +1,6 @@
 """A torch optimizer out of any method: its pure step over the pairs, the parent's over the rest."""
 
+import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -8,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlora import methods
 from rlora.core.checks import check_betas, check_nonnegative, check_scaling
+from rlora.core.factors import Factors
 from rlora.core.state import flatten_state
 from rlora.core.transform import Transform
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.optimizers.saved_order import ELEMENTWISE
-from rlora.torch.optimizers.state_dict import ONLY_OF_METHODS, Shapes
+from rlora.torch.optimizers.state_dict import OF_METHODS, Shapes
 from rlora.torch.pairing.discovery import Pairs, without_middles
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
 from rlora.torch.step.method_batch import places_in, start_of
@@ -28,6 +31,16 @@ PLAIN = {"lr", "betas", "eps", "weight_decay", "momentum", "maximize"}
 MOMENTUM = {"betas", "momentum"}
 """Options that OneCycleLR and CyclicLR cycle if they are among the defaults: so those that only the
 parent has, without effect on the pairs, must not be there."""
+
+
+@functools.cache
+def words_of_methods() -> frozenset[str]:
+    """Words in the names of the state that methods of the library have for a pair."""
+    pair = Factors(torch.ones(1, 1, device="cpu"), torch.ones(1, 1, device="cpu"))
+    made = (getattr(methods, name)() for name in methods.__all__)
+    names = (name for method in made for name in flatten_state(method.init(pair)))
+    words = {word for name in names for word in name.split(".")} - {"A", "B"}
+    return frozenset(word for word in words if not word.isdigit())
 
 
 class MethodOptimizer(LoRAOptimizer):
@@ -102,7 +115,6 @@ class MethodOptimizer(LoRAOptimizer):
         """Options of a group for the method, under the names that it has for them."""
         chosen = {name: group[name] for name in self._options}
         if "betas" in chosen:
-            check_betas(chosen["betas"])
             chosen["b1"], chosen["b2"] = chosen.pop("betas")
         return chosen
 
@@ -110,6 +122,8 @@ class MethodOptimizer(LoRAOptimizer):
         return [*super()._choices(group), bool(group.get("momentum"))]  # without one, no state
 
     def _check_own(self, group: dict[str, Any]) -> None:
+        if "betas" in self._options:
+            check_betas(group["betas"])
         self._transform(group)
         if (s := group["scaling"]) is not None:
             check_nonnegative("scaling", s)
@@ -142,7 +156,7 @@ class MethodOptimizer(LoRAOptimizer):
             if kind not in kinds:
                 kinds[kind] = self._shapes_of_pair(pair, groups[id(p)])
             known = {**dict.fromkeys(ELEMENTWISE), **kinds[kind][side]}
-            return Shapes(known, ONLY_OF_METHODS)
+            return Shapes(known, OF_METHODS | words_of_methods())
 
         return shapes_of
 

@@ -1,15 +1,19 @@
 """Torch optimizers on gradients preconditioned pair by pair: AdamW, SGD, and any other."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from rlora.core.checks import check_betas, check_choice, check_unit
 from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.placement import Placement
 from rlora.core.transform import Order
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
+from rlora.torch.optimizers.saved_order import ELEMENTWISE
+from rlora.torch.optimizers.state_dict import Shapes
 from rlora.torch.pairing.discovery import Pairs
 from rlora.torch.pairing.pairs import TensorPair
 from rlora.torch.step.kernels import FUSED, SGD, AdamW, Kernel, has_kernel
@@ -63,9 +67,9 @@ class GramPreconditioned(LoRAOptimizer):
         check_choice("placement", group["placement"], Placement)
         if self._kernel is AdamW:
             check_betas(group["betas"])
-        for beta in group["betas"] if self._kernel is AdamW else ():
-            if not isinstance(beta, torch.Tensor):
-                check_unit("each of betas", beta)
+            for beta in group["betas"]:
+                if not isinstance(beta, Tensor):
+                    check_unit("each of betas", beta)
         if group["placement"] != "before" and self._kernel is not AdamW:
             msg = (
                 f"placement {group['placement']!r} needs decoupled weight decay and moments that "
@@ -73,6 +77,11 @@ class GramPreconditioned(LoRAOptimizer):
                 f"{type(self).__name__}; use placement='before'"
             )
             raise ValueError(msg)
+
+    def _state_shapes(self) -> Callable[[Tensor], Shapes]:
+        if self._kernel is not StandIns:
+            return super()._state_shapes()
+        return lambda p: Shapes(dict.fromkeys(ELEMENTWISE, p.shape))  # whatever the parent keeps
 
     def _choices(self, group: dict[str, Any]) -> list[Any]:
         # What decides in which memory a step works, and what state it then has.

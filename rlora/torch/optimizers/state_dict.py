@@ -18,9 +18,6 @@ from rlora.torch.pairing.sharding_checks import check_kind
 OF_METHODS = {"mu", "count", "scaling", "inverse", "frame", "turn"}
 """Words in the names of the state of method classes, each of which has one."""
 
-ONLY_OF_METHODS = OF_METHODS | {"nu", "escaped", "gain", "noise", "norms", "spectrum", "steps"}
-"""These and others that some have, which may be a parent's too."""
-
 
 class Shapes(NamedTuple):
     """Shapes of the saved state of a parameter."""
@@ -29,6 +26,8 @@ class Shapes(NamedTuple):
     """By name; None is a state that it may not have."""
     words: Set[str] = frozenset(OF_METHODS)
     """Words in names of the state of other optimizers; whatever else there is, is left alone."""
+    counted: bool = False
+    """True if there is a number of steps in every state."""
 
 
 class Ids(list[Any]):
@@ -55,12 +54,11 @@ class LoadsState(Optimizer, ABC):
 
     def _state_shapes(self) -> Callable[[Tensor], Shapes]:
         """Shapes of each parameter's saved state, as far as the parent is known."""
-        kept: tuple[str, ...] = ELEMENTWISE
-        if isinstance(self, torch.optim.AdamW):
-            kept = ELEMENTWISE[:3]
-        elif isinstance(self, torch.optim.SGD):
-            kept = ("momentum_buffer",)
-        return lambda p: Shapes({x: p.shape if x in kept else None for x in ELEMENTWISE})
+        adam = isinstance(self, torch.optim.AdamW)
+        kept = ELEMENTWISE[:3] if adam else ("momentum_buffer",)
+        return lambda p: Shapes(
+            {x: p.shape if x in kept else None for x in ELEMENTWISE}, counted=adam
+        )
 
     def _fresh_state(self) -> Callable[[Tensor], dict[str, Any]]:
         """The state that a parameter has at its first step, as far as the parent is known."""
@@ -172,14 +170,8 @@ class LoadsState(Optimizer, ABC):
         saved = as_groups_are(saved, self.param_groups, self._names)
         shapes_of = self._state_shapes()
         for i, p in self._owners(saved):
-            held, shapes = saved["state"].get(i, {}), shapes_of(p)
-            _check(i, held, p, shapes)
-            if (
-                isinstance(self, torch.optim.AdamW)
-                and held
-                and shapes.known.get("exp_avg") is not None
-            ):
-                _check_counted(i, held)
+            _check(i, saved["state"].get(i, {}), p, shapes_of(p))
+        # Defaults do not have what a parent needs for parameters in no pair alone.
         options = {*self._own, *self.defaults, "betas", "momentum"}
         groups = [
             {**{name: mine[name] for name in options & mine.keys()}, **theirs}
@@ -220,13 +212,10 @@ def _check(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> None:
                 f"{tuple(shape)}; was the rank changed, or is it the state of another optimizer?"
             )
             raise ShapeError(msg)
-
-
-def _check_counted(i: Any, state: Mapping[str, Any]) -> None:
-    if "step" not in state:
+    if shapes.counted and state and "step" not in state:
         msg = (
             f"the saved state of parameter {i} has {', '.join(map(str, state))} and no step, which "
-            f"AdamW counts: it is that of another optimizer; begin without it"
+            f"this optimizer counts: it is that of another optimizer; begin without it"
         )
         raise ShapeError(msg)
 

@@ -249,7 +249,7 @@ def _nothing(adapter: str, adapters: set[str], skipped: Mapping[str, str]) -> Pa
     base = "(a module with lora_A, lora_B and a base)"
     msg = f"no adapted linear layer {base} has {adapter!r}; the model has {known}{why}"
     if skipped and adapter in adapters:
-        msg = f"no adapted linear layer: none of adapter {adapter!r} only adds s B A x to W x{why}"
+        msg = f"no adapted linear layer of adapter {adapter!r} has the output W x + s B A x{why}"
     return PairingError(msg)
 
 
