@@ -72,10 +72,9 @@ def polar_factor(L: Array, least: float) -> Array:
     ``X <- (α I - β X Xᵀ) X`` takes the singular values of X from L's, whose squares are at least
     `least` or 10 eps, to 1.
     """
-    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
     X = L
     for alpha, beta in cubics(torch.finfo(L.dtype).eps, least):
-        X = torch.bmm(torch.baddbmm(eye, X, X.mT, beta=alpha, alpha=-beta), X)
+        X = torch.baddbmm(X, torch.bmm(X, X.mT), X, beta=alpha, alpha=-beta)
     return X
 
 
@@ -108,6 +107,14 @@ def cubics(eps: float, least: float = 0.0) -> list[tuple[float, float]]:
 def inverse_cholesky_times(S: Array, X: Array) -> Array:
     """``L⁻¹ X`` with the Cholesky factor L of definite S (K, r, r); NaN where S is not definite."""
     return torch.linalg.solve_triangular(definite_cholesky(S), X, upper=False)
+
+
+def inverse_root_half(V: Array, eps: float, X: Array) -> Array:
+    """`Backend.inverse_root_half` without an eigh; NaN where the damped V is not definite."""
+    root = half_power(V, 0.5, damping_of(V))  # its least eigenvalue is far above rounding, or NaN
+    root.diagonal(dim1=-2, dim2=-1).add_(eps)
+    L, _ = torch.linalg.cholesky_ex(root)  # an LU factorisation may wait for a device
+    return torch.linalg.solve_triangular(L, X, upper=False)
 
 
 def cholesky_pseudo_half(S: Array) -> Array:

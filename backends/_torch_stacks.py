@@ -65,12 +65,13 @@ def folded_columns(X: Array, Y: Array) -> Array:
     return blocks.diagonal(dim1=1, dim2=3).sum(-1)
 
 
-def gram_of(slot: str, F: Array, out: Array | None) -> Array:
+def gram_of(slot: str, F: Array, out: Array | None = None) -> Array:
     """``F Fᵀ`` ("rows") or ``Fᵀ F`` ("columns") of (..., ., .), in `out` if it is given."""
     if slot == "rows":
         return product_of(F)(F, F.mT, out=out)
-    if out is not None and fold_of(F, FOLDED_GRAM) > 1:
-        return out.copy_(folded_columns(F, F).view_as(out))
+    if fold_of(F, FOLDED_GRAM) > 1:
+        S = folded_columns(F, F)
+        return S if out is None else out.copy_(S.view_as(out))
     return product_of(F)(F.mT, F, out=out)
 
 

@@ -16,9 +16,9 @@ from ._cpu import cholesky_half
 from ._torch_algebra import (
     cholesky_pseudo_half,
     damped,
-    damping_of,
     half_power,
     inverse_cholesky_times,
+    inverse_root_half,
     symmetric_pseudo_half,
 )
 from ._torch_cpu import (
@@ -96,8 +96,7 @@ class TorchBackend(Backend):
         order, pieces, start = [], [], 0
         r = tall[0].shape[-2 if slot == "rows" else -1]
         if is_one_stack(tall):
-            F, key = tall[0].to(dtype), ("gram", slot)
-            return gram_of(slot, F, take(workspace, key, (len(F), r, r), dtype, F.device))
+            return gram_of(slot, tall[0].to(dtype))
         layers = [math.prod(F.shape[:-2]) for F in tall]
         stack = take(workspace, ("gram", slot), (sum(layers), r, r), dtype, tall[0].device)
         for members in buckets_of(tall, workspace, slot).values():
@@ -217,9 +216,7 @@ class TorchBackend(Backend):
     def inverse_root_half(self, V: Array, eps: float, X: Array) -> Array:
         if not eigh_waits(V):
             return super().inverse_root_half(V, eps, X)
-        root = half_power(V, 0.5, damping_of(V))
-        root.diagonal(dim1=-2, dim2=-1).add_(eps)
-        return inverse_cholesky_times(root, X)  # an LU factorisation may wait for a device
+        return inverse_root_half(V, eps, X)
 
     def adam(self, M: Tall, V: Tall, G: Tall, numbers: AdamNumbers) -> tuple[list[Array], ...]:
         b1, b2, *by_array = numbers
@@ -248,14 +245,18 @@ class TorchBackend(Backend):
             moved.append(torch.sub(x, d, alpha=lr, out=out))
         return moved
 
+    def lerp(self, X: Array, Y: Array, weight: Array) -> Array:
+        return torch.lerp(X, Y, weight)
+
     def reusing(self, workspace: Workspace) -> AbstractContextManager[None]:
         return nullcontext() if torch.compiler.is_compiling() else reusing(workspace)
 
     def unstack(self, P: Array, tall: Sequence[Array]) -> list[Array]:
-        if max([F.ndim for F in tall]) == 2:
+        axes = {F.ndim for F in tall}
+        if axes == {2}:
             return list(P.unbind(0))  # one call instead of one for each factor
-        if len(tall) == 1:
-            return [P.reshape(*tall[0].shape[:-2], *P.shape[1:])]
+        if axes == {3}:
+            return list(P.split([len(F) for F in tall]))
         return super().unstack(P, tall)
 
     def for_type(self, kind: type) -> Backend:

@@ -143,6 +143,10 @@ class Backend(MatrixAlgebra):
         """``x - lr d`` of two lists; with `donate` the first may be written over."""
         return [x - lr * d for x, d in zip(X, D, strict=True)]
 
+    def lerp(self, X: Array, Y: Array, weight: Array) -> Array:
+        """``X + weight (Y - X)``."""
+        return X + weight * (Y - X)
+
     # --- small change ---------------------------------------------------------------------------
 
     def cast(self, x: Array, dtype: Any) -> Array:

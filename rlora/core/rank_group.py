@@ -141,16 +141,16 @@ class RankGroup:
 
     def unstack(self, S: Stack) -> list[Factors]:
         """The inverse of `stack`."""
-        return self._in_pairs(*self.halves(self.backend.cast(S, self.wide)))
+        A, B = zip(*self.params, strict=True)
+        pieces = self.backend.unstack(self.backend.cast(S, self.wide), [*A, *B])
+        return list(map(Factors, pieces[: len(A)], pieces[len(A) :]))
 
     def multipliers(self, P: Stack) -> list[Factors]:
         """The matrices that multiply A from the left and B from the right: P and ``Pᵀ``."""
         P_A, P_B = self.halves(self.backend.cast(P, self.wide))
-        return self._in_pairs(P_A, mT(P_B))
-
-    def _in_pairs(self, S_A: Array, S_B: Array) -> list[Factors]:
         A, B = zip(*self.params, strict=True)
-        return list(map(Factors, self.backend.unstack(S_A, A), self.backend.unstack(S_B, B)))
+        pieces = self.backend.unstack(P_A, A), self.backend.unstack(mT(P_B), B)
+        return list(map(Factors, *pieces))
 
     def per_layer(self, X: Sequence[Factors]) -> Stack:
         """One number per factor, or one per layer of it, as (2K, 1, 1)."""

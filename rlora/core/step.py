@@ -6,7 +6,7 @@ from typing import Any
 from rlora.core.checks import check_rate
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
-from rlora.core.factors import Array, Tree, detached, flatten, leaves_of, map_leaves, unflatten
+from rlora.core.factors import Array, Tree, detached, flatten, replaced, unflatten
 from rlora.core.structure import another_state, side_by_side
 from rlora.core.transform import State, Transform, apply_updates, one_side, stay
 
@@ -75,17 +75,17 @@ def step(
         name = getattr(given, "__name__", type(given).__name__)
         msg = f"expected a Transform, as rlora.scaled_adamw() gives one, got {name}"
         raise TypeError(msg)
+    (leaves,) = flatten(params, params)
+    params = unflatten(params, detached(leaves))
     if not donate:
         return move(transform, params, grads, state, lr)
-    leaves = leaves_of(params)
-    backend = get_backend(*leaves)
     if len({id(x) for x in leaves}) < len(leaves):
         msg = (
             "with donate=True each parameter is written to once, got one that is in two places; "
             "give each place a copy of its own, or leave donate out"
         )
         raise PairingError(msg)
-    with backend.reusing({}):
+    with get_backend(*leaves).reusing({}):
         return move(transform, params, grads, state, lr, donate=True)
 
 
@@ -98,10 +98,11 @@ def move(
     *,
     donate: bool = False,
 ) -> tuple[Tree, State]:
-    """A `step` that is donated the parameters alone; the state inside of `Backend.reusing`."""
+    """A `step` that is donated the parameters alone; the state inside of `Backend.reusing`.
+
+    Those of torch are in no graph.
+    """
     check_rate(lr)
-    (leaves,) = flatten(params, params)
-    params = unflatten(params, detached(leaves))
     if transform.order == "jacobi":
         return _move(transform, params, grads, state, lr, donate)
     params, state = _move(transform, params, one_side(grads, "A"), state, lr, donate)
@@ -127,5 +128,6 @@ def _move(
     moved = transform.apply(params, direction, lr)
     if transform.transport is stay:
         return moved, state
-    old = map_leaves(lambda _, p: p, grads, params)  # None for what has not been updated
-    return moved, transform.transport(state, old, moved)
+    P, G = flatten(params, params, grads)
+    updated = [None if g is None else p for p, g in zip(P, G, strict=True)]
+    return moved, transform.transport(state, replaced(params, P, updated), moved)

@@ -1,6 +1,7 @@
 """A method is a pair of pure functions, and a chain of methods is a method."""
 
 from functools import wraps
+from itertools import islice
 from numbers import Real
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -203,15 +204,15 @@ def chain(*links: Transform) -> Transform:
     def init(params: Tree, scaling: float = 1.0) -> State:
         check_pairs(params)
         check_scaling(scaling)
-        wide = _widen(params)
+        (wide,) = _widen(params)
         return tuple(link.init(wide, scaling) for link in links)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         leaves, G = flatten(params, params, grads)
         check_matches(G, leaves)
-        backend = get_backend(*leaves, *G)
-        direction = unflatten(params, backend.widen(G))
-        wide = replaced(params, leaves, backend.widen(leaves))
+        both = get_backend(*leaves, *G).widen([*leaves, *G])
+        wide = replaced(params, leaves, both[: len(leaves)])
+        direction = unflatten(params, both[len(leaves) :])
         states = []
         try:
             for link, link_state in zip(links, state, strict=True):
@@ -227,7 +228,7 @@ def chain(*links: Transform) -> Transform:
         return direction, tuple(states)
 
     def transport(state: State, old: Tree, new: Tree) -> State:
-        old, new = _widen(old), _widen(new)
+        old, new = _widen(old, new)
         pieces = zip(links, state, strict=True)
         return tuple(link.transport(piece, old, new) for link, piece in pieces)
 
@@ -248,6 +249,10 @@ def _fits(directions: list[Array], params: list[Array]) -> bool:
     return True
 
 
-def _widen(tree: Tree) -> Tree:
-    (leaves,) = flatten(tree, tree)
-    return replaced(tree, leaves, get_backend(*leaves).widen(leaves))
+def _widen(*trees: Tree) -> list[Tree]:
+    """Collections of one structure with their leaves in `Backend.compute_dtype`."""
+    columns = flatten(trees[-1], *trees)
+    leaves = [x for column in columns for x in column]
+    wide = iter(get_backend(*leaves).widen(leaves))
+    pieces = [list(islice(wide, len(column))) for column in columns]
+    return list(map(replaced, trees, columns, pieces))

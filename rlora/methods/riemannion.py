@@ -12,7 +12,7 @@ from rlora.core.algebra import ROUNDING, mT
 from rlora.core.backend import Backend
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Factors, Tree, device_of, map_leaves, map_pairs
+from rlora.core.factors import Array, Factors, Tree, device_of, leaves_of, map_leaves, map_pairs
 from rlora.core.linalg import add, inverse_metric, scale, tangent
 from rlora.core.moments import zeros
 from rlora.core.rank_group import RankGroup, by_rank
@@ -106,7 +106,9 @@ def riemannion(
         return RiemannionState([Tangent(*M) for M in tangent(group, P, seen, both=1.0)])
 
     def retract(params: Tree, direction: Tree, lr: Array | float) -> Tree:
-        return map_pairs(lambda pair, d: _retract(pair, d, lr, weight_decay), params, direction)
+        A = leaves_of(params)[0]
+        with get_backend(A).exact(A):
+            return map_pairs(lambda pair, d: _retract(pair, d, lr, weight_decay), params, direction)
 
     return chain(
         by_rank(init, rule, transport=transport, apply=retract, compute_dtype=compute_dtype)

@@ -20,7 +20,7 @@ from rlora.core.factors import (
     map_leaves,
     map_pairs,
 )
-from rlora.core.linalg import congruence, record_turn, symmetric
+from rlora.core.linalg import congruence, record_turn
 from rlora.core.moments import corrected_decay, counts, each, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.sizes import euclidean_norm, into_range, shrink_to
@@ -88,7 +88,7 @@ def scale_by_rite(
         # Back to the gradient's own size, or less where its square would leave the range.
         size = xp.sqrt(traces(xp, Q)) * xp.clip(_size(xp, W), min=1.0)
         back = xp.clip(size / largest, min=numbers) ** -1.0  # one operation, 1 / x two
-        V = symmetric(decay2 * V + (1 - decay2) * (back * Q) * back)
+        V = backend.lerp(V, (back * Q) * back, 1 - decay2)
         shifted = V
         if escape:
             spectrum, _ = backend.eigh(V)

@@ -157,6 +157,22 @@ def test_half_precision(name):
     assert error <= 0.1 * scale  # 20 roundings of 2^-9 each, and gradients of 8 bits
 
 
+@EVERY
+def test_a_step_does_not_notice_autocast(name):
+    """Neither the direction nor an update of the method's own multiplies in bfloat16."""
+    torch = pytest.importorskip("torch")
+    problem = make_problem(14, 12, 4, seed=5).on(get("torch"), "float32")
+    grads, results = problem.grads(problem.params), []
+    for lower in (False, True):
+        params, state = problem.params, method(name).init(problem.params)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=lower):
+            for _ in range(3):
+                params, state = rlora.step(method(name), params, grads, state, lr=1e-2)
+        results.append({**rlora.flatten_state(state), "A": params.A, "B": params.B})
+    for key, x in results[0].items():
+        assert torch.equal(x, results[1][key]), key
+
+
 @pytest.mark.parametrize("name", ["lora_rite", "alt_lora", "riemannion"])
 def test_transported_moments_do_not_drift(name):
     """10 000 steps in float32, never at rest: no growth, no loss of symmetry or definiteness."""
