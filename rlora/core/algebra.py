@@ -3,6 +3,9 @@
 One stack (K, r, r) holds the matrices of all factors of one rank, K counting every layer of them.
 """
 
+from collections.abc import Sequence
+from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from rlora.core.factors import Array, device_of
@@ -194,6 +197,13 @@ def mT(x: Array) -> Array:
 def traces(xp: Any, S: Array) -> Array:
     """Those of (K, r, r), as (K, 1, 1)."""
     return xp.reshape(xp.linalg.trace(S), (-1, 1, 1))
+
+
+def constants(xp: Any, values: Sequence[float], dtype: Any, like: Array) -> Array:
+    """Python numbers as (K, 1, 1), made on the device of an array: a list would be copied there."""
+    make = partial(xp.full, dtype=dtype, device=device_of(like))
+    runs = [(float(value), len(list(run))) for value, run in groupby(values)]
+    return xp.concat([make((count, 1, 1), value) for value, count in runs])
 
 
 def eye_like(xp: Any, S: Array) -> Array:

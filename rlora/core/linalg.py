@@ -5,9 +5,10 @@
 
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 from typing import Any, Literal
 
-from rlora.core.algebra import ROUNDING, mT, traces
+from rlora.core.algebra import ROUNDING, constants, mT, traces
 from rlora.core.backend import Backend
 from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative
 from rlora.core.factors import Array, Factors, device_of, indices_by_rank
@@ -37,10 +38,11 @@ def frozen_powers(
 ) -> list[Array]:
     """``S^exponent`` of the factor that stays in every pair; S⁻¹ preconditions its partner.
 
-    As `preconditioners`, with one Gram where that has two. The Gram of a frozen factor is no
-    worse than its start: covariant damping leaves it as it is, whichever factor it is.
+    As `preconditioners`, with one Gram where that has two, and without the directions that
+    `row_space` leaves out. The Gram of a frozen factor is no worse than its start: covariant
+    damping leaves it as it is, whichever factor it is.
     """
-    gram = backend.gram_rows if frozen == "A" else backend.gram_columns
+    gram, side = (backend.gram_rows, -1) if frozen == "A" else (backend.gram_columns, -2)
     factors = [getattr(pair, frozen) for pair in params]
     powers = list(factors)
     for members in indices_by_rank(params):
@@ -48,6 +50,9 @@ def frozen_powers(
         S = gram(alike, backend.compute_dtype(alike[0].dtype, compute_dtype))
         shift = 0.0 if damping_mode == "covariant" else damping
         P = backend.damped_power(S, exponent, shift, relative=damping_mode == "relative")
+        lost = [S.shape[-1] - F.shape[side] for F in alike for _ in range(prod(F.shape[:-2]))]
+        if max(lost) > 0:
+            P = in_row_space(backend, S, constants(backend.xp, lost, S.dtype, S), P)
         P = backend.cast(P, backend.compute_dtype(alike[0].dtype))
         for i, power in zip(members, backend.unstack(P, alike), strict=True):
             powers[i] = power
@@ -76,21 +81,34 @@ def inverse_metric(
 def inverse_in_row_space(
     group: RankGroup, S: Stack, damping: float, damping_mode: DampingMode
 ) -> Stack:
-    """`inverse_metric` without the directions in which no partner of that shape can have anything.
+    """`inverse_metric` in the row spaces of the partners, see `in_row_space`."""
+    P, r = inverse_metric(group, S, damping, damping_mode), group.rank
+    lost = [(r - pair.B.shape[-2], r - pair.A.shape[-1]) for pair in group.params]
+    if max(map(max, lost)) <= 0:
+        return P
+    return in_row_space(group.backend, S, group.constant(lost), P)
+
+
+def in_row_space(backend: Backend, S: Array, lost: Array, P: Array) -> Array:
+    """A power P of a damped Gram without the directions in which its factor can have nothing.
 
     A rank above the outer side of a factor leaves its Gram a null space whatever its entries are,
     and in it the inverse of the damped Gram multiplies rounding by 1/damping: that of a gradient
     in bfloat16 is large.
+
+    Parameters
+    ----------
+    backend : Backend
+        The backend of the stacks.
+    S, P : arrays of shape (K, r, r)
+        Grams and their powers.
+    lost : array of shape (K, 1, 1)
+        By how much the rank is above the outer side of each factor.
     """
-    P = inverse_metric(group, S, damping, damping_mode)
-    r, xp, matmul = group.rank, group.xp, group.backend.matmul
-    sides = [(pair.A.shape[-1], pair.B.shape[-2]) for pair in group.params]
-    if all(min(both) >= r for both in sides):
-        return P
-    _, Q = group.backend.eigh(S)
-    first = group.swap_sides(group.constant([(float(r - n), float(r - m)) for n, m in sides]))
-    places = xp.arange(r, dtype=S.dtype, device=device_of(S))  # of ascending eigenvalues
-    Q = xp.where(places < first, xp.zeros_like(Q), Q)
+    xp, matmul = backend.xp, backend.matmul
+    _, Q = backend.eigh(S)
+    places = xp.arange(S.shape[-1], dtype=S.dtype, device=device_of(S))  # ascending eigenvalues
+    Q = xp.where(places < lost, xp.zeros_like(Q), Q)
     kept = matmul(Q, mT(Q))
     return symmetric(matmul(matmul(kept, P), kept))
 

@@ -6,12 +6,11 @@ A factors, then what belongs to the K B factors; P acts as ``P A`` and as ``(P B
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import chain, groupby
+from itertools import chain
 from math import prod
 from typing import Any, TypeAlias
 
-from rlora.core.algebra import mT
+from rlora.core.algebra import constants, mT
 from rlora.core.backend import Backend, Workspace
 from rlora.core.checks import ComputeDtype, check_choice
 from rlora.core.dispatch import get_backend
@@ -20,7 +19,6 @@ from rlora.core.factors import (
     Factors,
     Tree,
     counterparts,
-    device_of,
     in_pairs,
     indices_by_rank,
     rebuild_each,
@@ -169,10 +167,7 @@ class RankGroup:
                 for lead, value in zip(self._leads, values, strict=True)
                 for _ in range(prod(lead))
             ]
-            # Made where they are used: a list of numbers would have to be copied there.
-            make = partial(self.xp.full, dtype=self.dtype, device=device_of(self.like))
-            runs = [(value, len(list(run))) for value, run in groupby(flat)]
-            kept[key] = self.xp.concat([make((count, 1, 1), value) for value, count in runs])
+            kept[key] = constants(self.xp, flat, self.dtype, self.like)
         return kept[key]
 
     def columns(self) -> Stack:
