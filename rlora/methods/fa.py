@@ -6,12 +6,12 @@ Language Models Fine-tuning. arXiv:2308.03303, 2023.
 
 from typing import Any, Final, Literal, NamedTuple
 
-from rlora.core.checks import check_choice, hyperparameters, plain_number
+from rlora.core.checks import check_choice, hyperparameters
 from rlora.core.decay import add_decayed_weights, decay_weights_after
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
 from rlora.core.linalg import DampingMode, check_damping, frozen_powers
-from rlora.core.moments import EpsForm, only, scale_by_adam
+from rlora.core.moments import EpsForm, only, over, per_pair, scale_by_adam
 from rlora.core.placement import precondition
 from rlora.core.transform import State, Transform, chain
 
@@ -31,7 +31,9 @@ class FrozenState(NamedTuple):
     """Constants of a frozen A."""
 
     inverse: Tree
-    """``S_A⁻¹ / s²``, (..., r, r), one a pair."""
+    """``S_A⁻¹``, (..., r, r), one a pair."""
+    scaling: Tree
+    """s, one for each layer of a pair."""
 
 
 @hyperparameters
@@ -55,17 +57,17 @@ def scale_by_frozen_gram(
                 damping_mode=damping_mode,
                 compute_dtype=compute_dtype,
             )
-        s = plain_number(scaling)
-        return FrozenState(rebuild(params, [inverse / s**2 for inverse in inverses]))
+        return FrozenState(rebuild(params, inverses), per_pair(params, scaling))
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         leaves = leaves_of(params)
         backend = get_backend(*leaves)
-        (inverses,) = counterparts(params, state.inverse)
+        inverses, scalings = counterparts(params, state.inverse, state.scaling)
         P = [Factors(None, inverse) for inverse in inverses]
         of_B = [Factors(None, pair.B) for pair in pairs_of(grads)]
         with backend.exact(leaves[0]):
-            return rebuild(params, precondition(backend, P, of_B)), state
+            D = precondition(backend, P, of_B)
+        return rebuild(params, [over(d, s**2) for d, s in zip(D, scalings, strict=True)]), state
 
     return Transform(init, update, sharded=True)
 
@@ -107,7 +109,7 @@ def lora_fa(
     Returns
     -------
     Transform
-        State: two arrays like B, its step count, and r² numbers a pair.
+        State: two arrays like B, its step count, and r² + 1 numbers a pair.
 
     Raises
     ------

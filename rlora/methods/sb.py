@@ -8,12 +8,12 @@ arXiv:2411.19557, 2024.
 from typing import NamedTuple
 
 from rlora.core.algebra import mT
-from rlora.core.checks import hyperparameters, meant_for, plain_number
+from rlora.core.checks import hyperparameters, meant_for
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
 from rlora.core.linalg import DampingMode, check_damping, frozen_powers
-from rlora.core.moments import scale_by_adam
+from rlora.core.moments import over, per_pair, scale_by_adam
 from rlora.core.placement import preconditioners
 from rlora.core.transform import State, Transform, chain, no_state, pass_on
 
@@ -25,7 +25,10 @@ class CoreState(NamedTuple):
     """A₀: orthonormal rows that span those of A, (..., r, n), one array a pair."""
 
     inverse: Tree
-    """``S_B⁻¹ / s²``, (..., r, r), one a pair."""
+    """``S_B⁻¹``, (..., r, r), one a pair."""
+
+    scaling: Tree
+    """s, one for each layer of a pair."""
 
     inner: State
     """State over the cores, (..., r, r), which are the A factors of pairs without a B."""
@@ -68,28 +71,32 @@ def scale_by_core(
                 damping_mode=damping_mode,
                 compute_dtype=compute_dtype,
             ).first
-            inverses = [pair.A / plain_number(scaling) ** 2 for pair in P or ()]
+            inverses = [pair.A for pair in P or ()]
         cores = rebuild(params, [Factors(inverse, None) for inverse in inverses])
         return CoreState(
-            rebuild(params, frames), rebuild(params, inverses), core_method.init(cores, scaling)
+            rebuild(params, frames),
+            rebuild(params, inverses),
+            per_pair(params, scaling),
+            core_method.init(cores, scaling),
         )
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, CoreState]:
         leaves = leaves_of(params)
         backend = get_backend(*leaves)
-        frames, inverses = counterparts(params, state.frame, state.inverse)
+        constants = counterparts(params, state.frame, state.inverse, state.scaling)
 
         def matmul(X: Array, Y: Array) -> Array:
-            return None if X is None else backend.matmul(X, Y)
+            return None if X is None or Y is None else backend.matmul(X, Y)
+
+        def of_core(G: Factors, A0: Array, P: Array, s: Array) -> Factors:
+            return over(Factors(matmul(P, matmul(G.A, mT(A0))), None), s**2)
 
         with backend.exact(leaves[0]):
-            G_R = [matmul(G.A, mT(A0)) for G, A0 in zip(pairs_of(grads), frames, strict=True)]
-            g = [None if x is None else matmul(P, x) for P, x in zip(inverses, G_R, strict=True)]
-            cores = rebuild(params, [Factors(x, None) for x in g])
+            cores = rebuild(params, map(of_core, pairs_of(grads), *constants))
             moves, inner_state = core_method.update(cores, state.inner, cores)
-            D = [matmul(move.A, A0) for move, A0 in zip(pairs_of(moves), frames, strict=True)]
+            D = [matmul(d.A, A0) for d, A0 in zip(pairs_of(moves), constants[0], strict=True)]
         direction = rebuild(params, [Factors(x, None) for x in D])
-        return direction, CoreState(state.frame, state.inverse, inner_state)
+        return direction, state._replace(inner=inner_state)
 
     return Transform(init, update)
 

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from rlora.torch.optimizers.state_dict import OF_METHODS, Shapes
 from rlora.torch.pairing.discovery import Pairs, without_middles
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
 from rlora.torch.step.method_batch import places_in, start_of
-from rlora.torch.step.plan import Turn
+from rlora.torch.step.plan import Plan, Turn
 from rlora.torch.step.steps import steps_of_method
 
 Method = Callable[..., Transform]
@@ -51,6 +51,9 @@ class MethodOptimizer(LoRAOptimizer):
 
     _options: dict[str, Any]
     """The method's hyperparameters with their defaults; not asked of it in a compiled step."""
+
+    _scalings: list[float | None] | None = None
+    """The `scaling` of each group that the state has followed; None before the first step."""
 
     def __init__(
         self,
@@ -185,9 +188,10 @@ class MethodOptimizer(LoRAOptimizer):
         paired: dict[int, dict[str, Any]] = {}
         for pair in self._pairs:
             paired |= {id(p): {} for p in pair.moved}
-            if is_distributed(pair.A) or any(self.state.get(p) for p in pair[:2]):
-                continue
             keeper = next(pair.members()).keepers[0]
+            known = id(keeper) in groups and not is_distributed(pair.A)
+            if not known or any(self.state.get(p) for p in pair[:2]):
+                continue
             for side, key, x in self._start_of(pair, groups[id(keeper)]):
                 paired[id(keeper if side is None else pair[side])][key] = x
         return lambda p: paired[id(p)] if id(p) in paired else plain(p)
@@ -195,8 +199,8 @@ class MethodOptimizer(LoRAOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, of this class; see `ScaledAdamW.load_state_dict`.
 
-        The s of a pair is no memory of training: the group's `scaling` of the file counts, where
-        it is None what the layer says today, and the s in the state only where neither is known.
+        Of the s of a pair the group's `scaling` of the file counts, where it is None what the layer
+        says today, and the s in the state only where neither is known.
         """
         saved_groups = state_dict.get("param_groups")
         for group in saved_groups if isinstance(saved_groups, list) else ():
@@ -206,8 +210,22 @@ class MethodOptimizer(LoRAOptimizer):
                     msg = f"the saved scaling {s!r} is above what float32 holds; give a smaller s"
                     raise ValueError(msg)
         super().load_state_dict(state_dict)
+        self._follow_scalings(self._current_pairs())
+
+    def _new_plans(self, pairs: list[TensorPair]) -> list[Plan]:
+        scalings = [group["scaling"] for group in self.param_groups]
+        if scalings != self._scalings and not torch.compiler.is_compiling():
+            for s in scalings:
+                if s is not None:
+                    check_scaling(s)  # before anything is changed
+            self._follow_scalings(pairs)
+            self._scalings = scalings
+        return super()._new_plans(pairs)
+
+    def _follow_scalings(self, pairs: Iterable[TensorPair]) -> None:
+        """Put the s of groups, else of layers, into the state: it is no memory of training."""
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        for pair in self._current_pairs():
+        for pair in pairs:
             given = groups[id(pair.A)].get("scaling")
             s = pair.scaling if given is None else given
             if s is None:

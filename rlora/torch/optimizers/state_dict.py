@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,11 +10,12 @@ import torch
 from torch import Size, Tensor
 from torch.optim import Optimizer
 
-from rlora.core.errors import ShapeError
+from rlora.core.errors import ShapeError, ShardingError
 from rlora.torch.monitor.finite import look_on_the_host
 from rlora.torch.optimizers.saved_order import ELEMENTWISE, as_groups_are
 from rlora.torch.pairing.pairs import TensorPair
 from rlora.torch.pairing.sharding_checks import check_kind
+from rlora.torch.step.kernels import counter_dtype
 
 OF_METHODS = {"mu", "count", "scaling", "inverse", "frame", "turn"}
 """Words in the names of the state of method classes, each of which has one."""
@@ -71,7 +73,8 @@ class LoadsState(Optimizer, ABC):
             zeros = partial(torch.zeros_like, p, dtype=wide, requires_grad=False)
             if isinstance(self, torch.optim.AdamW):
                 keys = ELEMENTWISE[: 3 if group["amsgrad"] else 2]
-                return {"step": torch.tensor(0.0), **{key: zeros() for key in keys}}
+                step = torch.zeros((), dtype=counter_dtype(), device="cpu")
+                return {"step": step, **{key: zeros() for key in keys}}
             if isinstance(self, torch.optim.SGD) and group["momentum"] and not group["dampening"]:
                 return {"momentum_buffer": zeros()}
             return {}
@@ -91,6 +94,8 @@ class LoadsState(Optimizer, ABC):
             Once, when a pair on a CPU, or its state, is not finite. What lies on an accelerator is
             not looked at: the device would have to be waited for. `diagnostics` looks there too.
         """
+        with suppress(ShardingError):  # saving refuses nothing, the next step does
+            self._current_pairs()  # names follow the parameters as they are now
         look_on_the_host(self)
         saved = super().state_dict()
         for group in saved["param_groups"]:
@@ -189,6 +194,8 @@ class LoadsState(Optimizer, ABC):
                     least = torch.float32 if id(p) in paired else value.dtype
                     dtype = torch.promote_types(value.dtype, least)
                     self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
+                elif isinstance(value, Tensor) and self.state[p].get(key) is value:
+                    self.state[p][key] = value.clone()  # that of the other goes on without it
 
 
 def _check(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> None:

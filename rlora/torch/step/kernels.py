@@ -101,9 +101,14 @@ class WithState(Kernel):
         # The options may have been others: where it was then, to read it may be to wait.
         device = self.targets[k].device if on_device else torch.device("cpu")
         if known is None:
-            wide = torch.get_default_dtype() == torch.float64 and not fused
-            return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
+            return torch.zeros((), dtype=counter_dtype(fused), device=device)
         return torch.as_tensor(known).to(device)
+
+
+def counter_dtype(fused: Any = False) -> torch.dtype:
+    """The dtype of counters of steps, torch's own: one of 16 bits would stop to count."""
+    wide = torch.get_default_dtype() == torch.float64 and not fused  # which reads float32
+    return torch.float64 if wide else torch.float32
 
 
 class AdamW(WithState):

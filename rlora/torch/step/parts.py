@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlora.core.backend import Backend, Workspace
+from rlora.torch.step.kernels import counter_dtype
 from rlora.torch.step.plan import Share
 
 
@@ -53,8 +54,9 @@ class Part:
         self.G = self._memory()
         # On the host as torch has them, unless the options say that the device counts.
         there = device.type != "cpu" and (group["fused"] or group["capturable"])
-        dtype = torch.float32 if there else None  # what the kernel reads there
-        self.steps = torch.zeros(len(params), dtype=dtype, device=device if there else "cpu")
+        self.steps = torch.zeros(
+            len(params), dtype=counter_dtype(there), device=device if there else "cpu"
+        )
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
         self.moments = {name: self._like_params(torch.zeros) for name in names}
         self.views = [self.steps.unbind(0), *map(self._each, self.moments.values())]

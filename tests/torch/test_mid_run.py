@@ -1,0 +1,147 @@
+"""Changes between two steps: what a checkpoint of that moment holds, and what counts from then on.
+
+The oracle is a run without the checkpoint, or torch's AdamW.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rlora.torch
+from rlora.torch import method_classes
+
+METHODS = pytest.mark.parametrize("name", method_classes.__all__)
+ALL = pytest.mark.parametrize("name", ["ScaledAdamW", "ScaledSGD", *method_classes.__all__])
+
+
+def layers(count, dtype=torch.float64):
+    """(name, parameter) of so many pairs of one shape."""
+    g = torch.Generator().manual_seed(0)
+    named = []
+    for i in range(count):
+        A, B = (
+            torch.randn(3, 6, generator=g, dtype=dtype),
+            torch.randn(5, 3, generator=g, dtype=dtype),
+        )
+        named += [(f"{i}.lora_A", nn.Parameter(A / 2)), (f"{i}.lora_B", nn.Parameter(B / 4))]
+    return named
+
+
+def set_grads(named, t):
+    for name, p in named:
+        g = torch.Generator().manual_seed(100 * t + 10 * int(name[0]) + "AB".index(name[-1]))
+        p.grad = torch.randn(p.shape, generator=g, dtype=p.dtype)
+
+
+def train(optimizer, named, steps):
+    for t in steps:
+        set_grads(named, t)
+        optimizer.step()
+
+
+def same(one, other):
+    return all(torch.equal(p, q) for (_, p), (_, q) in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"placement": "before"}, {"amsgrad": True}])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_counters_do_not_have_a_narrow_default_dtype(options, narrow):
+    """256 + 1 is 256 in bfloat16, and 2048 + 1 is 2048 in float16: torch's counters are float32."""
+    named = layers(2, torch.float32)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(narrow)
+    try:
+        optimizer = rlora.torch.ScaledAdamW(named, lr=1e-3, **options)
+        train(optimizer, named[:2], range(3))  # the second pair has never had a gradient
+        saved = optimizer.state_dict()["state"]
+    finally:
+        torch.set_default_dtype(before)
+    assert len(saved) == 4
+    for held in saved.values():
+        assert held["step"].dtype == torch.float32
+
+
+@ALL
+def test_a_checkpoint_after_a_pair_has_left_the_groups(name):
+    """Names and entries of what is there now; loaded by name, each goes to its owner."""
+    kind = getattr(rlora.torch, name)
+    options = {"momentum": 0.9} if name == "ScaledSGD" else {}
+    named = layers(3)
+    optimizer = kind(named, lr=1e-2, **options)
+    train(optimizer, named, range(3))
+    gone = {p for _, p in named[:2]}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p not in gone]
+    for p in gone:
+        optimizer.state.pop(p, None)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["param_groups"][0]["param_names"] == [n for n, _ in named[2:]]
+
+    twins = [(n, nn.Parameter(p.detach().clone())) for n, p in named[2:]]
+    swapped = twins[2:] + twins[:2]
+    resumed = kind(swapped, lr=1e-2, **options)
+    resumed.load_state_dict(saved)
+    train(optimizer, named[2:], [3, 4])
+    train(resumed, swapped, [3, 4])
+    for (_, p), (_, q) in zip(named[2:], twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)  # stacked in another order
+
+
+@METHODS
+def test_a_scaling_that_is_changed_counts_from_the_next_step(name):
+    """And a checkpoint changes nothing: s belongs to the layer, not to the memory of training."""
+    kind = getattr(rlora.torch, name)
+
+    def run(*, edited=False, resumed=False):
+        named = layers(2)
+        optimizer = kind(named, lr=1e-2, scaling=1.0)
+        for t in range(8):
+            if t == 3 and edited:
+                optimizer.param_groups[0]["scaling"] = 4.0
+            if t == 5 and resumed:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = kind(named, lr=1e-2, scaling=1.0)
+                optimizer.load_state_dict(saved)
+            train(optimizer, named, [t])
+        return named, optimizer
+
+    (plain, _), (edited, optimizer), (resumed, _) = (
+        run(),
+        run(edited=True),
+        run(edited=True, resumed=True),
+    )
+    assert same(edited, resumed)
+    with_s = any("scaling" in key.split(".") for held in optimizer.state.values() for key in held)
+    counts = with_s and name != "GraftAdamW"  # whose directions have the size of Adam's
+    assert same(edited, plain) != counts
+
+
+@METHODS
+def test_a_scaling_out_of_range_is_refused_before_anything_moves(name):
+    named = layers(2)
+    optimizer = getattr(rlora.torch, name)(named, lr=1e-2, scaling=1.0)
+    train(optimizer, named, range(2))
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    values = [(n, p.detach().clone()) for n, p in named]
+    optimizer.param_groups[0]["scaling"] = -1.0
+    with pytest.raises(ValueError, match="scaling"):
+        train(optimizer, named, [2])
+    assert same(named, values)
+    now = optimizer.state_dict()["state"]
+    assert all(torch.equal(x, now[i][key]) for i, held in state.items() for key, x in held.items())
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"placement": "before"}])
+def test_an_optimizer_and_the_one_that_loaded_its_state_count_apart(options):
+    named, twins = layers(2), layers(2)
+    first = torch.optim.AdamW(named, lr=1e-2)
+    train(first, named, range(3))
+    second = rlora.torch.ScaledAdamW(twins, lr=1e-2, **options)
+    second.load_state_dict(first.state_dict())
+    for t in range(3, 6):
+        train(first, named, [t])
+        train(second, twins, [t])
+    assert {float(held["step"]) for held in first.state.values()} == {6.0}
+    assert {float(held["step"]) for held in second.state.values()} == {6.0}
