@@ -133,7 +133,7 @@ def lora_sb(
     Returns
     -------
     Transform
-        State: 2 r² moments, r² numbers of the inverse and the frame A₀, (r, n), a pair.
+        State: 2 r² moments, r² + 1 constants and the frame A₀, (r, n), a pair.
 
     Raises
     ------
