@@ -21,6 +21,9 @@ class CuPyBackend(Backend):
         W = cp.tril(cp.linalg.inv(cp.linalg.cholesky(S[..., ::-1, ::-1] if upper else S)))
         return W[..., ::-1, ::-1] if upper else W
 
+    def address(self, x: Array) -> int:
+        return int(x.data.ptr)
+
     def devices(self) -> list[str]:
         try:
             count = cp.cuda.runtime.getDeviceCount()

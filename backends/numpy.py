@@ -31,6 +31,9 @@ class NumPyBackend(Backend):
             start += count
         return stack
 
+    def address(self, x: Array) -> int:
+        return int(x.__array_interface__["data"][0])
+
     def within(self, X: Tall, low: float, high: float) -> bool:
         for x in X:
             peak = np.maximum(x.max(axis=(-2, -1)), -x.min(axis=(-2, -1)))

@@ -251,6 +251,10 @@ class TorchBackend(Backend):
     def reusing(self, workspace: Workspace) -> AbstractContextManager[None]:
         return nullcontext() if torch.compiler.is_compiling() else reusing(workspace)
 
+    def address(self, x: Array) -> int:
+        plain = type(x) in (torch.Tensor, torch.nn.Parameter)
+        return x.data_ptr() if plain and not torch.compiler.is_compiling() else id(x)
+
     def unstack(self, P: Array, tall: Sequence[Array]) -> list[Array]:
         axes = {F.ndim for F in tall}
         if axes == {2}:

@@ -1,5 +1,6 @@
 """The pair (A, B), and collections of pairs: one ``Factors``, or a list or dict of them, nested."""
 
+import copy
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -101,7 +102,24 @@ def rebuild_each(tree: Tree, *columns: Iterable[Any]) -> list[Tree]:
             members = map(next, supplies) if here else rebuild_each(tree[key], *supplies)
             for column, member in zip(new, members, strict=True):
                 column.append(member)
-    return [dict(zip(tree, x, strict=True)) for x in new] if isinstance(tree, Mapping) else new
+    if type(tree) is list:
+        return new
+    if type(tree) is dict:
+        return [dict(zip(tree, x, strict=True)) for x in new]
+    return [_of_kind(tree, x) for x in new]
+
+
+def _of_kind(tree: Tree, children: list[Any]) -> Tree:
+    """A collection of the class of another with these children."""
+    if isinstance(tree, Mapping):
+        pairs = zip(tree, children, strict=True)
+        if isinstance(tree, dict):  # whose constructor may take something else first
+            made = copy.copy(tree)
+            made.update(pairs)
+            return made
+        kind: Any = type(tree)
+        return kind(dict(pairs))
+    return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
 
 
 def flatten(tree: Tree, *others: Tree) -> list[list[Array]]:
@@ -209,43 +227,16 @@ def detached(arrays: Sequence[Array]) -> list[Array]:
     return [x.detach() if getattr(x, "requires_grad", False) else x for x in arrays]
 
 
-def _walk(tree: Tree, path: str = "") -> Iterator[tuple[str, Factors]]:
+def paths_of(tree: Tree, path: str = "") -> Iterator[tuple[str, Factors]]:
     """Every pair with its path, which an error has to name."""
     if isinstance(tree, Factors):
         yield path, tree
     elif isinstance(tree, (Mapping, list, tuple)):
         children = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
         for key, child in children:
-            yield from _walk(child, f"{path}.{key}" if path else str(key))
+            yield from paths_of(child, f"{path}.{key}" if path else str(key))
     else:
         raise _no_pair(tree, path)
-
-
-def check_pairs(params: Tree) -> None:
-    """Raise a ShapeError that names the pair unless every A is (..., r, n) and B is (..., m, r)."""
-    for path, pair in _walk(params):
-        where = f" of pair {path!r}" if path else ""
-        for letter, x in zip("AB", pair, strict=True):
-            if getattr(x, "ndim", 0) < 2:
-                msg = (
-                    f"factor {letter}{where} must be a matrix or a stack of them, got "
-                    f"{getattr(x, 'shape', type(x).__name__)}; A is (..., r, n), B (..., m, r)"
-                )
-                raise ShapeError(msg)
-        a, b = tuple(pair.A.shape), tuple(pair.B.shape)
-        if a[:-2] != b[:-2] or a[-2] != b[-1]:
-            msg = (
-                f"the factors{where} do not fit: A is {a} and B is {b}, but A must be "
-                f"(..., r, n) and B (..., m, r) with the same r; transpose the one that is turned"
-            )
-            raise ShapeError(msg)
-        if 0 in (*a, *b):
-            msg = (
-                f"a factor{where} is empty: A is {a} and B is {b}; rank and both sides must be "
-                f"at least 1, so leave a pair without a rank out"
-            )
-            raise ShapeError(msg)
-        _check_device(f"the factors{where} are", pair.A, pair.B)
 
 
 def check_matches(grads: Sequence[Array], params: Sequence[Array]) -> None:
@@ -264,10 +255,11 @@ def check_matches(grads: Sequence[Array], params: Sequence[Array]) -> None:
             )
             raise ShapeError(msg)
         if getattr(param, "device", None) != getattr(grad, "device", None):
-            _check_device("a parameter and its gradient are", param, grad)
+            check_device("a parameter and its gradient are", param, grad)
 
 
-def _check_device(what: str, x: Array, y: Array) -> None:
+def check_device(what: str, x: Array, y: Array) -> None:
+    """Raise a NamespaceError unless two arrays are on one device."""
     one, other = device_of(x), device_of(y)
     # Devices of two kinds are those of two libraries, which `get_backend` refuses.
     if type(one) is type(other) and one != other:

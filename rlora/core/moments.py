@@ -17,7 +17,7 @@ from rlora.core.factors import (
     map_moving,
     map_pairs,
 )
-from rlora.core.sizes import euclidean_norm, shrink_to
+from rlora.core.sizes import euclidean_norm, shrink_to, times
 from rlora.core.transform import State, Transform, no_state, one_side
 
 TINY = 1e-30
@@ -199,10 +199,11 @@ def clip_by_global_norm(max_norm: float) -> Transform:
     check_nonnegative("max_norm", max_norm)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        leaves = leaves_of(grads)
+        if not (leaves := leaves_of(grads)):
+            return grads, state
         xp = get_backend(*leaves).xp
         factor = shrink_to(xp, max_norm, euclidean_norm(xp, leaves))
-        return map_leaves(lambda g: g * factor, grads), state
+        return map_leaves(partial(times, factor), grads), state
 
     return Transform(no_state, update)
 

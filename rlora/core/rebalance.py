@@ -5,7 +5,8 @@ import numpy as np
 from rlora.core.algebra import mT
 from rlora.core.backend import Backend
 from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Factors, Tree, check_pairs, leaves_of, map_pairs
+from rlora.core.factor_checks import check_pairs
+from rlora.core.factors import Array, Factors, Tree, leaves_of, map_pairs
 
 
 def rebalance(params: Tree) -> Tree:

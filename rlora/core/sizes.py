@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlora.core.backend import Backend
+from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, in_pairs
 
 
@@ -91,3 +92,8 @@ def shrink_to(xp: Any, bound: float, norm: Array) -> Array:
     """The number that brings a norm down to a bound: at most 1, and NaN stays visible."""
     over = norm > bound
     return xp.where(over, bound / xp.where(over, norm, xp.ones_like(norm)), 0 * norm + 1)
+
+
+def times(factor: Array, g: Array) -> Array:
+    """A gradient times one number for a whole model, whose dtype has no say in the result's."""
+    return g * get_backend(g).cast(factor, g.dtype)

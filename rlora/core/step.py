@@ -41,9 +41,9 @@ def step(
     Returns
     -------
     params, state
-        Arrays in the structure of the old, new ones without `donate`. Those of torch require no
-        gradient, whatever came: a step is no part of a graph. For the next one set
-        ``requires_grad_()``.
+        Arrays in the structure of the old, new ones without `donate`; the given ones where nothing
+        has moved, without a gradient or with an `lr` of 0. Those of torch require no gradient,
+        whatever came: a step is no part of a graph. For the next one set ``requires_grad_()``.
 
     Raises
     ------
@@ -76,16 +76,17 @@ def step(
         msg = f"expected a Transform, as rlora.scaled_adamw() gives one, got {name}"
         raise TypeError(msg)
     (leaves,) = flatten(params, params)
-    params = unflatten(params, detached(leaves))
+    params, (lr,) = unflatten(params, detached(leaves)), detached([lr])
     if not donate:
         return move(transform, params, grads, state, lr)
-    if len({id(x) for x in leaves}) < len(leaves):
+    backend = get_backend(*leaves)
+    if len({backend.address(x) for x in leaves}) < len(leaves):
         msg = (
             "with donate=True each parameter is written to once, got one that is in two places; "
             "give each place a copy of its own, or leave donate out"
         )
         raise PairingError(msg)
-    with get_backend(*leaves).reusing({}):
+    with backend.reusing({}):
         return move(transform, params, grads, state, lr, donate=True)
 
 

@@ -7,11 +7,11 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from rlora.core.checks import check_scaling
 from rlora.core.dispatch import get_backend
+from rlora.core.factor_checks import check_pairs, check_precision
 from rlora.core.factors import (
     Array,
     Tree,
     check_matches,
-    check_pairs,
     flatten,
     map_leaves,
     map_moving,
@@ -52,7 +52,7 @@ class ApplyFn(Protocol):
 class TransportFn(Protocol):
     """The state after the parameters have changed from `old` to `new`.
 
-    In `old` a factor that had no gradient, and whose share of the state has stayed, may be None.
+    In `old` a factor that had no gradient must be None: its share of the state has stayed.
     """
 
     def __call__(self, state: State, old: Tree, new: Tree) -> State: ...
@@ -158,7 +158,7 @@ class Transform(NamedTuple):
     transport : callable, optional
         ``transport(state, old, new) -> state``, called by `step` after the update: for states
         whose coordinates turn with the factors, as the moments of LoRA-RITE do. Code that calls
-        `update` and `apply` by hand calls it too.
+        `update` and `apply` by hand calls it too, with None in `old` where a gradient was None.
     sharded : bool, optional
         True for a method that sees factors by Grams, by products with r x r matrices and entrywise
         alone: it steps pieces of sharded factors, each process those that it has. Others get whole
@@ -176,8 +176,8 @@ class Transform(NamedTuple):
 def chain(*links: Transform) -> Transform:
     """Transforms one after the other, each taking the direction of the one before.
 
-    Inputs are validated here: parameters are checked when the state is made, and gradients and
-    parameters are cast up to at least float32 once, before the first transformation.
+    Inputs are validated here: parameters are checked when the state is made, and cast up to at
+    least float32 once, before the first transformation, as gradients are to the dtype of theirs.
 
     Parameters
     ----------
@@ -205,14 +205,17 @@ def chain(*links: Transform) -> Transform:
         check_pairs(params)
         check_scaling(scaling)
         (wide,) = _widen(params)
+        check_precision(wide)
         return tuple(link.init(wide, scaling) for link in links)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         leaves, G = flatten(params, params, grads)
         check_matches(G, leaves)
-        both = get_backend(*leaves, *G).widen([*leaves, *G])
-        wide = replaced(params, leaves, both[: len(leaves)])
-        direction = unflatten(params, both[len(leaves) :])
+        backend = get_backend(*leaves, *G)
+        both = backend.widen([*leaves, *G])
+        P, G = both[: len(leaves)], both[len(leaves) :]
+        wide = replaced(params, leaves, P)
+        direction = unflatten(params, backend.cast_like(G, P))
         states = []
         try:
             for link, link_state in zip(links, state, strict=True):

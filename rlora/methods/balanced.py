@@ -114,7 +114,8 @@ def balance(group: RankGroup, X: list[Factors], state: State) -> tuple[list[Fact
     w, Q = backend.eigh(geometric_mean(backend, S_A, S_B))
     w = xp.clip(w, min=float(info.eps) * xp.max(w, axis=-1, keepdims=True))[..., None, :]
     half, back = (backend.matmul(Q * w**p, mT(Q)) for p in (0.5, -0.5))
-    c = (group.swap_sides(unit) / unit) ** 0.25
+    root = unit**0.25
+    c = group.swap_sides(root) / root
     if group.numbers is not None:  # huge factors, of which these Grams are not
         n = group.stack(group.numbers)
         c = c * n**0.5 / group.swap_sides(n) ** 0.5

@@ -163,7 +163,8 @@ def restart(
     """
     check_choice("frozen", frozen, Side)
     backend = get_backend(weight, *pair)
-    product = backend.matmul(*(backend.cast(x, weight.dtype) for x in (pair.B, pair.A)))
+    with backend.exact(weight):
+        product = backend.matmul(*(backend.cast(x, weight.dtype) for x in (pair.B, pair.A)))
     old, axis = (pair.A, -1) if frozen == "A" else (pair.B, -2)
     draw = np.random.default_rng(seed).normal(size=tuple(old.shape)) / old.shape[axis] ** 0.5
     sketch = backend.asarray_like(draw, old)

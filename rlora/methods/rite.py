@@ -5,6 +5,7 @@ RITE: Robust Invariant Transformation Equilibration for LoRA Optimization. arXiv
 """
 
 import math
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from rlora.core.algebra import eye_like, mT, traces
@@ -23,7 +24,7 @@ from rlora.core.factors import (
 from rlora.core.linalg import congruence, record_turn
 from rlora.core.moments import corrected_decay, counts, each, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, Stack, by_rank
-from rlora.core.sizes import euclidean_norm, into_range, shrink_to
+from rlora.core.sizes import euclidean_norm, into_range, shrink_to, times
 from rlora.core.transform import State, Transform, apply_updates, chain, no_state, pass_on
 
 OFFICIAL: Final[dict[str, Any]] = {"max_norm": 1.0, "max_rms": 1.0}
@@ -173,8 +174,10 @@ def clip_unmagnified(max_norm: float | None = None, max_rms: float | None = None
     unmagnified_norms = by_rank(no_state, measure, rescaled=False).update
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        if not (leaves := leaves_of(grads)):
+            return grads, state
         norms, _ = unmagnified_norms(grads, (), params)
-        xp = get_backend(*leaves_of(grads)).xp
+        xp = get_backend(*leaves).xp
 
         if max_rms is not None:
 
@@ -188,7 +191,7 @@ def clip_unmagnified(max_norm: float | None = None, max_rms: float | None = None
             return grads, state
         finite = [xp.where(xp.isfinite(x), x, xp.zeros_like(x)) for x in leaves_of(norms)]
         factor = shrink_to(xp, max_norm, euclidean_norm(xp, finite))
-        return map_leaves(lambda g: g * factor, grads), state
+        return map_leaves(partial(times, factor), grads), state
 
     return Transform(no_state, update, sharded=True)
 
