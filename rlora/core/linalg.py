@@ -39,7 +39,7 @@ def frozen_powers(
     """``S^exponent`` of the factor that stays in every pair; S⁻¹ preconditions its partner.
 
     As `preconditioners`, with one Gram where that has two, and without the directions that
-    `row_space` leaves out. The Gram of a frozen factor is no worse than its start: covariant
+    `in_row_space` leaves out. The Gram of a frozen factor is no worse than its start: covariant
     damping leaves it as it is, whichever factor it is.
     """
     gram, side = (backend.gram_rows, -1) if frozen == "A" else (backend.gram_columns, -2)
