@@ -252,7 +252,7 @@ class TorchBackend(Backend):
         return nullcontext() if torch.compiler.is_compiling() else reusing(workspace)
 
     def address(self, x: Array) -> int:
-        plain = type(x) in (torch.Tensor, torch.nn.Parameter)
+        plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type != "meta"
         return x.data_ptr() if plain and not torch.compiler.is_compiling() else id(x)
 
     def unstack(self, P: Array, tall: Sequence[Array]) -> list[Array]:

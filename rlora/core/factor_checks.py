@@ -34,8 +34,6 @@ def check_pairs(params: Tree) -> None:
 def check_precision(wide: Tree) -> None:
     """Raise a NamespaceError that names the pair unless both factors compute in one dtype."""
     for path, pair in paths_of(wide):
-        if pair.A is None or pair.B is None:
-            continue
         if pair.A.dtype != pair.B.dtype:
             msg = (
                 f"the factors{f' of pair {path!r}' if path else ''} compute in {pair.A.dtype} and "

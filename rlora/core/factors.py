@@ -1,8 +1,8 @@
 """The pair (A, B), and collections of pairs: one ``Factors``, or a list or dict of them, nested."""
 
-import copy
 import itertools
 import operator
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -102,7 +102,7 @@ def rebuild_each(tree: Tree, *columns: Iterable[Any]) -> list[Tree]:
             members = map(next, supplies) if here else rebuild_each(tree[key], *supplies)
             for column, member in zip(new, members, strict=True):
                 column.append(member)
-    if type(tree) is list:
+    if isinstance(tree, list):
         return new
     if type(tree) is dict:
         return [dict(zip(tree, x, strict=True)) for x in new]
@@ -111,15 +111,14 @@ def rebuild_each(tree: Tree, *columns: Iterable[Any]) -> list[Tree]:
 
 def _of_kind(tree: Tree, children: list[Any]) -> Tree:
     """A collection of the class of another with these children."""
-    if isinstance(tree, Mapping):
-        pairs = zip(tree, children, strict=True)
-        if isinstance(tree, dict):  # whose constructor may take something else first
-            made = copy.copy(tree)
-            made.update(pairs)
-            return made
-        kind: Any = type(tree)
-        return kind(dict(pairs))
-    return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
+    kind: Any = type(tree)
+    if not isinstance(tree, Mapping):
+        return kind(*children) if hasattr(tree, "_fields") else tuple(children)
+    made = dict(zip(tree, children, strict=True))
+    if isinstance(tree, defaultdict):
+        return defaultdict(tree.default_factory, made)
+    # Whose constructor takes what dict's does; of other dicts nobody knows.
+    return kind(made) if kind is OrderedDict or not isinstance(tree, dict) else made
 
 
 def flatten(tree: Tree, *others: Tree) -> list[list[Array]]:

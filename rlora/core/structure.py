@@ -21,12 +21,12 @@ def side_by_side(one: Any, other: Any) -> list[tuple[Any, Any]] | None:
     pending = [(one, other)]
     while pending:  # of lists, which older compilers of torch know better than iterators
         x, y = pending.pop()
-        if hasattr(x, "shape") and hasattr(y, "shape"):  # first: most are, and `Mapping` is slow
-            leaves.append((x, y))
-        elif isinstance(x, (tuple, list)):
+        if isinstance(x, (tuple, list)):
             if not (type(x) is type(y) or _kind(x) is _kind(y)) or len(x) != len(y):
                 return None
             pending += list(zip(x, y, strict=True))
+        elif hasattr(x, "shape") and hasattr(y, "shape"):  # most are, and `Mapping` is slow
+            leaves.append((x, y))
         elif isinstance(x, Mapping):
             if not isinstance(y, Mapping) or x.keys() != y.keys():
                 return None

@@ -3,6 +3,7 @@
 from functools import wraps
 from itertools import islice
 from numbers import Real
+from operator import is_
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from rlora.core.checks import check_scaling
@@ -254,8 +255,10 @@ def _fits(directions: list[Array], params: list[Array]) -> bool:
 
 def _widen(*trees: Tree) -> list[Tree]:
     """Collections of one structure with their leaves in `Backend.compute_dtype`."""
-    columns = flatten(trees[-1], *trees)
+    like = trees[0]  # dicts may have their keys in several orders
+    columns = flatten(like, *trees)
     leaves = [x for column in columns for x in column]
     wide = iter(get_backend(*leaves).widen(leaves))
     pieces = [list(islice(wide, len(column))) for column in columns]
-    return list(map(replaced, trees, columns, pieces))
+    found = zip(trees, columns, pieces, strict=True)
+    return [tree if all(map(is_, old, new)) else unflatten(like, new) for tree, old, new in found]

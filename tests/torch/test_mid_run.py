@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import rlora
 import rlora.torch
 from rlora.torch import method_classes
 
@@ -131,6 +132,101 @@ def test_a_scaling_out_of_range_is_refused_before_anything_moves(name):
     assert same(named, values)
     now = optimizer.state_dict()["state"]
     assert all(torch.equal(x, now[i][key]) for i, held in state.items() for key, x in held.items())
+
+
+def test_a_scaling_of_a_later_group_is_refused_before_the_first_counts():
+    named = layers(2)
+    groups = [{"params": named[:2]}, {"params": named[2:]}]
+    optimizer = rlora.torch.LoRAMuon(groups, lr=1e-2, scaling=1.0)
+    train(optimizer, named, range(2))
+    for group, s in zip(optimizer.param_groups, (4.0, 1e39), strict=True):
+        group["scaling"] = s
+    with pytest.raises(ValueError, match="above what float32 holds"):
+        train(optimizer, named, [2])
+    kept = [x for held in optimizer.state.values() for k, x in held.items() if "scaling" in k]
+    assert len(kept) == 2
+    assert all(float(x) == 1.0 for x in kept)
+
+
+@pytest.mark.parametrize("name", ["LoRAFA", "LoRASB", "LoRAMuon"])
+def test_a_scaling_that_is_changed_counts_in_a_compiled_step(name):
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        named = layers(2)
+        optimizer = getattr(rlora.torch, name)(named, lr=1e-2, scaling=1.0)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for t in range(4):
+            if t == 2:
+                optimizer.param_groups[0]["scaling"] = 4.0
+            set_grads(named, t)
+            step()
+        results.append(named)
+    for (_, p), (_, q) in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_a_save_does_not_change_the_run():
+    """Not even while somebody has taken a pair out of its group for a moment."""
+    results = []
+    for saved in (False, True):
+        named = layers(2)
+        optimizer = rlora.torch.LoRARite(named, lr=1e-2)
+        train(optimizer, named, range(2))
+        group = optimizer.param_groups[0]
+        whole = group["params"]
+        group["params"] = whole[2:]
+        held = {p: optimizer.state.pop(p) for p in whole[:2]}  # torch saves none of others
+        if saved:
+            optimizer.state_dict()
+        group["params"] = whole
+        optimizer.state.update(held)
+        train(optimizer, named, [2, 3])
+        results.append(named)
+        assert len(optimizer.report.pairs) == 2
+    assert same(*results)
+
+
+def test_a_save_after_others_have_put_their_parameters_in_the_place_of_pairs():
+    """Saving refuses nothing, and the next step says what is wrong, as often as it is asked."""
+    named = layers(2)
+    optimizer = rlora.torch.ScaledAdamW(named, lr=1e-2)
+    train(optimizer, named, range(2))
+    group = optimizer.param_groups[0]
+    flat = nn.Parameter(torch.cat([p.detach().view(-1) for _, p in named]))
+    group["params"] = [flat]
+    optimizer.state.clear()
+    optimizer.state_dict()
+    flat.grad = torch.ones_like(flat)
+    for _ in range(2):
+        with pytest.raises(rlora.ShardingError, match="ZeRO"):
+            optimizer.step()
+    group["params"] = [p for _, p in named]
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == [n for n, _ in named]
+
+
+def test_a_method_of_ones_own_does_not_notice_autocast():
+    def swapped(params, scaling=1.0):
+        return ()
+
+    def mine():
+        def update(grads, state, params):
+            new = {k: rlora.Factors(p.B.mT @ (p.B @ g.A), g.B) for k, (p, g) in both(params, grads)}
+            return new, state
+
+        return rlora.chain(rlora.Transform(swapped, update))
+
+    def both(params, grads):
+        return [(k, (params[k], grads[k])) for k in params]
+
+    kind, results = rlora.torch.optimizer_class(mine), []
+    for lower in (False, True):
+        named = layers(2, torch.float32)
+        optimizer = kind(named, lr=1e-2)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=lower):
+            train(optimizer, named, range(2))
+        results.append(named)
+    assert same(*results)
 
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"placement": "before"}])

@@ -37,15 +37,15 @@ from rlora.torch.pairing.param_groups import (
     as_groups,
     as_list,
     check_grad,
+    followed,
     misfit,
     plain_numbers,
     refuse_text,
     rename,
     split_names,
-    successors,
     without_names,
 )
-from rlora.torch.pairing.sharding_checks import check_layouts, check_swap
+from rlora.torch.pairing.sharding_checks import check_layouts
 from rlora.torch.step.plan import Plan, Turn, before_new_plan, inherited, plans_of
 from rlora.torch.step.rounding import count_roundings
 
@@ -198,34 +198,21 @@ class LoRAOptimizer(LoadsState, ABC):
         self._check_own(group)
 
     def _current_pairs(self) -> list[TensorPair]:
-        """The pairs as the groups hold them now.
-
-        Training libraries swap parameters for others at the same positions, and people take
-        parameters of a deleted adapter out of the groups: neither may shift a pair.
-        """
-        now = [p for group in self.param_groups for p in group["params"]]
-        if len(now) == len(self._members) and all(
-            p is q for p, q in zip(now, self._members, strict=True)
-        ):
+        """The pairs as the groups hold them now."""
+        found = followed(self._members, self._names, self._pairs, self.param_groups)
+        if found is None:
             return self._pairs
-        successor = successors(self._members, now)
-        name_of = {
-            id(successor.get(id(p))): x for p, x in zip(self._members, self._names, strict=True)
-        }
-        self._names = [name_of.get(id(p)) for p in now]
-        rename(self.param_groups, self._names)
-        replaced = [pair.replaced(lambda p: successor.get(id(p))) for pair in self._pairs]
-        strangers = successor.keys() - set(map(id, self._members))
-        check_swap(strangers=len(strangers), gone=replaced.count(None))
-        kept = zip(self.report, replaced, strict=True)
+        found.check(self._members)
+        rename(self.param_groups, found.names)
+        kept = zip(self.report, found.pairs, strict=True)
         self.report = replace(self.report, pairs=tuple(n for n, pair in kept if pair is not None))
-        self._pairs = [pair for pair in replaced if pair is not None]
+        self._pairs = [pair for pair in found.pairs if pair is not None]
         self._by_hand = [
-            (successor[id(a)], successor[id(b)], *layout)
+            (found.successor[id(a)], found.successor[id(b)], *layout)
             for a, b, *layout in self._by_hand
-            if {id(a), id(b)} <= successor.keys()
+            if {id(a), id(b)} <= found.successor.keys()
         ]
-        self._members, self._plans = now, None
+        self._members, self._names, self._plans = found.members, found.names, None
         return self._pairs
 
     # --- the step -------------------------------------------------------------------------------

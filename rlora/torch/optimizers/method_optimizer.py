@@ -3,14 +3,14 @@
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlora import methods
-from rlora.core.checks import check_betas, check_nonnegative, check_scaling
+from rlora.core.checks import check_betas, check_scaling
 from rlora.core.factors import Factors
 from rlora.core.state import flatten_state
 from rlora.core.transform import Transform
@@ -20,7 +20,7 @@ from rlora.torch.optimizers.state_dict import OF_METHODS, Shapes
 from rlora.torch.pairing.discovery import Pairs, without_middles
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
 from rlora.torch.step.method_batch import places_in, start_of
-from rlora.torch.step.plan import Plan, Turn
+from rlora.torch.step.plan import Turn, keep
 from rlora.torch.step.steps import steps_of_method
 
 Method = Callable[..., Transform]
@@ -52,8 +52,9 @@ class MethodOptimizer(LoRAOptimizer):
     _options: dict[str, Any]
     """The method's hyperparameters with their defaults; not asked of it in a compiled step."""
 
-    _scalings: list[float | None] | None = None
-    """The `scaling` of each group that the state has followed; None before the first step."""
+    _extra = (*LoRAOptimizer._extra, "_scalings")
+    _scalings: list[float | None]
+    """The `scaling` of each group that the state follows."""
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class MethodOptimizer(LoRAOptimizer):
             fused=fused,
             **plain,
         )
+        self._scalings = _check_scalings(self.param_groups)
         without = options.get("adam") is False  # a method with Adam on request: betas do nothing
         for name in MOMENTUM if without else MOMENTUM - known.keys():
             self.defaults.pop(name, None)
@@ -128,17 +130,15 @@ class MethodOptimizer(LoRAOptimizer):
         if "betas" in self._options:
             check_betas(group["betas"])
         self._transform(group)
-        if (s := group["scaling"]) is not None:
-            check_nonnegative("scaling", s)
-            if s == 0:
-                msg = "scaling must be positive, or None for what each layer says, got 0"
-                raise ValueError(msg)
+        _check_scalings([group])
 
     def _pair_up(self, scalings: Mapping[int, float]) -> None:
         super()._pair_up(scalings)
         self._pairs, self.report = without_middles(self._pairs, self.report)
 
     def _turns(self, pairs: list[TensorPair]) -> list[Turn]:
+        if [group["scaling"] for group in self.param_groups] != self._scalings:
+            self._follow_scalings(pairs)
         return [(steps_of_method(self, pairs), {})]
 
     def _state_shapes(self) -> Callable[[Tensor], Shapes]:
@@ -182,11 +182,11 @@ class MethodOptimizer(LoRAOptimizer):
             for name, (_, side, key) in places_in(flat).items():
                 yield side, key + member.suffix, flat[name][0]
 
-    def _fresh_state(self) -> Callable[[Tensor], dict[str, Any]]:
-        plain = super()._fresh_state()
+    def _fresh_state(self, pairs: Sequence[TensorPair]) -> Callable[[Tensor], dict[str, Any]]:
+        plain = super()._fresh_state(pairs)
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         paired: dict[int, dict[str, Any]] = {}
-        for pair in self._pairs:
+        for pair in pairs:
             paired |= {id(p): {} for p in pair.moved}
             keeper = next(pair.members()).keepers[0]
             known = id(keeper) in groups and not is_distributed(pair.A)
@@ -203,27 +203,14 @@ class MethodOptimizer(LoRAOptimizer):
         says today, and the s in the state only where neither is known.
         """
         saved_groups = state_dict.get("param_groups")
-        for group in saved_groups if isinstance(saved_groups, list) else ():
-            if isinstance(group, dict) and (s := group.get("scaling")) is not None:
-                check_scaling(s)  # before anything is loaded
-                if float(s) > torch.finfo(torch.float32).max:
-                    msg = f"the saved scaling {s!r} is above what float32 holds; give a smaller s"
-                    raise ValueError(msg)
+        if isinstance(saved_groups, list):
+            _check_scalings(group for group in saved_groups if isinstance(group, dict))
         super().load_state_dict(state_dict)
         self._follow_scalings(self._current_pairs())
 
-    def _new_plans(self, pairs: list[TensorPair]) -> list[Plan]:
-        scalings = [group["scaling"] for group in self.param_groups]
-        if scalings != self._scalings and not torch.compiler.is_compiling():
-            for s in scalings:
-                if s is not None:
-                    check_scaling(s)  # before anything is changed
-            self._follow_scalings(pairs)
-            self._scalings = scalings
-        return super()._new_plans(pairs)
-
     def _follow_scalings(self, pairs: Iterable[TensorPair]) -> None:
         """Put the s of groups, else of layers, into the state: it is no memory of training."""
+        self._scalings = _check_scalings(self.param_groups)
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for pair in pairs:
             given = groups[id(pair.A)].get("scaling")
@@ -234,7 +221,7 @@ class MethodOptimizer(LoRAOptimizer):
                 held = self.state.get(p, {})
                 for key in held:
                     if "scaling" in key.split("."):
-                        held[key] = torch.full_like(held[key], s)
+                        keep(held, key, torch.full_like(held[key], s))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The parent would look for its own entries in the state of the pairs.
@@ -244,3 +231,15 @@ class MethodOptimizer(LoRAOptimizer):
         plain = {p: held for p, held in everything.items() if id(p) not in paired}
         super().__setstate__({**state, "state": plain})
         self.state = defaultdict(dict, everything)
+
+
+def _check_scalings(groups: Iterable[Mapping[str, Any]]) -> list[float | None]:
+    """The `scaling` of each group; ValueError or TypeError where one is out of its range."""
+    scalings = [group.get("scaling") for group in groups]
+    for s in scalings:
+        if s is not None:
+            check_scaling(s)
+            if float(s) > torch.finfo(torch.float32).max:
+                msg = f"scaling {s!r} is above what float32 holds; give a smaller s"
+                raise ValueError(msg)
+    return scalings

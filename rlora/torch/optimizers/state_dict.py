@@ -1,8 +1,7 @@
 """Loading of a saved state: all of it is checked first, and none is cast to a narrower dtype."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,10 +9,11 @@ import torch
 from torch import Size, Tensor
 from torch.optim import Optimizer
 
-from rlora.core.errors import ShapeError, ShardingError
+from rlora.core.errors import ShapeError
 from rlora.torch.monitor.finite import look_on_the_host
 from rlora.torch.optimizers.saved_order import ELEMENTWISE, as_groups_are
 from rlora.torch.pairing.pairs import TensorPair
+from rlora.torch.pairing.param_groups import followed, rename
 from rlora.torch.pairing.sharding_checks import check_kind
 from rlora.torch.step.kernels import counter_dtype
 
@@ -47,6 +47,7 @@ class LoadsState(Optimizer, ABC):
     """The loading of an optimizer that knows pairs. Not to be used by itself."""
 
     _own: tuple[str, ...]
+    _members: list[Tensor]
     _names: list[str | None]
     _pairs: list[TensorPair]
 
@@ -62,10 +63,10 @@ class LoadsState(Optimizer, ABC):
             {x: p.shape if x in kept else None for x in ELEMENTWISE}, counted=adam
         )
 
-    def _fresh_state(self) -> Callable[[Tensor], dict[str, Any]]:
+    def _fresh_state(self, pairs: Sequence[TensorPair]) -> Callable[[Tensor], dict[str, Any]]:
         """The state that a parameter has at its first step, as far as the parent is known."""
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        paired = {id(p) for pair in self._pairs for p in pair.moved}
+        paired = {id(p) for pair in pairs for p in pair.moved}
 
         def fresh(p: Tensor) -> dict[str, Any]:
             group = groups[id(p)]
@@ -94,15 +95,18 @@ class LoadsState(Optimizer, ABC):
             Once, when a pair on a CPU, or its state, is not finite. What lies on an accelerator is
             not looked at: the device would have to be waited for. `diagnostics` looks there too.
         """
-        with suppress(ShardingError):  # saving refuses nothing, the next step does
-            self._current_pairs()  # names follow the parameters as they are now
         look_on_the_host(self)
         saved = super().state_dict()
+        pairs: Sequence[TensorPair | None] = self._pairs
+        # Saving refuses nothing and changes nothing: the next step does, if there is one.
+        if found := followed(self._members, self._names, self._pairs, self.param_groups):
+            rename(saved["param_groups"], found.names)
+            pairs = found.pairs
         for group in saved["param_groups"]:
             if "rounded" in group:  # steps write to it
                 group["rounded"] = torch.as_tensor(group["rounded"]).clone()
         if saved["state"]:
-            fresh = self._fresh_state()
+            fresh = self._fresh_state([pair for pair in pairs if pair is not None])
             for i, p in self._owners(saved):
                 if p.requires_grad and i not in saved["state"]:
                     saved["state"][i] = fresh(p)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from operator import is_
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from rlora.core.checks import check_real, plain_number
 from rlora.core.errors import NamespaceError, PairingError, ShardingError
 from rlora.pairing import Known, Source, find_pairs as find_named_pairs, is_factor
 from rlora.pairing.report import number_of
-from rlora.torch.pairing.pairs import is_distributed
+from rlora.torch.pairing.pairs import TensorPair, is_distributed
+from rlora.torch.pairing.sharding_checks import check_swap
 
 
 def trainable(
@@ -102,6 +104,41 @@ def successors(old: Sequence[Tensor], now: Sequence[Tensor]) -> dict[int, Tensor
     ):
         return {id(q): p for p, q in zip(now, old, strict=True)}
     return {id(p): p for p in now}
+
+
+class Followed(NamedTuple):
+    """Parameters of groups that were changed by hand, and what has become of names and pairs."""
+
+    members: list[Tensor]
+    names: list[str | None]
+    pairs: list[TensorPair | None]
+    """None for those that have gone."""
+    successor: dict[int, Tensor]
+
+    def check(self, old: Sequence[Tensor]) -> None:
+        """ShardingError where somebody has put other parameters in the place of pairs."""
+        strangers = self.successor.keys() - set(map(id, old))
+        check_swap(strangers=len(strangers), gone=self.pairs.count(None))
+
+
+def followed(
+    old: Sequence[Tensor],
+    names: Sequence[str | None],
+    pairs: Sequence[TensorPair],
+    groups: Sequence[dict[str, Any]],
+) -> Followed | None:
+    """The parameters of groups with their names and pairs; None where they are still the same.
+
+    Training libraries swap parameters for others at the same positions, and people take parameters
+    of a deleted adapter out of the groups: neither may shift a pair.
+    """
+    now = [p for group in groups for p in group["params"]]
+    if len(now) == len(old) and all(map(is_, now, old)):
+        return None
+    successor = successors(old, now)
+    name_of = {id(successor.get(id(p))): x for p, x in zip(old, names, strict=True)}
+    replaced = [pair.replaced(lambda p: successor.get(id(p))) for pair in pairs]
+    return Followed(now, [name_of.get(id(p)) for p in now], replaced, successor)
 
 
 @contextmanager

@@ -114,7 +114,8 @@ class MethodBatch:
             grads = map_leaves(torch.neg, grads)
         like = self._buckets[0][0].params[0]
         backend = get_backend(like)
-        with backend.reusing(self._memory):
+        # The library's methods look after it themselves, one of somebody else's may not.
+        with backend.exact(like), backend.reusing(self._memory):
             return move(self._transform, params, grads, self._state, group["lr"], donate=True)
 
     def _stack(self, tensors: list[Any], slot: Any, wide: bool) -> Tensor | None:
