@@ -8,6 +8,7 @@ and loads its state as it was saved.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from operator import is_
 from typing import Any
 from weakref import ref
 
@@ -199,9 +200,10 @@ class LoRAOptimizer(LoadsState, ABC):
 
     def _current_pairs(self) -> list[TensorPair]:
         """The pairs as the groups hold them now."""
-        found = followed(self._members, self._names, self._pairs, self.param_groups)
-        if found is None:
+        now = [p for group in self.param_groups for p in group["params"]]
+        if len(now) == len(self._members) and all(map(is_, now, self._members)):
             return self._pairs
+        found = followed(self._members, self._names, self._pairs, self.param_groups)
         found.check(self._members)
         rename(self.param_groups, found.names)
         kept = zip(self.report, found.pairs, strict=True)
@@ -212,7 +214,7 @@ class LoRAOptimizer(LoadsState, ABC):
             for a, b, *layout in self._by_hand
             if {id(a), id(b)} <= found.successor.keys()
         ]
-        self._members, self._names, self._plans = found.members, found.names, None
+        self._members, self._names, self._plans = now, found.names, None
         return self._pairs
 
     # --- the step -------------------------------------------------------------------------------

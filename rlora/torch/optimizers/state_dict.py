@@ -97,16 +97,14 @@ class LoadsState(Optimizer, ABC):
         """
         look_on_the_host(self)
         saved = super().state_dict()
-        pairs: Sequence[TensorPair | None] = self._pairs
         # Saving refuses nothing and changes nothing: the next step does, if there is one.
-        if found := followed(self._members, self._names, self._pairs, self.param_groups):
-            rename(saved["param_groups"], found.names)
-            pairs = found.pairs
+        found = followed(self._members, self._names, self._pairs, self.param_groups)
+        rename(saved["param_groups"], found.names)
         for group in saved["param_groups"]:
             if "rounded" in group:  # steps write to it
                 group["rounded"] = torch.as_tensor(group["rounded"]).clone()
         if saved["state"]:
-            fresh = self._fresh_state([pair for pair in pairs if pair is not None])
+            fresh = self._fresh_state([pair for pair in found.pairs if pair is not None])
             for i, p in self._owners(saved):
                 if p.requires_grad and i not in saved["state"]:
                     saved["state"][i] = fresh(p)

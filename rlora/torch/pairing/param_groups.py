@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import is_
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -107,9 +106,8 @@ def successors(old: Sequence[Tensor], now: Sequence[Tensor]) -> dict[int, Tensor
 
 
 class Followed(NamedTuple):
-    """Parameters of groups that were changed by hand, and what has become of names and pairs."""
+    """Parameters of groups that may have been changed by hand, and what that makes of pairs."""
 
-    members: list[Tensor]
     names: list[str | None]
     pairs: list[TensorPair | None]
     """None for those that have gone."""
@@ -126,19 +124,17 @@ def followed(
     names: Sequence[str | None],
     pairs: Sequence[TensorPair],
     groups: Sequence[dict[str, Any]],
-) -> Followed | None:
-    """The parameters of groups with their names and pairs; None where they are still the same.
+) -> Followed:
+    """The parameters of groups as they are now, with their names and pairs.
 
     Training libraries swap parameters for others at the same positions, and people take parameters
     of a deleted adapter out of the groups: neither may shift a pair.
     """
     now = [p for group in groups for p in group["params"]]
-    if len(now) == len(old) and all(map(is_, now, old)):
-        return None
     successor = successors(old, now)
     name_of = {id(successor.get(id(p))): x for p, x in zip(old, names, strict=True)}
     replaced = [pair.replaced(lambda p: successor.get(id(p))) for pair in pairs]
-    return Followed(now, [name_of.get(id(p)) for p in now], replaced, successor)
+    return Followed([name_of.get(id(p)) for p in now], replaced, successor)
 
 
 @contextmanager
