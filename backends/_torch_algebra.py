@@ -113,7 +113,7 @@ def inverse_root_half(V: Array, eps: float, X: Array) -> Array:
     """`Backend.inverse_root_half` without an eigh; NaN where the damped V is not definite."""
     root = half_power(V, 0.5, damping_of(V))  # its least eigenvalue is far above rounding, or NaN
     root.diagonal(dim1=-2, dim2=-1).add_(eps)
-    L, _ = torch.linalg.cholesky_ex(root)  # an LU factorisation may wait for a device
+    L, _ = torch.linalg.cholesky_ex(root)  # `solve`, by LU, may wait for the device
     return torch.linalg.solve_triangular(L, X, upper=False)
 
 

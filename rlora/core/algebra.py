@@ -176,16 +176,13 @@ class MatrixAlgebra:
 
         An eigenvalue of V below what rounding has left of it counts as that rounding.
         """
-        xp, info = self.xp, self.xp.finfo(V.dtype)
+        xp = self.xp
         w, Q = self.eigh(V)
         trace = xp.sum(w, axis=-1, keepdims=True)
-        floor = ROUNDING * float(info.eps) * xp.clip(trace, min=0.0)
+        floor = ROUNDING * float(xp.finfo(V.dtype).eps) * xp.clip(trace, min=0.0)
         root = xp.sqrt(xp.maximum(w, floor)) + eps
-        if isinstance(eps, float) and eps >= float(info.smallest_normal):
-            half = root**-0.5
-        else:
-            lost = root == 0  # of V = 0 with eps = 0 no direction is known
-            half = xp.where(lost, root, xp.where(lost, xp.ones_like(root), root) ** -0.5)
+        lost = root == 0  # of V = 0 with eps = 0 no direction is known
+        half = xp.where(lost, root, xp.where(lost, xp.ones_like(root), root) ** -0.5)
         return self.matmul(mT(Q * xp.expand_dims(half, axis=-2)), X)
 
 

@@ -204,7 +204,7 @@ class Backend(MatrixAlgebra):
         return getattr(self.xp, wide)
 
     def address(self, x: Array) -> int:
-        """Something that is the same for arrays that begin in one place of memory."""
+        """The place in memory where an array begins; its identity if the library does not tell."""
         return id(x)
 
     def has_float64(self) -> bool:

@@ -117,7 +117,7 @@ def _of_kind(tree: Tree, children: list[Any]) -> Tree:
     made = dict(zip(tree, children, strict=True))
     if isinstance(tree, defaultdict):
         return defaultdict(tree.default_factory, made)
-    # Whose constructor takes what dict's does; of other dicts nobody knows.
+    # Other subclasses of dict may be made otherwise: in their place comes a plain one.
     return kind(made) if kind is OrderedDict or not isinstance(tree, dict) else made
 
 

@@ -203,7 +203,7 @@ class LoRAOptimizer(LoadsState, ABC):
         now = [p for group in self.param_groups for p in group["params"]]
         if len(now) == len(self._members) and all(map(is_, now, self._members)):
             return self._pairs
-        found = followed(self._members, self._names, self._pairs, self.param_groups)
+        found = followed(self._members, self._names, self._pairs, now)
         found.check(self._members)
         rename(self.param_groups, found.names)
         kept = zip(self.report, found.pairs, strict=True)

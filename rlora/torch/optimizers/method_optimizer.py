@@ -137,6 +137,7 @@ class MethodOptimizer(LoRAOptimizer):
         self._pairs, self.report = without_middles(self._pairs, self.report)
 
     def _turns(self, pairs: list[TensorPair]) -> list[Turn]:
+        # Here, as everything that may refuse the step has been checked.
         if [group["scaling"] for group in self.param_groups] != self._scalings:
             self._follow_scalings(pairs)
         return [(steps_of_method(self, pairs), {})]

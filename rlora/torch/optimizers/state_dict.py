@@ -97,8 +97,9 @@ class LoadsState(Optimizer, ABC):
         """
         look_on_the_host(self)
         saved = super().state_dict()
-        # Saving refuses nothing and changes nothing: the next step does, if there is one.
-        found = followed(self._members, self._names, self._pairs, self.param_groups)
+        # A save neither refuses a change of the groups nor acts on it: the next step does.
+        now = [p for _, p in self._owners(saved)]
+        found = followed(self._members, self._names, self._pairs, now)
         rename(saved["param_groups"], found.names)
         for group in saved["param_groups"]:
             if "rounded" in group:  # steps write to it
@@ -197,7 +198,7 @@ class LoadsState(Optimizer, ABC):
                     dtype = torch.promote_types(value.dtype, least)
                     self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
                 elif isinstance(value, Tensor) and self.state[p].get(key) is value:
-                    self.state[p][key] = value.clone()  # that of the other goes on without it
+                    self.state[p][key] = value.clone()  # else both would count in one tensor
 
 
 def _check(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> None:

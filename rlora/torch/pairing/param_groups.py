@@ -106,12 +106,13 @@ def successors(old: Sequence[Tensor], now: Sequence[Tensor]) -> dict[int, Tensor
 
 
 class Followed(NamedTuple):
-    """Parameters of groups that may have been changed by hand, and what that makes of pairs."""
+    """Names and pairs after groups may have been changed by hand."""
 
     names: list[str | None]
     pairs: list[TensorPair | None]
     """None for those that have gone."""
     successor: dict[int, Tensor]
+    """See `successors`."""
 
     def check(self, old: Sequence[Tensor]) -> None:
         """ShardingError where somebody has put other parameters in the place of pairs."""
@@ -123,14 +124,13 @@ def followed(
     old: Sequence[Tensor],
     names: Sequence[str | None],
     pairs: Sequence[TensorPair],
-    groups: Sequence[dict[str, Any]],
+    now: Sequence[Tensor],
 ) -> Followed:
-    """The parameters of groups as they are now, with their names and pairs.
+    """The names and pairs of the parameters that groups have now, from those that they had.
 
     Training libraries swap parameters for others at the same positions, and people take parameters
     of a deleted adapter out of the groups: neither may shift a pair.
     """
-    now = [p for group in groups for p in group["params"]]
     successor = successors(old, now)
     name_of = {id(successor.get(id(p))): x for p, x in zip(old, names, strict=True)}
     replaced = [pair.replaced(lambda p: successor.get(id(p))) for pair in pairs]

@@ -106,8 +106,8 @@ class WithState(Kernel):
 
 
 def counter_dtype(fused: Any = False) -> torch.dtype:
-    """The dtype of counters of steps, torch's own: one of 16 bits would stop to count."""
-    wide = torch.get_default_dtype() == torch.float64 and not fused  # which reads float32
+    """The dtype of torch's counters of steps: a bfloat16 one would stop at 256."""
+    wide = torch.get_default_dtype() == torch.float64 and not fused  # fused kernels read float32
     return torch.float64 if wide else torch.float32
 
 

@@ -114,7 +114,7 @@ class MethodBatch:
             grads = map_leaves(torch.neg, grads)
         like = self._buckets[0][0].params[0]
         backend = get_backend(like)
-        # The library's methods look after it themselves, one of somebody else's may not.
+        # Methods of the library disable autocast and TF32 themselves, others may not.
         with backend.exact(like), backend.reusing(self._memory):
             return move(self._transform, params, grads, self._state, group["lr"], donate=True)
 
