@@ -270,7 +270,7 @@ def test_experts_of_several_adapters(kind):
     check(randomize(model.double()), language_loss, stacks + others + second)
 
 
-# --- a middle factor, one frozen factor, parameters beside the pairs ------------------------------
+# --- a diagonal between the factors, one frozen factor, parameters beside the pairs ------------------------------
 
 
 @pytest.mark.works(
@@ -278,23 +278,17 @@ def test_experts_of_several_adapters(kind):
     "AdaLoRA (ScaledAdamW, ScaledSGD), DoRA, several adapters, tied embeddings, a frozen factor",
 )
 def test_adalora():
-    """B diag(E) A: the Gram of a side includes the diagonal, and E itself is plain."""
+    """B diag(E) A: the Grams are those of A and of B, and E itself is plain."""
     base = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4))
     config = AdaLoraConfig(init_r=3, target_modules=["0", "2"], total_step=100, lora_alpha=1)
     model = adapt(base, config)
     for module in (model.base_model.model[0], model.base_model.model[2]):
         # A count, which PEFT leaves trainable in a model that is not of float32.
         nn.init.constant_(module.ranknum["default"].requires_grad_(False), 3)
-    layers = [
-        Layer(
-            f"{PREFIX}.{k}.lora_A.default",
-            f"{PREFIX}.{k}.lora_B.default",
-            middle=f"{PREFIX}.{k}.lora_E.default",
-        )
-        for k in (0, 2)
-    ]
+    names = [[f"{PREFIX}.{k}.lora_{letter}.default" for letter in "ABE"] for k in (0, 2)]
+    layers = [Layer(*three[:2]) for three in names]
     values, module = values_of(model), model.base_model.model[0]
-    a, b, e = (values[name] for name in (layers[0].a, layers[0].b, layers[0].middle))
+    a, b, e = (values[name] for name in names[0])
     np.testing.assert_allclose(
         module.get_delta_weight("default").detach() * (3 + 1e-5), b @ np.diag(e.ravel()) @ a,
         atol=1e-10,
@@ -303,6 +297,36 @@ def test_adalora():
     # A method's state knows no diagonal: refused by name, and trained by AdamW beside a head.
     with pytest.raises(rlora.PairingError, match=r"lora_E\.default stands between"):
         rlora.torch.LoRARite(model)
+
+
+@pytest.mark.parametrize("lr", [1e-2, 1e-3, 1e-4])
+def test_adalora_trains(lr):
+    """From E = 0, with PEFT's loss that holds A and B orthonormal and does not pass through E."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 16))
+    config = AdaLoraConfig(
+        init_r=6, target_r=3, tinit=20, tfinal=50, deltaT=1, total_step=150,
+        target_modules=["0", "2"],
+    )  # fmt: skip
+    model = peft.get_peft_model(base, config)
+    x, optimizer = torch.randn(64, 64), rlora.torch.ScaledAdamW(model, lr=lr)
+    goal = (x @ torch.randn(64, 16)).argmax(1)
+    losses = []
+    for step in range(150):
+        optimizer.zero_grad()
+        loss, spread = nn.functional.cross_entropy(model(x), goal), torch.zeros(())
+        for name, p in model.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                S = p @ p.T if "lora_A" in name else p.T @ p
+                spread = spread + (S - torch.eye(len(S))).norm()
+        (loss + 0.5 * spread / 4).backward()
+        losses.append((loss.item(), spread.item()))
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+    (first, start), (last, end) = losses[0], losses[-1]
+    assert last < first
+    assert end < start
+    assert max(spread for _, spread in losses) < 1.1 * start
 
 
 def test_dora():
@@ -503,8 +527,7 @@ def test_convolution_of_adalora():
     model = adapt(base, AdaLoraConfig(init_r=3, target_modules=["layer"], total_step=100))
     module = model.base_model.model.layer
     nn.init.constant_(module.ranknum["default"].requires_grad_(False), 3)
-    names = [f"{PREFIX}.layer.lora_{letter}.default" for letter in "ABE"]
-    layer = Layer(*names[:2], middle=names[2])
+    layer = Layer(*(f"{PREFIX}.layer.lora_{letter}.default" for letter in "AB"))
     check_scaled_sgd(model, squares(batch(2, 4, 5, 5)), [layer])
 
 

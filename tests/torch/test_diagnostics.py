@@ -472,7 +472,7 @@ def test_layers_of_one_pair_are_rows_of_their_own(layout):
 
 
 def test_adaloras_diagonal():
-    """The product is ``B diag(e) A``; the Grams are those of the factors with the diagonal."""
+    """The product is ``B diag(e) A``; the Grams are those of A and B."""
     torch.manual_seed(0)
     layer = torch.nn.Module()
     for name, shape in (("lora_A", (3, 7)), ("lora_B", (5, 3)), ("lora_E", (3, 1))):
@@ -483,7 +483,7 @@ def test_adaloras_diagonal():
     full = []
     for _ in range(2):
         A, B, e = (getattr(layer, f"lora_{x}").detach().numpy().copy() for x in "ABE")
-        full.append((B * e.T @ A, e * A, B * e.T))
+        full.append((B * e.T @ A, A, B))
         (layer.lora_B * layer.lora_E.T @ layer.lora_A).square().sum().backward()
         optimizer.step() if len(full) == 1 else None
     numbers = optimizer.diagnostics()

@@ -21,7 +21,9 @@ class TensorPair(NamedTuple):
     views : tuple of (View, View)
         Views of the factors in them.
     middle : Tensor, optional
-        AdaLoRA's diagonal: the product is ``B diag(e) A``.
+        AdaLoRA's diagonal: the product is ``B diag(e) A``. It is in no Gram: AdaLoRA holds A and B
+        near orthonormal by a loss that does not pass through it, and sets entries of it to 0, so
+        that an inverse of ``diag(e) S diag(e)`` would multiply gradients without bound.
     twins : tuple of (Tensor, ...)
         Tied parameters, which share the memory of A and of B: their gradients are added.
     owners : tuple of (Tensor, Tensor), optional
@@ -81,12 +83,8 @@ class TensorPair(NamedTuple):
             yield Member(self, views, f".{i}" if several else "", plain)
 
     def factors(self) -> list[Factors]:
-        """The factors, whose Grams are the partners' metrics; a diagonal counts with both."""
-        A, B = self.A.detach(), self.B.detach()
-        if self.middle is not None:
-            e = self.middle.detach().view(-1)
-            A, B = A * e[:, None], B * e  # (r, n), (m, r)
-        return read_pairs(self.views, A, B)
+        """The factors, whose Grams are the partners' metrics."""
+        return read_pairs(self.views, self.A.detach(), self.B.detach())
 
     def replaced(self, successor: Callable[[Tensor], Tensor | None]) -> "TensorPair | None":
         """The pair of the successors of its parameters; None where A, B or the diagonal has none.

@@ -95,7 +95,7 @@ class ListStep:
         self.plain = all(view.is_plain for pair in pairs for both in pair.views for view in both)
         # Reading a dense parameter gives a view, which stays valid.
         dense = all(p.is_contiguous() for pair in pairs for p in (pair.A, pair.B))
-        self.stays = (self.plain or dense) and all(pair.middle is None for pair in pairs)
+        self.stays = self.plain or dense
         self.values: list[Factors] = []
         ends = [*accumulate((len(pair.views) for pair in pairs), initial=0)]
         self.products = [range(ends[job.place], ends[job.place + 1]) for job in self.jobs]

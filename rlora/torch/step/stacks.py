@@ -171,7 +171,6 @@ def is_dense(pair: TensorPair) -> bool:
     return (
         len(pair.views) == 1
         and all(view.is_plain for view in pair.views[0])
-        and pair.middle is None
         and not any(pair.twins)
         and pair.A.ndim == pair.B.ndim == 2
         and not is_distributed(pair.A)
