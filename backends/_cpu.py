@@ -4,16 +4,16 @@ from rlora.core.backend import Backend
 from rlora.core.factors import Array
 
 
-def cholesky_half(backend: Backend, S: Array) -> Array:
-    """`Backend.pseudo_half` without an eigh for the members that have no direction near rounding.
+def cholesky_half(backend: Backend, S: Array, least: float) -> Array:
+    """`Backend.pseudo_half` without an eigh for the members that have no direction nearly lost.
 
     With ``Wᵀ W = S⁻¹`` the least eigenvalue of S is at least ``1 / tr(S⁻¹) = 1 / |W|²``.
     """
     xp = backend.xp
-    H, unit, rounding = backend.of_trace_r(S)
+    H, unit, lost = backend.of_trace_r(S, least)
     W = backend.inverse_cholesky(H)
-    sound = xp.sum(W * W, axis=(-2, -1)) * rounding < 1  # false for NaN too
+    sound = xp.sum(W * W, axis=(-2, -1)) * lost < 1  # false for NaN too
     W = W * unit**-0.5
     if not backend.to_numpy(sound).all():
-        W[~sound] = backend.pseudo_power(S[~sound], -0.5)
+        W[~sound] = backend.pseudo_power(S[~sound], -0.5, least)
     return W

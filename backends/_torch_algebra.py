@@ -109,26 +109,27 @@ def inverse_cholesky_times(S: Array, X: Array) -> Array:
     return torch.linalg.solve_triangular(definite_cholesky(S), X, upper=False)
 
 
-def inverse_root_half(V: Array, eps: float, X: Array) -> Array:
+def inverse_root_half(V: Array, eps: float, X: Array, least: float) -> Array:
     """`Backend.inverse_root_half` without an eigh; NaN where the damped V is not definite."""
-    root = half_power(V, 0.5, damping_of(V))  # its least eigenvalue is far above rounding, or NaN
+    root = half_power(V, 0.5, damping_of(V, least))  # far above rounding, or NaN
     root.diagonal(dim1=-2, dim2=-1).add_(eps)
     L, _ = torch.linalg.cholesky_ex(root)  # `solve`, by LU, may wait for the device
     return torch.linalg.solve_triangular(L, X, upper=False)
 
 
-def cholesky_pseudo_half(S: Array) -> Array:
+def cholesky_pseudo_half(S: Array, least: float) -> Array:
     """`Backend.pseudo_half` by a Cholesky half of the damped S, filtered."""
-    return pseudo_halves(S)[0]
+    return pseudo_halves(S, damping_of(S, least))[0]
 
 
-def symmetric_pseudo_half(S: Array) -> Array:
+def symmetric_pseudo_half(S: Array, least: float) -> Array:
     """``Backend.pseudo_power(S, -0.5)`` by the same half, and the polar factor that it lacks."""
-    W, L = pseudo_halves(S)
-    return torch.bmm(polar_factor(L, damping_of(S) / S.shape[-1]), W)
+    damping = damping_of(S, least)
+    W, L = pseudo_halves(S, damping)
+    return torch.bmm(polar_factor(L, damping / S.shape[-1]), W)
 
 
-def pseudo_halves(S: Array) -> tuple[Array, Array]:
+def pseudo_halves(S: Array, damping: float) -> tuple[Array, Array]:
     """W with ``Wᵀ W = pseudo_power(S, -1)``, and the Cholesky factor of the damped S, of trace 1.
 
     A filter takes the place of a cut-off, which needs eigenvalues: F has ``f = λ / (λ + shift)``,
@@ -136,7 +137,6 @@ def pseudo_halves(S: Array) -> tuple[Array, Array]:
     by ``(3.25 f² - 2.25 f³)²``. With the ``√f`` that is left of ``√λ W`` that is flat at f = 1.
     """
     r, info = S.shape[-1], torch.finfo(S.dtype)
-    damping = damping_of(S)
     L, unit = cholesky_of_trace_1(S, damping)
     eye = torch.eye(r, dtype=S.dtype, device=S.device).expand_as(S)
     W = torch.linalg.solve_triangular(L, eye, upper=False)
@@ -148,10 +148,12 @@ def pseudo_halves(S: Array) -> tuple[Array, Array]:
     return W.masked_fill(tiny, 0.0), L
 
 
-def damping_of(S: Array) -> float:
+def damping_of(S: Array, least: float) -> float:
     """The relative damping d of `pseudo_halves`, and of a root of what such a W has multiplied.
+
+    At least `least`, see `Backend.pseudo_power`.
 
     Of a Gram C of gradients, W C Wᵀ has rounding up to about eps / d of its trace, which must not
     make it indefinite: the root of eps is where d is as small as it can be for both.
     """
-    return max(rounding_of(S), float(torch.finfo(S.dtype).eps ** 0.5))
+    return max(rounding_of(S), least, float(torch.finfo(S.dtype).eps ** 0.5))

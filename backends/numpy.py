@@ -52,8 +52,8 @@ class NumPyBackend(Backend):
         W = np.tril(np.linalg.inv(L))
         return W[..., ::-1, ::-1] if upper else W
 
-    def pseudo_half(self, S: Array) -> Array:
-        return cholesky_half(self, S)
+    def pseudo_half(self, S: Array, least: float = 0.0) -> Array:
+        return cholesky_half(self, S, least)
 
     def adam(self, M: Tall, V: Tall, G: Tall, numbers: AdamNumbers) -> tuple[list[Array], ...]:
         """In place on arrays of its own, or donated: fresh pages cost more than the arithmetic."""

@@ -201,22 +201,22 @@ class TorchBackend(Backend):
         W = inverse_cholesky_times(S.flip(-2, -1) if upper else S, eye)
         return W.flip(-2, -1) if upper else W
 
-    def pseudo_power(self, S: Array, exponent: float) -> Array:
+    def pseudo_power(self, S: Array, exponent: float, least: float = 0.0) -> Array:
         if exponent != -0.5 or not eigh_waits(S):
-            return super().pseudo_power(S, exponent)
-        return symmetric_pseudo_half(S)
+            return super().pseudo_power(S, exponent, least)
+        return symmetric_pseudo_half(S, least)
 
-    def pseudo_half(self, S: Array) -> Array:
+    def pseudo_half(self, S: Array, least: float = 0.0) -> Array:
         if is_eager_cpu(S):
-            return cholesky_half(self, S)
+            return cholesky_half(self, S, least)
         if not eigh_waits(S):
-            return self.pseudo_power(S, -0.5)
-        return cholesky_pseudo_half(S)
+            return self.pseudo_power(S, -0.5, least)
+        return cholesky_pseudo_half(S, least)
 
-    def inverse_root_half(self, V: Array, eps: float, X: Array) -> Array:
+    def inverse_root_half(self, V: Array, eps: float, X: Array, least: float = 0.0) -> Array:
         if not eigh_waits(V):
-            return super().inverse_root_half(V, eps, X)
-        return inverse_root_half(V, eps, X)
+            return super().inverse_root_half(V, eps, X, least)
+        return inverse_root_half(V, eps, X, least)
 
     def adam(self, M: Tall, V: Tall, G: Tall, numbers: AdamNumbers) -> tuple[list[Array], ...]:
         b1, b2, *by_array = numbers

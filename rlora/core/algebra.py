@@ -145,45 +145,60 @@ class MatrixAlgebra:
         H = xp.where(live, (S + shift * eye) / unit, eye)  # (K, r, r)
         return Damped(H, unit, live, xp.where(xp.isnan(scale), scale, xp.zeros_like(scale)))
 
-    def pseudo_power(self, S: Array, exponent: float) -> Array:
+    def pseudo_power(self, S: Array, exponent: float, least: float = 0.0) -> Array:
         """``S^exponent`` for a stack (K, r, r) of Grams, 0 in directions that are lost in rounding.
 
         For methods that normalise their input: a null direction of the Gram, damped or not, would
-        come back as large as the others.
+        come back as large as the others. Lost are eigenvalues of at most `least` of the mean one,
+        which is what the factors know (see `RankGroup.lost`), and of what S itself has rounded.
         """
         xp = self.xp
-        H, unit, rounding = self.of_trace_r(S)
+        H, unit, lost = self.of_trace_r(S, least)
         w, Q = self.eigh(H)
-        gone = w <= rounding
+        gone = w <= lost
         power = xp.where(gone, xp.zeros_like(w), xp.where(gone, xp.ones_like(w), w) ** exponent)
         return self.matmul(Q * xp.expand_dims(power, axis=-2), mT(Q)) * unit**exponent
 
-    def pseudo_half(self, S: Array) -> Array:
+    def pseudo_half(self, S: Array, least: float = 0.0) -> Array:
         """One of the W with ``Wᵀ W = pseudo_power(S, -1)``, for methods that no choice changes."""
-        return self.pseudo_power(S, -0.5)
+        return self.pseudo_power(S, -0.5, least)
 
-    def of_trace_r(self, S: Array) -> tuple[Array, Array, float]:
-        """Grams of trace r, 0 for one too small, their divisors, and what rounding leaves of 0."""
+    def of_trace_r(self, S: Array, least: float) -> tuple[Array, Array, float]:
+        """Grams of trace r, 0 for one too small, their divisors, and the eigenvalues that are lost.
+
+        See `pseudo_power`.
+        """
         xp, r, info = self.xp, S.shape[-1], self.xp.finfo(S.dtype)
         rounding = ROUNDING * r * float(info.eps)
         mean = traces(xp, S) / r
         zero = mean <= float(info.smallest_normal) / rounding  # or too small, as in `damped_power`
         unit = xp.where(zero, xp.ones_like(mean), mean)
-        return xp.where(zero, xp.zeros_like(S), S / unit), unit, rounding
+        return xp.where(zero, xp.zeros_like(S), S / unit), unit, max(rounding, least)
 
-    def inverse_root_half(self, V: Array, eps: float, X: Array) -> Array:
+    def inverse_root_half(self, V: Array, eps: float, X: Array, least: float = 0.0) -> Array:
         """``P X`` for one of the P with ``Pᵀ P = (V^½ + eps I)⁻¹``, semidefinite V (K, r, r).
 
-        An eigenvalue of V below what rounding has left of it counts as that rounding.
+        An eigenvalue of V that is lost, as `pseudo_power` has it, counts as the largest such one.
         """
         xp = self.xp
         w, Q = self.eigh(V)
         trace = xp.sum(w, axis=-1, keepdims=True)
-        floor = ROUNDING * float(xp.finfo(V.dtype).eps) * xp.clip(trace, min=0.0)
-        root = xp.sqrt(xp.maximum(w, floor)) + eps
+        share = max(ROUNDING * float(xp.finfo(V.dtype).eps), least / V.shape[-1])
+        root = xp.sqrt(xp.maximum(w, share * xp.clip(trace, min=0.0))) + eps
         lost = root == 0  # of V = 0 with eps = 0 no direction is known
         half = xp.where(lost, root, xp.where(lost, xp.ones_like(root), root) ** -0.5)
         return self.matmul(mT(Q * xp.expand_dims(half, axis=-2)), X)
+
+
+def lost_below(xp: Any, rank: int, dtype: Any) -> float:
+    """The eigenvalue of a Gram, relative to the mean one, up to which a direction is lost.
+
+    What counts is the rounding of the factors, of `dtype`, whatever the dtype of the Gram is: a
+    method that normalises would move along it as along the others. At least the root of float64's
+    eps, where half of the digits of coordinates in the direction are gone: a step that moves the
+    product there by the learning rate moves a factor by 10⁴ times as much, and with it the rest.
+    """
+    return max(ROUNDING * rank * float(xp.finfo(dtype).eps), 2.0**-26)
 
 
 def mT(x: Array) -> Array:

@@ -149,7 +149,7 @@ def to_new_coordinates(group: RankGroup, S: Stack, turn: Sequence[Factors]) -> S
     turn : sequence of Factors
         See `record_turn`.
     """
-    matmul, W = group.backend.matmul, group.backend.pseudo_half(S)
+    matmul, W = group.backend.matmul, group.backend.pseudo_half(S, group.lost)
     return matmul(mT(W), matmul(W, group.stack(turn)))
 
 

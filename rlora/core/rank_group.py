@@ -10,7 +10,7 @@ from itertools import chain
 from math import prod
 from typing import Any, TypeAlias
 
-from rlora.core.algebra import constants, mT
+from rlora.core.algebra import constants, lost_below, mT
 from rlora.core.backend import Backend, Workspace
 from rlora.core.checks import ComputeDtype, check_choice
 from rlora.core.dispatch import get_backend
@@ -65,6 +65,7 @@ class RankGroup:
         self.rank: int = self.like.shape[-2]
         self.dtype = dtype or self.like.dtype
         self.wide = backend.compute_dtype(self.like.dtype)  # of what acts on factors
+        self.lost = lost_below(self.xp, self.rank, self.wide)
         self.workspace = workspace
         self.moving = moving or [(True, True)] * len(params)
         self.all_move = all(map(all, self.moving))

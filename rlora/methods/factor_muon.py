@@ -24,7 +24,8 @@ def scale_by_sign(*, compute_dtype: str | None = None) -> Transform:
         r = float(group.rank)
         sides = [(pair.A.shape[-1], pair.B.shape[-2]) for pair in group.params]
         size = group.constant([(RMS * max(r, n) ** 0.5, RMS * max(r, m) ** 0.5) for n, m in sides])
-        return group.apply(size * group.backend.pseudo_power(group.gram(M), -0.5), M), state
+        sign = group.backend.pseudo_power(group.gram(M), -0.5, group.lost)
+        return group.apply(size * sign, M), state
 
     return by_rank(no_state, rule, compute_dtype=compute_dtype, rescaled=False, sharded=True)
 

@@ -25,9 +25,9 @@ def scale_by_spectral_norm(*, compute_dtype: str | None = None) -> Transform:
 
     def rule(group: RankGroup, M: list[Factors], state: State) -> tuple[list[Factors], State]:
         backend = group.backend
-        W = backend.pseudo_half(group.partner_gram(group.params))
+        W = backend.pseudo_half(group.partner_gram(group.params), group.lost)
         M, _ = group.in_range(M)  # of which msign knows the direction alone
-        sign = backend.pseudo_power(congruence(backend, W, group.gram(M)), -0.5)
+        sign = backend.pseudo_power(congruence(backend, W, group.gram(M)), -0.5, group.lost)
         D = group.apply(congruence(backend, mT(W), sign), M)
         return [over(d, 2 * s) for d, s in zip(D, state.scaling, strict=True)], state
 

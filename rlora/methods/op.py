@@ -221,9 +221,18 @@ def _decayed(d: Factors, pair: Factors, weight_decay: float) -> Factors:
 
 
 def least_squares(backend: Backend, F: Sequence[Array], dtype: Any) -> Coordinates:
-    """``Y -> Y F⁺``, (..., r, r), the coordinates of rows Y in the rows of F (..., r, n)."""
+    """``Y -> Y F⁺``, (..., r, r), the coordinates of rows Y in the rows of F (..., r, n).
+
+    F may have a lower rank, as a momentum has whose gradients do: what its rounding leaves of a
+    null direction counts as 0. A weak direction is damped: it belongs to the span that is sought.
+    """
+    xp = backend.xp
     F, c = into_range(backend, F)
-    P = backend.damped_power(backend.cross_rows(F, F, dtype), -1.0)
+    H, unit, damping = backend.of_trace_r(backend.cross_rows(F, F, dtype), 0.0)
+    w, Q = backend.eigh(H)
+    lost = w <= w.shape[-1] * float(xp.finfo(F[0].dtype).eps)
+    inverse = xp.where(lost, xp.zeros_like(w), 1 / (xp.abs(w) + damping))
+    P = backend.matmul(Q * xp.expand_dims(inverse, axis=-2), mT(Q)) / unit
 
     def inside(Y: Sequence[Array]) -> list[Array]:
         Y, d = into_range(backend, Y)

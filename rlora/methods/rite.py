@@ -73,7 +73,7 @@ def scale_by_rite(
         decay1, decay2 = corrected_decay(xp, b1, t), corrected_decay(xp, b2, t)
 
         S = group.partner_gram(group.params)
-        W = backend.pseudo_half(S)  # W G is the unmagnified gradient, in some orthonormal basis
+        W = backend.pseudo_half(S, group.lost)  # W G: the unmagnified gradient
         U = backend.matmul(W, group.stack(state.turn))
         T = backend.matmul(mT(W), U)  # old coordinates to new
 
@@ -96,7 +96,7 @@ def scale_by_rite(
             state = state._replace(spectrum=group.unstack(spectrum))
             shifted = V + rho * eye_like(xp, V)
 
-        H = backend.inverse_root_half(shifted, eps, W)
+        H = backend.inverse_root_half(shifted, eps, W, group.lost)
         X = backend.matmul(mT(H), (1 - decay1) * back * H)
         mu = group.apply(X, G, onto=group.apply(decay1 * T, state.mu))
         nu = group.unstack(congruence(backend, mT(W), V))
@@ -163,7 +163,7 @@ def clip_unmagnified(max_norm: float | None = None, max_rms: float | None = None
             check_nonnegative(name, value)
 
     def measure(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
-        W = group.backend.pseudo_half(group.partner_gram(group.params))
+        W = group.backend.pseudo_half(group.partner_gram(group.params), group.lost)
         G, numbers = group.in_range(G)
         squares = traces(group.xp, congruence(group.backend, W, group.gram(G)))
         norms = squares**0.5 / numbers

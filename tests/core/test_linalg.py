@@ -222,6 +222,23 @@ def test_pseudo_half_is_a_half_of_the_pseudo_power(backend):
     assert np.isnan(backend.to_numpy(backend.pseudo_half(nan))).all()
 
 
+def test_what_is_lost(backend):
+    """Up to `least` of the mean eigenvalue, and not below what the Gram itself has rounded."""
+    S = backend.asarray(np.diag([3.0, 1e-3, 1e-17])[None], "float64")
+    for least, kept in ((0.0, [1, 1, 0]), (1e-6, [1, 1, 0]), (2e-3, [1, 0, 0])):
+        P = backend.to_numpy(backend.pseudo_power(S, -1.0, least))[0]
+        W = backend.to_numpy(backend.pseudo_half(S, least))[0]
+        expected = np.diag(np.array(kept) / np.array([3.0, 1e-3, 1.0]))
+        assert_close(P, expected, rtol=1e-12)
+        assert_close(W.T @ W, expected, rtol=1e-12)
+        V = backend.asarray(np.diag([4.0, 1.0, 1e-8])[None] ** 2, "float64")
+        eye = backend.asarray(np.eye(3)[None], "float64")
+        P = backend.to_numpy(backend.inverse_root_half(V, 0.5, eye, least))[0]
+        floor = max(least / 3, 10 * float(np.finfo(float).eps)) * 17
+        root = np.maximum([16.0, 1.0, 1e-16], floor) ** 0.5 + 0.5
+        assert_close(P.T @ P, np.diag(1 / root), rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["numpy", "torch"])
 def test_pseudo_half_needs_no_eigenvalues_of_an_ordinary_gram(name, monkeypatch):
     from rlora.backends import get
