@@ -255,5 +255,6 @@ def adapre_lora(
     adapre = scale_by_adapre(
         b2, eps, damping=damping, damping_mode=damping_mode, compute_dtype=compute_dtype
     )
+    check_unit("b1", b1)
     chained = [adapre] if is_zero(b1) else [adapre, momentum(b1, dampening=b1)]
     return chain(*chained, add_decayed_weights(weight_decay))

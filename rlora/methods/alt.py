@@ -274,6 +274,7 @@ def alt_lora_plus(
     >>> import rlora
     >>> method = rlora.alt_lora_plus(b2=0.99)
     """
+    check_unit("b2", b2)  # None would leave the momentum alone
     transform = alternate(
         Rates(b1, b2, eps, weight_decay),
         first=first,

@@ -188,6 +188,7 @@ def no_rows(pair: Factors) -> Factors:
 
 def decay_in_turn(transform: Transform, weight_decay: float, first: First) -> Transform:
     """The transformation with decay of the factor whose turn it is."""
+    check_nonnegative("weight_decay", weight_decay)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         D, new = transform.update(grads, state, params)

@@ -134,7 +134,8 @@ def rac_lora(
         frozen, damping=damping, damping_mode=damping_mode, compute_dtype=compute_dtype
     )
     moving: Side = "B" if frozen == "A" else "A"
-    chained = [sketch, only(moving, scale_by_adam(b1, b2, eps))] if adam else [sketch]
+    scaled = only(moving, scale_by_adam(b1, b2, eps))  # whose numbers are checked in any case
+    chained = [sketch, scaled] if adam else [sketch]
     return chain(*chained, add_decayed_weights(weight_decay))
 
 

@@ -212,3 +212,16 @@ def test_jax_steps_of_many_ranks_do_not_wait_for_each_other(name):
     print("done")
     """
     assert in_fresh_python(code) == "done\n"
+
+
+def test_eigh_of_grams_with_subnormal_entries():
+    """MKL's eigh in float32 does not converge for some of them, and makes NaN of more."""
+    torch = pytest.importorskip("torch")
+    from rlora.backends import get
+
+    backend, rng = get("torch"), np.random.default_rng(0)
+    for _ in range(200):
+        F = rng.normal(size=(2, 8)) * np.array([1.0, 1.0, *6 * [1e-22]])
+        S = torch.tensor((F.T @ F)[None], dtype=torch.float32)
+        w, Q = backend.eigh(S)
+        torch.testing.assert_close(Q * w[:, None, :] @ Q.mT, S, rtol=0, atol=1e-5)

@@ -72,6 +72,17 @@ def test_betas_are_called_by_their_names_here(name):
         method(betas=(0.9, 0.99))
 
 
+@every
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "0.1", None])
+def test_a_number_out_of_range_is_refused_by_name(name, value):
+    method = getattr(methods, name)
+    for p in inspect.signature(method).parameters.values():
+        if not isinstance(p.default, float) or (value is None and "None" in str(p.annotation)):
+            continue
+        with pytest.raises((ValueError, TypeError), match=p.name):
+            method(**{p.name: value})
+
+
 def test_plain_numbers():
     for given, plain in (
         (np.float32(0.5), 0.5), (np.int64(3), 3), (Fraction(1, 4), 0.25), ((np.float64(0.5), 1), (0.5, 1)),

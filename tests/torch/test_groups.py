@@ -90,6 +90,29 @@ def test_a_second_model_with_the_names_of_the_first_may_come_later():
     assert len({pair.name for pair in optimizer.report}) == 4
 
 
+def test_a_factor_alone_in_its_group_has_no_partner_in_a_pair_of_another():
+    """Its own A is frozen, and left out with all that needs no gradient."""
+    first, second = (layer_of(seed) for seed in (0, 1))
+    groups = [list(first.items()), [("lora_B", second["lora_B"])]]
+    for at_once in (True, False):
+        optimizer = ScaledAdamW(
+            [{"params": some} for some in groups[: 2 if at_once else 1]], lr=1e-2
+        )
+        if not at_once:
+            optimizer.add_param_group({"params": groups[1]})
+        (pair,) = optimizer._pairs
+        assert pair.A is first["lora_A"]
+        assert pair.B is first["lora_B"]
+        (why,) = optimizer.report.refused.values()
+        assert "its partner" in why
+
+
+def layer_of(seed):
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"lora_A": (3, 10), "lora_B": (12, 3)}
+    return {key: torch.nn.Parameter(torch.randn(x, generator=g)) for key, x in shapes.items()}
+
+
 def test_factors_in_groups_of_their_own_are_not_mixed_up():
     """A and B of two models in four groups: nothing says whose B is whose."""
     models = [make_model(seed=i, bias=False) for i in range(2)]

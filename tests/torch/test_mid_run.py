@@ -4,6 +4,7 @@ The oracle is a run without the checkpoint, or torch's AdamW.
 """
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 import rlora
 import rlora.torch
-from rlora import Factors
+from rlora import Factors, ShapeError, ShardingError
 from rlora.torch import method_classes
 
 METHODS = pytest.mark.parametrize("name", method_classes.__all__)
@@ -240,3 +241,174 @@ def test_an_optimizer_and_the_one_that_loaded_its_state_count_apart(options):
         train(second, twins, [t])
     assert {float(held["step"]) for held in first.state.values()} == {6.0}
     assert {float(held["step"]) for held in second.state.values()} == {6.0}
+
+
+def tied():
+    """Two layers whose factors share memory as two parameters each, as PEFT ties embeddings."""
+    named = [(f"q.lora_{name[-1]}", p) for name, p in layers(1)]
+    return nn.ParameterDict(
+        {key.replace(".", "_"): p for key, p in named}
+        | {key.replace("q.", "k_"): nn.Parameter(p.data) for key, p in named}
+    )
+
+
+@pytest.mark.parametrize("name", ["ScaledAdamW", "ScaledSGD", "LoRARite", "LoRAPlus"])
+@pytest.mark.parametrize("how", ["move", "copy"])
+def test_tied_factors_that_come_apart_are_stepped_each(how, name):
+    """As by an optimizer that is built afterwards; `Module.to` and `deepcopy` untie parameters."""
+
+    def named(model):
+        return [(key.replace("_", ".", 1), p) for key, p in model.items()]
+
+    def grads(model, t):
+        g = torch.Generator().manual_seed(t)
+        for p in model.values():
+            p.grad = torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype)
+
+    model = tied()
+    optimizer = getattr(rlora.torch, name)(named(model), lr=1e-2)
+    assert len(optimizer.report.tied) == 2
+    if how == "copy":
+        model, optimizer = copy.deepcopy((model, optimizer))
+    else:
+        model.to(torch.float32)
+    other = copy.deepcopy(model)
+    fresh = getattr(rlora.torch, name)(named(other), lr=1e-2)
+    grads(model, 0)
+    with pytest.warns(RuntimeWarning, match=r"lora_A was tied to .\.lora_A and has memory of its"):
+        optimizer.step()
+    assert optimizer.report.tied == {}
+    grads(other, 0)
+    fresh.step()
+    for t in (1, 2):
+        for run, some in ((model, optimizer), (other, fresh)):
+            grads(run, t)
+            some.step()
+    for p, q in zip(model.values(), other.values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6 if how == "move" else 1e-14)
+
+
+@pytest.mark.parametrize("name", ["ScaledAdamW", "ScaledSGD", "LoRAPlus", "LoRARite"])
+def test_a_rank_cut_in_the_same_memory_is_refused(name):
+    named = layers(2)
+    optimizer = getattr(rlora.torch, name)(named, lr=1e-2, **MOMENTUM.get(name, {}))
+    train(optimizer, named, range(2))
+    for key, p in named:
+        p.grad, p.data = None, p.data[:2] if key.endswith("A") else p.data[:, :2]
+    before = [p.detach().clone() for _, p in named]
+    set_grads(named, 2)
+    with pytest.raises(ShardingError, match="has become one of"):
+        optimizer.step()
+    assert all(torch.equal(p, old) for (_, p), old in zip(named, before, strict=True))
+
+
+MOMENTUM = {"ScaledSGD": {"momentum": 0.9}}
+
+
+@ALL
+@pytest.mark.parametrize(
+    "option, value",
+    [("weight_decay", -1.0), ("betas", (0.9, 1.5)), ("damping", float("nan")), ("lr", -1.0),
+     ("damping_mode", "abs"), ("placement", "foo"), ("compute_dtype", "float16")],
+)  # fmt: skip
+@pytest.mark.parametrize("how", ["step", "load"])
+def test_an_option_that_makes_no_sense_is_refused_before_anything_moves(how, name, option, value):
+    """One of the last group, set by hand after a step, or in a file."""
+    named = layers(2)
+    kind = getattr(rlora.torch, name)
+    optimizer = kind([{"params": named[:2]}, {"params": named[2:]}], lr=1e-2)
+    train(optimizer, named, range(1))
+    if option not in optimizer.param_groups[1]:
+        pytest.skip("the class has no such option")
+    own = name in ("ScaledAdamW", "ScaledSGD")
+    if how == "step" and own and option in ("weight_decay", "betas", "lr"):
+        pytest.skip("torch's own AdamW and SGD do not look at it either")
+    if option in ("weight_decay", "betas") and option not in kind_options(kind) and not own:
+        pytest.skip("an option of the parent alone")
+    before, saved = [p.detach().clone() for _, p in named], optimizer.state_dict()
+    word = "b2|betas" if option == "betas" else option.split("_")[0]
+    if how == "step":
+        optimizer.param_groups[1][option] = value
+        set_grads(named, 1)
+        with pytest.raises((ValueError, TypeError), match=word):
+            optimizer.step()
+    else:
+        saved["param_groups"][1][option] = value
+        with pytest.raises((ValueError, TypeError), match=word):
+            optimizer.load_state_dict(saved)
+    assert all(torch.equal(p, old) for (_, p), old in zip(named, before, strict=True))
+
+
+def kind_options(kind):
+    return inspect.signature(kind).parameters
+
+
+OTHERS = ["Adamax", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Adafactor", "Rprop"]
+
+
+@pytest.mark.parametrize("name", ["ScaledAdamW", "LoRARite", "LoRAPlus", "LoRAMuon"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_the_state_of_others_of_torch_is_refused(other, name):
+    """They count steps under AdamW's name, beside moments of their own."""
+    named = layers(1)
+    theirs = getattr(torch.optim, other)([p for _, p in named], lr=1e-3)
+    train(theirs, named, range(2))
+    optimizer = getattr(rlora.torch, name)(named, lr=1e-3)
+    with pytest.raises((ShapeError, ValueError, TypeError)):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert not optimizer.state
+
+
+class Told(nn.Module):
+    """A layer that says its s, and the number of its experts."""
+
+    def __init__(self, seed, *adapters):
+        super().__init__()
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        self.scaling, self.num_experts = {}, 2
+        self.weight = nn.Parameter(torch.zeros(7, 5), requires_grad=False)
+        for adapter in adapters:
+            self.add(adapter, seed)
+
+    def add(self, adapter, seed):
+        g = torch.Generator().manual_seed(seed)
+        self.lora_A[adapter] = nn.Linear(5, 6, bias=False)
+        self.lora_B[adapter] = nn.Linear(6, 7, bias=False)
+        self.scaling[adapter] = 8.0
+        for p in (self.lora_A[adapter].weight, self.lora_B[adapter].weight):
+            p.data = torch.randn(p.shape, generator=g)
+
+
+@ALL
+@pytest.mark.parametrize("how", ["names", "model", "in a group"])
+def test_an_added_adapter_has_the_layout_and_s_that_its_layer_says(how, name):
+    """As for an optimizer that is built after it."""
+    if name in ("LoRASB",):
+        pytest.skip("it has factors of its own")
+    ends = []
+    for fresh in (True, False):
+        model = nn.ModuleDict({"experts": Told(0, "one")})
+        kind = getattr(rlora.torch, name)
+        if not fresh:
+            given = [{"params": model}] if how == "in a group" else model
+            optimizer = kind(given, lr=1e-2)
+        new = model
+        if how == "model":
+            new = nn.ModuleDict({"experts": Told(1, "two")})
+        else:
+            model["experts"].add("two", 1)
+        added = [(key, p) for key, p in new.named_parameters() if ".two." in key]
+        if fresh:
+            optimizer = kind(new, lr=1e-2)
+        else:
+            optimizer.add_param_group({"params": new if how == "model" else added, "lr": 1e-2})
+        pairs = [pair for pair in optimizer.report if "two" in pair.name]
+        assert [pair.rank for pair in pairs] == [3]  # and not one product of rank 6
+        for t in range(3):
+            for key, p in added:
+                g = torch.Generator().manual_seed(10 * t + len(key))
+                p.grad = torch.randn(p.shape, generator=g)
+            optimizer.step()
+        ends.append([p.detach().clone() for _, p in added])
+    for x, y in zip(*ends, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)

@@ -123,7 +123,7 @@ def state_of(
     """An adapter's state, and with a model what its modules know of layouts."""
     if not isinstance(adapter, nn.Module):
         return dict(adapter), known
-    told = (what_modules_know(adapter) or {}).items()
+    told = (what_modules_know([(0, adapter)]) or {}).items()
     # Factors in no single pair of an optimizer, as a shared one, count all the same.
     mine = {x.removesuffix(f" ({name})"): how for x, how in told if isinstance(how, Layout)}
     return _state(adapter, name), {**mine, **(known or {})}

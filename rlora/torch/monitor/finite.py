@@ -110,15 +110,16 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
         for k, pair in enumerate(pairs)
         if any(p.requires_grad for p in pair[:2]) and all(p.grad is None for p in pair.moved)
     ]
-    model = optimizer._model and optimizer._model()
-    if model is not None and idle:
+    models = [model for _, model in optimizer._models()]
+    if models and idle:
         why = "they are no longer those of the model"
-        there, layers = {id(p) for p in model.parameters()}, {n for n, _ in model.named_modules()}
+        there = {id(p) for model in models for p in model.parameters()}
+        layers = {name for model in models for name, _ in model.named_modules()}
         names = [pair.layer for pair in optimizer.report]  # groups may be added from other models
         idle = [
             k for k in idle if names[k] in layers and not there & {id(p) for p in pairs[k].moved}
         ]
-    elif model is None:
+    elif not models:
         why = "no pair had a gradient in the first two steps"
         count, all_idle = optimizer._idle_steps, len(idle) == len(pairs) > 0
         optimizer._idle_steps = count + 1 if all_idle and count is not None else None
@@ -136,6 +137,17 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
         f"rlora.torch.{kind}(model, ...), and load the old one's state_dict() if ranks are the same"
     )
     warnings.warn(msg, RuntimeWarning, stacklevel=2)
+
+
+def warn_of_ties(kind: str, before: Mapping[str, str], now: Collection[str]) -> None:
+    """RuntimeWarning when a tied factor has got memory of its own."""
+    if apart := [name for name in before if name not in now]:
+        msg = (
+            f"{kind}: {apart[0]} was tied to {before[apart[0]]} and has memory of its own now, as "
+            f"after a move or a copy of the model: it is stepped by itself; tie the two again, and "
+            f"build the optimizer afterwards, if they are to stay equal"
+        )
+        warnings.warn(msg, RuntimeWarning, stacklevel=5)
 
 
 def _is_on_host(pair: TensorPair) -> bool:

@@ -15,13 +15,12 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from rlora.core.checks import check_flag, check_nonnegative, plain_number
+from rlora.core.checks import check_flag, plain_number
 from rlora.core.dispatch import get_backend
-from rlora.core.errors import NamespaceError
 from rlora.pairing import PairReport
 from rlora.pairing.order import BY_ORDER
 from rlora.torch.monitor import diagnostics as figures
-from rlora.torch.monitor.finite import check_orphans, check_start
+from rlora.torch.monitor.finite import check_orphans, check_start, warn_of_ties
 from rlora.torch.monitor.snapshot import Watch
 from rlora.torch.optimizers.state_dict import LoadsState
 from rlora.torch.pairing.discovery import (
@@ -31,15 +30,16 @@ from rlora.torch.pairing.discovery import (
     no_pair,
     pairs_in_groups,
     split_source,
+    ties_hold,
 )
-from rlora.torch.pairing.modules import scalings_in, what_modules_know
+from rlora.torch.pairing.modules import models_in, references, scalings_in, what_modules_know
 from rlora.torch.pairing.pairs import TensorPair, signature
 from rlora.torch.pairing.param_groups import (
     as_groups,
     as_list,
-    check_grad,
+    check_numbers,
+    check_pairs,
     followed,
-    misfit,
     plain_numbers,
     refuse_text,
     rename,
@@ -49,8 +49,6 @@ from rlora.torch.pairing.param_groups import (
 from rlora.torch.pairing.sharding_checks import check_layouts
 from rlora.torch.step.plan import Plan, Turn, before_new_plan, inherited, plans_of
 from rlora.torch.step.rounding import count_roundings
-
-NONNEGATIVE = {"lr", "eps", "weight_decay", "momentum"}
 
 
 class LoRAOptimizer(LoadsState, ABC):
@@ -63,8 +61,8 @@ class LoRAOptimizer(LoadsState, ABC):
     _extra += ("_names", "_own", "_pairs", "_source")
     """Attributes that a copy or a pickle takes along."""
 
-    _model: ref[nn.Module] | None = None
-    """The model that the parameters were given as; a copy does not know its own."""
+    _given: tuple[tuple[int, ref[nn.Module]], ...] = ()
+    """The models that parameters were given as, by their groups; a copy does not know its own."""
 
     _watch: Watch | None = None
     _told: frozenset[str] = frozenset()
@@ -89,8 +87,8 @@ class LoRAOptimizer(LoadsState, ABC):
         self._adapter, self._own = adapter, tuple(own)
         self._by_hand, self._source = split_source(None if pairs == BY_ORDER else pairs)
         params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
-        self._known = what_modules_know(params)
-        self._model = ref(params) if isinstance(params, nn.Module) else None
+        models = models_in(params)
+        self._known, self._given = what_modules_know(models), references(models)
         own, kwargs = plain_numbers(own), plain_numbers(kwargs)
         refuse_text({"lr": args[0], **kwargs} if args else kwargs)
         groups = as_groups(params, self._source, self._known)
@@ -110,7 +108,7 @@ class LoRAOptimizer(LoadsState, ABC):
         self._names: list[str | None] = []  # of the members, None where there is none
         for group in self.param_groups:
             self._enroll(group)
-        self._pair_up(scalings_in(params))
+        self._pair_up(scalings_in(models))
         if not self._pairs:
             raise no_pair(self._names, self.report, type(self).__name__)
         for kind in (Tensor, nn.Parameter):  # a compiled step cannot look for a backend
@@ -136,7 +134,7 @@ class LoRAOptimizer(LoadsState, ABC):
         self._members = self._members + group["params"]
         self._names = self._names + group.get("param_names", [None] * len(group["params"]))
 
-    def _pair_up(self, scalings: Mapping[int, float]) -> None:
+    def _pair_up(self, scalings: Mapping[int, float | None]) -> None:
         """The pairs given by hand, and unless the constructor got some, those found by name.
 
         `scalings` has the s of layers by the identity of their factors.
@@ -152,8 +150,14 @@ class LoRAOptimizer(LoadsState, ABC):
         )
         self._pairs = [p._replace(scaling=scalings.get(id(p.A), p.scaling)) for p in pairs]
 
+    def _models(self) -> list[tuple[int, nn.Module]]:
+        """Those of the models that parameters were given as that are still there."""
+        return [(i, model) for i, held in self._given if (model := held()) is not None]
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its LoRA factors are paired by name, or by a key ``pairs`` of the group.
+        """Add a group; its factors are paired by name, unless the optimizer was built with pairs.
+
+        Or by a key ``pairs`` of the group. Models it was given are asked for layouts and s anew.
 
         Parameters
         ----------
@@ -162,18 +166,22 @@ class LoRAOptimizer(LoadsState, ABC):
             The parent steps those without names, unless they are in ``pairs``.
         """
         group = plain_numbers(dict(param_group))
-        group["params"] = as_list(group["params"])
         explicit = list(group.pop("pairs", ()))
-        scalings = scalings_in([param_group])
         if not hasattr(self, "_pairs"):  # the parent's constructor is at work
             self._by_hand += explicit
             super().add_param_group(group)
             return
+        added = [(len(self.param_groups), model) for _, model in models_in([param_group])]
+        models = self._models() + added
+        scalings, known = scalings_in(models), self._known
+        if models:
+            known = {**(known or {}), **(what_modules_know(models) or {})}
+        group["params"] = as_list(group["params"], self._source, known)
         names = split_names(group)
         self._check({**self.defaults, **group})
         scalings |= {id(p.A): p.scaling for p in self._current_pairs() if p.scaling is not None}
         check_explicit([*self._by_hand, *explicit], [*self._members, *group["params"]])
-        kept = self._members, self._names, self._by_hand
+        kept = self._members, self._names, self._by_hand, self._known, self._given
         with without_names(self.param_groups):
             super().add_param_group(group)
         if names is not None:
@@ -181,20 +189,24 @@ class LoRAOptimizer(LoadsState, ABC):
         try:
             self._enroll(group)
             self._by_hand = self._by_hand + explicit
+            self._known, self._given = known, self._given + references(added)
             self._pair_up(scalings)
         except Exception:  # ambiguous names, factors that do not fit
             self.param_groups.pop()
-            self._members, self._names, self._by_hand = kept
+            self._members, self._names, self._by_hand, self._known, self._given = kept
             raise
         self._plans = None
 
+    def _tied_anew(self) -> list[TensorPair]:
+        """The pairs once more, as other parameters share memory now than did."""
+        tied = self.report.tied
+        self._pair_up({id(p): pair.scaling for pair in self._pairs for p in pair.moved})
+        warn_of_ties(type(self).__name__, tied, self.report.tied)
+        return self._pairs
+
     def _check(self, group: dict[str, Any]) -> None:
         """Numbers and choices of a group; torch checks those of the constructor only."""
-        refuse_text(group)
-        for name in NONNEGATIVE & group.keys():
-            several = isinstance(self.defaults[name], tuple)  # Adafactor has two eps
-            if not (several or isinstance(group[name], Tensor)):
-                check_nonnegative(name, group[name])
+        check_numbers(group, self.defaults)
         check_flag("stochastic_rounding", group["stochastic_rounding"])
         self._check_own(group)
 
@@ -263,12 +275,13 @@ class LoRAOptimizer(LoadsState, ABC):
         return self._plans[1]
 
     def _new_plans(self, pairs: list[TensorPair]) -> list[Plan]:
+        if not torch.compiler.is_compiling():
+            for group in self.param_groups:
+                self._check(group)
+            if not ties_hold(pairs):
+                pairs = self._tied_anew()
         check_layouts(pairs)
-        for pair in pairs:
-            for p in pair.params:
-                check_grad(p)
-            if why := misfit(pair.A, pair.B):
-                raise NamespaceError(why)
+        check_pairs(pairs)
         check_start(self, pairs)
         check_orphans(self, pairs)
         if not torch.compiler.is_compiling():

@@ -132,7 +132,7 @@ class MethodOptimizer(LoRAOptimizer):
         self._transform(group)
         _check_scalings([group])
 
-    def _pair_up(self, scalings: Mapping[int, float]) -> None:
+    def _pair_up(self, scalings: Mapping[int, float | None]) -> None:
         super()._pair_up(scalings)
         self._pairs, self.report = without_middles(self._pairs, self.report)
 
@@ -160,7 +160,7 @@ class MethodOptimizer(LoRAOptimizer):
             if kind not in kinds:
                 kinds[kind] = self._shapes_of_pair(pair, groups[id(p)])
             known = {**dict.fromkeys(ELEMENTWISE), **kinds[kind][side]}
-            return Shapes(known, OF_METHODS | words_of_methods())
+            return Shapes(known, OF_METHODS | words_of_methods(), own=True)
 
         return shapes_of
 

@@ -28,8 +28,10 @@ class Shapes(NamedTuple):
     """By name; None is a state that it may not have."""
     words: Set[str] = frozenset(OF_METHODS)
     """Words in names of the state of other optimizers; whatever else there is, is left alone."""
-    counted: bool = False
-    """True if there is a number of steps in every state."""
+    needed: Set[str] = frozenset()
+    """Names that every state has."""
+    own: bool = False
+    """True if every state has one at least of the names that are known."""
 
 
 class Ids(list[Any]):
@@ -52,6 +54,10 @@ class LoadsState(Optimizer, ABC):
     _pairs: list[TensorPair]
 
     @abstractmethod
+    def _check(self, group: dict[str, Any]) -> None:
+        """Refuse options of a group that make no sense."""
+
+    @abstractmethod
     def _current_pairs(self) -> list[TensorPair]:
         """The pairs as the groups hold them now."""
 
@@ -60,7 +66,8 @@ class LoadsState(Optimizer, ABC):
         adam = isinstance(self, torch.optim.AdamW)
         kept = ELEMENTWISE[:3] if adam else ("momentum_buffer",)
         return lambda p: Shapes(
-            {x: p.shape if x in kept else None for x in ELEMENTWISE}, counted=adam
+            {x: p.shape if x in kept else None for x in ELEMENTWISE},
+            needed={"step", *kept[:2]} if adam else frozenset(),
         )
 
     def _fresh_state(self, pairs: Sequence[TensorPair]) -> Callable[[Tensor], dict[str, Any]]:
@@ -185,6 +192,8 @@ class LoadsState(Optimizer, ABC):
             {**{name: mine[name] for name in options & mine.keys()}, **theirs}
             for mine, theirs in zip(self.param_groups, saved["param_groups"], strict=True)
         ]
+        for group in groups:
+            self._check(group)
         params = ({**group, "params": Ids(group["params"])} for group in groups)  # found fast
         return {**saved, "param_groups": list(params)}
 
@@ -203,7 +212,8 @@ class LoadsState(Optimizer, ABC):
 
 def _check(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> None:
     """ShapeError or ShardingError unless the saved tensors of a parameter are as they should be."""
-    for key, value in _tensors(state):
+    tensors = dict(_tensors(state))
+    for key, value in tensors.items():
         if key not in shapes.known and not _of_method(key, value, shapes.words):
             continue
         shape = shapes.known.get(key)
@@ -222,10 +232,15 @@ def _check(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> None:
                 f"{tuple(shape)}; was the rank changed, or is it the state of another optimizer?"
             )
             raise ShapeError(msg)
-    if shapes.counted and state and "step" not in state:
+    kept = {name for name, shape in shapes.known.items() if shape is not None}
+    lacks = shapes.needed - state.keys() if state else set()
+    if tensors and shapes.own and kept and not kept & tensors.keys():
+        lacks = kept
+    if lacks:
         msg = (
-            f"the saved state of parameter {i} has {', '.join(map(str, state))} and no step, which "
-            f"this optimizer counts: it is that of another optimizer; begin without it"
+            f"the saved state of parameter {i} has {', '.join(map(str, state))} and no "
+            f"{min(lacks)}, which this optimizer keeps: it is that of another optimizer; begin "
+            f"without it"
         )
         raise ShapeError(msg)
 

@@ -22,7 +22,7 @@ from rlora.pairing import (
 )
 from rlora.pairing.find import check_source
 from rlora.pairing.report import number_of
-from rlora.torch.pairing.modules import in_group, what_modules_know
+from rlora.torch.pairing.modules import in_group, models_in, what_modules_know
 from rlora.torch.pairing.pairs import TensorPair
 from rlora.torch.pairing.param_groups import misfit, trainable
 from rlora.torch.pairing.sharding_checks import check_layouts, check_whole
@@ -82,7 +82,7 @@ def find_pairs(
     1
     """
     given = params if isinstance(params, nn.Module) else list(params)
-    known = what_modules_know(given)
+    known = what_modules_know(models_in(given))
     named = trainable(given, pairs, known) if isinstance(given, nn.Module) else given
     return match(named, known, adapter, pairs)[1]
 
@@ -132,7 +132,7 @@ def told_apart(
 ) -> list[tuple[str, Tensor]]:
     """Named tensors of all groups; names that several groups have say the group.
 
-    A factor without a partner in its own group keeps its name: it may have one in another.
+    And so does such a factor's partner. One without a partner in its own group keeps its name.
     """
     named = [item for group in groups for item in group]
     count = Counter(name for name, _ in named)
@@ -144,9 +144,11 @@ def told_apart(
         return named  # whoever gives names of pairs knows which
     found = list[tuple[str, Tensor]]()
     for i, group in enumerate(groups):
-        refused = find_named_pairs(group, pairs=source, known=known).refused
-        alone = {name for name in refused if source is not None or is_factor(name)}
-        found += [(in_group(i, n) if n in doubled - alone else n, p) for n, p in group]
+        report = find_named_pairs(group, pairs=source, known=known)
+        alone = {name for name in report.refused if source is not None or is_factor(name)}
+        pairs = [{pair.a, pair.b, pair.middle or pair.a} for pair in report]
+        told = (doubled - alone).union(*(names for names in pairs if names & doubled))
+        found += [(in_group(i, n) if n in told else n, p) for n, p in group]
     return found
 
 
@@ -195,6 +197,19 @@ def frozen_in(names: Iterable[Pair], pairs: Iterable[TensorPair]) -> tuple[str, 
             if not any(map(moves, (p, *twins))):
                 found.append(factor)
     return tuple(found)
+
+
+def ties_hold(pairs: Iterable[TensorPair]) -> bool:
+    """Return whether the tied parameters of each pair, and no others, lie in its memory.
+
+    Moving a model, or copying it, gives each of two parameters of one memory its own.
+    """
+    sides = [
+        {memory(p) for p in (p, *twins)}
+        for pair in pairs
+        for p, twins in zip(pair[:2], pair.twins, strict=True)
+    ]
+    return all(len(side) == 1 for side in sides) and len(set().union(*sides)) == len(sides)
 
 
 def memory(p: Tensor) -> int:

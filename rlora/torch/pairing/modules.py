@@ -1,33 +1,41 @@
 """Layouts of LoRA factors and scalings of layers, from the attributes of a model's modules."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 
 from rlora.core.layout import Layout
-from rlora.pairing import Known, find_pairs as find_named_pairs
+from rlora.pairing import find_pairs as find_named_pairs
 from rlora.torch.pairing.layers import own_scalings
 
 
 def models_in(params: Any) -> list[tuple[int, nn.Module]]:
-    """The models among the groups that an optimizer is given, with the positions of theirs."""
-    groups = [] if isinstance(params, Tensor) else params
+    """The models that an optimizer is given, with the positions of their groups."""
+    groups = [{"params": params}] if isinstance(params, nn.Module) else params
+    groups = [] if isinstance(groups, Tensor) else groups
     held = [group.get("params") if isinstance(group, dict) else None for group in groups]
     return [(i, model) for i, model in enumerate(held) if isinstance(model, nn.Module)]
 
 
-def scalings_in(params: Any) -> dict[int, float]:
+def references(
+    models: Iterable[tuple[int, nn.Module]],
+) -> tuple[tuple[int, ref[nn.Module]], ...]:
+    """Weak references to models, with the positions of their groups."""
+    return tuple((i, ref(model)) for i, model in models)
+
+
+def scalings_in(models: Iterable[tuple[int, nn.Module]]) -> dict[int, float]:
     """The s of the layers of models, as `own_scalings` has it."""
-    models = [params] if isinstance(params, nn.Module) else [m for _, m in models_in(params)]
-    return {key: s for model in models for key, s in own_scalings(model).items()}
+    return {key: s for _, model in models for key, s in own_scalings(model).items()}
 
 
-def what_modules_know(params: Any) -> Known | None:
-    """Layouts of the factors that shapes alone do not determine, or the reasons against a pair."""
-    if isinstance(params, nn.Module):
-        return _known_of(params)
-    models = models_in(params)
+def what_modules_know(models: Sequence[tuple[int, nn.Module]]) -> dict[str, Layout | str] | None:
+    """Layouts of the factors that shapes alone do not determine, or the reasons against a pair.
+
+    None without any model.
+    """
     known: dict[str, Layout | str] = {}
     for i, model in models:
         told = _known_of(model)

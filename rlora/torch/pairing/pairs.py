@@ -204,7 +204,7 @@ def signature(
         grad = p.grad
         layout = 0 if grad is None else grad.layout
         memory = p.data_ptr() or local(p).data_ptr()  # a DTensor returns 0
-        seen.append((memory, p.dtype, type(grad), layout))
+        seen.append((memory, p.shape, p.stride(), p.dtype, type(grad), layout))
     return seen, choices, [(id(group), len(group["params"])) for group in groups]
 
 

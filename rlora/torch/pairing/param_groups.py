@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from rlora.core.checks import check_real, plain_number
+from rlora.core.checks import check_nonnegative, check_real, plain_number
 from rlora.core.errors import NamespaceError, PairingError, ShardingError
 from rlora.pairing import Known, Source, find_pairs as find_named_pairs, is_factor
 from rlora.pairing.report import number_of
@@ -68,6 +68,15 @@ def refuse_text(options: Mapping[str, Any]) -> None:
         for x in value if several else (value,):
             if isinstance(x, str):
                 check_real(f"each of {name}" if several else name, x)
+
+
+def check_numbers(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """ValueError or TypeError for options of torch's that are no numbers, or negative."""
+    refuse_text(group)
+    for name in ("lr", "eps", "weight_decay", "momentum"):
+        several = isinstance(defaults.get(name), tuple)  # Adafactor has two eps
+        if name in group and not (several or isinstance(group[name], Tensor)):
+            check_nonnegative(name, group[name])
 
 
 def split_names(group: dict[str, Any]) -> list[str] | None:
@@ -190,6 +199,15 @@ def misfit(a: Tensor, b: Tensor) -> str | None:
     if not a.is_floating_point():
         return f"the factors have dtype {a.dtype}; they must be real floating-point tensors"
     return None
+
+
+def check_pairs(pairs: Iterable[TensorPair]) -> None:
+    """NamespaceError or ShardingError for factors or gradients that a step cannot take."""
+    for pair in pairs:
+        for p in pair.params:
+            check_grad(p)
+        if why := misfit(pair.A, pair.B):
+            raise NamespaceError(why)
 
 
 def check_grad(p: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlora.core.backend import Workspace
+from rlora.core.checks import check_rate
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors, map_leaves
 from rlora.core.state import flatten_state, unflatten_state
@@ -99,11 +100,16 @@ class MethodBatch:
         for held, key in moved:  # nothing was refused
             del held[key]
 
+    def choose(self) -> None:
+        """Take over the group's options, which a scheduler may have changed; may be refused."""
+        group = self._optimizer.param_groups[self._group]
+        check_rate(group["lr"])
+        if (chosen := self._optimizer._chosen(group)) != self._chosen:
+            self._chosen, self._transform = chosen, self._optimizer._transform(group)
+
     def move(self) -> tuple[dict[str, Factors], State]:
         """The pairs and their state after the step, some of them written to already."""
         group = self._optimizer.param_groups[self._group]
-        if (chosen := self._optimizer._chosen(group)) != self._chosen:  # by a scheduler, say
-            self._chosen, self._transform = chosen, self._optimizer._transform(group)
         params, grads = {}, {}
         wide = group["stochastic_rounding"]
         for i, sides in enumerate(self._sides):
@@ -205,9 +211,10 @@ class Portions:
         self._batches = [MethodBatch(optimizer, group, part, memory) for part in parts]
 
     def prepare(self) -> None:
-        """Take over the state, which may be refused, before any parameter changes."""
+        """Take over options and state, which may be refused, before any parameter changes."""
         if not torch.compiler.is_compiling():  # then the batches have just been made
             for batch in self._batches:
+                batch.choose()
                 batch.follow()
 
     def finish(self, _: None) -> None:
