@@ -5,7 +5,7 @@ from typing import Any
 
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError, ShapeError
-from rlora.core.factors import Array
+from rlora.core.factors import Array, device_of
 from rlora.core.transform import State
 
 
@@ -61,7 +61,8 @@ def unflatten_state(flat: Mapping[str, Array], like: State) -> State:
     Parameters
     ----------
     flat : mapping of str to array
-        Named arrays; NumPy arrays from a file are put into the library and device of `like`.
+        Named arrays, such as NumPy's from a file: they are put into the library, dtype and device
+        of `like`, and come back as they are where they have them already.
     like : State
         A state of the same method and parameters, such as ``transform.init(params)``.
 
@@ -89,7 +90,9 @@ def unflatten_state(flat: Mapping[str, Array], like: State) -> State:
             msg = f"saved {name} has shape {tuple(new.shape)}, expected {tuple(old.shape)}"
             raise ShapeError(msg)
         backend = get_backend(old)
-        return new if type(new) is type(old) else backend.asarray_like(new, old)
+        if type(new) is not type(old) or device_of(new) != device_of(old):
+            return backend.asarray_like(new, old)
+        return backend.cast(new, old.dtype)  # a file may have a narrower one than steps need
 
     def walk(node: State, path: str) -> State:
         values = []

@@ -190,6 +190,34 @@ def test_state_is_flat_and_storable(tmp_path):
         rlora.unflatten_state(wrong, method.init(params))
 
 
+@pytest.mark.parametrize("saved", ["float16", "float64"])
+def test_a_state_has_the_dtypes_of_its_method_whatever_was_saved(backend, saved):
+    """Half the bytes in a file must not become half the digits of all later steps."""
+    if saved == "float64" and not backend.has_float64():
+        pytest.skip("no float64 here")
+    pair = Factors(*(backend.asarray(np.full((2, 2), x), "float32") for x in (0.5, 0.25)))
+    method = rlora.scaled_adamw()
+    moved, state = rlora.step(method, pair, pair, method.init(pair), 1e-2)
+    if not hasattr(backend.xp, saved):
+        pytest.skip(f"no {saved} here")
+    of_file = {
+        name: backend.cast(x, getattr(backend.xp, saved))
+        for name, x in rlora.flatten_state(state).items()
+    }
+    again = rlora.unflatten_state(of_file, method.init(pair))
+    for name, x in rlora.flatten_state(again).items():
+        assert x.dtype == rlora.flatten_state(state)[name].dtype, name
+    rlora.step(method, moved, pair, again, 1e-2)
+
+
+def test_a_state_that_fits_is_not_copied(backend):
+    pair = Factors(*(backend.asarray(np.full((2, 2), x), "float32") for x in (0.5, 0.25)))
+    method = rlora.scaled_adamw()
+    flat = rlora.flatten_state(method.init(pair))
+    again = rlora.flatten_state(rlora.unflatten_state(flat, method.init(pair)))
+    assert all(again[name] is x for name, x in flat.items())
+
+
 def test_state_survives_safetensors_and_torch(tmp_path):
     import torch
     from safetensors.numpy import load_file, save_file
