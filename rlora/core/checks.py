@@ -3,12 +3,14 @@
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 from rlora.core.backend import dtype_name
+from rlora.core.dispatch import get_backend
+from rlora.core.errors import ShapeError
 
 ComputeDtype: TypeAlias = Literal[None, "float32", "float64"]
 """Precision of the r x r algebra; None is the parameters' own, at least float32."""
@@ -151,19 +153,46 @@ def _check_traced(name: str, value: Any) -> None:
         raise TypeError(msg)
 
 
-def check_rate(lr: Any) -> None:
-    """ValueError or TypeError unless a learning rate is finite and at least 0, or an array.
+def checked_rate(lr: Any) -> Any:
+    """A learning rate that steps can compute with: a plain number, or an array of 32 bits or more.
 
-    The values of an array are not asked for: it may be on a device, or traced. One that is no
-    single number has a rate for each layer of a stack, (..., 1, 1).
+    In 16 bits ``1 - lr λ`` is 1, and in an unsigned integer ``-lr`` is large and positive. The
+    values of an array are not asked for: it may be on a device, or traced. ValueError or TypeError
+    for any other.
     """
     if not isinstance(lr, bool) and isinstance(lr, Real):
         if not 0.0 <= float(lr) < float("inf"):
             msg = f"lr must be finite and at least 0, got {lr!r}"
             raise ValueError(msg)
-    elif not hasattr(lr, "shape"):
+        return plain_number(lr)
+    shape = getattr(lr, "shape", None)
+    if shape is None:
         msg = f"lr must be one real number or an array, got {lr!r} ({type(lr).__name__})"
         raise TypeError(msg)
+    kind = dtype_name(getattr(lr, "dtype", None))
+    if kind in ("float32", "float64"):
+        return lr
+    if not kind.startswith(("int", "uint", "float16", "bfloat16")):
+        msg = (
+            f"lr must be real: a float, or an array of floating-point numbers, got an array of "
+            f"shape {tuple(shape)} and dtype {kind}"
+        )
+        raise TypeError(msg)
+    backend = get_backend(lr)
+    return backend.cast(lr, backend.xp.float32)
+
+
+def check_rates(lr: Any, arrays: Iterable[Any]) -> None:
+    """ShapeError unless an array has one learning rate, or one for each layer of a stack."""
+    for x in arrays:
+        sizes = (*x.shape[:-2], 1, 1)
+        fits = zip(reversed(lr.shape), reversed(sizes), strict=False)
+        if len(lr.shape) > len(sizes) or any(k not in (1, size) for k, size in fits):
+            msg = (
+                f"lr must be one number, or an array (..., 1, 1) with one for each layer of a "
+                f"stack, got shape {tuple(lr.shape)} for a factor of shape {tuple(x.shape)}"
+            )
+            raise ShapeError(msg)
 
 
 def check_scaling(scaling: Any) -> None:

@@ -1,7 +1,10 @@
 """Decoupled weight decay: with the step, after it, or once for the product."""
 
 from collections.abc import Callable
+from numbers import Real
+from typing import Any
 
+from rlora.core.backend import dtype_name
 from rlora.core.checks import check_nonnegative, hyperparameters, is_zero
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Tree, map_moving
@@ -68,18 +71,32 @@ def decay_product_around(weight_decay: float) -> Transform:
     return _decay(weight_decay, lambda keep: (keep**0.5, keep**-0.5))
 
 
+def remaining(lr: Any, weight_decay: float, dtype: Any) -> Array | float:
+    """``1 - lr λ``; with an array as lr in at least the dtype of what is to be multiplied.
+
+    In the 16 bits that an lr may have it is 1, and there is no decay.
+    """
+    if not isinstance(lr, Real) and dtype_name(lr.dtype) != "float64":
+        backend = get_backend(lr)  # which may be another one: NumPy's beside arrays of JAX
+        lr = backend.cast(lr, getattr(backend.xp, dtype_name(dtype)))
+    return 1 - lr * weight_decay
+
+
 def _decay(weight_decay: float, split: Split) -> Transform:
     check_nonnegative("weight_decay", weight_decay)
     if is_zero(weight_decay):  # then the step may be made in place
         return Transform(no_state, pass_on, sharded=True)
 
     def apply(params: Tree, direction: Tree, lr: Array | float) -> Tree:
-        keep, reach = split(1 - lr * weight_decay)
-
         def move(old: list[Array], D: list[Array]) -> tuple[list[Array]]:
-            backend = get_backend(*old, *D)
-            wide = zip(backend.cast_like(old, D), D, strict=True)
-            return (backend.cast_like([keep * p - lr * reach * d for p, d in wide], old),)
+            backend, new = get_backend(*old, *D), []
+            by_dtype = {
+                dtype: split(remaining(lr, weight_decay, dtype)) for dtype in {d.dtype for d in D}
+            }
+            for p, d in zip(backend.cast_like(old, D), D, strict=True):
+                keep, reach = by_dtype[d.dtype]
+                new.append(keep * p - lr * reach * d)
+            return (backend.cast_like(new, old),)
 
         moved, _ = map_moving(move, params, direction)
         return moved

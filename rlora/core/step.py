@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from rlora.core.checks import check_rate
+from rlora.core.checks import check_rates, checked_rate
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
-from rlora.core.factors import Array, Tree, detached, flatten, replaced, unflatten
+from rlora.core.factors import Array, Tree, detached, flatten, leaves_of, replaced, unflatten
 from rlora.core.structure import another_state, side_by_side
 from rlora.core.transform import State, Transform, apply_updates, one_side, stay
 
@@ -31,7 +31,8 @@ def step(
     state : State
         From ``transform.init(params)`` or the step before.
     lr : float or array
-        Learning rate, finite and at least 0; of an array of one number the value is not asked for.
+        Learning rate, finite and at least 0; of an array the value is not asked for. An array has
+        one real number, or (..., 1, 1) of them, one for each layer of a stack.
     donate : bool
         Parameters, gradients and state may be written over, and what comes back may lie in their
         memory: quicker where memory is what a step spends its time on, in NumPy most of all. Use
@@ -80,7 +81,8 @@ def step(
     if not donate:
         return move(transform, params, grads, state, lr)
     backend = get_backend(*leaves)
-    if len({backend.address(x) for x in leaves}) < len(leaves):
+    places = list(map(backend.address, leaves))
+    if len(set(places)) < len(places):
         msg = (
             "with donate=True each parameter is written to once, got one that is in two places; "
             "give each place a copy of its own, or leave donate out"
@@ -103,7 +105,9 @@ def move(
 
     Those of torch are in no graph.
     """
-    check_rate(lr)
+    lr = checked_rate(lr)
+    if getattr(lr, "shape", ()):
+        check_rates(lr, leaves_of(params))
     if transform.order == "jacobi":
         return _move(transform, params, grads, state, lr, donate)
     params, state = _move(transform, params, one_side(grads, "A"), state, lr, donate)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from rlora.core.algebra import ROUNDING, mT
 from rlora.core.backend import Backend
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
+from rlora.core.decay import remaining
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, device_of, leaves_of, map_leaves, map_pairs
 from rlora.core.linalg import add, inverse_metric, scale, tangent
@@ -148,7 +149,7 @@ def _retract(pair: Factors, d: Factors, lr: Array | float, weight_decay: float) 
         straight: Factors = apply_updates(pair, decayed, lr)
         return straight
     # [B, D_B] [(1 - lr λ) A - lr D_A; -lr A]
-    move = Factors((1 - lr * weight_decay) * wide.A - lr * d.A, d.B)
+    move = Factors(remaining(lr, weight_decay, wide.A.dtype) * wide.A - lr * d.A, d.B)
     U, core, V = _core(backend, Factors(-lr * wide.A, wide.B), move)
     left, sigma, right = backend.svd(core)
     kept = min(r, sigma.shape[-1])

@@ -9,7 +9,12 @@ from hypothesis import given, strategies as st
 import rlora
 from rlora import Factors, NamespaceError, PairingError, ShapeError, chain
 from rlora.backends import get
-from rlora.core.decay import add_decayed_weights, decay_weights_after
+from rlora.core.decay import (
+    add_decayed_weights,
+    decay_product,
+    decay_product_around,
+    decay_weights_after,
+)
 from rlora.core.factors import map_leaves, map_pairs, pairs_of, rebuild
 from rlora.core.moments import clip_by_global_norm, momentum, scale_by_adam
 from rlora.testing import assert_close, make_problem
@@ -168,6 +173,29 @@ def test_decay_after_the_step():
     params, _ = rlora.step(method, pair, Factors(pair.A, None), method.init(pair), 0.1)
     assert_close(params.A, [[(1 - 0.05) * (2.0 - 0.2)]], rtol=1e-15)
     assert params.B is pair.B
+
+
+@pytest.mark.parametrize("decay", [decay_weights_after, decay_product, decay_product_around])
+@pytest.mark.parametrize(
+    "wide, size, rtol", [("float32", 2.0**-10, 3e-7), ("float64", 2.0**-18, 1e-15)]
+)
+def test_decay_with_a_learning_rate_of_fewer_digits(backend, decay, wide, size, rtol):
+    """``1 - lr λ`` is 1 in the dtype of lr, and not in that of the factors."""
+    if wide == "float64" and not backend.has_float64():
+        pytest.skip("no float64 here")
+    pair = Factors(*(backend.asarray(np.full((2, 2), x), wide) for x in (2.0, 4.0)))
+    zeros = Factors(0 * pair.A, 0 * pair.B)
+    narrow = [x for x in ("float16", "bfloat16", "float32") if hasattr(backend.xp, x)]
+    method = chain(decay(size))
+    expected, _ = rlora.step(method, pair, zeros, method.init(pair), 2.0**-8)
+    for name in narrow:
+        lr = backend.asarray(np.asarray(2.0**-8), name)  # exact in each of them
+        for moved in (
+            rlora.step(method, pair, zeros, method.init(pair), lr)[0],
+            method.apply(pair, zeros, lr),
+        ):
+            # A rounding or two: the power is taken of a Python float or of an array.
+            assert_close(*map(backend.to_numpy, (moved.A, expected.A)), rtol=rtol)
 
 
 def test_state_is_flat_and_storable(tmp_path):

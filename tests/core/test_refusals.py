@@ -35,6 +35,43 @@ def test_learning_rates_that_do(lr):
     assert np.array_equal(new.A, pair.A) == (float(lr) == 0)
 
 
+@pytest.mark.parametrize("lr", [np.array(True), np.bool_(True), np.array(1j), np.array("1e-3")])
+def test_learning_rates_that_are_arrays_of_no_real_number(lr):
+    pair, method = make_pair(), rlora.scaled_sgd()
+    with pytest.raises(TypeError, match=r"lr must be real.*shape \(\) and dtype \w+"):
+        rlora.step(method, pair, pair, method.init(pair), lr)
+
+
+@EVERY
+@pytest.mark.parametrize("kind", [np.uint8, np.int64])
+def test_learning_rates_that_are_integers(name, kind):
+    """``-lr`` of an unsigned one is near its largest number."""
+    pair, method = make_pair(), getattr(methods, name)()
+    expected, _ = rlora.step(method, pair, pair, method.init(pair), 1.0)
+    for lr in (kind(1), np.array(1, kind)):
+        found, _ = rlora.step(method, pair, pair, method.init(pair), lr)
+        for x, y in zip(found, expected, strict=True):
+            assert_close(x, y, rtol=1e-13, what=name)  # the same sums in the same float64
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (3, 1, 1), (1, 1, 1)])
+def test_learning_rates_that_fit_no_factor(shape):
+    pair, method = make_pair(), rlora.scaled_sgd()
+    with pytest.raises(ShapeError, match=r"\(\.\.\., 1, 1\) with one for each layer.*\(2, 5\)"):
+        rlora.step(method, pair, pair, method.init(pair), np.ones(shape))
+
+
+@EVERY
+def test_a_learning_rate_for_each_layer_of_a_stack(name):
+    pair, method = make_pair(2, 5, 4, 3), getattr(methods, name)()
+    lr = np.array([0.1, 0.0, 0.2])[:, None, None]
+    moved, _ = rlora.step(method, pair, pair, method.init(pair), lr)
+    for k, one in enumerate(lr[:, 0, 0]):
+        expected, _ = rlora.step(method, pair, pair, method.init(pair), one)
+        for x, y in zip(moved, expected, strict=True):
+            assert_close(x[k], y[k], rtol=1e-13, what=name)  # the same sums in the same float64
+
+
 def test_learning_rates_on_a_device_or_traced(backend):
     """The value of an array of shape () is never read, so that it may be traced."""
     pair = Factors(*(backend.asarray(x, "float64") for x in make_pair()))
