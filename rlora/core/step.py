@@ -51,7 +51,8 @@ def step(
     ShapeError
         When pairs, gradients or state do not fit together.
     PairingError
-        When a parameter to be donated is in two places.
+        When a parameter to be donated is in two places, or is what a gradient lies in that is read
+        after it is written over.
     ValueError, TypeError
         When the learning rate is out of its range, or no number; when `transform` is no method.
 
@@ -88,6 +89,15 @@ def step(
             "give each place a copy of its own, or leave donate out"
         )
         raise PairingError(msg)
+    if transform.order == "gauss_seidel":
+        of_b = flatten(params, grads)[0][1::2]
+        if not {backend.address(g) for g in of_b if g is not None}.isdisjoint(places[::2]):
+            msg = (
+                "with donate=True and order='gauss_seidel' A is written over before the gradient "
+                "of B is read, got a gradient of B in the memory of an A; give the gradient a copy "
+                "of its own, or leave donate out"
+            )
+            raise PairingError(msg)
     with backend.reusing({}):
         return move(transform, params, grads, state, lr, donate=True)
 

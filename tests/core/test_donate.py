@@ -194,3 +194,20 @@ def test_a_parameter_in_two_places_is_refused():
         rlora.step(method, pairs, grads, state, 0.1, donate=True)
     assert np.array_equal(shared, before)
     rlora.step(method, pairs, grads, state, 0.1)
+
+
+def test_a_gradient_in_the_memory_of_what_is_written_over_first_is_refused():
+    """The step of A would have written into the gradient of B before B's own step reads it."""
+    rng = np.random.default_rng(0)
+    pair = Factors(*rng.normal(size=(2, 3, 3)))
+    method, before = rlora.scaled_sgd(order="gauss_seidel"), pair.A.copy()
+    state = method.init(pair)
+    for grads in (Factors(pair.B, pair.A), Factors(pair.B, pair.A[:])):
+        with pytest.raises(rlora.PairingError, match="gradient of B in the memory of an A"):
+            rlora.step(method, pair, grads, state, 0.1, donate=True)
+        assert np.array_equal(pair.A, before)
+    expected, _ = rlora.step(method, pair, Factors(pair.B, pair.A), state, 0.1)
+    own = Factors(pair.B, pair.A.copy())  # B's memory is read before it is written
+    found, _ = rlora.step(method, pair, own, state, 0.1, donate=True)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
