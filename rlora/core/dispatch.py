@@ -28,6 +28,8 @@ def get_backend(*arrays: Array) -> Backend:
             f"arrays of two libraries in one call: {' and '.join(names)}; convert them to one"
             if names
             else "no array to work on: every factor is None"
+            if arrays
+            else "no array to work on: the collection has no pair; give at least one Factors(A, B)"
         )
         raise NamespaceError(msg)
     return backends.pop()

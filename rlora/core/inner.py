@@ -4,18 +4,14 @@ from typing import Any
 
 from rlora.core.decay import add_decayed_weights
 from rlora.core.moments import scale_by_adam
-from rlora.core.transform import Transform, chain
+from rlora.core.transform import Transform, chain, check_transform
 
 
 def inner_or_adamw(inner: Any, b1: float, b2: float, eps: float, weight_decay: float) -> Transform:
     """The method that a wrapper is given, or AdamW; TypeError if it is no `Transform`."""
     adamw = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay))
-    if inner is not None and not isinstance(inner, Transform):
-        msg = (
-            f"inner must be a Transform, as rlora.scaled_adamw() gives, got {inner!r} "
-            f"({type(inner).__name__})"
-        )
-        raise TypeError(msg)
+    if inner is not None:
+        check_transform(inner)
     found: Transform = adamw if inner is None else inner
     return found
 

@@ -1,14 +1,13 @@
 """One optimizer step with any method: a function of parameters, gradients and state."""
 
 from collections.abc import Callable
-from typing import Any
 
 from rlora.core.checks import check_rates, checked_rate
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
 from rlora.core.factors import Array, Tree, detached, flatten, leaves_of, replaced, unflatten
 from rlora.core.structure import another_state, side_by_side
-from rlora.core.transform import State, Transform, apply_updates, one_side, stay
+from rlora.core.transform import State, Transform, apply_updates, check_transform, one_side, stay
 
 
 def step(
@@ -72,11 +71,7 @@ def step(
     >>> bool(np.abs(pair.B @ pair.A - target).max() < 1e-2)
     True
     """
-    given: Any = transform
-    if not isinstance(given, Transform):
-        name = getattr(given, "__name__", type(given).__name__)
-        msg = f"expected a Transform, as rlora.scaled_adamw() gives one, got {name}"
-        raise TypeError(msg)
+    check_transform(transform)
     (leaves,) = flatten(params, params)
     params, (lr,) = unflatten(params, detached(leaves)), detached([lr])
     if not donate:

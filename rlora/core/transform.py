@@ -174,6 +174,15 @@ class Transform(NamedTuple):
     sharded: bool = False
 
 
+def check_transform(method: Any) -> None:
+    """TypeError unless this is a method, or one transformation."""
+    if not isinstance(method, Transform):
+        name = getattr(method, "__name__", type(method).__name__)
+        hint = f"; call it: {name}(...)" if callable(method) else ""
+        msg = f"expected a Transform, as rlora.scaled_adamw() gives one, got {name}{hint}"
+        raise TypeError(msg)
+
+
 def chain(*links: Transform) -> Transform:
     """Transforms one after the other, each taking the direction of the one before.
 
@@ -196,6 +205,8 @@ def chain(*links: Transform) -> Transform:
     >>> from rlora.core.moments import clip_by_global_norm, momentum, scale_by_adam
     >>> clipped_adam = rlora.chain(clip_by_global_norm(1.0), scale_by_adam())
     """
+    for link in links:
+        check_transform(link)
     bent = [link.apply for link in links if link.apply is not apply_updates]
     if len(bent) > 1:
         msg = f"at most one transformation of a chain may bring its own apply, got {len(bent)}"

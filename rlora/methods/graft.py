@@ -12,7 +12,7 @@ from rlora.core.factors import Factors, Tree
 from rlora.core.linalg import inverse_metric
 from rlora.core.moments import keep_scaling, scale_by_adam
 from rlora.core.rank_group import RankGroup, Stack, by_rank
-from rlora.core.transform import State, Transform, chain, no_state
+from rlora.core.transform import State, Transform, chain, check_transform, no_state
 
 DAMPING = 1e-4
 """Covariant damping of the default direction."""
@@ -85,6 +85,8 @@ def graft_adamw(
     >>> import rlora
     >>> method = rlora.graft_adamw(rlora.lora_rite(), weight_decay=0.01)
     """
+    if inner is not None:
+        check_transform(inner)
     adam = scale_by_adam(b1, b2, eps)
     inner = by_rank(keep_scaling, scaled_gradient, sharded=True) if inner is None else inner
     direction, transport = inner.update, inner.transport

@@ -17,7 +17,7 @@ from rlora import methods
 from rlora.core.factors import Array, Factors, map_leaves
 from rlora.core.linalg import DampingMode
 from rlora.core.step import step
-from rlora.core.transform import State, Transform
+from rlora.core.transform import State, Transform, check_transform
 from rlora.methods.scaled import scale_by_gram as core_scale_by_gram
 from rlora.optax.leaves import (
     Hold,
@@ -97,6 +97,9 @@ def transformation(
         When the factors of a pair have two dtypes, or a parameter or gradient is not real.
     ValueError
         When `update` is called without parameters.
+    TypeError
+        When `method` is no `Transform`, as a function that makes one is none, or `hold` is a
+        string.
 
     Examples
     --------
@@ -108,6 +111,7 @@ def transformation(
     >>> updates, state = optimizer.update(params, state, params)
     >>> params = optax.apply_updates(params, updates)
     """
+    check_transform(method)
 
     def move(
         params: list[Factors], grads: list[Factors], state: State, count: Array

@@ -76,6 +76,9 @@ class Leaves(NamedTuple):
 
 def sort_leaves(tree: Any, pairs: Source | None, hold: Hold, all_paired: bool) -> Leaves:
     """The leaves of a tree by what moves them; an error if some have nothing that does."""
+    if isinstance(hold, str):
+        msg = f"hold must be a collection of names or a callable, got a string; say [{hold!r}]"
+        raise TypeError(msg)
     leaves = {name: x for name, x in named_leaves(tree).items() if not is_absent(x)}
     still = set(filter(hold, leaves) if callable(hold) else hold)
     if unknown := still - leaves.keys():

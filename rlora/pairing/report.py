@@ -130,7 +130,8 @@ def nothing_paired(names: Iterable[str], report: PairReport) -> PairingError:
     msg = (
         f"no LoRA pair among {number_of(len(names), 'parameter')}: "
         f"{_some(names) or 'none given'}; known names are {', '.join(words)}; give "
-        f"pairs=[(A, B), ...] for others, and check that the adapter is trainable{why}"
+        f"pairs=[(name of A, name of B), ...] for others, and check that the adapter is "
+        f"trainable{why}"
     )
     return PairingError(msg)
 

@@ -158,6 +158,30 @@ def test_the_state_of_other_parameters(name):
         rlora.step(method, tree, tree, method.init({"a": make_pair(), "c": make_pair()}), 1e-3)
 
 
+NO_METHOD = {
+    "step": lambda x: rlora.step(x, make_pair(), make_pair(), (), 1e-3),
+    "chain": lambda x: rlora.chain(x),
+    "graft_adamw": rlora.graft_adamw,
+    "balanced_lora": rlora.balanced_lora,
+}
+
+
+@pytest.mark.parametrize("door", NO_METHOD)
+@pytest.mark.parametrize(
+    "given, match", [(rlora.lora_rite, r"got lora_rite; call it: lora_rite\("), (3, "got int$")]
+)
+def test_what_is_no_method(door, given, match):
+    with pytest.raises(TypeError, match=f"expected a Transform, as .*, {match}"):
+        NO_METHOD[door](given)
+
+
+@EVERY
+@pytest.mark.parametrize("tree", [[], {}, [[], {}]], ids=str)
+def test_collections_without_a_pair(name, tree):
+    with pytest.raises(rlora.NamespaceError, match="the collection has no pair"):
+        getattr(methods, name)().init(tree)
+
+
 @pytest.mark.parametrize("state", [None, (), {}, 1.0, (1.0, 2.0)])
 def test_what_is_no_state(state):
     pair, method = make_pair(), rlora.scaled_adamw()

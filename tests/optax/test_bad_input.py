@@ -71,6 +71,24 @@ def test_wrong_gradients(change, error, match):
     assert equal(state, optimizer.init(params))
 
 
+def test_a_string_is_no_collection_of_names():
+    """Its letters would be taken for names."""
+    with pytest.raises(TypeError, match=r"hold must be .* say \['q\.lora_a'\]"):
+        rlora.optax.scaled_adamw(1e-2, hold="q.lora_a").init(make_tree())
+
+
+@pytest.mark.parametrize("given", [methods.lora_rite, None, 3], ids=["function", "None", "int"])
+def test_what_is_no_method(given):
+    with pytest.raises(TypeError, match=r"expected a Transform, as .*, got"):
+        rlora.optax.transformation(given, 1e-3)
+
+
+def test_pairs_are_asked_for_by_name():
+    tree = {"q": jnp.ones((2, 2)), "p": jnp.ones((2, 2))}
+    with pytest.raises(PairingError, match=r"pairs=\[\(name of A, name of B\), \.\.\.\]"):
+        rlora.optax.scaled_adamw(1e-2).init(tree)
+
+
 OTHER_STATES = {
     "another rank": lambda: rlora.optax.scaled_adamw(1e-2).init(make_tree(r=2)),
     "fewer pairs": lambda: rlora.optax.scaled_adamw(1e-2).init({"q": make_tree()["q"]}),
