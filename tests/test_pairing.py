@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from rlora import PairingError, ShapeError, find_pairs
-from rlora.pairing import Layout
+from rlora.pairing import Convention, Layout
 
 NAMES = {
     "PEFT": ("{}.lora_A.default.weight", "{}.lora_B.default.weight"),
@@ -269,3 +269,28 @@ def test_convolutions():
 def test_two_tensors_of_one_name():
     with pytest.raises(PairingError, match="two tensors have the name 'x'"):
         find_pairs([("x", np.zeros(2)), ("x", np.zeros(2))])
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_of_a_layout_are_at_least_one(size):
+    with pytest.raises(ShapeError, match=f"at least 1, got e={size}"):
+        Layout("(e r) n", "m (r e)", sizes={"e": size})
+
+
+@pytest.mark.parametrize("side, patterns", [("a", ("(", "b")), ("b", ("a", "(?P<x>"))])
+def test_a_pattern_that_is_no_regular_expression(side, patterns):
+    with pytest.raises(PairingError, match=rf"^{side}='\(.*' of the convention 'x' must be"):
+        Convention("x", *patterns)
+
+
+def test_a_string_for_pairs_shows_all_that_may_be_given():
+    with pytest.raises(PairingError, match=r"pairs of tensors or 'by_order' too.*'byorder'"):
+        find_pairs({}, pairs="byorder")
+
+
+def test_a_model_is_sent_to_the_function_for_models():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(
+        TypeError, match=r"got a Sequential; give a model to rlora\.torch\.find_pairs"
+    ):
+        find_pairs(torch.nn.Sequential(torch.nn.Linear(2, 2)))

@@ -121,6 +121,10 @@ class Layout:
     blocks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for letter, size in self.sizes.items():
+            if size < 1:
+                msg = f"sizes of a layout must be at least 1, got {letter}={size}"
+                raise ShapeError(msg)
         for pattern, letters in ((self.a, "rn"), (self.b, "mr")):
             if any(pattern.count(letter) != 1 for letter in letters):
                 msg = (

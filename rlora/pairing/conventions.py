@@ -11,7 +11,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
-from rlora.core.errors import ShapeError
+from rlora.core.errors import PairingError, ShapeError
 from rlora.core.layout import Layout, Shape, Views
 
 ENTRY_POINT_GROUP = "rlora.conventions"
@@ -42,6 +42,11 @@ class Convention:
         How the factors may lie; of those that fit, the first in which the rank is no larger than
         both outer sides.
 
+    Raises
+    ------
+    PairingError
+        When `a` or `b` is no regular expression.
+
     Examples
     --------
     >>> import numpy as np
@@ -59,6 +64,17 @@ class Convention:
     a: str
     b: str
     layouts: tuple[Layout, ...] = (LINEAR, GROUPED, STACK)
+
+    def __post_init__(self) -> None:
+        for side, pattern in (("a", self.a), ("b", self.b)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                msg = (
+                    f"{side}={pattern!r} of the convention {self.name!r} must be a regular "
+                    f"expression: {error}; put a backslash before what stands for itself"
+                )
+                raise PairingError(msg) from error
 
     def fit(self, shape_a: Shape, shape_b: Shape) -> tuple[Views, ...] | None:
         """The views of the best of the layouts that fit these shapes."""

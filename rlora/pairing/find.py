@@ -62,6 +62,8 @@ def find_pairs(
         adapters than the one asked for, or `pairs` is a string.
     ShapeError
         When a pair given by name does not fit together.
+    TypeError
+        When `named` is a model of torch.
 
     Examples
     --------
@@ -78,6 +80,12 @@ def find_pairs(
       pair 576 x 576, rank 8: 1 time, model.layers.0.self_attn.q_proj (default)
       unpaired, so updated without preconditioning: score.weight
     """
+    if hasattr(named, "named_parameters"):  # a model of torch, which is not imported here
+        msg = (
+            f"expected names with arrays, got a {type(named).__name__}; give a model to "
+            f"rlora.torch.find_pairs, or its dict(model.named_parameters()) here"
+        )
+        raise TypeError(msg)
     items = list(named.items() if isinstance(named, Mapping) else named)
     tensors = dict(items)
     if len(tensors) != len(items):
@@ -111,8 +119,9 @@ def check_source(pairs: Any) -> None:
     words = [pairs] if isinstance(pairs, str) else pairs if isinstance(pairs, (list, tuple)) else ()
     if word := next((x for x in words if isinstance(x, str)), None):
         msg = (
-            f"pairs must be Conventions, (name of A, name of B) for each pair, or a callable, got "
-            f"the string {word!r}; the names of PEFT and the other known libraries need no pairs="
+            f"pairs must be Conventions, (name of A, name of B) for each pair, or a callable, and "
+            f"for an optimizer of torch pairs of tensors or 'by_order' too, got the string "
+            f"{word!r}; the names of PEFT and the other known libraries need no pairs="
         )
         raise PairingError(msg)
 
