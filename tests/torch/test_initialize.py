@@ -651,11 +651,12 @@ def refusals(model):
         "no layer": (PairingError, "in an empty list", None, {"layers": []}),
         "no scaling": (ValueError, "pass scaling=", None, {"scaling": None}),
         "method": (ValueError, "method must be one of", None, {"method": "corda"}),
-        "no option": (TypeError, "gama", None, {"gama": 1.0}),
+        "no option": (TypeError, r"'lora_ga'\) has no option 'gama'; it has gamma, form, seed", None, {"gama": 1.0}),
+        "no options": (TypeError, "'gama'; it has none", None, {"method": "olora", "gama": 1.0}),
         "bad option": (ValueError, "gamma", None, {"gamma": -1.0}),
         "scaling of lora_sb": (ValueError, "scaling of 1", None, {"method": "lora_sb", "lr": 0.1}),
         "lr of lora_sb": (TypeError, "lr", None, {"method": "lora_sb", "scaling": 1.0}),
-        "no loss": (TypeError, "needs batches and a loss", None, {"loss": None}),
+        "no loss": (TypeError, r"batches and a loss, as in initialize\(.*'pissa' needs neither", None, {"loss": None}),
         "rank": (ValueError, "rank", lambda m: widen(layer), {"layers": ["0"]}),
     }  # fmt: skip
 
@@ -688,6 +689,25 @@ def test_a_gradient_that_is_not_finite_writes_nothing():
     with pytest.raises(NumericsError, match="not finite"):
         initialize(model, [torch.randn(4, 6)], cut)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["pissa", "milora"])
+def test_a_base_weight_that_is_not_finite_is_named(method):
+    model = make_model(zero_B=True, bias=False)
+    with torch.no_grad():
+        model[2].base.weight[0, 0] = float("nan")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(
+        NumericsError, match=rf"{method} needs finite numbers.* of 2, its base weight"
+    ):
+        initialize(model, method=method, scaling=2.0)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_parameters_are_no_model():
+    with pytest.raises(TypeError, match="got a generator; give the model itself"):
+        initialize(make_model().parameters(), method="pissa")
 
 
 def test_shared_factors_are_left_alone():

@@ -41,6 +41,16 @@ def test_a_model_of_peft():
     assert found == pytest.approx(rlora.suggest_lr(0.05, rank=4, scaling=4.0), rel=1e-6)
 
 
+def test_a_weight_that_is_not_finite_is_named():
+    with pytest.raises(rlora.NumericsError, match="base weight of 1 must be finite"):
+        suggest_lr(nn.Sequential(layer(0.1), layer(float("nan"))))
+
+
+def test_parameters_are_no_model():
+    with pytest.raises(TypeError, match="got a generator; give the model itself"):
+        suggest_lr(nn.Sequential(layer(0.1)).parameters())
+
+
 def test_what_cannot_be_read_is_said():
     packed = layer(1.0)
     packed.weight = nn.Parameter(torch.zeros(24, 1, dtype=torch.uint8), requires_grad=False)

@@ -15,7 +15,14 @@ from rlora.pairing.report import number_of
 from rlora.torch.init.gradients import Loss, capture
 from rlora.torch.init.offsets import Offset, take_offset
 from rlora.torch.init.rows import InputRows, Rows
-from rlora.torch.init.starts import FROM_GRADIENT, Method, check_layer, moves_weights, start_of
+from rlora.torch.init.starts import (
+    FROM_GRADIENT,
+    Method,
+    check_layer,
+    check_model,
+    moves_weights,
+    start_of,
+)
 from rlora.torch.pairing.layers import LoraLayer, choose, find_layers, movable_weight, weight_owners
 
 
@@ -185,6 +192,7 @@ def initialize(
     lora_one: 1 layer started, 0 skipped
       layer 4 x 6, rank 2: 1 time, 0
     """
+    check_model(model)
     check_choice("method", method, Method)
     moves = moves_weights(method, options)
     found, skipped = find_layers(model, adapter, scaling)
@@ -201,7 +209,10 @@ def initialize(
         blank = {n: x.B.detach().new_zeros(()).expand(x.shape) for n, x in chosen.items()}
         starts = {n: begin(n, W) for n, W in {**blank, **weights}.items()}
     elif loss is None:
-        msg = f"{method} needs batches and a loss"
+        msg = (
+            f"{method} needs batches and a loss, as in initialize(model, batches, lambda model, "
+            f"batch: model(**batch).loss); method='pissa' needs neither"
+        )
         raise TypeError(msg)
     else:
         targets = {name: layer.target() for name, layer in chosen.items()}

@@ -1,17 +1,19 @@
 """The start of one layer by a method of `rlora.initializers`."""
 
+import inspect
 import zlib
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlora import initializers
 from rlora.core.checks import check_count
 from rlora.core.errors import NumericsError, PairingError, ShapeError
 from rlora.core.factors import Factors
 from rlora.initializers import Start
+from rlora.initializers.svd import randomized_svd
 from rlora.torch.pairing.layers import LoraLayer
 
 Method = Literal[
@@ -33,9 +35,32 @@ FROM_SHAPE: Final = ("gaussian", "init_ab", "orthogonal")
 
 def moves_weights(method: str, options: Mapping[str, Any]) -> bool:
     """Return whether the method changes base weights; raises for options that it does not take."""
+    names = option_names(method)
+    if unknown := [name for name in options if name not in names]:
+        msg = (
+            f"initialize(method={method!r}) has no option {unknown[0]!r}; it has "
+            f"{', '.join(names) or 'none'}"
+        )
+        raise TypeError(msg)
     given = {**options, **of_layer(method, options, "", 1.0, 4)}
     start: Start = getattr(initializers, method)(torch.eye(4), 2, **given)
     return start.offset is not None
+
+
+def option_names(method: str) -> list[str]:
+    """Options of a method that do not come from the layer."""
+    parameters = [*inspect.signature(getattr(initializers, method)).parameters.values()]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):  # those of the decomposition
+        parameters += inspect.signature(randomized_svd).parameters.values()
+    own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return [name for name in own if name not in ("scaling", "out_features")]
+
+
+def check_model(model: Any) -> None:
+    """TypeError unless this is a module of torch."""
+    if not isinstance(model, nn.Module):
+        msg = f"expected a model, an nn.Module, got a {type(model).__name__}; give the model itself"
+        raise TypeError(msg)
 
 
 def of_layer(
@@ -89,6 +114,10 @@ def start_of(
     except ShapeError as error:
         return f"{error} ({method}); method='gaussian' starts a layer of any rank"
     except Exception as error:
+        if not torch.isfinite(matrix).all():  # LAPACK's own error says less
+            source = "gradient" if from_gradient else "inputs" if method == "eva" else "base weight"
+            msg = f"{method} needs finite numbers, and those of {layer.name}, its {source}, are not"
+            raise NumericsError(msg) from error
         error.add_note(f"in layer {layer.name}, {layer.shape}, rank {layer.rank}")
         raise
     params = _rounded(layer, start.params)

@@ -6,8 +6,9 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from rlora.core.errors import PairingError
+from rlora.core.errors import NumericsError, PairingError
 from rlora.core.suggest_lr import suggest_lr as of_numbers
+from rlora.torch.init.starts import check_model
 from rlora.torch.pairing.layers import find_layers, plain_weight
 
 
@@ -38,6 +39,8 @@ def suggest_lr(
         one cannot.
     ValueError
         When a layer does not say its s and none is given.
+    NumericsError, TypeError
+        When a base weight is not finite; when `model` is no nn.Module.
 
     Examples
     --------
@@ -49,6 +52,7 @@ def suggest_lr(
     >>> round(rlora.torch.suggest_lr(torch.nn.Sequential(layer), scaling=2.0), 5)
     0.00125
     """
+    check_model(model)
     layers, _ = find_layers(model, adapter, scaling)
     rates, why = [], ""
     for layer in layers:
@@ -60,6 +64,9 @@ def suggest_lr(
             raise ValueError(msg)
         elif (size := size_of(weight)) == 0.0:
             why = f"the base weight of {layer.name} is zero"
+        elif not math.isfinite(size):
+            msg = f"the base weight of {layer.name} must be finite, and its entries are not"
+            raise NumericsError(msg)
         else:
             rates.append(of_numbers(size, rank=layer.rank, scaling=layer.scaling))
     if not rates:
