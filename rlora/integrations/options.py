@@ -63,7 +63,7 @@ def from_text(text: str | None) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        When the text is something else.
+        When the text is something else, or has a name twice.
     """
     source = f"options({text or ''})"
     try:
@@ -73,6 +73,10 @@ def from_text(text: str | None) -> dict[str, Any]:
     words = call.keywords if isinstance(call, ast.Call) and not call.args else []
     if text and text.strip() and not (words and all(word.arg for word in words)):
         msg = f"options must be name=value, separated by commas, got {text!r}"
+        raise ValueError(msg)
+    names = [word.arg for word in words]
+    if doubled := [name for name in names if names.count(name) > 1]:
+        msg = f"each option may be given once, got {doubled[0]!r} {names.count(doubled[0])} times"
         raise ValueError(msg)
     return {str(word.arg): from_word(ast.get_source_segment(source, word.value)) for word in words}
 
