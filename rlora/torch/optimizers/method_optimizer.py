@@ -13,7 +13,7 @@ from rlora import methods
 from rlora.core.checks import check_betas, check_scaling
 from rlora.core.factors import Factors
 from rlora.core.state import flatten_state
-from rlora.core.transform import Transform
+from rlora.core.transform import Transform, check_transform
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.optimizers.saved_order import ELEMENTWISE
 from rlora.torch.optimizers.state_dict import OF_METHODS, Shapes
@@ -114,7 +114,9 @@ class MethodOptimizer(LoRAOptimizer):
         return betas, *options.values()
 
     def _transform(self, group: Mapping[str, Any]) -> Transform:
-        return type(self).method(**self._chosen(group))
+        transform = type(self).method(**self._chosen(group))
+        check_transform(transform)
+        return transform
 
     def _chosen(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Options of a group for the method, under the names that it has for them."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlora.core.backend import Workspace
-from rlora.core.checks import check_rate
+from rlora.core.checks import checked_rate
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors, map_leaves
 from rlora.core.state import flatten_state, unflatten_state
@@ -103,7 +103,7 @@ class MethodBatch:
     def choose(self) -> None:
         """Take over the group's options, which a scheduler may have changed; may be refused."""
         group = self._optimizer.param_groups[self._group]
-        check_rate(group["lr"])
+        checked_rate(group["lr"])
         if (chosen := self._optimizer._chosen(group)) != self._chosen:
             self._chosen, self._transform = chosen, self._optimizer._transform(group)
 
