@@ -135,7 +135,12 @@ def make_folder(option: str, folder: Path) -> None:
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record whole or not at all."""
-    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_text(path, as_json(record))
+
+
+def as_json(record: Mapping[str, Any]) -> str:
+    """Give a record as the text of its file."""
+    return json.dumps(record, indent=1, allow_nan=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

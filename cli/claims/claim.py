@@ -67,10 +67,10 @@ class Check(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Return whether it holds; a NaN never does."""
+        """Return whether it holds; a NaN never does. No NumPy boolean, which JSON cannot have."""
         if self.bound == "<=":
-            return self.value <= self.threshold
-        return self.value >= self.threshold
+            return bool(self.value <= self.threshold)
+        return bool(self.value >= self.threshold)
 
 
 class Outcome(NamedTuple):

@@ -11,8 +11,8 @@ from rich.padding import Padding
 from rich.text import Text
 
 from rlora.cli.bench.options import among, make_spec
-from rlora.cli.console import console, counted, load_plots, text_table
-from rlora.cli.records import check_writable, make_folder, write_bytes, write_record, write_text
+from rlora.cli.console import console, counted, load_plots, one_line, text_table
+from rlora.cli.records import as_json, check_writable, make_folder, write_bytes, write_text
 
 from . import CLAIMS
 from .claim import Claim, Setting
@@ -59,9 +59,18 @@ def reproduce(
     for claim in chosen:
         check_writable(output / f"{claim.name}.json")
     setting = Setting(arrays.backend, quick)
-    records = [attempt(claim, setting, output, draw) for claim in chosen]
-    off = show_verdicts(records)
-    click.echo(f"figures and records: {output}")
+    records, failed = [], []
+    for claim in chosen:
+        try:
+            records.append(attempt(claim, setting, output, draw))
+        except Exception as error:  # raised again below
+            failed.append(error)
+            click.echo(one_line(f"{claim.name} failed: {type(error).__name__}: {error}"), err=True)
+    off = show_verdicts(records) if records else 0
+    if records:
+        click.echo(f"figures and records: {output}")
+    if failed:
+        raise failed[0]
     return OFF if off else 0
 
 
@@ -77,11 +86,12 @@ def attempt(claim: Claim, setting: Setting, output: Path, draw: ModuleType) -> d
     start = time.perf_counter()
     outcome = claim.run(setting)
     record = make_evidence(claim, outcome, setting, time.perf_counter() - start)
-    # What is drawn is what is kept.
-    title, panels = title_of(record), panels_of(record)
-    write_text(output / f"{claim.name}.svg", draw.as_svg(title, panels))
-    write_bytes(output / f"{claim.name}.png", draw.as_png(title, panels))
-    write_record(output / f"{claim.name}.json", record)
+    # What is drawn is what is kept; the files are written when all of them are made.
+    title, panels, text = title_of(record), panels_of(record), as_json(record)
+    svg, png = draw.as_svg(title, panels), draw.as_png(title, panels)
+    write_text(output / f"{claim.name}.json", text)
+    write_text(output / f"{claim.name}.svg", svg)
+    write_bytes(output / f"{claim.name}.png", png)
     show_checks(record)
     return record
 

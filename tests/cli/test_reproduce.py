@@ -15,6 +15,7 @@ from rlora.cli import claims, plots
 from rlora.cli.chart import Curve, Panel
 from rlora.cli.claims import evidence, factorisation, invariance, reproduce
 from rlora.cli.claims.claim import Check, Claim, Outcome, Setting
+from rlora.cli.records import as_json
 
 EVERY = pytest.mark.parametrize("name", claims.CLAIMS)
 TOY = (
@@ -54,6 +55,8 @@ def test_the_verdict_is_the_documented_one(name):
     assert "arXiv" in claim.source
     assert found.panels
     assert plots.as_svg(claim.statement, found.panels)
+    record = json.loads(as_json(evidence.make_evidence(claim, found, setting(), 1.0)))
+    jsonschema.validate(record, evidence.SCHEMA)
 
 
 @pytest.mark.parametrize("name", ["damping", "feature-learning-adam", "invariance"])
@@ -183,6 +186,31 @@ def test_an_interrupt_keeps_what_is_finished(rlora_cli, toy, tmp_path, monkeypat
     later = finished._replace(name="later", run=interrupt)
     monkeypatch.setattr("rlora.cli.claims.reproduce.CLAIMS", {"toy": finished, "later": later})
     assert rlora_cli("reproduce", "--output", tmp_path).exit_code == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["toy.json", "toy.png", "toy.svg"]
+
+
+def test_a_claim_that_crashes_stops_no_other_and_leaves_no_file(
+    rlora_cli, toy, tmp_path, monkeypatch
+):
+    """A crash in its experiment, or a result that no record can have."""
+    toy(0.5)
+    finished = reproduce.CLAIMS["toy"]
+
+    def crash(setting):
+        raise ValueError("a number\nof no kind")
+
+    toys = {
+        "crashed": finished._replace(name="crashed", run=crash),
+        "strange": finished._replace(name="strange", statement=np.True_),
+        "toy": finished,
+    }
+    monkeypatch.setattr("rlora.cli.claims.reproduce.CLAIMS", toys)
+    done = rlora_cli("reproduce", "--output", tmp_path)
+    assert done.exit_code == 2
+    assert "crashed failed: ValueError: a number; of no kind" in done.stderr
+    assert "strange failed: TypeError: Object of type bool" in done.stderr
+    assert "1 of 1 verdict as documented" in done.stdout
+    assert done.stderr.endswith("rlora: error: a number; of no kind\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["toy.json", "toy.png", "toy.svg"]
 
 
