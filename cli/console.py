@@ -37,7 +37,12 @@ def one_line(message: str) -> str:
     """Strip a message of line breaks, and of the control codes a file name may carry."""
     parts = [part.strip() for part in message.splitlines() if part.strip()]
     flat = "; ".join(parts).replace(":; ", ": ").replace(",; ", ", ")  # lists of click
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in flat)
+    return printable(flat)
+
+
+def printable(text: str) -> str:
+    r"""Write control codes, which could steer a terminal, out as \x1b; line breaks likewise."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def counted(count: int, noun: str) -> str:

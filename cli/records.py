@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from .console import printable
+
 LONGEST: Final = 18
 """Digits of a whole number: more bytes than there are, and no float overflows."""
 
@@ -96,12 +98,22 @@ def _faults(value: Any, schema: Mapping[str, Any], path: str) -> Iterator[str]:
 
 
 def read_json(path: Path, command: str) -> Any:
-    """Read a file; a ValueError says that it is no record of the command."""
+    """Read a file, control codes in its strings written out; a ValueError says it is no record."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
+        return _printable(json.loads(path.read_text(encoding="utf-8"), parse_int=_whole))
     except (ValueError, RecursionError) as error:
         msg = f"{path.name} is no record of {command}: it is not JSON: {error}"
         raise ValueError(msg) from error
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, list):
+        return [_printable(x) for x in value]
+    if isinstance(value, dict):
+        return {printable(key): _printable(x) for key, x in value.items()}
+    return value
 
 
 def _whole(digits: str) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 import rlora.backends
 from rlora import BackendError
+from rlora.cli.console import printable
 
 from . import memory
 from .adapters import locate, read_adapter
@@ -52,7 +53,8 @@ class Options(NamedTuple):
 
     def source(self) -> dict[str, str | None]:
         """Give the source of the shapes; of a file its name, as the folder may tell whose it is."""
-        return {"preset": self.preset, "adapter": self.adapter.name if self.adapter else None}
+        name = printable(self.adapter.name) if self.adapter else None
+        return {"preset": self.preset, "adapter": name}
 
     def as_data(self) -> dict[str, Any]:
         """Give the options that decide what is measured, for the record."""

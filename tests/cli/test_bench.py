@@ -204,6 +204,15 @@ def test_an_adapter_brings_its_own_rank(refused, adapter):
     assert "--preset" in refused("bench", "--adapter", adapter, "--preset", "llama-7b")
 
 
+def test_control_codes_in_the_name_of_an_adapter_are_written_out(rlora_cli, adapter):
+    strange = adapter.rename(adapter.with_name("\x1b[31m.safetensors"))
+    args = ("--adapter", strange, "--method", "scaled_sgd", "--repeat", 1, "--threads", 1)
+    done = rlora_cli("bench", *args)
+    assert done.exit_code == 0, done.output
+    assert "\\x1b[31m.safetensors" in done.stdout
+    assert "\x1b" not in done.output
+
+
 def test_cupy_without_cuda_gives_the_reason(refused):
     try:
         import cupy

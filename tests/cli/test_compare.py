@@ -4,6 +4,7 @@ import json
 import pytest
 
 from rlora.cli.bench.compare import changes
+from rlora.cli.bench.export import FORMATS
 from rlora.cli.bench.schema import SCHEMA
 from rlora.cli.records import fault
 
@@ -105,6 +106,35 @@ def test_broken_records_are_refused_in_one_line(refused, tmp_path, kind, command
     assert why in message
     assert message[:-1].isprintable()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def with_text(node, text):
+    """A record, or a part of it, with this text after every string but its schema's name."""
+    if isinstance(node, dict):
+        return {
+            key: value if key in ("schema", "created", "sense") else with_text(value, text)
+            for key, value in node.items()
+        }
+    if isinstance(node, list):
+        return [with_text(x, text) for x in node]
+    return node + text if isinstance(node, str) else node
+
+
+@pytest.mark.parametrize(
+    "words", ["show", "compare", *(f"export --format {name}" for name in FORMATS)]
+)
+def test_control_codes_of_a_record_do_not_reach_the_terminal(rlora_cli, a_record, tmp_path, words):
+    """They could set its title, its colours, or the line above."""
+    record = with_text(a_record, "\x1b]0;pwn\x07\x1b[31mEVIL\r\n\x9b2J\u202e")
+    record["environment"]["versions"]["\x1b[2J"] = "1"
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(record))
+    command, *options = words.split()
+    done = rlora_cli("bench", command, path, *([path] if command == "compare" else options))
+    assert done.exit_code == 0, done.output
+    assert "EVIL" in done.stdout
+    assert all(c.isprintable() or c == "\n" for c in done.output)
+    assert "x1b]0;pwn" in done.stdout
 
 
 def broken_copies(record):
