@@ -43,6 +43,44 @@ def test_every_class_that_is_named_is_there():
     assert named <= set(rlora.torch.__all__)
 
 
+ROWS = re.findall(
+    r"^\| (.*?) \| (.*?) \|$",
+    CHOOSE.partition("## First learning rates")[2].partition("##")[0],
+    re.M,
+)[2:]
+FIRST = {name: rate for row, rate in ROWS for name in re.findall("`([A-Z]\\w+)`", row)}
+"""Class -> the first learning rate that the page gives it."""
+
+
+def test_every_class_has_one_first_learning_rate():
+    named = [name for row, _ in ROWS for name in re.findall("`([A-Z]\\w+)`", row)]
+    assert sorted(named) == sorted(
+        [*rlora.torch.method_classes.__all__, "ScaledAdamW", "ScaledSGD"]
+    )
+
+
+def moved(name, scale):
+    """Length of a first step of the product from gradients of this scale."""
+    model = torch.nn.Module()
+    generator = torch.Generator().manual_seed(0)
+    for factor, shape in (("lora_A", (4, 16)), ("lora_B", (32, 4))):
+        start = torch.randn(shape, generator=generator, dtype=torch.float64)
+        setattr(model, factor, torch.nn.Parameter(start / 4))
+    optimizer = getattr(rlora.torch, name)(model, lr=1e-6)
+    before = (model.lora_B @ model.lora_A).detach()
+    G = scale * torch.randn((32, 16), generator=generator, dtype=torch.float64)
+    (model.lora_B @ model.lora_A * G).sum().backward()
+    optimizer.step()
+    return torch.linalg.norm((model.lora_B @ model.lora_A).detach() - before).item()
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_the_suggested_rate_is_for_steps_that_do_not_go_with_the_size_of_the_gradient(name):
+    """Adam's eps, 1e-8 beside gradients of 1, and a step that is not infinitely short: below 1 %."""
+    ratio = moved(name, 2.0) / moved(name, 1.0)
+    assert ratio == pytest.approx(2.0 if "not `suggest_lr`" in FIRST[name] else 1.0, rel=1e-2)
+
+
 def test_options_that_are_named_are_options():
     options = re.findall(r'\b(damping|damping_mode|placement|compute_dtype)="?([\w.-]+)', CHOOSE)
     assert len(options) > 5

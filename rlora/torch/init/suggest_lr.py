@@ -18,6 +18,10 @@ def suggest_lr(
 ) -> float:
     """First learning rate to try with `ScaledAdamW`: the median over layers of `rlora.suggest_lr`.
 
+    It is for classes whose steps are normalised as Adam's. Those of `ScaledSGD`, `AltLoRA`,
+    `LoRAProSGD`, `OPLoRA`, `RACLoRA` and `RefLoRA` go with the size of the gradient: begin at 4e-3
+    and sweep by factors of 10.
+
     Parameters
     ----------
     model : nn.Module
