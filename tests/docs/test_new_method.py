@@ -18,7 +18,7 @@ from rlora.testing import GAUGES, check_method, invariance, make_problem, run
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "how-to" / "new_method.md").read_text(encoding="utf-8")
-FILE, CHECKS = re.findall("```python\n(.*?)```", TEXT, re.DOTALL)
+FILE, CHECKS, OPTAX = re.findall("```python\n(.*?)```", TEXT, re.DOTALL)
 (EXPORT,) = re.findall("```text\n(.*?)\n```", TEXT, re.DOTALL)
 
 
@@ -57,16 +57,41 @@ def test_it_sees_no_split(unit_lora, gauge):
 
 def test_a_step_has_the_length_of_the_learning_rate(unit_lora):
     """To first order in it, whatever the size of the loss."""
-    problem, lr = make_problem(), 1e-6
+    problem = make_problem()
     for scale in (1.0, 1e6):
         method = unit_lora(momentum=0.0)
         grads = rlora.Factors(*(scale * g for g in problem.grads(problem.params)))
         d, _ = method.update(grads, method.init(problem.params), problem.params)
         parts = problem.params.B @ d.A, d.B @ problem.params.A
         assert sum(float(np.sum(x**2)) for x in parts) == pytest.approx(1.0)
-    moved, _ = run(unit_lora(momentum=0.0), problem, steps=1, lr=lr)
-    step = moved.B @ moved.A - problem.params.B @ problem.params.A
-    assert 0.1 * lr < float(np.linalg.norm(step)) < 2 * lr
+
+
+def test_a_gradient_moves_the_weight_by_lr_to_its_diagonal(unit_lora):
+    """As the page says; damping takes 1e-2 off, at most, and moves of 1e-6 are straight."""
+    rng, lr = np.random.default_rng(0), 1e-6
+    lengths = {0.0: [], 0.9: []}
+    for m, n, r in [(20, 16, 3), (5, 40, 4), (30, 6, 5), (9, 9, 1)]:
+        start = rlora.Factors(A=rng.normal(size=(r, n)), B=rng.normal(size=(m, r)))
+        G = rng.normal(size=(m, n))
+        for momentum, found in lengths.items():
+            method, pair = unit_lora(momentum=momentum), start
+            state = method.init(pair)
+            for _ in range(80):  # 0.9^80 is 2e-4
+                before, grads = pair, rlora.Factors(A=pair.B.T @ G, B=G @ pair.A.T)
+                pair, state = rlora.step(method, pair, grads, state, lr)
+            found.append(np.linalg.norm(pair.B @ pair.A - before.B @ before.A) / lr)
+    assert 0.99 <= min(lengths[0.0]) < max(lengths[0.0]) <= 2**0.5 + 1e-3
+    np.testing.assert_allclose(lengths[0.9], np.multiply(lengths[0.0], 10), rtol=1e-2)
+
+
+def test_it_is_a_transformation_of_optax(unit_lora):
+    pytest.importorskip("optax")
+    jnp = pytest.importorskip("jax.numpy")
+    space = {"unit_lora": unit_lora, "rlora": rlora}
+    exec(OPTAX, space)
+    params = {"lora_a": jnp.ones((16, 2)), "lora_b": jnp.ones((2, 8))}
+    updates, _ = space["optimizer"].update(params, space["optimizer"].init(params), params)
+    assert float(jnp.abs(updates["lora_a"]).max()) > 0
 
 
 def test_from_zero_the_second_step_throws_a(unit_lora):
