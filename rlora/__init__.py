@@ -38,8 +38,8 @@ if _project.is_file() and '"rlora.backends" = "backends"' in _project.read_text(
 
 
 def __getattr__(name: str) -> _Any:
-    """`rlora.torch` and `rlora.optax`, which import their frameworks, when they are asked for."""
-    if name in ("torch", "optax"):
+    """Packages that are imported when they are asked for; two of them import a framework."""
+    if name in ("backends", "integrations", "optax", "testing", "torch"):
         return _import_module(f"rlora.{name}")
     where = "; optimizers of torch are in rlora.torch" if name[:1].isupper() else ""
     msg = f"module 'rlora' has no attribute {name!r}{where}"

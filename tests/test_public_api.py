@@ -119,3 +119,35 @@ def test_parts_that_import_a_framework_come_when_they_are_asked_for():
         f"module 'rlora' has no attribute 'ScaledAdamW'; {where}",
         "ScaledAdamW",
     ]
+
+
+def test_packages_that_need_no_framework_come_when_they_are_asked_for_too():
+    code = """if True:
+    import sys, rlora
+    rlora.testing.check_method, rlora.backends.get, rlora.integrations
+    print([name for name in ("torch", "jax", "optax") if name in sys.modules])
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "library", "extra"),
+    [("torch", "torch", "torch"), ("optax", "jax", "jax"), ("optax", "optax", "jax")],
+)
+@pytest.mark.parametrize(
+    "how", ["import rlora.{}", "import rlora; rlora.{}", "from rlora import {}"]
+)
+def test_without_its_framework_a_package_says_what_to_install(package, library, extra, how):
+    pytest.importorskip(extra)
+    code = f"""if True:
+    import sys
+    sys.modules[{library!r}] = None
+    try:
+        {how.format(package)}
+    except ImportError as error:
+        print(type(error).__name__, error.name, error)
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    message = f"{library} is not installed: pip install 'rlora[{extra}]'"
+    assert found.stdout == f"BackendError {library} {message}\n"

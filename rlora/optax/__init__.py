@@ -9,9 +9,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
-import jax
-import jax.numpy as jnp
-import optax
+from rlora.core.errors import BackendError as _BackendError
+
+try:
+    import jax
+    import jax.numpy as jnp
+    import optax
+except ModuleNotFoundError as _error:
+    if _error.name not in ("jax", "optax"):  # they are there, and broken
+        raise
+    _msg = f"{_error.name} is not installed: pip install 'rlora[jax]'"
+    raise _BackendError(_msg, name=_error.name) from _error
 
 from rlora import methods
 from rlora.core.factors import Array, Factors, map_leaves

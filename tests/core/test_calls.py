@@ -52,7 +52,6 @@ def test_numpy():
 
 def test_lora_rite_on_torch():
     torch = pytest.importorskip("torch")
-    pytest.importorskip("rlora.torch")
     pairs = [[torch.tensor(x, requires_grad=True) for x in pair] for pair in factors(0)]
     for pair, grads in zip(pairs, factors(1), strict=True):
         for p, g in zip(pair, grads, strict=True):
