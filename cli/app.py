@@ -1,8 +1,10 @@
 """The command group, and the one door through which errors become messages and exit codes."""
 
 import importlib
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import click
@@ -12,7 +14,7 @@ from rlora import RLoraError
 
 from .console import escape_unencodable, one_line
 
-USAGE, INTERRUPTED = 2, 130
+USAGE, INTERRUPTED, PIPE = 2, 130, 141
 
 REFUSALS = (RLoraError, ValueError, ImportError, MemoryError)
 """Errors of a wrong name, number or machine. Files apart, all else is a bug, with its trace."""
@@ -63,6 +65,14 @@ class App(LazyGroup):
         "study": "rlora.cli.study",
     }
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _reader_may_go():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _reader_may_go():
+            return super().invoke(ctx)
+
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run a command line, then exit with 0, 2 after an error, or 130 after an interrupt."""
         escape_unencodable()
@@ -77,6 +87,27 @@ class App(LazyGroup):
         except REFUSALS as error:
             _refuse(str(error) or type(error).__name__, USAGE)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _reader_may_go() -> Iterator[None]:
+    """Exit with 141 when the reader of the output has gone, as `head` goes.
+
+    So a command ends that does not catch the signal; the 1 of click and of rich says of a claim or
+    of a timing that it is not as it should be.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        pass
+    except SystemExit as end:
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+    else:
+        return
+    with suppress(OSError):  # what is left would be written at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(PIPE)
 
 
 def _refuse(message: str, code: int) -> NoReturn:

@@ -137,11 +137,17 @@ def check_writable(path: Path) -> None:
         raise OSError(msg) from error
 
 
+def check_folder(option: str, folder: Path) -> None:
+    """Raise an OSError now if a file is in the place of a folder, or of one that it lies in."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            msg = f"{option} {path} is a file; give it a folder"
+            raise NotADirectoryError(msg)
+
+
 def make_folder(option: str, folder: Path) -> None:
     """Make a folder with those that it lies in, unless it is there."""
-    if folder.exists() and not folder.is_dir():
-        msg = f"{option} {folder} is a file; give it a folder"
-        raise NotADirectoryError(msg)
+    check_folder(option, folder)
     folder.mkdir(parents=True, exist_ok=True)
 
 

@@ -68,14 +68,18 @@ def read_adapter(path: Path) -> list[rlora.Factors]:
 def locate(path: Path) -> Path:
     """Find the file itself, or the one a directory is known to keep its adapter in."""
     if not path.is_dir():
-        if path.exists() and not path.is_file():
-            msg = f"{path.name} is no regular file"
+        if path.is_file():
+            return path
+        wanted = f"a safetensors file, or a folder that has {' or '.join(ADAPTER_NAMES)}"
+        if path.exists():
+            msg = f"--adapter {path} is no regular file; give {wanted}"
             raise ValueError(msg)
-        return path
+        msg = f"--adapter {path}: No such file or folder; give {wanted}"
+        raise FileNotFoundError(msg)
     for name in ADAPTER_NAMES:
         if (path / name).is_file():
             return path / name
-    msg = f"the directory {path.name or path} has no {' and no '.join(ADAPTER_NAMES)}"
+    msg = f"--adapter {path}: the folder has no {' and no '.join(ADAPTER_NAMES)}"
     raise ValueError(msg)
 
 

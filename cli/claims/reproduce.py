@@ -63,6 +63,8 @@ def reproduce(
     for claim in chosen:
         try:
             records.append(attempt(claim, setting, output, draw))
+        except OSError:  # a full disk, or a reader that has gone: no other claim could go on
+            raise
         except Exception as error:  # raised again below
             failed.append(error)
             click.echo(one_line(f"{claim.name} failed: {type(error).__name__}: {error}"), err=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from rlora.cli.console import console
+from rlora.cli.records import check_folder
 
 from .models import MODELS, check_installed, module_of
 
@@ -68,6 +69,10 @@ def study(
     Strings is a small transformer that knows seven tasks and is taught others, made in a minute;
     its runs are trained many at once, and it says first how long that takes.
     """
+    check_folder("--output", output)
+    if data is not None and MODELS[model].large and not data.is_dir():
+        msg = f"--data {data} is no folder; give the one with the dataset's files, or leave it out"
+        raise NotADirectoryError(msg)
     check_installed(model, tables=tables)
     from .regret import write_regrets  # torch, and more: not for `rlora --help`
     from .runner import run_study

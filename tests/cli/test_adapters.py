@@ -218,6 +218,8 @@ def test_a_file_of_three_bytes_is_refused(tmp_path, refused):
 
 def test_what_is_no_adapter_file_is_refused(tmp_path, refused):
     assert "adapter_model.safetensors" in refused("bench", "--adapter", tmp_path)
-    assert "No such file" in refused("bench", "--adapter", tmp_path / "none.safetensors")
+    message = refused("bench", "--adapter", "nope")
+    assert "--adapter nope: No such file or folder" in message
+    assert "a safetensors file, or a folder that has adapter_model.safetensors or" in message
     if Path("/dev/zero").exists():
         assert "no regular file" in refused("bench", "--adapter", "/dev/zero")

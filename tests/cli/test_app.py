@@ -122,3 +122,37 @@ def test_the_door_lets_bugs_through(rlora_cli, monkeypatch):
 def test_one_line_keeps_text_and_disarms_the_rest():
     assert one_line("größer\n\n  \x1b[31mred\x07") == "größer; \\x1b[31mred\\x07"
     assert one_line("Choose from:\n\tone,\n\ttwo") == "Choose from: one, two"
+
+
+@pytest.mark.parametrize("args", ["reproduce --list", "bench run --help", "reproduce --help"])
+def test_a_reader_that_has_gone_is_no_verdict(args):
+    """As `head` goes: 1 would say that a claim fails, or that a timing became slower."""
+    code = "import rlora.cli; rlora.cli.main()"
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *args.split()],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            timeout=1200,
+            check=False,
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("model", ["strings", "gpt2"])
+@pytest.mark.parametrize("inside", ["", "in/it"])
+def test_a_study_wants_folders_and_says_so_at_once(refused, monkeypatch, tmp_path, model, inside):
+    """Before it looks for packages."""
+    monkeypatch.setattr("rlora.cli.study.command.check_installed", lambda *_, **__: 1 / 0)
+    file = tmp_path / "file"
+    file.write_text("")
+    message = refused("study", "--model", model, "--output", file / inside)
+    assert f"--output {file} is a file; give it a folder" in message
+    for nothing in (file, tmp_path / "nothere"):
+        message = refused("study", "--model", "gpt2", "--data", nothing, "--output", tmp_path)
+        assert f"--data {nothing} is no folder" in message
+    assert list(tmp_path.iterdir()) == [file]
