@@ -46,6 +46,12 @@ def test_the_line_of_the_front_page(capsys):
     assert float(loss_of(model).detach()) < before
 
 
+def test_the_rate_for_a_config(capsys):
+    first, *_ = blocks(DOCS / "how-to" / "trainers.md")
+    exec(first, {})
+    assert capsys.readouterr().out.strip() == re.search("# (.*)", first)[1] == "0.000625"
+
+
 def test_the_program_of_the_readme_prints_what_it_shows(capsys):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code, shown = re.search("```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL).groups()

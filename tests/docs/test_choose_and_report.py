@@ -81,6 +81,25 @@ def test_the_suggested_rate_is_for_steps_that_do_not_go_with_the_size_of_the_gra
     assert ratio == pytest.approx(2.0 if "not `suggest_lr`" in FIRST[name] else 1.0, rel=1e-2)
 
 
+@pytest.mark.parametrize("lr, share", [(1.0, 0.5), (1e-3, 1e-3)])
+def test_scaled_prodigy_wants_a_rate_of_one(lr, share):
+    """At 1e-3 it hardly trains, as two pages say: the size that it finds stays where it began."""
+    torch.manual_seed(0)
+    model, target = torch.nn.Module(), torch.randn(32, 4) @ torch.randn(4, 16) / 8
+    model.lora_A, model.lora_B = map(
+        torch.nn.Parameter, (torch.randn(4, 16) / 4, torch.zeros(32, 4))
+    )
+    optimizer, losses = rlora.torch.ScaledProdigy(model, lr=lr), []
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = (model.lora_B @ model.lora_A - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    gained = 1 - losses[-1] / losses[0]
+    assert gained > share if lr == 1.0 else 0 < gained < share
+
+
 def test_options_that_are_named_are_options():
     options = re.findall(r'\b(damping|damping_mode|placement|compute_dtype)="?([\w.-]+)', CHOOSE)
     assert len(options) > 5
