@@ -58,11 +58,23 @@ def cholesky_of_trace_1(S: Array, damping: float) -> tuple[Array, Array]:
     return definite_cholesky(H), unit
 
 
-def definite_cholesky(H: Array) -> Array:
-    """Cholesky factors (K, r, r), NaN where H is not definite."""
+def definite_cholesky(H: Array, *, lift: bool = False) -> Array:
+    """Cholesky factors (K, r, r), NaN where H is not definite.
+
+    With `lift`, on a CPU, it may lack definiteness by ten times the damping that rounding mostly
+    asks for: sums of thousands of products, of rank one after one token, have been that far off.
+    """
     L, failed = torch.linalg.cholesky_ex(H)  # neither raises nor waits for the device
-    if is_eager_cpu(H) and not failed.numpy().any():
-        return L
+    if is_eager_cpu(H):
+        lost = failed != 0
+        if not lost.numpy().any():
+            return L
+        if not lift:
+            return L.masked_fill(lost.view(-1, 1, 1), torch.nan)
+        some = H[lost]
+        mean = some.diagonal(dim1=-2, dim2=-1).mean(-1)
+        some.diagonal(dim1=-2, dim2=-1).add_(10 * rounding_of(H) * mean[:, None])
+        L[lost], failed[lost] = torch.linalg.cholesky_ex(some)
     return L.masked_fill(failed.view(-1, 1, 1) != 0, torch.nan)
 
 
@@ -104,9 +116,12 @@ def cubics(eps: float, least: float = 0.0) -> list[tuple[float, float]]:
     return [*steps, (1.5, 0.5)]  # which leaves 1.5 error²
 
 
-def inverse_cholesky_times(S: Array, X: Array) -> Array:
-    """``L⁻¹ X`` with the Cholesky factor L of definite S (K, r, r); NaN where S is not definite."""
-    return torch.linalg.solve_triangular(definite_cholesky(S), X, upper=False)
+def inverse_cholesky(S: Array, *, upper: bool = False, lift: bool = False) -> Array:
+    """`Backend.inverse_cholesky`, NaN where S is not definite: see `definite_cholesky`."""
+    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
+    L = definite_cholesky(S.flip(-2, -1) if upper else S, lift=lift)
+    W = torch.linalg.solve_triangular(L, eye, upper=False)
+    return W.flip(-2, -1) if upper else W
 
 
 def inverse_root_half(V: Array, eps: float, X: Array, least: float) -> Array:

@@ -53,7 +53,7 @@ class NumPyBackend(Backend):
         return W[..., ::-1, ::-1] if upper else W
 
     def pseudo_half(self, S: Array, least: float = 0.0) -> Array:
-        return cholesky_half(self, S, least)
+        return cholesky_half(self, S, least, self.inverse_cholesky)
 
     def adam(self, M: Tall, V: Tall, G: Tall, numbers: AdamNumbers) -> tuple[list[Array], ...]:
         """In place on arrays of its own, or donated: fresh pages cost more than the arithmetic."""

@@ -17,7 +17,7 @@ from ._torch_algebra import (
     cholesky_pseudo_half,
     damped,
     half_power,
-    inverse_cholesky_times,
+    inverse_cholesky,
     inverse_root_half,
     symmetric_pseudo_half,
 )
@@ -205,9 +205,7 @@ class TorchBackend(Backend):
         return super().spd_power(S, power)
 
     def inverse_cholesky(self, S: Array, *, upper: bool = False) -> Array:
-        eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
-        W = inverse_cholesky_times(S.flip(-2, -1) if upper else S, eye)
-        return W.flip(-2, -1) if upper else W
+        return inverse_cholesky(S, upper=upper, lift=True)
 
     def pseudo_power(self, S: Array, exponent: float, least: float = 0.0) -> Array:
         if exponent != -0.5 or not eigh_waits(S):
@@ -216,7 +214,7 @@ class TorchBackend(Backend):
 
     def pseudo_half(self, S: Array, least: float = 0.0) -> Array:
         if is_eager_cpu(S):
-            return cholesky_half(self, S, least)
+            return cholesky_half(self, S, least, inverse_cholesky)
         if not eigh_waits(S):
             return self.pseudo_power(S, -0.5, least)
         return cholesky_pseudo_half(S, least)

@@ -162,7 +162,7 @@ class MethodOptimizer(LoRAOptimizer):
             if kind not in kinds:
                 kinds[kind] = self._shapes_of_pair(pair, groups[id(p)])
             known = {**dict.fromkeys(ELEMENTWISE), **kinds[kind][side]}
-            return Shapes(known, OF_METHODS | words_of_methods(), own=True)
+            return Shapes(known, OF_METHODS | words_of_methods(), counts=False)
 
         return shapes_of
 

@@ -30,8 +30,8 @@ class Shapes(NamedTuple):
     """Words in names of the state of other optimizers; whatever else there is, is left alone."""
     needed: Set[str] = frozenset()
     """Names that every state has."""
-    own: bool = False
-    """True if every state has one at least of the names that are known."""
+    counts: bool = True
+    """False if a ``step``, as every optimizer of torch but SGD counts it, is another one's."""
 
 
 class Ids(list[Any]):
@@ -234,7 +234,7 @@ def _check(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> None:
             raise ShapeError(msg)
     kept = {name for name, shape in shapes.known.items() if shape is not None}
     lacks = shapes.needed - state.keys() if state else set()
-    if tensors and shapes.own and kept and not kept & tensors.keys():
+    if "step" in state and not shapes.counts and not kept & tensors.keys():
         lacks = kept
     if lacks:
         msg = (
