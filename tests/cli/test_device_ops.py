@@ -16,6 +16,7 @@ WAITS = {
     "lora_pro_sgd": EIGEN,
     "lora_pro_adamw": EIGEN,
     "balanced_lora": EIGEN,
+    "op_lora": EIGEN,
     "riemannion": {"_linalg_svd"},
 }
 MOST = {

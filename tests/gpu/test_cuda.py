@@ -38,7 +38,7 @@ CAPTURED = (
 )
 """Methods whose step asks a device for nothing."""
 
-NEVER_CAPTURED = {"BalancedLoRA", "LoRAProAdamW", "LoRAProSGD", "Riemannion", "nadam"}
+NEVER_CAPTURED = {"BalancedLoRA", "LoRAProAdamW", "LoRAProSGD", "OPLoRA", "Riemannion", "nadam"}
 """Classes that wait for a factorisation, and one whose counters are torch's own, on the host."""
 
 
