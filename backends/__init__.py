@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rlora.core.backend import Backend
 from rlora.core.dispatch import backend_for_namespace, plugins
-from rlora.core.errors import BackendError
+from rlora.core.errors import BackendError, not_installed
 
 __all__ = ["Backend", "BackendInfo", "available", "get"]
 
@@ -63,9 +63,11 @@ def get(name: str) -> Backend:
         When the library is not installed, cannot be imported, or has no device here.
     """
     if importlib.util.find_spec(name.partition(".")[0]) is None:
-        known = f"; there are {', '.join(BUILTIN)}, and any Array-API namespace"
-        extra = f": pip install 'rlora[{name}]'" if name in BUILTIN else known
-        msg = f"{name} is not installed{extra}"
+        if name in BUILTIN:
+            raise not_installed(name, name)
+        msg = (
+            f"{name} is not installed; there are {', '.join(BUILTIN)}, and any Array-API namespace"
+        )
         raise BackendError(msg)
     try:
         backend = backend_for_namespace(_namespace(name))

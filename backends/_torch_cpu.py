@@ -90,7 +90,7 @@ def is_eager_cpu(x: Tensor) -> bool:
 
 
 def are_finite(S: Tensor) -> bool:
-    """Return whether all entries are, of what `is_eager_cpu`: to look costs less than a guard."""
+    """Return whether all entries of a tensor on a CPU are finite: cheaper than a guard."""
     return bool(np.isfinite(S.numpy()).all())
 
 

@@ -21,6 +21,11 @@ class BackendError(RLoraError, ImportError):
     """A backend that is not installed, has no device here, or cannot do what was asked."""
 
 
+def not_installed(name: str | None, extra: str) -> BackendError:
+    """The error for a missing library: it names the extra of rlora that brings it."""
+    return BackendError(f"{name} is not installed: pip install 'rlora[{extra}]'", name=name)
+
+
 class ShardingError(RLoraError, RuntimeError):
     """Parameters that a sharding scheme has cut or flattened beyond what an r x r Gram can see."""
 

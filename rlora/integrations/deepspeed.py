@@ -89,7 +89,7 @@ class ZeroOptimizer(Optimizer):
             raise ShardingError(msg)
         home = {id(p): i for i, params in enumerate(self._params) for p in params}
         for pair in self.inner._pairs:
-            if len({home[id(p)] for p in pair.params}) > 1:
+            if len({home[id(p)] for p in pair.moved}) > 1:
                 msg = (
                     f"factors {tuple(pair.A.shape)} and {tuple(pair.B.shape)} of a pair lie in two "
                     f"parameter groups, and ZeRO steps one group after the other; put them in one"

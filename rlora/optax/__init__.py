@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
-from rlora.core.errors import BackendError as _BackendError
+from rlora.core.errors import not_installed as _not_installed
 
 try:
     import jax
@@ -18,8 +18,7 @@ try:
 except ModuleNotFoundError as _error:
     if _error.name not in ("jax", "optax"):  # they are there, and broken
         raise
-    _msg = f"{_error.name} is not installed: pip install 'rlora[jax]'"
-    raise _BackendError(_msg, name=_error.name) from _error
+    raise _not_installed(_error.name, extra="jax") from _error
 
 from rlora import methods
 from rlora.core.factors import Array, Factors, map_leaves

@@ -11,15 +11,14 @@ method of `rlora.methods` has a class of its name here, such as ``LoRARite``, ``
 >>> optimizer = rlora.torch.ScaledAdamW(model, lr=1e-3)
 """
 
-from rlora.core.errors import BackendError as _BackendError
+from rlora.core.errors import not_installed as _not_installed
 
 try:
     import torch as _torch  # noqa: F401  before what needs it
 except ModuleNotFoundError as _error:
     if _error.name != "torch":  # it is there, and broken
         raise
-    _msg = "torch is not installed: pip install 'rlora[torch]'"
-    raise _BackendError(_msg, name=_error.name) from _error
+    raise _not_installed(_error.name, extra="torch") from _error
 
 from rlora.pairing import PairReport
 from rlora.torch import method_classes

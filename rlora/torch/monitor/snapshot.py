@@ -157,7 +157,7 @@ def lost(watch: Watch) -> dict[int, Tensor]:
 def refuse_shards(pairs: list[TensorPair]) -> None:
     """ShardingError for DTensors: a Gram of one shard says nothing of the factor."""
     for pair in pairs:
-        for p in pair.params:
+        for p in pair.moved:
             if is_distributed(p):
                 msg = (
                     f"diagnostics need whole factors, got a DTensor of shape {tuple(p.shape)}; "

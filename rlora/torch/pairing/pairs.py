@@ -45,11 +45,6 @@ class TensorPair(NamedTuple):
         """Every parameter that is updated with the pair."""
         return (self.A, self.B, *self.twins[0], *self.twins[1])
 
-    @property
-    def params(self) -> tuple[Tensor, ...]:
-        """Every parameter that the step reads."""
-        return self.moved if self.middle is None else (*self.moved, self.middle)
-
     def gradient(self, side: int) -> Tensor | None:
         """The gradient of A (0) or B (1), with those of its tied parameters."""
         p, twins = self[:2][side], self.twins[side]
@@ -200,7 +195,7 @@ def signature(
 ) -> tuple[Any, ...]:
     """Inputs of a plan, which is rebuilt when they change."""
     seen = []
-    for p in (p for pair in pairs for p in pair.params):
+    for p in (p for pair in pairs for p in pair.moved):
         grad = p.grad
         layout = 0 if grad is None else grad.layout
         memory = p.data_ptr() or local(p).data_ptr()  # a DTensor returns 0

@@ -204,7 +204,7 @@ def misfit(a: Tensor, b: Tensor) -> str | None:
 def check_pairs(pairs: Iterable[TensorPair]) -> None:
     """NamespaceError or ShardingError for factors or gradients that a step cannot take."""
     for pair in pairs:
-        for p in pair.params:
+        for p in pair.moved:
             check_grad(p)
         if why := misfit(pair.A, pair.B):
             raise NamespaceError(why)

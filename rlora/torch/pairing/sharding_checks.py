@@ -122,11 +122,11 @@ def _check_layout(pair: TensorPair) -> None:
                 f"or use DDP; where it has got another rank, build the optimizer anew"
             )
             raise ShardingError(msg)
-    distributed = [is_distributed(p) for p in pair.params]
+    distributed = [is_distributed(p) for p in pair.moved]
     if not any(distributed):
         return
     shapes = f"A {tuple(pair.A.shape)} and B {tuple(pair.B.shape)}"
-    if not all(distributed) or len({mesh_of(p) for p in pair.params}) > 1:
+    if not all(distributed) or len({mesh_of(p) for p in pair.moved}) > 1:
         msg = (
             f"the factors {shapes} are not on one device mesh; shard both by one call of "
             f"fully_shard, or none"
