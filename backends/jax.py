@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
+import numpy as np
 
-from rlora.core.algebra import mT
+from rlora.core.algebra import ROUNDING, mT
 from rlora.core.backend import Backend
 from rlora.core.factors import Array
 
@@ -87,8 +88,14 @@ def one_by_one(f: Callable[[Array], Any], stack: Array) -> Any:
 
 def lower_inverse(S: Array) -> Array:
     """The lower triangular W of ``S⁻¹ = Wᵀ W``, S definite."""
-    L = jnp.linalg.cholesky(S, symmetrize_input=False)
-    eye = jnp.broadcast_to(jnp.eye(S.shape[-1], dtype=S.dtype), S.shape)
+    cholesky = partial(jnp.linalg.cholesky, symmetrize_input=False)
+    L, eye = cholesky(S), jnp.broadcast_to(jnp.eye(S.shape[-1], dtype=S.dtype), S.shape)
+    # By ten times the damping of rounding, of which `MatrixAlgebra.above_rounding` says why.
+    trace = jnp.trace(S, axis1=-2, axis2=-1)[..., None, None]
+    lift = 10 * ROUNDING * float(np.finfo(S.dtype).eps) * trace
+    L = jax.lax.cond(
+        jnp.isnan(L).any(), lambda: jnp.where(jnp.isnan(L), cholesky(S + lift * eye), L), lambda: L
+    )
     return jsl.solve_triangular(L, eye, lower=True)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rlora.core.algebra import mT
 from rlora.core.backend import AdamNumbers, Backend, Tall, Workspace
 from rlora.core.factors import Array
 
@@ -42,7 +43,10 @@ class NumPyBackend(Backend):
         return True
 
     def spd_power(self, S: Array, power: float) -> Array:
-        return np.linalg.inv(S) if power == -1.0 else super().spd_power(S, power)
+        if power != -1.0:
+            return super().spd_power(S, power)
+        W = self.inverse_cholesky(S)  # which sees what is not definite, as LU does not
+        return np.matmul(mT(W), W)
 
     def inverse_cholesky(self, S: Array, *, upper: bool = False) -> Array:
         try:

@@ -222,6 +222,36 @@ def test_pseudo_half_is_a_half_of_the_pseudo_power(backend):
     assert np.isnan(backend.to_numpy(backend.pseudo_half(nan))).all()
 
 
+def test_eigh_of_grams_with_subnormal_entries(backend):
+    """MKL's eigh in float32 does not converge for some of them, and makes NaN of more."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        F = rng.normal(size=(2, 8)) * np.array([1.0, 1.0, *6 * [1e-22]])
+        S = (F.T @ F)[None].astype(np.float32)
+        w, Q = map(backend.to_numpy, backend.eigh(backend.asarray(S, "float32")))
+        assert_close((Q * w[:, None, :]) @ mT(Q), S, rtol=1e-5)  # 80 eps
+
+
+@pytest.mark.parametrize("power", [-1.0, -0.5, "half", "upper half"])
+def test_a_gram_that_rounding_has_left_less_definite_than_its_damping(backend, power):
+    """By 3e-6 of its trace, as one of 768 products in float32: neither NaN nor without bound."""
+    Q = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0]
+    S = np.stack([(Q * np.array([1.0, *7 * [-3e-6]])) @ Q.T, np.eye(8)]).astype(np.float32)
+    S = backend.asarray(S, "float32")
+    if isinstance(power, str):
+        W = backend.to_numpy(backend.damped_half(S, 1e-6, upper=power == "upper half"))
+        P = mT(W) @ W
+    else:
+        P = backend.to_numpy(backend.damped_power(S, power, 1e-6))
+        P = P @ P if power == -0.5 else P
+    floor = 10 * np.finfo(np.float32).eps  # what is added at least, for a trace of 1
+    w = np.linalg.eigvalsh(P[0].astype(float))
+    # As if the eigenvalue were half of it, or with ten times as much added.
+    assert 1 / (20 * floor) < w[-1] < 4 / floor
+    assert w[0] == pytest.approx(1.0, rel=0.3)  # eps times 2e6, which is beside it
+    assert_close(P[1], np.eye(8), rtol=2e-5)  # the damping of 1e-5
+
+
 def test_what_is_lost(backend):
     """Up to `least` of the mean eigenvalue, and not below what the Gram itself has rounded."""
     S = backend.asarray(np.diag([3.0, 1e-3, 1e-17])[None], "float64")
