@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import numpy as np
 
-from rlora.core.algebra import ROUNDING, mT
+from rlora.core.algebra import ROUNDING
 from rlora.core.backend import Backend
 from rlora.core.factors import Array
 
@@ -25,7 +25,7 @@ class JaxBackend(Backend):
         if power != -1.0:
             return super().spd_power(S, power)
         W = self.inverse_cholesky(S)  # (K, r, r)
-        return self.matmul(mT(W), W)
+        return self.matmul(W.mT, W)
 
     def inverse_cholesky(self, S: Array, *, upper: bool = False) -> Array:
         W = one_by_one(lower_inverse, S[..., ::-1, ::-1] if upper else S)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from rlora.core.algebra import mT
 from rlora.core.backend import AdamNumbers, Backend, Tall, Workspace
 from rlora.core.factors import Array
 
@@ -46,7 +45,7 @@ class NumPyBackend(Backend):
         if power != -1.0:
             return super().spd_power(S, power)
         W = self.inverse_cholesky(S)  # which sees what is not definite, as LU does not
-        return np.matmul(mT(W), W)
+        return np.matmul(W.mT, W)
 
     def inverse_cholesky(self, S: Array, *, upper: bool = False) -> Array:
         try:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 import rlora
 from rlora import Factors, Transform
-from rlora.core.algebra import mT
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array
 from rlora.core.moments import scale_by_adam
@@ -49,8 +48,8 @@ def gradient(network: Factors, x: Array, y: Array) -> Factors:
     """Gradients of the loss by both weights."""
     hidden, p = probabilities(network, x)
     error = (p - y) / x.shape[-1]
-    back = (mT(network.B) @ error) * get_backend(x).cast(hidden > 0, x.dtype)
-    return Factors(back @ mT(x), error @ mT(hidden))
+    back = (network.B.mT @ error) * get_backend(x).cast(hidden > 0, x.dtype)
+    return Factors(back @ x.mT, error @ hidden.mT)
 
 
 def adapted(network: Factors, pairs: list[Factors]) -> Factors:
@@ -61,7 +60,7 @@ def adapted(network: Factors, pairs: list[Factors]) -> Factors:
 def adapter_gradients(network: Factors, pairs: list[Factors], x: Array, y: Array) -> list[Factors]:
     """Gradients of the loss by the factors of each pair."""
     G = gradient(adapted(network, pairs), x, y)
-    return [Factors(mT(pair.B) @ g, g @ mT(pair.A)) for pair, g in zip(pairs, G, strict=True)]
+    return [Factors(pair.B.mT @ g, g @ pair.A.mT) for pair, g in zip(pairs, G, strict=True)]
 
 
 class Digits(NamedTuple):

@@ -13,7 +13,6 @@ import numpy as np
 import rlora
 from rlora import Factors, Transform
 from rlora.cli.chart import Panel
-from rlora.core.algebra import mT
 from rlora.core.factors import Array
 from rlora.core.placement import Placement
 
@@ -40,7 +39,7 @@ class Layer(NamedTuple):
         """The factors' gradients, by products no larger than a factor."""
         hidden = pair.A @ self.inputs
         error = (pair.B @ hidden - self.outputs) / self.inputs.shape[-1]
-        return Factors(mT(pair.B) @ error @ mT(self.inputs), error @ mT(hidden))
+        return Factors(pair.B.mT @ error @ self.inputs.mT, error @ hidden.mT)
 
     def parts(self, old: Factors, new: Factors) -> list[Array]:
         """Changes of the output, in the order of `PARTS`."""

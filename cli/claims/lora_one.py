@@ -6,7 +6,6 @@ import numpy as np
 
 import rlora
 from rlora import Factors, Transform
-from rlora.core.algebra import mT
 from rlora.core.backend import Backend
 from rlora.core.factors import Array
 
@@ -67,7 +66,7 @@ def angles(setting: Setting, seeds: int) -> tuple[Array, Array]:
     ]
     target, covariance = (setting.array(np.stack(x)) for x in zip(*teachers, strict=True))
     U, _, Vt = backend.svd(target @ covariance)  # of minus the gradient where B is 0
-    left, right = U[..., :TRUE_RANK], mT(Vt)[..., :TRUE_RANK]
+    left, right = U[..., :TRUE_RANK], Vt.mT[..., :TRUE_RANK]
 
     A = rng.standard_normal((seeds, RANK, SIDE)) / SIDE**0.5
     starts = Factors(
@@ -77,7 +76,7 @@ def angles(setting: Setting, seeds: int) -> tuple[Array, Array]:
     def move(pair: Factors) -> tuple[Factors, Array, Array]:
         G = (pair.B @ pair.A - target) @ covariance
         pair = rlora.apply_updates(pair, factor_gradients(pair, G), LR)
-        return pair, sine(backend, mT(pair.A), right), sine(backend, pair.B, left)
+        return pair, sine(backend, pair.A.mT, right), sine(backend, pair.B, left)
 
     move, pair = backend.compile(move), setting.arrays(starts)
     path = []
@@ -91,7 +90,7 @@ def angles(setting: Setting, seeds: int) -> tuple[Array, Array]:
 def sine(backend: Backend, factor: Array, space: Array) -> Array:
     """Sine of the largest angle between leading left singular vectors and an orthonormal basis."""
     U = backend.svd(factor)[0][..., : space.shape[-1]]
-    rest = U - space @ (mT(space) @ U)
+    rest = U - space @ (space.mT @ U)
     return backend.svd(rest)[1][..., 0]
 
 

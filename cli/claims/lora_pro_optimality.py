@@ -11,7 +11,6 @@ import numpy as np
 
 import rlora
 from rlora import Factors, Transform
-from rlora.core.algebra import mT
 from rlora.core.backend import Backend
 from rlora.core.factors import Array
 from rlora.methods.pro import Gauge
@@ -57,7 +56,7 @@ class Problem:
 
     def projection(self) -> Array:
         """G on the tangent space, by dense projectors."""
-        P_A, P_B = (Q @ mT(Q) for Q, _ in map(self.backend.qr, (mT(self.pair.A), self.pair.B)))
+        P_A, P_B = (Q @ Q.mT for Q, _ in map(self.backend.qr, (self.pair.A.mT, self.pair.B)))
         return P_B @ self.G + self.G @ P_A - P_B @ self.G @ P_A
 
     def distance(self, g: Array) -> float:
@@ -83,11 +82,11 @@ class Problem:
     def sylvester(self, move: Factors) -> float:
         """The residual of ``S_B X + X S_A = -S_B⁻¹ G_A Aᵀ / s²``, relative, of the X in a move."""
         A, B = self.pair
-        S_A, S_B = A @ mT(A), mT(B) @ B
+        S_A, S_B = A @ A.mT, B.mT @ B
         solve, total = self.backend.xp.linalg.solve, self.backend.xp.sum
         plain = solve(S_B, self.grads.A) / SCALING**2
-        X = mT(solve(S_A, A @ mT(move.A - plain)))
-        right = -plain @ mT(A)
+        X = solve(S_A, A @ (move.A - plain).mT).mT
+        right = -plain @ A.mT
         return float((total((S_B @ X + X @ S_A - right) ** 2) / total(right**2)) ** 0.5)
 
 

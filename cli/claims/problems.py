@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlora import Factors
-from rlora.core.algebra import mT
 from rlora.core.backend import Backend
 from rlora.core.factors import Array
 
@@ -20,7 +19,7 @@ GOAL: Final = 1e-8
 
 def factor_gradients(pair: Factors, G: Array) -> Factors:
     """Gradients of the factors, ``Bᵀ G`` and ``G Aᵀ``, by that of the product."""
-    return Factors(mT(pair.B) @ G, G @ mT(pair.A))
+    return Factors(pair.B.mT @ G, G @ pair.A.mT)
 
 
 def low_rank(rng: np.random.Generator, m: int, n: int, rank: int, condition: float) -> Matrix:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import rlora.torch
-from rlora.core.algebra import ROUNDING, mT
+from rlora.core.algebra import ROUNDING
 from rlora.core.backend import Backend
 from rlora.core.placement import precondition, preconditioners
 
@@ -39,7 +39,7 @@ class Coarse(Backend):
         self.inputs, self.sums = rounded_to(inputs), rounded_to(sums)
 
     def cross_rows(self, X: Sequence[Any], Y: Sequence[Any], dtype: Any) -> Any:
-        products = [self.inputs(x) @ mT(self.inputs(y)) for x, y in zip(X, Y, strict=True)]
+        products = [self.inputs(x) @ self.inputs(y).mT for x, y in zip(X, Y, strict=True)]
         return np.stack([self.sums(C) for C in products]).astype(dtype)
 
 

@@ -50,7 +50,7 @@ class MatrixAlgebra:
         """``S^power`` of symmetric positive definite matrices (K, r, r) with trace about r."""
         w, Q = self.eigh(S)
         w = self.above_rounding(w)
-        return self.matmul(Q * self.xp.expand_dims(w**power, axis=-2), mT(Q))
+        return self.matmul(Q * self.xp.expand_dims(w**power, axis=-2), Q.mT)
 
     def above_rounding(self, w: Array) -> Array:
         """Eigenvalues (K, r) of damped Grams, none below half of the least damping.
@@ -94,7 +94,7 @@ class MatrixAlgebra:
         xp = self.xp
         w, Q = self.eigh(S)
         w = self.above_rounding(w)
-        X = mT(Q / xp.expand_dims(w**0.5, axis=-2))  # Xᵀ X = S⁻¹
+        X = (Q / xp.expand_dims(w**0.5, axis=-2)).mT  # Xᵀ X = S⁻¹
         _, R = self.qr(X if upper else xp.flip(X, axis=-1))
         signs = xp.where(xp.linalg.diagonal(R) < 0, -1.0 + 0 * w, 1.0 + 0 * w)
         R = xp.expand_dims(signs, axis=-1) * R
@@ -165,7 +165,7 @@ class MatrixAlgebra:
         w, Q = self.eigh(H)
         gone = w <= lost
         power = xp.where(gone, xp.zeros_like(w), xp.where(gone, xp.ones_like(w), w) ** exponent)
-        return self.matmul(Q * xp.expand_dims(power, axis=-2), mT(Q)) * unit**exponent
+        return self.matmul(Q * xp.expand_dims(power, axis=-2), Q.mT) * unit**exponent
 
     def pseudo_half(self, S: Array, least: float = 0.0) -> Array:
         """One of the W with ``Wᵀ W = pseudo_power(S, -1)``, for methods that no choice changes."""
@@ -195,7 +195,7 @@ class MatrixAlgebra:
         root = xp.sqrt(xp.maximum(w, share * xp.clip(trace, min=0.0))) + eps
         lost = root == 0  # of V = 0 with eps = 0 no direction is known
         half = xp.where(lost, root, xp.where(lost, xp.ones_like(root), root) ** -0.5)
-        return self.matmul(mT(Q * xp.expand_dims(half, axis=-2)), X)
+        return self.matmul((Q * xp.expand_dims(half, axis=-2)).mT, X)
 
 
 def lost_below(xp: Any, rank: int, dtype: Any) -> float:
@@ -207,11 +207,6 @@ def lost_below(xp: Any, rank: int, dtype: Any) -> float:
     product there by the learning rate moves a factor by 10⁴ times as much, and with it the rest.
     """
     return max(ROUNDING * rank * float(xp.finfo(dtype).eps), 2.0**-26)
-
-
-def mT(x: Array) -> Array:
-    """Transpose of the last two axes; a view where the library has views."""
-    return x.mT if hasattr(x, "mT") else x.swapaxes(-1, -2)
 
 
 def traces(xp: Any, S: Array) -> Array:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-from rlora.core.algebra import MatrixAlgebra, mT
+from rlora.core.algebra import MatrixAlgebra
 from rlora.core.errors import BackendError, NamespaceError
 from rlora.core.factors import Array, detached, device_of
 
@@ -69,13 +69,13 @@ class Backend(MatrixAlgebra):
         self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
     ) -> Array:
         """``Bᵀ B`` for every (..., m, r) of the list, as one stack (K, r, r)."""
-        return self.gram_rows([mT(B) for B in tall], dtype, workspace)
+        return self.gram_rows([B.mT for B in tall], dtype, workspace)
 
     def cross_rows(self, X: Sequence[Array], Y: Sequence[Array], dtype: Any) -> Array:
         """``X Yᵀ`` for every (..., r, n) of two lists of equal shapes, as one stack (K, r, r)."""
         products = []
         for x, y in zip(X, Y, strict=True):
-            C = self.matmul(self.cast(x, dtype), mT(self.cast(y, dtype)))  # (..., r, r)
+            C = self.matmul(self.cast(x, dtype), self.cast(y, dtype).mT)  # (..., r, r)
             products.append(self.xp.reshape(C, (-1, *C.shape[-2:])))
         return self.xp.concat(products)
 

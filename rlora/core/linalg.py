@@ -8,7 +8,7 @@ from functools import partial
 from math import prod
 from typing import Any, Literal
 
-from rlora.core.algebra import ROUNDING, constants, mT, traces
+from rlora.core.algebra import ROUNDING, constants, traces
 from rlora.core.backend import Backend
 from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative
 from rlora.core.factors import Array, Factors, device_of, indices_by_rank
@@ -109,7 +109,7 @@ def in_row_space(backend: Backend, S: Array, lost: Array, P: Array) -> Array:
     _, Q = backend.eigh(S)
     places = xp.arange(S.shape[-1], dtype=S.dtype, device=device_of(S))  # ascending eigenvalues
     Q = xp.where(places < lost, xp.zeros_like(Q), Q)
-    kept = matmul(Q, mT(Q))
+    kept = matmul(Q, Q.mT)
     return symmetric(matmul(matmul(kept, P), kept))
 
 
@@ -126,7 +126,7 @@ def metric_half(
     S_B, S_A = group.halves(S)
     if damping_mode == "covariant":
         P_B = half(S_A)
-        P_A = half(group.backend.plus_product(S_B, damping, mT(P_B), P_B), upper=True)
+        P_A = half(group.backend.plus_product(S_B, damping, P_B.mT, P_B), upper=True)
     else:
         relative = damping_mode == "relative"
         P_B = half(S_A, damping, relative=relative)
@@ -150,7 +150,7 @@ def to_new_coordinates(group: RankGroup, S: Stack, turn: Sequence[Factors]) -> S
         See `record_turn`.
     """
     matmul, W = group.backend.matmul, group.backend.pseudo_half(S, group.lost)
-    return matmul(mT(W), matmul(W, group.stack(turn)))
+    return matmul(W.mT, matmul(W, group.stack(turn)))
 
 
 def record_turn(group: RankGroup, old: Sequence[Factors], state: State) -> State:
@@ -207,7 +207,7 @@ def tangent(
     both = group.both_move() if both is None else both
     Y = matmul(matmul(P_A, C), P_B)  # (K, r, r), what both factors would do twice
     X = group.xp.zeros_like(Y) if X is None else X
-    shares = scale * group.xp.concat([both * X, -both * mT(X + Y)])
+    shares = scale * group.xp.concat([both * X, -both * (X + Y).mT])
     return group.apply(scale * P, G, onto=group.apply(shares, group.params))
 
 
@@ -223,12 +223,12 @@ def scale(c: Array | float, X: Sequence[Factors]) -> list[Factors]:
 
 def symmetric(S: Array) -> Array:
     """The symmetric part, which rounding has left."""
-    return 0.5 * (S + mT(S))
+    return 0.5 * (S + S.mT)
 
 
 def congruence(backend: Backend, W: Array, S: Array) -> Array:
     """``W S Wᵀ``, as symmetric as rounding leaves it."""
-    return backend.matmul(backend.matmul(W, S), mT(W))
+    return backend.matmul(backend.matmul(W, S), W.mT)
 
 
 def geometric_mean(backend: Backend, M: Array, S: Array) -> Array:
@@ -242,7 +242,7 @@ def geometric_mean(backend: Backend, M: Array, S: Array) -> Array:
     M, S = M / m, S / s  # what is below has their product
     W = backend.damped_half(M)
     root = backend.damped_power(congruence(backend, backend.matmul(W, M), S), 0.5)
-    return congruence(backend, mT(W), root) * (s**0.5 / m**0.5)
+    return congruence(backend, W.mT, root) * (s**0.5 / m**0.5)
 
 
 def sylvester_spd(backend: Backend, P: Array, Q: Array, C: Array) -> Array:
@@ -253,6 +253,6 @@ def sylvester_spd(backend: Backend, P: Array, Q: Array, C: Array) -> Array:
     live = ~(
         sums <= ROUNDING * float(xp.finfo(C.dtype).eps) * xp.max(sums, axis=(-2, -1), keepdims=True)
     )
-    rotated = matmul(matmul(mT(U), C), V)
+    rotated = matmul(matmul(U.mT, C), V)
     rotated = xp.where(live, rotated / xp.where(live, sums, xp.ones_like(sums)), 0 * sums)
-    return matmul(matmul(U, rotated), mT(V))
+    return matmul(matmul(U, rotated), V.mT)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from rlora.core.algebra import mT
 from rlora.core.backend import Backend, Workspace
 from rlora.core.factors import Array, Factors, indices_by_rank
 from rlora.core.linalg import DampingMode, inverse_metric, metric_half
@@ -187,7 +186,7 @@ def split_power(
         # A Gram that has overflowed has P = 0, and 0 times inf would be NaN.
         live = P[:, :1, :1] != 0  # on the diagonal of another one all is positive
         S = xp.where(live, S, xp.zeros_like(P))
-    transposed = mT(P)
+    transposed = P.mT
     F = matmul(S, transposed)
     F = matmul(P, F) if both else F
     F = matmul(F, F)

@@ -10,7 +10,7 @@ from itertools import chain
 from math import prod
 from typing import Any, TypeAlias
 
-from rlora.core.algebra import constants, lost_below, mT
+from rlora.core.algebra import constants, lost_below
 from rlora.core.backend import Backend, Workspace
 from rlora.core.checks import ComputeDtype, check_choice
 from rlora.core.dispatch import get_backend
@@ -87,12 +87,12 @@ class RankGroup:
 
     def cross(self, X: Sequence[Factors], Y: Sequence[Factors]) -> Stack:
         """``X Yᵀ`` in row form."""
-        x, y = ([pair.A for pair in each] + [mT(pair.B) for pair in each] for each in (X, Y))
+        x, y = ([pair.A for pair in each] + [pair.B.mT for pair in each] for each in (X, Y))
         return self.backend.cross_rows(x, y, self.dtype)
 
     def partner_cross(self, X: Sequence[Factors], Y: Sequence[Factors]) -> Stack:
         """``X Yᵀ`` of the partner of each factor: ``X_Bᵀ Y_B`` and ``X_A Y_Aᵀ``."""
-        x, y = ([mT(pair.B) for pair in each] + [pair.A for pair in each] for each in (X, Y))
+        x, y = ([pair.B.mT for pair in each] + [pair.A for pair in each] for each in (X, Y))
         return self.backend.cross_rows(x, y, self.dtype)
 
     def apply(
@@ -148,7 +148,7 @@ class RankGroup:
         """The matrices that multiply A from the left and B from the right: P and ``Pᵀ``."""
         P_A, P_B = self.halves(self.backend.cast(P, self.wide))
         A, B = zip(*self.params, strict=True)
-        pieces = self.backend.unstack(P_A, A), self.backend.unstack(mT(P_B), B)
+        pieces = self.backend.unstack(P_A, A), self.backend.unstack(P_B.mT, B)
         return list(map(Factors, *pieces))
 
     def per_layer(self, X: Sequence[Factors]) -> Stack:

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from rlora.core.algebra import mT
 from rlora.core.backend import Backend
 from rlora.core.dispatch import get_backend
 from rlora.core.factor_checks import check_pairs
@@ -58,12 +57,12 @@ def _even(backend: Backend, pair: Factors) -> Factors:
     sound = (largest[0] == a) & (largest[1] == b)
     with backend.exact(A):
         U, R = xp.linalg.qr(xp.where(sound, B / b, xp.zeros_like(B)))  # (..., m, k), (..., k, r)
-        V, L = xp.linalg.qr(mT(xp.where(sound, A / a, xp.zeros_like(A))))
-        u, s, vt = xp.linalg.svd(backend.matmul(R, mT(L)), full_matrices=False)
+        V, L = xp.linalg.qr(xp.where(sound, A / a, xp.zeros_like(A)).mT)
+        u, s, vt = xp.linalg.svd(backend.matmul(R, L.mT), full_matrices=False)
         C = backend.asarray_like(cosines(A.shape[-2])[: s.shape[-1]], A)
         root = s[..., None, :] ** 0.5 * a**0.5 * b**0.5
         new_B = backend.matmul(backend.matmul(U, u) * root, C)
-        new_A = mT(backend.matmul(backend.matmul(V, mT(vt)) * root, C))
+        new_A = backend.matmul(backend.matmul(V, vt.mT) * root, C).mT
     sound = sound & (xp.max(s, axis=-1)[..., None, None] > 0)
     return Factors(
         backend.cast(xp.where(sound, new_A, A), pair.A.dtype),

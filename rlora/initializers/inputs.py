@@ -1,6 +1,5 @@
 """Starts from the inputs of a layer."""
 
-from rlora.core.algebra import mT
 from rlora.core.checks import check_count, hyperparameters
 from rlora.core.factors import Array, Factors, device_of
 from rlora.initializers.start import Start
@@ -59,7 +58,7 @@ def eva(inputs: Array, rank: int, *, out_features: int, **svd: int) -> Start:
     """
     check_count("out_features", out_features, 1)
     backend, X = door(inputs, rank)
-    V, _, _ = randomized_svd(mT(X - backend.xp.mean(X, axis=-2, keepdims=True)), rank, **svd)
+    V, _, _ = randomized_svd((X - backend.xp.mean(X, axis=-2, keepdims=True)).mT, rank, **svd)
     shape = (*X.shape[:-2], out_features, rank)
     B = backend.xp.zeros(shape, dtype=X.dtype, device=device_of(X))
-    return Start(Factors(mT(V), B))
+    return Start(Factors(V.mT, B))

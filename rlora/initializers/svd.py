@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 
-from rlora.core.algebra import mT
 from rlora.core.backend import Backend
 from rlora.core.checks import check_count
 from rlora.core.dispatch import get_backend
@@ -71,9 +70,9 @@ def randomized_svd(
         else:
             Q, _ = xp.linalg.qr(backend.matmul(M, normal(backend, (M.shape[-1], k), seed, M)))
             for _ in range(iterations):
-                Z, _ = xp.linalg.qr(backend.matmul(mT(M), Q))  # (..., n, k)
+                Z, _ = xp.linalg.qr(backend.matmul(M.mT, Q))  # (..., n, k)
                 Q, _ = xp.linalg.qr(backend.matmul(M, Z))  # (..., m, k)
-            U, S, Vt = xp.linalg.svd(backend.matmul(mT(Q), M), full_matrices=False)
+            U, S, Vt = xp.linalg.svd(backend.matmul(Q.mT, M), full_matrices=False)
             U = backend.matmul(Q, U)
     U, S, Vt = U[..., :rank], S[..., :rank], Vt[..., :rank, :]
     one = xp.ones_like(S)

@@ -2,7 +2,6 @@
 
 import math
 
-from rlora.core.algebra import mT
 from rlora.core.checks import check_count, check_positive, hyperparameters
 from rlora.core.factors import Array, Factors
 from rlora.initializers.start import Start, balanced
@@ -170,7 +169,7 @@ def olora(weight: Array, rank: int) -> Start:
         corner = xp.linalg.diagonal(R)  # (..., r)
         one = xp.ones_like(corner)
         Q = Q * xp.where(corner < 0, -one, one)[..., None, :]
-        pair = Factors(backend.matmul(mT(Q), W), Q)
+        pair = Factors(backend.matmul(Q.mT, W), Q)
     return Start(pair, offset=pair)
 
 

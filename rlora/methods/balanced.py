@@ -6,7 +6,7 @@ Accelerate Convergence. arXiv:2605.31484, 2026.
 
 from typing import Final
 
-from rlora.core.algebra import eye_like, mT, traces
+from rlora.core.algebra import eye_like, traces
 from rlora.core.checks import hyperparameters
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
@@ -113,7 +113,7 @@ def balance(group: RankGroup, X: list[Factors], state: State) -> tuple[list[Fact
     S_A, S_B = group.halves(xp.where(live, S / unit + SINGULAR / group.rank * eye, eye))
     w, Q = backend.eigh(geometric_mean(backend, S_A, S_B))
     w = xp.clip(w, min=float(info.eps) * xp.max(w, axis=-1, keepdims=True))[..., None, :]
-    half, back = (backend.matmul(Q * w**p, mT(Q)) for p in (0.5, -0.5))
+    half, back = (backend.matmul(Q * w**p, Q.mT) for p in (0.5, -0.5))
     root = unit**0.25
     c = group.swap_sides(root) / root
     if group.numbers is not None:  # huge factors, of which these Grams are not

@@ -7,7 +7,7 @@ Behaves Like Full Fine-Tuning. arXiv:2505.21289, 2025.
 import math
 from typing import Literal, NamedTuple
 
-from rlora.core.algebra import ROUNDING, mT
+from rlora.core.algebra import ROUNDING
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, counterparts, map_pairs, rebuild
@@ -127,7 +127,7 @@ def averages(
         d1, d2 = (each(corrected_decay(xp, b, count)) for b in rates)
         turn, d2 = turn[..., None, :, :], d2[..., None]
         mu.append(d1 * m + (1 - d1) * x)
-        rows.append(d2 * matmul(matmul(turn, C), mT(turn)) + (1 - d2) * products(v))
+        rows.append(d2 * matmul(matmul(turn, C), turn.mT) + (1 - d2) * products(v))
     return Factors(*mu), Factors(*rows)
 
 
@@ -141,13 +141,13 @@ def seen_by_factors(
     M = matmul(xp.where(b_side, mu.B, B), xp.where(b_side, A, mu.A))
     left = xp.where(b_side, flat(rows.B), flat(products(own.B)))  # (..., m, r²)
     right = xp.where(b_side, flat(products(own.A)), flat(rows.A))  # (..., n, r²)
-    V = matmul(left, mT(right))
+    V = matmul(left, right.mT)
     # An entry that is lost in the rounding of its sum counts as that rounding.
     least = [xp.sum(x[..., :: group.rank + 1], axis=-1) for x in (left, right)]
     rounding = ROUNDING * float(xp.finfo(V.dtype).eps)
     V = xp.maximum(V, rounding * least[0][..., :, None] * least[1][..., None, :])
     U = M / (xp.sqrt(V) + eps)
-    return Factors(matmul(mT(B), U), matmul(U, mT(A)))
+    return Factors(matmul(B.mT, U), matmul(U, A.mT))
 
 
 def turn_of(letter: str, first: First, steps: Array, moving: tuple[bool, bool]) -> Array:
@@ -159,7 +159,7 @@ def turn_of(letter: str, first: First, steps: Array, moving: tuple[bool, bool]) 
 
 def in_rows(pair: Factors) -> Factors:
     """Columns of A and rows of B as rows: (..., n, r) and (..., m, r)."""
-    return Factors(mT(pair.A), pair.B)
+    return Factors(pair.A.mT, pair.B)
 
 
 def products(rows: Array) -> Array:

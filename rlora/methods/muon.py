@@ -6,7 +6,6 @@ a product: Intrinsic Muon: Spectral Optimization on Riemannian Matrix Manifolds.
 2026.
 """
 
-from rlora.core.algebra import mT
 from rlora.core.checks import check_unit, hyperparameters, is_zero
 from rlora.core.decay import decay_product_around
 from rlora.core.factors import Factors
@@ -28,7 +27,7 @@ def scale_by_spectral_norm(*, compute_dtype: str | None = None) -> Transform:
         W = backend.pseudo_half(group.partner_gram(group.params), group.lost)
         M, _ = group.in_range(M)  # of which msign knows the direction alone
         sign = backend.pseudo_power(congruence(backend, W, group.gram(M)), -0.5, group.lost)
-        D = group.apply(congruence(backend, mT(W), sign), M)
+        D = group.apply(congruence(backend, W.mT, sign), M)
         return [over(d, 2 * s) for d, s in zip(D, state.scaling, strict=True)], state
 
     return by_rank(keep_scaling, rule, compute_dtype=compute_dtype, sharded=True)

@@ -7,7 +7,6 @@ Smarter Than SGD: The OPLoRA Alternating Update. arXiv:2509.19977, 2025.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from rlora.core.algebra import mT
 from rlora.core.backend import Backend
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.dispatch import get_backend
@@ -172,9 +171,9 @@ def low_rank_sum(
     (A, B), (D_A, D_B) = zip(*group.params, strict=True), zip(*D, strict=True)
     M_A, M_B = zip(*M, strict=True)
     backend, sums = group.backend, list(M_A)
-    inside = least_squares(backend, [mT(x) for x in M_B], group.dtype)
+    inside = least_squares(backend, [x.mT for x in M_B], group.dtype)
     for c, Y, X in ((keep - 1, M_B, M_A), (1.0, B, D_A), (1.0, D_B, A)):
-        parts = backend.apply_left([mT(c * y) for y in inside([mT(y) for y in Y])], X)
+        parts = backend.apply_left([(c * y).mT for y in inside([y.mT for y in Y])], X)
         sums = [total + part for total, part in zip(sums, parts, strict=True)]
     sums = orthonormal(backend, sums, group.dtype)  # or the condition number grows at each step
     inside = least_squares(backend, sums, group.dtype)
@@ -232,7 +231,7 @@ def least_squares(backend: Backend, F: Sequence[Array], dtype: Any) -> Coordinat
     w, Q = backend.eigh(H)
     lost = w <= w.shape[-1] * float(xp.finfo(F[0].dtype).eps)
     inverse = xp.where(lost, xp.zeros_like(w), 1 / (xp.abs(w) + damping))
-    P = backend.matmul(Q * xp.expand_dims(inverse, axis=-2), mT(Q)) / unit
+    P = backend.matmul(Q * xp.expand_dims(inverse, axis=-2), Q.mT) / unit
 
     def inside(Y: Sequence[Array]) -> list[Array]:
         Y, d = into_range(backend, Y)

@@ -6,7 +6,6 @@ arXiv:2407.18242, 2024.
 
 from typing import Literal, NamedTuple
 
-from rlora.core.algebra import mT
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters, is_zero
 from rlora.core.decay import add_decayed_weights, decay_product
 from rlora.core.dispatch import get_backend
@@ -69,7 +68,7 @@ def gauge_of(gauge: Gauge, group: RankGroup, S: Stack, P: Stack, cross: Stack) -
     if gauge == "balanced":
         return -0.5 * matmul(matmul(P_A, C_B), P_B)
     S_B, S_A = group.halves(S)  # those of the partners
-    C = -matmul(P_A, mT(C_A))
+    C = -matmul(P_A, C_A.mT)
     if group.numbers is not None:  # huge factors: S_B / c_B² to S_A / c_A², neither enlarged
         c_A, c_B = group.halves(group.stack(group.numbers))
         most = group.xp.maximum(c_A, c_B)
@@ -134,7 +133,7 @@ def scale_by_full_adam(
             own = [state.mu[k]], [state.nu[k]], [state.count[k]], [equivalent]
             *new, (d,) = adam_step(*own, b1, b2, eps)
             moments.append([x for (x,) in new])
-            G.append(Factors(matmul(mT(pair.B), d), matmul(d, mT(pair.A))))
+            G.append(Factors(matmul(pair.B.mT, d), matmul(d, pair.A.mT)))
         mu, nu, count = (list(column) for column in zip(*moments, strict=True))
         cross = group.cross(group.params, G)
         X = gauge_of(gauge, group, S, P, cross)

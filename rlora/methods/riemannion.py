@@ -8,7 +8,7 @@ Riemannion: Muon Optimizer for Parametrization-independent Low-Rank Adapters. ar
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rlora.core.algebra import ROUNDING, mT
+from rlora.core.algebra import ROUNDING
 from rlora.core.backend import Backend
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.decay import remaining
@@ -126,8 +126,8 @@ def _seen_msign(backend: Backend, X: Factors, M: Factors) -> Factors:
     ones = xp.where(live, xp.ones_like(sigma), 0 * sigma)  # NaN stays
     sign = matmul(left * ones[..., None, :], right)
     return Factors(
-        matmul(matmul(matmul(mT(X.B), U), sign), mT(V)),
-        matmul(U, matmul(sign, matmul(mT(V), mT(X.A)))),
+        matmul(matmul(matmul(X.B.mT, U), sign), V.mT),
+        matmul(U, matmul(sign, matmul(V.mT, X.A.mT))),
     )
 
 
@@ -135,8 +135,8 @@ def _core(backend: Backend, X: Factors, M: Factors) -> tuple[Array, Array, Array
     """``U core Vᵀ = B M_A + M_B A`` with orthonormal U (m, k) and V (n, l), k and l at most 2r."""
     xp = backend.xp
     U, R = backend.qr(xp.concat([X.B, M.B], axis=-1))
-    V, T = backend.qr(xp.concat([mT(M.A), mT(X.A)], axis=-1))
-    return U, backend.matmul(R, mT(T)), V
+    V, T = backend.qr(xp.concat([M.A.mT, X.A.mT], axis=-1))
+    return U, backend.matmul(R, T.mT), V
 
 
 def _retract(pair: Factors, d: Factors, lr: Array | float, weight_decay: float) -> Factors:
@@ -154,12 +154,12 @@ def _retract(pair: Factors, d: Factors, lr: Array | float, weight_decay: float) 
     left, sigma, right = backend.svd(core)
     kept = min(r, sigma.shape[-1])
     B = backend.matmul(U, left)[..., :kept]
-    A = (sigma[..., :, None] * backend.matmul(right, mT(V)))[..., :kept, :]
+    A = (sigma[..., :, None] * backend.matmul(right, V.mT))[..., :kept, :]
     if missing := r - kept:  # a rank above that of the weight
         B = xp.concat([B, xp.zeros_like(wide.B[..., :missing])], axis=-1)
         A = xp.concat([A, xp.zeros_like(wide.A[..., :missing, :])], axis=-2)
     slots = _slots(backend, wide)
-    A, B = backend.matmul(mT(slots), A), backend.matmul(B, slots)
+    A, B = backend.matmul(slots.mT, A), backend.matmul(B, slots)
     return Factors(backend.cast(A, pair.A.dtype), backend.cast(B, pair.B.dtype))
 
 

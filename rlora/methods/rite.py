@@ -8,7 +8,7 @@ import math
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from rlora.core.algebra import eye_like, mT, traces
+from rlora.core.algebra import eye_like, traces
 from rlora.core.backend import Backend
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.decay import add_decayed_weights
@@ -75,7 +75,7 @@ def scale_by_rite(
         S = group.partner_gram(group.params)
         W = backend.pseudo_half(S, group.lost)  # W G: the unmagnified gradient
         U = backend.matmul(W, group.stack(state.turn))
-        T = backend.matmul(mT(W), U)  # old coordinates to new
+        T = backend.matmul(W.mT, U)  # old coordinates to new
 
         V = congruence(backend, U, group.stack(state.nu))
         largest = _largest_root(xp, group.wide)
@@ -97,9 +97,9 @@ def scale_by_rite(
             shifted = V + rho * eye_like(xp, V)
 
         H = backend.inverse_root_half(shifted, eps, W, group.lost)
-        X = backend.matmul(mT(H), (1 - decay1) * back * H)
+        X = backend.matmul(H.mT, (1 - decay1) * back * H)
         mu = group.apply(X, G, onto=group.apply(decay1 * T, state.mu))
-        nu = group.unstack(congruence(backend, mT(W), V))
+        nu = group.unstack(congruence(backend, W.mT, V))
         return mu, state._replace(
             mu=mu,
             nu=nu,

@@ -7,7 +7,6 @@ arXiv:2411.19557, 2024.
 
 from typing import NamedTuple
 
-from rlora.core.algebra import mT
 from rlora.core.checks import hyperparameters, meant_for
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
@@ -89,7 +88,7 @@ def scale_by_core(
             return None if X is None or Y is None else backend.matmul(X, Y)
 
         def of_core(G: Factors, A0: Array, P: Array, s: Array) -> Factors:
-            return over(Factors(matmul(P, matmul(G.A, mT(A0))), None), s**2)
+            return over(Factors(matmul(P, matmul(G.A, A0.mT)), None), s**2)
 
         with backend.exact(leaves[0]):
             cores = rebuild(params, map(of_core, pairs_of(grads), *constants))

@@ -1,6 +1,5 @@
 """Trust region: no step moves the product of a pair by more than a bound."""
 
-from rlora.core.algebra import mT
 from rlora.core.checks import check_positive, hyperparameters
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, map_pairs
@@ -125,13 +124,13 @@ def fraction(pair: Factors, step: Factors, bound: float) -> Array:
     r, entries = A.shape[-2], A.shape[-1] * B.shape[-2]
     with backend.exact(A):  # [B D_B] [D_A; A], whose squared norm is that of two Grams (2r, 2r)
         rows, columns = xp.concat([a, A], axis=-2), xp.concat([B, b], axis=-1)
-        K, L = backend.matmul(rows, mT(rows)), backend.matmul(mT(columns), columns)
+        K, L = backend.matmul(rows, rows.mT), backend.matmul(columns.mT, columns)
 
     def size(K: Array, L: Array) -> Array:  # rounding may leave less than zero
         square = xp.sum(K * L, axis=(-2, -1), keepdims=True) / entries
         return xp.sqrt(xp.clip(square, min=0.0))
 
-    f = product(unit, size(K * shares * mT(shares), L))
+    f = product(unit, size(K * shares * shares.mT, L))
     root = xp.sqrt(bound * size(K[..., :r, :r], L[..., r:, r:]))
     g = 2 * product(xp.sqrt(of_a) * xp.sqrt(of_b), root)
     largest = xp.clip(xp.maximum(f, g), min=least)

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlora.core.algebra import mT
 from rlora.core.backend import Backend
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors
@@ -38,7 +37,7 @@ class Problem(NamedTuple):
     def grads(self, params: Factors) -> Factors:
         """``G_A = s Bᵀ G`` and ``G_B = s G Aᵀ``."""
         G = self.error(params)
-        return Factors(self.scaling * (mT(params.B) @ G), self.scaling * (G @ mT(params.A)))
+        return Factors(self.scaling * (params.B.mT @ G), self.scaling * (G @ params.A.mT))
 
 
 def make_problem(

@@ -12,7 +12,6 @@ import rlora
 import rlora.backends
 from rlora import BackendError, Factors
 from rlora.core import dispatch
-from rlora.core.algebra import mT
 from rlora.core.backend import Backend
 from rlora.testing import CONTRACT, assert_close, make_problem
 
@@ -82,7 +81,6 @@ def plugin(tmp_path):
 
 
 TINY = """
-    from rlora.core.algebra import mT
     from rlora.core.backend import Backend
 
     class Tiny(Backend):
@@ -189,8 +187,8 @@ def test_a_sum_with_a_product(c, backend):
     """Stacks (K, r, r), one of them transposed; a few roundings of float32."""
     S, X, Y = np.random.default_rng(0).normal(size=(3, 4, 5, 5))
     s, x, y = (backend.asarray(z, "float32") for z in (S, X, Y))
-    found = backend.plus_product(s, c, mT(x), y)
-    assert_close(found, S + c * mT(X) @ Y, rtol=1e-6)
+    found = backend.plus_product(s, c, x.mT, y)
+    assert_close(found, S + c * X.mT @ Y, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["lora_rite", "lora_pro_sgd", "riemannion", "scaled_adamw"])

@@ -5,7 +5,6 @@ import pytest
 
 import rlora
 from rlora.backends import get
-from rlora.core.algebra import mT
 from rlora.core.backend import Backend
 from rlora.testing import assert_close, make_problem, run
 
@@ -33,11 +32,11 @@ def test_half_power_equals_eigh(condition, dtype):
     rng, backend = np.random.default_rng(0), get("torch")
     Q = np.linalg.qr(rng.normal(size=(5, 16, 16)))[0]
     w = 7 * np.geomspace(1 / condition, 1, 16)
-    S = backend.asarray((Q * w) @ mT(Q), dtype)
+    S = backend.asarray((Q * w) @ Q.mT, dtype)
     eps = np.finfo(dtype).eps
     root, inverse = (backend.to_numpy(half_power(S, power)) for power in (0.5, -0.5))
-    assert_close(root, (Q * w**0.5) @ mT(Q), rtol=10 * eps * condition**0.5)
-    assert_close(inverse, (Q * w**-0.5) @ mT(Q), rtol=10 * eps * max(condition, 10))
+    assert_close(root, (Q * w**0.5) @ Q.mT, rtol=10 * eps * condition**0.5)
+    assert_close(inverse, (Q * w**-0.5) @ Q.mT, rtol=10 * eps * max(condition, 10))
     top = Q[:, :, -1:]
     assert_close(inverse @ top, w[-1] ** -0.5 * top, rtol=50 * eps * condition**0.5)
 
@@ -49,8 +48,8 @@ def test_half_power_of_what_is_damped(power, damping):
     rng, backend = np.random.default_rng(0), get("torch")
     Q = np.linalg.qr(rng.normal(size=(5, 16, 16)))[0]
     w = 7 * np.append(np.geomspace(1, 1e-3, 15), 0.0)
-    S = backend.asarray((Q * w) @ mT(Q), "float64")
-    expected = (Q * (w + damping * w.mean()) ** power) @ mT(Q)
+    S = backend.asarray((Q * w) @ Q.mT, "float64")
+    expected = (Q * (w + damping * w.mean()) ** power) @ Q.mT
     found = half_power(S, power, damping)
     assert_close(found, expected, rtol=10 * np.finfo(float).eps * max(16 / damping, 100))
 
@@ -75,7 +74,7 @@ def test_pseudo_powers_without_eigh(dtype, without_eigh):
     stack = np.stack([(Q * w) @ Q.T, np.zeros((8, 8)), np.full((8, 8), np.nan), np.eye(8) * tiny])
     S = backend.asarray(stack, dtype)
     W, P = (backend.to_numpy(x) for x in (backend.pseudo_half(S), backend.pseudo_power(S, -0.5)))
-    for inverse in (mT(W) @ W, P @ P):
+    for inverse in (W.mT @ W, P @ P):
         found = np.diag(Q.T @ inverse[0] @ Q)
         assert_close(found[1:] * w[1:], np.ones(7), atol=5e-3)
         assert_close(found[2:] * w[2:], np.ones(6), atol=5e-4)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from rlora import Factors
-from rlora.core.algebra import mT
 from rlora.core.backend import AdamNumbers, Backend
 from rlora.core.linalg import geometric_mean
 from rlora.core.placement import preconditioners
@@ -29,9 +28,9 @@ def test_factor_sized_operations(backend, workspace, dtype, rtol):
         rows_np, rows = factors(backend, shapes, dtype, seed)
         cols_np, cols = factors(backend, columns, dtype, seed + 9)
         like = getattr(backend.xp, dtype)
-        stack = np.concatenate([(x @ mT(x)).reshape(-1, 3, 3) for x in rows_np])
+        stack = np.concatenate([(x @ x.mT).reshape(-1, 3, 3) for x in rows_np])
         assert_close(backend.gram_rows(rows, like, workspace), stack, rtol=rtol)
-        stack = np.concatenate([(mT(x) @ x).reshape(-1, 3, 3) for x in cols_np])
+        stack = np.concatenate([(x.mT @ x).reshape(-1, 3, 3) for x in cols_np])
         assert_close(backend.gram_columns(cols, like, workspace), stack, rtol=rtol)
         P_np, P = factors(backend, [(*shape[:-2], 3, 3) for shape in shapes], dtype, seed + 5)
         for x, p, y in zip(rows_np, P_np, backend.apply_left(P, rows, workspace), strict=True):
@@ -50,12 +49,12 @@ def test_thin_columns(backend, r, lead, monkeypatch):
         monkeypatch.setattr(_torch_stacks, name, 1)
     shapes = [(*lead, 48, r), (*lead, 7, r), (*lead, 48, r)]
     (cols_np, cols), (other_np, other) = (factors(backend, shapes, seed=s) for s in (0, 1))
-    stack = np.concatenate([(mT(x) @ x).reshape(-1, r, r) for x in cols_np])
+    stack = np.concatenate([(x.mT @ x).reshape(-1, r, r) for x in cols_np])
     assert_close(backend.gram_columns(cols, backend.xp.float64), stack, rtol=1e-13)
     stack = np.concatenate(
-        [(mT(x) @ y).reshape(-1, r, r) for x, y in zip(cols_np, other_np, strict=True)]
+        [(x.mT @ y).reshape(-1, r, r) for x, y in zip(cols_np, other_np, strict=True)]
     )
-    rows = [[mT(x) for x in xs] for xs in (cols, other)]
+    rows = [[x.mT for x in xs] for xs in (cols, other)]
     assert_close(backend.cross_rows(*rows, backend.xp.float64), stack, rtol=1e-13)
     P_np, P = factors(backend, [(*lead, r, r)] * 3, seed=2)
     for x, p, y in zip(cols_np, P_np, backend.apply_right(cols, P), strict=True):
@@ -70,11 +69,11 @@ def test_products_onto_others(backend, lead):
     Z_np, Z = factors(backend, [x.shape for x in X_np], seed=2)
     for p, x, z, y in zip(P_np, X_np, Z_np, backend.apply_left(P, X, onto=Z), strict=True):
         assert_close(y, p @ x + z, rtol=1e-13)
-    _, Zt = factors(backend, [mT(x).shape for x in X_np], seed=3)
-    Zt_np, _ = factors(backend, [mT(x).shape for x in X_np], seed=3)
-    Xt = [mT(x) for x in X]
+    _, Zt = factors(backend, [x.mT.shape for x in X_np], seed=3)
+    Zt_np, _ = factors(backend, [x.mT.shape for x in X_np], seed=3)
+    Xt = [x.mT for x in X]
     for p, x, z, y in zip(P_np, X_np, Zt_np, backend.apply_right(Xt, P, onto=Zt), strict=True):
-        assert_close(y, mT(x) @ p + z, rtol=1e-13)
+        assert_close(y, x.mT @ p + z, rtol=1e-13)
     for kept, given in zip([*P, *X], [*P_np, *X_np], strict=True):
         assert_close(kept, given, rtol=0)
 
@@ -115,10 +114,10 @@ def test_spd_power_equals_the_generic_one(backend, power):
     """A fast path keeps the generic one as its oracle, and both float64 NumPy."""
     rng = np.random.default_rng(3)
     X = rng.normal(size=(5, 4, 9))
-    S = X @ mT(X)
+    S = X @ X.mT
     S = 4 * S / np.trace(S, axis1=1, axis2=2)[:, None, None]
     w, Q = np.linalg.eigh(S)
-    expected = (Q * w[:, None, :] ** power) @ mT(Q)
+    expected = (Q * w[:, None, :] ** power) @ Q.mT
     given = backend.asarray(S, "float64")
     assert_close(backend.spd_power(given, power), expected, rtol=1e-11)
     assert_close(Backend.spd_power(backend, given, power), expected, rtol=1e-11)
@@ -131,7 +130,7 @@ def test_inverse_cholesky_equals_the_generic_one(backend, upper, condition):
     rng = np.random.default_rng(4)
     Q = np.linalg.qr(rng.normal(size=(5, 6, 6)))[0]
     w = np.geomspace(1, 1 / condition, 6)
-    S = (Q * (6 * w / w.sum())) @ mT(Q)
+    S = (Q * (6 * w / w.sum())) @ Q.mT
     given = backend.asarray(S, "float64")
     for W in (
         backend.inverse_cholesky(given, upper=upper),
@@ -140,7 +139,7 @@ def test_inverse_cholesky_equals_the_generic_one(backend, upper, condition):
         W = backend.to_numpy(W)
         assert_close(np.triu(W) if upper else np.tril(W), W, rtol=0)
         assert (np.diagonal(W, axis1=1, axis2=2) > 0).all()
-        assert_close(W @ S @ mT(W), np.broadcast_to(np.eye(6), S.shape), rtol=1e-14 * condition)
+        assert_close(W @ S @ W.mT, np.broadcast_to(np.eye(6), S.shape), rtol=1e-14 * condition)
 
 
 def test_a_member_without_a_cholesky_factor_is_nan_alone():
@@ -214,7 +213,7 @@ def test_pseudo_half_is_a_half_of_the_pseudo_power(backend):
     )
     S = backend.asarray(stack, "float64")
     W = backend.to_numpy(backend.pseudo_half(S))
-    found, expected = mT(W) @ W, backend.to_numpy(backend.pseudo_power(S, -1.0))
+    found, expected = W.mT @ W, backend.to_numpy(backend.pseudo_power(S, -1.0))
     for k in range(len(stack)):
         assert_close(found[k], expected[k], rtol=1e-13)
     assert (W[2:4] == 0).all()
@@ -229,7 +228,7 @@ def test_eigh_of_grams_with_subnormal_entries(backend):
         F = rng.normal(size=(2, 8)) * np.array([1.0, 1.0, *6 * [1e-22]])
         S = (F.T @ F)[None].astype(np.float32)
         w, Q = map(backend.to_numpy, backend.eigh(backend.asarray(S, "float32")))
-        assert_close((Q * w[:, None, :]) @ mT(Q), S, rtol=1e-5)  # 80 eps
+        assert_close((Q * w[:, None, :]) @ Q.mT, S, rtol=1e-5)  # 80 eps
 
 
 @pytest.mark.parametrize("power", [-1.0, -0.5, "half", "upper half"])
@@ -240,7 +239,7 @@ def test_a_gram_that_rounding_has_left_less_definite_than_its_damping(backend, p
     S = backend.asarray(S, "float32")
     if isinstance(power, str):
         W = backend.to_numpy(backend.damped_half(S, 1e-6, upper=power == "upper half"))
-        P = mT(W) @ W
+        P = W.mT @ W
     else:
         P = backend.to_numpy(backend.damped_power(S, power, 1e-6))
         P = P @ P if power == -0.5 else P
@@ -340,7 +339,7 @@ def test_geometric_mean(backend, dtype, middle, most):
     """
     rng = np.random.default_rng(0)
     Q = np.linalg.qr(rng.normal(size=(2, 20, 8, 8)))[0]
-    M, S = (backend.asarray(X, dtype) for X in (Q * np.geomspace(1, 1e-4, 8)) @ mT(Q))
+    M, S = (backend.asarray(X, dtype) for X in (Q * np.geomspace(1, 1e-4, 8)) @ Q.mT)
     floor = 10 * np.finfo(dtype).eps * np.eye(8)  # of the trace: what a root is damped by
     errors = []
     found = backend.to_numpy(geometric_mean(backend, M, S))

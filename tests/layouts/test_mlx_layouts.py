@@ -10,7 +10,7 @@ mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
-from product import LR, mT, step_of_product  # noqa: E402
+from product import LR, step_of_product  # noqa: E402
 
 import rlora  # noqa: E402
 
@@ -82,13 +82,15 @@ def test_a_step_is_that_of_the_product(name):
     optimizer.update(layer, tree_unflatten([(k, mx.array(g)) for k, g in grads.items()]))
     new, y_new = named(layer.parameters()), call(layer)
 
-    turn = mT if factors_turn else lambda x: x
+    def turn(x):
+        return x.mT if factors_turn else x
+
     a, b = turn(old["lora_a"]), turn(old["lora_b"])  # (..., in, r), (..., r, out)
-    G = mT(grads[weight]) if weight_turns else grads[weight]
+    G = grads[weight].mT if weight_turns else grads[weight]
     c, d, change = step_of_product(a, b, G, 3.0)
     for key, x in (("lora_a", c), ("lora_b", d)):
         assert close(new[key], turn(x))
-    base = old[weight] + (mT(change) if weight_turns else change)
+    base = old[weight] + (change.mT if weight_turns else change)
     moved = {weight: mx.array(base.astype(np.float32)), **{k: mx.array(old[k]) for k in factors}}
     layer.update(tree_unflatten(list(moved.items())))
     assert np.abs(np.array(y_new - y)).max() > 1e-2

@@ -5,13 +5,9 @@ import numpy as np
 LR = 0.1
 
 
-def mT(x):
-    return np.swapaxes(x, -1, -2)
-
-
 def step_of_product(a, b, G, s):
     """New a (..., n, r) and b (..., r, m) from the gradient G (..., n, m), and W's change."""
     a, b, G = (np.asarray(x, np.float64) for x in (a, b, G))
-    c = a - LR * s * G @ mT(b) @ np.linalg.inv(b @ mT(b))
-    d = b - LR * s * np.linalg.inv(mT(a) @ a) @ mT(a) @ G
+    c = a - LR * s * G @ b.mT @ np.linalg.inv(b @ b.mT)
+    d = b - LR * s * np.linalg.inv(a.mT @ a) @ a.mT @ G
     return c, d, s * (c @ d - a @ b)
