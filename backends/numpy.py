@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlora.core.backend import AdamNumbers, Backend, Tall, Workspace
+from rlora.core.backend import IN_CACHE, AdamNumbers, Backend, Tall, Workspace
 from rlora.core.factors import Array
 
 from ._cpu import cholesky_half
@@ -40,6 +40,9 @@ class NumPyBackend(Backend):
             if not ((peak < high) & ((peak >= low) | (peak == 0))).all():
                 return False
         return True
+
+    def piece(self, like: Array) -> int:
+        return IN_CACHE
 
     def spd_power(self, S: Array, power: float) -> Array:
         if power != -1.0:

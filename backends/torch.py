@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlora.core.algebra import Damped
-from rlora.core.backend import AdamNumbers, Backend, Tall, Workspace
+from rlora.core.backend import AT_ONCE, IN_CACHE, AdamNumbers, Backend, Tall, Workspace
 from rlora.core.factors import Array
 
 from ._cpu import cholesky_half
@@ -88,6 +88,9 @@ class TorchBackend(Backend):
 
     def within(self, X: Tall, low: float, high: float) -> bool:
         return is_plain(*X) and are_within(X, low, high)
+
+    def piece(self, like: Array) -> int:
+        return IN_CACHE if is_eager_cpu(like) else AT_ONCE
 
     def _gram(
         self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None, slot: str

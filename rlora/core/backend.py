@@ -24,6 +24,10 @@ LARGE = 40_000
 stacked first, as the copies cost less than a call for each."""
 
 
+AT_ONCE, IN_CACHE = 1 << 24, 1 << 18
+"""Entries of an array that is made piece by piece: enough for a device, and for a CPU's cache."""
+
+
 class AdamNumbers(NamedTuple):
     """The numbers of a step of Adam; those of the arrays are plain or (..., 1, 1)."""
 
@@ -124,6 +128,10 @@ class Backend(MatrixAlgebra):
     def within(self, X: Tall, low: float, high: float) -> bool:
         """Return whether all largest magnitudes are known, without a wait: 0 or in [low, high)."""
         return False
+
+    def piece(self, like: Array) -> int:
+        """The number of entries to make at once of an array that is larger than the factors."""
+        return AT_ONCE
 
     # --- entrywise work -------------------------------------------------------------------------
 

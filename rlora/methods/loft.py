@@ -138,16 +138,22 @@ def seen_by_factors(
     xp, matmul = group.xp, group.backend.matmul
     A, B = pair
     own, b_side = in_rows(pair), each(b_moves)
-    M = matmul(xp.where(b_side, mu.B, B), xp.where(b_side, A, mu.A))
+    X, Y = xp.where(b_side, mu.B, B), xp.where(b_side, A, mu.A)  # whose product is averaged
     left = xp.where(b_side, flat(rows.B), flat(products(own.B)))  # (..., m, r²)
     right = xp.where(b_side, flat(products(own.A)), flat(rows.A))  # (..., n, r²)
-    V = matmul(left, right.mT)
     # An entry that is lost in the rounding of its sum counts as that rounding.
     least = [xp.sum(x[..., :: group.rank + 1], axis=-1) for x in (left, right)]
-    rounding = ROUNDING * float(xp.finfo(V.dtype).eps)
-    V = xp.maximum(V, rounding * least[0][..., :, None] * least[1][..., None, :])
-    U = M / (xp.sqrt(V) + eps)
-    return Factors(matmul(B.mT, U), matmul(U, A.mT))
+    rounding = ROUNDING * float(xp.finfo(left.dtype).eps)
+    seen_by_A, seen_by_B, m = xp.zeros_like(A), [], B.shape[-2]
+    count = max(1, group.backend.piece(A) // (math.prod(A.shape[:-2]) * A.shape[-1]))
+    for start in range(0, m, count):  # U, as large as the weight, is never made whole
+        i = slice(start, min(start + count, m))
+        V = matmul(left[..., i, :], right.mT)
+        V = xp.maximum(V, rounding * least[0][..., i, None] * least[1][..., None, :])
+        U = matmul(X[..., i, :], Y) / (xp.sqrt(V) + eps)
+        seen_by_A = seen_by_A + matmul(B[..., i, :].mT, U)
+        seen_by_B.append(matmul(U, A.mT))
+    return Factors(seen_by_A, xp.concat(seen_by_B, axis=-2))
 
 
 def turn_of(letter: str, first: First, steps: Array, moving: tuple[bool, bool]) -> Array:
@@ -263,15 +269,14 @@ def loft(
 
     Notes
     -----
-    A step makes arrays of the shape (m, n) and of r times the state of Adam: memory as for full
-    fine-tuning of one layer. Where a factor is frozen the other one moves every time. The path of
-    the product does not depend on s, but for eps, and not on how it is split: only on the weights'
-    own axes, as AdamW's does.
+    A step takes the time of one of the full weight, whose size U has, but memory for a few rows of
+    U alone. Where a factor is frozen the other one moves every time. The path of the product does
+    not depend on s, but for eps, and not on how it is split: only on the weights' own axes, as
+    AdamW's does.
 
-    The authors' code carries the second moment by ``Tᵀ C T``; ``T C Tᵀ`` is what products of rows
-    become when rows become ``T g``. It has an eps of 1e-4, decays by λ without lr, after A's turn
-    B's moments take an old gradient by the new A, and a saved state lacks the old factors and
-    whose turn it is.
+    The authors' code carries the second moment by ``Tᵀ C T``; products of rows become ``T C Tᵀ``
+    when rows become ``T g``. It has an eps of 1e-4, decays by λ without lr, after A's turn B's
+    moments take an old gradient by the new A, and saved states lack the old factors and the turn.
 
     References
     ----------

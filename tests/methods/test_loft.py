@@ -1,5 +1,6 @@
 """LoFT: the published code with its transport mended, full rank, and s."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 import rlora
 from rlora import Factors
+from rlora.backends import get
 from rlora.testing import assert_close, make_problem, run
 
 GOLDEN = np.load(Path(__file__).parents[1] / "data" / "loft.npz")
@@ -80,3 +82,33 @@ def test_a_factor_that_joins_late_has_moments_without_bias():
     D, _ = method.update(problem.grads(params), state, params)
     g = np.linalg.pinv(params.B) @ problem.error(params)
     assert_close(D.A, np.linalg.pinv(params.B) @ np.sign(params.B @ g), rtol=1e-4)
+
+
+@pytest.mark.parametrize("piece", [1, 50, 1000])
+def test_the_update_in_pieces_is_that_as_a_whole(piece, monkeypatch):
+    """A stack of layers, in both turns: single rows, rows that do not divide m, and all at once."""
+    rng = np.random.default_rng(0)
+    numpy, ends = get("numpy"), []
+    start = [rng.normal(size=shape) for shape in [(2, 3, 5), (2, 17, 3)]]
+    draws = [[rng.normal(size=x.shape) for x in start] for _ in range(4)]
+    for entries in (piece, 10**6):
+        monkeypatch.setattr(type(numpy), "piece", lambda self, like, entries=entries: entries)
+        method, params = rlora.loft(), Factors(*start)
+        state = method.init(params)
+        for grads in draws:
+            params, state = rlora.step(method, params, Factors(*grads), state, 0.01)
+        ends.append(params)
+    for x, y in zip(*ends, strict=True):
+        assert_close(x, y, rtol=1e-12)  # sums of 17 rows in another order
+
+
+def test_the_memory_is_not_that_of_the_weight():
+    rng = np.random.default_rng(0)
+    side, method = 2048, rlora.loft()
+    params = Factors(rng.normal(size=(2, side)), rng.normal(size=(side, 2)))
+    state = method.init(params)
+    for _ in range(2):  # a turn of each factor
+        tracemalloc.start()
+        params, state = rlora.step(method, params, params, state, 1e-3)
+        assert tracemalloc.get_traced_memory()[1] < side * side * 8 / 2
+        tracemalloc.stop()
