@@ -115,8 +115,9 @@ class MatrixAlgebra:
         ``10 eps tr(S)``, what the rounding of the Gram itself can carry.
 
         Each member is scaled to trace r first, so that no factor leaves the range of the dtype. A
-        member whose trace is zero or too small to be inverted gives 0: with a zero factor its
-        partner is not updated. An overflown one gives 0 too, the limit; NaN gives NaN for itself.
+        member whose trace with the shift is zero or too small to be inverted gives 0: with a zero
+        factor its partner is not updated, but for absolute damping. An overflown one gives 0 too,
+        the limit; NaN gives NaN for itself.
         """
         H = self.damped(S, damping, relative=relative, least=least)
         return H.restore(self.xp, self.spd_power(H.matrix, exponent), exponent)

@@ -49,10 +49,13 @@ def frozen_powers(
         alike = [factors[i] for i in members]
         S = gram(alike, backend.compute_dtype(alike[0].dtype, compute_dtype))
         shift = 0.0 if damping_mode == "covariant" else damping
-        P = backend.damped_power(S, exponent, shift, relative=damping_mode == "relative")
+        how = {"relative": damping_mode == "relative"}
         lost = [S.shape[-1] - F.shape[side] for F in alike for _ in range(prod(F.shape[:-2]))]
         if max(lost) > 0:
-            P = in_row_space(backend, S, constants(backend.xp, lost, S.dtype, S), P)
+            gone = constants(backend.xp, lost, S.dtype, S)
+            P = power_in_row_space(backend, S, gone, exponent, shift, **how)
+        else:
+            P = backend.damped_power(S, exponent, shift, **how)
         P = backend.cast(P, backend.compute_dtype(alike[0].dtype))
         for i, power in zip(members, backend.unstack(P, alike), strict=True):
             powers[i] = power
@@ -68,7 +71,8 @@ def inverse_metric(
 ) -> Stack:
     """``H⁻¹``, where the H of a factor is the damped Gram of its partner.
 
-    `S` are the Grams of the partners. A factor whose partner is zero gets 0. The shift is at least
+    `S` are the Grams of the partners. A factor whose partner is zero gets 0, with absolute
+    damping 1 / damping. The shift is at least
     `least` times the mean eigenvalue, in every mode.
     """
     power, concat = partial(group.backend.damped_power, least=least), group.xp.concat
@@ -79,38 +83,73 @@ def inverse_metric(
 
 
 def inverse_in_row_space(
-    group: RankGroup, S: Stack, damping: float, damping_mode: DampingMode
+    group: RankGroup,
+    S: Stack,
+    damping: float,
+    damping_mode: DampingMode,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    least: float = 0.0,
 ) -> Stack:
-    """`inverse_metric` in the row spaces of the partners, see `in_row_space`."""
-    P, r = inverse_metric(group, S, damping, damping_mode), group.rank
-    lost = [(r - pair.B.shape[-2], r - pair.A.shape[-1]) for pair in group.params]
+    """`inverse_metric` in the row spaces of the partners, see `power_in_row_space`.
+
+    `sizes` are the m and n of whole factors, where those of the group are pieces.
+    """
+    if sizes is None:
+        sizes = [(pair.B.shape[-2], pair.A.shape[-1]) for pair in group.params]
+    lost = [(group.rank - m, group.rank - n) for m, n in sizes]
     if max(map(max, lost)) <= 0:
-        return P
-    return in_row_space(group.backend, S, group.constant(lost), P)
+        return inverse_metric(group, S, damping, damping_mode, least)
+    gone = group.constant(lost)
+    inverse = partial(power_in_row_space, group.backend, exponent=-1.0, least=least)
+    if damping_mode != "covariant":
+        return inverse(S, gone, damping=damping, relative=damping_mode == "relative")
+    (S_B, S_A), (gone_B, gone_A) = group.halves(S), group.halves(gone)
+    _, Q = group.backend.eigh(S_B)
+    kept = group.backend.matmul(without_first(group.xp, Q, gone_B), Q.mT)
+    P_A, _ = group.halves(inverse_metric(group, S, damping, damping_mode, least))
+    P_A = congruence(group.backend, kept, P_A)
+    return group.xp.concat([symmetric(P_A), inverse(S_A, gone_A)])
 
 
-def in_row_space(backend: Backend, S: Array, lost: Array, P: Array) -> Array:
-    """A power P of a damped Gram without the directions in which its factor can have nothing.
+def power_in_row_space(
+    backend: Backend,
+    S: Array,
+    lost: Array,
+    exponent: float,
+    damping: float = 0.0,
+    *,
+    relative: bool = True,
+    least: float = 0.0,
+) -> Array:
+    """`Backend.damped_power` without the directions in which a factor can have nothing.
 
     A rank above the outer side of a factor leaves its Gram a null space whatever its entries are,
     and in it the inverse of the damped Gram multiplies rounding by 1/damping: that of a gradient
-    in bfloat16 is large.
+    in bfloat16 is large. Undamped, that part would take all but two digits of the rest.
 
     Parameters
     ----------
     backend : Backend
-        The backend of the stacks.
-    S, P : arrays of shape (K, r, r)
-        Grams and their powers.
+        The backend of the stack.
+    S : array of shape (K, r, r)
+        Grams.
     lost : array of shape (K, 1, 1)
         By how much the rank is above the outer side of each factor.
+    exponent, damping, relative, least
+        As `Backend.damped_power` has them.
     """
-    xp, matmul = backend.xp, backend.matmul
-    _, Q = backend.eigh(S)
-    places = xp.arange(S.shape[-1], dtype=S.dtype, device=device_of(S))  # ascending eigenvalues
-    Q = xp.where(places < lost, xp.zeros_like(Q), Q)
-    kept = matmul(Q, Q.mT)
-    return symmetric(matmul(matmul(kept, P), kept))
+    xp = backend.xp
+    H = backend.damped(S, damping, relative=relative, least=least)
+    w, Q = backend.eigh(H.matrix)
+    w = backend.above_rounding(w)
+    P = backend.matmul(without_first(xp, Q, lost) * xp.expand_dims(w**exponent, axis=-2), Q.mT)
+    return H.restore(xp, P, exponent)
+
+
+def without_first(xp: Any, Q: Array, lost: Array) -> Array:
+    """Eigenvectors of ascending eigenvalues with zeros for the first `lost` of them."""
+    places = xp.arange(Q.shape[-1], dtype=Q.dtype, device=device_of(Q))
+    return xp.where(places < lost, xp.zeros_like(Q), Q)
 
 
 def metric_half(

@@ -120,7 +120,8 @@ def scale_by_adam(
     b1, b2 : float
         Decay rates in [0, 1).
     eps : float
-        At least 0.
+        At least 0. With 0 the direction of an entry whose gradients have all been 0 is NaN, as in
+        torch's AdamW: of all of A in the first step from B = 0.
     eps_form : {"torch", "hf"}
         Whether eps is added to the corrected or to the raw second moment's root.
     bias_correction : bool
@@ -189,7 +190,7 @@ def clip_by_global_norm(max_norm: float) -> Transform:
     Parameters
     ----------
     max_norm : float
-        Positive.
+        At least 0.
 
     Returns
     -------

@@ -96,9 +96,9 @@ def init_ab(
 
     References
     ----------
-    S. Li, X. Luo, X. Tang, H. Wang, H. Chen, W. Luo, Y. Li, R. Li. Beyond Zero Initialization:
-    Investigating the Impact of Non-Zero Initialization on LoRA Fine-Tuning Dynamics.
-    arXiv:2505.23194, 2025.
+    S. Li, X. Luo, X. Tang, H. Wang, H. Chen, W. Luo, Y. Li, X. He, R. Li. Beyond Zero
+    Initialization: Investigating the Impact of Non-Zero Initialization on LoRA Fine-Tuning
+    Dynamics. arXiv:2505.23194, 2025.
 
     Examples
     --------

@@ -1,6 +1,6 @@
 """AdaPreLoRA: the pair of moves nearest to an Adafactor step of the weight, in that step's metric.
 
-F. Bian, J.-F. Cai, Z. Liu. AdaPreLoRA: Adafactor Preconditioned Low-Rank Adaptation.
+Z. Liu, F. Bian, J.-F. Cai. AdaPreLoRA: Adafactor Preconditioned Low-Rank Adaptation.
 arXiv:2605.08734, 2026.
 """
 
@@ -244,7 +244,7 @@ def adapre_lora(
 
     References
     ----------
-    F. Bian, J.-F. Cai, Z. Liu. AdaPreLoRA: Adafactor Preconditioned Low-Rank Adaptation.
+    Z. Liu, F. Bian, J.-F. Cai. AdaPreLoRA: Adafactor Preconditioned Low-Rank Adaptation.
     arXiv:2605.08734, 2026.
 
     Examples

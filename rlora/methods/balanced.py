@@ -59,9 +59,9 @@ def balanced_lora(
     Notes
     -----
     A pair with a frozen or a zero factor is left as it is; Grams are damped by 1e-6 of their mean
-    eigenvalue. The paper's code balances periodically, by singular vectors of the product, whose
-    order and signs jump from step to step under moments that stay; the symmetric change of basis
-    K^½ is the one that turns nothing.
+    eigenvalue. The authors' code takes singular vectors of the product, whose order and signs jump
+    from step to step under moments that stay, or turns them towards the factors as they were; the
+    symmetric change of basis K^½ is the one that turns nothing.
 
     References
     ----------

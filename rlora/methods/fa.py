@@ -118,8 +118,8 @@ def lora_fa(
 
     Notes
     -----
-    PEFT inverts S_A in each step, under bfloat16 autocast if there is one, and pairs parameters by
-    their order.
+    PEFT inverts S_A in each step, multiplies by the inverse under bfloat16 autocast if there is
+    one, and pairs parameters by their order.
 
     References
     ----------

@@ -270,9 +270,9 @@ def loft(
     Notes
     -----
     A step takes the time of one of the full weight, whose size U has, but memory for a few rows of
-    U alone. Where a factor is frozen the other one moves every time. The path of the product does
-    not depend on s, but for eps, and not on how it is split: only on the weights' own axes, as
-    AdamW's does.
+    U alone. Where a factor is frozen the other one moves every time. The path of the weight does
+    not depend on s without covariant damping, nor undamped on how the product is split: only on the
+    weight's own axes, as AdamW's does.
 
     The authors' code carries the second moment by ``Tᵀ C T``; products of rows become ``T C Tᵀ``
     when rows become ``T g``. It has an eps of 1e-4, decays by λ without lr, after A's turn B's

@@ -21,7 +21,7 @@ from rlora.core.factors import (
     map_pairs,
     rebuild,
 )
-from rlora.core.linalg import DampingMode, add, check_damping, inverse_metric, scale, tangent
+from rlora.core.linalg import DampingMode, add, check_damping, inverse_in_row_space, scale, tangent
 from rlora.core.moments import counts, each, keep_scaling, over, per_pair, zeros
 from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.sizes import into_range
@@ -97,11 +97,11 @@ def op_lora(
 
     Notes
     -----
-    Undamped or with covariant damping the product follows the same path however it is split, and
-    the weight whatever s is. Undamped, the two half-steps find ``X - lr M_t`` exactly if it has
-    rank r and ``Bᵀ (X - lr M_t)`` as well. Without momentum the direction is that of
-    `rlora.lora_pro_sgd` in the gauge "zero"; ``A A'ᵀ S_A'⁻¹`` takes the move of B from the old A to
-    the new one.
+    Undamped or with covariant damping the product follows the same path however it is split.
+    Undamped the weight does so whatever s is (δ is compared with singular values of B A, not of s B
+    A), and the two half-steps find ``X - lr M_t`` exactly if it has rank r and ``Bᵀ (X - lr M_t)``
+    as well. Without momentum the direction is that of `rlora.lora_pro_sgd` in the gauge "zero";
+    ``A A'ᵀ S_A'⁻¹`` takes the move of B from the old A to the new one.
 
     The authors keep inputs and output gradients of each layer, with which the second half-step sees
     the full gradient; factors' gradients show ``Π(G)`` and no more of it, a difference of order
@@ -126,7 +126,7 @@ def op_lora(
         return OpState(mu, counts(params), per_pair(params, scaling))
 
     def inverses(group: RankGroup) -> Stack:
-        return inverse_metric(group, group.partner_gram(group.params), damping, damping_mode)
+        return inverse_in_row_space(group, group.partner_gram(group.params), damping, damping_mode)
 
     def plain(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
         return tangent(group, inverses(group), _by_weight(G, state)), state

@@ -45,7 +45,8 @@ def lora_plus(
     Notes
     -----
     A ratio is a choice of split: AdamW without eps and decay moves the product from (A, B) with
-    ratio c² as it does with ratio 1 from (c A, B / c). Methods that no split can change need none.
+    ratio c² as it does from (c A, B / c) with ratio 1 and c times the learning rate. Methods that
+    no split can change need none.
     PEFT's ``create_loraplus_optimizer`` takes ``loraplus_weight_decay`` and ignores `weight_decay`.
 
     References

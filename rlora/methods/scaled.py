@@ -151,7 +151,8 @@ def scaled_sgd(
     nesterov : bool
         Look ahead; needs a positive momentum.
     weight_decay : float
-        At least 0. Decoupled: each factor shrinks by ``1 - lr weight_decay``.
+        At least 0. Decoupled: each factor shrinks by ``1 - lr weight_decay``. In
+        `rlora.torch.ScaledSGD` it goes through the momentum, as in torch's SGD.
     damping, damping_mode, order, compute_dtype
         See `scaled_adamw`.
 
@@ -222,7 +223,7 @@ def scaled_adamw(
     b1, b2 : float
         Decay rates of the moments, in [0, 1). The authors' own GPT-2 runs use (0.7, 0.8).
     eps : float
-        At least 0.
+        At least 0; see `rlora.core.moments.scale_by_adam`.
     weight_decay : float
         λ, at least 0; decoupled.
     damping : float
@@ -262,8 +263,8 @@ def scaled_adamw(
     half powers mostly the widest range of good learning rates. F leaves out directions of rank
     space in which the partner has no mass, which Adam fills, and c keeps one factor from growing at
     the cost of the other: docs/decisions/0010. `rlora.methods.scaled.OFFICIAL` and
-    `rlora.methods.scaled.PEFT` are the published methods. A zero factor does not move its partner;
-    the official code takes the identity for its Gram.
+    `rlora.methods.scaled.PEFT` are the published methods. A zero factor does not move its partner
+    unless damping is absolute; the official code takes the identity for its Gram.
 
     Adam's entrywise normalisation breaks the invariance of scaled gradient descent: only signed
     permutations of the rank axis are left. With ``placement="both"`` it is, instead, triangular

@@ -52,9 +52,10 @@ def stable_lora(
 
     Notes
     -----
-    A pair with a frozen factor is left alone. The authors' code stops for good when A is first
-    below the bound; here each step asks anew, so that nothing is kept and a saved run goes on as it
-    was.
+    A pair with a frozen factor is left alone. Gradients, and the decay of `inner`, are those of A
+    before it shrinks; the authors decay the smaller A, by ``lr λ c A`` less. Their code stops for
+    good when A is first below the bound; here each step asks anew, so that nothing is kept and a
+    saved run goes on as it was.
 
     References
     ----------

@@ -116,17 +116,19 @@ def test_what_the_second_step_from_zero_does_to_a(row):
         for _ in range(2):
             old = params
             params, state = rlora.step(method, old, problem.grads(old), state, lr)
-        return float(np.linalg.norm(params.A - old.A)), float(np.linalg.norm(params.B))
+        move, A = np.linalg.norm(params.A - old.A), np.linalg.norm(old.A)
+        return float(move / A), float(np.linalg.norm(params.B))
 
+    # Relative: methods that split the product anew have given A another size.
     (large, B), (small, _) = second_move(1e-4), second_move(1e-6)
     match row["from B = 0"]:
         case "A follows":
-            assert 0 < small < large / 50
+            root = "balanced_lora" in row["call"]  # both factors are of the order of the root
+            assert 0 < small < large / (8 if root else 50)
         case "A jumps":
             assert 0.5 < small / large < 2
         case "A shrinks":  # by stable_lora's share of 5e-4, and by Adam's steps of lr
-            A = float(np.linalg.norm(make_problem(64, 48, 4, zero_B=True).params.A))
-            assert small == pytest.approx(5e-4 * A, rel=0.1)
+            assert small == pytest.approx(5e-4, rel=0.1)
         case "A stays":
             assert large == small == 0 < B
         case "nothing moves":
