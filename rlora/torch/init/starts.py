@@ -77,10 +77,15 @@ def of_layer(
     return {}
 
 
-def check_layer(layer: LoraLayer, method: str) -> None:
+def check_unmerged(layer: LoraLayer) -> None:
+    """PairingError if the weight of a layer is no longer W0."""
     if getattr(layer.module, "merged", False):
         msg = f"{layer.name} has its adapter merged into W; unmerge it first"
         raise PairingError(msg)
+
+
+def check_layer(layer: LoraLayer, method: str) -> None:
+    check_unmerged(layer)
     if method == "lora_sb" and layer.scaling != 1.0:
         msg = (
             f"lora_sb needs a scaling of 1, but that of {layer.name} is {layer.scaling}; set "

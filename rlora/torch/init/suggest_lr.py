@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rlora.core.errors import NumericsError, PairingError
 from rlora.core.suggest_lr import suggest_lr as of_numbers
-from rlora.torch.init.starts import check_model
+from rlora.torch.init.starts import check_model, check_unmerged
 from rlora.torch.pairing.layers import find_layers, plain_weight
 
 
@@ -39,8 +39,9 @@ def suggest_lr(
     Raises
     ------
     PairingError
-        When there is no adapted layer, or none with a base weight that can be read: a quantised
-        one cannot.
+        When no layer is a linear one with the output ``W x + s B A x``, which DoRA, AdaLoRA,
+        convolutions and embeddings are not; when no base weight can be read: a quantised one
+        cannot; when an adapter is merged.
     ValueError
         When a layer does not say its s and none is given.
     NumericsError, TypeError
@@ -60,6 +61,7 @@ def suggest_lr(
     layers, _ = find_layers(model, adapter, scaling)
     rates, why = [], ""
     for layer in layers:
+        check_unmerged(layer)
         weight = plain_weight(layer.name, layer.module, {})
         if isinstance(weight, str):
             why = weight

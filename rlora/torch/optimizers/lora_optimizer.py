@@ -6,9 +6,8 @@ and loads its state as it was saved.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from operator import is_
 from typing import Any
 from weakref import ref
 
@@ -33,8 +32,9 @@ from rlora.torch.pairing.discovery import (
     ties_hold,
 )
 from rlora.torch.pairing.modules import models_in, references, scalings_in, what_modules_know
-from rlora.torch.pairing.pairs import TensorPair, signature
+from rlora.torch.pairing.pairs import TensorPair, identical, signature
 from rlora.torch.pairing.param_groups import (
+    NUMBERS,
     as_groups,
     as_list,
     check_numbers,
@@ -64,6 +64,8 @@ class LoRAOptimizer(LoadsState, ABC):
     _given: tuple[tuple[int, ref[nn.Module]], ...] = ()
     """The models that parameters were given as, by their groups; a copy does not know its own."""
 
+    _seen: Sequence[Any] = ()
+    """The options at the last step."""
     _watch: Watch | None = None
     _told: frozenset[str] = frozenset()
     """Checks that were made, and warnings that were given, once."""
@@ -97,16 +99,14 @@ class LoRAOptimizer(LoadsState, ABC):
         self._by_name = not self._by_hand
         super().__init__(groups, *map(plain_number, args), **kwargs)
         self.defaults.update(own)
-        for group in self.param_groups:
-            for name, value in own.items():
-                group.setdefault(name, value)
-            self._check(group)
         # Fused kernels would take gradients that GradScaler has not unscaled yet.
         self._step_supports_amp_scaling = False
         self._plans: tuple[Any, list[Plan]] | None = None
         self._members: list[Tensor] = []
         self._names: list[str | None] = []  # of the members, None where there is none
         for group in self.param_groups:
+            group.update(own | group)
+            self._check(group)
             self._enroll(group)
         self._pair_up(scalings_in(models))
         if not self._pairs:
@@ -213,7 +213,7 @@ class LoRAOptimizer(LoadsState, ABC):
     def _current_pairs(self) -> list[TensorPair]:
         """The pairs as the groups hold them now."""
         now = [p for group in self.param_groups for p in group["params"]]
-        if len(now) == len(self._members) and all(map(is_, now, self._members)):
+        if identical(now, self._members):
             return self._pairs
         found = followed(self._members, self._names, self._pairs, now)
         found.check(self._members)
@@ -266,6 +266,12 @@ class LoRAOptimizer(LoadsState, ABC):
         pairs = self._current_pairs()
         if torch.compiler.is_compiling():  # the graph is what is kept, and torch guards it
             return self._new_plans(pairs)
+        names = (*NUMBERS, *self._own)
+        options = [group.get(name) for group in self.param_groups for name in names]
+        if not identical(options, self._seen):
+            for group in self.param_groups:
+                self._check(group)
+            self._seen = options
         choices = [self._choices(group) for group in self.param_groups]
         now = signature(pairs, self.param_groups, choices)
         if self._plans is None or self._plans[0] != now:
@@ -275,11 +281,8 @@ class LoRAOptimizer(LoadsState, ABC):
         return self._plans[1]
 
     def _new_plans(self, pairs: list[TensorPair]) -> list[Plan]:
-        if not torch.compiler.is_compiling():
-            for group in self.param_groups:
-                self._check(group)
-            if not ties_hold(pairs):
-                pairs = self._tied_anew()
+        if not (torch.compiler.is_compiling() or ties_hold(pairs)):
+            pairs = self._tied_anew()
         check_layouts(pairs)
         check_pairs(pairs)
         check_start(self, pairs)

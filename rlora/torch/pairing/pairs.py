@@ -1,6 +1,7 @@
 """Pairs of torch parameters, and how they are seen as factors."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import is_
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -188,6 +189,11 @@ class Side:
         if self._own:
             return list(factors)
         return [m.write(self._side, x) for m, x in zip(self._members, factors, strict=True)]
+
+
+def identical(now: Sequence[Any], before: Sequence[Any]) -> bool:
+    """Return whether these are the same objects."""
+    return len(now) == len(before) and all(map(is_, now, before))
 
 
 def signature(

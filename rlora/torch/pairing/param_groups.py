@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from rlora.core.checks import check_nonnegative, check_real, plain_number
+from rlora.core.checks import check_nonnegative, check_real, check_unit, plain_number
 from rlora.core.errors import NamespaceError, PairingError, ShardingError
 from rlora.pairing import Known, Source, find_pairs as find_named_pairs, is_factor
 from rlora.pairing.report import number_of
@@ -70,13 +70,21 @@ def refuse_text(options: Mapping[str, Any]) -> None:
                 check_real(f"each of {name}" if several else name, x)
 
 
+NUMBERS = ("betas", "lr", "eps", "weight_decay", "momentum")
+"""Options of torch's own optimizers."""
+
+
 def check_numbers(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """ValueError or TypeError for options of torch's that are no numbers, or negative."""
     refuse_text(group)
-    for name in ("lr", "eps", "weight_decay", "momentum"):
+    for name in NUMBERS[1:]:
         several = isinstance(defaults.get(name), tuple)  # Adafactor has two eps
         if name in group and not (several or isinstance(group[name], Tensor)):
             check_nonnegative(name, group[name])
+    betas = group.get("betas", ())
+    for beta in betas if isinstance(betas, (tuple, list)) else ():
+        if not isinstance(beta, Tensor):
+            check_unit("each of betas", beta)
 
 
 def split_names(group: dict[str, Any]) -> list[str] | None:
