@@ -54,6 +54,8 @@ def step(
         after it is written over.
     ValueError, TypeError
         When the learning rate is out of its range, or no number; when `transform` is no method.
+    NamespaceError
+        When arrays are of two libraries, on two devices, or no real floating-point ones.
 
     Examples
     --------

@@ -81,7 +81,8 @@ def transformation(
     hold : collection of str, or callable, optional
         Names of leaves that stay, or a function that says of a name whether its leaf does. A
         frozen factor is bit for bit what it was, and its Gram still preconditions the other one.
-        Leaves whose gradient is None or `optax.MaskedNode` stay without being named.
+        Leaves whose gradient is None or `optax.MaskedNode` stay without being named, and have
+        such an update, which `optax.apply_updates` refuses: leave them out of both trees first.
     scaling : float
         The s of ``W0 + s B A``.
     rest : GradientTransformation, optional

@@ -138,7 +138,9 @@ def test_a_prepared_optimizer_can_be_pickled(kind):
 
 
 @pytest.mark.parametrize("by_order", [False, True])
-@pytest.mark.works("accelerate", "a state of plain AdamW goes on, also in diffusers' scripts")
+@pytest.mark.works(
+    "accelerate", "a state of plain AdamW goes on (`ScaledAdamW`), also in diffusers' scripts"
+)
 def test_a_state_of_plain_adamw_goes_on(by_order, tmp_path):
     """As diffusers' LoRA scripts have it: AdamW over the trainable tensors, save_state, load_state.
 

@@ -122,7 +122,7 @@ def test_bfloat16(kind, tmp_path):
     assert {p.dtype for p in trained(space["model"]).values()} == {torch.float32}
 
 
-@pytest.mark.works("Lightning", "a checkpoint of plain AdamW goes on")
+@pytest.mark.works("Lightning", "a checkpoint of plain AdamW goes on (`ScaledAdamW`)")
 def test_a_checkpoint_of_plain_adamw_goes_on(tmp_path, monkeypatch):
     """Its moments and its options; the schedule goes on too."""
 

@@ -195,7 +195,7 @@ def test_no_pair_is_split_by_the_trainers_weight_decay():
     assert all((pair.a in decayed) == (pair.b in decayed) for pair in report)
 
 
-@pytest.mark.works("transformers Trainer", "a run that AdamW began")
+@pytest.mark.works("transformers Trainer", "a run that AdamW began (`ScaledAdamW`)")
 def test_adamws_checkpoint(tmp_path):
     """ScaledAdamW goes on from it; a method that keeps other state says what is wrong."""
     model = adapted()

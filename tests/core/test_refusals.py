@@ -268,3 +268,10 @@ def test_dots_in_keys(tree):
 def test_names_are_those_of_before():
     names = rlora.flatten_state(rlora.scaled_adamw().init({"layers.0": [make_pair()]}))
     assert list(names)[:2] == ["0.mu.layers.0.0.A", "0.mu.layers.0.0.B"]
+
+
+def test_a_list_of_gradients_for_a_dict_of_parameters():
+    params = {"q": make_pair()}
+    method = rlora.scaled_sgd()
+    with pytest.raises(PairingError, match=r"one structure, got dict.* and list"):
+        rlora.step(method, params, [params["q"]], method.init(params), 0.1)

@@ -103,7 +103,7 @@ def test_sizes_on_every_backend(name, factor, gradient, backend):
     check(name, backend, factor, gradient)
 
 
-@pytest.mark.parametrize("sizes", [(1e30, 1.0), (1.0, 1e30), (1e25, 1e-12)])
+@pytest.mark.parametrize("sizes", [(1e30, 1.0), (1.0, 1e30), (1e25, 1e-12), (2e12, 1e12)])
 @pytest.mark.parametrize(
     "name", ["lora_rite", "lora_pro_sgd", "lora_muon", "adapre_lora", "alt_lora"]
 )
@@ -178,3 +178,15 @@ def test_ordinary_sizes_are_known_where_asking_is_free():
 def test_norm_of_what_cannot_be_squared():
     x = np.asarray([[3e30, 4e30]], dtype="float32")
     assert np.isclose(euclidean_norm(np, [x]), 5e30)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e15, 1e20])
+def test_grafted_steps_of_huge_factors(size):
+    """Adam's size does not shrink as the factors grow."""
+    method, moves = methods.graft_adamw(), []
+    for dtype in ("float32", "float64"):
+        pair = Factors(*(x.astype(dtype) for x in draw(size, 0)))
+        grads = Factors(*(x.astype(dtype) for x in draw(1.0, 1)))
+        moves.append(method.update(grads, method.init(pair), pair)[0])
+    for x, y in zip(*moves, strict=True):
+        assert np.abs(x - y).max() <= 1e-3 * np.abs(y).max()

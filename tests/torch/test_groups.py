@@ -179,3 +179,16 @@ def test_what_is_no_good_number_is_refused(kind, value, error):
     with pytest.raises(error, match="weight_decay"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "weight_decay": value})
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_layers_own_activation_stands_not_between_its_factors():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lora_A = nn.Parameter(torch.randn(2, 8))
+            self.lora_B = nn.Parameter(torch.zeros(6, 2))
+            self.activation = nn.GELU()
+
+    report = ScaledAdamW(Layer()).report
+    assert len(report.pairs) == 1
+    assert not report.refused

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+import rlora
 import rlora.torch
-from rlora import ShapeError
+from rlora import Factors, ShapeError
 from rlora.torch.step.kernels import AdamW
 from rlora.torch.step.listwise import ListStep
 from rlora.torch.step.stacks import StackedAdamW
@@ -336,3 +337,23 @@ def test_stand_ins_give_the_numbers_of_the_lists(options):
             optimizer.step()
     assert [x._kernel for x in optimizers] == [StandIns, AdamW]
     assert_same(*runs, *optimizers, 1e-12)
+
+
+def test_grams_go_to_their_own_factors():
+    """As in Llama: B of one shape for A of several, so that stacks are no run in the list."""
+    torch.manual_seed(0)
+    shapes = [(8, 10), (8, 12), (16, 10)]  # n, m
+    pairs = [[torch.randn(4, n), torch.randn(m, 4)] for n, m in shapes]
+    start = [Factors(*(p.double().numpy() for p in pair)) for pair in pairs]
+    pairs = [[torch.nn.Parameter(p.clone()) for p in pair] for pair in pairs]
+    optimizer = make_optimizer(pairs)
+    set_gradients(pairs, 0)
+    wide = [Factors(*(p.grad.double().numpy() for p in pair)) for pair in pairs]
+    optimizer.step()
+    method = rlora.scaled_adamw()
+    wanted, _ = rlora.step(method, start, wide, method.init(start), 1e-2)
+    for pair, old, new in zip(pairs, start, wanted, strict=True):
+        for p, x, y in zip(pair, old, new, strict=True):
+            moved, right = p.detach().double().numpy() - x, y - x
+            # float32, of directions that one step of Adam has put to 1 and -1.
+            np.testing.assert_allclose(moved, right, atol=1e-3 * np.abs(right).max())

@@ -708,3 +708,54 @@ def test_operations_do_not_grow_with_the_layers(kind):
         assert not any("item" in name or "_local_scalar" in name for name in seen.names)
         counts.append(len(seen.names))
     assert counts[0] == counts[1]
+
+
+class Perturbed(torch.optim.SGD):
+    """An optimizer with methods of its own that change gradients, as SAM's first step."""
+
+    @torch.no_grad()
+    def halve(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.mul_(0.5)
+
+    def drop(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
+def test_a_parents_method_that_changes_gradients_changes_those_of_bfloat16_factors():
+    A, B = (nn.Parameter(torch.randn(shape).bfloat16()) for shape in [(2, 8), (6, 2)])
+    optimizer = precondition(Perturbed)([A, B], lr=1e-2, momentum=0.9, pairs=[(A, B)])
+    A.grad, B.grad = torch.ones_like(A), torch.ones_like(B)
+    optimizer.step()
+    held = A.grad
+    optimizer.halve()
+    assert A.grad is held
+    assert (A.grad == 0.5).all()
+    assert (B.grad == 0.5).all()
+    optimizer.drop()
+    assert A.grad is None
+    assert B.grad is None
+
+
+def test_adam_decays_as_adam_and_not_as_adamw():
+    """Its decay is part of the gradient, behind the preconditioner."""
+    torch.manual_seed(0)
+    start = torch.randn(2, 8), torch.randn(6, 2)
+    (A, B), plain = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    options = {"lr": 0.1, "weight_decay": 0.5, "eps": 0.0}
+    damping = {"damping": 1.0, "damping_mode": "absolute"}
+    optimizer = precondition(torch.optim.Adam)([A, B], pairs=[(A, B)], **damping, **options)
+    parent = torch.optim.Adam(plain, **options)
+    for _ in range(3):
+        S_A, S_B = A.detach() @ A.detach().T, B.detach().T @ B.detach()
+        for p in (A, B):
+            p.grad = torch.randn_like(p)
+        plain[0].grad = torch.linalg.solve(S_B + torch.eye(2), A.grad)
+        plain[1].grad = torch.linalg.solve(S_A + torch.eye(2), B.grad.T).T
+        optimizer.step()
+        parent.step()
+        for p, q in zip((A, B), plain, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)  # float32

@@ -517,3 +517,22 @@ def test_a_saved_s_that_is_none_is_refused_before_anything_is_loaded(scaling):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == lr
     train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("name", ["LoRARite", "LoRAPlus", "ScaledAdamW"])
+def test_pairs_without_a_gradient_have_no_state(name):
+    """As of experts and adapters that are not in use; it begins with their first step."""
+    pairs = [[nn.Parameter(torch.randn(shape)) for shape in [(2, 4), (3, 2)]] for _ in range(2)]
+    optimizer = getattr(rlora.torch, name)([p for pair in pairs for p in pair], lr=0.1, pairs=pairs)
+    for count, used in enumerate([pairs[:1], pairs], 1):
+        for p in (p for pair in used for p in pair):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        (a1, _), (a2, b2) = pairs
+        key = "step" if name == "ScaledAdamW" else "count"
+        assert float(optimizer.state[a1][key].max()) == count
+        if count == 1:
+            assert not optimizer.state.get(a2)
+            assert not optimizer.state.get(b2)
+        else:
+            assert float(optimizer.state[a2][key].max()) == 1

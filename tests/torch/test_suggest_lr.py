@@ -66,3 +66,11 @@ def test_what_cannot_be_read_is_said():
     assert suggest_lr(nn.Sequential(mute), scaling=1.0) == pytest.approx(0.0125, rel=1e-6)
     with pytest.raises(PairingError, match="no adapted linear layer"):
         suggest_lr(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_a_merged_adapter_is_refused():
+    """Its weight is W0 no longer."""
+    model = nn.Sequential(layer(0.1))
+    model[0].merged = True
+    with pytest.raises(PairingError, match="merged"):
+        suggest_lr(model)
