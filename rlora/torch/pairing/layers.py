@@ -271,7 +271,7 @@ def plain_weight(name: str, module: nn.Module, owners: Owners) -> Tensor | str:
     """The base weight as (m, n), to be written to, or why it must stay as it is."""
     base = base_of(module)
     weight = None if base is None else base._parameters.get("weight")
-    if not _is_plain(weight):
+    if weight is None or not _is_plain(weight):
         what = f"{type(weight).__name__} {getattr(weight, 'dtype', '')}".strip()
         return f"the base weight of {name} is quantised or packed ({type(base).__name__}: {what})"
     twins = [n for n, owner in owners.get(weight.data_ptr(), ()) if owner is not base]
