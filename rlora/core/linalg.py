@@ -71,9 +71,8 @@ def inverse_metric(
 ) -> Stack:
     """``H⁻¹``, where the H of a factor is the damped Gram of its partner.
 
-    `S` are the Grams of the partners. A factor whose partner is zero gets 0, with absolute
-    damping 1 / damping. The shift is at least
-    `least` times the mean eigenvalue, in every mode.
+    `S` are the Grams of the partners. A factor whose partner is zero gets 0, or with absolute
+    damping its inverse. The shift is at least `least` times the mean eigenvalue, in every mode.
     """
     power, concat = partial(group.backend.damped_power, least=least), group.xp.concat
     if damping_mode != "covariant":

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from rlora.core.algebra import traces
 from rlora.core.backend import Backend, Workspace
 from rlora.core.factors import Array, Factors, indices_by_rank
 from rlora.core.linalg import DampingMode, inverse_in_row_space, metric_half
@@ -184,7 +185,7 @@ def split_power(
         P = inverse_in_row_space(group, S, damping, damping_mode, sizes, LEAST)
     if not group.backend.within([S], 0.0, math.inf):
         # A Gram that has overflowed has P = 0, and 0 times inf would be NaN.
-        live = P[:, :1, :1] != 0  # on the diagonal of another one all is positive
+        live = traces(xp, P) != 0
         S = xp.where(live, S, xp.zeros_like(P))
     transposed = P.mT
     F = matmul(S, transposed)
