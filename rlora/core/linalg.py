@@ -68,46 +68,36 @@ def inverse_metric(
     damping: float = 0.0,
     damping_mode: DampingMode = "relative",
     least: float = 0.0,
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> Stack:
     """``H⁻¹``, where the H of a factor is the damped Gram of its partner.
 
     `S` are the Grams of the partners. A factor whose partner is zero gets 0, or with absolute
     damping its inverse. The shift is at least `least` times the mean eigenvalue, in every mode.
+    Directions in which a partner can have nothing are left out, see `power_in_row_space`; `sizes`
+    are the m and n of whole factors, where those of the group are pieces.
     """
-    power, concat = partial(group.backend.damped_power, least=least), group.xp.concat
-    if damping_mode != "covariant":
-        return power(S, -1.0, damping, relative=damping_mode == "relative")
-    S_B, S_A = group.halves(S)
-    return power(concat([S_B + damping * power(S_A, -1.0), S_A]), -1.0)
-
-
-def inverse_in_row_space(
-    group: RankGroup,
-    S: Stack,
-    damping: float,
-    damping_mode: DampingMode,
-    sizes: Sequence[tuple[int, int]] | None = None,
-    least: float = 0.0,
-) -> Stack:
-    """`inverse_metric` in the row spaces of the partners, see `power_in_row_space`.
-
-    `sizes` are the m and n of whole factors, where those of the group are pieces.
-    """
+    backend, concat = group.backend, group.xp.concat
     if sizes is None:
         sizes = [(pair.B.shape[-2], pair.A.shape[-1]) for pair in group.params]
+    power = partial(backend.damped_power, exponent=-1.0, least=least)
     lost = [(group.rank - m, group.rank - n) for m, n in sizes]
-    if max(map(max, lost)) <= 0:
-        return inverse_metric(group, S, damping, damping_mode, least)
-    gone = group.constant(lost)
-    inverse = partial(power_in_row_space, group.backend, exponent=-1.0, least=least)
+    some_lost = max(map(max, lost)) > 0
+    in_row_space = partial(power_in_row_space, backend, exponent=-1.0, least=least)
     if damping_mode != "covariant":
-        return inverse(S, gone, damping=damping, relative=damping_mode == "relative")
-    (S_B, S_A), (gone_B, gone_A) = group.halves(S), group.halves(gone)
-    _, Q = group.backend.eigh(S_B)
-    kept = group.backend.matmul(without_first(group.xp, Q, gone_B), Q.mT)
-    P_A, _ = group.halves(inverse_metric(group, S, damping, damping_mode, least))
-    P_A = congruence(group.backend, kept, P_A)
-    return group.xp.concat([symmetric(P_A), inverse(S_A, gone_A)])
+        relative = damping_mode == "relative"
+        if some_lost:
+            return in_row_space(S, group.constant(lost), damping=damping, relative=relative)
+        return power(S, damping=damping, relative=relative)
+    S_B, S_A = group.halves(S)
+    H_A = S_B + damping * power(S_A)
+    if not some_lost:
+        return power(concat([H_A, S_A]))
+    lost_B, lost_A = group.halves(group.constant(lost))
+    _, Q = backend.eigh(S_B)
+    kept = backend.matmul(without_first(group.xp, Q, lost_B), Q.mT)
+    P_A = symmetric(congruence(backend, kept, power(H_A)))
+    return concat([P_A, in_row_space(S_A, lost_A)])
 
 
 def power_in_row_space(

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from rlora.core.algebra import traces
 from rlora.core.backend import Backend, Workspace
 from rlora.core.factors import Array, Factors, indices_by_rank
-from rlora.core.linalg import DampingMode, inverse_in_row_space, metric_half
+from rlora.core.linalg import DampingMode, inverse_metric, metric_half
 from rlora.core.rank_group import RankGroup, Stack
 
 Placement = Literal["before", "after", "both"]
@@ -177,12 +177,12 @@ def split_power(
         None for the identity.
     """
     if placement == "before":
-        return inverse_in_row_space(group, S, damping, damping_mode, sizes), None
+        return inverse_metric(group, S, damping, damping_mode, sizes=sizes), None
     xp, matmul, both = group.xp, group.backend.matmul, placement == "both"
     if both:
         P = metric_half(group, S, damping, damping_mode, LEAST)
     else:
-        P = inverse_in_row_space(group, S, damping, damping_mode, sizes, LEAST)
+        P = inverse_metric(group, S, damping, damping_mode, LEAST, sizes)
     if not group.backend.within([S], 0.0, math.inf):
         # A Gram that has overflowed has P = 0, and 0 times inf would be NaN.
         live = traces(xp, P) != 0

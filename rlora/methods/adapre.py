@@ -15,7 +15,7 @@ from rlora.core.linalg import (
     DampingMode,
     add,
     check_damping,
-    inverse_in_row_space,
+    inverse_metric,
     symmetric,
     tangent,
 )
@@ -150,7 +150,7 @@ def _root_weight(xp: Any, norms: Array, eps: float) -> Array:
 
 
 def _inverses(group: RankGroup, S: Stack, damping: float, damping_mode: DampingMode) -> Stack:
-    return inverse_in_row_space(group, S, damping, damping_mode)
+    return inverse_metric(group, S, damping, damping_mode)
 
 
 def weighted_tangent(

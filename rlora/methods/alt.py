@@ -13,7 +13,7 @@ from rlora.core.factors import Array, Factors, Tree, counterparts, pairs_of, reb
 from rlora.core.linalg import (
     DampingMode,
     check_damping,
-    inverse_in_row_space,
+    inverse_metric,
     record_turn,
     to_new_coordinates,
 )
@@ -98,7 +98,7 @@ def alternate(
         S = group.partner_gram(group.params)
         T = to_new_coordinates(group, S, state.turn)
         mu = group.apply(T, state.mu)
-        g = group.apply(inverse_in_row_space(group, S, damping, damping_mode), G)
+        g = group.apply(inverse_metric(group, S, damping, damping_mode), G)
 
         def move(k: int, letter: str) -> tuple[Array, Array, Array | None]:
             nu = None if rates.b2 is None else getattr(state.nu[k], letter)

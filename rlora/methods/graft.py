@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rlora.core.checks import hyperparameters
 from rlora.core.decay import add_decayed_weights
 from rlora.core.factors import Factors, Tree
-from rlora.core.linalg import inverse_in_row_space
+from rlora.core.linalg import inverse_metric
 from rlora.core.moments import keep_scaling, scale_by_adam
 from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.transform import State, Transform, chain, check_transform, no_state
@@ -112,7 +112,7 @@ def scaled_gradient(
     group: RankGroup, G: list[Factors], state: State
 ) -> tuple[list[Factors], State]:
     """``(S_B + δ S_A⁻¹)⁻¹ G_A`` and ``G_B S_A⁻¹``."""
-    P = inverse_in_row_space(group, group.partner_gram(group.params), DAMPING, "covariant")
+    P = inverse_metric(group, group.partner_gram(group.params), DAMPING, "covariant")
     return group.apply(P, G), state
 
 

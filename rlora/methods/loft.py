@@ -14,7 +14,7 @@ from rlora.core.factors import Array, Factors, Tree, counterparts, map_pairs, re
 from rlora.core.linalg import (
     DampingMode,
     check_damping,
-    inverse_in_row_space,
+    inverse_metric,
     record_turn,
     to_new_coordinates,
 )
@@ -79,7 +79,7 @@ def scale_by_loft(
         xp = group.xp
         S = group.partner_gram(group.params)
         T = to_new_coordinates(group, S, state.turn)
-        P = inverse_in_row_space(group, S, damping, damping_mode)
+        P = inverse_metric(group, S, damping, damping_mode)
         g = [over(d, s) for d, s in zip(group.apply(P, G), state.scaling, strict=True)]
         old, to_new = group.apply(T, state.mu), group.unstack(T)
 

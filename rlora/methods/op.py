@@ -21,7 +21,7 @@ from rlora.core.factors import (
     map_pairs,
     rebuild,
 )
-from rlora.core.linalg import DampingMode, add, check_damping, inverse_in_row_space, scale, tangent
+from rlora.core.linalg import DampingMode, add, check_damping, inverse_metric, scale, tangent
 from rlora.core.moments import counts, each, keep_scaling, over, per_pair, zeros
 from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.sizes import into_range
@@ -126,7 +126,7 @@ def op_lora(
         return OpState(mu, counts(params), per_pair(params, scaling))
 
     def inverses(group: RankGroup) -> Stack:
-        return inverse_in_row_space(group, group.partner_gram(group.params), damping, damping_mode)
+        return inverse_metric(group, group.partner_gram(group.params), damping, damping_mode)
 
     def plain(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
         return tangent(group, inverses(group), _by_weight(G, state)), state

@@ -13,7 +13,7 @@ from rlora.core.factors import Array, Factors, Tree, device_of, map_pairs
 from rlora.core.linalg import (
     DampingMode,
     check_damping,
-    inverse_in_row_space,
+    inverse_metric,
     sylvester_spd,
     tangent,
 )
@@ -46,7 +46,7 @@ def scale_by_pro(
 
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
         S = group.partner_gram(group.params)
-        P = inverse_in_row_space(group, S, damping, damping_mode)
+        P = inverse_metric(group, S, damping, damping_mode)
         cross = group.cross(group.params, G)
         X = gauge_of(gauge, group, S, P, cross)
         s = group.per_layer([Factors(s, s) for s in state.scaling])
@@ -122,7 +122,7 @@ def scale_by_full_adam(
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], FullState]:
         matmul = group.backend.matmul
         S = group.partner_gram(group.params)
-        P = inverse_in_row_space(group, S, damping, damping_mode)
+        P = inverse_metric(group, S, damping, damping_mode)
         g = tangent(group, P, G)  # times s²: the equivalent gradient is the same in every gauge
 
         moments: list[list[Array]] = []

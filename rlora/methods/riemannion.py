@@ -14,7 +14,7 @@ from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.decay import remaining
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, device_of, leaves_of, map_leaves, map_pairs
-from rlora.core.linalg import add, inverse_in_row_space, scale, tangent
+from rlora.core.linalg import add, inverse_metric, scale, tangent
 from rlora.core.moments import zeros
 from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, apply_updates, chain
@@ -92,7 +92,7 @@ def riemannion(
         return RiemannionState(map_pairs(lambda pair: Tangent(*pair), zeros(params)))
 
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
-        P = inverse_in_row_space(group, group.partner_gram(group.params), 0.0, "relative")
+        P = inverse_metric(group, group.partner_gram(group.params))
         mu = add(tangent(group, P, G), scale(b1, state.mu))
         seen = [_seen_msign(group.backend, X, M) for X, M in zip(group.params, mu, strict=True)]
         return tangent(group, P, seen), RiemannionState([Tangent(*M) for M in mu])
@@ -102,7 +102,7 @@ def riemannion(
         turn = group.partner_cross(group.params, old)
         move = group.partner_cross(group.params, state.mu)
         seen = add(group.apply(turn, state.mu), group.apply(move, old))
-        P = inverse_in_row_space(group, group.partner_gram(group.params), 0.0, "relative")
+        P = inverse_metric(group, group.partner_gram(group.params))
         # A tangent vector of the product, of which a frozen factor has its share too.
         return RiemannionState([Tangent(*M) for M in tangent(group, P, seen, both=1.0)])
 
