@@ -520,7 +520,7 @@ def test_large_absolute_damping_is_plain_adamw():
 
 
 def test_a_rank_above_a_side_whose_first_direction_is_unused(backend):
-    """Where no Gram can be looked at, as in JAX, a pair that is alive is not taken for a dead one."""
+    """A live pair is not taken for a dead one where no Gram can be looked at, as in JAX."""
     rng = np.random.default_rng(0)
     A, B, *grads = (rng.normal(size=shape) for shape in [(8, 4), (12, 8), (8, 4), (12, 8)])
     A[0] = 0.0
