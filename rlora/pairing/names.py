@@ -1,7 +1,6 @@
 """Names of tensors, sorted: factors by their layers, diagonals, tensors of other adapters."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 from rlora.pairing.conventions import (
@@ -109,7 +108,9 @@ def _ways_to_end(name: str, conventions: Sequence[Convention]) -> Iterator[Way]:
             for letter, pattern in (("A", convention.a), ("B", convention.b))
             for start, proposal in proposals(name, pattern)
         ]
-        yield from (way for _, way in sorted(found, key=itemgetter(0)))
+        # An adapter is a module, whose name has no dot: with dots it may be a layer with adapters.
+        found.sort(key=lambda way: ("." in (way[1].place[1].adapter or ""), way[0]))
+        yield from (way for _, way in found)
 
 
 def patterns_of(conventions: Sequence[Convention]) -> Iterator[str]:

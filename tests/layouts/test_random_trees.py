@@ -136,3 +136,12 @@ def test_shared_layers_count_once(tree):
     twice.second = root
     report = rlora.torch.find_pairs(twice)
     assert len(report) == len(rlora.torch.find_pairs(root))
+
+
+def test_layers_called_like_factors():
+    """An adapter has no dot in its name, so that what is around its factors is their layer."""
+    root = nn.Module()
+    for word in ("lora_A", "lora_B"):
+        root.add_module(word, Leaf("PEFT", ["default"], (3, 3, 3)))
+    truth = {(f"{x}.lora_A.default.weight", f"{x}.lora_B.default.weight") for x in root._modules}
+    assert found(rlora.torch.find_pairs(root)) == truth

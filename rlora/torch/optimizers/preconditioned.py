@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rlora.core.checks import check_betas, check_choice
+from rlora.core.checks import check_betas, check_choice, check_unit
 from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.placement import Placement
 from rlora.core.transform import Order
@@ -67,6 +67,9 @@ class GramPreconditioned(LoRAOptimizer):
         check_choice("placement", group["placement"], Placement)
         if self._kernel is AdamW:
             check_betas(group["betas"])
+            for beta in group["betas"]:
+                if not isinstance(beta, Tensor):
+                    check_unit("each of betas", beta)
         if group["placement"] != "before" and self._kernel is not AdamW:
             msg = (
                 f"placement {group['placement']!r} needs decoupled weight decay and moments that "

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from rlora.core.checks import check_nonnegative, check_real, check_unit, plain_number
+from rlora.core.checks import check_nonnegative, check_real, plain_number
 from rlora.core.errors import NamespaceError, PairingError, ShardingError
 from rlora.pairing import Known, Source, find_pairs as find_named_pairs, is_factor
 from rlora.pairing.report import number_of
@@ -81,10 +81,6 @@ def check_numbers(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
         several = isinstance(defaults.get(name), tuple)  # Adafactor has two eps
         if name in group and not (several or isinstance(group[name], Tensor)):
             check_nonnegative(name, group[name])
-    betas = group.get("betas", ())
-    for beta in betas if isinstance(betas, (tuple, list)) else ():
-        if not isinstance(beta, Tensor):
-            check_unit("each of betas", beta)
 
 
 def split_names(group: dict[str, Any]) -> list[str] | None:
