@@ -65,7 +65,7 @@ class LoRAOptimizer(LoadsState, ABC):
     """The models that parameters were given as, by their groups; a copy does not know its own."""
 
     _seen: Sequence[Any] = ()
-    """The options at the last step."""
+    """The options at the last step: by identity, as a tensor's value is not asked for."""
     _watch: Watch | None = None
     _told: frozenset[str] = frozenset()
     """Checks that were made, and warnings that were given, once."""
@@ -266,7 +266,7 @@ class LoRAOptimizer(LoadsState, ABC):
         pairs = self._current_pairs()
         if torch.compiler.is_compiling():  # the graph is what is kept, and torch guards it
             return self._new_plans(pairs)
-        names = (*NUMBERS, *self._own)
+        names = ("betas", *NUMBERS, *self._own)
         options = [group.get(name) for group in self.param_groups for name in names]
         if not identical(options, self._seen):
             for group in self.param_groups:

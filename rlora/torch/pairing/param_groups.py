@@ -70,14 +70,14 @@ def refuse_text(options: Mapping[str, Any]) -> None:
                 check_real(f"each of {name}" if several else name, x)
 
 
-NUMBERS = ("betas", "lr", "eps", "weight_decay", "momentum")
-"""Options of torch's own optimizers."""
+NUMBERS = ("lr", "eps", "weight_decay", "momentum")
+"""Options of torch's own optimizers that are numbers."""
 
 
 def check_numbers(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """ValueError or TypeError for options of torch's that are no numbers, or negative."""
     refuse_text(group)
-    for name in NUMBERS[1:]:
+    for name in NUMBERS:
         several = isinstance(defaults.get(name), tuple)  # Adafactor has two eps
         if name in group and not (several or isinstance(group[name], Tensor)):
             check_nonnegative(name, group[name])
