@@ -48,9 +48,24 @@ class MatrixAlgebra:
 
     def spd_power(self, S: Array, power: float) -> Array:
         """``S^power`` of symmetric positive definite matrices (K, r, r) with trace about r."""
+        return self.eigen_power(S, power)
+
+    def eigen_power(self, S: Array, power: float, lost: Array | None = None) -> Array:
+        """`spd_power` by eigenvalues, of which the `lost` (K, 1, 1) least ones count as none."""
         w, Q = self.eigh(S)
         w = self.above_rounding(w)
-        return self.matmul(Q * self.xp.expand_dims(w**power, axis=-2), Q.mT)
+        kept = Q if lost is None else self.without_first(Q, lost)
+        return self.matmul(kept * self.xp.expand_dims(w**power, axis=-2), Q.mT)
+
+    def without_first(self, Q: Array, lost: Array) -> Array:
+        """Matrices (K, r, r) with zeros in the first `lost` (K, 1, 1) of their columns."""
+        places = self.xp.arange(Q.shape[-1], dtype=Q.dtype, device=device_of(Q))
+        return self.xp.where(places < lost, self.xp.zeros_like(Q), Q)
+
+    def row_space(self, S: Array, lost: Array) -> Array:
+        """The projections (K, r, r) on the eigenvectors of S but for the `lost` least ones."""
+        _, Q = self.eigh(S)
+        return self.matmul(self.without_first(Q, lost), Q.mT)
 
     def above_rounding(self, w: Array) -> Array:
         """Eigenvalues (K, r) of damped Grams, none below half of the least damping.
@@ -108,6 +123,7 @@ class MatrixAlgebra:
         *,
         relative: bool = True,
         least: float = 0.0,
+        lost: Array | None = None,
     ) -> Array:
         """``(S + shift I)^exponent`` for a stack (K, r, r) of Grams, each member by itself.
 
@@ -118,9 +134,18 @@ class MatrixAlgebra:
         member whose trace with the shift is zero or too small to be inverted gives 0: with a zero
         factor its partner is not updated, but for absolute damping. An overflown one gives 0 too,
         the limit; NaN gives NaN for itself.
+
+        `lost` (K, 1, 1) says by how much the rank is above the outer side of each factor. So many
+        eigenvalues are 0 whatever its entries are, and their directions are left out: an inverse
+        would multiply rounding there by 1/shift, that of a gradient in bfloat16 is large, and
+        without damping that part would take all but two digits of the rest.
         """
         H = self.damped(S, damping, relative=relative, least=least)
-        return H.restore(self.xp, self.spd_power(H.matrix, exponent), exponent)
+        if lost is None:
+            power = self.spd_power(H.matrix, exponent)
+        else:
+            power = self.eigen_power(H.matrix, exponent, lost)
+        return H.restore(self.xp, power, exponent)
 
     def damped_half(
         self,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rlora.core.algebra import ROUNDING, constants, traces
 from rlora.core.backend import Backend
 from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative
-from rlora.core.factors import Array, Factors, device_of, indices_by_rank
+from rlora.core.factors import Array, Factors, indices_by_rank
 from rlora.core.rank_group import RankGroup, Stack
 from rlora.core.transform import State
 
@@ -38,9 +38,8 @@ def frozen_powers(
 ) -> list[Array]:
     """``S^exponent`` of the factor that stays in every pair; S⁻¹ preconditions its partner.
 
-    As `preconditioners`, with one Gram where that has two, and without the directions that
-    `in_row_space` leaves out. The Gram of a frozen factor is no worse than its start: covariant
-    damping leaves it as it is, whichever factor it is.
+    As `preconditioners`, with one Gram where that has two. The Gram of a frozen factor is no worse
+    than its start: covariant damping leaves it as it is, whichever factor it is.
     """
     gram, side = (backend.gram_rows, -1) if frozen == "A" else (backend.gram_columns, -2)
     factors = [getattr(pair, frozen) for pair in params]
@@ -49,13 +48,9 @@ def frozen_powers(
         alike = [factors[i] for i in members]
         S = gram(alike, backend.compute_dtype(alike[0].dtype, compute_dtype))
         shift = 0.0 if damping_mode == "covariant" else damping
-        how = {"relative": damping_mode == "relative"}
-        lost = [S.shape[-1] - F.shape[side] for F in alike for _ in range(prod(F.shape[:-2]))]
-        if max(lost) > 0:
-            gone = constants(backend.xp, lost, S.dtype, S)
-            P = power_in_row_space(backend, S, gone, exponent, shift, **how)
-        else:
-            P = backend.damped_power(S, exponent, shift, **how)
+        empty = [S.shape[-1] - F.shape[side] for F in alike for _ in range(prod(F.shape[:-2]))]
+        lost = constants(backend.xp, empty, S.dtype, S) if max(empty) > 0 else None
+        P = backend.damped_power(S, exponent, shift, relative=damping_mode == "relative", lost=lost)
         P = backend.cast(P, backend.compute_dtype(alike[0].dtype))
         for i, power in zip(members, backend.unstack(P, alike), strict=True):
             powers[i] = power
@@ -74,71 +69,25 @@ def inverse_metric(
 
     `S` are the Grams of the partners. A factor whose partner is zero gets 0, or with absolute
     damping its inverse. The shift is at least `least` times the mean eigenvalue, in every mode.
-    Directions in which a partner can have nothing are left out, see `power_in_row_space`; `sizes`
-    are the m and n of whole factors, where those of the group are pieces.
+    Where a rank is above a side, directions in which the partner can have nothing are left out, and
+    covariant damping is that in the others; `sizes` are the m and n of whole factors, where those
+    of the group are pieces.
     """
-    backend, concat = group.backend, group.xp.concat
+    backend = group.backend
     if sizes is None:
         sizes = [(pair.B.shape[-2], pair.A.shape[-1]) for pair in group.params]
+    empty = [(group.rank - m, group.rank - n) for m, n in sizes]
+    lost = group.constant(empty) if max(map(max, empty)) > 0 else None
     power = partial(backend.damped_power, exponent=-1.0, least=least)
-    lost = [(group.rank - m, group.rank - n) for m, n in sizes]
-    some_lost = max(map(max, lost)) > 0
-    in_row_space = partial(power_in_row_space, backend, exponent=-1.0, least=least)
     if damping_mode != "covariant":
-        relative = damping_mode == "relative"
-        if some_lost:
-            return in_row_space(S, group.constant(lost), damping=damping, relative=relative)
-        return power(S, damping=damping, relative=relative)
+        return power(S, damping=damping, relative=damping_mode == "relative", lost=lost)
     S_B, S_A = group.halves(S)
-    H_A = S_B + damping * power(S_A)
-    if not some_lost:
-        return power(concat([H_A, S_A]))
-    lost_B, lost_A = group.halves(group.constant(lost))
-    _, Q = backend.eigh(S_B)
-    kept = backend.matmul(without_first(group.xp, Q, lost_B), Q.mT)
-    P_A = symmetric(congruence(backend, kept, power(H_A)))
-    return concat([P_A, in_row_space(S_A, lost_A)])
-
-
-def power_in_row_space(
-    backend: Backend,
-    S: Array,
-    lost: Array,
-    exponent: float,
-    damping: float = 0.0,
-    *,
-    relative: bool = True,
-    least: float = 0.0,
-) -> Array:
-    """`Backend.damped_power` without the directions in which a factor can have nothing.
-
-    A rank above the outer side of a factor leaves its Gram a null space whatever its entries are,
-    and in it the inverse of the damped Gram multiplies rounding by 1/damping: that of a gradient
-    in bfloat16 is large. Undamped, that part would take all but two digits of the rest.
-
-    Parameters
-    ----------
-    backend : Backend
-        The backend of the stack.
-    S : array of shape (K, r, r)
-        Grams.
-    lost : array of shape (K, 1, 1)
-        By how much the rank is above the outer side of each factor.
-    exponent, damping, relative, least
-        As `Backend.damped_power` has them.
-    """
-    xp = backend.xp
-    H = backend.damped(S, damping, relative=relative, least=least)
-    w, Q = backend.eigh(H.matrix)
-    w = backend.above_rounding(w)
-    P = backend.matmul(without_first(xp, Q, lost) * xp.expand_dims(w**exponent, axis=-2), Q.mT)
-    return H.restore(xp, P, exponent)
-
-
-def without_first(xp: Any, Q: Array, lost: Array) -> Array:
-    """Eigenvectors of ascending eigenvalues with zeros for the first `lost` of them."""
-    places = xp.arange(Q.shape[-1], dtype=Q.dtype, device=device_of(Q))
-    return xp.where(places < lost, xp.zeros_like(Q), Q)
+    lost_B, seen = None, S_A
+    if lost is not None:
+        lost_B, _ = group.halves(lost)
+        seen = congruence(backend, backend.row_space(S_B, lost_B), S_A)
+    H_A = S_B + damping * power(seen, lost=lost_B)
+    return power(group.xp.concat([H_A, S_A]), lost=lost)
 
 
 def metric_half(

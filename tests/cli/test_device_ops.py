@@ -54,6 +54,22 @@ def test_a_step_of_one_shape(method, most, monkeypatch):
     assert seen.operations <= most
 
 
+@pytest.mark.parametrize(
+    "method, waits",
+    [
+        ("scaled_adamw", set()),
+        ("scaled_adamw:before", EIGEN),
+        ("scaled_adamw:after", EIGEN),
+        ("scaled_sgd", EIGEN),
+    ],
+)
+def test_waits_at_a_rank_above_a_side(method, waits, monkeypatch):
+    monkeypatch.setattr(device_ops, "SHAPES", [(4, *device_ops.SHAPES[0][1:])])
+    seen = device_ops.seen_in_a_step(device_ops.optimizer_of(method), device_ops.FEW)
+    assert seen.finished
+    assert set(seen.waits) == waits
+
+
 class Curious(torch.optim.SGD):
     """Looks at its gradients, on the host."""
 

@@ -249,21 +249,43 @@ UNDAMPED = {
 }
 
 
-@pytest.mark.parametrize("name", UNDAMPED)
+@pytest.mark.parametrize(
+    "name, zero",
+    [
+        *((name, "B") for name in UNDAMPED),
+        *((name, "A") for name in UNDAMPED if name not in ("rac_lora()", "alt_lora()")),
+    ],  # those move B first
+)
+@pytest.mark.parametrize("m, n, r", [(64, 16, 32), (16, 64, 32), (5, 6, 16)])
 @pytest.mark.parametrize("dtype, rtol", [("float64", 1e-11), ("float32", 1e-3)])
-def test_a_rank_above_a_side_costs_no_digits(name, dtype, rtol):
-    """From B = 0 the product moves by the gradient on the row space of A: all of it, for r > n.
+def test_a_rank_above_a_side_costs_no_digits(name, m, n, r, zero, dtype, rtol):
+    """The product moves by the gradient in the space of one factor where the other one is zero.
 
     float32: the floor of the damping, 4e-5 of the mean eigenvalue, and condition numbers of 10.
     """
     rng = np.random.default_rng(0)
-    m, n, r = 64, 16, 32
-    G, A = rng.normal(size=(m, n)), rng.normal(size=(r, n))
-    pair = Factors(A.astype(dtype), np.zeros((m, r), dtype))
-    grads = Factors(np.zeros_like(pair.A), (G @ A.T).astype(dtype))
+    G, A, B = (rng.normal(size=shape) for shape in [(m, n), (r, n), (m, r)])
+    A, B = (0 * A, B) if zero == "A" else (A, 0 * B)
+    wanted = -0.1 * (B @ np.linalg.pinv(B) @ G if zero == "A" else G @ np.linalg.pinv(A) @ A)
+    pair, grads = (
+        Factors(*(x.astype(dtype) for x in some)) for some in [(A, B), (B.T @ G, G @ A.T)]
+    )
     method = UNDAMPED[name]
     moved, _ = rlora.step(method, pair, grads, method.init(pair), 0.1)
-    assert_close(moved.B @ moved.A, -0.1 * G, rtol=rtol)
+    assert_close(moved.B @ moved.A, wanted, rtol=rtol)
+
+
+def test_covariant_damping_of_a_rank_above_a_side():
+    """The plain inverse, projected: S_A is definite, and so H is, which needs no floor."""
+    rng = np.random.default_rng(0)
+    m, n, r, damping = 5, 60, 12, 1e-2
+    A, B, G = (rng.normal(size=shape) for shape in [(r, n), (m, r), (m, n)])
+    H = B.T @ B + damping * np.linalg.inv(A @ A.T)
+    kept = np.linalg.pinv(B) @ B
+    wanted = kept @ np.linalg.inv(H) @ kept @ B.T @ G
+    method = rlora.scaled_sgd(damping=damping)
+    D, _ = method.update(Factors(B.T @ G, G @ A.T), method.init(Factors(A, B)), Factors(A, B))
+    assert_close(D.A, wanted, rtol=1e-10)
 
 
 @pytest.mark.parametrize(
