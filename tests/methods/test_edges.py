@@ -425,3 +425,28 @@ def test_a_scalar_that_is_in_range_where_its_square_is_not():
     ratio = np.linalg.norm(A.astype(float)) / np.linalg.norm(B.astype(float))
     assert_close(direction.A, np.full((2, 6), ratio), rtol=1e-5)
     assert np.isfinite(direction.B).all()
+
+
+def test_the_length_of_the_first_step_of_rite():
+    """Both halves are √n and √m long in each direction of rank, as its page says."""
+    problem = make_problem(30, 50, 4, seed=3)
+    params, rite = problem.params, method("lora_rite")
+    D, _ = rite.update(problem.grads(params), rite.init(params), params)
+    for half, length in ((params.B @ D.A, 50**0.5), (D.B @ params.A, 30**0.5)):
+        sigma = np.linalg.svd(half, compute_uv=False)[:4]
+        assert_close(sigma, np.full(4, length), rtol=1e-3)  # eps of 1e-6 beside a root of V
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_undamped_the_weight_of_op_follows_one_path_whatever_s_is(momentum):
+    problem, ends = make_problem(30, 20, 4, seed=3), []
+    for s in (1.0, 8.0):
+        op = rlora.op_lora(momentum=momentum, damping=0.0)
+        params = Factors(problem.params.A / s**0.5, problem.params.B / s**0.5)
+        state = op.init(params, s)
+        for _ in range(12):
+            G = s * params.B @ params.A - problem.target
+            grads = Factors(s * params.B.T @ G, s * G @ params.A.T)
+            params, state = rlora.step(op, params, grads, state, 0.02)
+        ends.append(s * params.B @ params.A)
+    assert_close(*ends, rtol=1e-9)  # float64, condition numbers of 10 in twelve steps
