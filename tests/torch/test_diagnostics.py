@@ -23,7 +23,6 @@ from rlora.torch.monitor.diagnostics import MARKS, MEASURES
 from rlora.torch.monitor.snapshot import Watch, read
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.pairing.discovery import check_explicit
-from rlora.torch.step.plan import inherited
 
 WIDE = [key for key in MEASURES if not key.startswith("lost")]
 """Figures of float32 factors, which lose no step in rounding."""
@@ -204,7 +203,7 @@ def test_off_costs_not_one_operation_and_keeps_nothing(make):
     def plans_alone():
         with torch.no_grad():
             for plan in optimizer._current_plans():
-                plan.run(optimizer, inherited(type(optimizer), "step", LoRAOptimizer))
+                plan.run(optimizer, optimizer._inherited("step"))
 
     alone, never = operations(plans_alone), operations(optimizer.step)
     assert never == alone

@@ -620,9 +620,9 @@ def test_a_quantised_base():
     A, B = pairs_in(model)[0]
     want = initializers.lora_one(weight.grad, 2, gamma=1.0, form="theory").params
     close((B @ A).detach(), want.B @ want.A, 1e-5)
-    initialize(model, [x], square, method="lora_sb", lr=1e-3)
-    initialize(model, [x], square, method="eva")
-    initialize(model, method="gaussian")
+    initialize(packed_model(), [x], square, method="lora_sb", lr=1e-3)
+    initialize(packed_model(), [x], square, method="eva")
+    initialize(packed_model(), method="gaussian")
 
 
 def refusals(model):

@@ -112,6 +112,9 @@ def capture(
     Layers that the loss never calls are left out.
     """
     _check_bare(model)
+    if isinstance(batches, Tensor):
+        msg = "batches must be an iterable of batches, got one tensor; for one batch pass [batch]"
+        raise TypeError(msg)
     names = list(targets)
     size = len(names) if layers_per_pass is None else layers_per_pass
     if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and names):

@@ -1,5 +1,6 @@
 """Start LoRA layers from the gradient or the inputs of a few batches, or from the base weights."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +24,8 @@ from rlora.torch.init.starts import (
     moves_weights,
     start_of,
 )
-from rlora.torch.pairing.layers import LoraLayer, choose, find_layers, movable_weight, weight_owners
+from rlora.torch.pairing.base_weights import movable_weight, other_places, weight_places
+from rlora.torch.pairing.layers import LoraLayer, choose, find_layers
 
 
 class StartedLayer(NamedTuple):
@@ -150,8 +152,8 @@ def initialize(
         an offset cannot be taken: the base is quantised, tied, or under several adapters, or B is
         not zero; when the loss does not depend on a layer that it calls.
     ValueError, TypeError
-        For options out of their range, for "lora_sb" with another scaling than 1, and where the
-        scaling is needed and not known.
+        For options out of their range, a scaling that is not positive, "lora_sb" with another than
+        1, and where the scaling is needed and not known; when `batches` is one tensor.
     ShapeError, NamespaceError, NumericsError, ShardingError
         As `full_gradients`; for factors that are not finite in the parameters' dtype, or
         sharded. After any error nothing has been written.
@@ -159,8 +161,10 @@ def initialize(
     Notes
     -----
     The gradient is that of the model as it stands, including its adapters: start from B = 0, as
-    all libraries do. For memory see `full_gradients`. A base weight is changed in its own dtype,
-    with the factors as rounded to theirs: in bfloat16 the function stays to the rounding of W.
+    all libraries do; a B that is not zero is replaced with a RuntimeWarning. In float16 the
+    gradients of a small loss vanish: multiply it by a power of two. For memory see
+    `full_gradients`. A base weight is changed in its own dtype, with the factors as rounded to
+    theirs: in bfloat16 the function stays to the rounding of W.
     Over several processes, initialize before wrapping the model in DDP, which then sends the
     start of rank 0 to all. Layers that the loss never calls, or with a gradient of zero, are
     skipped, and so are embeddings, convolutions and DoRA, and layers of a rank that the method
@@ -197,12 +201,12 @@ def initialize(
     moves = moves_weights(method, options)
     found, skipped = find_layers(model, adapter, scaling)
     chosen = choose(found, layers)
-    owners = weight_owners(model)
+    places = weight_places(model)
     weights: dict[str, Tensor] = {}
     for name, layer in chosen.items():
         check_layer(layer, method)
         if moves:
-            weights[name] = movable_weight(layer, owners)
+            weights[name] = movable_weight(layer, places)
     begin = partial(start_of, chosen, method, options)
     if method not in (*FROM_GRADIENT, "eva"):
         # Random starts need only the shape of the weight: a matrix without memory.
@@ -215,7 +219,10 @@ def initialize(
         )
         raise TypeError(msg)
     else:
-        targets = {name: layer.target() for name, layer in chosen.items()}
+        targets = {
+            name: layer.target(alone=not other_places(name, layer.module, places))
+            for name, layer in chosen.items()
+        }
         kind = InputRows if method == "eva" else Rows
         starts = capture(model, targets, batches, loss, begin, layers_per_pass, offload, kind)
     for name in chosen:
@@ -225,7 +232,20 @@ def initialize(
     if skipped.keys() >= chosen.keys():
         msg = f"no layer can be started; {next(iter(chosen))}: {skipped[next(iter(chosen))]}"
         raise PairingError(msg)
+    _warn_of_use([x for x in chosen.values() if x.name not in skipped])
     return _write(method, list(chosen.values()), skipped, starts, weights)
+
+
+@torch.no_grad()
+def _warn_of_use(layers: Iterable[LoraLayer]) -> None:
+    used = [layer.name for layer in layers if bool(torch.any(layer.B != 0))]
+    if used:
+        msg = (
+            f"{_names(used)}: B was not zero, and the adapter that was there is replaced; if it "
+            f"had been started by an offset of the base weight, that offset is still taken: load "
+            f"the original base model first"
+        )
+        warnings.warn(msg, RuntimeWarning, stacklevel=3)
 
 
 @torch.no_grad()

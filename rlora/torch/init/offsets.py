@@ -11,7 +11,7 @@ from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError, ShapeError
 from rlora.core.factors import Factors
 from rlora.initializers import Start
-from rlora.torch.pairing.layers import plain_weight, weight_owners
+from rlora.torch.pairing.base_weights import plain_weight, weight_places
 
 PREFIX = "base_model.model."
 """Prefix of PEFT before the names of the model that it wraps."""
@@ -100,14 +100,14 @@ def restore_offsets(model: nn.Module, offsets: Mapping[str, Offset]) -> None:
     >>> model[0].weight.tolist()
     [[0.5, -0.5], [-0.5, 0.5]]
     """
-    modules, owners = dict(model.named_modules()), weight_owners(model)
+    modules, places = dict(model.named_modules()), weight_places(model)
     weights: list[tuple[Tensor, Offset]] = []
     for name, offset in offsets.items():
         module = next((modules[n] for n in spellings(name) if n in modules), None)
         if module is None:
             msg = f"the model has no module {name}; pass the model as it was given to initialize"
             raise PairingError(msg)
-        weight = plain_weight(name, module, owners)
+        weight = plain_weight(name, module, places)
         if isinstance(weight, str):
             msg = f"{weight}; load the model as it was when training began"
             raise PairingError(msg)

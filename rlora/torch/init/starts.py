@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlora import initializers
-from rlora.core.checks import check_count
+from rlora.core.checks import check_count, check_scaling
 from rlora.core.errors import NumericsError, PairingError, ShapeError
 from rlora.core.factors import Factors
 from rlora.initializers import Start
@@ -86,6 +86,12 @@ def check_unmerged(layer: LoraLayer) -> None:
 
 def check_layer(layer: LoraLayer, method: str) -> None:
     check_unmerged(layer)
+    if layer.scaling is not None:
+        try:
+            check_scaling(layer.scaling)
+        except (TypeError, ValueError) as error:
+            error.add_note(f"in layer {layer.name}")
+            raise
     if method == "lora_sb" and layer.scaling != 1.0:
         msg = (
             f"lora_sb needs a scaling of 1, but that of {layer.name} is {layer.scaling}; set "
@@ -105,13 +111,12 @@ def start_of(
     """The start in the dtype of the layer's factors and the norm of its gradient, or why none."""
     layer = chosen[name]
     from_gradient = method in FROM_GRADIENT
-    if from_gradient and not matrix.any():
-        return "its gradient is zero"
+    if (from_gradient or method in ("pissa", "milora")) and not matrix.any():
+        return f"its {'gradient' if from_gradient else 'base weight'} is zero"
     if method == "eva":
         if len(matrix) < layer.rank:
             return f"{len(matrix)} rows of inputs came for rank {layer.rank}; give more batches"
-        sizes = [torch.linalg.matrix_norm(x) for x in (matrix - matrix.mean(0), matrix)]
-        if sizes[0] <= 10 * torch.finfo(matrix.dtype).eps * sizes[1]:  # rounding of the rows
+        if _are_alike(matrix):
             return "its inputs are all alike"
     told = of_layer(method, options, name, layer.scaling, layer.shape[0])
     try:
@@ -133,6 +138,14 @@ def start_of(
             raise NumericsError(msg)
     norm = float(torch.linalg.matrix_norm(matrix)) if from_gradient else None
     return Start(params, offset), norm
+
+
+def _are_alike(X: Tensor) -> bool:
+    """Return whether the rows (t, n) differ by no more than their rounding."""
+    wide = X.to(torch.promote_types(X.dtype, torch.float32))
+    about_mean, whole = (torch.linalg.matrix_norm(x) for x in (wide - wide.mean(0), wide))
+    eps = max(torch.finfo(X.dtype).eps, 10 * torch.finfo(wide.dtype).eps)
+    return bool(about_mean <= eps * whole)
 
 
 def _rounded(layer: LoraLayer, pair: Factors) -> Factors:

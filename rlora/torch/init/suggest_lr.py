@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from rlora.core.errors import NumericsError, PairingError
 from rlora.core.suggest_lr import suggest_lr as of_numbers
 from rlora.torch.init.starts import check_model, check_unmerged
-from rlora.torch.pairing.layers import find_layers, plain_weight
+from rlora.torch.pairing.base_weights import plain_weight
+from rlora.torch.pairing.layers import find_layers
 
 
 @torch.no_grad()

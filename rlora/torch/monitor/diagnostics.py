@@ -19,7 +19,8 @@ from rlora.core.errors import PairingError
 from rlora.core.linalg import DampingMode
 from rlora.torch.monitor.finite import peaks, state_peaks, warn_of_nan
 from rlora.torch.monitor.snapshot import Watch, lost, read, refuse_shards
-from rlora.torch.pairing.layers import find_layers, plain_weight
+from rlora.torch.pairing.base_weights import plain_weight
+from rlora.torch.pairing.layers import find_layers
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
 
 MEASURES: tuple[str, ...] = ("cond_A", "cond_B", "damped_cond_A", "damped_cond_B")

@@ -47,11 +47,11 @@ from rlora.torch.pairing.param_groups import (
     without_names,
 )
 from rlora.torch.pairing.sharding_checks import check_layouts
-from rlora.torch.step.plan import Plan, Turn, before_new_plan, inherited, plans_of
+from rlora.torch.step.plan import Plan, StepsOfParent, Turn, before_new_plan, plans_of
 from rlora.torch.step.rounding import count_roundings
 
 
-class LoRAOptimizer(LoadsState, ABC):
+class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
     """A torch optimizer that knows the pairs among its parameters. Not to be used by itself."""
 
     report: PairReport
@@ -252,14 +252,14 @@ class LoRAOptimizer(LoadsState, ABC):
         count_roundings(self.param_groups)
         if self._watch is not None:
             self._watch.note(self._pairs, self.report, self.param_groups)
-        parent_step = inherited(type(self), "step", LoRAOptimizer)
+        parent_step = self._inherited("step")
         for plan in plans:
             plan.run(self, parent_step)
         return loss
 
     def _init_group(self, *args: Any) -> Any:
         """Called by the steps of torch's own optimizers."""
-        return inherited(type(self), "_init_group", LoRAOptimizer)(self, *args)
+        return self._inherited("_init_group")(self, *args)
 
     def _current_plans(self) -> list[Plan]:
         """The plans, rebuilt when their inputs (see `signature`) have changed."""

@@ -18,7 +18,7 @@ from rlora.torch.pairing.discovery import Pairs
 from rlora.torch.pairing.pairs import TensorPair
 from rlora.torch.step.kernels import FUSED, SGD, AdamW, Kernel, has_kernel
 from rlora.torch.step.listwise import Recipe
-from rlora.torch.step.plan import Turn, inherited
+from rlora.torch.step.plan import Turn
 from rlora.torch.step.standins import StandIns, is_narrow
 from rlora.torch.step.steps import steps_of
 
@@ -94,10 +94,9 @@ class GramPreconditioned(LoRAOptimizer):
         return [steps_of(self, self._kernel, pairs, some) for some in sides]
 
 
-def _steps_as(kind: type, parent: Any) -> bool:
+def _steps_as(kind: type[LoRAOptimizer], parent: Any) -> bool:
     """Return whether a class steps as torch's own class does."""
     return issubclass(kind, parent) and all(
-        inspect.unwrap(inherited(kind, name, LoRAOptimizer))
-        is inspect.unwrap(getattr(parent, name))
+        kind._bare.get(name) is inspect.unwrap(getattr(parent, name))
         for name in ("step", "_init_group")
     )

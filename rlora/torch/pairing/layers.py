@@ -69,8 +69,9 @@ class LoraLayer:
     def shape(self) -> tuple[int, int]:
         return self.B.shape[0], self.A.shape[1]
 
-    def target(self) -> Target:
-        return Target(self.base, self.shape, self.A.device)
+    def target(self, *, alone: bool = True) -> Target:
+        """Its target: the base, or all of the layer where the base is not its `alone`."""
+        return Target(self.base if alone else self.module, self.shape, self.A.device)
 
 
 def linear_target(name: str, module: Any) -> Target:
@@ -188,12 +189,14 @@ def _no_layer(
             return why
     if isinstance(base, nn.Embedding) or hasattr(base, "num_embeddings"):
         return f"the base is an embedding ({kind}), which has no dense input"
+    if A.is_meta or B.is_meta:
+        return "its factors are on the meta device; load the adapter without low_cpu_mem_usage"
     if A.ndim != 2 or B.ndim != 2:
         return f"the base is a convolution ({kind}); only linear layers have a start here"
     weight = base._parameters.get("weight")
     shape = (B.shape[0], A.shape[1])
     fits = weight is not None and tuple(weight.shape) in (shape, shape[::-1])
-    if A.shape[0] != B.shape[1] or (_is_plain(weight) and not fits):
+    if A.shape[0] != B.shape[1] or (is_plain(weight) and not fits):
         of = f" of a weight {tuple(weight.shape)}" if weight is not None else ""
         return f"A {tuple(A.shape)} and B {tuple(B.shape)} are not one pair{of}"
     if not (_is_linear(base) or (base is module and fits)):
@@ -201,7 +204,7 @@ def _no_layer(
     return None
 
 
-def _is_plain(weight: Any) -> bool:
+def is_plain(weight: Any) -> bool:
     """Return whether a weight is a matrix of reals, neither packed nor quantised nor elsewhere."""
     return (
         type(weight) in (nn.Parameter, Tensor)
@@ -251,50 +254,3 @@ def _nothing(adapter: str, adapters: set[str], skipped: Mapping[str, str]) -> Pa
     if skipped and adapter in adapters:
         msg = f"no adapted linear layer of adapter {adapter!r} has the output W x + s B A x{why}"
     return PairingError(msg)
-
-
-Owners = Mapping[int, list[tuple[str, nn.Module]]]
-"""The modules that hold a parameter, by the address of its memory."""
-
-
-def weight_owners(model: nn.Module) -> Owners:
-    """Every module that holds a parameter, each module once."""
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        for p in module._parameters.values():
-            if p is not None:
-                owners.setdefault(p.data_ptr(), []).append((name, module))
-    return owners
-
-
-def plain_weight(name: str, module: nn.Module, owners: Owners) -> Tensor | str:
-    """The base weight as (m, n), to be written to, or why it must stay as it is."""
-    base = base_of(module)
-    weight = None if base is None else base._parameters.get("weight")
-    if weight is None or not _is_plain(weight):
-        what = f"{type(weight).__name__} {getattr(weight, 'dtype', '')}".strip()
-        return f"the base weight of {name} is quantised or packed ({type(base).__name__}: {what})"
-    twins = [n for n, owner in owners.get(weight.data_ptr(), ()) if owner is not base]
-    if twins:
-        return f"the base weight of {name} is that of {twins[0]} too, which must not change"
-    # Conv1D and loralib's fan_in_fan_out store W as (n, m).
-    turned = is_conv1d(base) or getattr(module, "fan_in_fan_out", False)
-    return weight.mT if turned else weight
-
-
-def movable_weight(layer: LoraLayer, owners: Owners) -> Tensor:
-    """The base weight of a layer as (m, n), unless there is a reason not to change it."""
-    weight = plain_weight(layer.name, layer.module, owners)
-    if isinstance(weight, str):
-        why = weight
-    elif layer.adapters:
-        why = f"the base weight of {layer.name} is under adapter {layer.adapters[0]} too"
-    elif bool(torch.any(layer.B != 0)):
-        why = f"the adapter of {layer.name} is in use: B is not zero"
-    elif layer.scaling is None:
-        msg = f"{layer.name} does not say its scaling s; pass scaling="
-        raise ValueError(msg)
-    else:
-        return weight
-    msg = f"{why}, and this method changes base weights; lora_one, lora_sb and eva do not"
-    raise PairingError(msg)

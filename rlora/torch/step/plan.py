@@ -1,5 +1,6 @@
 """One step of an optimizer: work on its pairs and their state, the parent's step over the rest."""
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
@@ -105,6 +106,30 @@ def over_stand_ins(
         real_state.update((k, v) for k, v in state.items() if not isinstance(k, Tensor))
 
 
+class StepsOfParent:
+    """The functions of the torch class that an optimizer inherits, for steps in and out of a graph.
+
+    Its hooks run around our own step already. While a step is compiled the rest goes too: torch
+    breaks the graph around its own steps, and keeps what they call out of it.
+    """
+
+    _bare: Mapping[str, Callable[..., Any]]
+    """Functions of the parent without what is wrapped around them."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        behind = super()
+        names = [name for name in ("step", "_init_group") if hasattr(behind, name)]
+        cls._bare = {name: inspect.unwrap(getattr(behind, name)) for name in names}
+
+    def _inherited(self, name: str) -> Callable[..., Any]:
+        if torch.compiler.is_compiling():
+            return self._bare[name]
+        function: Any = getattr(super(StepsOfParent, type(self)), name)
+        bare: Callable[..., Any] = function.__wrapped__ if hasattr(function, "hooked") else function
+        return bare
+
+
 class Share(NamedTuple):
     """One parameter's share of the arrays in which a step works: views, under their names."""
 
@@ -194,22 +219,6 @@ def misshapen(key: str, known: Any, view: Tensor) -> ShapeError:
         f"{tuple(view.shape)}; remove the entry for a fresh start"
     )
     return ShapeError(msg)
-
-
-def inherited(kind: type, name: str, front: type) -> Any:
-    """A function of the first class behind `front` and its subclasses that defines it.
-
-    Its hooks run around our own step already. While a step is compiled the rest goes too: torch
-    breaks the graph around its own steps, and keeps what they call out of it.
-    """
-    behind = (parent for parent in kind.__mro__ if not issubclass(parent, front))
-    parent: Any = next(parent for parent in behind if name in vars(parent))
-    function = getattr(parent, name)
-    if torch.compiler.is_compiling():
-        while hasattr(function, "__wrapped__"):
-            function = function.__wrapped__
-        return function
-    return function.__wrapped__ if hasattr(function, "hooked") else function
 
 
 def keep(held: dict[str, Any], name: str, value: Tensor) -> None:

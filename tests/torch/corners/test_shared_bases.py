@@ -1,0 +1,186 @@
+"""Starts where a base weight is used in two places, and where a start cannot be right."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from rlora import PairingError, initializers
+from rlora.torch import initialize
+
+OFFSETS = {"pissa": {}, "milora": {}, "olora": {}, "lora_ga": {}, "loi": {}}
+GRADIENT = ("lora_ga", "loi")
+
+
+class Adapted(nn.Module):
+    """An adapter of its own around a base that others may call too."""
+
+    def __init__(self, base, r=2):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        m, n = base.weight.shape
+        self.lora_A = nn.Parameter(torch.randn(r, n, dtype=base.weight.dtype) / 4)
+        self.lora_B = nn.Parameter(torch.zeros(m, r, dtype=base.weight.dtype))
+        self.scaling = 2.0
+
+    def forward(self, x):
+        return self.base(x) + self.scaling * (x @ self.lora_A.T @ self.lora_B.T)
+
+
+class Aliased(nn.Module):
+    """One linear layer under two names, of which PEFT wraps one."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(16, 16)
+        self.k = self.q
+
+    def forward(self, x):
+        return self.q(x) + torch.tanh(self.k(x))
+
+
+def recursive():
+    """Two depths with an adapter each over one base."""
+    torch.manual_seed(0)
+    shared = nn.Linear(16, 16, dtype=torch.float64)
+    return nn.Sequential(Adapted(shared), nn.Tanh(), Adapted(shared))
+
+
+def aliased(*, first="q"):
+    torch.manual_seed(0)
+    model = Aliased()
+    if first == "k":
+        model._modules = {"k": model.k, "q": model.q}
+    return get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q", "k"]))
+
+
+def loss(model, x):
+    return model(x).square().mean()
+
+
+def batch(dtype=torch.float64):
+    return torch.randn(64, 16, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("method", OFFSETS)
+@pytest.mark.parametrize("first", ["own", "q", "k"])
+def test_no_offset_is_taken_from_a_base_that_others_call(method, first):
+    model = recursive() if first == "own" else aliased(first=first)
+    x = batch(torch.float64 if first == "own" else torch.float32)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    given = ([x], loss) if method in GRADIENT else ()
+    with pytest.raises(PairingError, match="too, which must not change"):
+        initialize(model, *given, method=method)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize("method", ["lora_one", "eva"])
+def test_each_adapter_of_a_shared_base_starts_from_what_it_sees(method):
+    model, alone = recursive(), recursive()
+    with torch.no_grad():  # the same function with a base for each
+        base = nn.Linear(16, 16, dtype=torch.float64)
+        base.load_state_dict(alone[0].base.state_dict())
+        alone[2].base = base.requires_grad_(False)
+    reports = [initialize(m, [batch()], loss, method=method) for m in (model, alone)]
+    # float64: the same sums, through a decomposition
+    for p, q in zip(model.parameters(), (x for x in alone.parameters()), strict=False):
+        if p.requires_grad:
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
+    norms = [[layer.gradient_norm for layer in report.layers] for report in reports]
+    if method == "lora_one":
+        assert norms[0] == pytest.approx(norms[1], rel=1e-12)
+        assert norms[0][0] != pytest.approx(norms[0][1], rel=0.1)
+
+
+def test_a_layer_that_stands_in_two_places_is_one_layer():
+    model = recursive()
+    model[2] = model[0]
+    y = model(batch())
+    report = initialize(model, method="pissa")
+    assert [layer.name for layer in report.layers] == ["0"]
+    torch.testing.assert_close(model(batch()), y)
+
+
+@pytest.mark.parametrize("method", ["olora", "lora_ga", "gaussian"])
+@pytest.mark.parametrize("scaling", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_scaling_that_is_none_is_refused_before_anything_is_written(method, scaling):
+    model = nn.Sequential(Adapted(nn.Linear(16, 16)), Adapted(nn.Linear(16, 16)))
+    model[1].scaling = scaling
+    before = [p.detach().clone() for p in model.parameters()]
+    given = ([batch(torch.float32)], loss) if method == "lora_ga" else ()
+    with pytest.raises(ValueError, match="finite and positive") as caught:
+        initialize(model, *given, method=method)
+    assert caught.value.__notes__ == ["in layer 1"]
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("given", ["2", True, -2.0])
+def test_a_given_scaling_that_is_none(given):
+    layer = Adapted(nn.Linear(16, 16))
+    del layer.scaling
+    with pytest.raises((TypeError, ValueError), match="scaling"):
+        initialize(layer, method="olora", scaling=given)
+    assert not layer.lora_B.any()
+
+
+def test_expanded_base_weights_are_refused_before_anything_is_written():
+    model = nn.Sequential(Adapted(nn.Linear(16, 16)), Adapted(nn.Linear(16, 16)))
+    model[1].base.weight = nn.Parameter(torch.randn(1, 16).expand(16, 16), requires_grad=False)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(PairingError, match="share memory"):
+        initialize(model, method="pissa")
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "inputs"),
+    [
+        (torch.float16, lambda x: 30 * x),  # whose norm is above the range
+        (torch.bfloat16, lambda x: 1 + 0.05 * x),
+    ],
+)
+def test_eva_of_inputs_in_half_precision(dtype, inputs):
+    generator = torch.Generator().manual_seed(0)
+    X = inputs(torch.randn(4096, 256, generator=generator)).to(dtype)
+    layer = Adapted(nn.Linear(256, 8).to(dtype))
+    initialize(layer, [X], lambda model, x: model(x).float().mean(), method="eva")
+    A, _ = initializers.eva(X.float(), 2, out_features=8).params
+    torch.testing.assert_close(layer.lora_A.detach(), A.to(dtype), rtol=0, atol=1e-2)
+    same = torch.ones_like(X) * X[:1]
+    with pytest.raises(PairingError, match="all alike"):
+        initialize(layer, [same], lambda model, x: model(x).float().mean(), method="eva")
+
+
+@pytest.mark.parametrize("method", ["pissa", "milora"])
+def test_a_base_weight_of_zero_is_no_start(method):
+    model = nn.Sequential(Adapted(nn.Linear(16, 16)), Adapted(nn.Linear(16, 16)))
+    nn.init.zeros_(model[1].base.weight)
+    report = initialize(model, method=method)
+    assert report.skipped == {"1": "its base weight is zero"}
+
+
+def test_a_second_start_says_that_it_replaces_the_first():
+    model = Adapted(nn.Linear(16, 16))
+    initialize(model, method="pissa")
+    with pytest.warns(RuntimeWarning, match="load the original base model first"):
+        initialize(model, method="gaussian")
+
+
+def test_a_weight_that_attention_reads_by_itself():
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(16, 2)})
+    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=["a"]))
+    with pytest.raises(PairingError, match="which does not call it"):
+        initialize(model, method="pissa")
+
+
+def test_factors_without_memory():
+    config = LoraConfig(r=2, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 16)), config, low_cpu_mem_usage=True)
+    with pytest.raises(PairingError, match="on the meta device"):
+        initialize(model, method="gaussian")
+
+
+def test_one_tensor_is_no_list_of_batches():
+    with pytest.raises(TypeError, match=r"pass \[batch\]"):
+        initialize(Adapted(nn.Linear(16, 16)), batch(torch.float32), loss)
