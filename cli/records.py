@@ -1,5 +1,6 @@
 """Records: JSON files that are checked by a schema, and written whole or not at all."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -128,8 +129,12 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         msg = f"--output {path} is a directory; give it a file name"
         raise IsADirectoryError(msg)
-    part = _part(path)
     try:
+        if _is_stream(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        part = _part(path)
         part.touch(exist_ok=False)
         part.unlink()
     except OSError as error:
@@ -167,18 +172,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; what is no file, such as a pipe, as it comes."""
+    if _is_stream(path):
+        path.write_bytes(data)
+        return
     part = _part(path)
     try:
         with part.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        part.replace(path.resolve())  # a symlink stays one
     finally:
         part.unlink(missing_ok=True)
 
 
 def _part(path: Path) -> Path:
     """Path of a file until it is whole: in the same folder, or the last move would be a copy."""
+    path = path.resolve()
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _is_stream(path: Path) -> bool:
+    """Return whether this is a device or a pipe, in whose place no file may come."""
+    return path.exists() and not path.is_file() and not path.is_dir()

@@ -247,7 +247,7 @@ def _peaks(records: Sequence[Record]) -> dict[tuple[str, ...], Roof]:
     found: dict[tuple[str, ...], Roof] = {}
     for record, setup in zip(records, setups(records), strict=True):
         for peak in record["peaks"]:
-            key = (setup, peak["backend"], record["command"]["dtype"])
+            key = (setup, peak["backend"], peak["device"], record["command"]["dtype"])
             before = found.get(key, (0.0, 0.0))
             rates = peak["bytes_per_s"], peak["flops_per_s"]
             if all(map(_plausible, rates)):
@@ -260,7 +260,7 @@ def _rooflines(rows: Iterable[Measured], peaks: Mapping[tuple[str, ...], Roof]) 
     for one in rows:
         row = one.row
         flops, moved, seconds = row["flops"], row["bytes_moved"], row["median_s"]
-        roof = peaks.get((one.setup, row["backend"], row["dtype"]))
+        roof = peaks.get((one.setup, row["backend"], row["device"], row["dtype"]))
         if roof and all(map(_plausible, (flops, moved, seconds))):
             parts = (one_line(f"{row['backend']} {row['device']}"), row["dtype"], one.setup)
             where = ", ".join(one_line(part) for part in parts if part)

@@ -1,6 +1,7 @@
 """``rlora bench compare``: what has become faster or slower between two records."""
 
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import click
 
 from rlora.cli.console import console
 
+from .join import problem, setups
 from .schema import Row, read_record
 from .stats import FEWEST, Interval, quotient_interval, round_ratios
 from .table import print_rows
@@ -41,12 +43,15 @@ def compare(old: Path, new: Path, threshold: float) -> int:
     if not 0 <= threshold < float("inf"):
         msg = f"--threshold must be a number from 0 up, got {threshold}"
         raise ValueError(msg)
-    found = changes(read_record(old), read_record(new), threshold)
+    before, after = read_record(old), read_record(new)
+    found = changes(before, after, threshold)
     if not any(change.quotient for change in found):
         msg = f"{old.name} and {new.name} have no row in common"
         raise ValueError(msg)
     keep, texts = ("method", "on", "rank", "new/old", "verdict"), ("method", "on", "of", "verdict")
     print_rows(None, list(map(_cells, found)), console(), keep=keep, texts=texts)
+    if any(setups([before, after])):
+        click.echo("The records are of two machines, or of two numbers of threads.")
     return REGRESSED if any(change.verdict == "slower" for change in found) else 0
 
 
@@ -62,11 +67,11 @@ def changes(old: dict[str, Any], new: dict[str, Any], threshold: float) -> list[
 
 
 def _by_key(record: dict[str, Any]) -> dict[Any, Row]:
-    return {_key(row, row["backend"], row["method"]): row for row in record["rows"]}
+    return {(row["device"], *_key(row)): row for row in record["rows"]}
 
 
-def _key(row: Row, backend: str, method: str) -> Any:
-    return backend, method, *(str(row[name]) for name in ("dtype", "preset", "adapter", "rank"))
+def _key(row: Row) -> Any:
+    return row["backend"], row["method"], *problem(row)
 
 
 def _change(key: Any, before: dict[Any, Row], after: dict[Any, Row], threshold: float) -> Change:
@@ -74,7 +79,7 @@ def _change(key: Any, before: dict[Any, Row], after: dict[Any, Row], threshold: 
     if key not in before:
         return Change(row, "-", None, None, "only in new")
     pair = [(before[key], before), (row, after)]
-    samples, of = [_ratios(x, rows) for x, rows in pair], "ratio"
+    samples, of = [_ratios(x, rows.values()) for x, rows in pair], "ratio"
     plain = row["method"] == row["ratio_to"]
     if plain or not all(samples):
         samples, of = [x["samples_s"] for x, _ in pair], "time"
@@ -87,8 +92,10 @@ def _change(key: Any, before: dict[Any, Row], after: dict[Any, Row], threshold: 
     return Change(row, of, medians[1] / medians[0], interval, verdict)
 
 
-def _ratios(row: Row, rows: dict[Any, Row]) -> list[float]:
-    plain = rows.get(_key(row, row["ratio_to_backend"], row["ratio_to"]))
+def _ratios(row: Row, rows: Iterable[Row]) -> list[float]:
+    # A baseline on another backend may be on another device.
+    key = row["ratio_to_backend"], row["ratio_to"], *problem(row)
+    plain = next((x for x in rows if _key(x) == key), None)
     return round_ratios(row["samples_s"], plain["samples_s"]) if plain else []
 
 

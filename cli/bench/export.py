@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -11,17 +12,22 @@ from typing import Any, Final
 import click
 import numpy as np
 
-from rlora.cli.records import check_writable, make_folder, write_text
+from rlora.cli.records import check_writable, make_folder, read_json, write_text
 
 from .schema import Record, Row, read_record
 from .table import cells, filled
 
 
 def full_name(row: Row) -> str:
-    """Name a row the same in every format and every run: ``gpt2-medium/torch/r16/adamw``."""
+    """Name a row the same in every format and every run: ``gpt2-medium/torch/r16/adamw``.
+
+    With the device and the dtype after the backend where they are not the usual ones.
+    """
     rank = row["rank"]
     ranks = "-".join(map(str, rank)) if isinstance(rank, list) else str(rank)
-    return f"{row['preset'] or row['adapter']}/{row['backend']}/r{ranks}/{row['method']}"
+    where = [row["backend"], row["device"].removeprefix("cpu"), row["dtype"]]
+    backend = "-".join(word for word in where if word not in ("", "float32"))
+    return f"{row['preset'] or row['adapter']}/{backend}/r{ranks}/{row['method']}"
 
 
 def pytest_benchmark(record: Record, commit: str) -> str:
@@ -166,7 +172,10 @@ def write_asv_results(record: Record, commit: str, folder: Path) -> None:
     """
     make_folder("--output", folder / MACHINE)
     known = folder / "benchmarks.json"
-    benchmarks = json.loads(known.read_text()) if known.exists() else {"version": 2}
+    benchmarks = read_json(known, "asv's benchmarks") if known.exists() else {"version": 2}
+    if not isinstance(benchmarks, dict):
+        msg = f"{known} is no list of asv's benchmarks; give the folder of its results"
+        raise ValueError(msg)
     benchmarks |= {_asv_name(row): _asv_benchmark(row) for row in record["rows"]}
     machine = {**_asv_machine(record), "version": 1}
     result = folder / MACHINE / f"{commit[:8]}-{MACHINE}.json"
@@ -222,9 +231,11 @@ def _csv_row(row: Row) -> dict[str, Any]:
 
 
 def markdown(record: Record, commit: str) -> str:
-    """Give the table as it is on the screen."""
-    lines = [cells(row) for row in record["rows"]]
+    """Give the table as it is on the screen, of several problems with what each is."""
+    lines = [{"of": str(row["preset"] or row["adapter"]), **cells(row)} for row in record["rows"]]
     names = filled(lines)
+    if len({line["of"] for line in lines}) < 2:
+        names = names[1:]
     rows = [names, ["---"] * len(names), *([line[name] for name in names] for line in lines)]
     escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
@@ -240,13 +251,26 @@ FORMATS: Final[dict[str, Callable[[Record, str], str]]] = {
 }
 
 
+def _commit(context: click.Context, option: click.Parameter, commit: str) -> str:
+    """Take a commit that may become the name of a file."""
+    if not re.fullmatch("[0-9a-f]{7,40}", commit):
+        msg = f"--commit must be 7 to 40 hexadecimal digits, as git rev-parse gives, got {commit!r}"
+        raise ValueError(msg)
+    return commit
+
+
 @click.command()
 @click.argument("record", type=Path)
 @click.option("--format", "name", type=click.Choice(list(FORMATS)), required=True)
 @click.option(
     "--output", type=Path, help="A file, of asv the folder of its results; else standard output."
 )
-@click.option("--commit", default="0" * 40, help="What was measured, for formats that keep it.")
+@click.option(
+    "--commit",
+    default="0" * 40,
+    callback=_commit,
+    help="What was measured, for formats that keep it: 7 to 40 hexadecimal digits.",
+)
 def export(record: Path, name: str, output: Path | None, commit: str) -> None:
     """Write RECORD in a format of another tool."""
     read = read_record(record)

@@ -50,12 +50,12 @@ def join(records: Sequence[Record]) -> list[Measured]:
     """Take the rows of all records; of one that was measured again on the same set-up the last."""
     found = {}
     for record, setup in zip(records, setups(records), strict=True):
-        plains = {(*_problem(row), row["backend"], row["method"]): row for row in record["rows"]}
+        plains = {(*problem(row), row["backend"], row["method"]): row for row in record["rows"]}
         for row in record["rows"]:
-            where = (*_problem(row), row["ratio_to_backend"])
+            where = (*problem(row), row["ratio_to_backend"])
             baseline = plains.get((*where, "adamw"))
             home = plains.get((*where, row["ratio_to"]), row)
-            key = (setup, *_problem(row), row["backend"], row["device"], row["method"])
+            key = (setup, *problem(row), row["backend"], row["device"], row["method"])
             found[key] = Measured(
                 row,
                 setup,
@@ -65,5 +65,7 @@ def join(records: Sequence[Record]) -> list[Measured]:
     return list(found.values())
 
 
-def _problem(row: Row) -> tuple[str, ...]:
-    return tuple(str(row[key]) for key in ("dtype", "preset", "adapter", "rank"))
+def problem(row: Row) -> tuple[str, ...]:
+    """Name what a row was measured on; adapters of one name may have other shapes."""
+    keys = ("dtype", "preset", "adapter", "rank", "pairs", "parameters")
+    return tuple(str(row[key]) for key in keys)

@@ -10,8 +10,8 @@ import click
 
 import rlora
 from rlora.cli.console import console, progress
-from rlora.cli.environment import environment, free_memory
-from rlora.cli.records import check_writable, write_record
+from rlora.cli.environment import environment, free_memory, load_average
+from rlora.cli.records import LONGEST, check_writable, write_record
 
 from . import table
 from .cost_model import Peaks, least_seconds, measure_peaks, work
@@ -41,6 +41,9 @@ class Whole(click.IntRange):
 
     name = "whole number"
 
+
+MOST = 10**LONGEST - 1
+"""The largest whole number that a record may have."""
 
 AT_LEAST_ONE = Whole(min=1)
 
@@ -102,7 +105,7 @@ several = partial(click.option, multiple=True, callback=_listed)
 @click.option("--force", is_flag=True, help="Go on when it needs more memory than is free.")
 @click.option(
     "--seed",
-    type=Whole(min=0),
+    type=Whole(min=0, max=MOST),
     default=0,
     show_default=True,
     help="Seed of values and order.",
@@ -157,7 +160,7 @@ class Results:
     """Results so far, of one options or several."""
 
     def __init__(self, runs: list[Options], suite: str | None = None) -> None:
-        self.runs, self.suite = runs, suite
+        self.runs, self.suite, self.load = runs, suite, load_average()
         self.rows: list[tuple[Row, Shapes]] = []
         self.peaks: dict[str, Peaks] = {}
         self.device_ops: list[Check] = []
@@ -204,9 +207,13 @@ class Results:
         command = self.runs[0].as_data()
         if self.suite:
             presets = {options.preset for options in self.runs}
-            ranks = dict.fromkeys(rank for options in self.runs for rank in options.ranks or ())
-            command |= {"suite": self.suite, "ranks": list(ranks)}
+            parts = [options.as_data() for options in self.runs]
+            for key in ("backends", "methods", "ranks", "against"):
+                command[key] = list(dict.fromkeys(x for part in parts for x in part[key] or ()))
+            command |= {"suite": self.suite, "methods": sorted(command["methods"])}
             command["preset"] = command["preset"] if len(presets) == 1 else None
+            # A suite gives some of its runs more time than it was told.
+            command["rounds"] = min((x["rounds"] for x in parts), key=lambda x: x["seconds"] or 0)
         rows = [self._finished(row, shapes) for row, shapes in self.rows]
         return {
             "schema": NAME,
@@ -214,7 +221,7 @@ class Results:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "partial": partial,
             "command": command,
-            "environment": environment(),
+            "environment": {**environment(), "load_average": self.load},
             "rows": rows,
             "peaks": [peak._asdict() for peak in self.peaks.values()],
             "checks": [*judge(rows), *self.device_ops] if self.suite else [],

@@ -151,11 +151,17 @@ def filled(lines: Sequence[Mapping[str, str]]) -> list[str]:
     return [name for name in (lines[0] if lines else ()) if any(x[name] != "-" for x in lines)]
 
 
+ROUNDED: Final = 0.9995
+"""The least part of a unit that three digits round up to it."""
+
+
 def seconds(value: float) -> str:
     """Say a time in the unit that suits it, three digits."""
+    if value >= 1e3 * ROUNDED:
+        return f"{value:.0f} s"
     for factor, unit in ((1.0, "s"), (1e3, "ms")):
-        if value * factor >= 1:
-            return f"{value * factor:.3g} {unit}" if value * factor < 1e3 else f"{value:.0f} s"
+        if value * factor >= ROUNDED:
+            return f"{value * factor:.3g} {unit}"
     return f"{value * 1e6:.3g} us"
 
 
@@ -164,7 +170,7 @@ def size(value: int | None) -> str:
     if value is None:
         return "-"
     for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= factor:
+        if value >= factor * ROUNDED:
             return f"{value / factor:.3g} {unit}"
     return f"{value} B"
 

@@ -84,11 +84,16 @@ def _by_path(path: str) -> Callable[[Any], Any]:
         raise ValueError(msg) from error
     torch = importlib.import_module("torch")
     try:
-        step = kind([torch.nn.Parameter(torch.zeros(2, 2))], lr=LR).step
+        optimizer = kind([torch.nn.Parameter(torch.zeros(2, 2))], lr=LR)
     except Exception as error:
         msg = f"--against {path} cannot be called as {name}(params, lr={LR}): {error}"
         raise ValueError(msg) from error
-    if not callable(step):
+    if not callable(getattr(optimizer, "step", None)):
         msg = f"--against {path} has no step to call"
         raise ValueError(msg)
+    try:
+        optimizer.step()
+    except Exception as error:
+        msg = f"--against {path} cannot be stepped as step(): {error}"
+        raise ValueError(msg) from error
     return lambda model: kind(model.parameters(), lr=LR)

@@ -16,7 +16,11 @@ def records_in(folder: Path, pattern: str, what: str) -> list[Record]:
     if not paths:
         msg = f"{folder} has no records of {what} ({pattern})"
         raise ValueError(msg)
-    return [row for path in paths for row in Records(path).rows.values()]
+    rows = [row for path in paths for row in Records(path).rows.values()]
+    if not rows:
+        msg = f"the records of {what} in {folder} ({pattern}) are empty"
+        raise ValueError(msg)
+    return rows
 
 
 def text(values: Frame, spec: str) -> Frame:

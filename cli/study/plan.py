@@ -45,6 +45,20 @@ class Records:
             msg = f"{self.path.name}, line {number}: not a run of the study; delete the line"
             raise ValueError(msg) from None
 
+    def check_origin(self, like: Job, origin: Record) -> None:
+        """ValueError where runs of such a study are of other weights or data, or were quick."""
+        for job, row in self.rows.items():
+            theirs = {key: row.get(key) for key in origin}  # None in the first records
+            if job._replace(method=like.method, lr=like.lr, seed=like.seed, tested=False) == like:
+                differing = [key for key in origin if theirs[key] != origin[key]]
+                if differing:
+                    key = differing[0]
+                    msg = (
+                        f"{self.path.name} has runs with {key} {theirs[key]}, and this study is "
+                        f"with {key} {origin[key]}; give it another --output"
+                    )
+                    raise ValueError(msg)
+
     def add(self, row: Record) -> None:
         """Write a run down at once: an interrupted study goes on after it."""
         self.rows[job_of(row)] = row

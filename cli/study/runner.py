@@ -38,13 +38,15 @@ def run_study(
         methods = names or usual(model, dataset, place.quick)
         entries += [entry_of(like._replace(method=x), size) for x in methods]
     records = {x: Records(output / f"{model}-{x}.jsonl") for x, *_ in settings}
+    for entry in entries:
+        records[entry.like.dataset].check_origin(entry.like, place.origin())
     processes = 1 if MODELS[model].large else processes  # one model fills a GPU
     for jobs in rounds(records, entries):
         console().print(f"{counted(len(jobs), 'run')} to do")
         if (seconds := estimate(place, jobs, processes)) is not None:
             console().print(f"about {seconds / 60:.1f} min")
         for row in run_jobs(place, jobs, processes):
-            records[row["dataset"]].add(row)
+            records[row["dataset"]].add(row | place.origin())
             console().print(line(row))
 
 
@@ -98,11 +100,17 @@ def run_jobs(place: Place, jobs: list[Job], processes: int) -> Iterator[Record]:
         for stack in stacks:
             yield from run_stack(place, stack)
         return
-    with ProcessPoolExecutor(
-        min(processes, len(stacks)), mp_context=multiprocessing.get_context("spawn")
-    ) as pool:
-        for done in as_completed([pool.submit(run_stack, place, stack) for stack in stacks]):
-            yield from done.result()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(stacks)), mp_context=context) as pool:
+        try:
+            for done in as_completed([pool.submit(run_stack, place, stack) for stack in stacks]):
+                yield from done.result()
+        except BaseException:  # an interrupt, or a run that failed: nobody waits for the others
+            workers = multiprocessing.active_children()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:
+                worker.terminate()
+            raise
 
 
 def stacks_of(place: Place, jobs: list[Job]) -> list[list[Job]]:

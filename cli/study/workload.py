@@ -1,6 +1,7 @@
 """Base class of what a run trains on: a frozen model, adapters in and out of it, and batches."""
 
 import importlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def remembered(file: Path | None, make: Callable[[], Any], device: torch.device)
     made = make()
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        whole = file.with_suffix(".part")
+        whole = file.with_suffix(f".{os.getpid()}.part")  # another study may be making it too
         torch.save(made, whole)
         whole.replace(file)
     return made

@@ -35,6 +35,11 @@ class Place(NamedTuple):
         device = {} if model.only_cpu else {"device": self.device}
         return load(dataset, kept=file, quick=self.quick, **device)
 
+    def origin(self) -> dict[str, Any]:
+        """Everything but its `Job` that decides about a run, for its record; None is the usual."""
+        data = None if self.data is None else str(self.data)
+        return {"weights": self.weights, "data": data, "quick": self.quick or None}
+
     def check(self) -> None:
         """ValueError unless the options fit the model, and torch can make a tensor there."""
         if not MODELS[self.model].large:

@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, Final
 
+from rlora.cli.bench.stats import median_ratio
+
 BENCHMARKS: Final = Path(__file__).parent / "benchmarks"
 
 COSTS: Final = """
@@ -115,8 +117,10 @@ def against_peft() -> str:
     for method, limit in LIMITS.items():
         gains = []
         for preset in PRESETS:
-            found = ratios(f"cpu-{preset}.json")
-            gains += [y / x for x, y in zip(found[method], found["peft"], strict=True)]
+            measured = timed(f"cpu-{preset}.json")
+            samples = {(row["method"], row["rank"]): row["samples_s"] for row in measured}
+            ours = [(rank, x) for (name, rank), x in samples.items() if name == method]
+            gains += [median_ratio(samples["peft", rank], x) or 0.0 for rank, x in ours]
         low, high, mean = times((min(gains), max(gains), geometric_mean(gains)))
         rows.append([TIMED[method], f"{low} to {high}", mean, limit])
     return markdown(["", "times faster", "geometric mean", "limit"], rows)

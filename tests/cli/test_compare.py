@@ -59,6 +59,32 @@ def test_without_the_plain_row_times_are_compared(a_record):
     assert (found["scaled_adamw"].of, found["scaled_adamw"].verdict) == ("time", "slower")
 
 
+def test_rows_of_other_devices_and_shapes_are_others(a_record):
+    for key, value in (("device", "cuda:0"), ("pairs", 3), ("parameters", 1)):
+        new = copy.deepcopy(a_record)
+        for row in new["rows"]:
+            row[key] = value
+        found = changes(a_record, new, 0.1)
+        assert [change.verdict for change in found] == ["only in new"] * 2 + ["only in old"] * 2
+
+
+def test_a_baseline_on_another_device_is_found(a_record):
+    new = copy.deepcopy(a_record)
+    new["rows"][1]["device"] = "cuda:0"
+    assert new["rows"][1]["method"] == "scaled_adamw"
+    found = by_method(changes(new, slowed(new, "scaled_adamw", 2.0), 0.1))
+    assert (found["scaled_adamw"].of, found["scaled_adamw"].verdict) == ("ratio", "slower")
+
+
+def test_records_of_other_threads_are_told(rlora_cli, a_record, tmp_path):
+    for name, threads in (("one", 1), ("two", 2)):
+        record = {**a_record, "command": {**a_record["command"], "threads": threads}}
+        (tmp_path / name).write_text(json.dumps(record))
+    told = "two numbers of threads"
+    assert told in rlora_cli("bench", "compare", tmp_path / "one", tmp_path / "two").stdout
+    assert told not in rlora_cli("bench", "compare", tmp_path / "one", tmp_path / "one").stdout
+
+
 def test_exit_codes(rlora_cli, refused, a_record, tmp_path):
     def saved(name, record):
         (tmp_path / name).write_text(json.dumps(record))

@@ -2,6 +2,7 @@ import copy
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -226,6 +227,57 @@ def test_the_command_writes_a_file_or_standard_output(rlora_cli, refused, a_reco
     assert "directory" in refused(
         "bench", "export", record, "--format", "csv", "--output", tmp_path
     )
+
+
+def test_what_is_no_file_gets_the_text_and_stays(rlora_cli, a_record, tmp_path):
+    record, link, target = (tmp_path / name for name in ("x.json", "link", "target.csv"))
+    record.write_text(json.dumps(a_record))
+    target.write_text("old")
+    link.symlink_to(target)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    text = rlora_cli("bench", "export", record, "--format", "csv").stdout
+    for path in (link, pipe, os.devnull):
+        done = rlora_cli("bench", "export", record, "--format", "csv", "--output", path)
+        assert done.exit_code == 0, done.output
+    assert os.read(reader, 1 << 16).decode() == text
+    os.close(reader)
+    assert link.is_symlink()
+    assert pipe.is_fifo()
+    assert target.read_text() == text
+    assert not Path(os.devnull).is_file()
+    assert sorted(tmp_path.iterdir()) == sorted([record, link, target, pipe])
+
+
+@pytest.mark.parametrize("commit", ["", "feature/x", "../../../esc", "abc", "A" * 40])
+def test_a_commit_is_none(refused, a_record, tmp_path, commit):
+    record = tmp_path / "x.json"
+    record.write_text(json.dumps(a_record))
+    options = ("--format", "asv", "--commit", commit, "--output", tmp_path / "asv")
+    assert "hexadecimal" in refused("bench", "export", record, *options)
+    assert list(tmp_path.iterdir()) == [record]
+
+
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_benchmarks_of_asv_that_are_none(refused, a_record, tmp_path, text):
+    record = tmp_path / "x.json"
+    record.write_text(json.dumps(a_record))
+    (tmp_path / "benchmarks.json").write_text(text)
+    said = refused("bench", "export", record, "--format", "asv", "--output", tmp_path)
+    assert "benchmarks.json" in said
+
+
+def test_several_problems_devices_and_dtypes_are_told_apart(a_record):
+    record = copy.deepcopy(a_record)
+    row = record["rows"][1]
+    rows = [row, {**row, "device": "cuda:0"}, {**row, "dtype": "bfloat16"}]
+    names = [full_name(x) for x in rows]
+    assert names[0].count("-") == names[0].split("/")[0].count("-")
+    assert names[1] == names[0].replace("/numpy/", "/numpy-cuda:0/")
+    assert names[2] == names[0].replace("/numpy/", "/numpy-bfloat16/")
+    record["rows"] = [row, {**row, "preset": "256x256*4"}]
+    assert "| 256x256*4 |" in FORMATS["markdown"](record, "")
 
 
 def test_an_empty_record_exports(a_record):

@@ -140,6 +140,17 @@ def test_other_machines_are_not_mixed_and_newer_rows_win(make):
     assert [chart.where.rpartition(", ")[2] for chart in found] == ["set-up 1", "set-up 2"]
 
 
+def test_a_roof_is_that_of_its_device(make):
+    rows = make(("scaled_adamw", "gpt2-medium", 4, 1.5))
+    faster = {**PEAKS, "device": "cuda:0", "bytes_per_s": 3e12, "flops_per_s": 4e13}
+    there = make(("scaled_adamw", "gpt2-medium", 4, 1.5), peaks=[faster])
+    for row in there["rows"]:
+        row["device"] = "cuda:0"
+    roofs = {chart.where: chart.panels[0].roof for chart in by_kind(rows, there)["roofline"]}
+    assert sorted(roofs.values()) == [(30.0, 100.0), (3000.0, 40000.0)]
+    assert all(("cuda" in where) == (roof[0] > 100) for where, roof in roofs.items())
+
+
 def test_what_cannot_be_drawn_is_left_out(make):
     record = make(("lora_rite", "p", 4, 2.0), ("lora_rite", "p", 16, 0.0))
     assert set(by_kind(record)) == {"memory-rank", "roofline"}

@@ -3,7 +3,12 @@
 import importlib.util
 import json
 import math
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -247,6 +252,53 @@ def test_a_quick_study_needs_no_dataset(tmp_path, rlora_cli, model, dataset):
     done = rlora_cli("study", "--model", model, *options)
     assert done.exit_code == 0, done.output
     assert {job.dataset for job in Records(tmp_path / f"{model}-{dataset}.jsonl").rows} == {dataset}
+
+
+def test_runs_of_other_weights_are_not_taken_for_those_asked(tmp_path):
+    records = Records(tmp_path / "gpt2-e2e.jsonl")
+    records.add(row(LIKE, 1.0) | {"weights": "a", "data": None, "quick": None})
+    records.check_origin(LIKE, {"weights": "a", "data": None, "quick": None})
+    records.check_origin(LIKE._replace(steps=9), {"weights": "b", "data": None, "quick": None})
+    for key, value in (("weights", "b"), ("weights", None), ("data", "d"), ("quick", True)):
+        origin = {"weights": "a", "data": None, "quick": None, key: value}
+        with pytest.raises(ValueError, match=f"{key} .*give it another --output"):
+            records.check_origin(LIKE._replace(method="scaled"), origin)
+
+
+def test_a_quick_study_is_not_gone_on_with_by_a_whole_one(tmp_path, rlora_cli, refused):
+    options = ("study", "--model", "digits", "--method", "adamw", "--processes", 1, "--steps", 8)
+    quick = rlora_cli(*options, "--quick", "--output", tmp_path)
+    assert quick.exit_code == 0, quick.output
+    assert "quick True" in refused(*options, "--output", tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_an_interrupt_ends_a_study_and_its_processes(tmp_path):
+    command = [
+        sys.executable,
+        "-c",
+        "from rlora.cli import main; main()",
+        "study",
+        "--model",
+        "digits",
+        "--steps",
+        "20000",
+    ]
+    study = subprocess.Popen(
+        [*command, "--output", str(tmp_path)], stdout=subprocess.PIPE, start_new_session=True
+    )
+    for line in study.stdout:
+        if b"to do" in line:
+            break
+    time.sleep(8)  # the processes are at work by then, or still starting: both must end
+    os.killpg(study.pid, signal.SIGINT)
+    assert study.wait(60) == 130
+    study.stdout.close()
+
+
+def test_empty_records_have_no_tables(tmp_path, refused):
+    (tmp_path / "digits-even.jsonl").touch()
+    assert "empty" in refused("study", "--model", "digits", "--tables", "--output", tmp_path)
 
 
 def test_two_processes_give_what_one_gives(tmp_path, rlora_cli):

@@ -144,6 +144,13 @@ def test_the_others_take_part_at_one_preset():
     assert narrow.rounds.seconds == 3.0
 
 
+def test_a_record_has_the_time_that_was_asked_for():
+    pytest.importorskip("torch")
+    for given, seconds in ((None, 12.0), (3.0, 3.0)):
+        made = run.Results(plans(seconds=given), "speed").record()
+        assert made["command"]["rounds"]["seconds"] == seconds
+
+
 def test_the_command_prints_verdicts_and_keeps_them(rlora_cli, monkeypatch, tmp_path):
     for library in ("torch", "jax", "peft", "optax"):
         pytest.importorskip(library)
@@ -156,6 +163,8 @@ def test_the_command_prints_verdicts_and_keeps_them(rlora_cli, monkeypatch, tmp_
     jsonschema.validate(record, schema.SCHEMA, cls=jsonschema.Draft202012Validator)
     assert record["command"]["suite"] == "speed"
     assert record["command"]["ranks"] == [4, 16, 64]
+    assert record["command"]["backends"] == ["torch", "numpy", "jax"]
+    assert record["command"]["against"] == ["peft", "optax.adamw"]
     whats = [check["what"] for check in record["checks"]]
     for target in suite.TARGETS:
         limits = (getattr(target, "limits", None) or {None: (4, 16, 64)})[None]

@@ -106,6 +106,16 @@ def test_cells_of_what_is_not_known():
     ]
 
 
+def test_three_digits_round_up_into_the_next_unit():
+    assert [seconds(t) for t in (0.9996e-3, 0.9996, 999.7, 0.9994)] == [
+        "1 ms",
+        "1 s",
+        "1000 s",
+        "999 ms",
+    ]
+    assert [size(n) for n in (999_700, 999_400, 999_800_000)] == ["1 MB", "999 kB", "1 GB"]
+
+
 def test_units():
     assert [seconds(t) for t in (123.4, 1.5, 0.0999, 1.23456e-4)] == [
         "123 s",

@@ -78,7 +78,7 @@ def test_a_package_that_is_not_installed_is_not_called_old(monkeypatch):
         ("torch.adamw:fast", "torch.adamw:foreach"),
         ("no_such_module:X", "cannot be imported"),
         ("torch.optim:Lion", "cannot be imported"),
-        ("torch.optim:LBFGS", None),
+        ("torch.optim:LBFGS", "cannot be stepped as step"),
         ("torch.nn:Linear", "cannot be called as Linear"),
         ("types:SimpleNamespace", "cannot be called"),
     ],
