@@ -248,5 +248,8 @@ def constants(xp: Any, values: Sequence[float], dtype: Any, like: Array) -> Arra
 
 
 def eye_like(xp: Any, S: Array) -> Array:
-    """The identity (r, r) with the dtype and device of S (..., r, r)."""
-    return xp.eye(S.shape[-1], dtype=S.dtype, device=device_of(S))
+    """The identity (1, r, r) with the dtype and device of a stack S (K, r, r).
+
+    With as many axes, as JAX may have been told to refuse operands of fewer.
+    """
+    return xp.eye(S.shape[-1], dtype=S.dtype, device=device_of(S))[None, ...]

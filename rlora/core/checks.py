@@ -85,10 +85,14 @@ def is_zero(value: Any) -> bool:
 def check_real(name: str, value: Any) -> None:
     """TypeError unless the value is a real number."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        numeric = isinstance(value, str) and re.fullmatch(r"[-+\d.]+[eE][-+]?\d+", value)
-        hint = "; YAML reads 1e-3 as text: write 1.0e-3" if numeric else ""
-        msg = f"{name} must be a real number, got {value!r} ({type(value).__name__}){hint}"
+        msg = f"{name} must be a real number, got {_said(value)}"
         raise TypeError(msg)
+
+
+def _said(value: Any) -> str:
+    numeric = isinstance(value, str) and re.fullmatch(r"[-+\d.]+[eE][-+]?\d+", value)
+    hint = "; YAML reads 1e-3 as text: write 1.0e-3" if numeric else ""
+    return f"{value!r} ({type(value).__name__}){hint}"
 
 
 def check_unit(name: str, value: Any) -> None:
@@ -167,7 +171,7 @@ def checked_rate(lr: Any) -> Any:
         return plain_number(lr)
     shape = getattr(lr, "shape", None)
     if shape is None:
-        msg = f"lr must be one real number or an array, got {lr!r} ({type(lr).__name__})"
+        msg = f"lr must be one real number or an array, got {_said(lr)}"
         raise TypeError(msg)
     kind = dtype_name(getattr(lr, "dtype", None))
     if kind in ("float32", "float64"):

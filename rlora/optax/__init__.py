@@ -21,6 +21,7 @@ except ModuleNotFoundError as _error:
     raise _not_installed(_error.name, extra="jax") from _error
 
 from rlora import methods
+from rlora.core.checks import checked_rate
 from rlora.core.factors import Array, Factors, map_leaves
 from rlora.core.linalg import DampingMode
 from rlora.core.step import step
@@ -104,10 +105,10 @@ def transformation(
     NamespaceError
         When the factors of a pair have two dtypes, or a parameter or gradient is not real.
     ValueError
-        When `update` is called without parameters.
+        When `update` has no parameters where it takes them, or the learning rate is out of range.
     TypeError
-        When `method` is no `Transform`, as a function that makes one is none, or `hold` is a
-        string.
+        When `method` is no `Transform`, as a function that makes one is none, `hold` is a string,
+        or the learning rate or a leaf no number.
 
     Examples
     --------
@@ -120,6 +121,8 @@ def transformation(
     >>> params = optax.apply_updates(params, updates)
     """
     check_transform(method)
+    if not callable(learning_rate):
+        checked_rate(learning_rate)
 
     def move(
         params: list[Factors], grads: list[Factors], state: State, count: Array
@@ -224,7 +227,7 @@ def _over_pairs(
     def update(
         updates: Any, state: PairState, params: Any = None, **extra: Any
     ) -> tuple[Any, PairState]:
-        if params is None:
+        if params is None or isinstance(params, PairState):
             msg = "the step depends on the parameters: call update(grads, state, params)"
             raise ValueError(msg)
         where = as_they_are((updates, state))

@@ -1,6 +1,7 @@
 """The leaves of a tree: their names, which of them are pairs, and what the others are."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from numbers import Number
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -79,7 +80,7 @@ def sort_leaves(tree: Any, pairs: Source | None, hold: Hold, all_paired: bool) -
     if isinstance(hold, str):
         msg = f"hold must be a collection of names or a callable, got a string; say [{hold!r}]"
         raise TypeError(msg)
-    leaves = {name: x for name, x in named_leaves(tree).items() if not is_absent(x)}
+    leaves = {n: _as_array(n, x) for n, x in named_leaves(tree).items() if not is_absent(x)}
     still = set(filter(hold, leaves) if callable(hold) else hold)
     if unknown := still - leaves.keys():
         msg = f"hold={min(unknown)!r} is not among the parameters: {_some(leaves)}"
@@ -88,12 +89,14 @@ def sort_leaves(tree: Any, pairs: Source | None, hold: Hold, all_paired: bool) -
     for name, why in report.refused.items():
         msg = (
             f"{name} has the name of a factor, but {why}; take it out with optax.masked, and to "
-            f"hold one of a pair still leave both in and name it in hold="
+            f"hold one of a pair still leave both in and name it in hold=; both factors of a pair "
+            f"have one label in optax.partition"
         )
         raise PairingError(msg)
     if not any(leaves):
+        found = "one array:" if leaves else "none: a mask or labels may have taken out all;"
         msg = (
-            f"expected a tree of parameters with names, got {'one array' if leaves else 'none'}: "
+            f"expected a tree of parameters with names, got {found} "
             f"optax.flatten takes the shapes of the factors away, and optax.tree.map_params needs "
             f"a state of trees like the parameters, but this one is a list over the pairs; map "
             f"over it by jax.tree.map, and init(params) lays it where the factors lie"
@@ -153,6 +156,16 @@ def check_state(state: Any, expected: Any) -> None:
             f"it with init(params)"
         )
         raise ShapeError(msg)
+
+
+def _as_array(name: str, x: Any) -> Array:
+    """A leaf as an array; JAX's trees may have plain numbers in them."""
+    if hasattr(x, "shape"):
+        return x
+    if isinstance(x, Number):
+        return jnp.asarray(x)
+    msg = f"{name!r} is a {type(x).__name__}, no array: take it out with optax.masked"
+    raise TypeError(msg)
 
 
 def _check_alike(pair: Pair, a: Array, b: Array) -> None:

@@ -192,3 +192,41 @@ def test_two_leaves_of_one_name():
     tree = {"a.b": pair, "a": {"b": pair}}
     with pytest.raises(PairingError, match=r"two leaves are named 'a\.b\.lora_a'"):
         rlora.optax.scaled_adamw(1e-2).init(tree)
+
+
+def test_numbers_among_the_leaves_are_arrays_and_the_rest_is_named():
+    params = {**make_tree(), "scale": 2.0}
+    optimizer = rlora.optax.scaled_adamw(1e-2, rest=optax.sgd(0.5))
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert updates["scale"] == -1.0
+    held = rlora.optax.scaled_adamw(1e-2, hold=["scale"])
+    updates, _ = held.update(params, held.init(params), params)
+    assert updates["scale"] == 0.0
+    with pytest.raises(TypeError, match="'name' is a str, no array: take it out"):
+        held.init({**params, "name": "relu"})
+
+
+@pytest.mark.parametrize("lr", ["1e-2", None, -1e-2, float("nan")])
+def test_a_learning_rate_is_refused_where_it_is_given(lr):
+    with pytest.raises((TypeError, ValueError), match="lr must be") as caught:
+        rlora.optax.lora_rite(lr)
+    assert ("write 1.0e-3" in str(caught.value)) == isinstance(lr, str)
+
+
+def test_all_that_a_mask_takes_out_and_labels_that_part_a_pair():
+    params = make_tree()
+    masked = optax.masked(rlora.optax.lora_rite(1e-2), jax.tree.map(lambda _: False, params))
+    with pytest.raises(PairingError, match="a mask or labels may have taken out all"):
+        masked.init(params)
+    labels = jax.tree.map(lambda _: "one", params)
+    labels["q"] = {**labels["q"], next(iter(labels["q"])): "other"}
+    parts = {key: rlora.optax.lora_rite(1e-2) for key in ("one", "other")}
+    with pytest.raises(PairingError, match=r"one label in optax\.partition"):
+        optax.partition(parts, labels).init(params)
+
+
+def test_a_state_in_the_place_of_the_parameters():
+    params = make_tree()
+    optimizer = rlora.optax.lora_rite(1e-2)
+    with pytest.raises(ValueError, match=r"update\(grads, state, params\)"):
+        optimizer.update(params, params, optimizer.init(params))

@@ -191,3 +191,14 @@ def test_state_is_a_fixed_point_of_update():
         spec = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
         assert spec(after) == spec(state)
         assert spec(updates) == spec(params)
+
+
+@EVERY
+@pytest.mark.parametrize("lead", [(), (2,)], ids=["", "stacked"])
+def test_operands_have_as_many_axes_as_each_other(name, lead):
+    """For those who let JAX refuse others."""
+    params = jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape)), make_tree())
+    optimizer = getattr(rlora.optax, name)(1e-2)
+    with jax.numpy_rank_promotion("raise"):
+        state = jax.eval_shape(optimizer.init, params)
+        jax.eval_shape(optimizer.update, params, state, params)
