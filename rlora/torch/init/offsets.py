@@ -103,11 +103,11 @@ def restore_offsets(model: nn.Module, offsets: Mapping[str, Offset]) -> None:
     modules, places = dict(model.named_modules()), weight_places(model)
     weights: list[tuple[Tensor, Offset]] = []
     for name, offset in offsets.items():
-        module = next((modules[n] for n in spellings(name) if n in modules), None)
-        if module is None:
+        found = next((n for n in spellings(name) if n in modules), None)
+        if found is None:
             msg = f"the model has no module {name}; pass the model as it was given to initialize"
             raise PairingError(msg)
-        weight = plain_weight(name, module, places)
+        weight = plain_weight(found, modules[found], places)
         if isinstance(weight, str):
             msg = f"{weight}; load the model as it was when training began"
             raise PairingError(msg)
