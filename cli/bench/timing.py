@@ -162,11 +162,11 @@ def verdict(spread: float | None, load: float, threads: int | None = None) -> st
     """Return whether a row can be believed, and if not, what to do that is not done yet."""
     # Threads that wait for each other lose whole time slices on a busy machine: every sample is
     # then as wrong as the next, and the spread does not show it.
-    cpus = os.cpu_count() or 1
-    own = cpus if threads is None else threads
-    if load + (own if own > 1 else 0) > MAX_LOAD * cpus:
+    if load > MAX_LOAD * (os.cpu_count() or 1):
         fewer = "" if threads == 1 else " or use --threads 1"
-        return f"unstable: load {load:.1f} on {cpus} processors; close other programs{fewer}"
+        return (
+            f"unstable: load {load:.1f} on {os.cpu_count()} processors; close other programs{fewer}"
+        )
     if spread is None:
         return (
             f"unstable: fewer than {FEWEST} samples in its share of the time; "

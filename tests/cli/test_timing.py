@@ -24,14 +24,6 @@ def test_verdict_says_what_is_wrong_and_what_to_do():
     assert verdict(0.0, load=1e4, threads=1).endswith("close other programs")
 
 
-def test_a_busy_core_is_enough_where_all_threads_wait_for_each_other(monkeypatch):
-    monkeypatch.setattr(timing.os, "cpu_count", lambda: 2)
-    assert verdict(0.0, load=1.1, threads=1) == "ok"
-    assert verdict(0.0, load=0.9) == "ok"
-    for threads in (None, 2):
-        assert "use --threads 1" in verdict(0.0, load=1.1, threads=threads)
-
-
 def test_presets_have_the_sizes_of_their_models():
     parameters = {  # of LoRA at rank 8 on these targets, added up by hand
         "gpt2-medium": 8 * 24 * (3072 + 1024),
