@@ -130,15 +130,15 @@ def check_writable(path: Path) -> None:
         msg = f"--output {path} is a directory; give it a file name"
         raise IsADirectoryError(msg)
     try:
-        if _is_stream(path):
+        if is_stream(path):
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             return
         part = _part(path)
         part.touch(exist_ok=False)
         part.unlink()
-    except OSError as error:
-        msg = f"--output {path} cannot be written: {error.strerror or error}"
+    except (OSError, RuntimeError) as error:  # before Python 3.13 of symlinks in a circle
+        msg = f"--output {path} cannot be written: {getattr(error, 'strerror', None) or error}"
         raise OSError(msg) from error
 
 
@@ -173,8 +173,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; what is no file, such as a pipe, as it comes."""
-    if _is_stream(path):
-        path.write_bytes(data)
+    if is_stream(path):
+        with path.open("ab") as stream:  # standard output may go to the end of a file
+            stream.write(data)
         return
     part = _part(path)
     try:
@@ -193,6 +194,9 @@ def _part(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def _is_stream(path: Path) -> bool:
-    """Return whether this is a device or a pipe, in whose place no file may come."""
+def is_stream(path: Path) -> bool:
+    """Return whether this is a device, a pipe or an open file, in whose place no other may come."""
+    opened = {"/dev/stdout", "/dev/stderr"}
+    if str(path) in opened or str(path.parent) in ("/dev/fd", "/proc/self/fd"):
+        return path.exists()
     return path.exists() and not path.is_file() and not path.is_dir()

@@ -93,9 +93,10 @@ def _change(key: Any, before: dict[Any, Row], after: dict[Any, Row], threshold: 
 
 
 def _ratios(row: Row, rows: Iterable[Row]) -> list[float]:
-    # A baseline on another backend may be on another device.
     key = row["ratio_to_backend"], row["ratio_to"], *problem(row)
-    plain = next((x for x in rows if _key(x) == key), None)
+    found = [x for x in rows if _key(x) == key]
+    # A baseline on another backend may be on another device.
+    plain = next((x for x in found if x["device"] == row["device"]), found[0] if found else None)
     return round_ratios(row["samples_s"], plain["samples_s"]) if plain else []
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import click
 import numpy as np
 
-from rlora.cli.records import check_writable, make_folder, read_json, write_text
+from rlora.cli.records import check_writable, is_stream, make_folder, write_text
 
 from .schema import Record, Row, read_record
 from .table import cells, filled
@@ -172,16 +172,26 @@ def write_asv_results(record: Record, commit: str, folder: Path) -> None:
     """
     make_folder("--output", folder / MACHINE)
     known = folder / "benchmarks.json"
-    benchmarks = read_json(known, "asv's benchmarks") if known.exists() else {"version": 2}
-    if not isinstance(benchmarks, dict):
-        msg = f"{known} is no list of asv's benchmarks; give the folder of its results"
-        raise ValueError(msg)
+    benchmarks = _benchmarks_in(known) if known.exists() else {"version": 2}
     benchmarks |= {_asv_name(row): _asv_benchmark(row) for row in record["rows"]}
     machine = {**_asv_machine(record), "version": 1}
     result = folder / MACHINE / f"{commit[:8]}-{MACHINE}.json"
     write_text(known, json.dumps(benchmarks, indent=1) + "\n")
     write_text(folder / MACHINE / "machine.json", json.dumps(machine, indent=1) + "\n")
     write_text(result, asv(record, commit))
+
+
+def _benchmarks_in(path: Path) -> dict[str, Any]:
+    """Read asv's list of benchmarks; those of others are kept as they are."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        msg = f"{path} is not JSON: {error}"
+        raise ValueError(msg) from error
+    if not isinstance(found, dict):
+        msg = f"{path} is no list of asv's benchmarks; give the folder of its results"
+        raise ValueError(msg)
+    return found
 
 
 def _asv_benchmark(row: Row) -> dict[str, Any]:
@@ -253,8 +263,8 @@ FORMATS: Final[dict[str, Callable[[Record, str], str]]] = {
 
 def _commit(context: click.Context, option: click.Parameter, commit: str) -> str:
     """Take a commit that may become the name of a file."""
-    if not re.fullmatch("[0-9a-f]{7,40}", commit):
-        msg = f"--commit must be 7 to 40 hexadecimal digits, as git rev-parse gives, got {commit!r}"
+    if not re.fullmatch("[0-9a-fA-F]{7,64}", commit):
+        msg = f"--commit must be 7 to 64 hexadecimal digits, as git rev-parse gives, got {commit!r}"
         raise ValueError(msg)
     return commit
 
@@ -269,7 +279,7 @@ def _commit(context: click.Context, option: click.Parameter, commit: str) -> str
     "--commit",
     default="0" * 40,
     callback=_commit,
-    help="What was measured, for formats that keep it: 7 to 40 hexadecimal digits.",
+    help="What was measured, for formats that keep it: 7 to 64 hexadecimal digits.",
 )
 def export(record: Path, name: str, output: Path | None, commit: str) -> None:
     """Write RECORD in a format of another tool."""
@@ -284,4 +294,4 @@ def export(record: Path, name: str, output: Path | None, commit: str) -> None:
         return
     check_writable(output)
     write_text(output, text)
-    click.echo(f"{name}: {output}")
+    click.echo(f"{name}: {output}", err=is_stream(output))  # not behind the text itself

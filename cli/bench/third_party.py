@@ -84,7 +84,9 @@ def _by_path(path: str) -> Callable[[Any], Any]:
         raise ValueError(msg) from error
     torch = importlib.import_module("torch")
     try:
-        optimizer = kind([torch.nn.Parameter(torch.zeros(2, 2))], lr=LR)
+        p = torch.nn.Parameter(torch.zeros(2, 2))
+        p.grad = torch.ones_like(p)
+        optimizer = kind([p], lr=LR)
     except Exception as error:
         msg = f"--against {path} cannot be called as {name}(params, lr={LR}): {error}"
         raise ValueError(msg) from error

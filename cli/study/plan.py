@@ -48,14 +48,14 @@ class Records:
     def check_origin(self, like: Job, origin: Record) -> None:
         """ValueError where runs of such a study are of other weights or data, or were quick."""
         for job, row in self.rows.items():
-            theirs = {key: row.get(key) for key in origin}  # None in the first records
-            if job._replace(method=like.method, lr=like.lr, seed=like.seed, tested=False) == like:
-                differing = [key for key in origin if theirs[key] != origin[key]]
-                if differing:
-                    key = differing[0]
+            alike = job._replace(method=like.method, lr=like.lr, seed=like.seed, tested=False)
+            for key, ours in origin.items():
+                theirs = row.get(key, ours)  # the first records do not say
+                if alike == like and theirs != ours:
+                    had, has = (f"--{key} {x}" if x else f"no --{key}" for x in (theirs, ours))
                     msg = (
-                        f"{self.path.name} has runs with {key} {theirs[key]}, and this study is "
-                        f"with {key} {origin[key]}; give it another --output"
+                        f"{self.path.name} has runs with {had}, and this study has {has}; give it "
+                        f"another --output"
                     )
                     raise ValueError(msg)
 

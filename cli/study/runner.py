@@ -106,7 +106,7 @@ def run_jobs(place: Place, jobs: list[Job], processes: int) -> Iterator[Record]:
             for done in as_completed([pool.submit(run_stack, place, stack) for stack in stacks]):
                 yield from done.result()
         except BaseException:  # an interrupt, or a run that failed: nobody waits for the others
-            workers = multiprocessing.active_children()
+            workers = multiprocessing.active_children()  # this program has no others
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in workers:
                 worker.terminate()

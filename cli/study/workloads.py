@@ -37,7 +37,7 @@ class Place(NamedTuple):
 
     def origin(self) -> dict[str, Any]:
         """Everything but its `Job` that decides about a run, for its record; None is the usual."""
-        data = None if self.data is None else str(self.data)
+        data = None if self.data is None else str(self.data.resolve())
         return {"weights": self.weights, "data": data, "quick": self.quick or None}
 
     def check(self) -> None:

@@ -4,10 +4,10 @@ import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 from typing import Any, Final
 
-from rlora.cli.bench.stats import median_ratio
+from rlora.cli.bench.stats import round_ratios
 
 BENCHMARKS: Final = Path(__file__).parent / "benchmarks"
 
@@ -120,7 +120,7 @@ def against_peft() -> str:
             measured = timed(f"cpu-{preset}.json")
             samples = {(row["method"], row["rank"]): row["samples_s"] for row in measured}
             ours = [(rank, x) for (name, rank), x in samples.items() if name == method]
-            gains += [median_ratio(samples["peft", rank], x) or 0.0 for rank, x in ours]
+            gains += [median(round_ratios(samples["peft", rank], x)) for rank, x in ours]
         low, high, mean = times((min(gains), max(gains), geometric_mean(gains)))
         rows.append([TIMED[method], f"{low} to {high}", mean, limit])
     return markdown(["", "times faster", "geometric mean", "limit"], rows)

@@ -85,11 +85,12 @@ def is_zero(value: Any) -> bool:
 def check_real(name: str, value: Any) -> None:
     """TypeError unless the value is a real number."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        msg = f"{name} must be a real number, got {_said(value)}"
+        msg = f"{name} must be a real number, got {described(value)}"
         raise TypeError(msg)
 
 
-def _said(value: Any) -> str:
+def described(value: Any) -> str:
+    """A value that is no number, for an error: with its type, and what YAML may have done to it."""
     numeric = isinstance(value, str) and re.fullmatch(r"[-+\d.]+[eE][-+]?\d+", value)
     hint = "; YAML reads 1e-3 as text: write 1.0e-3" if numeric else ""
     return f"{value!r} ({type(value).__name__}){hint}"
@@ -171,7 +172,7 @@ def checked_rate(lr: Any) -> Any:
         return plain_number(lr)
     shape = getattr(lr, "shape", None)
     if shape is None:
-        msg = f"lr must be one real number or an array, got {_said(lr)}"
+        msg = f"lr must be one real number or an array, got {described(lr)}"
         raise TypeError(msg)
     kind = dtype_name(getattr(lr, "dtype", None))
     if kind in ("float32", "float64"):

@@ -229,6 +229,7 @@ def test_the_command_writes_a_file_or_standard_output(rlora_cli, refused, a_reco
     )
 
 
+@pytest.mark.skipif(os.name == "nt", reason="pipes and devices of POSIX")
 def test_what_is_no_file_gets_the_text_and_stays(rlora_cli, a_record, tmp_path):
     record, link, target = (tmp_path / name for name in ("x.json", "link", "target.csv"))
     record.write_text(json.dumps(a_record))
@@ -236,7 +237,7 @@ def test_what_is_no_file_gets_the_text_and_stays(rlora_cli, a_record, tmp_path):
     link.symlink_to(target)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
     text = rlora_cli("bench", "export", record, "--format", "csv").stdout
     for path in (link, pipe, os.devnull):
         done = rlora_cli("bench", "export", record, "--format", "csv", "--output", path)
@@ -250,7 +251,40 @@ def test_what_is_no_file_gets_the_text_and_stays(rlora_cli, a_record, tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([record, link, target, pipe])
 
 
-@pytest.mark.parametrize("commit", ["", "feature/x", "../../../esc", "abc", "A" * 40])
+@pytest.mark.skipif(os.name == "nt", reason="/dev/stdout of POSIX")
+def test_standard_output_by_its_path(a_record, tmp_path):
+    record, out = tmp_path / "x.json", tmp_path / "out.txt"
+    record.write_text(json.dumps(a_record))
+    command = [sys.executable, "-c", "from rlora.cli import main; main()", "bench", "export"]
+    command += [str(record), "--format", "pytest-benchmark", "--output", "/dev/stdout"]
+    piped = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert json.loads(piped.stdout)["version"] == "5.0.0"
+    out.write_text("precious\n")
+    with out.open("a") as file:
+        subprocess.run(command, stdout=file, check=True)
+    assert out.read_text() == f"precious\n{piped.stdout}"
+
+
+def test_symlinks_in_a_circle_are_refused(refused, a_record, tmp_path):
+    record = tmp_path / "x.json"
+    record.write_text(json.dumps(a_record))
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    options = ("--format", "csv", "--output", tmp_path / "a")
+    assert "cannot be written" in refused("bench", "export", record, *options)
+
+
+def test_benchmarks_of_others_stay_as_they_are(rlora_cli, a_record, tmp_path):
+    record, known = tmp_path / "x.json", tmp_path / "benchmarks.json"
+    record.write_text(json.dumps(a_record))
+    theirs = {"time_x": {"code": "def time_x():\n\treturn 1\n", "seed": 10**20}, "version": 2}
+    known.write_text(json.dumps(theirs))
+    done = rlora_cli("bench", "export", record, "--format", "asv", "--output", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert json.loads(known.read_text()).items() >= theirs.items()
+
+
+@pytest.mark.parametrize("commit", ["", "feature/x", "../../../esc", "abc", "g" * 40])
 def test_a_commit_is_none(refused, a_record, tmp_path, commit):
     record = tmp_path / "x.json"
     record.write_text(json.dumps(a_record))

@@ -1,5 +1,6 @@
 """`rlora study`: its plan, its records, its tables, and two of its models."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -259,9 +260,12 @@ def test_runs_of_other_weights_are_not_taken_for_those_asked(tmp_path):
     records.add(row(LIKE, 1.0) | {"weights": "a", "data": None, "quick": None})
     records.check_origin(LIKE, {"weights": "a", "data": None, "quick": None})
     records.check_origin(LIKE._replace(steps=9), {"weights": "b", "data": None, "quick": None})
+    first = Records(tmp_path / "first.jsonl")
+    first.add(row(LIKE, 1.0))  # of an older version, which did not say
+    first.check_origin(LIKE, {"weights": "b", "data": None, "quick": None})
     for key, value in (("weights", "b"), ("weights", None), ("data", "d"), ("quick", True)):
         origin = {"weights": "a", "data": None, "quick": None, key: value}
-        with pytest.raises(ValueError, match=f"{key} .*give it another --output"):
+        with pytest.raises(ValueError, match=f"--{key}.*give it another --output"):
             records.check_origin(LIKE._replace(method="scaled"), origin)
 
 
@@ -269,7 +273,9 @@ def test_a_quick_study_is_not_gone_on_with_by_a_whole_one(tmp_path, rlora_cli, r
     options = ("study", "--model", "digits", "--method", "adamw", "--processes", 1, "--steps", 8)
     quick = rlora_cli(*options, "--quick", "--output", tmp_path)
     assert quick.exit_code == 0, quick.output
-    assert "quick True" in refused(*options, "--output", tmp_path)
+    assert "has runs with --quick True, and this study has no --quick" in refused(
+        *options, "--output", tmp_path
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -290,10 +296,22 @@ def test_an_interrupt_ends_a_study_and_its_processes(tmp_path):
     for line in study.stdout:
         if b"to do" in line:
             break
-    time.sleep(8)  # the processes are at work by then, or still starting: both must end
-    os.killpg(study.pid, signal.SIGINT)
-    assert study.wait(60) == 130
-    study.stdout.close()
+    try:
+        time.sleep(8)  # the processes are at work by then, or still starting: both must end
+        os.killpg(study.pid, signal.SIGINT)
+        assert study.wait(60) == 130
+        for _ in range(600):  # nobody is left in the group
+            try:
+                os.killpg(study.pid, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("a process of the study goes on")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(study.pid, signal.SIGKILL)
+        study.stdout.close()
 
 
 def test_empty_records_have_no_tables(tmp_path, refused):

@@ -759,3 +759,15 @@ def test_adam_decays_as_adam_and_not_as_adamw():
         parent.step()
         for p, q in zip((A, B), plain, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)  # float32
+
+
+def test_options_of_a_class_statement_reach_the_parents():
+    class Tagged(torch.optim.AdamW):
+        def __init_subclass__(cls, tag=None, **kwargs):
+            super().__init_subclass__(**kwargs)
+            cls.tag = tag
+
+    class Ours(rlora.torch.precondition(Tagged), tag="x"):
+        pass
+
+    assert Ours.tag == "x"

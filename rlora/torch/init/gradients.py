@@ -61,6 +61,8 @@ def full_gradients(
     ------
     PairingError
         For a name that is no linear layer, or a layer that no gradient reaches.
+    TypeError
+        When `batches` is one tensor or one dict.
     ShapeError, NamespaceError, NumericsError, ShardingError, ValueError
         When the loss is no finite scalar tensor or a gradient is not finite; for a model inside
         DataParallel, DDP or torch.compile; for no batches, or batches that can be read only once
@@ -112,8 +114,9 @@ def capture(
     Layers that the loss never calls are left out.
     """
     _check_bare(model)
-    if isinstance(batches, Tensor):
-        msg = "batches must be an iterable of batches, got one tensor; for one batch pass [batch]"
+    if isinstance(batches, (Tensor, Mapping)):
+        came = f"one {type(batches).__name__}"
+        msg = f"batches must be an iterable of batches, got {came}; for one batch pass [batch]"
         raise TypeError(msg)
     names = list(targets)
     size = len(names) if layers_per_pass is None else layers_per_pass

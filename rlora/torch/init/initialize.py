@@ -24,7 +24,11 @@ from rlora.torch.init.starts import (
     moves_weights,
     start_of,
 )
-from rlora.torch.pairing.base_weights import movable_weight, other_places, weight_places
+from rlora.torch.pairing.base_weights import (
+    is_called_elsewhere,
+    movable_weight,
+    weight_places,
+)
 from rlora.torch.pairing.layers import LoraLayer, choose, find_layers
 
 
@@ -153,7 +157,7 @@ def initialize(
         not zero; when the loss does not depend on a layer that it calls.
     ValueError, TypeError
         For options out of their range, a scaling that is not positive, "lora_sb" with another than
-        1, and where the scaling is needed and not known; when `batches` is one tensor.
+        1, and where the scaling is needed and not known; when `batches` is one tensor or dict.
     ShapeError, NamespaceError, NumericsError, ShardingError
         As `full_gradients`; for factors that are not finite in the parameters' dtype, or
         sharded. After any error nothing has been written.
@@ -220,7 +224,7 @@ def initialize(
         raise TypeError(msg)
     else:
         targets = {
-            name: layer.target(alone=not other_places(name, layer.module, places))
+            name: layer.target(whole=is_called_elsewhere(layer, places))
             for name, layer in chosen.items()
         }
         kind = InputRows if method == "eva" else Rows
@@ -236,7 +240,6 @@ def initialize(
     return _write(method, list(chosen.values()), skipped, starts, weights)
 
 
-@torch.no_grad()
 def _warn_of_use(layers: Iterable[LoraLayer]) -> None:
     used = [layer.name for layer in layers if bool(torch.any(layer.B != 0))]
     if used:

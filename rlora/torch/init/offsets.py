@@ -11,7 +11,7 @@ from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError, ShapeError
 from rlora.core.factors import Factors
 from rlora.initializers import Start
-from rlora.torch.pairing.base_weights import plain_weight, weight_places
+from rlora.torch.pairing.base_weights import weight_places, writable_weight
 
 PREFIX = "base_model.model."
 """Prefix of PEFT before the names of the model that it wraps."""
@@ -107,7 +107,7 @@ def restore_offsets(model: nn.Module, offsets: Mapping[str, Offset]) -> None:
         if found is None:
             msg = f"the model has no module {name}; pass the model as it was given to initialize"
             raise PairingError(msg)
-        weight = plain_weight(found, modules[found], places)
+        weight = writable_weight(found, modules[found], places)
         if isinstance(weight, str):
             msg = f"{weight}; load the model as it was when training began"
             raise PairingError(msg)

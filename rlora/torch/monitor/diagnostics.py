@@ -267,7 +267,7 @@ def weights_under(model: nn.Module, optimizer: Any) -> dict[Tensor, float]:
         return {}
     found = {}
     for layer in layers:
-        weight = plain_weight(layer.name, layer.module, {})
+        weight = plain_weight(layer.name, layer.module)
         if isinstance(weight, Tensor) and not is_distributed(weight):
             wide = torch.promote_types(weight.dtype, torch.float32)
             size = torch.linalg.vector_norm(weight.detach(), dtype=wide)

@@ -24,43 +24,57 @@ def weight_places(model: nn.Module) -> Places:
     for name, module in modules:
         for p in module._parameters.values():
             if p is not None:
-                places.setdefault(p.data_ptr(), []).append((name, module))
+                places.setdefault(_address(p), []).append((name, module))
     return places
 
 
-def other_places(name: str, module: nn.Module, places: Places) -> list[str]:
-    """The places of a layer's base weight outside of the layer."""
-    base = base_of(module)
-    weight = None if base is None else base._parameters.get("weight")
-    if weight is None:
-        return []
-    inside = f"{name}." if name else ""
-    return [
-        place
-        for place, holder in places.get(weight.data_ptr(), ())
-        if holder is not base or not (base is module or place.startswith(inside))
-    ]
+def is_called_elsewhere(layer: LoraLayer, places: Places) -> bool:
+    """Return whether a layer's base module stands in another place of the model too."""
+    weight = layer.base._parameters.get("weight")
+    return weight is not None and any(
+        holder is layer.base and not _is_inside(place, layer.name, layer.module, holder)
+        for place, holder in places.get(_address(weight), ())
+    )
 
 
-def plain_weight(name: str, module: nn.Module, places: Places) -> Tensor | str:
-    """The base weight as (m, n), to be written to, or why it must stay as it is."""
+def plain_weight(name: str, module: nn.Module) -> Tensor | str:
+    """The base weight as (m, n), to be read, or why it cannot be."""
     base = base_of(module)
     weight = None if base is None else base._parameters.get("weight")
     if weight is None or not is_plain(weight):
         what = f"{type(weight).__name__} {getattr(weight, 'dtype', '')}".strip()
         return f"the base weight of {name} is quantised or packed ({type(base).__name__}: {what})"
-    if any(n > 1 and not step for n, step in zip(weight.shape, weight.stride(), strict=True)):
-        return f"the base weight of {name} has entries that share memory, as Tensor.expand makes"
-    if elsewhere := other_places(name, module, places):
-        return f"the base weight of {name} is that of {elsewhere[0]} too, which must not change"
     # Conv1D and loralib's fan_in_fan_out store W as (n, m).
     turned = is_conv1d(base) or getattr(module, "fan_in_fan_out", False)
     return weight.mT if turned else weight
 
 
+def writable_weight(name: str, module: nn.Module, places: Places) -> Tensor | str:
+    """The base weight as (m, n), to be written to, or why it must stay as it is."""
+    weight, base = plain_weight(name, module), base_of(module)
+    if isinstance(weight, str):
+        return weight
+    if any(n > 1 and not step for n, step in zip(weight.shape, weight.stride(), strict=True)):
+        return f"the base weight of {name} has entries that share memory, as Tensor.expand makes"
+    for place, holder in places.get(_address(weight), ()):
+        if holder is not base or not _is_inside(place, name, module, holder):
+            return f"the base weight of {name} is that of {place} too, which must not change"
+    return weight
+
+
+def _is_inside(place: str, name: str, module: nn.Module, holder: nn.Module) -> bool:
+    """Return whether a place of a base is in the layer, or is the layer itself."""
+    return holder is module or place.startswith(f"{name}." if name else "")
+
+
+def _address(p: Tensor) -> int:
+    """The place of a parameter in memory; its identity where it has none to tell."""
+    return p.data_ptr() or id(p)
+
+
 def movable_weight(layer: LoraLayer, places: Places) -> Tensor:
     """The base weight of a layer as (m, n), unless there is a reason not to change it."""
-    weight = plain_weight(layer.name, layer.module, places)
+    weight = writable_weight(layer.name, layer.module, places)
     if isinstance(weight, str):
         why = weight
     elif layer.adapters:

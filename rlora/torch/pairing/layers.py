@@ -69,9 +69,9 @@ class LoraLayer:
     def shape(self) -> tuple[int, int]:
         return self.B.shape[0], self.A.shape[1]
 
-    def target(self, *, alone: bool = True) -> Target:
-        """Its target: the base, or all of the layer where the base is not its `alone`."""
-        return Target(self.base if alone else self.module, self.shape, self.A.device)
+    def target(self, *, whole: bool = False) -> Target:
+        """The module whose calls are watched: the base, or the `whole` layer ``W x + s B A x``."""
+        return Target(self.module if whole else self.base, self.shape, self.A.device)
 
 
 def linear_target(name: str, module: Any) -> Target:
@@ -217,6 +217,8 @@ def is_plain(weight: Any) -> bool:
 
 def _scaling(layer: LoraLayer, adapter: str, given: float | None) -> float | None:
     own = own_scaling(layer.module, adapter)
+    if given is not None and getattr(given, "shape", None) == ():
+        given = float(given)
     if own is not None and given is not None and own != given:
         msg = f"scaling={given!r} was given, but {layer.name} has {own!r}; leave it out"
         raise ValueError(msg)

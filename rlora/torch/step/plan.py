@@ -116,8 +116,8 @@ class StepsOfParent:
     _bare: Mapping[str, Callable[..., Any]]
     """Functions of the parent without what is wrapped around them."""
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
         behind = super()
         names = [name for name in ("step", "_init_group") if hasattr(behind, name)]
         cls._bare = {name: inspect.unwrap(getattr(behind, name)) for name in names}

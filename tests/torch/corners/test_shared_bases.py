@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rlora import PairingError, initializers
-from rlora.torch import initialize
+from rlora.torch import initialize, suggest_lr
 
 OFFSETS = {"pissa": {}, "milora": {}, "olora": {}, "lora_ga": {}, "loi": {}}
 GRADIENT = ("lora_ga", "loi")
@@ -83,10 +83,10 @@ def test_each_adapter_of_a_shared_base_starts_from_what_it_sees(method):
         base.load_state_dict(alone[0].base.state_dict())
         alone[2].base = base.requires_grad_(False)
     reports = [initialize(m, [batch()], loss, method=method) for m in (model, alone)]
-    # float64: the same sums, through a decomposition
-    for p, q in zip(model.parameters(), (x for x in alone.parameters()), strict=False):
-        if p.requires_grad:
-            torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
+    for one, other in zip((model[0], model[2]), (alone[0], alone[2]), strict=True):
+        # float64: the same sums, through a decomposition
+        torch.testing.assert_close(one.lora_A, other.lora_A, rtol=0, atol=1e-10)
+        torch.testing.assert_close(one.lora_B, other.lora_B, rtol=0, atol=1e-10)
     norms = [[layer.gradient_norm for layer in report.layers] for report in reports]
     if method == "lora_one":
         assert norms[0] == pytest.approx(norms[1], rel=1e-12)
@@ -163,8 +163,9 @@ def test_a_base_weight_of_zero_is_no_start(method):
 def test_a_second_start_says_that_it_replaces_the_first():
     model = Adapted(nn.Linear(16, 16))
     initialize(model, method="pissa")
-    with pytest.warns(RuntimeWarning, match="load the original base model first"):
+    with pytest.warns(RuntimeWarning, match="load the original base model first") as caught:
         initialize(model, method="gaussian")
+    assert caught[0].filename == __file__
 
 
 def test_a_weight_that_attention_reads_by_itself():
@@ -181,6 +182,48 @@ def test_factors_without_memory():
         initialize(model, method="gaussian")
 
 
-def test_one_tensor_is_no_list_of_batches():
+@pytest.mark.parametrize("kind", [lambda x: x, lambda x: {"x": x}])
+def test_one_batch_is_no_list_of_batches(kind):
     with pytest.raises(TypeError, match=r"pass \[batch\]"):
-        initialize(Adapted(nn.Linear(16, 16)), batch(torch.float32), loss)
+        initialize(Adapted(nn.Linear(16, 16)), kind(batch(torch.float32)), loss)
+
+
+class Normed(Adapted):
+    """A layer that normalises its input itself, so that its own input is not that of its base."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.layer_norm(x, x.shape[-1:]))
+
+
+class NoAddress(nn.Parameter):
+    """A weight of which no address can be asked, as of torchao's."""
+
+    def data_ptr(self):
+        return 0
+
+
+@pytest.mark.parametrize("case", ["tied", "no address"])
+def test_a_weight_that_others_hold_is_no_base_that_others_call(case):
+    """The gradient is that at the base, whatever else the layer does."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(Normed(nn.Linear(16, 16)), Normed(nn.Linear(16, 16))) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    if case == "tied":
+        models[0].other = nn.Linear(16, 16)
+        models[0].other.weight = models[0][0].base.weight
+    else:
+        for layer in models[0]:
+            layer.base.weight = NoAddress(layer.base.weight, requires_grad=False)
+    x = batch(torch.float32)
+    found = [
+        initialize(model, [x], lambda model, x: model[1](model[0](x)).square().mean())
+        for model in models
+    ]
+    norms = [[layer.gradient_norm for layer in report.layers] for report in found]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_an_expanded_weight_may_be_read():
+    layer = Adapted(nn.Linear(16, 16))
+    layer.base.weight = nn.Parameter(torch.randn(1, 16).expand(16, 16), requires_grad=False)
+    assert suggest_lr(layer) > 0
