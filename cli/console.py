@@ -18,10 +18,10 @@ PIPED_WIDTH = 280
 """Columns where there is no terminal: enough that nothing is ever cut."""
 
 
-def console() -> Console:
-    """Open standard output, as wide as the terminal, or wide enough."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=PIPED_WIDTH)
+def console(*, stderr: bool = False) -> Console:
+    """Open standard output, or stderr, as wide as the terminal, or wide enough."""
+    out = Console(highlight=False, stderr=stderr)
+    return out if out.is_terminal else Console(highlight=False, stderr=stderr, width=PIPED_WIDTH)
 
 
 def escape_unencodable() -> None:

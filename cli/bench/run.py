@@ -11,7 +11,7 @@ import click
 import rlora
 from rlora.cli.console import console, progress
 from rlora.cli.environment import environment, free_memory, load_average
-from rlora.cli.records import LONGEST, check_writable, write_record
+from rlora.cli.records import LONGEST, check_writable, is_stream, write_record
 
 from . import table
 from .cost_model import Peaks, least_seconds, measure_peaks, work
@@ -232,8 +232,9 @@ class Results:
         if not self.rows:
             return
         made = self.record(partial=partial)
+        aside = output is not None and is_stream(output)  # not behind the record itself
         if output is not None:
             write_record(output, made)
-        table.show_record(made, console())
+        table.show_record(made, console(stderr=aside))
         if output is not None:
-            click.echo(f"record: {output}")
+            click.echo(f"record: {output}", err=aside)

@@ -259,6 +259,11 @@ def test_standard_output_by_its_path(a_record, tmp_path):
     command += [str(record), "--format", "pytest-benchmark", "--output", "/dev/stdout"]
     piped = subprocess.run(command, capture_output=True, check=True, text=True)
     assert json.loads(piped.stdout)["version"] == "5.0.0"
+    rows = ["--preset", "8x8*1", "--method", "scaled_sgd", "--rank", "2", "--quick"]
+    measured = [*command[:4], "run", *rows, "--output", "/dev/stdout"]
+    made = subprocess.run(measured, capture_output=True, check=True, text=True)
+    assert json.loads(made.stdout)["command"]["ranks"] == [2]
+    assert "scaled_sgd" in made.stderr
     out.write_text("precious\n")
     with out.open("a") as file:
         subprocess.run(command, stdout=file, check=True)
