@@ -37,8 +37,8 @@ class Change(NamedTuple):
 def compare(old: Path, new: Path, threshold: float) -> int:
     """Compare the records OLD and NEW row by row.
 
-    The exit code is 1 if any row became slower: if the whole interval (95 %, bootstrap) of new over
-    old lies above 1 + threshold.
+    The exit code is 1 if any row became slower: if the whole interval of new over old lies above
+    1 + threshold (bootstrap; 95 %, of the three samples of --quick about 90 %).
     """
     if not 0 <= threshold < float("inf"):
         msg = f"--threshold must be a number from 0 up, got {threshold}"
