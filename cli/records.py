@@ -194,9 +194,11 @@ def _part(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+FD: Final = ("/dev/fd", "/proc/self/fd")
+"""Folders of the files that a process has open."""
+
+
 def is_stream(path: Path) -> bool:
     """Return whether this is a device, a pipe or an open file, in whose place no other may come."""
-    opened = {"/dev/stdout", "/dev/stderr"}
-    if str(path) in opened or str(path.parent) in ("/dev/fd", "/proc/self/fd"):
-        return path.exists()
-    return path.exists() and not path.is_file() and not path.is_dir()
+    opened = str(path) in ("/dev/stdout", "/dev/stderr") or str(path.parent) in FD
+    return path.exists() and (opened or not (path.is_file() or path.is_dir()))

@@ -1,7 +1,6 @@
 """``rlora bench compare``: what has become faster or slower between two records."""
 
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,35 +50,39 @@ def compare(old: Path, new: Path, threshold: float) -> int:
     keep, texts = ("method", "on", "rank", "new/old", "verdict"), ("method", "on", "of", "verdict")
     print_rows(None, list(map(_cells, found)), console(), keep=keep, texts=texts)
     if any(setups([before, after])):
-        click.echo("The records are of two machines, or of two numbers of threads.")
+        click.echo("Ratios differ for that too: two machines, or two numbers of threads.")
     return REGRESSED if any(change.verdict == "slower" for change in found) else 0
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], threshold: float) -> list[Change]:
     """Compare two records: the rows of the new one, then those that only the old one has."""
     before, after = _by_key(old), _by_key(new)
-    found = [_change(key, before, after, threshold) for key in after]
-    return found + [
+    # In a record a backend has one device.
+    both = {x for x in before.keys() & after.keys() if before[x]["device"] == after[x]["device"]}
+    return [
+        _change(key, before, after, threshold)
+        if key in both
+        else Change(row, "-", None, None, "only in new")
+        for key, row in after.items()
+    ] + [
         Change(row, "-", None, None, "only in old")
         for key, row in before.items()
-        if key not in after
+        if key not in both
     ]
 
 
 def _by_key(record: dict[str, Any]) -> dict[Any, Row]:
-    return {(row["device"], *_key(row)): row for row in record["rows"]}
+    return {_key(row, row["backend"], row["method"]): row for row in record["rows"]}
 
 
-def _key(row: Row) -> Any:
-    return row["backend"], row["method"], *problem(row)
+def _key(row: Row, backend: str, method: str) -> Any:
+    return backend, method, *problem(row)
 
 
 def _change(key: Any, before: dict[Any, Row], after: dict[Any, Row], threshold: float) -> Change:
     row = after[key]
-    if key not in before:
-        return Change(row, "-", None, None, "only in new")
     pair = [(before[key], before), (row, after)]
-    samples, of = [_ratios(x, rows.values()) for x, rows in pair], "ratio"
+    samples, of = [_ratios(x, rows) for x, rows in pair], "ratio"
     plain = row["method"] == row["ratio_to"]
     if plain or not all(samples):
         samples, of = [x["samples_s"] for x, _ in pair], "time"
@@ -92,11 +95,8 @@ def _change(key: Any, before: dict[Any, Row], after: dict[Any, Row], threshold: 
     return Change(row, of, medians[1] / medians[0], interval, verdict)
 
 
-def _ratios(row: Row, rows: Iterable[Row]) -> list[float]:
-    key = row["ratio_to_backend"], row["ratio_to"], *problem(row)
-    found = [x for x in rows if _key(x) == key]
-    # A baseline on another backend may be on another device.
-    plain = next((x for x in found if x["device"] == row["device"]), found[0] if found else None)
+def _ratios(row: Row, rows: dict[Any, Row]) -> list[float]:
+    plain = rows.get(_key(row, row["ratio_to_backend"], row["ratio_to"]))
     return round_ratios(row["samples_s"], plain["samples_s"]) if plain else []
 
 

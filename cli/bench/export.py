@@ -25,8 +25,9 @@ def full_name(row: Row) -> str:
     """
     rank = row["rank"]
     ranks = "-".join(map(str, rank)) if isinstance(rank, list) else str(rank)
-    where = [row["backend"], row["device"].removeprefix("cpu"), row["dtype"]]
-    backend = "-".join(word for word in where if word not in ("", "float32"))
+    device = "cpu" if "cpu" in row["device"].lower() else row["device"]  # JAX's is "cpu:0"
+    unusual = [x for x in (device, row["dtype"]) if x not in ("cpu", "float32")]
+    backend = "-".join([row["backend"], *unusual])
     return f"{row['preset'] or row['adapter']}/{backend}/r{ranks}/{row['method']}"
 
 

@@ -93,7 +93,9 @@ several = partial(click.option, multiple=True, callback=_listed)
     help=f"Ranks {_words(QUICK_RANKS)}, {QUICK_ROUNDS.most} samples, one thread unless told.",
 )
 @click.option(
-    "--threads", type=AT_LEAST_ONE, help="Pin BLAS, OpenMP, torch and XLA to so many threads."
+    "--threads",
+    type=Whole(min=1, max=4096),
+    help="Pin BLAS, OpenMP, torch and XLA to so many threads.",
 )
 @click.option("--end-to-end", is_flag=True, help="Also forward and backward; rank 32, torch.")
 @click.option(

@@ -52,7 +52,7 @@ class Records:
             for key, ours in origin.items():
                 theirs = row.get(key, ours)  # the first records do not say
                 if alike == like and theirs != ours:
-                    had, has = (f"--{key} {x}" if x else f"no --{key}" for x in (theirs, ours))
+                    had, has = (_option(key, x) for x in (theirs, ours))
                     msg = (
                         f"{self.path.name} has runs with {had}, and this study has {has}; give it "
                         f"another --output"
@@ -65,6 +65,13 @@ class Records:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _option(name: str, value: str | bool | None) -> str:
+    """An option as it is given."""
+    if not value:
+        return f"no --{name}"
+    return f"--{name}" if value is True else f"--{name} {value}"
 
 
 def job_of(row: Record) -> Job:

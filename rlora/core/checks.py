@@ -125,7 +125,7 @@ def check_betas(value: Any) -> None:
 def check_count(name: str, value: Any, least: int, most: float = math.inf, where: str = "") -> None:
     """TypeError unless the value is an integer, ValueError unless it is in its range."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        msg = f"{name} must be an integer, got {value!r} ({type(value).__name__})"
+        msg = f"{name} must be an integer, got {described(value)}"
         raise TypeError(msg)
     if not least <= int(value) <= most:
         msg = f"{name} must be in {least}..{most}{where}, got {value}"
@@ -143,7 +143,7 @@ def check_positive(name: str, value: Any) -> None:
 def check_flag(name: str, value: Any) -> None:
     """TypeError unless `value` is True or False."""
     if not isinstance(value, bool):
-        msg = f"{name} must be True or False, got {value!r} ({type(value).__name__})"
+        msg = f"{name} must be True or False, got {described(value)}"
         raise TypeError(msg)
 
 

@@ -105,7 +105,7 @@ def transformation(
     NamespaceError
         When the factors of a pair have two dtypes, or a parameter or gradient is not real.
     ValueError
-        When `update` has no parameters where it takes them, or the learning rate is out of range.
+        When `update` gets no parameters, or the state for them; when the rate is out of range.
     TypeError
         When `method` is no `Transform`, as a function that makes one is none, `hold` is a string,
         or the learning rate or a leaf no number.
@@ -228,7 +228,7 @@ def _over_pairs(
         updates: Any, state: PairState, params: Any = None, **extra: Any
     ) -> tuple[Any, PairState]:
         if params is None or isinstance(params, PairState):
-            msg = "the step depends on the parameters: call update(grads, state, params)"
+            msg = f"call update(grads, state, params): got {type(params).__name__} as parameters"
             raise ValueError(msg)
         where = as_they_are((updates, state))
         out: tuple[Any, PairState] = with_automatic_axes(

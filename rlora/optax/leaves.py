@@ -89,8 +89,8 @@ def sort_leaves(tree: Any, pairs: Source | None, hold: Hold, all_paired: bool) -
     for name, why in report.refused.items():
         msg = (
             f"{name} has the name of a factor, but {why}; take it out with optax.masked, and to "
-            f"hold one of a pair still leave both in and name it in hold=; both factors of a pair "
-            f"have one label in optax.partition"
+            f"hold one of a pair still leave both in and name it in hold=; "
+            f"in optax.partition both factors of a pair need one label"
         )
         raise PairingError(msg)
     if not any(leaves):

@@ -158,6 +158,7 @@ def test_no_result_says_whose_machine_it_was(rlora_cli, adapter, tmp_path, monke
         (("--repeat", "many"), "not a valid whole number"),
         (("--seed", "-1"), "0<=x<="),
         (("--seed", "9" * 20), "0<=x<="),
+        (("--threads", "9" * 20), "1<=x<="),
         (("--against", "lion"), "torch.adamw"),
         (("--dtype", "float8"), "float32"),
         (("--dtype", "bfloat16"), "bfloat16 is not to be had from the numpy backend"),

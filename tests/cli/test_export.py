@@ -315,6 +315,8 @@ def test_several_problems_devices_and_dtypes_are_told_apart(a_record):
     assert names[0].count("-") == names[0].split("/")[0].count("-")
     assert names[1] == names[0].replace("/numpy/", "/numpy-cuda:0/")
     assert names[2] == names[0].replace("/numpy/", "/numpy-bfloat16/")
+    for cpu in ("cpu:0", "TFRT_CPU_0", "array_api_strict.Device('CPU_DEVICE')"):
+        assert full_name({**row, "device": cpu}) == names[0]
     record["rows"] = [row, {**row, "preset": "256x256*4"}]
     assert "| 256x256*4 |" in FORMATS["markdown"](record, "")
 

@@ -202,3 +202,26 @@ def test_operands_have_as_many_axes_as_each_other(name, lead):
     with jax.numpy_rank_promotion("raise"):
         state = jax.eval_shape(optimizer.init, params)
         jax.eval_shape(optimizer.update, params, state, params)
+
+
+@pytest.mark.parametrize("name", ["scaled_adamw", "lora_rite"])
+def test_a_stack_of_equal_layers_is_the_program_of_one(name):
+    """So it takes as long to compile, as docs/how-to/optax.md says."""
+    optimizer = getattr(rlora.optax, name)(1e-2)
+
+    def lines(layers):
+        params = {"q": {"lora_a": jnp.ones((layers, 8, 3)), "lora_b": jnp.ones((layers, 3, 6))}}
+        lowered = jax.jit(optimizer.update).lower(params, optimizer.init(params), params)
+        return lowered.as_text().count("\n")
+
+    assert lines(8) == lines(2)
+
+
+@pytest.mark.parametrize("name", ["lora_rite", "alt_lora", "alt_lora_plus", "loft"])
+def test_nan_between_two_parts_of_a_step_is_seen_in_eager_updates_alone(name):
+    optimizer, params = getattr(rlora.optax, name)(1e-2), make_tree()
+    state = optimizer.init(params)
+    with jax.debug_nans(True):
+        jax.block_until_ready(jax.jit(optimizer.update)(params, state, params))
+        with pytest.raises(FloatingPointError):
+            optimizer.update(params, state, params)

@@ -771,3 +771,12 @@ def test_options_of_a_class_statement_reach_the_parents():
         pass
 
     assert Ours.tag == "x"
+
+
+@pytest.mark.parametrize("kind", [ScaledAdamW, ScaledSGD, rlora.torch.LoRARite])
+def test_what_a_graph_calls_of_the_parent_is_bare(kind):
+    """torch 2.14 does not let a graph ask its functions whether something is wrapped around them."""
+    assert set(kind._bare) == {"step", "_init_group"}
+    for name, function in kind._bare.items():
+        assert function.__name__ == name
+        assert not hasattr(function, "__wrapped__")

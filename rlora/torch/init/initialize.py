@@ -26,6 +26,7 @@ from rlora.torch.init.starts import (
 )
 from rlora.torch.pairing.base_weights import (
     is_called_elsewhere,
+    module_places,
     movable_weight,
     weight_places,
 )
@@ -166,8 +167,8 @@ def initialize(
     -----
     The gradient is that of the model as it stands, including its adapters: start from B = 0, as
     all libraries do; a B that is not zero is replaced with a RuntimeWarning. In float16 the
-    gradients of a small loss vanish: multiply it by a power of two. For memory see
-    `full_gradients`. A base weight is changed in its own dtype, with the factors as rounded to
+    gradients of a small loss vanish without an error: run the model in a wider dtype. For memory
+    see `full_gradients`. A base weight is changed in its own dtype, with the factors as rounded to
     theirs: in bfloat16 the function stays to the rounding of W.
     Over several processes, initialize before wrapping the model in DDP, which then sends the
     start of rank 0 to all. Layers that the loss never calls, or with a gradient of zero, are
@@ -205,12 +206,13 @@ def initialize(
     moves = moves_weights(method, options)
     found, skipped = find_layers(model, adapter, scaling)
     chosen = choose(found, layers)
-    places = weight_places(model)
+    places = module_places(model)
+    holders = weight_places(places)
     weights: dict[str, Tensor] = {}
     for name, layer in chosen.items():
         check_layer(layer, method)
         if moves:
-            weights[name] = movable_weight(layer, places)
+            weights[name] = movable_weight(layer, holders)
     begin = partial(start_of, chosen, method, options)
     if method not in (*FROM_GRADIENT, "eva"):
         # Random starts need only the shape of the weight: a matrix without memory.

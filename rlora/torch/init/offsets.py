@@ -11,7 +11,7 @@ from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError, ShapeError
 from rlora.core.factors import Factors
 from rlora.initializers import Start
-from rlora.torch.pairing.base_weights import weight_places, writable_weight
+from rlora.torch.pairing.base_weights import module_places, weight_places, writable_weight
 
 PREFIX = "base_model.model."
 """Prefix of PEFT before the names of the model that it wraps."""
@@ -100,14 +100,14 @@ def restore_offsets(model: nn.Module, offsets: Mapping[str, Offset]) -> None:
     >>> model[0].weight.tolist()
     [[0.5, -0.5], [-0.5, 0.5]]
     """
-    modules, places = dict(model.named_modules()), weight_places(model)
+    modules, holders = dict(model.named_modules()), weight_places(module_places(model))
     weights: list[tuple[Tensor, Offset]] = []
     for name, offset in offsets.items():
         found = next((n for n in spellings(name) if n in modules), None)
         if found is None:
             msg = f"the model has no module {name}; pass the model as it was given to initialize"
             raise PairingError(msg)
-        weight = writable_weight(found, modules[found], places)
+        weight = writable_weight(found, modules[found], holders)
         if isinstance(weight, str):
             msg = f"{weight}; load the model as it was when training began"
             raise PairingError(msg)

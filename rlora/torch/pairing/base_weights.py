@@ -1,6 +1,6 @@
 """Base weights of LoRA layers: which may be written to, and which others use too."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,31 +9,39 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from rlora.core.errors import PairingError
 from rlora.torch.pairing.layers import LoraLayer, base_of, is_conv1d, is_plain
 
-Places = Mapping[int, list[tuple[str, nn.Module]]]
-"""Every place of a model that has a parameter, by the address of its memory, with the module."""
+Place = tuple[str, nn.Module]
+"""A name by which a model has a module; one that two others call has two of them."""
 
 
-def weight_places(model: nn.Module) -> Places:
-    """The places of every parameter; a module that two others call stands in two places."""
-    modules = [("", model)]
+Holders = Mapping[int, Sequence[Place]]
+"""The places of the modules that hold a parameter, by the address of its memory."""
+
+
+def module_places(model: nn.Module) -> list[Place]:
+    """The places of every module, the model itself included."""
+    places = [("", model)]
     for path, parent in model.named_modules():
         start = f"{path}." if path else ""
         children = parent._modules.items()  # `named_children` has each child once
-        modules += [(start + key, child) for key, child in children if child is not None]
-    places: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in modules:
-        for p in module._parameters.values():
-            if p is not None:
-                places.setdefault(_address(p), []).append((name, module))
+        places += [(start + key, child) for key, child in children if child is not None]
     return places
 
 
-def is_called_elsewhere(layer: LoraLayer, places: Places) -> bool:
-    """Return whether a layer's base module stands in another place of the model too."""
-    weight = layer.base._parameters.get("weight")
-    return weight is not None and any(
-        holder is layer.base and not _is_inside(place, layer.name, layer.module, holder)
-        for place, holder in places.get(_address(weight), ())
+def weight_places(places: Iterable[Place]) -> Holders:
+    """The places of a model's modules by the parameters that these hold."""
+    found: dict[int, list[Place]] = {}
+    for name, module in places:
+        for p in module._parameters.values():
+            if p is not None:
+                found.setdefault(_address(p), []).append((name, module))
+    return found
+
+
+def is_called_elsewhere(layer: LoraLayer, places: Iterable[Place]) -> bool:
+    """Return whether a layer's base module stands in a place outside of the layer too."""
+    return any(
+        base is layer.base and not _is_inside(place, layer.name, layer.module, base)
+        for place, base in places
     )
 
 
@@ -49,14 +57,14 @@ def plain_weight(name: str, module: nn.Module) -> Tensor | str:
     return weight.mT if turned else weight
 
 
-def writable_weight(name: str, module: nn.Module, places: Places) -> Tensor | str:
+def writable_weight(name: str, module: nn.Module, holders: Holders) -> Tensor | str:
     """The base weight as (m, n), to be written to, or why it must stay as it is."""
     weight, base = plain_weight(name, module), base_of(module)
     if isinstance(weight, str):
         return weight
     if any(n > 1 and not step for n, step in zip(weight.shape, weight.stride(), strict=True)):
         return f"the base weight of {name} has entries that share memory, as Tensor.expand makes"
-    for place, holder in places.get(_address(weight), ()):
+    for place, holder in holders.get(_address(weight), ()):
         if holder is not base or not _is_inside(place, name, module, holder):
             return f"the base weight of {name} is that of {place} too, which must not change"
     return weight
@@ -72,9 +80,9 @@ def _address(p: Tensor) -> int:
     return p.data_ptr() or id(p)
 
 
-def movable_weight(layer: LoraLayer, places: Places) -> Tensor:
+def movable_weight(layer: LoraLayer, holders: Holders) -> Tensor:
     """The base weight of a layer as (m, n), unless there is a reason not to change it."""
-    weight = writable_weight(layer.name, layer.module, places)
+    weight = writable_weight(layer.name, layer.module, holders)
     if isinstance(weight, str):
         why = weight
     elif layer.adapters:
