@@ -242,7 +242,7 @@ class TorchBackend(Backend):
         return M, V, D
 
     def descend(self, X: Tall, D: Tall, lr: Array | float, donate: bool = False) -> list[Array]:
-        if not isinstance(lr, float):
+        if not isinstance(lr, (float, int)):
             return [x - lr * d for x, d in zip(X, D, strict=True)]
         if X and all(x.device.type == "cuda" for x in X):  # one kernel for all of a shape
             return list(torch._foreach_sub(list(X), list(D), alpha=lr))

@@ -20,6 +20,8 @@ class Damping(NamedTuple):
     ----------
     relative, absolute, covariant : array of shape (2K,)
         The damping in the place of its mode; the other two are 0.
+    least : array of shape (2K,)
+        The least relative damping of the placement.
     eps, smallest, largest : array of shape (2K,)
         The distance from 1 to the next number of that dtype, and its range.
     """
@@ -27,6 +29,7 @@ class Damping(NamedTuple):
     relative: Array
     absolute: Array
     covariant: Array
+    least: Array
     eps: Array
     smallest: Array
     largest: Array
@@ -133,7 +136,8 @@ def _shift(backend: Backend, S: Stack, damping: Damping) -> tuple[Array, Array]:
     xp, r = backend.xp, S.shape[-1]
     rounding = ROUNDING * r * damping.eps
     mean = xp.linalg.trace(S) / r
-    shift = xp.maximum(damping.relative * mean + damping.absolute, rounding * mean)
+    floor = xp.maximum(rounding, damping.least)
+    shift = xp.maximum(damping.relative * mean + damping.absolute, floor * mean)
     scale = mean + shift
     return shift, (scale > damping.smallest / rounding) & (scale < damping.largest)
 

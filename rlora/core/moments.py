@@ -206,7 +206,7 @@ def clip_by_global_norm(max_norm: float) -> Transform:
         factor = shrink_to(xp, max_norm, euclidean_norm(xp, leaves))
         return map_leaves(partial(times, factor), grads), state
 
-    return Transform(no_state, update)
+    return Transform(no_state, update, together=True)
 
 
 def only(side: Literal["A", "B"], inner: Transform) -> Transform:

@@ -91,7 +91,7 @@ def rank_grams(
     grams = []
     for members in indices_by_rank(params, workspace):
         pairs = [params[i] for i in members]
-        memory = None if workspace is None else workspace.setdefault(pairs[0].A.shape[-2], {})
+        memory = None if workspace is None else workspace.setdefault(members[0], {})
         dtype = backend.compute_dtype(pairs[0].A.dtype, compute_dtype)
         group = RankGroup(backend, pairs, dtype=dtype, workspace=memory)
         grams.append(RankGrams(members, group, group.partner_gram(pairs)))

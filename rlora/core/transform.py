@@ -107,6 +107,18 @@ def still_at_zero(apply: ApplyFn) -> ApplyFn:
     return move
 
 
+def rounded_once(apply: ApplyFn) -> ApplyFn:
+    """The same update in at least float32, its result rounded to the parameters' dtype."""
+
+    @wraps(apply)
+    def move(params: Tree, direction: Tree, lr: Array | float) -> Tree:
+        (wide,) = _widen(params)
+        moved = apply(wide, direction, lr)
+        return map_leaves(lambda x, p: get_backend(x).cast(x, p.dtype), moved, params)
+
+    return still_at_zero(move)
+
+
 @still_at_zero
 def apply_updates(
     params: Tree, direction: Tree, lr: Array | float, *, donate: bool = False
@@ -164,6 +176,9 @@ class Transform(NamedTuple):
         True for a method that sees factors by Grams, by products with r x r matrices and entrywise
         alone: it steps pieces of sharded factors, each process those that it has. Others get whole
         factors.
+    together : bool, optional
+        True for a method in which the step of a pair depends on other pairs, as a norm over all of
+        them does. The torch classes step the others in portions that fit into a processor's cache.
     """
 
     init: InitFn
@@ -172,6 +187,7 @@ class Transform(NamedTuple):
     order: Order = "jacobi"
     transport: TransportFn = stay
     sharded: bool = False
+    together: bool = False
 
 
 def check_transform(method: Any) -> None:
@@ -254,6 +270,7 @@ def chain(*links: Transform) -> Transform:
         "gauss_seidel" if "gauss_seidel" in orders else "jacobi",
         transport if any(link.transport is not stay for link in links) else stay,
         all(link.sharded for link in links),
+        any(link.together for link in links),
     )
 
 

@@ -4,12 +4,10 @@ X. Yu, Y. Wang, J. Chen, L. Xue. AltLoRA: Towards Better Gradient Approximation 
 Adaptation with Alternating Projections. arXiv:2505.12455, 2025.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
-from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters, is_zero
-from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Factors, Tree, counterparts, pairs_of, rebuild
+from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters
+from rlora.core.factors import Array, Factors, Tree
 from rlora.core.linalg import (
     DampingMode,
     check_damping,
@@ -20,8 +18,7 @@ from rlora.core.linalg import (
 from rlora.core.moments import each, per_pair, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, chain
-
-First = Literal["A", "B"]
+from rlora.core.turns import First, decay_in_turn, has_turn
 
 
 class AltState(NamedTuple):
@@ -50,27 +47,11 @@ class AltPlusState(NamedTuple):
     nu: Tree
 
 
-class Rates(NamedTuple):
-    """Hyperparameters of one half-step; without a b2 the momentum alone is the direction."""
-
-    b1: float
-    b2: float | None
-    eps: float
-    weight_decay: float
-
-    def half_step(
-        self, xp: Any, mu: Array, nu: Array | None, g: Array
-    ) -> tuple[Array, Array, Array | None]:
-        """Direction and moments of one factor."""
-        mu = self.b1 * mu + (1 - self.b1) * g
-        if nu is None or self.b2 is None:
-            return mu, mu, None
-        nu = self.b2 * nu + (1 - self.b2) * g * g
-        return mu / (xp.sqrt(nu) + self.eps), mu, nu
-
-
 def alternate(
-    rates: Rates,
+    b1: float,
+    b2: float | None,
+    eps: float,
+    weight_decay: float,
     *,
     first: First = "B",
     damping: float = 1e-6,
@@ -78,20 +59,16 @@ def alternate(
     compute_dtype: str | None = None,
 ) -> Transform:
     """`alt_lora`, or with a b2 `alt_lora_plus`, as a transformation."""
-    check_unit("b1", rates.b1)
-    check_unit("b2", 0.0 if rates.b2 is None else rates.b2)
-    check_nonnegative("eps", rates.eps)
-    check_nonnegative("weight_decay", rates.weight_decay)
+    check_unit("b1", b1)
+    check_unit("b2", 0.0 if b2 is None else b2)
+    check_nonnegative("eps", eps)
     check_choice("first", first, First)
     check_damping(damping, damping_mode)
 
     def init(params: Tree, scaling: float = 1.0) -> State:
         steps, scales = per_pair(params, 0.0), per_pair(params, scaling)
         common = zeros(params), small_zeros(params, 2), steps, scales
-        return AltState(*common) if rates.b2 is None else AltPlusState(*common, zeros(params))
-
-    def turn_of(letter: str, count: Array) -> Array:
-        return each(count) % 2 == (0 if letter == first else 1)
+        return AltState(*common) if b2 is None else AltPlusState(*common, zeros(params))
 
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
         xp = group.xp
@@ -101,14 +78,16 @@ def alternate(
         g = group.apply(inverse_metric(group, S, damping, damping_mode), G)
 
         def move(k: int, letter: str) -> tuple[Array, Array, Array | None]:
-            nu = None if rates.b2 is None else getattr(state.nu[k], letter)
-            old, g_k = (getattr(x[k], letter) for x in (mu, g))
-            d, *new = rates.half_step(xp, old, nu, g_k / each(state.scaling[k]) ** 2)
-            if not all(group.moving[k]):  # the partner is frozen: every turn is this factor's
-                return d, new[0], new[1]
-            turn = turn_of(letter, state.count[k])
-            kept = None if nu is None else xp.where(turn, new[1], nu)
-            return xp.where(turn, d, xp.zeros_like(d)), xp.where(turn, new[0], old), kept
+            """Direction and moments; what has not its turn rests, its momentum carried along."""
+            old, g_k = getattr(mu[k], letter), getattr(g[k], letter) / each(state.scaling[k]) ** 2
+            m = b1 * old + (1 - b1) * g_k
+            turn = each(has_turn(letter, first, state.count[k], group.moving[k]))
+            if b2 is None:
+                return xp.where(turn, m, xp.zeros_like(m)), xp.where(turn, m, old), None
+            nu = getattr(state.nu[k], letter)
+            v = b2 * nu + (1 - b2) * g_k * g_k
+            d = xp.where(turn, m / (xp.sqrt(v) + eps), xp.zeros_like(m))
+            return d, xp.where(turn, m, old), xp.where(turn, v, nu)
 
         moves = [(move(k, "A"), move(k, "B")) for k in range(len(group.params))]
         D, mu, nu = ([Factors(a[i], b[i]) for a, b in moves] for i in range(3))
@@ -118,41 +97,13 @@ def alternate(
             turn=group.unstack(T * float("nan")),
             count=[count + 1 for count in state.count],
         )
-        return D, moved if rates.b2 is None else moved._replace(nu=nu)
+        return D, moved if b2 is None else moved._replace(nu=nu)
 
-    plain = rates.b2 is None  # Adam's direction does not shrink with the gradient
+    plain = b2 is None  # Adam's direction does not shrink with the gradient
     transform = by_rank(
         init, rule, transport=record_turn, compute_dtype=compute_dtype, rescaled=plain, sharded=True
     )
-    decay = rates.weight_decay
-    return transform if is_zero(decay) else decay_in_turn(transform, decay, turn_of)
-
-
-def decay_in_turn(
-    transform: Transform, weight_decay: float, turn_of: Callable[[str, Array], Array]
-) -> Transform:
-    """The transformation with decay of the factor whose turn it is."""
-
-    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        D, new = transform.update(grads, state, params)
-        (counts,) = counterparts(params, state.count)
-
-        def decayed(k: int, d: Factors, p: Factors) -> Factors:
-            alone = d.A is None or d.B is None
-
-            def factor(letter: str) -> Array:
-                x, y = getattr(d, letter), getattr(p, letter)
-                if x is None or alone:
-                    return None if x is None else x + weight_decay * y
-                turn = turn_of(letter, counts[k])
-                return get_backend(x).xp.where(turn, x + weight_decay * y, x)
-
-            return Factors(factor("A"), factor("B"))
-
-        pairs = enumerate(zip(pairs_of(D), pairs_of(params), strict=True))
-        return rebuild(params, [decayed(k, d, p) for k, (d, p) in pairs]), new
-
-    return transform._replace(update=update)
+    return decay_in_turn(transform, weight_decay, first, "count")
 
 
 @hyperparameters
@@ -215,7 +166,10 @@ def alt_lora(
     >>> method = rlora.alt_lora(b1=0.9)
     """
     transform = alternate(
-        Rates(b1, None, 0.0, weight_decay),
+        b1,
+        None,
+        0.0,
+        weight_decay,
         first=first,
         damping=damping,
         damping_mode=damping_mode,
@@ -276,7 +230,10 @@ def alt_lora_plus(
     """
     check_unit("b2", b2)  # None would leave the momentum alone
     transform = alternate(
-        Rates(b1, b2, eps, weight_decay),
+        b1,
+        b2,
+        eps,
+        weight_decay,
         first=first,
         damping=damping,
         damping_mode=damping_mode,

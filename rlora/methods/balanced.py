@@ -8,12 +8,11 @@ from typing import Final
 
 from rlora.core.algebra import eye_like, traces
 from rlora.core.checks import hyperparameters
-from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
+from rlora.core.factors import Array, Factors, Tree, map_pairs
 from rlora.core.inner import check_jacobi, inner_or_adamw
 from rlora.core.linalg import geometric_mean
 from rlora.core.rank_group import RankGroup, by_rank
-from rlora.core.transform import State, Transform, no_state, still_at_zero
+from rlora.core.transform import State, Transform, no_state, rounded_once
 
 SINGULAR: Final = 1e-6
 """Addition to each Gram, relative to its mean eigenvalue: a direction that one factor has lost
@@ -79,23 +78,15 @@ def balanced_lora(
     move, rebase = inner.apply, by_rank(no_state, balance, rescaled=False).update
 
     def apply(params: Tree, direction: Tree, lr: Array | float) -> Tree:
-        backend = get_backend(*leaves_of(params))
-        # Wide, so that nothing is rounded before it is balanced.
-        wide = map_leaves(lambda x: backend.cast(x, backend.compute_dtype(x.dtype)), params)
-        new = move(wide, direction, lr)
+        new = move(params, direction, lr)
 
         def moving(pair: Factors, d: Factors) -> Factors:
             return Factors(None, None) if d.A is None or d.B is None else pair
 
         rebased, _ = rebase(map_pairs(moving, new, direction), (), new)
+        return map_pairs(lambda x, found: x if found.A is None else found, new, rebased)
 
-        def back(pair: Factors, moved: Factors, found: Factors) -> Factors:
-            whole = moved if found.A is None else found
-            return Factors(*(backend.cast(x, p.dtype) for x, p in zip(whole, pair, strict=True)))
-
-        return map_pairs(back, params, new, rebased)
-
-    return inner._replace(apply=still_at_zero(apply))
+    return inner._replace(apply=rounded_once(apply))
 
 
 def balance(group: RankGroup, X: list[Factors], state: State) -> tuple[list[Factors], State]:

@@ -5,12 +5,12 @@ Behaves Like Full Fine-Tuning. arXiv:2505.21289, 2025.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from rlora.core.algebra import ROUNDING
-from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters, is_zero
+from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters
 from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Factors, Tree, counterparts, map_pairs, rebuild
+from rlora.core.factors import Array, Factors, Tree, map_pairs
 from rlora.core.linalg import (
     DampingMode,
     check_damping,
@@ -21,8 +21,7 @@ from rlora.core.linalg import (
 from rlora.core.moments import corrected_decay, counts, each, over, per_pair, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, chain
-
-First = Literal["A", "B"]
+from rlora.core.turns import First, decay_in_turn, has_turn
 
 
 class LoftState(NamedTuple):
@@ -88,13 +87,13 @@ def scale_by_loft(
         mu, rows = ([moment[i] for moment in moments] for i in (0, 1))
         seen = [
             seen_by_factors(
-                group, pair, *moment, turn_of("B", first, state.steps[k], group.moving[k]), eps
+                group, pair, *moment, has_turn("B", first, state.steps[k], group.moving[k]), eps
             )
             for k, (pair, moment) in enumerate(zip(group.params, moments, strict=True))
         ]
         D = []
         for k, d in enumerate(group.apply(P, seen)):
-            turns = (each(turn_of(x, first, state.steps[k], group.moving[k])) for x in "AB")
+            turns = (each(has_turn(x, first, state.steps[k], group.moving[k])) for x in "AB")
             d = over(d, state.scaling[k])
             D.append(Factors(*(xp.where(t, x, 0 * x) for t, x in zip(turns, d, strict=True))))
         return D, LoftState(
@@ -156,13 +155,6 @@ def seen_by_factors(
     return Factors(seen_by_A, xp.concat(seen_by_B, axis=-2))
 
 
-def turn_of(letter: str, first: First, steps: Array, moving: tuple[bool, bool]) -> Array:
-    """Turn of a factor: yes or no; for one whose partner is frozen it is always yes."""
-    if not all(moving):
-        return steps == steps if moving["AB".index(letter)] else steps != steps
-    return steps % 2 == (0 if letter == first else 1)
-
-
 def in_rows(pair: Factors) -> Factors:
     """Columns of A and rows of B as rows: (..., n, r) and (..., m, r)."""
     return Factors(pair.A.mT, pair.B)
@@ -190,30 +182,6 @@ def no_rows(pair: Factors) -> Factors:
     """The `LoftState.nu` of a pair before the first step."""
     xp = get_backend(pair.A).xp
     return Factors(*(xp.zeros_like(products(x)) for x in in_rows(pair)))
-
-
-def decay_in_turn(transform: Transform, weight_decay: float, first: First) -> Transform:
-    """The transformation with decay of the factor whose turn it is."""
-    check_nonnegative("weight_decay", weight_decay)
-
-    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        D, new = transform.update(grads, state, params)
-
-        def decayed(d: Factors, p: Factors, steps: Array) -> Factors:
-            moving = d.A is not None, d.B is not None
-
-            def factor(letter: str, x: Array, y: Array) -> Array:
-                if x is None:
-                    return None
-                turn = turn_of(letter, first, steps, moving)
-                return get_backend(x).xp.where(each(turn), x + weight_decay * y, x)
-
-            return Factors(*map(factor, "AB", d, p))
-
-        sides = zip(*counterparts(params, D, params, state.steps), strict=True)
-        return rebuild(params, [decayed(*side) for side in sides]), new
-
-    return transform if is_zero(weight_decay) else transform._replace(update=update)
 
 
 @hyperparameters
@@ -297,4 +265,4 @@ def loft(
         damping_mode=damping_mode,
         compute_dtype=compute_dtype,
     )
-    return chain(decay_in_turn(transform, weight_decay, first))
+    return chain(decay_in_turn(transform, weight_decay, first, "steps"))

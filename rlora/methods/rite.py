@@ -13,19 +13,20 @@ from rlora.core.backend import Backend
 from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
-from rlora.core.factors import (
-    Array,
-    Factors,
-    Tree,
-    leaves_of,
-    map_leaves,
-    map_pairs,
-)
+from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
 from rlora.core.linalg import congruence, record_turn
 from rlora.core.moments import corrected_decay, counts, each, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.sizes import euclidean_norm, into_range, shrink_to, times
-from rlora.core.transform import State, Transform, apply_updates, chain, no_state, pass_on
+from rlora.core.transform import (
+    State,
+    Transform,
+    apply_updates,
+    chain,
+    no_state,
+    pass_on,
+    rounded_once,
+)
 
 OFFICIAL: Final[dict[str, Any]] = {"max_norm": 1.0, "max_rms": 1.0}
 """`lora_rite` with the guards that the authors' code has on."""
@@ -193,7 +194,7 @@ def clip_unmagnified(max_norm: float | None = None, max_rms: float | None = None
         factor = shrink_to(xp, max_norm, euclidean_norm(xp, finite))
         return map_leaves(partial(times, factor), grads), state
 
-    return Transform(no_state, update, sharded=True)
+    return Transform(no_state, update, sharded=True, together=True)
 
 
 @hyperparameters
@@ -234,8 +235,8 @@ def lora_rite(
         algorithm; off in the authors' code, as here.
     max_norm, max_rms : float, optional
         Guards, see `clip_unmagnified`. The authors' code has 1.0 for both (`OFFICIAL`); here they
-        are off, as they tie the pairs of a model together, and stop a loss that is summed instead
-        of averaged without a word.
+        are off: they tie pairs together (in `rlora.torch` those of one group on one device), and
+        stop a loss that is summed instead of averaged without a word.
     balance : bool
         After each step, scale A and B to equal norms; the product stays.
     compute_dtype : {None, "float32", "float64"}
@@ -282,19 +283,18 @@ def lora_rite(
     return chain(*chained)
 
 
+@rounded_once
 def _apply_and_balance(params: Tree, direction: Tree, lr: Array | float) -> Tree:
     def balance(pair: Factors, moves: Factors) -> Factors:
         if moves.A is None or moves.B is None:
             return pair
         backend = get_backend(pair.A)
         xp = backend.xp
-        dtype = backend.compute_dtype(pair.A.dtype)
-        A, B = (backend.cast(x, dtype) for x in pair)
-        sized, numbers = into_range(backend, [A, B])
+        sized, numbers = into_range(backend, list(pair))
         a, b = (xp.sum(x * x, axis=(-2, -1), keepdims=True) ** 0.25 for x in sized)
         live = (a > 0) & (b > 0)
         c = xp.where(live, b, xp.ones_like(b)) / xp.where(live, a, xp.ones_like(a))
         c = c if numbers is None else c * (numbers[0] ** 0.5 / numbers[1] ** 0.5)
-        return Factors(backend.cast(c * A, pair.A.dtype), backend.cast(B / c, pair.B.dtype))
+        return Factors(c * pair.A, pair.B / c)
 
     return map_pairs(balance, apply_updates(params, direction, lr), direction)

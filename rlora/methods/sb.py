@@ -97,7 +97,7 @@ def scale_by_core(
         direction = rebuild(params, [Factors(x, None) for x in D])
         return direction, state._replace(inner=inner_state)
 
-    return Transform(init, update)
+    return Transform(init, update, together=core_method.together)
 
 
 @hyperparameters

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rlora.core.backend import Backend, dtype_name
-from rlora.core.factors import Factors, Tree, leaves_of, map_leaves
+from rlora.core.factors import Factors, Tree, leaves_of, map_leaves, pairs_of
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.step import step
 from rlora.core.transform import Transform
@@ -113,18 +113,17 @@ def check_batched_equals_looped(make: MethodFactory, backend: Backend) -> None:
             assert_close(
                 backend.to_numpy(x)[k], backend.to_numpy(y), rtol=1e-10, what="a stacked layer"
             )
-    for keys in (range(3), "xyz"):
-        tree: Tree = {key: p.on(backend) for key, p in zip(keys, problems, strict=True)}
-        method = make()
-        params: Tree = {key: p.params for key, p in tree.items()}
+    here = [p.on(backend) for p in problems]
+    for collect in (list, lambda pairs: dict(zip("xyz", pairs, strict=True))):
+        method, params = make(), collect(p.params for p in here)
         state = method.init(params)
         for _ in range(5):
-            grads = {key: tree[key].grads(params[key]) for key in params}
+            grads = collect(map(Problem.grads, here, pairs_of(params)))
             params, state = step(method, params, grads, state, 0.05)
-        for pair, key in zip(alone, keys, strict=True):
-            for x, y in zip(params[key], pair, strict=True):
+        for pair, moved in zip(alone, pairs_of(params), strict=True):
+            for x, y in zip(moved, pair, strict=True):
                 assert_close(
-                    backend.to_numpy(x), backend.to_numpy(y), rtol=1e-10, what="a layer of a dict"
+                    backend.to_numpy(x), backend.to_numpy(y), rtol=1e-10, what="a layer of several"
                 )
 
 

@@ -1,6 +1,5 @@
 """A seeded problem, a comparison, and a run of a method on it."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,8 +9,6 @@ from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors
 from rlora.core.step import step
 from rlora.core.transform import Transform
-
-MethodFactory = Callable[[], Transform]
 
 
 class Problem(NamedTuple):

@@ -43,6 +43,7 @@ def figures(backend, Grams, relative=0.0, absolute=0.0, covariant=0.0, info=FLOA
         [relative] * 2 * half,
         [absolute] * 2 * half,
         [0.0] * half + [covariant] * half,
+        [0.0] * 2 * half,
         *([float(x)] * 2 * half for x in (info.eps, info.smallest_normal, info.max)),
     )
     damping = Damping(*(backend.asarray(np.array(x), "float64") for x in numbers))

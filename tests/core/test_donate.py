@@ -211,3 +211,12 @@ def test_a_gradient_in_the_memory_of_what_is_written_over_first_is_refused():
     found, _ = rlora.step(method, pair, own, state, 0.1, donate=True)
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("lr", [1, 1.0])
+def test_whole_numbers_are_rates_as_others(backend, lr):
+    """The parameters are written over where they lie."""
+    method, params = rlora.scaled_sgd(), pairs(backend, 0)
+    places = [address(x) for x in leaves(params)]
+    moved, _ = rlora.step(method, params, pairs(backend, 1), method.init(params), lr, donate=True)
+    assert [address(x) for x in leaves(moved)] == places

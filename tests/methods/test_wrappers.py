@@ -67,9 +67,31 @@ def test_lost_directions_stay_what_they_are():
             assert_close(new.A, pair.A)
 
 
-def test_balancing_asks_for_methods_that_move_both_factors_at_once():
+@pytest.mark.parametrize("wrapper", [rlora.balanced_lora, rlora.stable_lora])
+def test_wrappers_ask_for_methods_that_move_both_factors_at_once(wrapper):
     with pytest.raises(ValueError, match="jacobi"):
-        rlora.balanced_lora(rlora.scaled_sgd(order="gauss_seidel"))
+        wrapper(rlora.scaled_sgd(order="gauss_seidel"))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [rlora.balanced_lora(), rlora.stable_lora(shrink=0.3), rlora.lora_rite(balance=True)],
+    ids=["balanced", "stable", "rite"],
+)
+def test_sixteen_bits_are_rounded_once(method):
+    """The step of the same numbers in float32, and then the nearest of bfloat16, bit for bit."""
+    torch = pytest.importorskip("torch")
+    problem = make_problem(32, 24, 4, seed=1).on(get("torch"), "float32")
+    narrow, grads = (
+        Factors(*(x.bfloat16() for x in pair))
+        for pair in (problem.params, problem.grads(problem.params))
+    )
+    wide, G = (Factors(*(x.float() for x in pair)) for pair in (narrow, grads))
+    moved, _ = rlora.step(method, narrow, grads, method.init(narrow), 0.1)
+    exact, _ = rlora.step(method, wide, G, method.init(wide), 0.1)
+    for x, y in zip(moved, exact, strict=True):
+        assert x.dtype == torch.bfloat16
+        assert torch.equal(x, y.bfloat16())
 
 
 def test_a_frozen_factor_is_not_balanced():

@@ -45,6 +45,8 @@ def metrics(A, B, group):
     """Figures of ``A Aᵀ`` and ``Bᵀ B`` under the options of a group, with full matrices."""
     r, damping = len(A), group.get("damping", 0.0)
     floor = 10 * r * np.finfo(group.get("compute_dtype") or "float32").eps
+    if group.get("placement", "before") != "before":
+        floor = max(floor, 1e-6)
     eye, mode = np.eye(r), group.get("damping_mode", "relative")
     H = {"A": A @ A.T, "B": B.T @ B}
     if mode == "covariant":
@@ -551,6 +553,30 @@ def test_the_scaling_and_the_base_of_a_peft_layer():
     found = optimizer.diagnostics()["rlora/base_model.model.0 (default)/step_in_weight"]
     # PEFT forms its own product in float32.
     assert found == pytest.approx(float((after - before).norm() / weight.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["default", "other"])
+@pytest.mark.parametrize("scaling", [None, 0.5])
+def test_a_step_in_the_weight_by_the_scaling_of_its_group(adapter, scaling):
+    """The scaling of the layer, 3, unless the group has one of its own."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Linear(10, 8))
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=["0", "2"], init_lora_weights=False)
+    model = get_peft_model(base, config, adapter_name=adapter)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    own = {} if scaling is None else {"scaling": scaling}
+    optimizer = ScaledAdamW([{"params": named, **own}], lr=1e-2)
+    layer = model.base_model.model[0]
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    optimizer.watch(model)
+    before = B.detach() @ A.detach()
+    model(torch.randn(5, 6)).square().mean().backward()
+    optimizer.step()
+    change = (scaling or 3.0) * (B @ A - before).norm() / layer.base_layer.weight.norm()
+    found = optimizer.diagnostics()[f"rlora/base_model.model.0 ({adapter})/step_in_weight"]
+    assert found == pytest.approx(change.item(), rel=1e-5)  # float32
 
 
 def test_the_table_shows_every_pair_whole():

@@ -17,6 +17,7 @@ from rlora.core.diagnostics import Damping, gram_figures
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
 from rlora.core.linalg import DampingMode
+from rlora.core.placement import LEAST
 from rlora.torch.monitor.finite import peaks, state_peaks, warn_of_nan
 from rlora.torch.monitor.snapshot import Watch, lost, read, refuse_shards
 from rlora.torch.pairing.base_weights import plain_weight
@@ -239,7 +240,8 @@ def dampings(pairs: list[TensorPair], optimizer: Any) -> Damping:
             wide = get_backend(pair.A).compute_dtype(pair.A.dtype, group.get("compute_dtype"))
             info = torch.finfo(wide)
             by_mode = [size if mode == name else 0.0 for name in get_args(DampingMode)]
-            rows.append([*by_mode, info.eps, info.smallest_normal, info.max])
+            least = 0.0 if group.get("placement", "before") == "before" else LEAST
+            rows.append([*by_mode, least, info.eps, info.smallest_normal, info.max])
     return Damping(*torch.tensor(rows, dtype=torch.float64).unbind(1))
 
 
@@ -260,16 +262,19 @@ def summary(rows: Rows) -> dict[str, float]:
 
 def weights_under(model: nn.Module, optimizer: Any) -> dict[Tensor, float]:
     """``|W0| / s`` for the A of every linear layer whose base weight is a plain one."""
-    given = optimizer.defaults.get("scaling")
-    try:
-        layers, _ = find_layers(model, optimizer._adapter or "default")
-    except PairingError:
-        return {}
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    names = [pair.adapter for pair in optimizer.report if pair.adapter is not None]
     found = {}
-    for layer in layers:
-        weight = plain_weight(layer.name, layer.module)
-        if isinstance(weight, Tensor) and not is_distributed(weight):
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            size = torch.linalg.vector_norm(weight.detach(), dtype=wide)
-            found[layer.A] = size / (given or layer.scaling or 1.0)
+    for adapter in dict.fromkeys(names) or ("default",):
+        try:
+            layers, _ = find_layers(model, adapter)
+        except PairingError:
+            continue
+        for layer in layers:
+            weight = plain_weight(layer.name, layer.module)
+            if isinstance(weight, Tensor) and not is_distributed(weight):
+                given = groups.get(layer.A, optimizer.defaults).get("scaling")
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                size = torch.linalg.vector_norm(weight.detach(), dtype=wide)
+                found[layer.A] = size / (given or layer.scaling or 1.0)
     return {A: float(size) for A, size in found.items()}

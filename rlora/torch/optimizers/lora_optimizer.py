@@ -48,7 +48,6 @@ from rlora.torch.pairing.param_groups import (
 )
 from rlora.torch.pairing.sharding_checks import check_layouts
 from rlora.torch.step.plan import Plan, StepsOfParent, Turn, before_new_plan, plans_of
-from rlora.torch.step.rounding import count_roundings
 
 
 class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
@@ -249,7 +248,6 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
             with torch.enable_grad():
                 loss = closure()
         plans = self._current_plans()
-        count_roundings(self.param_groups)
         if self._watch is not None:
             self._watch.note(self._pairs, self.report, self.param_groups)
         parent_step = self._inherited("step")

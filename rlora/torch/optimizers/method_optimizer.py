@@ -14,6 +14,7 @@ from rlora.core.checks import check_betas, check_scaling
 from rlora.core.factors import Factors
 from rlora.core.state import flatten_state
 from rlora.core.transform import Transform, check_transform
+from rlora.pairing.report import number_of
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.optimizers.saved_order import ELEMENTWISE
 from rlora.torch.optimizers.state_dict import OF_METHODS, Shapes
@@ -137,6 +138,22 @@ class MethodOptimizer(LoRAOptimizer):
     def _pair_up(self, scalings: Mapping[int, float | None]) -> None:
         super()._pair_up(scalings)
         self._pairs, self.report = without_middles(self._pairs, self.report)
+        self._check_rates_of_rest()
+
+    def _check_rates_of_rest(self) -> None:
+        """Refuse the rate of a method that finds its own for parameters that the parent steps."""
+        rate = getattr(type(self).method, "lr", None)
+        paired = {id(p) for pair in self._pairs for p in pair.moved}
+        for group in self.param_groups if rate is not None else ():
+            rest = [p for p in group["params"] if p.requires_grad and id(p) not in paired]
+            if rest and group["lr"] == rate:
+                name, parent = type(self).__name__, type(self).__bases__[1].__name__
+                msg = (
+                    f"{number_of(len(rest), 'unpaired parameter')} would be stepped by {parent} "
+                    f"with lr={rate}: {name} finds rates for pairs alone; put what is in no pair "
+                    "into a group with an lr of its own"
+                )
+                raise ValueError(msg)
 
     def _turns(self, pairs: list[TensorPair]) -> list[Turn]:
         # Here, as everything that may refuse the step has been checked.

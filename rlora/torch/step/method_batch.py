@@ -200,10 +200,12 @@ class Portions:
         memory: Workspace = {}
         parts: list[list[Member]] = []
         room = 0
-        cpu = members[0].params[0].device.type == "cpu"
+        options = optimizer.param_groups[group]
+        on_cpu = members[0].params[0].device.type == "cpu"
+        in_parts = on_cpu and not optimizer._transform(options).together
         for member in sorted(members, key=lambda member: member.shapes):
             size = sum(map(prod, member.shapes))
-            if not parts or (cpu and size > room):
+            if not parts or (in_parts and size > room):
                 parts.append([])
                 room = PORTION
             parts[-1].append(member)

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlora.core.errors import ShapeError
 from rlora.torch.pairing.pairs import TensorPair, local
 from rlora.torch.step.dtensors import cut_as
+from rlora.torch.step.rounding import count_roundings
 
 
 class Work(Protocol):
@@ -36,9 +37,14 @@ class Plan(NamedTuple):
     """For each group what the parent steps: a parameter in no pair with itself, one that
     `precondition` has wrapped with its stand-in."""
 
+    first: bool
+    """True for the first of a step."""
+
     def run(self, optimizer: Any, parent_step: Callable[[Any], Any]) -> None:
         """Prepare all pairs, let the parent step what is in `params`, and finish the pairs."""
         halves = [batch.prepare() for batch in self.batches]
+        if self.first:  # not before: a step that is refused changes nothing
+            count_roundings(optimizer.param_groups)
         if any(self.params):
             over_stand_ins(optimizer, self.params, parent_step)
         for batch, P in zip(self.batches, halves, strict=True):
@@ -61,7 +67,7 @@ def plans_of(
             ]
             for group in groups
         ]
-        plans.append(Plan(work, params))
+        plans.append(Plan(work, params, first))
     return plans
 
 
