@@ -49,6 +49,36 @@ def tensors(*shapes):
     return [np.zeros(shape) for shape in shapes]
 
 
+@pytest.mark.parametrize("m", [20, 30, 5])
+@pytest.mark.parametrize("names", [("lora_A", "lora_B"), ("lora_down", "lora_up")])
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["matrices", "stacks"])
+def test_layers_of_ones_own_may_be_turned(names, m, lead):
+    """``x @ A @ B`` keeps the roles of A and B, and of a square weight the low rank."""
+    named = dict(zip(names, tensors((*lead, 20, 4), (*lead, 4, m)), strict=True))
+    (pair,) = find_pairs(named)
+    assert (pair.a, pair.b) == names
+    assert (pair.shape_a, pair.shape_b, pair.rank) == ((*lead, 4, 20), (*lead, m, 4), 4)
+    straight = dict(zip(names, tensors((*lead, 4, 20), (*lead, m, 4)), strict=True))
+    (pair,) = find_pairs(straight)
+    assert (pair.shape_a, pair.shape_b, pair.rank) == ((*lead, 4, 20), (*lead, m, 4), 4)
+
+
+def test_weights_of_modules_lie_one_way():
+    """A linear layer has (out, in): at a rank above the sides too, as over a head of two classes."""
+    named = {"q.lora_A.weight": np.zeros((8, 4)), "q.lora_B.weight": np.zeros((4, 8))}
+    (pair,) = find_pairs(named)
+    assert (pair.shape_a, pair.shape_b, pair.rank) == ((8, 4), (4, 8), 8)
+
+
+@pytest.mark.parametrize("suffix", ["", ".weight"])
+def test_convolutions_that_are_no_product_are_refused(suffix):
+    """1 x 1 down and 3 x 3 up: read with their roles turned they would be two groups."""
+    shapes = {"lora_down": (4, 8, 1, 1), "lora_up": (16, 4, 3, 3)}
+    report = find_pairs({name + suffix: np.zeros(shape) for name, shape in shapes.items()})
+    assert not report.pairs
+    assert len(report.refused) == 2
+
+
 @pytest.mark.parametrize("library", NAMES)
 def test_layouts(library):
     named = {}

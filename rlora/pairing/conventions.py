@@ -82,15 +82,20 @@ class Convention:
         matrices = len(shape_a) == len(shape_b) == 2
         layouts = [layout for layout in self.layouts if not (matrices and layout is GROUPED)]
         fits = [views for layout in layouts if (views := _try(layout, shape_a, shape_b))]
-        return next((v for v in fits if _is_low_rank(v)), fits[0] if fits else None)
+        return next((v for v in fits if is_low_rank(v)), fits[0] if fits else None)
 
 
 TURNED_FIRST = (TURNED, EINSUM, LINEAR, STACK)
 
+OWN = (LINEAR, GROUPED, STACK, TURNED)
+"""Of tensors that a layer has itself: people write ``x @ A.T @ B.T`` and ``x @ A @ B``."""
+
 CONVENTIONS = (
-    Convention("PEFT, loralib, litgpt", r"lora_A", r"lora_B"),  # the latter without .weight
+    Convention("loralib, litgpt", r"lora_A$", r"lora_B$", OWN),
+    Convention("PEFT", r"lora_A(?=\.)", r"lora_B(?=\.)"),
     Convention("PEFT embedding", r"lora_embedding_A", r"lora_embedding_B"),
-    Convention("kohya, OneTrainer, LyCORIS", r"lora_down", r"lora_up"),
+    Convention("layers of one's own", r"lora_down$", r"lora_up$", OWN),
+    Convention("kohya, OneTrainer, LyCORIS", r"lora_down(?=\.)", r"lora_up(?=\.)"),
     Convention("diffusers", r"lora\.down", r"lora\.up"),
     Convention("diffusers, old", r"(?P<owner>\w+_lora)\.down", r"(?P<owner>\w+_lora)\.up"),
     Convention("torchtune", r"lora_a(?=\.weight$)", r"lora_b(?=\.weight$)"),
@@ -213,7 +218,8 @@ def _try(layout: Layout, shape_a: Shape, shape_b: Shape) -> tuple[Views, ...] | 
         return None
 
 
-def _is_low_rank(views: tuple[Views, ...]) -> bool:
+def is_low_rank(views: tuple[Views, ...]) -> bool:
+    """Return whether no rank is larger than a side of its product."""
     return all(a.shape[-2] <= min(a.shape[-1], b.shape[-2]) for a, b in views)
 
 

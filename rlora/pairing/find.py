@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from rlora.core.errors import PairingError, ShapeError
 from rlora.core.layout import Layout, Shape, Views
-from rlora.pairing.conventions import Convention, Known, registered
+from rlora.pairing.conventions import Convention, Known, is_low_rank, registered
 from rlora.pairing.names import Candidate, sort_names
 from rlora.pairing.report import Pair, PairReport
 
@@ -241,11 +241,12 @@ Named = tuple[str, Shape]
 
 
 def _by_shape(convention: Convention, label: str, A: Named, B: Named, fits: Fits) -> Pair | None:
-    """The pair by its shapes. The names' roles are turned where only that fits."""
+    """The pair by its shapes; the roles of the names turned where only that gives a low rank."""
     for (a, shape_a), (b, shape_b) in ((A, B), (B, A)):
         key = (id(convention), shape_a, shape_b)
         if key not in fits:
             fits[key] = convention.fit(shape_a, shape_b)
-        if views := fits[key]:
+        views = fits[key]
+        if views and ((a, b) == (A[0], B[0]) or (len(views) == 1 and is_low_rank(views))):
             return Pair(label, a, b, views)
     return None

@@ -62,6 +62,8 @@ def _cut(name: str, p: Any, tensors: dict[str, Tensor]) -> str | None:
         partner = tensors.get(name.replace(a, b)) if a in name else None
         if partner is None or not p.ndim == partner.ndim == 2 or is_distributed(p):
             continue
+        if p.shape[1] == partner.shape[0] <= min(p.shape[0], partner.shape[1]):
+            continue  # whole, (n, r) and (r, m)
         parts, rest = divmod(partner.shape[1], max(p.shape[0], 1))
         if parts > 1 and not rest and _processes() % parts == 0:
             return (
