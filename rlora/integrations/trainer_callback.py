@@ -14,7 +14,8 @@ from rlora.integrations.options import from_mapping, optimizer_named
 class OptimizerCallback(TrainerCallback):
     """Put an optimizer of `rlora.torch` in the place of the Trainer's AdamW when training begins.
 
-    Its groups, learning rate, weight decay and schedule stay.
+    Its groups, learning rate, weight decay and schedule stay; frozen factors join the groups of
+    their partners, and then the Trainer, whose AdamW loads a checkpoint first, resumes none.
 
     Parameters
     ----------
@@ -79,8 +80,12 @@ class OptimizerCallback(TrainerCallback):
             }
             for group in old.param_groups
         ]
+        new._current_pairs()  # puts frozen factors beside those that the Trainer trains
         if old.state:  # loaded from a checkpoint before training began
-            new.load_state_dict({**new.state_dict(), "state": old.state_dict()["state"]})
+            now = [p for group in new.param_groups for p in group["params"]]
+            places = {id(p): i for i, p in enumerate(now)}
+            state = {places[id(p)]: held for p, held in old.state.items()}
+            new.load_state_dict({**new.state_dict(), "state": state})
         prepared.optimizer = new
         schedule = getattr(parts["lr_scheduler"], "scheduler", parts["lr_scheduler"])
         if schedule.optimizer is old:

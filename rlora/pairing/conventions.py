@@ -88,7 +88,7 @@ class Convention:
 TURNED_FIRST = (TURNED, EINSUM, LINEAR, STACK)
 
 OWN = (LINEAR, GROUPED, STACK, TURNED)
-"""Of tensors that a layer has itself: people write ``x @ A.T @ B.T`` and ``x @ A @ B``."""
+"""Layouts of tensors that a layer has itself: people write ``x @ A.T @ B.T`` and ``x @ A @ B``."""
 
 CONVENTIONS = (
     Convention("loralib, litgpt", r"lora_A$", r"lora_B$", OWN),

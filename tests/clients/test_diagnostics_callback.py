@@ -87,7 +87,7 @@ def test_the_summary_stands_beside_every_loss(tmp_path, make):
     trainer.save_state()
     saved = json.loads((tmp_path / "trainer_state.json").read_text())
     assert saved["log_history"][0]["loss"] > 0
-    assert trainer.optimizer.optimizer._watch is None  # when training has ended
+    assert not trainer.optimizer.optimizer._watching  # when training has ended
 
 
 def test_it_tells_of_the_step_that_was_logged(tmp_path):

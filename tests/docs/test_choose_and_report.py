@@ -28,7 +28,8 @@ def test_the_table_has_calls():
 @pytest.mark.parametrize("call", [call for call in CALLS if "diagnostics" not in call])
 def test_every_call_of_the_table_can_be_made(call):
     space = {name: getattr(rlora.torch, name) for name in rlora.torch.__all__}
-    space |= {"rlora": rlora, "model": make_model(), "lr": 1e-3, "tuned": 1e-3, "s": 2.0}
+    model = make_model(bias="Prodigy" not in call)  # which wants a rate for a head
+    space |= {"rlora": rlora, "model": model, "lr": 1e-3, "tuned": 1e-3, "s": 2.0}
     space |= {"ThatOptimizer": torch.optim.NAdam, "p": torch.nn.Parameter(torch.ones(2, 2))}
     made = eval(call.replace("requires_grad_(", "p.requires_grad_("), space)
     if isinstance(made, torch.optim.Optimizer):

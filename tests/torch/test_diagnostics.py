@@ -209,14 +209,14 @@ def test_off_costs_not_one_operation_and_keeps_nothing(make):
 
     alone, never = operations(plans_alone), operations(optimizer.step)
     assert never == alone
-    assert optimizer._watch is None
+    assert not optimizer._watching
     kept = set(vars(optimizer))
     optimizer.watch()
     optimizer.step()
     assert operations(optimizer.step) == ["_foreach_copy_", *alone]
     optimizer.unwatch()
     assert operations(optimizer.step) == alone
-    assert set(vars(optimizer)) - kept <= {"_watch"}
+    assert set(vars(optimizer)) - kept <= {"_watching"}
 
 
 @make
@@ -366,7 +366,7 @@ def test_copies_do_not_watch_and_go_on(make, tmp_path):
     numbers = optimizer.diagnostics()
     for clone in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
         model_2, optimizer_2 = clone((model, optimizer))
-        assert optimizer_2._watch is None
+        assert not optimizer_2._watching
         optimizer_2.watch(model_2)
         train(model_2, optimizer_2, 1, start=3)
         assert optimizer_2.diagnostics().keys() == numbers.keys()
@@ -375,7 +375,7 @@ def test_copies_do_not_watch_and_go_on(make, tmp_path):
     resumed = make(model)
     resumed.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
     optimizer.load_state_dict(optimizer.state_dict())
-    assert optimizer._watch is not None
+    assert optimizer._watching
 
 
 def test_pairs_may_come_and_go():

@@ -54,12 +54,12 @@ def watch(optimizer: Any, model: nn.Module | None = None) -> None:
         When a factor is a DTensor.
     """
     refuse_shards(optimizer._current_pairs())
-    optimizer._watch = Watch({} if model is None else weights_under(model, optimizer))
+    optimizer._watching[:] = [Watch({} if model is None else weights_under(model, optimizer))]
 
 
 def unwatch(optimizer: Any) -> None:
     """Undo `watch`. Copies and pickles of an optimizer do not watch either."""
-    optimizer._watch = None
+    optimizer._watching.clear()
 
 
 def diagnostics(optimizer: Any, *, per_pair: bool = True) -> dict[str, float]:
@@ -142,7 +142,7 @@ def diagnostics(optimizer: Any, *, per_pair: bool = True) -> dict[str, float]:
 
 def rows_of(optimizer: Any) -> Rows:
     """The figures of every layer of an optimizer's pairs."""
-    record = optimizer._watch or Watch()
+    record = next(iter(optimizer._watching), None) or Watch()
     stepped = bool(record.pairs)
     if not stepped:
         record = Watch(record.weights)

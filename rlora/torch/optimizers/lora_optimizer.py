@@ -7,7 +7,6 @@ and loads its state as it was saved.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 from weakref import ref
 
@@ -31,18 +30,18 @@ from rlora.torch.pairing.discovery import (
     split_source,
     ties_hold,
 )
+from rlora.torch.pairing.following import followed, members_of, named_anew, rename
 from rlora.torch.pairing.modules import models_in, references, scalings_in, what_modules_know
-from rlora.torch.pairing.pairs import TensorPair, identical, signature
+from rlora.torch.pairing.pairs import TensorPair, identical, scalings_of, signature
 from rlora.torch.pairing.param_groups import (
     NUMBERS,
     as_groups,
     as_list,
     check_numbers,
     check_pairs,
-    followed,
+    names_of,
     plain_numbers,
     refuse_text,
-    rename,
     split_names,
     without_names,
 )
@@ -65,7 +64,6 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
 
     _seen: Sequence[Any] = ()
     """The options at the last step: by identity, as a tensor's value is not asked for."""
-    _watch: Watch | None = None
     _told: frozenset[str] = frozenset()
     """Checks that were made, and warnings that were given, once."""
     _idle_steps: int | None = 0
@@ -101,6 +99,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
         # Fused kernels would take gradients that GradScaler has not unscaled yet.
         self._step_supports_amp_scaling = False
         self._plans: tuple[Any, list[Plan]] | None = None
+        self._watching: list[Watch] = []  # one at most; wrappers of this optimizer share it
         self._members: list[Tensor] = []
         self._names: list[str | None] = []  # of the members, None where there is none
         for group in self.param_groups:
@@ -162,7 +161,8 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
         ----------
         param_group : dict
             As torch takes it; ``params`` may be named, whether those of other groups are or not.
-            The parent steps those without names, unless they are in ``pairs``.
+            The parent steps those without names, unless they are in ``pairs`` or in a model that
+            was given.
         """
         group = plain_numbers(dict(param_group))
         explicit = list(group.pop("pairs", ()))
@@ -177,8 +177,10 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
             known = {**(known or {}), **(what_modules_know(models) or {})}
         group["params"] = as_list(group["params"], self._source, known)
         names = split_names(group)
+        if names is None and not explicit:
+            names = names_of((model for _, model in models), group["params"])
         self._check({**self.defaults, **group})
-        scalings |= {id(p.A): p.scaling for p in self._current_pairs() if p.scaling is not None}
+        scalings |= scalings_of(self._current_pairs())
         check_explicit([*self._by_hand, *explicit], [*self._members, *group["params"]])
         kept = self._members, self._names, self._by_hand, self._known, self._given
         with without_names(self.param_groups):
@@ -199,7 +201,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
     def _tied_anew(self) -> list[TensorPair]:
         """The pairs once more, as other parameters share memory now than did."""
         tied = self.report.tied
-        self._pair_up({id(p): pair.scaling for pair in self._pairs for p in pair.moved})
+        self._pair_up(scalings_of(self._pairs))
         warn_of_ties(type(self).__name__, tied, self.report.tied)
         return self._pairs
 
@@ -211,21 +213,19 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
 
     def _current_pairs(self) -> list[TensorPair]:
         """The pairs as the groups hold them now."""
-        now = [p for group in self.param_groups for p in group["params"]]
-        if identical(now, self._members):
+        now = members_of(self.param_groups, self._pairs, self._members)
+        if now is self._members:
             return self._pairs
         found = followed(self._members, self._names, self._pairs, now)
-        found.check(self._members)
-        rename(self.param_groups, found.names)
-        kept = zip(self.report, found.pairs, strict=True)
-        self.report = replace(self.report, pairs=tuple(n for n, pair in kept if pair is not None))
-        self._pairs = [pair for pair in found.pairs if pair is not None]
-        self._by_hand = [
-            (found.successor[id(a)], found.successor[id(b)], *layout)
-            for a, b, *layout in self._by_hand
-            if {id(a), id(b)} <= found.successor.keys()
-        ]
-        self._members, self._names, self._plans = now, found.names, None
+        found.check(self._members, self._pairs)
+        names = named_anew(self.param_groups, found.names)
+        rename(self.param_groups, names)
+        self._pairs, self.report = found.still_there(self.report)
+        self._by_hand = found.by_hand(self._by_hand)
+        self._members, self._names, self._plans = now, names, None
+        if names != found.names:  # of a group that was added by a wrapper of this optimizer
+            self._known = what_modules_know(self._models()) or self._known
+            self._pair_up(scalings_in(self._models()) | scalings_of(self._pairs))
         return self._pairs
 
     # --- the step -------------------------------------------------------------------------------
@@ -248,8 +248,8 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
             with torch.enable_grad():
                 loss = closure()
         plans = self._current_plans()
-        if self._watch is not None:
-            self._watch.note(self._pairs, self.report, self.param_groups)
+        for watch in self._watching:
+            watch.note(self._pairs, self.report, self.param_groups)
         parent_step = self._inherited("step")
         for plan in plans:
             plan.run(self, parent_step)
@@ -295,4 +295,4 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._step_supports_amp_scaling = False
-        self._plans = None
+        self._plans, self._watching = None, getattr(self, "_watching", [])

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from rlora.core.errors import ShapeError
 from rlora.torch.monitor.finite import look_on_the_host
 from rlora.torch.optimizers.saved_order import ELEMENTWISE, as_groups_are
+from rlora.torch.pairing.following import followed, rename
 from rlora.torch.pairing.pairs import TensorPair
-from rlora.torch.pairing.param_groups import followed, rename
 from rlora.torch.pairing.sharding_checks import check_kind
 from rlora.torch.step.kernels import counter_dtype
 

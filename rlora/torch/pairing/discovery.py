@@ -23,7 +23,7 @@ from rlora.pairing import (
 from rlora.pairing.find import check_source
 from rlora.pairing.report import number_of
 from rlora.torch.pairing.modules import in_group, models_in, what_modules_know
-from rlora.torch.pairing.pairs import TensorPair
+from rlora.torch.pairing.pairs import TensorPair, moves
 from rlora.torch.pairing.param_groups import misfit, trainable
 from rlora.torch.pairing.sharding_checks import check_layouts, check_whole
 
@@ -182,11 +182,6 @@ def match(
     plain = tuple(name for name in report.plain if moves(tensors[name]))
     frozen = frozen_in(pairs, pairs.values())
     return list(pairs.values()), PairReport(tuple(pairs), plain, refused, tied, frozen)
-
-
-def moves(p: Tensor) -> bool:
-    """Return whether a step can move a parameter: a frozen one never gets a gradient."""
-    return p.requires_grad or p.grad is not None
 
 
 def frozen_in(names: Iterable[Pair], pairs: Iterable[TensorPair]) -> tuple[str, ...]:

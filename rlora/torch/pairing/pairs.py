@@ -191,6 +191,11 @@ class Side:
         return [m.write(self._side, x) for m, x in zip(self._members, factors, strict=True)]
 
 
+def scalings_of(pairs: Iterable[TensorPair]) -> dict[int, float]:
+    """The s of pairs that know theirs, by the identity of each of their parameters."""
+    return {id(p): pair.scaling for pair in pairs if pair.scaling is not None for p in pair.moved}
+
+
 def identical(now: Sequence[Any], before: Sequence[Any]) -> bool:
     """Return whether these are the same objects."""
     return len(now) == len(before) and all(map(is_, now, before))
@@ -207,6 +212,11 @@ def signature(
         memory = p.data_ptr() or local(p).data_ptr()  # a DTensor returns 0
         seen.append((memory, p.shape, p.stride(), p.dtype, type(grad), layout))
     return seen, choices, [(id(group), len(group["params"])) for group in groups]
+
+
+def moves(p: Tensor) -> bool:
+    """Return whether a step can move a parameter: a frozen one never gets a gradient."""
+    return p.requires_grad or p.grad is not None
 
 
 def is_distributed(p: Any) -> bool:

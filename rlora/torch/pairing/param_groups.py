@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from rlora.core.errors import NamespaceError, PairingError, ShardingError
 from rlora.pairing import Known, Source, find_pairs as find_named_pairs, is_factor
 from rlora.pairing.report import number_of
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
-from rlora.torch.pairing.sharding_checks import check_swap
 
 
 def trainable(
@@ -95,59 +94,10 @@ def split_names(group: dict[str, Any]) -> list[str] | None:
     return names
 
 
-def rename(groups: list[dict[str, Any]], names: Iterable[str | None]) -> None:
-    """Give groups whose parameters were changed by hand the names of those they have."""
-    rest = iter(names)
-    for group in groups:
-        own = [next(rest) for _ in group["params"]]
-        if group.pop("param_names", None) is not None and None not in own:
-            group["param_names"] = own
-
-
-def successors(old: Sequence[Tensor], now: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The parameter that stands in the place of each old one, by the id of that.
-
-    Of as many as before, others at the same positions are successors. Else each is its own, and
-    those that have gone are missing.
-    """
-    known = set(map(id, old))
-    if len(now) == len(old) and all(
-        p is q or id(p) not in known for p, q in zip(now, old, strict=True)
-    ):
-        return {id(q): p for p, q in zip(now, old, strict=True)}
-    return {id(p): p for p in now}
-
-
-class Followed(NamedTuple):
-    """Names and pairs after groups may have been changed by hand."""
-
-    names: list[str | None]
-    pairs: list[TensorPair | None]
-    """None for those that have gone."""
-    successor: dict[int, Tensor]
-    """See `successors`."""
-
-    def check(self, old: Sequence[Tensor]) -> None:
-        """ShardingError where somebody has put other parameters in the place of pairs."""
-        strangers = self.successor.keys() - set(map(id, old))
-        check_swap(strangers=len(strangers), gone=self.pairs.count(None))
-
-
-def followed(
-    old: Sequence[Tensor],
-    names: Sequence[str | None],
-    pairs: Sequence[TensorPair],
-    now: Sequence[Tensor],
-) -> Followed:
-    """The names and pairs of the parameters that groups have now, from those that they had.
-
-    Training libraries swap parameters for others at the same positions, and people take parameters
-    of a deleted adapter out of the groups: neither may shift a pair.
-    """
-    successor = successors(old, now)
-    name_of = {id(successor.get(id(p))): x for p, x in zip(old, names, strict=True)}
-    replaced = [pair.replaced(lambda p: successor.get(id(p))) for pair in pairs]
-    return Followed([name_of.get(id(p)) for p in now], replaced, successor)
+def names_of(models: Iterable[nn.Module], params: Sequence[Tensor]) -> list[str] | None:
+    """The names of parameters in the models that have them; None unless every one has one."""
+    known = {id(p): name for model in models for name, p in model.named_parameters()}
+    return [known[id(p)] for p in params] if known.keys() >= set(map(id, params)) else None
 
 
 @contextmanager

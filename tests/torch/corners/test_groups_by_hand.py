@@ -1,0 +1,117 @@
+"""Groups that libraries and people change: what is frozen stays a partner, what is new is paired."""
+
+import copy
+
+import pytest
+import torch
+from models import CLASSES, LoRALinear, make_model, pairs_in, same, train, values
+
+import rlora
+from rlora.torch import LoRARite, ScaledAdamW
+
+make = pytest.mark.parametrize(
+    "make", [CLASSES[name] for name in ("adamw", "sgd", "LoRARite", "LoRAFA")]
+)
+
+
+def frozen(letter):
+    model = make_model()
+    for name, p in model.named_parameters():
+        if f"lora_{letter}" in name:
+            p.requires_grad_(False)
+    return model
+
+
+def keep_trainable(optimizer):
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+
+
+@make
+@pytest.mark.parametrize("letter", "AB")
+@pytest.mark.parametrize("late", [False, True])
+def test_frozen_partners_outside_of_the_groups_count_as_inside(make, letter, late):
+    model, twin = frozen(letter), frozen(letter)
+    optimizer, untouched = make(model), make(twin)
+    train(model, optimizer, late)
+    train(twin, untouched, late)
+    keep_trainable(optimizer)
+    train(model, optimizer, 3, start=late)
+    train(twin, untouched, 3, start=late)
+    assert same(values(model), values(twin))
+    assert str(optimizer.report) == str(untouched.report)
+    names = [x["param_names"] for x in (optimizer.param_groups[0], untouched.param_groups[0])]
+    assert names[0] == names[1]
+    resumed, other = make(frozen(letter)), make(frozen(letter))
+    resumed.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(untouched.state_dict())
+
+
+@make
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_trainable_factor_does_not_leave_alone(make, side):
+    model = make_model()
+    optimizer = make(model)
+    train(model, optimizer, 1)
+    before = values(model)
+    gone = pairs_in(model)[0][side]
+    group = optimizer.param_groups[0]
+    group["params"] = [p for p in group["params"] if p is not gone]
+    with pytest.raises(rlora.PairingError, match=r"one of the factors \(4, 6\) and \(10, 4\)"):
+        train(model, optimizer, 1)
+    assert same(before, values(model))
+
+
+class Wrapper:
+    """As Fabric's and Lightning's: a class of its own over a copy of the attributes."""
+
+    def __new__(cls, optimizer):
+        kind = type("Wrapped", (type(optimizer),), {})
+        wrapper = kind.__new__(kind)
+        wrapper.__dict__ = dict(optimizer.__dict__)
+        return wrapper
+
+
+@make
+@pytest.mark.parametrize("named", [True, False])
+def test_groups_that_a_wrapper_adds_are_paired(make, named):
+    models = []
+    for wrap in (lambda optimizer: optimizer, Wrapper):
+        torch.manual_seed(0)
+        model = make_model()
+        optimizer = make(model)
+        train(model, optimizer, 1)
+        model.append(LoRALinear(8, 8, 3))
+        added = [(n, p) for n, p in model.named_parameters() if n.startswith("4.lora")]
+        group = {"params": added if named else [p for _, p in added]}
+        wrap(optimizer).add_param_group(group)
+        train(model, optimizer, 3, start=1)
+        assert len(optimizer.report) == 3
+        assert optimizer.param_groups[1]["param_names"] == [n for n, _ in added]
+        models.append(values(model))
+    assert same(*models)
+
+
+def test_a_wrapper_watches_the_optimizer_itself():
+    model = make_model()
+    optimizer = ScaledAdamW(model, lr=1e-2)
+    wrapper = Wrapper(optimizer)
+    wrapper.watch(model)
+    train(model, optimizer, 1)
+    assert "rlora/step/max" in optimizer.diagnostics()
+    wrapper.unwatch()
+    assert "rlora/step/max" not in optimizer.diagnostics()
+    assert not copy.deepcopy(optimizer)._watching
+
+
+def test_names_of_tensors_are_asked_of_the_model_that_was_given():
+    """A callback that unfreezes layers adds tensors without names."""
+    model = make_model()
+    second = [(n, p) for n, p in model.named_parameters() if n[0] == "2"]
+    optimizer = LoRARite([{"params": model[0]}], lr=1e-2)
+    optimizer.add_param_group({"params": [p for n, p in second if "lora" in n]})
+    assert len(optimizer.report) == 1  # of another model
+    optimizer = LoRARite(model, lr=1e-2)
+    model.append(LoRALinear(8, 8, 3))
+    optimizer.add_param_group({"params": [p for p in model[4].parameters() if p.requires_grad]})
+    assert len(optimizer.report) == 3
