@@ -69,7 +69,9 @@ class OptimizerCallback(TrainerCallback):
                 f"bfloat16 or float32"
             )
             raise TypeError(msg)
-        new = self._make(parts["model"], **self._options)  # the model tells more than its names
+        new: Any = self._make(
+            parts["model"], **self._options
+        )  # the model tells more than its names
         (mine,) = new.param_groups
         new.param_groups = [
             {

@@ -41,10 +41,40 @@ def test_hsdp_equals_one_process(groups, maker):
     assert_equal(found, runs.trained(maker, None), atol=1e-12)
 
 
-@pytest.mark.parametrize("maker", ["default", "adamw", "both", "gauss-seidel", "rite"])
+@pytest.mark.parametrize("maker", ["default", "adamw", "both", "gauss-seidel", "rite", "guarded"])
 def test_any_layout_on_a_mesh_of_two_dimensions(groups, maker):
     expected = runs.trained_in_any_layout(maker, sharded=False)
     assert_equal(groups(4).run(runs.trained_in_any_layout, maker, True), expected, atol=1e-12)
+
+
+def test_experts_on_meshes_of_their_own(groups):
+    """The experts of one half of the processes have no gradient, and rest while the others move."""
+    expected = [runs.trained_with_experts(half) for half in (0, 1)]
+    for i, found in enumerate(groups(4).run(runs.trained_with_experts, None)):
+        assert_equal([found], expected[i // 2], atol=1e-12)
+
+
+def test_a_norm_over_several_meshes_is_refused(groups):
+    for said in groups(4).run(runs.norm_over_meshes):
+        assert "on 2 device meshes" in said
+
+
+def test_a_compiled_step_keeps_the_state_of_sharded_pairs(groups):
+    """Out of the graph, which DTensors would cut in the middle of a step."""
+    expected = runs.trained_compiled(sharded=False)
+    assert_equal(groups(2).run(runs.trained_compiled, True), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("maker", ["default", "sgd", "rite"])
+def test_a_state_follows_the_layout_of_the_parameters(groups, maker):
+    """Dimensions of HSDP swapped, and columns for rows: every process has the shape that it needs."""
+    expected = checkpoints.moved_to_another_layout(maker)
+    assert_equal(groups(4).run(checkpoints.moved_to_another_layout, maker), expected, atol=1e-12)
+
+
+def test_a_pair_without_gradients_is_in_the_checkpoint(groups, tmp_path):
+    for found in groups(2).run(checkpoints.resumed_without_gradient, "default", str(tmp_path)):
+        assert max(found.values()) < 1e-12, found
 
 
 def test_pairs_with_one_whole_factor(groups):

@@ -1,13 +1,27 @@
 """Code for the processes of tests/distributed: half of a training, saved and resumed."""
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharded_runs import MAKERS, STEPS, make_model, shard, share_of_batch, train, values
+from models import METHODS
+from sharded_runs import (
+    MAKERS,
+    STEPS,
+    backward,
+    make_model,
+    shard,
+    share_of_batch,
+    train,
+    values,
+    whole,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 
 def options(flat):
@@ -45,6 +59,83 @@ def resume(maker, layout, directory, flat, dtype):
         }
     train(model, optimizer, start=STEPS // 2)
     return values(model)
+
+
+def resumed_without_gradient(layout, directory):
+    """Differences of a resumed training, in which the second layer never has a gradient."""
+    result = {}
+    for name in ("LoRARite", "LoRAMuon", "GraftAdamW", "AltLoRAPlus"):
+        folder = f"{directory}/{name}"
+
+        def go(model, optimizer, start, stop):
+            for t in range(start, stop):
+                optimizer.zero_grad()
+                backward(model, t)
+                for p in model[2].parameters():
+                    p.grad = None
+                optimizer.step()
+
+        model = shard(make_model(torch.float64), layout)
+        optimizer = METHODS[name](model, lr=1e-3)
+        go(model, optimizer, 0, 3)
+        saved = dict(zip("mo", get_state_dict(model, optimizer), strict=True))
+        dcp.save(saved, checkpoint_id=folder)
+        go(model, optimizer, 3, 6)
+        other = shard(make_model(torch.float64, seed=1), layout)
+        resumed = METHODS[name](other, lr=1e-3)
+        state = dict(zip("mo", get_state_dict(other, resumed), strict=True))
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(other, resumed, model_state_dict=state["m"], optim_state_dict=state["o"])
+        go(other, resumed, 3, 6)
+        result[name] = max(
+            abs(x - y).max()
+            for x, y in zip(values(model).values(), values(other).values(), strict=True)
+        )
+    return result
+
+
+def moved_to_another_layout(maker):
+    """Steps in one layout, its state in an optimizer of each other one, and more steps there."""
+    mesh = init_device_mesh("cpu", (2, 2)) if dist.is_initialized() else None
+    rows, columns, twice = Shard(0), Shard(1), Replicate()
+    layouts = [[(twice, rows)] * 2, [(rows, twice)] * 2, [(twice, columns), (twice, rows)]]
+    result = {}
+    for k, after in enumerate(layouts):
+        g = torch.Generator().manual_seed(0)
+
+        def draw(shape, places, g=g):
+            x = torch.randn(shape, generator=g, dtype=torch.float64)
+            return x if mesh is None else distribute_tensor(x, mesh, places)
+
+        def go(named, optimizer, places):
+            for _ in range(3):
+                for (_, p), place in zip(named, places, strict=True):
+                    p.grad = draw(tuple(p.shape), place)
+                optimizer.step()
+
+        shapes = (("x.lora_A.weight", (3, 8)), ("x.lora_B.weight", (3, 3)))
+        first = [
+            (n, torch.nn.Parameter(draw(s, p)))
+            for (n, s), p in zip(shapes, layouts[0], strict=True)
+        ]
+        optimizer = MAKERS[maker](first)
+        go(first, optimizer, layouts[0])
+        second = [
+            (
+                n,
+                torch.nn.Parameter(
+                    p.detach().clone()
+                    if mesh is None
+                    else p.detach().redistribute(placements=place)
+                ),
+            )
+            for (n, p), place in zip(first, after, strict=True)
+        ]
+        resumed = MAKERS[maker](second)
+        resumed.load_state_dict(optimizer.state_dict())
+        go(second, resumed, after)
+        result |= {f"{k}: {n}": whole(p) for n, p in second}
+    return result
 
 
 def trained_with_accelerate(maker, dtype, directory, loads_on_one):

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from rlora.torch import (
     Riemannion,
     ScaledAdamW,
     ScaledSGD,
+    TrustRegion,
 )
 from rlora.torch.step.dtensors import check_cut
 
@@ -187,6 +189,84 @@ def trained_in_any_layout(maker, sharded, poison=None):
             p.grad = spread(G, p.placements if sharded else None)
         optimizer.step()
     return {name: whole(p) for name, p in named}
+
+
+def experts(half):
+    """A pair on all processes and an expert on each half, of which the first gets no gradient.
+
+    As one process has them that stands for a half, or with None in four.
+    """
+    world = grid = None
+    if half is None:
+        world, grid = (
+            init_device_mesh("cpu", (4,)),
+            init_device_mesh("cpu", (2, 2), mesh_dim_names=("half", "in it")),
+        )
+        half = grid.get_coordinate()[0]
+        grid = grid["in it"]
+    g = torch.Generator().manual_seed(1)
+
+    def spread(x, mesh):
+        return x if mesh is None else distribute_tensor(x, mesh, [Shard(0)])
+
+    def draw(shape, mesh):
+        return spread(torch.randn(shape, generator=g, dtype=torch.float64), mesh)
+
+    meshes = {"dense": world, "expert": grid}
+    named = [
+        (f"{layer}.lora_{letter}.weight", nn.Parameter(draw(shape, mesh)))
+        for layer, mesh in meshes.items()
+        for letter, shape in (("A", (4, 8)), ("B", (8, 4)))
+    ]
+
+    def backward():
+        for name, p in named:
+            grad = draw(tuple(p.shape), meshes[name.partition(".")[0]])
+            p.grad = grad if half or name.startswith("dense") else None
+
+    return named, backward
+
+
+def trained_with_experts(half):
+    """A few steps of methods that gather factors, and of one that does not."""
+    result = {}
+    for kind in (Riemannion, TrustRegion, LoRARite):
+        named, backward = experts(half)
+        optimizer = kind(named, lr=1e-2, weight_decay=0.1)
+        for _ in range(3):
+            backward()
+            optimizer.step()
+        result |= {f"{kind.__name__}: {name}": whole(p) for name, p in named}
+    return result
+
+
+def norm_over_meshes():
+    """The refusal of a step that would need one norm of both meshes."""
+    named, backward = experts(None)
+    optimizer = LoRARite(named, lr=1e-2, max_norm=0.1)
+    backward()
+    try:
+        optimizer.step()
+    except ShardingError as error:
+        return str(error)
+    return ""
+
+
+def trained_compiled(sharded):
+    """A few steps, in a graph where they are sharded: the parameters and the counts of steps."""
+    result = {}
+    for kind in (LoRARite, LoRAMuon):
+        model = shard(make_model(torch.float64), "default" if sharded else None)
+        optimizer = kind(model, lr=1e-3)
+        step = torch.compile(optimizer.step, backend="eager") if sharded else optimizer.step
+        for t in range(3):
+            optimizer.zero_grad()
+            backward(model, t)
+            step()
+        result |= {f"{kind.__name__}: {name}": x for name, x in values(model).items()}
+        counts = [held["count"] for held in optimizer.state.values() if "count" in held]
+        result[f"{kind.__name__}: counts"] = np.array([float(x) for x in counts])
+    return result
 
 
 def trained_by_methods(layout):

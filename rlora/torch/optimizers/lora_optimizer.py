@@ -30,7 +30,7 @@ from rlora.torch.pairing.discovery import (
     split_source,
     ties_hold,
 )
-from rlora.torch.pairing.following import followed, members_of, named_anew, rename
+from rlora.torch.pairing.following import followed, named_anew, rename, with_partners
 from rlora.torch.pairing.modules import models_in, references, scalings_in, what_modules_know
 from rlora.torch.pairing.pairs import TensorPair, identical, scalings_of, signature
 from rlora.torch.pairing.param_groups import (
@@ -213,9 +213,10 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
 
     def _current_pairs(self) -> list[TensorPair]:
         """The pairs as the groups hold them now."""
-        now = members_of(self.param_groups, self._pairs, self._members)
-        if now is self._members:
+        now = [p for group in self.param_groups for p in group["params"]]
+        if identical(now, self._members):
             return self._pairs
+        now = with_partners(self.param_groups, self._pairs, self._members)
         found = followed(self._members, self._names, self._pairs, now)
         found.check(self._members, self._pairs)
         names = named_anew(self.param_groups, found.names)

@@ -20,6 +20,7 @@ from rlora.torch.optimizers.saved_order import ELEMENTWISE
 from rlora.torch.optimizers.state_dict import OF_METHODS, Shapes
 from rlora.torch.pairing.discovery import Pairs, without_middles
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
+from rlora.torch.step.dtensors import cut_as
 from rlora.torch.step.method_batch import places_in, start_of
 from rlora.torch.step.plan import Turn, keep
 from rlora.torch.step.steps import steps_of_method
@@ -155,6 +156,15 @@ class MethodOptimizer(LoRAOptimizer):
                 )
                 raise ValueError(msg)
 
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step as `LoRAOptimizer.step`; sharded pairs out of any graph.
+
+        Their layouts would break a graph within a step, which would lose what it writes later.
+        """
+        if torch.compiler.is_compiling() and any(is_distributed(pair.A) for pair in self._pairs):
+            return _eager_step(self, closure)
+        return super().step(closure)
+
     def _turns(self, pairs: list[TensorPair]) -> list[Turn]:
         # Here, as everything that may refuse the step has been checked.
         if [group["scaling"] for group in self.param_groups] != self._scalings:
@@ -202,6 +212,16 @@ class MethodOptimizer(LoRAOptimizer):
             for name, (_, side, key) in places_in(flat).items():
                 yield side, key + member.suffix, flat[name][0]
 
+    def _start_of_any(
+        self, pair: TensorPair, group: Mapping[str, Any]
+    ) -> list[tuple[int | None, str, Tensor]]:
+        """`_start_of` of a sharded pair; nothing if it depends on values, which are elsewhere."""
+        whole = pair.whole()
+        other = whole._replace(A=whole.A + 1, B=whole.B + 1)
+        start, same = (list(self._start_of(x, group)) for x in (whole, other))
+        values = zip(start, same, strict=True)
+        return start if all(torch.equal(x, y) for (*_, x), (*_, y) in values) else []
+
     def _fresh_state(self, pairs: Sequence[TensorPair]) -> Callable[[Tensor], dict[str, Any]]:
         plain = super()._fresh_state(pairs)
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
@@ -209,11 +229,13 @@ class MethodOptimizer(LoRAOptimizer):
         for pair in pairs:
             paired |= {id(p): {} for p in pair.moved}
             keeper = next(pair.members()).keepers[0]
-            known = id(keeper) in groups and not is_distributed(pair.A)
-            if not known or any(self.state.get(p) for p in pair[:2]):
+            if id(keeper) not in groups or any(self.state.get(p) for p in pair[:2]):
                 continue
-            for side, key, x in self._start_of(pair, groups[id(keeper)]):
-                paired[id(keeper if side is None else pair[side])][key] = x
+            cut = is_distributed(pair.A)
+            begin = self._start_of_any if cut else self._start_of
+            for side, key, x in begin(pair, groups[id(keeper)]):
+                owner: Any = keeper if side is None else pair[side]
+                paired[id(owner)][key] = cut_as(x, owner) if cut and x.shape == owner.shape else x
         return lambda p: paired[id(p)] if id(p) in paired else plain(p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -251,6 +273,10 @@ class MethodOptimizer(LoRAOptimizer):
         plain = {p: held for p, held in everything.items() if id(p) not in paired}
         super().__setstate__({**state, "state": plain})
         self.state = defaultdict(dict, everything)
+
+
+_without_graph: Any = torch.compiler.disable  # which has no types
+_eager_step = _without_graph(LoRAOptimizer.step)
 
 
 def _check_scalings(groups: Iterable[Mapping[str, Any]]) -> list[float | None]:

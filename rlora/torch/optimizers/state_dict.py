@@ -13,8 +13,9 @@ from rlora.core.errors import ShapeError
 from rlora.torch.monitor.finite import look_on_the_host
 from rlora.torch.optimizers.saved_order import ELEMENTWISE, as_groups_are
 from rlora.torch.pairing.following import followed, rename
-from rlora.torch.pairing.pairs import TensorPair
+from rlora.torch.pairing.pairs import TensorPair, is_distributed
 from rlora.torch.pairing.sharding_checks import check_kind
+from rlora.torch.step.dtensors import cut_as
 from rlora.torch.step.kernels import counter_dtype
 
 OF_METHODS = {"mu", "count", "scaling", "inverse", "frame", "turn"}
@@ -202,6 +203,8 @@ class LoadsState(Optimizer, ABC):
         paired = {id(p) for pair in self._current_pairs() for p in pair.moved}
         for i, p in self._owners(saved):
             for key, value in saved["state"].get(i, {}).items():
+                if is_distributed(value) and is_distributed(p) and key in ELEMENTWISE:
+                    value = cut_as(value, p)  # the kernels work on pieces
                 if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
                     least = torch.float32 if id(p) in paired else value.dtype
                     dtype = torch.promote_types(value.dtype, least)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlora.core.errors import PairingError
 from rlora.pairing import PairReport
-from rlora.torch.pairing.pairs import TensorPair, identical, moves
+from rlora.torch.pairing.pairs import TensorPair, moves
 from rlora.torch.pairing.sharding_checks import check_swap
 
 
@@ -91,17 +91,14 @@ def followed(
     return Followed([name_of.get(id(p)) for p in now], replaced, successor)
 
 
-def members_of(
-    groups: Iterable[dict[str, Any]], pairs: Iterable[TensorPair], before: list[Tensor]
+def with_partners(
+    groups: Iterable[dict[str, Any]], pairs: Iterable[TensorPair], before: Iterable[Tensor]
 ) -> list[Tensor]:
-    """The parameters of groups; `before`, those at the last step, where they are the same.
+    """The parameters of groups; those at the last step, `before`, say their order.
 
     Frozen factors that somebody has taken out are put back into the groups of their partners,
     which their Grams precondition: libraries, and people, keep what is trainable.
     """
-    now = [p for group in groups for p in group["params"]]
-    if identical(now, before):
-        return before
     place = {id(p): i for i, p in enumerate(before)}
     home = {id(p): group for group in groups for p in group["params"]}
     for pair in pairs:

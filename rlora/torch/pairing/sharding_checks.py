@@ -105,13 +105,22 @@ def check_swap(strangers: int, gone: int) -> None:
 
 
 def check_kind(what: str, value: Any, p: Tensor) -> None:
-    """ShardingError when a saved tensor is whole and its parameter sharded, or the other way."""
-    if isinstance(value, Tensor) and is_distributed(value) != is_distributed(p):
-        msg = (
-            f"saved {what} is a {type(value).__name__}, the parameter a {type(p).__name__}; load "
-            f"with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-        )
-        raise ShardingError(msg)
+    """ShardingError when a saved tensor is whole and its parameter sharded, or the other way.
+
+    Or when both are sharded, on different meshes.
+    """
+    if not isinstance(value, Tensor):
+        return
+    kinds = type(value).__name__, type(p).__name__
+    if is_distributed(value) == is_distributed(p):
+        if not is_distributed(p) or mesh_of(value) == mesh_of(p):
+            return
+        kinds = f"on {mesh_of(value)}", f"on {mesh_of(p)}"
+    msg = (
+        f"saved {what} is a {kinds[0]}, the parameter a {kinds[1]}; load with "
+        f"torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+    )
+    raise ShardingError(msg)
 
 
 def _check_layout(pair: TensorPair) -> None:

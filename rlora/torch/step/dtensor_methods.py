@@ -8,7 +8,7 @@ own (`rlora.torch.step.dtensor_group`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.experimental import implicit_replication
 
 from rlora.core.dispatch import get_backend
+from rlora.core.errors import ShardingError
 from rlora.core.layout import View
 from rlora.torch.pairing.pairs import TensorPair, local
 from rlora.torch.pairing.sharding_checks import cut_dims, mesh_of
@@ -151,25 +152,36 @@ class InPieces(DTensorStep):
                 local(p).copy_(piece.reshape(local(p).shape))
 
 
-def steps_on_dtensors(
-    optimizer: Any, group: int, pairs: Iterable[TensorPair], *, sharded: bool
-) -> list[DTensorStep]:
-    """The steps of the pairs of a group, in pieces where the method and the layout have it."""
-    whole: list[TensorPair] = []
+def steps_on_dtensors(optimizer: Any, group: int, pairs: Sequence[TensorPair]) -> list[DTensorStep]:
+    """The steps of the pairs of a group, in pieces where the method and the layout have it.
+
+    A method whose pairs depend on one another has one step; ShardingError on several meshes.
+    """
+    method = optimizer._transform(optimizer.param_groups[group])
+    whole: dict[Any, list[TensorPair]] = {}
     cut: dict[Any, list[TensorPair]] = {}
     for pair in pairs:
         dims = [[cut_dims(p, axis) for axis in (0, 1)] for p in pair[:2]]
         once = all(len(x) + len(y) < 2 for x, y in dims)
         # DTensor takes a cut axis of length 1 for one that a number may be spread over.
         wide = pair.A.shape[1:].numel() > 1 and pair.B.shape[0] > 1
-        if sharded and once and wide and get_backend(pair.A).on_pieces:
+        if method.sharded and once and wide and get_backend(pair.A).on_pieces:
             along = [d for side in (0, 1) for d in dims[side][side]]  # the rank axis
             key = (mesh_of(pair.A), pair.A.dtype, pair.B.dtype, *along[:1])
             cut.setdefault(key, []).append(pair)
         else:
-            whole.append(pair)
+            whole.setdefault(mesh_of(pair.A), []).append(pair)
+    if method.together and len(cut) + len(whole) > 1:
+        cut, whole = {}, {mesh_of(pair.A): list(pairs) for pair in pairs}
+        if len(whole) > 1:
+            msg = (
+                f"{type(optimizer).__name__} with these options ties the pairs of a group together,"
+                f" as a norm over all of them does, and they are on {len(whole)} device meshes; "
+                f"give those of each mesh a group of their own"
+            )
+            raise ShardingError(msg)
     steps: list[DTensorStep] = [InPieces(optimizer, group, some) for some in cut.values()]
-    return [*steps, Gathered(optimizer, group, whole)] if whole else steps
+    return steps + [Gathered(optimizer, group, some) for some in whole.values()]
 
 
 def columns_of(p: Any, side: int) -> Tensor:

@@ -93,8 +93,7 @@ def steps_of_method(optimizer: Any, pairs: Sequence[TensorPair]) -> list[Work]:
         if cut:  # DTensors take half a second to import
             from rlora.torch.step.dtensor_methods import steps_on_dtensors
 
-            sharded = optimizer._transform(optimizer.param_groups[i]).sharded
-            steps += steps_on_dtensors(optimizer, i, members, sharded=sharded)
+            steps += steps_on_dtensors(optimizer, i, members)
         else:
             steps += portions(optimizer, i, members)
     return steps
