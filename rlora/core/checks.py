@@ -49,14 +49,21 @@ def hyperparameters(method: Maker) -> Maker:
     return cast("Maker", make)
 
 
-def meant_for(start: str) -> Callable[[Maker], Maker]:
-    """Name the function of `rlora.initializers` that a method which never updates B starts from."""
+def keeps(factor: Literal["A", "B"], advice: str) -> Callable[[Maker], Maker]:
+    """Name the factor that a method never moves, and advice for one that is zero."""
 
     def mark(method: Maker) -> Maker:
-        cast("Any", method).start = start
+        cast("Any", method).kept = (factor, advice)
         return method
 
     return mark
+
+
+FREEZE = (
+    "adapters of embeddings have a zero A in PEFT: freeze them, or give them another class in an "
+    "optimizer of their own"
+)
+"""Advice for methods that never move A."""
 
 
 def default_rate(lr: float) -> Callable[[Maker], Maker]:

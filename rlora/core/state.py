@@ -1,6 +1,7 @@
 """A method's state as one flat dict of arrays, and back."""
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 from rlora.core.dispatch import get_backend
@@ -61,8 +62,8 @@ def unflatten_state(flat: Mapping[str, Array], like: State) -> State:
     Parameters
     ----------
     flat : mapping of str to array
-        Named arrays, such as NumPy's from a file: they are put into the library, dtype and device
-        of `like`, and come back as they are where they have them already.
+        Named arrays, such as NumPy's from a file: they are copied into the library, dtype and
+        device of `like`, and come back as they are where they have them already.
     like : State
         A state of the same method and parameters, such as ``transform.init(params)``.
 
@@ -91,7 +92,8 @@ def unflatten_state(flat: Mapping[str, Array], like: State) -> State:
             raise ShapeError(msg)
         backend = get_backend(old)
         if type(new) is not type(old) or device_of(new) != device_of(old):
-            return backend.asarray_like(new, old)
+            # Memory of its own: a file's may be read-only, and a donated step would write to it.
+            return backend.asarray_like(copy(new), old) + 0
         return backend.cast(new, old.dtype)  # a file may have a narrower one than steps need
 
     def walk(node: State, path: str) -> State:

@@ -228,6 +228,12 @@ def chain(*links: Transform) -> Transform:
         msg = f"at most one transformation of a chain may bring its own apply, got {len(bent)}"
         raise ValueError(msg)
     orders: set[Order] = {link.order for link in links}
+    if "gauss_seidel" in orders and any(link.together for link in links):
+        msg = (
+            "a method with order='gauss_seidel' moves A first and then B: a norm over both, as "
+            "clip_by_global_norm takes it, is none of a whole step; use order='jacobi'"
+        )
+        raise ValueError(msg)
 
     def init(params: Tree, scaling: float = 1.0) -> State:
         check_pairs(params)

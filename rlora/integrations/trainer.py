@@ -27,6 +27,8 @@ class RLoraFactory:
         args : TrainingArguments, optional
             ``learning_rate`` and ``weight_decay`` are taken from it unless given. Its ``adam_*``
             have defaults of their own, indistinguishable from a choice: give ``betas``, ``eps``.
+            Transformers' Trainer hands over none: give ``lr``, and ``weight_decay`` unless the
+            class's own is right.
         optimizer : str
             Name of a class of `rlora.torch`.
         **options
@@ -42,13 +44,20 @@ class RLoraFactory:
         Raises
         ------
         ValueError
-            When there is no class of this name.
+            When there is no class of this name, or no ``lr`` without `args`.
         PairingError
             When the model has no trainable adapter.
         """
-        chosen = from_mapping(options)
+        kind, chosen = optimizer_named(optimizer), from_mapping(options)
         if args is not None:
             chosen = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **chosen}
-        made = optimizer_named(optimizer)(model, **chosen)
+        if "lr" not in chosen:
+            msg = (
+                "no learning rate: this trainer does not hand over its arguments, so that its "
+                "learning_rate and weight_decay would be ignored; give lr and weight_decay among "
+                "the options of the optimizer"
+            )
+            raise ValueError(msg)
+        made = kind(model, **chosen)
         made.add_param_group({"params": [], "weight_decay": 0.0})
         return under_zero(made)

@@ -6,7 +6,7 @@ Language Models Fine-tuning. arXiv:2308.03303, 2023.
 
 from typing import Any, Final, Literal, NamedTuple
 
-from rlora.core.checks import check_choice, hyperparameters
+from rlora.core.checks import FREEZE, check_choice, hyperparameters, keeps
 from rlora.core.decay import add_decayed_weights, decay_weights_after
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
@@ -73,6 +73,7 @@ def scale_by_frozen_gram(
 
 
 @hyperparameters
+@keeps("A", FREEZE)
 def lora_fa(
     *,
     b1: float = 0.9,

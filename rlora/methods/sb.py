@@ -7,7 +7,7 @@ arXiv:2411.19557, 2024.
 
 from typing import NamedTuple
 
-from rlora.core.checks import hyperparameters, meant_for
+from rlora.core.checks import hyperparameters, keeps
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
@@ -101,7 +101,7 @@ def scale_by_core(
 
 
 @hyperparameters
-@meant_for("lora_sb")
+@keeps("B", "begin with rlora.torch.initialize(model, ..., method='lora_sb')")
 def lora_sb(
     *,
     b1: float = 0.9,

@@ -297,6 +297,12 @@ def test_a_factory_reads_words():
     learns(model, RLoraFactory()(model, optimizer="LoRARite", lr=1e-2, maximize="false"))
 
 
+def test_a_factory_asks_for_the_rate_that_no_trainer_gives():
+    """Transformers' Trainer calls its factory with the model and the options alone."""
+    with pytest.raises(ValueError, match="its learning_rate and weight_decay would be ignored"):
+        RLoraFactory()(adapted(), optimizer="LoRARite", weight_decay=0.1)
+
+
 def test_an_unknown_name_says_which_there_are():
     with pytest.raises(ValueError, match=r"no optimizer 'AdamW'; it has .*ScaledAdamW"):
         RLoraFactory()(torch.nn.Linear(2, 2), optimizer="AdamW")

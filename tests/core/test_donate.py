@@ -220,3 +220,17 @@ def test_whole_numbers_are_rates_as_others(backend, lr):
     places = [address(x) for x in leaves(params)]
     moved, _ = rlora.step(method, params, pairs(backend, 1), method.init(params), lr, donate=True)
     assert [address(x) for x in leaves(moved)] == places
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_a_donated_state_is_not_the_file_that_it_came_from(tmp_path, mode):
+    torch = pytest.importorskip("torch")
+    method, params = rlora.scaled_adamw(), pairs(get("torch"), 0)
+    flat = {}
+    for i, (name, x) in enumerate(rlora.flatten_state(method.init(params)).items()):
+        np.save(tmp_path / f"{i}.npy", x.numpy())
+        flat[name] = np.load(tmp_path / f"{i}.npy", mmap_mode=mode if x.ndim else None)
+    state = rlora.unflatten_state(flat, method.init(params))
+    _, state = rlora.step(method, params, pairs(get("torch"), 1), state, 1e-2, donate=True)
+    assert any(torch.count_nonzero(x) for x in rlora.flatten_state(state).values())
+    assert not any(x.any() for x in flat.values())

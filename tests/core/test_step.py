@@ -82,7 +82,7 @@ def test_factors_that_compute_in_two_dtypes_are_refused():
         rlora.lora_rite(max_norm=1.0),
         rlora.lora_rite(max_rms=1.0),
         rlora.chain(clip_by_global_norm(1.0), rlora.scaled_sgd()),
-        rlora.chain(clip_by_global_norm(1.0), rlora.scaled_sgd(order="gauss_seidel")),
+        rlora.scaled_sgd(order="gauss_seidel"),
     ],
     ids=["max_norm", "max_rms", "clip", "gauss_seidel"],
 )
@@ -95,6 +95,11 @@ def test_guards_without_a_gradient(made, sides):
     moved, _ = rlora.step(made, params, grads, made.init(params), 1e-2)
     for letter, old, new in zip("AB", params, moved, strict=True):
         assert (new is old) == (letter not in sides)
+
+
+def test_a_norm_over_half_a_step_is_refused():
+    with pytest.raises(ValueError, match="is none of a whole step"):
+        rlora.chain(rlora.scaled_sgd(order="gauss_seidel"), clip_by_global_norm(1.0))
 
 
 def named(pairs):

@@ -481,7 +481,7 @@ def test_differentiable_is_refused():
 def test_expert_stacks_need_the_model():
     """Row 26: PEFT's stacked experts have names and shapes of one large pair, and are several."""
     model = nn.ModuleDict({"x": LoRALinear(6, 10, 4), "experts": LoRALinear(6, 10, 4)})
-    model["experts"].num_experts = 2
+    model["experts"].num_experts, model["experts"].parameter_name = 2, "weight"
     report = find_pairs(model.named_parameters())
     assert [pair.name for pair in report] == ["x (default)"]
     assert "stack of experts" in str(report)

@@ -366,7 +366,7 @@ class Told(nn.Module):
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
         self.lora_A[adapter] = nn.Linear(5, 6, bias=False)
         self.lora_B[adapter] = nn.Linear(6, 7, bias=False)
-        self.scaling, self.num_experts = {adapter: 8.0}, 2
+        self.scaling, self.num_experts, self.parameter_name = {adapter: 8.0}, 2, "weight"
         self.weight = nn.Parameter(torch.zeros(7, 5), requires_grad=False)
         for p in (self.lora_A[adapter].weight, self.lora_B[adapter].weight):
             p.data = torch.randn(p.shape, generator=g)

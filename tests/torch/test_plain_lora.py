@@ -281,6 +281,24 @@ def test_a_factor_that_two_layers_share_is_not_rebalanced_for_one():
         round_adapter(model)
 
 
+def test_trained_heads_are_in_the_rounded_state():
+    """PEFT loads it back; without them it would refuse it."""
+    from peft import set_peft_model_state_dict
+
+    base = nn.ModuleDict({"q": nn.Linear(6, 8), "head": nn.Linear(8, 2)})
+    model = adapt(base, target_modules=["q"], modules_to_save=["head"])
+    head = model.base_model.model["head"].modules_to_save["default"]
+    with torch.no_grad():
+        head.weight.fill_(3.0)
+    state = round_adapter(model)
+    (key,) = (key for key in state if key.endswith("head.weight"))
+    assert state[key].dtype == torch.bfloat16
+    with torch.no_grad():
+        head.weight.zero_()
+    set_peft_model_state_dict(model, state)
+    assert (head.weight == 3.0).all()
+
+
 def test_what_cannot_be_rounded():
     with pytest.raises(TypeError, match=r"floating-point torch.dtype.*got torch.int8"):
         round_adapter({}, torch.int8)

@@ -11,6 +11,7 @@ from rlora.core.layout import Layout, View
 from rlora.pairing import Known, PairReport, find_pairs
 from rlora.torch.init.offsets import Offset, spellings
 from rlora.torch.pairing.modules import what_modules_know
+from rlora.torch.pairing.pairs import memory
 
 
 def as_plain_lora(
@@ -42,9 +43,9 @@ def as_plain_lora(
     Returns
     -------
     dict of str to Tensor
-        Under the names of the state. Those of a model are as PEFT saves them, without its
-        ``modules_to_save``. Layers without an offset are filled up with zeros to rank 2r, inside
-        each expert, group or block where a tensor holds several pairs.
+        Under the names of the state; of a model as PEFT saves it. Layers without an offset are
+        filled up with zeros to rank 2r, inside each expert, group or block where a tensor holds
+        several pairs.
 
     Raises
     ------
@@ -130,7 +131,15 @@ def state_of(
 
 
 def _state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """An adapter's tensors under the names that PEFT saves them by."""
+    """An adapter's tensors under the names that PEFT saves them by, trained heads among them."""
+    config = (getattr(model, "peft_config", None) or {}).get(name)
+    if getattr(config, "peft_type", None) == "LORA":
+        from peft import get_peft_model_state_dict
+
+        saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        # Of a factor that two layers share one name is left: it has no single partner.
+        first = {memory(x): key for key, x in reversed(saved.items())}
+        return {key: x.detach() for key, x in saved.items() if first[memory(x)] == key}
     part = re.compile(rf"(\.lora_\w+)\.{re.escape(name)}(?=\.|$)")
     named = {key: p.detach() for key, p in model.named_parameters() if ".lora_" in key}
     mine = {part.sub(r"\1", key): p for key, p in named.items() if part.search(key)}

@@ -71,29 +71,35 @@ def look_on_the_host(optimizer: Any) -> None:
 
 
 def check_start(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
-    """RuntimeWarning, once, at the first step of a method that cannot leave B = 0.
+    """RuntimeWarning, once, at the first step of a method that never moves a factor which is zero.
 
     The one time that a step asks a device for values, and of such methods alone.
     """
-    start = getattr(getattr(type(optimizer), "method", None), "start", None)
-    if start is None or torch.compiler.is_compiling() or "start" in optimizer._told:
+    kept = getattr(getattr(type(optimizer), "method", None), "kept", None)
+    if kept is None or torch.compiler.is_compiling() or "start" in optimizer._told:
         return
     optimizer._told |= {"start"}
+    letter, advice = kept
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    stay = ["AB".index(group_of[id(pair.A)].get("frozen", letter)) for pair in pairs]
     fresh = [
         k
-        for k, pair in enumerate(pairs)
-        if not optimizer.state.get(pair.A) and not is_distributed(pair.A) and pair.B.data_ptr()
+        for k, (pair, side) in enumerate(zip(pairs, stay, strict=True))
+        if not any(optimizer.state.get(p) for p in pair[:2])
+        and not is_distributed(pair.A)
+        and pair[:2][side].data_ptr()
     ]
-    largest = peaks([pairs[k].B.detach() for k in fresh])
+    largest = peaks([pairs[k][:2][stay[k]].detach() for k in fresh])
     if not largest:
         return
     values = torch.stack([x.to(largest[0].device, torch.float32) for x in largest]).tolist()
     still = [k for k, x in zip(fresh, values, strict=True) if x == 0]
     if still:
+        letter = "AB"[stay[still[0]]]
         msg = (
-            f"{type(optimizer).__name__} never moves B, and B is zero in {len(still)} of "
-            f"{len(pairs)} pairs, the first {list(optimizer.report)[still[0]].name}: they stand "
-            f"still; begin with rlora.torch.initialize(model, ..., method={start!r})"
+            f"{type(optimizer).__name__} never moves {letter}, and {letter} is zero in "
+            f"{len(still)} of {len(pairs)} pairs, the first "
+            f"{list(optimizer.report)[still[0]].name}: they stand still; {advice}"
         )
         warnings.warn(msg, RuntimeWarning, stacklevel=2)
 

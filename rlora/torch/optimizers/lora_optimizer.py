@@ -166,6 +166,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
         """
         group = plain_numbers(dict(param_group))
         explicit = list(group.pop("pairs", ()))
+        group.pop("rounded", None)  # counts of the group that the options are copied of
         if not hasattr(self, "_pairs"):  # the parent's constructor is at work
             self._by_hand += explicit
             super().add_param_group(group)

@@ -8,6 +8,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from rlora.core.errors import PairingError
 from rlora.torch.pairing.layers import LoraLayer, base_of, is_conv1d, is_plain
+from rlora.torch.pairing.pairs import memory
 
 Place = tuple[str, nn.Module]
 """A name by which a model has a module; one that two others call has two of them."""
@@ -33,7 +34,7 @@ def weight_places(places: Iterable[Place]) -> Holders:
     for name, module in places:
         for p in module._parameters.values():
             if p is not None:
-                found.setdefault(_address(p), []).append((name, module))
+                found.setdefault(memory(p), []).append((name, module))
     return found
 
 
@@ -64,7 +65,7 @@ def writable_weight(name: str, module: nn.Module, holders: Holders) -> Tensor | 
         return weight
     if any(n > 1 and not step for n, step in zip(weight.shape, weight.stride(), strict=True)):
         return f"the base weight of {name} has entries that share memory, as Tensor.expand makes"
-    for place, holder in holders.get(_address(weight), ()):
+    for place, holder in holders.get(memory(weight), ()):
         if holder is not base or not _is_inside(place, name, module, holder):
             return f"the base weight of {name} is that of {place} too, which must not change"
     return weight
@@ -73,11 +74,6 @@ def writable_weight(name: str, module: nn.Module, holders: Holders) -> Tensor | 
 def _is_inside(place: str, name: str, module: nn.Module, holder: nn.Module) -> bool:
     """Return whether a place of a base is in the layer, or is the layer itself."""
     return holder is module or place.startswith(f"{name}." if name else "")
-
-
-def _address(p: Tensor) -> int:
-    """The place of a parameter in memory; its identity where it has none to tell."""
-    return p.data_ptr() or id(p)
 
 
 def movable_weight(layer: LoraLayer, holders: Holders) -> Tensor:

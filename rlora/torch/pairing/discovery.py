@@ -23,7 +23,7 @@ from rlora.pairing import (
 from rlora.pairing.find import check_source
 from rlora.pairing.report import number_of
 from rlora.torch.pairing.modules import in_group, models_in, what_modules_know
-from rlora.torch.pairing.pairs import TensorPair, moves
+from rlora.torch.pairing.pairs import TensorPair, memory, moves
 from rlora.torch.pairing.param_groups import misfit, trainable
 from rlora.torch.pairing.sharding_checks import check_layouts, check_whole
 
@@ -171,6 +171,9 @@ def match(
         known_a, known_b = owners.get(memory(a)), owners.get(memory(b))
         if why := misfit(a, b):
             refused |= {pair.a: why, pair.b: why}
+        elif memory(a) == memory(b):
+            why = "the two share their memory: a factor cannot be its own partner"
+            refused |= {pair.a: why, pair.b: why}
         elif known_a is None and known_b is None:
             owners |= {memory(a): (pair, 0), memory(b): (pair, 1)}
             pairs[pair] = TensorPair(a, b, pair.views, middle)
@@ -207,11 +210,6 @@ def ties_hold(pairs: Iterable[TensorPair]) -> bool:
     return all(len(side) == 1 for side in sides) and len(set().union(*sides)) == len(sides)
 
 
-def memory(p: Tensor) -> int:
-    """Address of a parameter's memory, its id if it has none: equal where memory is shared."""
-    return p.data_ptr() or id(p)
-
-
 Owner: TypeAlias = tuple[Pair, int] | None
 """The pair that has a memory already, and the side on which."""
 
@@ -244,7 +242,7 @@ def check_explicit(
         if missing := [letter for letter, p in (("A", a), ("B", b)) if id(p) not in known]:
             msg = f"{' and '.join(missing)} of {where} is not among the optimizer's parameters"
             raise PairingError(msg)
-        if used & {id(a), id(b)} or a is b:
+        if used & {id(a), id(b)} or memory(a) == memory(b):
             msg = f"{where} has a factor of another pair; a tied factor has no single partner"
             raise PairingError(msg)
         used |= {id(a), id(b)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlora.core.errors import PairingError, ShardingError
-from rlora.torch.pairing.pairs import is_distributed
+from rlora.torch.pairing.pairs import is_distributed, memory
 from rlora.torch.pairing.sharding_checks import check_whole
 
 FACTORS = (("lora_A", "lora_B"), ("lora_a", "lora_b"))
@@ -103,7 +103,7 @@ def find_layers(
     owners: dict[int, list[str]] = {}
     for name, pairs in held.items():
         for p in {id(p): p for pair in pairs.values() for p in pair}.values():
-            owners.setdefault(p.data_ptr() or id(p), []).append(name)
+            owners.setdefault(memory(p), []).append(name)
     layers: list[LoraLayer] = []
     skipped: dict[str, str] = {}
     for name, pairs in held.items():
@@ -141,7 +141,7 @@ def _read(
         return "no base layer found in it"
     if why := _no_layer(module, base, key, A, B):
         return why
-    holders = {n for p in (A, B) for n in owners[p.data_ptr() or id(p)]} - {name}
+    holders = {n for p in (A, B) for n in owners[memory(p)]} - {name}
     if holders:
         return f"shares a factor with {min(holders)}"
     others = tuple(str(other) for other in pairs if other != key)

@@ -61,7 +61,7 @@ def _of_module(module: Any) -> Layout | str | None:
     experts, blocks = getattr(module, "num_experts", None), getattr(module, "qkv_shapes", None)
     enabled = getattr(module, "enable_lora", None)
     if getattr(module, "lora_A", None) is not None:
-        if isinstance(experts, int) and experts > 1:  # PEFT
+        if hasattr(module, "parameter_name") and isinstance(experts, int) and experts > 1:  # PEFT
             return Layout("(e r) n", "m (r e)", sizes={"e": experts})
         if isinstance(blocks, Sequence):  # litgpt
             return Layout(blocks=tuple(blocks))

@@ -219,6 +219,11 @@ def moves(p: Tensor) -> bool:
     return p.requires_grad or p.grad is not None
 
 
+def memory(p: Tensor) -> int:
+    """Address of a parameter's memory, its id if it has none: equal where memory is shared."""
+    return p.data_ptr() or id(p)
+
+
 def is_distributed(p: Any) -> bool:
     """Return whether a tensor is a DTensor, without importing the distributed package."""
     return hasattr(p, "device_mesh")

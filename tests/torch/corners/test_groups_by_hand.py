@@ -7,6 +7,7 @@ import torch
 from models import CLASSES, LoRALinear, make_model, pairs_in, same, train, values
 
 import rlora
+import rlora.torch
 from rlora.torch import LoRARite, ScaledAdamW
 
 make = pytest.mark.parametrize(
@@ -115,3 +116,58 @@ def test_names_of_tensors_are_asked_of_the_model_that_was_given():
     model.append(LoRALinear(8, 8, 3))
     optimizer.add_param_group({"params": [p for p in model[4].parameters() if p.requires_grad]})
     assert len(optimizer.report) == 3
+
+
+def test_groups_count_their_roundings_by_themselves():
+    """A state of one group goes into two, and options are copied from another group."""
+    model = make_model(dtype=torch.bfloat16)
+    optimizer = ScaledAdamW(model, lr=1e-2)
+    train(model, optimizer, 2)
+    named = list(model.named_parameters())
+    halves = [[x for x in named if x[1].requires_grad and x[0][0] in half] for half in ("0", "23")]
+    resumed = ScaledAdamW([{"params": half} for half in halves], lr=1e-2)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(model, resumed, 1)
+    assert [int(group["rounded"]) for group in resumed.param_groups] == [3, 3]
+    layer = LoRALinear(8, 8, 3, torch.bfloat16)
+    options = {
+        k: v for k, v in resumed.param_groups[0].items() if k not in ("params", "param_names")
+    }
+    resumed.add_param_group({**options, "params": list(layer.named_parameters(prefix="9"))})
+    train(model, resumed, 1)
+    assert [int(group["rounded"]) for group in resumed.param_groups] == [4, 4, 1]
+
+
+def test_a_factor_is_not_its_own_partner():
+    A = torch.nn.Parameter(torch.randn(3, 8))
+    B = torch.nn.Parameter(A.data.mT)
+    with pytest.raises(rlora.PairingError, match="a factor of another pair"):
+        ScaledAdamW([A, B], pairs=[(A, B)])
+    with pytest.raises(rlora.PairingError, match="the two share their memory"):
+        ScaledAdamW([("q.lora_A.weight", A), ("q.lora_B.weight", B)])
+
+
+@pytest.mark.parametrize("name", ["LoRAFA", "RACLoRA"])
+def test_a_zero_factor_that_never_moves_is_told(name):
+    """PEFT's embeddings begin with A = 0."""
+    model = make_model(bias=False)
+    A, _ = pairs_in(model)[0]
+    torch.nn.init.zeros_(A)
+    optimizer = getattr(rlora.torch, name)(model, lr=1e-2)
+    with pytest.warns(RuntimeWarning, match="never moves A, and A is zero in 1 of 2 pairs"):
+        train(model, optimizer, 1)
+    train(model, optimizer, 1)  # once
+
+
+def test_a_number_of_experts_of_ones_own_changes_no_layout():
+    """Routers have one beside an ordinary adapter; shapes tell what a stack of experts is."""
+    layer = torch.nn.Module()
+    layer.num_experts = 4
+    layer.lora_A = torch.nn.Parameter(torch.randn(4, 16))
+    layer.lora_B = torch.nn.Parameter(torch.zeros(8, 4))
+    (pair,) = ScaledAdamW(layer).report
+    assert (pair.shape_a, pair.shape_b) == ((4, 16), (8, 4))
+    layer.lora_A = torch.nn.Parameter(torch.randn(4, 3, 16))
+    layer.lora_B = torch.nn.Parameter(torch.zeros(4, 8, 3))
+    (pair,) = ScaledAdamW(layer).report
+    assert (pair.shape_a, pair.shape_b) == ((4, 3, 16), (4, 8, 3))
