@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from rlora.core.checks import check_rates, checked_rate
 from rlora.core.dispatch import get_backend
-from rlora.core.errors import PairingError
+from rlora.core.errors import NamespaceError, PairingError
 from rlora.core.factors import Array, Tree, detached, flatten, leaves_of, replaced, unflatten
 from rlora.core.structure import another_state, side_by_side
 from rlora.core.transform import State, Transform, apply_updates, check_transform, one_side, stay
@@ -113,13 +113,28 @@ def move(
     Those of torch are in no graph.
     """
     lr = checked_rate(lr)
-    if getattr(lr, "shape", ()):
+    if hasattr(lr, "shape"):
+        lr = _beside(lr, leaves_of(params))
         check_rates(lr, leaves_of(params))
     if transform.order == "jacobi":
         return _move(transform, params, grads, state, lr, donate)
     params, state = _move(transform, params, one_side(grads, "A"), state, lr, donate)
     params, state = _move(transform, params, one_side(grads, "B"), state, lr, donate)
     return params, state
+
+
+def _beside(lr: Array, leaves: list[Array]) -> Array:
+    """A learning rate in the library of the factors: one of NumPy goes with all of them."""
+    own, backend = get_backend(lr), get_backend(*leaves)
+    if own is backend or not leaves:
+        return lr
+    if own.name != "numpy":
+        msg = (
+            f"lr is an array of {own.name}, the factors are arrays of {backend.name}: give "
+            f"float(lr), or an array of {backend.name}"
+        )
+        raise NamespaceError(msg)
+    return backend.xp.asarray(lr)
 
 
 def _move(

@@ -1,24 +1,21 @@
 """Contract that every method keeps on every backend."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from rlora.core.backend import Backend, dtype_name
+from rlora.core.errors import BackendError
 from rlora.core.factors import Factors, Tree, leaves_of, map_leaves, pairs_of
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.step import step
 from rlora.core.transform import Transform
-from rlora.testing.growth import adamw, growth
+from rlora.testing.growth import beside_adamw
 from rlora.testing.problems import Problem, assert_close, make_problem, run
 
 MethodFactory = Callable[[], Transform]
 """Gives a method, fresh; its `lr`, if it has one, is the learning rate to use the method with."""
-
-USUAL = 4e-3
-"""Learning rate at which growth is measured, but for a method that names its own."""
 
 GROWTH = 40.0
 """Largest entry of a factor that is allowed, over that under AdamW."""
@@ -32,8 +29,21 @@ def check_method(make: MethodFactory, backend: Backend) -> None:
     make : callable
         Gives the method, fresh.
     backend : Backend
-        From `rlora.backends.get`.
+        From `rlora.backends.get`; with float64, which JAX has with ``jax_enable_x64`` alone.
+
+    Raises
+    ------
+    AssertionError
+        When the contract is not kept.
+    BackendError
+        When the backend has no float64.
     """
+    if not backend.has_float64():
+        msg = (
+            f"the contract is checked in float64, which the backend {backend.name!r} does not "
+            f"have here; for JAX call jax.config.update('jax_enable_x64', True) first"
+        )
+        raise BackendError(msg)
     for check in CONTRACT:
         check(make, backend)
 
@@ -221,19 +231,8 @@ def check_no_growth(make: MethodFactory, backend: Backend) -> None:
 
     After 100 steps with noise its largest entry is at most `GROWTH` times that under AdamW.
     """
-    lr = getattr(make, "lr", USUAL)
-    worst = _largest_entry(make(), backend, lr) / _largest_entry_under_adamw(backend)
+    worst = beside_adamw(make(), backend, getattr(make, "lr", None))
     _require(worst <= GROWTH, f"the largest entry became {worst:.3g} times that under AdamW")
-
-
-def _largest_entry(method: Transform, backend: Backend, lr: float) -> float:
-    return growth(method, 3, 20, 8, steps=100, lr=lr, backend=backend).largest
-
-
-@cache
-def _largest_entry_under_adamw(backend: Backend) -> float:
-    """The same number for every method."""
-    return _largest_entry(adamw(), backend, USUAL)
 
 
 def check_bad_pair_stays_alone(make: MethodFactory, backend: Backend) -> None:

@@ -1,7 +1,7 @@
 """Growth of the factors where the product needs a lower rank than they have."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,3 +186,22 @@ def _squares(x: Any) -> Any:
 def adamw(b1: float = 0.7, b2: float = 0.8) -> Transform:
     """AdamW on the factors, each for itself, to compare with."""
     return chain(scale_by_adam(b1, b2), add_decayed_weights(0.01))
+
+
+USUAL = 4e-3
+"""Learning rate of `beside_adamw`, but for a method that names its own."""
+
+
+def beside_adamw(method: Transform, backend: Backend, lr: float | None = None) -> float:
+    """The largest entry after 100 noisy steps at a rank above m, over that under AdamW."""
+    return _largest_entry(method, backend, lr or USUAL) / _largest_under_adamw(backend)
+
+
+def _largest_entry(method: Transform, backend: Backend, lr: float) -> float:
+    return growth(method, 3, 20, 8, steps=100, lr=lr, backend=backend).largest
+
+
+@cache
+def _largest_under_adamw(backend: Backend) -> float:
+    """The same number for every method."""
+    return _largest_entry(adamw(), backend, USUAL)

@@ -200,3 +200,22 @@ def test_a_merge_does_not_notice_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         merged, _ = restart(weight, pair)
     assert torch.equal(plain, merged)
+
+
+@pytest.mark.parametrize("name", ["jax", "torch"])
+def test_a_rate_is_of_the_library_of_the_factors_or_of_numpy(name):
+    """An optax schedule gives arrays of JAX, also to a loop over NumPy's."""
+    pytest.importorskip(name)
+    made, params, grads = rlora.scaled_adamw(), random_pair(0), random_pair(1)
+    theirs, given = (Factors(*(get(name).asarray(x) for x in pair)) for pair in (params, grads))
+    lr = get(name).asarray(np.asarray(1e-2))
+    with pytest.raises(rlora.NamespaceError, match=f"lr is an array of {name}, .* give float"):
+        rlora.step(made, params, grads, made.init(params), lr)
+    expected, _ = rlora.step(made, theirs, given, made.init(theirs), 1e-2)
+    for rate in (lr, np.asarray(1e-2), np.float64(1e-2)):
+        moved, _ = rlora.step(made, theirs, given, made.init(theirs), rate)
+        for x, y in zip(moved, expected, strict=True):
+            # The rate of an array is rounded to float32, and multiplied in another order.
+            np.testing.assert_allclose(
+                get(name).to_numpy(x), get(name).to_numpy(y), rtol=1e-6, atol=1e-7
+            )

@@ -4,13 +4,13 @@ from functools import wraps
 
 import pytest
 
-from rlora import Factors, apply_updates, chain, methods
+from rlora import BackendError, Factors, apply_updates, chain, methods
 from rlora.backends import get
 from rlora.core.factors import map_leaves, map_pairs
 from rlora.core.moments import scale_by_adam
 from rlora.core.placement import preconditioners
 from rlora.core.transform import Transform, no_state, pass_on
-from rlora.testing import CONTRACT
+from rlora.testing import CONTRACT, check_method
 from rlora.testing.contract import check_no_growth
 
 VARIANTS = [(name, {}) for name in methods.__all__] + [
@@ -151,3 +151,19 @@ def test_a_chain_holds_still_at_a_rate_of_0():
     """It holds whatever `apply` a transformation of the chain brings."""
     check = {c.__name__: c for c in CONTRACT}["check_zero_rate_moves_nothing"]
     check(lambda: chain(splits_anew()), get("numpy"))
+
+
+def test_the_contract_asks_for_float64():
+    """JAX without x64 would round, and each correct method would seem wrong."""
+
+    class Narrow(type(get("numpy"))):
+        name = "narrow"
+
+        def __init__(self):
+            pass
+
+        def has_float64(self):
+            return False
+
+    with pytest.raises(BackendError, match=r"'narrow' .*'jax_enable_x64'"):
+        check_method(methods.scaled_sgd, Narrow())

@@ -1,11 +1,14 @@
 """Every optimizer class shows its options: to `help`, to type checkers and to editors."""
 
+import functools
 import inspect
 from pathlib import Path
 
 import pytest
 import torch
+from models import make_model, same, train, values
 
+import rlora
 import rlora.torch
 from rlora.torch import method_classes
 from rlora.torch.optimizers.method_optimizer import MethodOptimizer
@@ -51,3 +54,33 @@ def test_a_subclass_shows_its_own():
 
     assert list(inspect.signature(Mine).parameters) == ["params", "rate"]
     assert issubclass(Mine, MethodOptimizer)
+
+
+def test_a_partial_is_a_method():
+    kind = rlora.torch.optimizer_class(functools.partial(rlora.lora_rite, eps=1e-3))
+    assert kind.__name__ == "LoRARite"
+    assert inspect.signature(kind).parameters["eps"].default == 1e-3
+    model, twin = make_model(), make_model()
+    train(model, kind(model, lr=1e-2), 2)
+    train(twin, rlora.torch.LoRARite(twin, lr=1e-2, eps=1e-3), 2)
+    assert same(values(model), values(twin))
+
+
+def open_to_position(momentum=0.9):
+    return rlora.alt_lora(b1=momentum)
+
+
+def of_every_class(*, scaling=1.0):
+    return rlora.alt_lora(b1=scaling)
+
+
+@pytest.mark.parametrize(
+    ("method", "fault"),
+    [
+        (open_to_position, "'momentum' .* keyword-only"),
+        (of_every_class, "'scaling' .* every torch"),
+    ],
+)
+def test_hyperparameters_that_a_class_cannot_have_are_refused(method, fault):
+    with pytest.raises(TypeError, match=fault):
+        rlora.torch.optimizer_class(method)

@@ -106,7 +106,8 @@ def optimizer_class(method: Method, parent: type[Optimizer] | None = None) -> ty
     Raises
     ------
     TypeError
-        When `method` is no function, as what one of them gives.
+        When `method` is no function, as what one of them gives, or has hyperparameters that are not
+        keyword-only, or are called as an option that every class has.
 
     Examples
     --------
@@ -122,22 +123,46 @@ def optimizer_class(method: Method, parent: type[Optimizer] | None = None) -> ty
             f"{type(given).__name__}; do not call it before"
         )
         raise TypeError(msg)
+    _check_names(method)
     momentum = "momentum" in inspect.signature(method).parameters
     plain: Any = parent or (torch.optim.SGD if momentum else torch.optim.AdamW)
     return _class(method, plain)
+
+
+def _check_names(method: Method) -> None:
+    """TypeError for hyperparameters that a torch class could not have."""
+    taken = {"param_names", *inspect.signature(MethodOptimizer.__init__).parameters}
+    for name, p in inspect.signature(method).parameters.items():
+        if p.kind is not p.KEYWORD_ONLY:
+            if name == "inner":  # of a wrapper, which has it by default
+                continue
+            fault = "must be keyword-only, after a *"
+        elif name in taken:
+            fault = "is an option of every torch class already: give it another name"
+        else:
+            continue
+        msg = f"the hyperparameter {name!r} of {_name_of(method)} {fault}"
+        raise TypeError(msg)
+
+
+def _name_of(method: Any) -> str:
+    """The name of a function, of that under a `functools.partial`, or of a callable's class."""
+    under = getattr(method, "func", method)
+    name: str = getattr(under, "__name__", type(under).__name__)
+    return name
 
 
 @functools.cache
 def _class(method: Method, parent: Any) -> type[MethodOptimizer]:
     doc = inspect.getdoc(method) or ""
     return type(
-        class_name(method.__name__),
+        class_name(_name_of(method)),
         (MethodOptimizer, parent),
         {
             "method": staticmethod(method),
             "_options": {p.name: p.default for p in MethodOptimizer.options_of(method)},
             "__init__": _constructor(method),
-            "__doc__": f"The torch optimizer of `rlora.{method.__name__}`.\n\n{doc}",
+            "__doc__": f"The torch optimizer of `rlora.{_name_of(method)}`.\n\n{doc}",
             "__module__": "rlora.torch",
             "__reduce__": _reduce_method,
         },
