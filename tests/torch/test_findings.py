@@ -244,7 +244,7 @@ def test_lora_sb_without_its_start():
 def test_others_may_begin_from_zero():
     for name, kind in METHODS.items():
         if name != "LoRASB":
-            model = make_model(zero_B=True)
+            model = make_model(zero_B=True, bias=False)
             optimizer = kind(model)
             optimizer.watch(model)
             train(model, optimizer, 1)

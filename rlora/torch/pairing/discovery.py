@@ -171,7 +171,7 @@ def match(
         known_a, known_b = owners.get(memory(a)), owners.get(memory(b))
         if why := misfit(a, b):
             refused |= {pair.a: why, pair.b: why}
-        elif memory(a) == memory(b):
+        elif _same_memory(a, b):
             why = "the two share their memory: a factor cannot be its own partner"
             refused |= {pair.a: why, pair.b: why}
         elif known_a is None and known_b is None:
@@ -210,6 +210,10 @@ def ties_hold(pairs: Iterable[TensorPair]) -> bool:
     return all(len(side) == 1 for side in sides) and len(set().union(*sides)) == len(sides)
 
 
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.numel() == b.numel() and memory(a) == memory(b)
+
+
 Owner: TypeAlias = tuple[Pair, int] | None
 """The pair that has a memory already, and the side on which."""
 
@@ -242,7 +246,7 @@ def check_explicit(
         if missing := [letter for letter, p in (("A", a), ("B", b)) if id(p) not in known]:
             msg = f"{' and '.join(missing)} of {where} is not among the optimizer's parameters"
             raise PairingError(msg)
-        if used & {id(a), id(b)} or memory(a) == memory(b):
+        if used & {id(a), id(b)} or _same_memory(a, b):
             msg = f"{where} has a factor of another pair; a tied factor has no single partner"
             raise PairingError(msg)
         used |= {id(a), id(b)}
