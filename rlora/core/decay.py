@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 from rlora.core.backend import dtype_name
-from rlora.core.checks import check_nonnegative, hyperparameters, is_zero
+from rlora.core.checks import check_choice, check_nonnegative, hyperparameters, is_zero
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Tree, map_moving
 from rlora.core.transform import State, Transform, no_state, pass_on
+
+Decay = Literal["before", "after"]
 
 Split = Callable[[Array | float], tuple[Array | float, Array | float]]
 """From what one step keeps, ``1 - lr λ``, to what a factor keeps and what multiplies its update."""
@@ -69,6 +71,12 @@ def decay_product_around(weight_decay: float) -> Transform:
     ``params <- sqrt(1 - lr λ) params - lr direction / sqrt(1 - lr λ)``.
     """
     return _decay(weight_decay, lambda keep: (keep**0.5, keep**-0.5))
+
+
+def decayed_weights(decay: Decay, weight_decay: float) -> Transform:
+    """`add_decayed_weights`, or with "after" `decay_weights_after`."""
+    check_choice("decay", decay, Decay)
+    return (add_decayed_weights if decay == "before" else decay_weights_after)(weight_decay)
 
 
 def remaining(lr: Any, weight_decay: float, dtype: Any) -> Array | float:

@@ -20,7 +20,7 @@ from rlora.core.linalg import (
     tangent,
 )
 from rlora.core.moments import corrected_decay, counts, momentum, over, per_pair
-from rlora.core.rank_group import RankGroup, Stack, by_rank
+from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.sizes import into_range
 from rlora.core.transform import State, Transform, chain
 
@@ -64,7 +64,7 @@ def scale_by_adapre(
         xp = group.xp
         g = [over(G_k, s) for G_k, s in zip(G, state.scaling, strict=True)]
         g, number = _in_range(group, g)
-        P = _inverses(group, group.partner_gram(group.params), damping, damping_mode)
+        P = inverse_metric(group, group.partner_gram(group.params), damping, damping_mode)
 
         def average(old: Array, new: Array, count: Array) -> Array:
             decay = corrected_decay(xp, b2, count)[..., None]
@@ -149,10 +149,6 @@ def _root_weight(xp: Any, norms: Array, eps: float) -> Array:
     return xp.where(zero, xp.ones_like(weight), weight * most**0.5)
 
 
-def _inverses(group: RankGroup, S: Stack, damping: float, damping_mode: DampingMode) -> Stack:
-    return inverse_metric(group, S, damping, damping_mode)
-
-
 def weighted_tangent(
     group: RankGroup,
     g: Sequence[Factors],
@@ -186,7 +182,7 @@ def weighted_tangent(
         for x, w in zip(g, weights, strict=True)
     ]
     S = symmetric(group.partner_cross(weighted, group.params))
-    P = _inverses(group, S, damping, damping_mode)
+    P = inverse_metric(group, S, damping, damping_mode)
     # From the left: the rounding of a product that already has one inverse in it would otherwise be
     # multiplied by the other one, and where both factors have lost rank both are huge.
     C = matmul(matmul(P, group.cross(g, group.params)), group.swap_sides(P))  # S'⁻¹ g Fᵀ S⁻¹

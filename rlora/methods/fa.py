@@ -4,18 +4,16 @@ L. Zhang, L. Zhang, S. Shi, X. Chu, B. Li. LoRA-FA: Memory-efficient Low-rank Ad
 Language Models Fine-tuning. arXiv:2308.03303, 2023.
 """
 
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from rlora.core.checks import FREEZE, check_choice, hyperparameters, keeps
-from rlora.core.decay import add_decayed_weights, decay_weights_after
+from rlora.core.checks import FREEZE, hyperparameters, keeps
+from rlora.core.decay import Decay, decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
 from rlora.core.linalg import DampingMode, check_damping, frozen_powers
 from rlora.core.moments import EpsForm, only, over, per_pair, scale_by_adam
 from rlora.core.placement import precondition
 from rlora.core.transform import State, Transform, chain
-
-Decay = Literal["before", "after"]
 
 PEFT: Final[dict[str, Any]] = {
     "eps": 1e-6,
@@ -133,10 +131,8 @@ def lora_fa(
     >>> from rlora.methods.fa import PEFT
     >>> same_as_peft = rlora.lora_fa(**PEFT)
     """
-    check_choice("decay", decay, Decay)
-    decayed = add_decayed_weights if decay == "before" else decay_weights_after
     return chain(
         scale_by_frozen_gram(damping, damping_mode, compute_dtype),
         only("B", scale_by_adam(b1, b2, eps, eps_form=eps_form)),
-        decayed(weight_decay),
+        decayed_weights(decay, weight_decay),
     )

@@ -4,11 +4,10 @@ F. Zhang, M. Pilanci. Riemannian Preconditioned LoRA for Fine-Tuning Foundation 
 arXiv:2402.02347, 2024.
 """
 
-from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from rlora.core.checks import check_choice, hyperparameters, is_zero
-from rlora.core.decay import add_decayed_weights, decay_weights_after
+from rlora.core.decay import Decay, add_decayed_weights, decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
 from rlora.core.factors import Factors, Tree, leaves_of, pairs_of, rebuild
@@ -16,8 +15,6 @@ from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.moments import EpsForm, momentum as add_momentum, scale_by_adam
 from rlora.core.placement import Placement, precondition, preconditioners
 from rlora.core.transform import Order, State, Transform, chain, no_state, pass_on
-
-Decay = Literal["before", "after"]
 
 PEFT: Final[dict[str, Any]] = {
     "b1": 0.9,
@@ -284,7 +281,6 @@ def scaled_adamw(
     >>> from rlora.methods.scaled import PEFT
     >>> same_as_peft = rlora.scaled_adamw(**PEFT)
     """
-    check_choice("decay", decay, Decay)
     adam = scale_by_adam(b1, b2, eps, eps_form=eps_form, bias_correction=bias_correction)
     gram = scale_by_gram(
         adam,
@@ -294,7 +290,4 @@ def scaled_adamw(
         order=order,
         compute_dtype=compute_dtype,
     )
-    decayed: Callable[[float], Transform] = (
-        add_decayed_weights if decay == "before" else decay_weights_after
-    )
-    return chain(gram, decayed(weight_decay))
+    return chain(gram, decayed_weights(decay, weight_decay))
