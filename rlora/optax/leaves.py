@@ -1,6 +1,6 @@
 """The leaves of a tree: their names, which of them are pairs, and what the others are."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Number
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,6 +12,7 @@ from rlora.core.errors import NamespaceError, PairingError, ShapeError
 from rlora.core.factors import Array, Factors
 from rlora.core.layout import View
 from rlora.pairing import Pair, Source, find_pairs, nothing_paired
+from rlora.pairing.report import first_of
 
 Hold: TypeAlias = Collection[str] | Callable[[str], bool]
 """Names of the leaves that stay, or what tells of a name whether its leaf does."""
@@ -83,7 +84,7 @@ def sort_leaves(tree: Any, pairs: Source | None, hold: Hold, all_paired: bool) -
     leaves = {n: _as_array(n, x) for n, x in named_leaves(tree).items() if not is_absent(x)}
     still = set(filter(hold, leaves) if callable(hold) else hold)
     if unknown := still - leaves.keys():
-        msg = f"hold={min(unknown)!r} is not among the parameters: {_some(leaves)}"
+        msg = f"hold={min(unknown)!r} is not among the parameters: {first_of(leaves)}"
         raise PairingError(msg)
     report = find_pairs(leaves, pairs=pairs)
     for name, why in report.refused.items():
@@ -110,8 +111,8 @@ def sort_leaves(tree: Any, pairs: Source | None, hold: Hold, all_paired: bool) -
     alone = [name for name in leaves if name not in paired | still]
     if alone and all_paired:
         msg = (
-            f"{len(alone)} leaves are in no pair: {_some(alone)}; pass rest=optax.adamw(...) for "
-            f"them, or take them out with optax.masked"
+            f"{len(alone)} leaves are in no pair: {first_of(alone)}; pass "
+            f"rest=optax.adamw(...) for them, or take them out with optax.masked"
         )
         raise PairingError(msg)
     return Leaves(leaves, report.pairs, alone, still)
@@ -124,7 +125,7 @@ def gradients(updates: Any, leaves: Leaves) -> dict[str, Array]:
     absent = tuple(f"{name}." for name, x in named.items() if is_absent(x))  # or whole subtrees
     if lacking := [n for n in leaves.all if n not in named and not f"{n}.".startswith(absent)]:
         msg = (
-            f"the gradients lack {_some(lacking)}: pass one tree, with None or optax.MaskedNode "
+            f"the gradients lack {first_of(lacking)}: pass one tree, with None or optax.MaskedNode "
             f"for what has no gradient"
         )
         raise PairingError(msg)
@@ -152,8 +153,8 @@ def check_state(state: Any, expected: Any) -> None:
     if structures[0] != structures[1] or shapes != wanted:
         msg = (
             "the state is not of this transformation and these parameters: its arrays have the "
-            f"shapes {_some(map(str, shapes))}, but {_some(map(str, wanted))} are expected; make "
-            f"it with init(params)"
+            f"shapes {first_of(map(str, shapes))}, but {first_of(map(str, wanted))} are expected; "
+            f"make it with init(params)"
         )
         raise ShapeError(msg)
 
@@ -182,8 +183,3 @@ def _name(path: Any) -> str:
         str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
     ]
     return ".".join(words[:-1] if words[-1:] == ["value"] else words)  # of a flax Variable
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

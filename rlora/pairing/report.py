@@ -99,11 +99,11 @@ class PairReport:
         for pair in self.pairs:
             kinds.setdefault(" + ".join(map(_kind, pair.views)), []).append(pair.name)
         for kind, names in kinds.items():
-            lines.append(f"  pair {kind}: {number_of(len(names), 'time')}, {_some(names)}")
+            lines.append(f"  pair {kind}: {number_of(len(names), 'time')}, {first_of(names)}")
         if self.plain:
-            lines.append(f"  unpaired, so updated without preconditioning: {_some(self.plain)}")
+            lines.append(f"  unpaired, so updated without preconditioning: {first_of(self.plain)}")
         if self.frozen:
-            lines.append(f"  frozen, so not updated: {_some(self.frozen)}")
+            lines.append(f"  frozen, so not updated: {first_of(self.frozen)}")
         lines += [f"  refused {name}: {why}" for name, why in self.refused.items()]
         lines += [f"  tied {name}: updated with {twin}" for name, twin in self.tied.items()]
         return "\n".join(lines)
@@ -129,7 +129,7 @@ def nothing_paired(names: Iterable[str], report: PairReport) -> PairingError:
     why = "".join(f"\n  refused {name}: {w}" for name, w in list(report.refused.items())[:5])
     msg = (
         f"no LoRA pair among {number_of(len(names), 'parameter')}: "
-        f"{_some(names) or 'none given'}; known names are {', '.join(words)}; give "
+        f"{first_of(names) or 'none given'}; known names are {', '.join(words)}; give "
         f"pairs=[(name of A, name of B), ...] for others, and check that the adapter is "
         f"trainable{why}"
     )
@@ -153,12 +153,13 @@ def number_of(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _kind(views: Views) -> str:
-    (*stack, r, n), (*_, m, _) = (view.shape for view in views)
-    return f"{f'{prod(stack)} of ' if stack else ''}{m} x {n}, rank {r}"
-
-
-def _some(names: Iterable[str], limit: int = 3) -> str:
+def first_of(names: Iterable[str], limit: int = 3) -> str:
+    """The first names of many, and the number of the others: "a, b, c and 2 more"."""
     names = list(names)
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _kind(views: Views) -> str:
+    (*stack, r, n), (*_, m, _) = (view.shape for view in views)
+    return f"{f'{prod(stack)} of ' if stack else ''}{m} x {n}, rank {r}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rlora.core.checks import check_choice
 from rlora.core.errors import PairingError
 from rlora.initializers import Start
-from rlora.pairing.report import number_of
+from rlora.pairing.report import first_of, number_of
 from rlora.torch.init.gradients import Loss, capture
 from rlora.torch.init.offsets import Offset, take_offset
 from rlora.torch.init.rows import InputRows, Rows
@@ -80,7 +80,7 @@ class InitReport:
             (m, n), r = layer.shape, layer.rank
             kinds.setdefault(f"{m} x {n}, rank {r}", []).append(layer.name)
         for kind, names in kinds.items():
-            lines.append(f"  layer {kind}: {number_of(len(names), 'time')}, {_names(names)}")
+            lines.append(f"  layer {kind}: {number_of(len(names), 'time')}, {first_of(names)}")
         if self.offsets:
             lines.append(f"  base weights changed: {len(self.offsets)}; save report.offsets")
         lines += [f"  skipped {name}: {why}" for name, why in self.skipped.items()]
@@ -246,7 +246,7 @@ def _warn_of_use(layers: Iterable[LoraLayer]) -> None:
     used = [layer.name for layer in layers if bool(torch.any(layer.B != 0))]
     if used:
         msg = (
-            f"{_names(used)}: B was not zero, and the adapter that was there is replaced; if it "
+            f"{first_of(used)}: B was not zero, and the adapter that was there is replaced; if it "
             f"had been started by an offset of the base weight, that offset is still taken: load "
             f"the original base model first"
         )
@@ -275,8 +275,3 @@ def _write(
             offsets[layer.name] = take_offset(weights[layer.name], offset, layer.scaling)
         started.append(StartedLayer(layer.name, layer.shape, layer.rank, layer.scaling, norm))
     return InitReport(method, tuple(started), skipped, offsets)
-
-
-def _names(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
