@@ -47,6 +47,10 @@ def _backend_for(x: Array) -> Backend:
             f"NumPy, CuPy, PyTorch and JAX arrays work, and any with __array_namespace__"
         )
         raise NamespaceError(msg) from error
+    kind = type(x)
+    if kind.__module__.startswith("numpy") and kind.__name__ in ("MaskedArray", "matrix"):
+        msg = f"a {kind.__name__} of NumPy multiplies otherwise than an array: give np.asarray(x)"
+        raise NamespaceError(msg)
     backend = _by_type[type(x)] = backend_for_namespace(xp).for_type(type(x))
     return backend
 

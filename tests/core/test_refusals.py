@@ -275,3 +275,11 @@ def test_a_list_of_gradients_for_a_dict_of_parameters():
     method = rlora.scaled_sgd()
     with pytest.raises(PairingError, match=r"one structure, got dict.* and list"):
         rlora.step(method, params, [params["q"]], method.init(params), 0.1)
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+@pytest.mark.parametrize("kind", [np.ma.masked_array, np.matrix])
+def test_kinds_of_numpy_arrays_that_multiply_otherwise(kind):
+    pair = Factors(*map(kind, make_pair()))
+    with pytest.raises(rlora.NamespaceError, match=r"give np\.asarray"):
+        rlora.scaled_sgd().init(pair)

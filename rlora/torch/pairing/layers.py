@@ -97,7 +97,7 @@ def find_layers(
     """The adapted linear layers of a model, and of its other adapted modules why they are none."""
     check_whole(model.named_parameters())
     if any(map(is_distributed, model.parameters())):
-        msg = "the model is sharded already; initialize it before fully_shard"
+        msg = "the model is sharded already: call initialize and suggest_lr before fully_shard"
         raise ShardingError(msg)
     held = {name: pairs for name, module in model.named_modules() if (pairs := _held(module))}
     owners: dict[int, list[str]] = {}
