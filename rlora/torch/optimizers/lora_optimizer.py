@@ -24,7 +24,6 @@ from rlora.torch.optimizers.state_dict import LoadsState
 from rlora.torch.pairing.discovery import (
     Pairs,
     check_explicit,
-    in_order,
     no_pair,
     pairs_in_groups,
     split_source,
@@ -39,7 +38,9 @@ from rlora.torch.pairing.param_groups import (
     as_list,
     check_numbers,
     check_pairs,
+    in_order,
     names_of,
+    pairs_of_group,
     plain_numbers,
     refuse_text,
     split_names,
@@ -155,17 +156,16 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its factors are paired by name, unless the optimizer was built with pairs.
 
-        Or by a key ``pairs`` of the group. Models it was given are asked for layouts and s anew.
+        Or by its key ``pairs``, by hand or by order. Models are asked for layouts and s anew.
 
         Parameters
         ----------
         param_group : dict
             As torch takes it; ``params`` may be named, whether those of other groups are or not.
-            The parent steps those without names, unless they are in ``pairs`` or in a model that
-            was given.
+            The parent steps those that have no names, here or in a model, and are in no ``pairs``.
         """
         group = plain_numbers(dict(param_group))
-        explicit = list(group.pop("pairs", ()))
+        explicit = pairs_of_group(group)
         group.pop("rounded", None)  # counts of the group that the options are copied of
         if not hasattr(self, "_pairs"):  # the parent's constructor is at work
             self._by_hand += explicit

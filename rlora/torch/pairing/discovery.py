@@ -18,7 +18,6 @@ from rlora.pairing import (
     find_pairs as find_named_pairs,
     is_factor,
     nothing_paired,
-    pairs_by_order,
 )
 from rlora.pairing.find import check_source
 from rlora.pairing.report import number_of
@@ -32,15 +31,6 @@ ByHand: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Layout]
 
 Pairs: TypeAlias = Iterable[ByHand] | Source | Literal["by_order"] | None
 """Pairs by hand, or where names of pairs come from; by default from the known conventions."""
-
-
-def in_order(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, Tensor]]:
-    """The pairs among the trainable tensors of groups, across them, by order and shapes."""
-    given = [p for group in groups for p in group["params"]]
-    tensors = [p[1] if isinstance(p, tuple) else p for p in given]
-    tensors = [p for p in tensors if p.requires_grad]  # model.parameters() has the base too
-    places = pairs_by_order([tuple(p.shape) for p in tensors])
-    return [(tensors[a], tensors[b]) for a, b in places]
 
 
 def find_pairs(

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from rlora.core.checks import check_nonnegative, check_real, plain_number
 from rlora.core.errors import NamespaceError, PairingError, ShardingError
-from rlora.pairing import Known, Source, find_pairs as find_named_pairs, is_factor
+from rlora.pairing import (
+    Known,
+    Source,
+    find_pairs as find_named_pairs,
+    is_factor,
+    pairs_by_order,
+)
+from rlora.pairing.order import BY_ORDER
 from rlora.pairing.report import number_of
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
 
@@ -52,6 +59,21 @@ def as_groups(
             if not group["params"]:
                 group["param_names"] = []
     return groups
+
+
+def in_order(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, Tensor]]:
+    """The pairs among the trainable tensors of groups, across them, by order and shapes."""
+    given = [p for group in groups for p in group["params"]]
+    tensors = [p[1] if isinstance(p, tuple) else p for p in given]
+    tensors = [p for p in tensors if p.requires_grad]  # model.parameters() has the base too
+    places = pairs_by_order([tuple(p.shape) for p in tensors])
+    return [(tensors[a], tensors[b]) for a, b in places]
+
+
+def pairs_of_group(group: dict[str, Any]) -> list[Any]:
+    """The pairs that a group gives by hand, or by the order of its tensors; taken out of it."""
+    pairs = group.pop("pairs", ())
+    return in_order([{"params": as_list(group["params"])}]) if pairs == BY_ORDER else list(pairs)
 
 
 def plain_numbers(options: dict[str, Any]) -> dict[str, Any]:

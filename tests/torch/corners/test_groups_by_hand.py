@@ -171,3 +171,13 @@ def test_a_number_of_experts_of_ones_own_changes_no_layout():
     layer.lora_B = torch.nn.Parameter(torch.zeros(4, 8, 3))
     (pair,) = ScaledAdamW(layer).report
     assert (pair.shape_a, pair.shape_b) == ((4, 3, 16), (4, 8, 3))
+
+
+def test_a_group_may_say_its_pairs_by_order():
+    """As the constructor may: no names are there for trainers that hand over tensors."""
+    first, second = ([p for pair in pairs_in(make_model(bias=False)) for p in pair] for _ in "ab")
+    optimizer = ScaledAdamW(first, lr=1e-2, pairs="by_order")
+    optimizer.add_param_group({"params": second, "pairs": "by_order"})
+    assert len(optimizer.report) == 4
+    assert not optimizer.report.plain
+    assert len(ScaledAdamW([{"params": first, "pairs": "by_order"}], lr=1e-2).report) == 2
