@@ -70,6 +70,11 @@ def test_weights_of_modules_lie_one_way():
     assert (pair.shape_a, pair.shape_b, pair.rank) == ((8, 4), (4, 8), 8)
 
 
+def test_a_high_rank_is_no_reason_to_turn_factors():
+    """Merged blocks of query and value, without the module that tells them."""
+    assert not find_pairs({"q.lora_A": np.zeros((8, 16)), "q.lora_B": np.zeros((16, 4))}).pairs
+
+
 @pytest.mark.parametrize("suffix", ["", ".weight"])
 def test_convolutions_that_are_no_product_are_refused(suffix):
     """1 x 1 down and 3 x 3 up: read with their roles turned they would be two groups."""

@@ -76,6 +76,11 @@ def default_rate(lr: float) -> Callable[[Maker], Maker]:
     return mark
 
 
+def mark_of(method: Any, name: Literal["kept", "lr"]) -> Any:
+    """Return what `keeps` or `default_rate` says of a method, also under a `functools.partial`."""
+    return getattr(getattr(method, "func", method), name, None)
+
+
 def is_traced(value: Any) -> bool:
     """Return whether a number is a JAX array: it may differ at each step, and has no value in jit.
 

@@ -178,7 +178,8 @@ class Transform(NamedTuple):
         factors.
     together : bool, optional
         True for a method in which the step of a pair depends on other pairs, as a norm over all of
-        them does. The torch classes step the others in portions that fit into a processor's cache.
+        them does. The torch classes step the others in portions; such a method has all pairs of one
+        group and device at once, the sharded ones apart.
     """
 
     init: InitFn

@@ -51,7 +51,7 @@ class RLoraFactory:
         kind, chosen = optimizer_named(optimizer), from_mapping(options)
         if args is not None:
             chosen = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **chosen}
-        if "lr" not in chosen:
+        if "lr" not in chosen and not getattr(kind, "finds_rate", False):
             msg = (
                 "no learning rate: this trainer does not hand over its arguments, so that its "
                 "learning_rate and weight_decay would be ignored; give lr and weight_decay among "

@@ -69,9 +69,9 @@ class OptimizerCallback(TrainerCallback):
                 f"bfloat16 or float32"
             )
             raise TypeError(msg)
-        new: Any = self._make(
-            parts["model"], **self._options
-        )  # the model tells more than its names
+        rate = old.param_groups[0]["lr"]
+        # The model tells more than its names.
+        new: Any = self._make(parts["model"], lr=rate, **self._options)
         (mine,) = new.param_groups
         new.param_groups = [
             {

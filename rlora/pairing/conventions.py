@@ -82,6 +82,8 @@ class Convention:
         matrices = len(shape_a) == len(shape_b) == 2
         layouts = [layout for layout in self.layouts if not (matrices and layout is GROUPED)]
         fits = [views for layout in layouts if (views := _try(layout, shape_a, shape_b))]
+        if self.layouts is OWN and fits == [_try(TURNED, shape_a, shape_b)]:
+            fits = list(filter(is_low_rank, fits))  # a high rank is no reason to turn factors
         return next((v for v in fits if is_low_rank(v)), fits[0] if fits else None)
 
 

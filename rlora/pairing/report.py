@@ -125,7 +125,8 @@ def nothing_paired(names: Iterable[str], report: PairReport) -> PairingError:
         To be raised by the caller.
     """
     names = list(names)
-    words = (f"{c.a}/{c.b}".replace("\\", "") for c in registered() if "(" not in c.a)
+    plain = (f"{c.a}/{c.b}".replace("\\", "").replace("$", "") for c in registered())
+    words = dict.fromkeys(word for word in plain if "(" not in word)
     why = "".join(f"\n  refused {name}: {w}" for name, w in list(report.refused.items())[:5])
     msg = (
         f"no LoRA pair among {number_of(len(names), 'parameter')}: "

@@ -301,6 +301,7 @@ def test_a_factory_asks_for_the_rate_that_no_trainer_gives():
     """Transformers' Trainer calls its factory with the model and the options alone."""
     with pytest.raises(ValueError, match="its learning_rate and weight_decay would be ignored"):
         RLoraFactory()(adapted(), optimizer="LoRARite", weight_decay=0.1)
+    assert RLoraFactory()(adapted(), optimizer="ScaledProdigy").param_groups[0]["lr"] == 1.0
 
 
 def test_an_unknown_name_says_which_there_are():

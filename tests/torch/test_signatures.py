@@ -84,3 +84,19 @@ def of_every_class(*, scaling=1.0):
 def test_hyperparameters_that_a_class_cannot_have_are_refused(method, fault):
     with pytest.raises(TypeError, match=fault):
         rlora.torch.optimizer_class(method)
+
+
+def open_to_more(*, weight_decay=0.0, **others):
+    return rlora.alt_lora(weight_decay=weight_decay, **others)
+
+
+def test_what_a_method_takes_beside_its_hyperparameters(tmp_path):
+    """More keywords; the inner method of a partial, which is in no saved group; its marks."""
+    model = make_model(bias=False)
+    train(model, rlora.torch.optimizer_class(open_to_more)(model, lr=1e-2), 1)
+    wrapped = functools.partial(rlora.stable_lora, inner=rlora.scaled_adamw())
+    optimizer = rlora.torch.optimizer_class(wrapped)(model, lr=1e-2)
+    train(model, optimizer, 1)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    found = rlora.torch.optimizer_class(functools.partial(rlora.scaled_prodigy, d0=1e-5))
+    assert found(model).param_groups[0]["lr"] == 1.0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlora.core.checks import mark_of
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
 
 
@@ -75,7 +76,7 @@ def check_start(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
 
     The one time that a step asks a device for values, and of such methods alone.
     """
-    kept = getattr(getattr(type(optimizer), "method", None), "kept", None)
+    kept = mark_of(getattr(type(optimizer), "method", None), "kept")
     if kept is None or torch.compiler.is_compiling() or "start" in optimizer._told:
         return
     optimizer._told |= {"start"}
@@ -95,7 +96,8 @@ def check_start(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
     values = torch.stack([x.to(largest[0].device, torch.float32) for x in largest]).tolist()
     still = [k for k, x in zip(fresh, values, strict=True) if x == 0]
     if still:
-        letter = "AB"[stay[still[0]]]
+        if (other := "AB"[stay[still[0]]]) != letter:
+            letter, advice = other, "draw it at random before"
         msg = (
             f"{type(optimizer).__name__} never moves {letter}, and {letter} is zero in "
             f"{len(still)} of {len(pairs)} pairs, the first "

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from rlora.core.checks import mark_of
 from rlora.torch.optimizers.method_optimizer import Method, MethodOptimizer
 from rlora.torch.optimizers.preconditioned import GramPreconditioned
 from rlora.torch.step.standins import over_wide
@@ -131,13 +132,15 @@ def optimizer_class(method: Method, parent: type[Optimizer] | None = None) -> ty
 
 def _check_names(method: Method) -> None:
     """TypeError for hyperparameters that a torch class could not have."""
-    taken = {"param_names", *inspect.signature(MethodOptimizer.__init__).parameters}
+    taken = {"betas", "param_names", *inspect.signature(MethodOptimizer.__init__).parameters}
     for name, p in inspect.signature(method).parameters.items():
+        if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) or (
+            name == "inner" and p.default is not p.empty  # of a wrapper
+        ):
+            continue
         if p.kind is not p.KEYWORD_ONLY:
-            if name == "inner":  # of a wrapper, which has it by default
-                continue
             fault = "must be keyword-only, after a *"
-        elif name in taken:
+        elif name in taken - {"options"}:
             fault = "is an option of every torch class already: give it another name"
         else:
             continue
@@ -160,6 +163,7 @@ def _class(method: Method, parent: Any) -> type[MethodOptimizer]:
         (MethodOptimizer, parent),
         {
             "method": staticmethod(method),
+            "finds_rate": mark_of(method, "lr") is not None,
             "_options": {p.name: p.default for p in MethodOptimizer.options_of(method)},
             "__init__": _constructor(method),
             "__doc__": f"The torch optimizer of `rlora.{_name_of(method)}`.\n\n{doc}",
@@ -173,7 +177,8 @@ def _constructor(method: Method) -> Any:
     """`MethodOptimizer`'s constructor with the options of a method in its signature."""
     *own, _ = inspect.signature(MethodOptimizer.__init__).parameters.values()  # but **options
     usual = next(p.default for p in own if p.name == "lr")
-    rate = getattr(method, "lr", usual)
+    found = mark_of(method, "lr")
+    rate = usual if found is None else found
     own = [p.replace(default=rate) if p.name == "lr" else p for p in own]
 
     @functools.wraps(MethodOptimizer.__init__)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlora import methods
-from rlora.core.checks import check_betas, check_scaling
+from rlora.core.checks import check_betas, check_scaling, mark_of
 from rlora.core.factors import Factors
 from rlora.core.state import flatten_state
 from rlora.core.transform import Transform, check_transform
@@ -54,6 +54,9 @@ class MethodOptimizer(LoRAOptimizer):
     _options: dict[str, Any]
     """The method's hyperparameters with their defaults; not asked of it in a compiled step."""
 
+    finds_rate: bool = False
+    """True where ``lr`` is a number that the rates are multiplied by, which the method finds."""
+
     _extra = (*LoRAOptimizer._extra, "_scalings")
     _scalings: list[float | None]
     """The `scaling` of each group that the state follows."""
@@ -92,6 +95,7 @@ class MethodOptimizer(LoRAOptimizer):
             **plain,
         )
         self._scalings = _check_scalings(self.param_groups)
+        self._check_rates_of_rest()
         without = options.get("adam") is False  # a method with Adam on request: betas do nothing
         for name in MOMENTUM if without else MOMENTUM - known.keys():
             self.defaults.pop(name, None)
@@ -107,7 +111,8 @@ class MethodOptimizer(LoRAOptimizer):
     def options_of(method: Method) -> tuple[inspect.Parameter, ...]:
         """The hyperparameters of a method, as torch calls them."""
         parameters = inspect.signature(method).parameters.values()
-        options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+        # A partial that binds `inner` shows it among the keywords; it is no number of a group.
+        options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "inner"}
         if not {"b1", "b2"} <= options.keys():
             return tuple(options.values())
         b1, b2 = options.pop("b1"), options.pop("b2")
@@ -139,20 +144,20 @@ class MethodOptimizer(LoRAOptimizer):
     def _pair_up(self, scalings: Mapping[int, float | None]) -> None:
         super()._pair_up(scalings)
         self._pairs, self.report = without_middles(self._pairs, self.report)
-        self._check_rates_of_rest()
 
     def _check_rates_of_rest(self) -> None:
         """Refuse the rate of a method that finds its own for parameters that the parent steps."""
-        rate = getattr(type(self).method, "lr", None)
+        rate = mark_of(type(self).method, "lr")
+        if rate is None or torch.compiler.is_compiling():
+            return
         paired = {id(p) for pair in self._pairs for p in pair.moved}
-        for group in self.param_groups if rate is not None else ():
+        for group in self.param_groups:
             rest = [p for p in group["params"] if p.requires_grad and id(p) not in paired]
-            if rest and group["lr"] == rate:
-                name, parent = type(self).__name__, type(self).__bases__[1].__name__
+            if rest and not isinstance(group["lr"], Tensor) and group["lr"] == rate:
                 msg = (
-                    f"{number_of(len(rest), 'unpaired parameter')} would be stepped by {parent} "
-                    f"with lr={rate}: {name} finds rates for pairs alone; put what is in no pair "
-                    "into a group with an lr of its own"
+                    f"{number_of(len(rest), 'unpaired parameter')} would be stepped with "
+                    f"lr={rate}: {type(self).__name__} finds rates for pairs alone; put what is in "
+                    f"no pair into a group with an lr of its own"
                 )
                 raise ValueError(msg)
 
@@ -166,7 +171,8 @@ class MethodOptimizer(LoRAOptimizer):
         return super().step(closure)
 
     def _turns(self, pairs: list[TensorPair]) -> list[Turn]:
-        # Here, as everything that may refuse the step has been checked.
+        self._check_rates_of_rest()
+        # Here, as everything else that may refuse the step has been checked.
         if [group["scaling"] for group in self.param_groups] != self._scalings:
             self._follow_scalings(pairs)
         return [(steps_of_method(self, pairs), {})]

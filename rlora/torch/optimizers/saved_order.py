@@ -168,13 +168,10 @@ def _options(groups: Groups, theirs: Groups, found: Sequence[Any]) -> list[Mappi
             for key, value in first.items()
             if all(key in other and _same(value, other[key]) for other in others)
         }
-        options.append({**mine, **{key: _own(value) for key, value in agreed.items()}})
+        if isinstance(count := agreed.get("rounded"), Tensor):  # each group counts in its own
+            agreed["rounded"] = count.clone()
+        options.append({**mine, **agreed})
     return options
-
-
-def _own(value: Any) -> Any:
-    """An option of one group alone: steps count in tensors, and schedules write to them."""
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _same(a: Any, b: Any) -> bool:

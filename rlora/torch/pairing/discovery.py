@@ -100,10 +100,13 @@ def pairs_in_groups(
     """The pairs given by hand, and if asked for those of groups whose parameters have names."""
     members = [member for group in groups for member in group]
     pairs, report = check_explicit(by_hand, [p for _, p in members])
-    named = [[(name, p) for name, p in group if name is not None] for group in groups]
+    taken = {id(p) for pair in pairs for p in pair.moved}
+    named = [
+        [(name, p) for name, p in group if name is not None and id(p) not in taken]
+        for group in groups
+    ]
     if by_name and any(named):
         found, theirs = match(told_apart(named, known, source), known, adapter, source)
-        taken = {id(p) for pair in pairs for p in pair.moved}
         nameless = [
             f"parameter {i}"
             for i, (name, p) in enumerate(members)

@@ -56,7 +56,7 @@ class Followed(NamedTuple):
                 shapes = f"{tuple(pair.A.shape)} and {tuple(pair.B.shape)}"
                 msg = (
                     f"one of the factors {shapes} of a pair has been taken out of the parameter "
-                    "groups: take out both, or freeze one by requires_grad_(False)"
+                    "groups: take out both, or freeze one by requires_grad_(False), without a .grad"
                 )
                 raise PairingError(msg)
 
@@ -92,13 +92,17 @@ def followed(
 
 
 def with_partners(
-    groups: Iterable[dict[str, Any]], pairs: Iterable[TensorPair], before: Iterable[Tensor]
+    groups: Iterable[dict[str, Any]], pairs: Iterable[TensorPair], before: Sequence[Tensor]
 ) -> list[Tensor]:
     """The parameters of groups; those at the last step, `before`, say their order.
 
     Frozen factors that somebody has taken out are put back into the groups of their partners,
-    which their Grams precondition: libraries, and people, keep what is trainable.
+    which their Grams precondition: libraries, and people, keep what is trainable. Where there are
+    as many as before, others may stand in their places.
     """
+    now = [p for group in groups for p in group["params"]]
+    if len(now) >= len(before):
+        return now
     place = {id(p): i for i, p in enumerate(before)}
     home = {id(p): group for group in groups for p in group["params"]}
     for pair in pairs:

@@ -73,7 +73,10 @@ def in_order(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, Tensor]]:
 def pairs_of_group(group: dict[str, Any]) -> list[Any]:
     """The pairs that a group gives by hand, or by the order of its tensors; taken out of it."""
     pairs = group.pop("pairs", ())
-    return in_order([{"params": as_list(group["params"])}]) if pairs == BY_ORDER else list(pairs)
+    if pairs != BY_ORDER:
+        return list(pairs)
+    group["params"] = as_list(group["params"])  # it may be gone through once
+    return in_order([group])
 
 
 def plain_numbers(options: dict[str, Any]) -> dict[str, Any]:

@@ -111,16 +111,23 @@ def check_kind(what: str, value: Any, p: Tensor) -> None:
     """
     if not isinstance(value, Tensor):
         return
-    kinds = type(value).__name__, type(p).__name__
+    kinds = f"a {type(value).__name__}", f"a {type(p).__name__}"
     if is_distributed(value) == is_distributed(p):
-        if not is_distributed(p) or mesh_of(value) == mesh_of(p):
+        if not is_distributed(p) or _on_one_mesh(value, p):
             return
         kinds = f"on {mesh_of(value)}", f"on {mesh_of(p)}"
     msg = (
-        f"saved {what} is a {kinds[0]}, the parameter a {kinds[1]}; load with "
+        f"saved {what} is {kinds[0]}, the parameter {kinds[1]}; load with "
         f"torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
     )
     raise ShardingError(msg)
+
+
+def _on_one_mesh(x: Tensor, p: Tensor) -> bool:
+    """Return whether two DTensors are on the same processes, whatever their dimensions' names."""
+    mine, theirs = mesh_of(x), mesh_of(p)
+    same = mine.device_type == theirs.device_type and mine.shape == theirs.shape
+    return bool(same and (mine.mesh == theirs.mesh).all())
 
 
 def _check_layout(pair: TensorPair) -> None:

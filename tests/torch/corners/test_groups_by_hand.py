@@ -63,6 +63,26 @@ def test_a_trainable_factor_does_not_leave_alone(make, side):
     assert same(before, values(model))
 
 
+def test_a_frozen_factor_may_be_swapped_in_its_place():
+    model, twin = frozen("A"), frozen("A")
+    optimizer, other = ScaledAdamW(model, lr=1e-2), ScaledAdamW(twin, lr=1e-2)
+    train(model, optimizer, 1)
+    train(twin, other, 1)
+    with torch.no_grad():
+        for A, _ in pairs_in(twin):
+            A.mul_(-2.0)
+    swapped = {}
+    for layer in (layer for layer in model if isinstance(layer, LoRALinear)):
+        holder = layer.lora_A["default"]
+        new = torch.nn.Parameter(-2.0 * holder.weight.detach(), requires_grad=False)
+        swapped[id(holder.weight)] = holder.weight = new
+    group = optimizer.param_groups[0]
+    group["params"] = [swapped.get(id(p), p) for p in group["params"]]
+    train(model, optimizer, 2, start=1)
+    train(twin, other, 2, start=1)
+    assert same(values(model), values(twin))
+
+
 class Wrapper:
     """As Fabric's and Lightning's: a class of its own over a copy of the attributes."""
 
@@ -181,3 +201,8 @@ def test_a_group_may_say_its_pairs_by_order():
     assert len(optimizer.report) == 4
     assert not optimizer.report.plain
     assert len(ScaledAdamW([{"params": first, "pairs": "by_order"}], lr=1e-2).report) == 2
+    third = make_model(bias=False, seed=1)
+    named = ((n, p) for n, p in third.named_parameters() if p.requires_grad)
+    optimizer = ScaledAdamW(make_model(bias=False), lr=1e-2)
+    optimizer.add_param_group({"params": named, "pairs": "by_order"})
+    assert len(optimizer.report) == 4  # by order, and not once more by name

@@ -49,19 +49,27 @@ def test_a_chain_is_together_as_soon_as_one_of_its_transformations_is():
     assert not rlora.lora_rite().together
 
 
-@pytest.mark.parametrize("later", [False, True])
-def test_a_rate_that_is_found_for_pairs_is_none_for_a_head(later):
+def test_a_rate_that_is_found_for_pairs_is_none_for_a_head():
     """At 1, where `ScaledProdigy` belongs, AdamW would throw a head about."""
     model = make_model()
     head = [p for name, p in model.named_parameters() if name.startswith("3.")]
     factors = [(n, p) for n, p in model.named_parameters() if "lora" in n]
-    wrong, right = {"params": head}, {"params": head, "lr": 1e-3}
+    match = "2 unpaired parameters would be stepped with lr=1.0"
+
+    class Own(rlora.torch.ScaledProdigy):
+        pass
+
+    for kind in (rlora.torch.ScaledProdigy, Own):
+        with pytest.raises(ValueError, match=match):
+            kind(model)
     optimizer = rlora.torch.ScaledProdigy(factors)
-    with pytest.raises(ValueError, match="2 unpaired parameters would be stepped by AdamW"):
-        optimizer.add_param_group(wrong) if later else rlora.torch.ScaledProdigy(model)
-    assert len(optimizer.param_groups) == 1
-    optimizer.add_param_group(right)
+    optimizer.add_param_group({"params": head})
     before = values(model)
+    for _ in range(2):  # not once alone
+        with pytest.raises(ValueError, match=match):
+            train(model, optimizer, 1)
+    assert all(torch.equal(x, before[name]) for name, x in values(model).items())
+    optimizer.param_groups[1]["lr"] = 1e-3
     train(model, optimizer, 1)
     moved = (values(model)["3.weight"] - before["3.weight"]).abs().max()
     assert 0 < moved < 1.1e-3
