@@ -95,8 +95,8 @@ class LoadsState(Optimizer, ABC):
 
         Once there is any state: what never had a gradient, as an expert that no token was sent to,
         has the one it will begin with, unless it is sharded and that depends on values of the
-        factors. torch.distributed.checkpoint takes a missing one for an
-        error, and what a file lacks it would fill with a step that has been counted.
+        factors. torch.distributed.checkpoint takes a missing one for an error, and what a file
+        lacks it would fill with a step that has been counted.
 
         Warns
         -----
