@@ -49,7 +49,10 @@ def hyperparameters(method: Maker) -> Maker:
     return cast("Maker", make)
 
 
-def keeps(factor: Literal["A", "B"], advice: str) -> Callable[[Maker], Maker]:
+def keeps(
+    factor: Literal["A", "B"],
+    advice: str = "start it at random, as PEFT does not start embeddings, or freeze the pair",
+) -> Callable[[Maker], Maker]:
     """Name the factor that a method never moves, and advice for one that is zero."""
 
     def mark(method: Maker) -> Maker:
@@ -57,13 +60,6 @@ def keeps(factor: Literal["A", "B"], advice: str) -> Callable[[Maker], Maker]:
         return method
 
     return mark
-
-
-FREEZE = (
-    "adapters of embeddings have a zero A in PEFT: freeze them, or give them another class in an "
-    "optimizer of their own"
-)
-"""Advice for methods that never move A."""
 
 
 def default_rate(lr: float) -> Callable[[Maker], Maker]:

@@ -51,7 +51,7 @@ def _backend_for(x: Array) -> Backend:
     if kind.__module__.startswith("numpy") and kind.__name__ in ("MaskedArray", "matrix"):
         msg = f"a {kind.__name__} of NumPy multiplies otherwise than an array: give np.asarray(x)"
         raise NamespaceError(msg)
-    backend = _by_type[type(x)] = backend_for_namespace(xp).for_type(type(x))
+    backend = _by_type[kind] = backend_for_namespace(xp).for_type(kind)
     return backend
 
 

@@ -1,8 +1,9 @@
 """A method's state as one flat dict of arrays, and back."""
 
 from collections.abc import Mapping
-from copy import copy
 from typing import Any
+
+import numpy as np
 
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError, ShapeError
@@ -91,9 +92,11 @@ def unflatten_state(flat: Mapping[str, Array], like: State) -> State:
             msg = f"saved {name} has shape {tuple(new.shape)}, expected {tuple(old.shape)}"
             raise ShapeError(msg)
         backend = get_backend(old)
-        if type(new) is not type(old) or device_of(new) != device_of(old):
+        if type(new) is not type(old):
             # Memory of its own: a file's may be read-only, and a donated step would write to it.
-            return backend.asarray_like(copy(new), old) + 0
+            return backend.asarray_like(np.array(get_backend(new).to_numpy(new)), old)
+        if device_of(new) != device_of(old):
+            return backend.asarray_like(new, old)
         return backend.cast(new, old.dtype)  # a file may have a narrower one than steps need
 
     def walk(node: State, path: str) -> State:

@@ -48,11 +48,11 @@ class AltPlusState(NamedTuple):
 
 
 def alternate(
+    *,
     b1: float,
     b2: float | None,
     eps: float,
     weight_decay: float,
-    *,
     first: First = "B",
     damping: float = 1e-6,
     damping_mode: DampingMode = "relative",
@@ -166,10 +166,10 @@ def alt_lora(
     >>> method = rlora.alt_lora(b1=0.9)
     """
     transform = alternate(
-        b1,
-        None,
-        0.0,
-        weight_decay,
+        b1=b1,
+        b2=None,
+        eps=0.0,
+        weight_decay=weight_decay,
         first=first,
         damping=damping,
         damping_mode=damping_mode,
@@ -230,10 +230,10 @@ def alt_lora_plus(
     """
     check_unit("b2", b2)  # None would leave the momentum alone
     transform = alternate(
-        b1,
-        b2,
-        eps,
-        weight_decay,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
         first=first,
         damping=damping,
         damping_mode=damping_mode,

@@ -6,7 +6,7 @@ Language Models Fine-tuning. arXiv:2308.03303, 2023.
 
 from typing import Any, Final, NamedTuple
 
-from rlora.core.checks import FREEZE, hyperparameters, keeps
+from rlora.core.checks import hyperparameters, keeps
 from rlora.core.decay import Decay, decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
@@ -71,7 +71,7 @@ def scale_by_frozen_gram(
 
 
 @hyperparameters
-@keeps("A", FREEZE)
+@keeps("A")
 def lora_fa(
     *,
     b1: float = 0.9,

@@ -7,7 +7,7 @@ Adaptation. arXiv:2410.08305, 2024.
 
 import numpy as np
 
-from rlora.core.checks import FREEZE, check_choice, hyperparameters, keeps
+from rlora.core.checks import check_choice, hyperparameters, keeps
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import (
@@ -68,7 +68,7 @@ def scale_by_sketch(
 
 
 @hyperparameters
-@keeps("A", FREEZE)
+@keeps("A")
 def rac_lora(
     *,
     frozen: Side = "A",

@@ -14,14 +14,7 @@ from rlora.core.factors import Factors, Tree, leaves_of, pairs_of, rebuild
 from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.moments import EpsForm, momentum as add_momentum, scale_by_adam
 from rlora.core.placement import Placement, precondition, preconditioners
-from rlora.core.transform import (
-    Order,
-    State,
-    Transform,
-    chain,
-    no_state,
-    pass_on,
-)
+from rlora.core.transform import Order, State, Transform, chain, no_state, pass_on
 
 PEFT: Final[dict[str, Any]] = {
     "b1": 0.9,

@@ -41,6 +41,8 @@ class Convention:
     layouts : tuple of Layout
         How the factors may lie; of those that fit, the first in which the rank is no larger than
         both outer sides.
+    if_low_rank : tuple of Layout
+        Further ones, which count only where the rank is no larger than both outer sides.
 
     Raises
     ------
@@ -64,6 +66,7 @@ class Convention:
     a: str
     b: str
     layouts: tuple[Layout, ...] = (LINEAR, GROUPED, STACK)
+    if_low_rank: tuple[Layout, ...] = ()
 
     def __post_init__(self) -> None:
         for side, pattern in (("a", self.a), ("b", self.b)):
@@ -82,21 +85,19 @@ class Convention:
         matrices = len(shape_a) == len(shape_b) == 2
         layouts = [layout for layout in self.layouts if not (matrices and layout is GROUPED)]
         fits = [views for layout in layouts if (views := _try(layout, shape_a, shape_b))]
-        if self.layouts is OWN and fits == [_try(TURNED, shape_a, shape_b)]:
-            fits = list(filter(is_low_rank, fits))  # a high rank is no reason to turn factors
-        return next((v for v in fits if is_low_rank(v)), fits[0] if fits else None)
+        others = [views for x in self.if_low_rank if (views := _try(x, shape_a, shape_b))]
+        low = filter(is_low_rank, [*fits, *others])
+        return next(low, fits[0] if fits else None)
 
 
 TURNED_FIRST = (TURNED, EINSUM, LINEAR, STACK)
 
-OWN = (LINEAR, GROUPED, STACK, TURNED)
-"""Layouts of tensors that a layer has itself: people write ``x @ A.T @ B.T`` and ``x @ A @ B``."""
-
 CONVENTIONS = (
-    Convention("loralib, litgpt", r"lora_A$", r"lora_B$", OWN),
+    # Of tensors that a layer has itself people write ``x @ A.T @ B.T``, and also ``x @ A @ B``.
+    Convention("loralib, litgpt", r"lora_A$", r"lora_B$", if_low_rank=(TURNED,)),
     Convention("PEFT", r"lora_A(?=\.)", r"lora_B(?=\.)"),
     Convention("PEFT embedding", r"lora_embedding_A", r"lora_embedding_B"),
-    Convention("layers of one's own", r"lora_down$", r"lora_up$", OWN),
+    Convention("layers of one's own", r"lora_down$", r"lora_up$", if_low_rank=(TURNED,)),
     Convention("kohya, OneTrainer, LyCORIS", r"lora_down(?=\.)", r"lora_up(?=\.)"),
     Convention("diffusers", r"lora\.down", r"lora\.up"),
     Convention("diffusers, old", r"(?P<owner>\w+_lora)\.down", r"(?P<owner>\w+_lora)\.up"),

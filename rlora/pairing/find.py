@@ -242,11 +242,11 @@ Named = tuple[str, Shape]
 
 def _by_shape(convention: Convention, label: str, A: Named, B: Named, fits: Fits) -> Pair | None:
     """The pair by its shapes; the roles of the names turned where only that gives a low rank."""
-    for (a, shape_a), (b, shape_b) in ((A, B), (B, A)):
+    for turned, ((a, shape_a), (b, shape_b)) in enumerate(((A, B), (B, A))):
         key = (id(convention), shape_a, shape_b)
         if key not in fits:
             fits[key] = convention.fit(shape_a, shape_b)
         views = fits[key]
-        if views and ((a, b) == (A[0], B[0]) or (len(views) == 1 and is_low_rank(views))):
+        if views and not (turned and (len(views) > 1 or not is_low_rank(views))):
             return Pair(label, a, b, views)
     return None

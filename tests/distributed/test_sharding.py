@@ -60,7 +60,7 @@ def test_a_norm_over_several_meshes_is_refused(groups):
 
 
 def test_a_compiled_step_keeps_the_state_of_sharded_pairs(groups):
-    """Out of the graph, which DTensors would cut in the middle of a step."""
+    """Method classes out of the graph, which DTensors would cut in the middle of their step."""
     expected = runs.trained_compiled(sharded=False)
     assert_equal(groups(2).run(runs.trained_compiled, True), expected, atol=1e-12)
 

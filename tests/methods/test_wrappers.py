@@ -154,3 +154,15 @@ def test_sizes_of_a_graft_are_no_roots_of_what_rounding_leaves():
     with np.errstate(invalid="raise"):
         direction, _ = method.update(grads, method.init(pair), pair)
     assert all(np.isfinite(x).all() for x in direction)
+
+
+def test_a_small_shrink_is_lost_in_sixteen_bits():
+    """Half the spacing of bfloat16 is from 2^-9 to 2^-8 of a number; the docstring says so."""
+    torch = pytest.importorskip("torch")
+    pair = make_problem(32, 24, 4, zero_B=True).on(get("torch"), "float32").params
+    A, B = (x.bfloat16() for x in pair)
+    still = Factors(torch.zeros_like(A), torch.zeros_like(B))
+    for shrink, moved in ((1.9e-3, False), (4e-3, True)):
+        method = rlora.stable_lora(shrink=shrink)
+        new, _ = rlora.step(method, Factors(A, B), still, method.init(Factors(A, B)), 1e-2)
+        assert torch.equal(new.A, A) == (not moved)

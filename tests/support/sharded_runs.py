@@ -255,9 +255,9 @@ def norm_over_meshes():
 def trained_compiled(sharded):
     """A few steps, in a graph where they are sharded: the parameters and the counts of steps."""
     result = {}
-    for kind in (LoRARite, LoRAMuon):
+    for kind, options in ((LoRARite, {}), (LoRAMuon, {}), (ScaledSGD, {"momentum": 0.9})):
         model = shard(make_model(torch.float64), "default" if sharded else None)
-        optimizer = kind(model, lr=1e-3)
+        optimizer = kind(model, lr=1e-3, **options)
         step = torch.compile(optimizer.step, backend="eager") if sharded else optimizer.step
         for t in range(3):
             optimizer.zero_grad()

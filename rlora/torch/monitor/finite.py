@@ -96,8 +96,7 @@ def check_start(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
     values = torch.stack([x.to(largest[0].device, torch.float32) for x in largest]).tolist()
     still = [k for k, x in zip(fresh, values, strict=True) if x == 0]
     if still:
-        if (other := "AB"[stay[still[0]]]) != letter:
-            letter, advice = other, "draw it at random before"
+        letter = "AB"[stay[still[0]]]
         msg = (
             f"{type(optimizer).__name__} never moves {letter}, and {letter} is zero in "
             f"{len(still)} of {len(pairs)} pairs, the first "

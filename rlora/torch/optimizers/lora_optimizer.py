@@ -29,7 +29,7 @@ from rlora.torch.pairing.discovery import (
     split_source,
     ties_hold,
 )
-from rlora.torch.pairing.following import followed, named_anew, rename, with_partners
+from rlora.torch.pairing.following import followed, named_anew, undone_if_refused, with_partners
 from rlora.torch.pairing.modules import models_in, references, scalings_in, what_modules_know
 from rlora.torch.pairing.pairs import TensorPair, identical, scalings_of, signature
 from rlora.torch.pairing.param_groups import (
@@ -183,20 +183,15 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
         self._check({**self.defaults, **group})
         scalings |= scalings_of(self._current_pairs())
         check_explicit([*self._by_hand, *explicit], [*self._members, *group["params"]])
-        kept = self._members, self._names, self._by_hand, self._known, self._given
-        with without_names(self.param_groups):
-            super().add_param_group(group)
-        if names is not None:
-            group["param_names"] = names
-        try:
+        with undone_if_refused(self):
+            with without_names(self.param_groups):
+                super().add_param_group(group)
+            if names is not None:
+                group["param_names"] = names
             self._enroll(group)
             self._by_hand = self._by_hand + explicit
             self._known, self._given = known, self._given + references(added)
             self._pair_up(scalings)
-        except Exception:  # ambiguous names, factors that do not fit
-            self.param_groups.pop()
-            self._members, self._names, self._by_hand, self._known, self._given = kept
-            raise
         self._plans = None
 
     def _tied_anew(self) -> list[TensorPair]:
@@ -221,13 +216,13 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
         found = followed(self._members, self._names, self._pairs, now)
         found.check(self._members, self._pairs)
         names = named_anew(self.param_groups, found.names)
-        rename(self.param_groups, names)
-        self._pairs, self.report = found.still_there(self.report)
-        self._by_hand = found.by_hand(self._by_hand)
-        self._members, self._names, self._plans = now, names, None
-        if names != found.names:  # of a group that was added by a wrapper of this optimizer
-            self._known = what_modules_know(self._models()) or self._known
-            self._pair_up(scalings_in(self._models()) | scalings_of(self._pairs))
+        with undone_if_refused(self):
+            self._pairs, self.report = found.still_there(self.report)
+            self._by_hand = found.by_hand(self._by_hand)
+            self._members, self._names, self._plans = now, names, None
+            if names != found.names:  # of a group that was added by a wrapper of this optimizer
+                self._known = what_modules_know(self._models()) or self._known
+                self._pair_up(scalings_in(self._models()) | scalings_of(self._pairs))
         return self._pairs
 
     # --- the step -------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ class MethodOptimizer(LoRAOptimizer):
             for name, (_, side, key) in places_in(flat).items():
                 yield side, key + member.suffix, flat[name][0]
 
-    def _start_of_any(
+    def _start_of_sharded(
         self, pair: TensorPair, group: Mapping[str, Any]
     ) -> list[tuple[int | None, str, Tensor]]:
         """`_start_of` of a sharded pair; nothing if it depends on values, which are elsewhere."""
@@ -238,7 +238,7 @@ class MethodOptimizer(LoRAOptimizer):
             if id(keeper) not in groups or any(self.state.get(p) for p in pair[:2]):
                 continue
             cut = is_distributed(pair.A)
-            begin = self._start_of_any if cut else self._start_of
+            begin = self._start_of_sharded if cut else self._start_of
             for side, key, x in begin(pair, groups[id(keeper)]):
                 owner: Any = keeper if side is None else pair[side]
                 paired[id(owner)][key] = cut_as(x, owner) if cut and x.shape == owner.shape else x

@@ -239,7 +239,10 @@ def check_explicit(
         if missing := [letter for letter, p in (("A", a), ("B", b)) if id(p) not in known]:
             msg = f"{' and '.join(missing)} of {where} is not among the optimizer's parameters"
             raise PairingError(msg)
-        if used & {id(a), id(b)} or _same_memory(a, b):
+        if _same_memory(a, b):
+            msg = f"the two of {where} share their memory: a factor cannot be its own partner"
+            raise PairingError(msg)
+        if used & {id(a), id(b)}:
             msg = f"{where} has a factor of another pair; a tied factor has no single partner"
             raise PairingError(msg)
         used |= {id(a), id(b)}

@@ -1,6 +1,7 @@
 """Pairs and names after somebody has changed the groups of an optimizer by hand."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -114,11 +115,28 @@ def with_partners(
     return [p for group in groups for p in group["params"]]
 
 
-def named_anew(groups: Iterable[dict[str, Any]], names: Iterable[str | None]) -> list[str | None]:
-    """`names`, and those that groups appended by hand bring along."""
+def named_anew(groups: list[dict[str, Any]], names: Iterable[str | None]) -> list[str | None]:
+    """`names`, and those that groups appended by hand bring along; the groups get them too."""
     rest, found = iter(names), list[str | None]()
     for group in groups:
         own = [next(rest) for _ in group["params"]]
         given = group.get("param_names", own)
         found += own if any(own) or len(given) != len(own) else given
+    rename(groups, found)
     return found
+
+
+FOLLOWED = ("_members", "_names", "_pairs", "report", "_by_hand", "_known", "_given")
+"""Attributes of an optimizer that follow its groups."""
+
+
+@contextmanager
+def undone_if_refused(optimizer: Any) -> Iterator[None]:
+    """Put back an optimizer's groups, names and pairs where a change of them is refused."""
+    count, before = len(optimizer.param_groups), {x: vars(optimizer)[x] for x in FOLLOWED}
+    try:
+        yield
+    except Exception:  # ambiguous names, factors that do not fit
+        del optimizer.param_groups[count:]
+        vars(optimizer).update(before)
+        raise

@@ -113,6 +113,27 @@ def test_groups_that_a_wrapper_adds_are_paired(make, named):
     assert same(*models)
 
 
+def test_a_group_that_is_refused_is_refused_at_each_step():
+    """Names that two adapters have, in a group appended by hand; without it the run goes on."""
+    model = make_model(bias=False)
+    optimizer = ScaledAdamW(model, lr=1e-2)
+    train(model, optimizer, 1)
+    before, report = values(model), str(optimizer.report)
+    twice = list(LoRALinear(8, 8, 3).named_parameters(prefix="4")) * 2
+    factors = [(n, torch.nn.Parameter(p.detach() + 0)) for n, p in twice if "lora" in n]
+    options = {k: v for k, v in optimizer.param_groups[0].items() if k != "rounded"}
+    names, tensors = map(list, zip(*factors, strict=True))
+    optimizer.param_groups.append({**options, "params": tensors, "param_names": names})
+    for _ in range(2):
+        with pytest.raises(rlora.PairingError, match="two tensors have the name"):
+            train(model, optimizer, 1)
+    assert same(before, values(model))
+    del optimizer.param_groups[1]
+    train(model, optimizer, 1)
+    assert str(optimizer.report) == report
+    assert not same(before, values(model))
+
+
 def test_a_wrapper_watches_the_optimizer_itself():
     model = make_model()
     optimizer = ScaledAdamW(model, lr=1e-2)
@@ -161,20 +182,23 @@ def test_groups_count_their_roundings_by_themselves():
 def test_a_factor_is_not_its_own_partner():
     A = torch.nn.Parameter(torch.randn(3, 8))
     B = torch.nn.Parameter(A.data.mT)
-    with pytest.raises(rlora.PairingError, match="a factor of another pair"):
+    with pytest.raises(rlora.PairingError, match=r"the two of pairs\[0\] share their memory"):
         ScaledAdamW([A, B], pairs=[(A, B)])
     with pytest.raises(rlora.PairingError, match="the two share their memory"):
         ScaledAdamW([("q.lora_A.weight", A), ("q.lora_B.weight", B)])
 
 
-@pytest.mark.parametrize("name", ["LoRAFA", "RACLoRA"])
-def test_a_zero_factor_that_never_moves_is_told(name):
-    """PEFT's embeddings begin with A = 0."""
+@pytest.mark.parametrize(
+    ("name", "letter", "options"),
+    [("LoRAFA", "A", {}), ("RACLoRA", "A", {}), ("RACLoRA", "B", {"frozen": "B"})],
+)
+def test_a_zero_factor_that_never_moves_is_told(name, letter, options):
+    """PEFT's embeddings begin with A = 0, all others with B = 0."""
     model = make_model(bias=False)
-    A, _ = pairs_in(model)[0]
-    torch.nn.init.zeros_(A)
-    optimizer = getattr(rlora.torch, name)(model, lr=1e-2)
-    with pytest.warns(RuntimeWarning, match="never moves A, and A is zero in 1 of 2 pairs"):
+    torch.nn.init.zeros_(pairs_in(model)[0]["AB".index(letter)])
+    optimizer = getattr(rlora.torch, name)(model, lr=1e-2, **options)
+    match = f"never moves {letter}, and {letter} is zero in 1 of 2 pairs.*start it at random"
+    with pytest.warns(RuntimeWarning, match=match):
         train(model, optimizer, 1)
     train(model, optimizer, 1)  # once
 
