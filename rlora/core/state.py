@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from rlora.core.backend import dtype_name
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError, ShapeError
 from rlora.core.factors import Array, device_of
@@ -93,8 +94,11 @@ def unflatten_state(flat: Mapping[str, Array], like: State) -> State:
             raise ShapeError(msg)
         backend = get_backend(old)
         if type(new) is not type(old):
+            source = get_backend(new)
+            if dtype_name(new.dtype) == "bfloat16":  # which NumPy does not have
+                new = source.cast(new, source.xp.float32)
             # Memory of its own: a file's may be read-only, and a donated step would write to it.
-            return backend.asarray_like(np.array(get_backend(new).to_numpy(new)), old)
+            return backend.asarray_like(np.array(source.to_numpy(new)), old)
         if device_of(new) != device_of(old):
             return backend.asarray_like(new, old)
         return backend.cast(new, old.dtype)  # a file may have a narrower one than steps need

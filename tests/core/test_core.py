@@ -238,6 +238,23 @@ def test_a_state_has_the_dtypes_of_its_method_whatever_was_saved(backend, saved)
     rlora.step(method, moved, pair, again, 1e-2)
 
 
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_a_state_in_bfloat16_moves_to_another_library(backend, library):
+    """NumPy, through which it goes, has no bfloat16; its values are exact in float32."""
+    pytest.importorskip(library)
+    source, method = get(library), rlora.scaled_adamw()
+    values = 1.0 + np.arange(4.0).reshape(2, 2) / 4
+    pair = Factors(*(source.asarray(values, "bfloat16") for _ in "AB"))
+    flat = rlora.flatten_state(method.init(pair))
+    of_file = {name: pair.A if x.ndim else x for name, x in flat.items()}
+    like = Factors(*(backend.asarray(values, "float32") for _ in "AB"))
+    state = rlora.unflatten_state(of_file, method.init(like))
+    found = [x for x in rlora.flatten_state(state).values() if x.ndim]
+    assert found
+    for x in found:
+        assert_close(backend.to_numpy(x), values)
+
+
 def test_a_state_that_fits_is_not_copied(backend):
     pair = Factors(*(backend.asarray(np.full((2, 2), x), "float32") for x in (0.5, 0.25)))
     method = rlora.scaled_adamw()

@@ -133,7 +133,7 @@ FOLLOWED = ("_members", "_names", "_pairs", "report", "_by_hand", "_known", "_gi
 @contextmanager
 def undone_if_refused(optimizer: Any) -> Iterator[None]:
     """Put back an optimizer's groups, names and pairs where a change of them is refused."""
-    count, before = len(optimizer.param_groups), {x: vars(optimizer)[x] for x in FOLLOWED}
+    count, before = len(optimizer.param_groups), {x: getattr(optimizer, x) for x in FOLLOWED}
     try:
         yield
     except Exception:  # ambiguous names, factors that do not fit

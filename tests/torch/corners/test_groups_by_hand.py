@@ -1,6 +1,7 @@
 """Groups that libraries and people change: what is frozen stays a partner, what is new is paired."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -132,6 +133,21 @@ def test_a_group_that_is_refused_is_refused_at_each_step():
     train(model, optimizer, 1)
     assert str(optimizer.report) == report
     assert not same(before, values(model))
+
+
+@make
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_groups_of_a_copy_can_be_changed(make, clone):
+    """A copy holds none of the models that were given."""
+    original = make_model()
+    model, copied = clone((original, make(original)))
+    train(model, copied, 1)
+    added = make_model()
+    copied.add_param_group({"params": list(added.named_parameters())})
+    assert len(copied.report) == 2 * len(pairs_in(model))
+    copied.param_groups[1]["params"] = []
+    train(model, copied, 1)
+    assert len(copied.report) == len(pairs_in(model))
 
 
 def test_a_wrapper_watches_the_optimizer_itself():
