@@ -252,3 +252,20 @@ def test_names_follow_parameters_that_leave_a_group():
     loaded = ScaledAdamW(named(model)[:1:-1])
     loaded.load_state_dict(saved.state_dict())
     compare(loaded, model, saved, origin)
+
+
+@make
+@pytest.mark.parametrize("then", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("at_first", [torch.float32, torch.bfloat16])
+def test_a_run_goes_on_in_another_dtype(make, at_first, then):
+    """Also of what is in no pair, whose state torch gives the parameter's dtype."""
+    model, again = make_model(dtype=at_first), make_model(dtype=then)
+    optimizer, resumed = make(model), make(again)
+    train(model, optimizer, 2)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(again, resumed, 1)
+    assert all(p.isfinite().all() for p in again.parameters())
+    paired = {id(p) for pair in resumed._pairs for p in pair.moved}
+    for p, held in resumed.state.items():
+        wide = torch.promote_types(then, torch.float32) if id(p) in paired else then
+        assert all(x.dtype == wide for x in held.values() if x.shape == p.shape)

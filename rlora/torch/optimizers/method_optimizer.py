@@ -177,36 +177,39 @@ class MethodOptimizer(LoRAOptimizer):
             self._follow_scalings(pairs)
         return [(steps_of_method(self, pairs), {})]
 
-    def _state_shapes(self) -> Callable[[Tensor], Shapes]:
-        plain = super()._state_shapes()
+    def _state_shapes(self, groups: Sequence[Mapping[str, Any]]) -> Callable[[Tensor], Shapes]:
+        plain = super()._state_shapes(groups)
         sides = {
             id(p): (pair, side)
             for pair in self._current_pairs()
             for side, p in enumerate((pair.A, pair.B))
         }
-        groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        kinds: dict[Any, list[dict[str, torch.Size]]] = {}  # pairs of one shape are alike
+        options = {
+            id(p): saved
+            for group, saved in zip(self.param_groups, groups, strict=True)
+            for p in group["params"]
+        }
+        kinds: dict[Any, list[Shapes]] = {}  # pairs of one shape are alike
 
         def shapes_of(p: Tensor) -> Shapes:
             if id(p) not in sides:
                 return plain(p)
             pair, side = sides[id(p)]
-            kind = (id(groups[id(p)]), pair.views, p.dtype, p.device)
+            kind = (id(options[id(p)]), pair.views, p.dtype, p.device)
             if kind not in kinds:
-                kinds[kind] = self._shapes_of_pair(pair, groups[id(p)])
-            known = {**dict.fromkeys(ELEMENTWISE), **kinds[kind][side]}
-            return Shapes(known, OF_METHODS | words_of_methods(), counts=False)
+                kinds[kind] = self._shapes_of_pair(pair, options[id(p)])
+            return kinds[kind][side]
 
         return shapes_of
 
-    def _shapes_of_pair(
-        self, pair: TensorPair, group: Mapping[str, Any]
-    ) -> list[dict[str, torch.Size]]:
+    def _shapes_of_pair(self, pair: TensorPair, group: Mapping[str, Any]) -> list[Shapes]:
         """Shapes of the state that A has, and of the state that B has."""
-        shapes: list[dict[str, torch.Size]] = [{}, {}]
-        for side, key, x in self._start_of(pair, group):
-            for k in (0, 1) if side is None else (side,):
-                shapes[k][key] = x.shape
+        start, words = list(self._start_of(pair, group)), OF_METHODS | words_of_methods()
+        shapes = []
+        for k in (0, 1):
+            known = {key: x.shape for side, key, x in start if side in (k, None)}
+            own = {key for side, key, _ in start if side == k}  # one factor keeps what is of both
+            shapes.append(Shapes({**dict.fromkeys(ELEMENTWISE), **known}, words, own, counts=False))
         return shapes
 
     def _start_of(

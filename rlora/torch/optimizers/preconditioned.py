@@ -1,7 +1,7 @@
 """Torch optimizers on gradients preconditioned pair by pair: AdamW, SGD, and any other."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -78,9 +78,9 @@ class GramPreconditioned(LoRAOptimizer):
             )
             raise ValueError(msg)
 
-    def _state_shapes(self) -> Callable[[Tensor], Shapes]:
+    def _state_shapes(self, groups: Sequence[Mapping[str, Any]]) -> Callable[[Tensor], Shapes]:
         if self._kernel is not StandIns:
-            return super()._state_shapes()
+            return super()._state_shapes(groups)
         return lambda p: Shapes(dict.fromkeys(ELEMENTWISE, p.shape))  # whatever the parent keeps
 
     def _choices(self, group: dict[str, Any]) -> list[Any]:

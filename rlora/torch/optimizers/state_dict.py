@@ -1,4 +1,4 @@
-"""Loading of a saved state: all of it is checked first, and none is cast to a narrower dtype."""
+"""Loading of a saved state: all of it is checked first; that of pairs stays at least float32."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -62,8 +62,11 @@ class LoadsState(Optimizer, ABC):
     def _current_pairs(self) -> list[TensorPair]:
         """The pairs as the groups hold them now."""
 
-    def _state_shapes(self) -> Callable[[Tensor], Shapes]:
-        """Shapes of each parameter's saved state, as far as the parent is known."""
+    def _state_shapes(self, groups: Sequence[Mapping[str, Any]]) -> Callable[[Tensor], Shapes]:
+        """Shapes of each parameter's saved state, as far as the parent is known.
+
+        `groups` have the options of the saved groups.
+        """
         adam = isinstance(self, torch.optim.AdamW)
         kept = ELEMENTWISE[:3] if adam else ("momentum_buffer",)
         return lambda p: Shapes(
@@ -185,9 +188,6 @@ class LoadsState(Optimizer, ABC):
     def _completed(self, saved: dict[str, Any]) -> dict[str, Any]:
         self._current_pairs()  # names follow the parameters as they are now
         saved = as_groups_are(saved, self.param_groups, self._names)
-        shapes_of = self._state_shapes()
-        for i, p in self._owners(saved):
-            _check(i, saved["state"].get(i, {}), p, shapes_of(p))
         # Defaults do not have what a parent needs for parameters in no pair alone.
         options = {*self._own, *self.defaults, "betas", "momentum"}
         groups = [
@@ -196,22 +196,31 @@ class LoadsState(Optimizer, ABC):
         ]
         for group in groups:
             self._check(group)
+        shapes_of = self._state_shapes(groups)
+        for i, p in self._owners(saved):
+            _check(i, saved["state"].get(i, {}), p, shapes_of(p))
         params = ({**group, "params": Ids(group["params"])} for group in groups)  # found fast
         return {**saved, "param_groups": list(params)}
 
     def _restore_dtypes(self, saved: dict[str, Any]) -> None:
-        """Undo torch's cast of every state to its parameter's dtype."""
+        """Undo torch's cast to the parameter's dtype of single numbers, and of pairs to 16 bits."""
         paired = {id(p) for pair in self._current_pairs() for p in pair.moved}
         for i, p in self._owners(saved):
+            held = self.state.get(p, {})
             for key, value in saved["state"].get(i, {}).items():
-                if is_distributed(value) and is_distributed(p) and key in ELEMENTWISE:
-                    value = cut_as(value, p)  # the kernels work on pieces
-                if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
-                    least = torch.float32 if id(p) in paired else value.dtype
-                    dtype = torch.promote_types(value.dtype, least)
-                    self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
-                elif isinstance(value, Tensor) and self.state[p].get(key) is value:
-                    self.state[p][key] = value.clone()  # else both would count in one tensor
+                loaded = held.get(key)
+                if not isinstance(value, Tensor) or not isinstance(loaded, Tensor):
+                    continue
+                counts = key == "step" or not value.is_floating_point()
+                if not counts and (id(p) in paired or value.ndim == 0):
+                    wide = torch.promote_types(p.dtype, torch.float32)
+                    dtype = wide if value.ndim else value.dtype
+                    loaded = value.detach().to(p.device, dtype, copy=True)
+                elif loaded is value:
+                    loaded = value.clone()  # else both would count in one tensor
+                if is_distributed(loaded) and is_distributed(p) and key in ELEMENTWISE:
+                    loaded = cut_as(loaded, p)  # the kernels work on pieces
+                held[key] = loaded
 
 
 def _check(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> None:
