@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlora import methods
-from rlora.core.checks import check_betas, check_scaling, mark_of
+from rlora.core.checks import check_betas, check_scaling, is_zero, mark_of
 from rlora.core.factors import Factors
 from rlora.core.state import flatten_state
 from rlora.core.transform import Transform, check_transform
@@ -133,7 +133,9 @@ class MethodOptimizer(LoRAOptimizer):
         return chosen
 
     def _choices(self, group: dict[str, Any]) -> list[Any]:
-        return [*super()._choices(group), bool(group.get("momentum"))]  # without one, no state
+        plain = [group.get(name) for name in ("momentum", "weight_decay", "eps")]
+        numbers = [*plain, *group.get("betas", ())]
+        return [*super()._choices(group), *map(is_zero, numbers)]  # for a 0 there may be no state
 
     def _check_own(self, group: dict[str, Any]) -> None:
         if "betas" in self._options:
@@ -177,13 +179,11 @@ class MethodOptimizer(LoRAOptimizer):
             self._follow_scalings(pairs)
         return [(steps_of_method(self, pairs), {})]
 
-    def _state_shapes(self, groups: Sequence[Mapping[str, Any]]) -> Callable[[Tensor], Shapes]:
-        plain = super()._state_shapes(groups)
-        sides = {
-            id(p): (pair, side)
-            for pair in self._current_pairs()
-            for side, p in enumerate((pair.A, pair.B))
-        }
+    def _state_shapes(
+        self, pairs: Sequence[TensorPair], groups: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Tensor], Shapes]:
+        plain = super()._state_shapes(pairs, groups)
+        sides = {id(p): (pair, k) for pair in pairs for k, p in enumerate((pair.A, pair.B))}
         options = {
             id(p): saved
             for group, saved in zip(self.param_groups, groups, strict=True)

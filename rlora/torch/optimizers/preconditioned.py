@@ -78,9 +78,11 @@ class GramPreconditioned(LoRAOptimizer):
             )
             raise ValueError(msg)
 
-    def _state_shapes(self, groups: Sequence[Mapping[str, Any]]) -> Callable[[Tensor], Shapes]:
+    def _state_shapes(
+        self, pairs: Sequence[TensorPair], groups: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Tensor], Shapes]:
         if self._kernel is not StandIns:
-            return super()._state_shapes(groups)
+            return super()._state_shapes(pairs, groups)
         return lambda p: Shapes(dict.fromkeys(ELEMENTWISE, p.shape))  # whatever the parent keeps
 
     def _choices(self, group: dict[str, Any]) -> list[Any]:

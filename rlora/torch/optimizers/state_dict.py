@@ -62,10 +62,12 @@ class LoadsState(Optimizer, ABC):
     def _current_pairs(self) -> list[TensorPair]:
         """The pairs as the groups hold them now."""
 
-    def _state_shapes(self, groups: Sequence[Mapping[str, Any]]) -> Callable[[Tensor], Shapes]:
-        """Shapes of each parameter's saved state, as far as the parent is known.
+    def _state_shapes(
+        self, pairs: Sequence[TensorPair], groups: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Tensor], Shapes]:
+        """Shapes of each parameter's state with the options of these groups, which are in order.
 
-        `groups` have the options of the saved groups.
+        As far as the parent is known.
         """
         adam = isinstance(self, torch.optim.AdamW)
         kept = ELEMENTWISE[:3] if adam else ("momentum_buffer",)
@@ -117,9 +119,13 @@ class LoadsState(Optimizer, ABC):
             if "rounded" in group:  # steps write to it
                 group["rounded"] = torch.as_tensor(group["rounded"]).clone()
         if saved["state"]:
-            fresh = self._fresh_state([pair for pair in found.pairs if pair is not None])
+            pairs = [pair for pair in found.pairs if pair is not None]
+            fresh = self._fresh_state(pairs)
+            shapes_of = self._state_shapes(pairs, self.param_groups)
             for i, p in self._owners(saved):
-                if p.requires_grad and i not in saved["state"]:
+                if i in saved["state"]:
+                    saved["state"][i] = _in_use(saved["state"][i], shapes_of(p))
+                elif p.requires_grad:
                     saved["state"][i] = fresh(p)
         return saved
 
@@ -196,7 +202,7 @@ class LoadsState(Optimizer, ABC):
         ]
         for group in groups:
             self._check(group)
-        shapes_of = self._state_shapes(groups)
+        shapes_of = self._state_shapes(self._pairs, groups)
         for i, p in self._owners(saved):
             _check(i, saved["state"].get(i, {}), p, shapes_of(p))
         params = ({**group, "params": Ids(group["params"])} for group in groups)  # found fast
@@ -256,6 +262,16 @@ def _check(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> None:
             f"without it"
         )
         raise ShapeError(msg)
+
+
+def _in_use(state: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """A parameter's state without what a method had for it before its options were changed."""
+    kept = {}
+    for key, x in state.items():
+        known = shapes.known.get(key) is not None or not isinstance(x, Tensor)
+        if known or not _of_method(key, x, shapes.words):
+            kept[key] = x
+    return kept
 
 
 def _of_method(key: str, value: Tensor, words: Set[str]) -> bool:
