@@ -138,8 +138,7 @@ def check_writable(path: Path) -> None:
         part.touch(exist_ok=False)
         part.unlink()
     except (OSError, RuntimeError) as error:  # before Python 3.13 of symlinks in a circle
-        msg = f"--output {path} cannot be written: {getattr(error, 'strerror', None) or error}"
-        raise OSError(msg) from error
+        raise _unwritable(path, "--output", error) from error
 
 
 def check_folder(option: str, folder: Path) -> None:
@@ -153,7 +152,15 @@ def check_folder(option: str, folder: Path) -> None:
 def make_folder(option: str, folder: Path) -> None:
     """Make a folder with those that it lies in, unless it is there."""
     check_folder(option, folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, option, error) from error
+
+
+def _unwritable(path: Path, option: str, error: Exception) -> OSError:
+    reason = getattr(error, "strerror", None) or error
+    return OSError(f"{option} {path} cannot be written: {reason}")
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

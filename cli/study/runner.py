@@ -1,14 +1,18 @@
 """All runs of a study, in processes side by side, into files of records."""
 
 import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Final
 
 import torch
 
 from rlora.cli.console import console, counted
+from rlora.cli.records import make_folder
 
 from .models import MODELS, Size, module_of
 from .plan import Entry, Record, Records, final, rounds
@@ -40,6 +44,7 @@ def run_study(
     records = {x: Records(output / f"{model}-{x}.jsonl") for x, *_ in settings}
     for entry in entries:
         records[entry.like.dataset].check_origin(entry.like, place.origin())
+    make_folder("--output", output)
     processes = 1 if MODELS[model].large else processes  # one model fills a GPU
     for jobs in rounds(records, entries):
         console().print(f"{counted(len(jobs), 'run')} to do")
@@ -103,14 +108,35 @@ def run_jobs(place: Place, jobs: list[Job], processes: int) -> Iterator[Record]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(stacks)), mp_context=context) as pool:
         try:
-            for done in as_completed([pool.submit(run_stack, place, stack) for stack in stacks]):
-                yield from done.result()
+            ended = SimpleQueue[Future[list[Record]]]()
+            with without_interrupts():
+                for stack in stacks:
+                    pool.submit(run_stack, place, stack).add_done_callback(ended.put)
+            for _ in stacks:
+                yield from ended.get().result()
         except BaseException:  # an interrupt, or a run that failed: nobody waits for the others
             workers = multiprocessing.active_children()  # this program has no others
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in workers:
-                worker.terminate()
+                worker.kill()
             raise
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Put off an interrupt while processes are started, and keep it from them for good.
+
+    Half-started ones, or locks of the pool that nobody gives back, would be waited for for ever;
+    and each process would print where it was interrupted.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def stacks_of(place: Place, jobs: list[Job]) -> list[list[Job]]:

@@ -224,5 +224,5 @@ def check_scaling(scaling: Any) -> None:
 def check_choice(name: str, value: Any, choices: Any) -> None:
     """ValueError unless `value` is one of a Literal's."""
     if value not in get_args(choices):
-        msg = f"{name} must be one of {', '.join(map(str, get_args(choices)))}, got {value!r}"
+        msg = f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}"
         raise ValueError(msg)

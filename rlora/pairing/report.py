@@ -130,9 +130,9 @@ def nothing_paired(names: Iterable[str], report: PairReport) -> PairingError:
     why = "".join(f"\n  refused {name}: {w}" for name, w in list(report.refused.items())[:5])
     msg = (
         f"no LoRA pair among {number_of(len(names), 'parameter')}: "
-        f"{first_of(names) or 'none given'}; known names are {', '.join(words)}; give "
-        f"pairs=[(name of A, name of B), ...] for others, and check that the adapter is "
-        f"trainable{why}"
+        f"{first_of(names) or 'none given'}; known names are {', '.join(words)}; give the model "
+        f"its adapters first (in PEFT by get_peft_model), check that they are trainable, and give "
+        f"pairs=[(name of A, name of B), ...] for other names{why}"
     )
     return PairingError(msg)
 

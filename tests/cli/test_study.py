@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -283,21 +284,24 @@ def test_a_quick_study_is_not_gone_on_with_by_a_whole_one(tmp_path, rlora_cli, r
 def test_an_interrupt_ends_a_study_and_its_processes(tmp_path):
     command = [sys.executable, "-c", "from rlora.cli import main; main()", "study"]
     command += ["--model", "digits", "--steps", "200000"]
-    study = subprocess.Popen(
-        [*command, "--output", str(tmp_path)], stdout=subprocess.PIPE, start_new_session=True
-    )
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "start_new_session": True}
+    study = subprocess.Popen([*command, "--output", str(tmp_path)], **streams)
     try:
         while len(workers := psutil.Process(study.pid).children(recursive=True)) < 2:
             assert study.poll() is None
             time.sleep(0.1)
         os.killpg(study.pid, signal.SIGINT)
-        assert study.wait(600) == 130  # all runs take hours
+        _, errors = study.communicate(timeout=600)  # all runs take hours
+        assert study.returncode == 130
         _, alive = psutil.wait_procs(workers, timeout=600)
         assert not alive
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(study.pid, signal.SIGKILL)
-        study.stdout.close()
+        study.wait()
+        study.stderr.close()
+    assert b"interrupted" in errors
+    assert b"Traceback" not in errors  # of a process
 
 
 def test_empty_records_have_no_tables(tmp_path, refused):
@@ -335,6 +339,13 @@ def test_two_processes_give_what_one_gives(tmp_path, rlora_cli):
 def test_wrong_names_are_told_from_right_ones(tmp_path, refused, arguments, message):
     assert message in refused("study", *arguments, "--output", tmp_path / "new")
     assert not (tmp_path / "new").exists()  # nothing ran before the wrong name was seen
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that takes no other")
+def test_a_folder_that_cannot_be_made_is_named_before_a_run(refused):
+    message = refused("study", "--model", "digits", "--quick", "--output", "/proc/new")
+    assert "--output /proc/new cannot be written" in message
+    assert "to do" not in message
 
 
 def test_tables_need_no_baseline(tmp_path, rlora_cli):

@@ -157,10 +157,9 @@ def test_what_is_refused_says_why():
     groups = groups_of(network(), 1e-2)
     with pytest.raises(rlora.PairingError, match=r"without names.*pairs='by_order'"):
         rlora.torch.ScaledAdamW(groups, lr=1e-2)
-    loras = network()
-    apart = rlora.torch.LoRARite(groups_of(loras, 1e-2, ratio=4.0), pairs="by_order")
+    apart = groups_of(network(), 1e-2, ratio=4.0)
     with pytest.raises(rlora.PairingError, match=r"in two parameter groups.*LoRAPlus"):
-        step(loras, apart)
+        rlora.torch.LoRARite(apart, pairs="by_order")
     ups = [{"params": [lora.lora_up.weight for lora in network()[::2]]}]
     with pytest.raises(rlora.PairingError, match=r"by_order.*cannot read"):  # LoRA-FA: no A
         rlora.torch.ScaledAdamW(ups, pairs="by_order")

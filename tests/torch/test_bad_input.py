@@ -371,3 +371,46 @@ def test_betas_are_two(kind, betas):
 def test_what_a_method_gives_is_no_method():
     with pytest.raises(TypeError, match=r"as rlora\.lora_rite, got a Transform; do not"):
         rlora.torch.optimizer_class(rlora.lora_rite())
+
+
+@every
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+@pytest.mark.parametrize("value", [None, 1j, "1e-3"])
+def test_numbers_that_are_none(make, name, value):
+    model = make_model()
+    if name not in make(model).param_groups[0]:
+        pytest.skip("has no such option")
+    kind = type(make(model))
+    if not issubclass(kind, (torch.optim.AdamW, torch.optim.SGD)) and not isinstance(value, str):
+        pytest.skip("what its parent takes is not known")
+    with pytest.raises(TypeError, match=f"{name} must be a real number, got"):
+        kind(model, **{name: value})
+
+
+@every
+@pytest.mark.parametrize("flag", ["maximize", "amsgrad", "foreach", "fused"])
+def test_flags_that_are_none(make, flag):
+    """Found before a step has moved anything."""
+    model = make_model()
+    optimizer = make(model)
+    train(model, optimizer, 1)
+    if flag not in optimizer.param_groups[0]:
+        pytest.skip("has no such option")
+    optimizer.param_groups[0][flag] = "yes"
+    loss_of(model).backward()
+    assert_refused(model, optimizer, optimizer.step, TypeError, f"{flag} must be True or False")
+
+
+@pytest.mark.parametrize("flag", ["maximize", "amsgrad"])
+@pytest.mark.parametrize("value", [None, 1, "yes"])
+def test_flags_of_a_constructor(flag, value):
+    with pytest.raises(TypeError, match=f"{flag} must be True or False"):
+        ScaledAdamW(make_model(), **{flag: value})
+
+
+@pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)
+def test_factors_in_two_groups_are_refused_at_once(kind):
+    named = list(make_model().named_parameters())
+    groups = [{"params": [x for x in named if key in x[0]]} for key in ("lora_A", "lora_B")]
+    with pytest.raises(PairingError, match="are in two parameter groups"):
+        kind(groups, lr=1e-3)

@@ -106,9 +106,11 @@ def check_start(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
 
 
 def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
-    """RuntimeWarning, once, when trainable pairs have no gradient because the model has others.
+    """RuntimeWarning, once, when trainable pairs stand still because they have no gradient.
 
-    Of an optimizer that was not given a model: when no pair has a gradient in its first two steps.
+    Those that are no longer of the model that was given; and all of them, when nothing had a
+    gradient in the first two steps, or where no model was given no pair had one, or when nothing is
+    trainable any longer.
     """
     if torch.compiler.is_compiling() or "orphans" in optimizer._told:
         return
@@ -118,32 +120,47 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
         if any(p.requires_grad for p in pair[:2]) and all(p.grad is None for p in pair.moved)
     ]
     models = [model for _, model in optimizer._models()]
-    if models and idle:
-        why = "they are no longer those of the model"
-        there = {id(p) for model in models for p in model.parameters()}
-        layers = {name for model in models for name, _ in model.named_modules()}
-        names = [pair.layer for pair in optimizer.report]  # groups may be added from other models
-        idle = [
-            k for k in idle if names[k] in layers and not there & {id(p) for p in pairs[k].moved}
-        ]
-    elif not models:
-        why = "no pair had a gradient in the first two steps"
-        count, all_idle = optimizer._idle_steps, len(idle) == len(pairs) > 0
-        optimizer._idle_steps = count + 1 if all_idle and count is not None else None
-        if optimizer._idle_steps != 2:  # one alone may be there to make state, or by chance
-            return
-    if not idle:
+    there = {id(p) for model in models for p in model.parameters()}
+    layers = {name for model in models for name, _ in model.named_modules()}
+    names = [pair.layer for pair in optimizer.report]  # groups may be added from other models
+    gone = [k for k in idle if names[k] in layers and not there & {id(p) for p in pairs[k].moved}]
+    if gone:
+        why = (
+            "they are no longer those of the model; where others have taken their place, as in "
+            "PEFT's prepare_model_for_compiled_hotswap or a state loaded with assign=True, build "
+            "the optimizer afterwards and load the old one's state_dict() if ranks are the same"
+        )
+    elif _idle_again(optimizer, all_idle=len(idle) == len(pairs) > 0 and not models):
+        gone = idle or list(range(len(pairs)))
+        why = (
+            "they had no gradient in two steps; was backward() called, and is this the model that "
+            "is trained? The optimizer is to be built after the adapters, and after whatever puts "
+            "others in their place; add_param_group takes what is added later"
+        )
+    if not gone:
         return
     optimizer._told |= {"orphans"}
     optimizer._idle_steps = None
-    kind, first = type(optimizer).__name__, list(optimizer.report)[idle[0]].name
     msg = (
-        f"{kind}: {len(idle)} of {len(pairs)} pairs, the first {first}, stand still: {why}; where "
-        f"others have taken their place, as in PEFT's prepare_model_for_compiled_hotswap or a "
-        f"state loaded with assign=True, build the optimizer afterwards: "
-        f"rlora.torch.{kind}(model, ...), and load the old one's state_dict() if ranks are the same"
+        f"{type(optimizer).__name__}: {len(gone)} of {len(pairs)} pairs, the first "
+        f"{list(optimizer.report)[gone[0]].name}, stand still: {why}"
     )
     warnings.warn(msg, RuntimeWarning, stacklevel=2)
+
+
+def _idle_again(optimizer: Any, *, all_idle: bool) -> bool:
+    """Count a step without gradients; True for the second in a row.
+
+    One alone may be there to make state, or by chance. Once there have been gradients, as where
+    layers are dropped at random, it counts if nothing is trainable any longer.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    nothing = bool(params) and all(p.grad is None for p in params)
+    count = optimizer._idle_steps
+    first = count is not None or not any(p.requires_grad for p in params)
+    idle = first and (nothing or all_idle)
+    optimizer._idle_steps = (count or 0) + 1 if idle else None
+    return bool(optimizer._idle_steps == 2)
 
 
 def warn_of_ties(kind: str, before: Mapping[str, str], now: Collection[str]) -> None:

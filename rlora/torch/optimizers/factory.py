@@ -8,6 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from rlora.core.checks import mark_of
+from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.optimizers.method_optimizer import Method, MethodOptimizer
 from rlora.torch.optimizers.preconditioned import GramPreconditioned
 from rlora.torch.step.standins import over_wide
@@ -34,7 +35,7 @@ def precondition(optimizer: Any) -> type[Optimizer]:
     Raises
     ------
     TypeError
-        When it is no optimizer class.
+        When it is no optimizer class, has no step, or is one that knows pairs already.
     ValueError
         When its step needs a closure: it would evaluate the loss again within a step, on
         gradients that nobody preconditions.
@@ -51,6 +52,12 @@ def precondition(optimizer: Any) -> type[Optimizer]:
     """
     if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
         msg = f"expected a subclass of torch.optim.Optimizer, got {optimizer!r}"
+        raise TypeError(msg)
+    if issubclass(optimizer, LoRAOptimizer):
+        msg = f"{optimizer.__name__} preconditions the gradients of pairs itself: use it as it is"
+        raise TypeError(msg)
+    if optimizer.step is Optimizer.step:
+        msg = f"expected a class of optimizers with a step, {optimizer.__name__} has none"
         raise TypeError(msg)
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:

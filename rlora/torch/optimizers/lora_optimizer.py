@@ -33,10 +33,11 @@ from rlora.torch.pairing.following import followed, named_anew, undone_if_refuse
 from rlora.torch.pairing.modules import models_in, references, scalings_in, what_modules_know
 from rlora.torch.pairing.pairs import TensorPair, identical, scalings_of, signature
 from rlora.torch.pairing.param_groups import (
+    FLAGS,
     NUMBERS,
     as_groups,
     as_list,
-    check_numbers,
+    check_options,
     check_pairs,
     in_order,
     names_of,
@@ -68,7 +69,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
     _told: frozenset[str] = frozenset()
     """Checks that were made, and warnings that were given, once."""
     _idle_steps: int | None = 0
-    """First steps in which no pair had a gradient; None once one had, or the warning was given."""
+    """Steps in a row without gradients; None where the last one had some, or after the warning."""
 
     watch, unwatch, diagnostics = figures.watch, figures.unwatch, figures.diagnostics
 
@@ -90,7 +91,8 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
         models = models_in(params)
         self._known, self._given = what_modules_know(models), references(models)
         own, kwargs = plain_numbers(own), plain_numbers(kwargs)
-        refuse_text({"lr": args[0], **kwargs} if args else kwargs)
+        known = isinstance(self, (torch.optim.AdamW, torch.optim.SGD))
+        refuse_text({"lr": args[0], **kwargs} if args else kwargs, numbers=known)
         groups = as_groups(params, self._source, self._known)
         if pairs == BY_ORDER:
             self._by_hand = in_order(groups)
@@ -203,7 +205,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
 
     def _check(self, group: dict[str, Any]) -> None:
         """Numbers and choices of a group; torch checks those of the constructor only."""
-        check_numbers(group, self.defaults)
+        check_options(group, self.defaults)
         check_flag("stochastic_rounding", group["stochastic_rounding"])
         self._check_own(group)
 
@@ -261,7 +263,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
         pairs = self._current_pairs()
         if torch.compiler.is_compiling():  # the graph is what is kept, and torch guards it
             return self._new_plans(pairs)
-        names = ("betas", *NUMBERS, *self._own)
+        names = ("betas", *NUMBERS, *FLAGS, *self._own)
         options = [group.get(name) for group in self.param_groups for name in names]
         if not identical(options, self._seen):
             for group in self.param_groups:

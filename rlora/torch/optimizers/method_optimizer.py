@@ -23,7 +23,7 @@ from rlora.torch.pairing.pairs import TensorPair, is_distributed
 from rlora.torch.step.dtensors import cut_as
 from rlora.torch.step.method_batch import places_in, start_of
 from rlora.torch.step.plan import Turn, keep
-from rlora.torch.step.steps import steps_of_method
+from rlora.torch.step.steps import check_one_group, steps_of_method
 
 Method = Callable[..., Transform]
 
@@ -133,8 +133,7 @@ class MethodOptimizer(LoRAOptimizer):
         return chosen
 
     def _choices(self, group: dict[str, Any]) -> list[Any]:
-        plain = [group.get(name) for name in ("momentum", "weight_decay", "eps")]
-        numbers = [*plain, *group.get("betas", ())]
+        numbers = [*map(group.get, ("momentum", "weight_decay", "eps")), *group.get("betas", ())]
         return [*super()._choices(group), *map(is_zero, numbers)]  # for a 0 there may be no state
 
     def _check_own(self, group: dict[str, Any]) -> None:
@@ -146,6 +145,7 @@ class MethodOptimizer(LoRAOptimizer):
     def _pair_up(self, scalings: Mapping[int, float | None]) -> None:
         super()._pair_up(scalings)
         self._pairs, self.report = without_middles(self._pairs, self.report)
+        check_one_group(self, self._pairs)
 
     def _check_rates_of_rest(self) -> None:
         """Refuse the rate of a method that finds its own for parameters that the parent steps."""

@@ -1,11 +1,12 @@
 """Torch optimizers on gradients preconditioned pair by pair: AdamW, SGD, and any other."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from rlora.core.checks import check_betas, check_choice, check_unit
 from rlora.core.linalg import DampingMode, check_damping
@@ -55,9 +56,18 @@ class GramPreconditioned(LoRAOptimizer):
         **kwargs: Any,
     ) -> None:
         check_choice("order", order, Order)
+        if order == "gauss_seidel" and self._kernel is StandIns and not _counts_by_parameter(self):
+            msg = (
+                f"order='gauss_seidel' runs the parent's step twice, for A and then for B, and "
+                f"{type(self).__bases__[-1].__name__} may count each: it works over optimizers of "
+                f"torch.optim; use order='jacobi'"
+            )
+            raise ValueError(msg)
         self.order = order
         own = Recipe(damping, damping_mode, placement, compute_dtype, stochastic_rounding)
         super().__init__(params, *args, own=own._asdict(), pairs=pairs, adapter=adapter, **kwargs)
+        if self._kernel is StandIns:
+            _check_reach(self)
         for p in (p for pair in self._pairs for p in pair.moved):  # parents that make state at once
             held = self.state.get(p, {})
             held.update((key, x.float()) for key, x in held.items() if is_narrow(x))
@@ -94,6 +104,39 @@ class GramPreconditioned(LoRAOptimizer):
     def _turns(self, pairs: list[TensorPair]) -> list[Turn]:
         sides = ("AB",) if self.order == "jacobi" else ("A", "B")
         return [steps_of(self, self._kernel, pairs, some) for some in sides]
+
+
+def _counts_by_parameter(optimizer: LoRAOptimizer) -> bool:
+    """Return whether a step counts what it has stepped, as those of torch do; not each call."""
+    return optimizer._bare["step"].__module__.startswith("torch.optim.")
+
+
+def _check_reach(optimizer: LoRAOptimizer) -> None:
+    """TypeError for a parent that has parameters elsewhere than in its groups.
+
+    It would step these along their own gradients, and not what stands in the groups meanwhile.
+    """
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    ours = {*optimizer._extra, "param_groups", "state", "_seen"}
+    for name, value in vars(optimizer).items():
+        if name not in ours and _holds(value, known):
+            msg = (
+                f"{type(optimizer).__bases__[-1].__name__} has parameters in its attribute "
+                f"{name!r} too, where it would step them without a preconditioner; precondition "
+                f"takes optimizers that step what is in param_groups, so wrap the inner one"
+            )
+            raise TypeError(msg)
+
+
+def _holds(value: Any, known: Set[int]) -> bool:
+    """Return whether a value is one of the tensors, or a collection or an optimizer of them."""
+    if isinstance(value, Optimizer):
+        return _holds(value.param_groups, known)
+    if isinstance(value, Mapping):
+        return _holds([*value, *value.values()], known)
+    if isinstance(value, (list, tuple, Set)):
+        return any(_holds(x, known) for x in value)
+    return isinstance(value, Tensor) and id(value) in known
 
 
 def _steps_as(kind: type[LoRAOptimizer], parent: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -120,14 +121,19 @@ class LoadsState(Optimizer, ABC):
                 group["rounded"] = torch.as_tensor(group["rounded"]).clone()
         if saved["state"]:
             pairs = [pair for pair in found.pairs if pair is not None]
+            with suppress(TypeError, ValueError):  # for options that the next step will refuse
+                saved["state"] |= self._state_in_use(saved, pairs)
             fresh = self._fresh_state(pairs)
-            shapes_of = self._state_shapes(pairs, self.param_groups)
             for i, p in self._owners(saved):
-                if i in saved["state"]:
-                    saved["state"][i] = _in_use(saved["state"][i], shapes_of(p))
-                elif p.requires_grad:
+                if p.requires_grad and i not in saved["state"]:
                     saved["state"][i] = fresh(p)
         return saved
+
+    def _state_in_use(self, saved: dict[str, Any], pairs: Sequence[TensorPair]) -> dict[Any, Any]:
+        """The saved states without what methods had there before their options were changed."""
+        shapes_of = self._state_shapes(pairs, self.param_groups)
+        states = saved["state"]
+        return {i: _in_use(states[i], shapes_of(p)) for i, p in self._owners(saved) if i in states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, of this optimizer or of the plain parent; whole or not at all.
@@ -265,7 +271,7 @@ def _check(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> None:
 
 
 def _in_use(state: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """A parameter's state without what a method had for it before its options were changed."""
+    """A parameter's state without entries of methods that it has not now."""
     kept = {}
     for key, x in state.items():
         known = shapes.known.get(key) is not None or not isinstance(x, Tensor)

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from rlora.core.checks import check_nonnegative, check_real, plain_number
+from rlora.core.checks import check_flag, check_nonnegative, check_real, plain_number
 from rlora.core.errors import NamespaceError, PairingError, ShardingError
 from rlora.pairing import (
     Known,
@@ -84,23 +84,34 @@ def plain_numbers(options: dict[str, Any]) -> dict[str, Any]:
     return {k: v if k == "params" else plain_number(v) for k, v in options.items()}
 
 
-def refuse_text(options: Mapping[str, Any]) -> None:
-    """TypeError for numbers that came as text, which torch would compare with numbers."""
+def refuse_text(options: Mapping[str, Any], *, numbers: bool = False) -> None:
+    """TypeError for numbers that came as text, which torch would compare with numbers.
+
+    And with `numbers` for whatever else is none; some optimizers take None for their default.
+    """
     for name in ("lr", "betas", "eps", "weight_decay", "momentum", "dampening"):
-        value: Any = options.get(name)
+        if name not in options:
+            continue
+        value: Any = options[name]
         several = isinstance(value, (tuple, list))
         for x in value if several else (value,):
-            if isinstance(x, str):
+            if isinstance(x, str) or (numbers and name in NUMBERS and not isinstance(x, Tensor)):
                 check_real(f"each of {name}" if several else name, x)
 
 
 NUMBERS = ("lr", "eps", "weight_decay", "momentum")
 """Options of torch's own optimizers that are numbers."""
 
+FLAGS = ("maximize", "amsgrad", "nesterov", "capturable", "foreach", "fused")
+"""Options of torch's own optimizers that are True or False; None too of the last two."""
 
-def check_numbers(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """ValueError or TypeError for options of torch's that are no numbers, or negative."""
+
+def check_options(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """ValueError or TypeError for options of torch's: numbers that are none or negative, flags."""
     refuse_text(group)
+    for name in FLAGS:
+        if name in group and not (name in FLAGS[-2:] and group[name] is None):
+            check_flag(name, group[name])
     for name in NUMBERS:
         several = isinstance(defaults.get(name), tuple)  # Adafactor has two eps
         if name in group and not (several or isinstance(group[name], Tensor)):

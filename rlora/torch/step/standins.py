@@ -26,6 +26,7 @@ class StandIns(Kernel):
         super().__init__(*args)
         both = zip(self.params, self.targets, strict=True)
         self.stand_ins = [like_param(p, target) for p, target in both]
+        self._memory = [target.detach() for target in self.targets]
 
     @property
     def members(self) -> list[tuple[Tensor, Tensor]]:
@@ -41,9 +42,12 @@ class StandIns(Kernel):
                 stand_in.grad = like_param(p, direction)
 
     def run(self, directions: Sequence[Tensor], lr: Number, weight_decay: float) -> None:
-        """Let the gradients go; the parent has run."""
-        for stand_in in self.stand_ins:
+        """Let the gradients go; the parent has run, and may have put its results elsewhere."""
+        for p, stand_in, memory in zip(self.params, self.stand_ins, self._memory, strict=True):
             stand_in.grad = None
+            if (found := local(stand_in)).data_ptr() != memory.data_ptr():  # p.data = ...
+                memory.copy_(found)
+                stand_in.data = like_param(p, memory)
 
 
 def over_wide(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -77,17 +77,12 @@ def steps_of_method(optimizer: Any, pairs: Sequence[TensorPair]) -> list[Work]:
     PairingError
         When the factors of a pair are in two groups.
     """
+    check_one_group(optimizer, pairs)
     group_of = groups_by_id(optimizer.param_groups)
     parts: dict[Any, list[TensorPair]] = {}
     for pair in pairs:
-        if len(owners := {group_of[id(p)] for p in pair.moved}) > 1:
-            msg = (
-                f"the factors of a pair of shapes {tuple(pair.A.shape)} and "
-                f"{tuple(pair.B.shape)} are in two parameter groups; {type(optimizer).__name__} "
-                f"moves them together: put both in one (for two learning rates: LoRAPlus)"
-            )
-            raise PairingError(msg)
-        parts.setdefault((is_distributed(pair.A), owners.pop()), []).append(pair)
+        owner = next(group_of[id(p)] for p in pair.moved)
+        parts.setdefault((is_distributed(pair.A), owner), []).append(pair)
     steps: list[Work] = []
     for (cut, i), members in parts.items():
         if cut:  # DTensors take half a second to import
@@ -97,6 +92,19 @@ def steps_of_method(optimizer: Any, pairs: Sequence[TensorPair]) -> list[Work]:
         else:
             steps += portions(optimizer, i, members)
     return steps
+
+
+def check_one_group(optimizer: Any, pairs: Iterable[TensorPair]) -> None:
+    """PairingError where the trainable factors of a pair are in two groups."""
+    group_of = groups_by_id(optimizer.param_groups)
+    for pair in pairs:
+        if len({group_of[id(p)] for p in pair.moved}) > 1:
+            msg = (
+                f"the factors of a pair of shapes {tuple(pair.A.shape)} and "
+                f"{tuple(pair.B.shape)} are in two parameter groups; {type(optimizer).__name__} "
+                f"moves them together: put both in one (for two learning rates: LoRAPlus)"
+            )
+            raise PairingError(msg)
 
 
 def groups_by_id(groups: Iterable[dict[str, Any]]) -> dict[int, int]:

@@ -23,7 +23,7 @@ FLIPS = [
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("name, option, first, then", FLIPS, ids=[x[0] for x in FLIPS])
 def test_the_run_goes_on_and_its_state_loads_again(name, option, first, then, turned):
-    """What the options of today do not keep is in no file, whichever ones load it."""
+    """No file holds what the options of its day do not keep, and any options load it."""
     make, model = getattr(rlora.torch, name), make_model()
     first, then = (then, first) if turned else (first, then)
     optimizer = make(model, lr=1e-3, **{option: first})

@@ -1,0 +1,85 @@
+"""Optimizers in front of which `precondition` stands, with habits that those of torch do not have."""
+
+import pytest
+import torch
+from models import make_model, train, values
+from torch.optim import Optimizer
+
+import rlora.torch
+from rlora.torch import precondition
+
+
+class Rebinding(Optimizer):
+    """Puts its results into new memory."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data = p.data - group["lr"] * p.grad
+
+
+class OwnList(Rebinding):
+    """Has the parameters in a list too."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        self.everything = [{"of": p} for group in self.param_groups for p in group["params"]]
+
+
+class Wrapper(Rebinding):
+    """Steps by another optimizer, as those that look ahead or sharpen do."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        self.base = torch.optim.SGD(self.param_groups, lr=lr)
+        self.param_groups = self.base.param_groups
+
+
+class Counting(Rebinding):
+    """Counts its steps in the group."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_results_in_new_memory_count(dtype, atol):
+    """As in place; in bfloat16 the head of one is rounded once more a step."""
+    model, twin = make_model(dtype=dtype), make_model(dtype=dtype)
+    options = {"lr": 0.1, "stochastic_rounding": False}
+    train(model, precondition(Rebinding)(model, **options), 3)
+    train(twin, precondition(torch.optim.SGD)(twin, **options), 3)
+    start = values(make_model(dtype=dtype))
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=atol)
+        assert "base" in name or not torch.equal(p, start[name])
+
+
+@pytest.mark.parametrize(("parent", "where"), [(OwnList, "everything"), (Wrapper, "base")])
+def test_parameters_elsewhere_than_in_the_groups_are_refused(parent, where):
+    """They would be stepped along their own gradients."""
+    with pytest.raises(TypeError, match=f"{parent.__name__} has parameters in .* '{where}'"):
+        precondition(parent)(make_model())
+
+
+def test_two_turns_over_a_parent_that_may_count_them_are_refused():
+    model = make_model()
+    with pytest.raises(ValueError, match="Counting may count each"):
+        precondition(Counting)(model, order="gauss_seidel")
+    optimizer = precondition(Counting)(model)
+    train(model, optimizer, 3)
+    assert optimizer.param_groups[0]["k"] == 3
+    train(model, precondition(torch.optim.NAdam)(model, order="gauss_seidel"), 1)
+
+
+def test_classes_that_cannot_be_preconditioned():
+    for kind in (rlora.torch.LoRARite, rlora.torch.ScaledAdamW, precondition(torch.optim.NAdam)):
+        with pytest.raises(TypeError, match="use it as it is"):
+            precondition(kind)
+    with pytest.raises(TypeError, match="Optimizer has none"):
+        precondition(Optimizer)
