@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rlora.core.algebra import ROUNDING, constants, traces
 from rlora.core.backend import Backend
-from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative
+from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative, is_zero
 from rlora.core.factors import Array, Factors, indices_by_rank
 from rlora.core.rank_group import RankGroup, Stack
 from rlora.core.transform import State
@@ -70,10 +70,10 @@ def inverse_metric(
     `S` are the Grams of the partners. A factor whose partner is zero gets 0, or with absolute
     damping its inverse. The shift is at least `least` times the mean eigenvalue, in every mode.
     Where a rank is above a side, directions in which the partner can have nothing are left out, and
-    covariant damping is that in the others; `sizes` are the m and n of whole factors, where those
-    of the group are pieces.
+    covariant damping is that in the others; it is without bound where A itself can have nothing.
+    `sizes` are the m and n of whole factors, where those of the group are pieces.
     """
-    backend = group.backend
+    backend, xp = group.backend, group.xp
     if sizes is None:
         sizes = [(pair.B.shape[-2], pair.A.shape[-1]) for pair in group.params]
     empty = [(group.rank - m, group.rank - n) for m, n in sizes]
@@ -82,12 +82,18 @@ def inverse_metric(
     if damping_mode != "covariant":
         return power(S, damping=damping, relative=damping_mode == "relative", lost=lost)
     S_B, S_A = group.halves(S)
-    lost_B, seen = None, S_A
+    lost_B, lost_A, seen = None, None, S_A
     if lost is not None:
-        lost_B, _ = group.halves(lost)
+        lost_B, lost_A = group.halves(lost)
         seen = congruence(backend, backend.row_space(S_B, lost_B), S_A)
-    H_A = S_B + damping * power(seen, lost=lost_B)
-    return power(group.xp.concat([H_A, S_A]), lost=lost)
+    if lost is None or is_zero(damping) or max(n for _, n in empty) <= 0:
+        H_A = S_B + damping * power(seen, lost=lost_B)
+        return power(xp.concat([H_A, S_A]), lost=lost)
+    # S_A has no inverse: with K² = S_A, H⁻¹ is K (K S_B K + δ I)⁻¹ K.
+    K = backend.damped_power(seen, 0.5, lost=xp.maximum(lost_A, lost_B))
+    inner = power(congruence(backend, K, S_B), damping=damping, relative=False)
+    P_A = xp.where(traces(xp, K) == 0, power(S_B, lost=lost_B), congruence(backend, K, inner))
+    return xp.concat([P_A, power(S_A, lost=lost_A)])
 
 
 def metric_half(

@@ -235,8 +235,8 @@ def adapre_lora(
     -----
     An optimizer of factors does not see G: the energies are those of its projection on the tangent
     space, ``B D_A + D_B A``, which no split can change. So the product follows the same path
-    however it is split, up to damping. The paper's constants for the averages were not to be
-    found; those here are Adam's, with the bias corrected as Adafactor does.
+    however it is split, up to damping and where r is at most m and n. The paper's constants for the
+    averages were not to be found; those here are Adam's, with the bias corrected as Adafactor does.
 
     References
     ----------

@@ -151,9 +151,9 @@ def alt_lora(
     Notes
     -----
     A step moves one factor: two gradients make one round. Where a factor is frozen the other one
-    moves every time. The product follows the same path however it is split. There is no bias
-    correction. The old factors are not stored, only ``B_oldᵀ B``, which `transport` writes down.
-    The paper's damping is 1e-6, absolute.
+    moves every time. The product follows the same path however it is split, where r is at most m
+    and n. There is no bias correction. The old factors are not stored, only ``B_oldᵀ B``, which
+    `transport` writes down. The paper's damping is 1e-6, absolute.
 
     References
     ----------

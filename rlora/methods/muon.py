@@ -74,13 +74,13 @@ def lora_muon(
 
     Notes
     -----
-    The product follows the same path however it is split. The move has the size of the learning
-    rate in every direction that the momentum has at all; directions below its rounding are left
-    out, not lifted. As the factors shrink their moves grow: right after B = 0, A moves by as much
-    as it is large. Roots and signs are exact, by factorisations; the paper has Newton-Schulz
-    iterations. On a CUDA device, where an eigendecomposition would wait, they are those of matrices
-    with a relative damping of sqrt(eps): in float32 a direction of 5 % of the root mean square
-    moves by 0.9, one of 2.5 % by 0.4, one of 1 % hardly.
+    Where r is at most m and n, the product follows the same path however it is split. The move has
+    the size of the learning rate in every direction that the momentum has at all; directions below
+    its rounding are left out, not lifted. As the factors shrink their moves grow: right after B =
+    0, A moves by as much as it is large. Roots and signs are exact, by factorisations; the paper
+    has Newton-Schulz iterations. On a CUDA device, where an eigendecomposition would wait, they are
+    those of matrices with a relative damping of sqrt(eps): in float32 a direction of 5 % of the
+    root mean square moves by 0.9, one of 2.5 % by 0.4, one of 1 % hardly.
 
     References
     ----------

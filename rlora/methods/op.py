@@ -97,7 +97,8 @@ def op_lora(
 
     Notes
     -----
-    Undamped or with covariant damping the product follows the same path however it is split.
+    Undamped or with covariant damping the product follows the same path however it is split, where
+    r is at most m and n.
     Undamped the weight does so whatever s is (δ is compared with singular values of B A, not of s B
     A), and the two half-steps find ``X - lr M_t`` exactly if it has rank r and ``Bᵀ (X - lr M_t)``
     as well. Without momentum the direction is that of `rlora.lora_pro_sgd` in the gauge "zero";

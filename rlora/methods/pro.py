@@ -188,9 +188,10 @@ def lora_pro_sgd(
 
     Notes
     -----
-    With X zero or balanced and no damping, also with momentum, the product follows the same path
-    however it is split; with the Sylvester gauge it does not, as ``δB δA`` depends on X. Of a pair
-    with a frozen factor the other one gets the nearest move it can do alone.
+    With X zero or balanced, no damping and r at most m and n, also with momentum, the product
+    follows the same path however it is split; with the Sylvester gauge it does not, as ``δB δA``
+    depends on X. Of a pair with a frozen factor the other one gets the nearest move it can do
+    alone.
 
     References
     ----------

@@ -84,11 +84,11 @@ def ref_lora(
 
     Notes
     -----
-    The product follows the same path however it is split (the scalar form: up to scalings and
-    rotations). There is no balanced split of a zero product: from B = 0 the first step is a plain
-    one, and those after it are short, as K⁻¹ grows with B. Start from `rlora.initializers.pissa`
-    or `lora_one`. The paper also has Adam: `scale_by_refactor` chains with
-    `rlora.core.moments.scale_by_adam`, without the invariance.
+    Where r is at most m and n, the product follows the same path however it is split (the scalar
+    form: up to scalings and rotations). There is no balanced split of a zero product: from B = 0
+    the first step is a plain one, and those after it are short, as K⁻¹ grows with B. Start from
+    `rlora.initializers.pissa` or `lora_one`. The paper also has Adam: `scale_by_refactor` chains
+    with `rlora.core.moments.scale_by_adam`, without the invariance.
 
     References
     ----------

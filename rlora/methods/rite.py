@@ -220,7 +220,7 @@ def lora_rite(
         B = B - lr (M R_A⁻ᵀ + λ B)
 
     and the same for Aᵀ with the bases of B. The decays are bias-corrected, ``β (1 - β^t) / (1 -
-    β^(t+1))`` with t from 0. The product B A follows the same path however it is split.
+    β^(t+1))`` with t from 0. For r up to m and n, B A follows the same path however it is split.
 
     Parameters
     ----------

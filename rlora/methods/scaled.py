@@ -139,7 +139,8 @@ def scaled_sgd(
 
     ``A <- A - lr H_A⁻¹ G_A`` and ``B <- B - lr G_B H_B⁻¹``, where ``H_A`` is the damped ``Bᵀ B``
     and ``H_B`` the damped ``A Aᵀ``. Undamped or with covariant damping, also with momentum, the
-    product B A follows the same path however it is split between the factors.
+    product B A follows the same path however it is split between the factors, where r is at most m
+    and n.
 
     Parameters
     ----------

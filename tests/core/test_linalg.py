@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+import rlora
 from rlora import Factors
 from rlora.core.backend import AdamNumbers, Backend
 from rlora.core.linalg import geometric_mean
@@ -352,3 +353,41 @@ def test_geometric_mean(backend, dtype, middle, most):
         errors.append(abs(K - exact).max() / abs(exact).max())
     assert np.median(errors) < middle
     assert max(errors) < most
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("m, n, r", [(8, 2, 4), (64, 4, 16), (30, 1, 2), (3, 4, 8)])
+@pytest.mark.parametrize("size", [0.01, 0.3])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_covariant_damping_of_a_rank_above_n(backend, m, n, r, size, damping, dtype):
+    """It has no bound where A can have nothing, so A moves in its own columns alone.
+
+    There, and in B's rows, it is the usual one. Rounding is that of the damped Gram's condition.
+    """
+    if dtype == "float64" and not backend.has_float64():
+        pytest.skip("no float64 here")
+    rng = np.random.default_rng(0)
+    A, B = rng.normal(size=(r, n)) / n**0.5, size * rng.normal(size=(m, r))
+    pair = Factors(*(backend.asarray(x, dtype) for x in (A, B)))
+    G = backend.asarray(rng.normal(size=(m, n)), dtype)
+    grads = Factors(pair.B.mT @ G, G @ pair.A.mT)
+    method = rlora.scaled_sgd(damping=damping)
+    direction, _ = method.update(grads, method.init(pair), pair)
+
+    A, B, G_A = (backend.to_numpy(x).astype(float) for x in (*pair, grads.A))
+    seen = np.linalg.pinv(B) @ B @ A  # the columns of A in the row space of B
+    Q = np.linalg.svd(seen)[0][:, : min(m, n)]
+    S_A, S_B = Q.T @ seen @ seen.T @ Q, Q.T @ B.T @ B @ Q
+    expected = Q @ np.linalg.solve(S_B + damping * np.linalg.inv(S_A), Q.T @ G_A)
+    condition = 1 + np.linalg.norm(B @ A, 2) ** 2 / damping
+    rtol = 100 * np.finfo(dtype).eps * condition * np.linalg.cond(seen)
+    assert_close(backend.to_numpy(direction.A), expected, rtol=rtol)
+
+
+def test_a_zero_A_moves_at_a_rank_above_n(backend):
+    """Embeddings of PEFT begin with it; without a Gram of A there is no damping by it."""
+    pair = Factors(*(backend.asarray(x, "float32") for x in (np.zeros((4, 2)), np.eye(8, 4))))
+    grads = Factors(pair.A + 1.0, 0 * pair.B)
+    method = rlora.scaled_sgd()
+    direction, _ = method.update(grads, method.init(pair), pair)
+    assert_close(backend.to_numpy(direction.A), np.ones((4, 2)), rtol=1e-4)

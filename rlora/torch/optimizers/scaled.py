@@ -172,9 +172,10 @@ class ScaledSGD(GramPreconditioned, torch.optim.SGD):
 
     Notes
     -----
-    Undamped or with covariant damping, the default, also with momentum, the product B A follows
-    the same path however it is split between the factors. From B = 0 relative damping does not
-    hold back the second step of A, at any learning rate; the other two do.
+    Undamped or with covariant damping, the default, also with momentum, the product B A follows the
+    same path however it is split between the factors, where r is at most m and n. From B = 0
+    relative damping does not hold back the second step of A, at any learning rate; the other two
+    do.
 
     References
     ----------
