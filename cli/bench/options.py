@@ -221,8 +221,9 @@ def make_spec(name: str, dtype: str, device: str | None) -> ArraySpec:
     memory.hush_profiler()
     backend = rlora.backends.get(name)
     if not hasattr(backend.xp, dtype) or (dtype == "float64" and not backend.has_float64()):
-        hint = "; set JAX_ENABLE_X64=1 for it" if (name, dtype) == ("jax", "float64") else ""
-        msg = f"--dtype {dtype} is not to be had from the {name} backend{hint}"
+        x64 = (name, dtype) == ("jax", "float64")
+        hint = "set JAX_ENABLE_X64=1 for it" if x64 else "take another --backend"
+        msg = f"--dtype {dtype}: the {name} backend has none here; {hint}"
         raise ValueError(msg)
     spec = ArraySpec(backend, dtype, device)
     try:
