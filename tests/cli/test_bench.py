@@ -161,7 +161,7 @@ def test_no_result_says_whose_machine_it_was(rlora_cli, adapter, tmp_path, monke
         (("--threads", "9" * 20), "1<=x<="),
         (("--against", "lion"), "torch.adamw"),
         (("--dtype", "float8"), "float32"),
-        (("--dtype", "bfloat16"), "--dtype bfloat16: the numpy backend has none here; take another"),
+        (("--dtype", "bfloat16"), "the numpy backend has none here; take another"),
         (("--device", "cuda:0"), "cuda:0"),
         (("--output", "."), "directory"),
         (("--output", "no/such/folder/out.json"), "No such file"),
