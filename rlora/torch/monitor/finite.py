@@ -120,10 +120,12 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
         if any(p.requires_grad for p in pair[:2]) and all(p.grad is None for p in pair.moved)
     ]
     models = [model for _, model in optimizer._models()]
-    there = {id(p) for model in models for p in model.parameters()}
-    layers = {name for model in models for name, _ in model.named_modules()}
-    names = [pair.layer for pair in optimizer.report]  # groups may be added from other models
-    gone = [k for k in idle if names[k] in layers and not there & {id(p) for p in pairs[k].moved}]
+    gone = list[int]()
+    if idle:
+        there = {id(p) for model in models for p in model.parameters()}
+        layers = {name for model in models for name, _ in model.named_modules()}
+        names = [pair.layer for pair in optimizer.report]  # groups may be added from other models
+        gone = [k for k in idle if names[k] in layers and there.isdisjoint(map(id, pairs[k].moved))]
     if gone:
         why = (
             "they are no longer those of the model; where others have taken their place, as in "

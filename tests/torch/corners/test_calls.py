@@ -73,3 +73,17 @@ def test_calls_by_keyword(make):
     optimizer.zero_grad(set_to_none=True)
     optimizer.step(closure=None)
     assert same(before, values(model))
+
+
+@make
+def test_a_hook_may_make_another_dict_of_the_state(make):
+    model = make_model()
+    optimizer = make(model)
+    train(model, optimizer, 1)
+    plain = optimizer.state_dict()
+    handle = optimizer.register_state_dict_post_hook(lambda _, saved: {"optimizer": saved})
+    wrapped = optimizer.state_dict()
+    assert wrapped.keys() == {"optimizer"}
+    assert wrapped["optimizer"]["state"].keys() == plain["state"].keys()
+    handle.remove()
+    assert optimizer.state_dict().keys() == plain.keys()
