@@ -4,10 +4,10 @@ import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Final
+from queue import Empty, SimpleQueue
+from typing import Any, Final, TypeAlias
 
 import torch
 
@@ -108,12 +108,14 @@ def run_jobs(place: Place, jobs: list[Job], processes: int) -> Iterator[Record]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(stacks)), mp_context=context) as pool:
         try:
-            ended = SimpleQueue[Future[list[Record]]]()
-            with without_interrupts():
-                for stack in stacks:
-                    pool.submit(run_stack, place, stack).add_done_callback(ended.put)
-            for _ in stacks:
-                yield from ended.get().result()
+            with interrupts_queued() as ended:
+                with without_interrupts():
+                    for stack in stacks:
+                        pool.submit(run_stack, place, stack).add_done_callback(ended.put)
+                for _ in stacks:
+                    yield from following(ended).result()
+                if not ended.empty():  # an interrupt during the last one
+                    raise KeyboardInterrupt
         except BaseException:  # an interrupt, or a run that failed: nobody waits for the others
             workers = multiprocessing.active_children()  # this program has no others
             pool.shutdown(wait=False, cancel_futures=True)
@@ -122,13 +124,27 @@ def run_jobs(place: Place, jobs: list[Job], processes: int) -> Iterator[Record]:
             raise
 
 
+Ended: TypeAlias = "SimpleQueue[Future[list[Record]] | None]"
+"""Runs that have ended, and None for an interrupt."""
+
+
+@contextmanager
+def interrupts_queued() -> Iterator[Ended]:
+    """Put an interrupt into a queue, in which it waits for its turn.
+
+    Raised anywhere in the pool, it would leave locks taken and processes unknown to everybody.
+    """
+    ended: Ended = SimpleQueue()
+    before = signal.signal(signal.SIGINT, lambda *_: ended.put(None))
+    try:
+        yield ended
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def without_interrupts() -> Iterator[None]:
-    """Put off an interrupt while processes are started, and keep it from them for good.
-
-    Half-started ones, or locks of the pool that nobody gives back, would be waited for for ever;
-    and each process would print where it was interrupted.
-    """
+    """Keep interrupts from processes that are started meanwhile, for as long as they live."""
     if not hasattr(signal, "pthread_sigmask"):  # on Windows
         yield
         return
@@ -137,6 +153,15 @@ def without_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def following(ended: Ended) -> Future[list[Record]]:
+    """Wait for the next run that ends; KeyboardInterrupt after an interrupt."""
+    while True:
+        with suppress(Empty):  # a signal that another thread has got wakes nobody
+            if (done := ended.get(timeout=1.0)) is None:
+                raise KeyboardInterrupt
+            return done
 
 
 def stacks_of(place: Place, jobs: list[Job]) -> list[list[Job]]:
