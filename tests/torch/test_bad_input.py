@@ -376,7 +376,7 @@ def test_what_a_method_gives_is_no_method():
 @every
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 @pytest.mark.parametrize("value", [None, 1j, "1e-3"])
-def test_numbers_that_are_none(make, name, value):
+def test_values_that_are_no_numbers(make, name, value):
     model = make_model()
     if name not in make(model).param_groups[0]:
         pytest.skip("has no such option")
@@ -389,7 +389,7 @@ def test_numbers_that_are_none(make, name, value):
 
 @every
 @pytest.mark.parametrize("flag", ["maximize", "amsgrad", "foreach", "fused"])
-def test_flags_that_are_none(make, flag):
+def test_values_that_are_no_flags(make, flag):
     """Found before a step has moved anything."""
     model = make_model()
     optimizer = make(model)

@@ -30,7 +30,8 @@ def precondition(optimizer: Any) -> type[Optimizer]:
         or tensors with ``pairs=[(A, B), ...]``, then the parent's arguments and ``damping``,
         ``damping_mode``, ``placement``, ``order``, ``compute_dtype``, ``stochastic_rounding`` and
         ``adapter`` as `ScaledAdamW` has them, but with ``placement="before"`` by default, the only
-        one that any optimizer can have.
+        one that any optimizer can have, and ``order="gauss_seidel"`` over those of torch alone. It
+        raises a TypeError where the parent keeps parameters outside of its groups.
 
     Raises
     ------

@@ -34,6 +34,7 @@ from rlora.torch.pairing.modules import models_in, references, scalings_in, what
 from rlora.torch.pairing.pairs import TensorPair, identical, scalings_of, signature
 from rlora.torch.pairing.param_groups import (
     FLAGS,
+    LOOPS,
     NUMBERS,
     as_groups,
     as_list,
@@ -263,7 +264,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
         pairs = self._current_pairs()
         if torch.compiler.is_compiling():  # the graph is what is kept, and torch guards it
             return self._new_plans(pairs)
-        names = ("betas", *NUMBERS, *FLAGS, *self._own)
+        names = ("betas", *NUMBERS, *FLAGS, *LOOPS, *self._own)
         options = [group.get(name) for group in self.param_groups for name in names]
         if not identical(options, self._seen):
             for group in self.param_groups:

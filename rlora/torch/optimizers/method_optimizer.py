@@ -1,6 +1,5 @@
 """A torch optimizer out of any method: its pure step over the pairs, the parent's over the rest."""
 
-import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlora import methods
 from rlora.core.checks import check_betas, check_scaling, is_zero, mark_of
-from rlora.core.factors import Factors
 from rlora.core.state import flatten_state
 from rlora.core.transform import Transform, check_transform
 from rlora.pairing.report import number_of
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.optimizers.saved_order import ELEMENTWISE
-from rlora.torch.optimizers.state_dict import OF_METHODS, Shapes
+from rlora.torch.optimizers.state_entries import OF_METHODS, Shapes, in_use, words_of_methods
 from rlora.torch.pairing.discovery import Pairs, without_middles
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
 from rlora.torch.step.dtensors import cut_as
@@ -33,16 +30,6 @@ PLAIN = {"lr", "betas", "eps", "weight_decay", "momentum", "maximize"}
 MOMENTUM = {"betas", "momentum"}
 """Options that OneCycleLR and CyclicLR cycle if they are among the defaults: so those that only the
 parent has, without effect on the pairs, must not be there."""
-
-
-@functools.cache
-def words_of_methods() -> frozenset[str]:
-    """Words in the names of the state that methods of the library have for a pair."""
-    pair = Factors(torch.ones(1, 1, device="cpu"), torch.ones(1, 1, device="cpu"))
-    made = (getattr(methods, name)() for name in methods.__all__)
-    names = (name for method in made for name in flatten_state(method.init(pair)))
-    words = {word for name in names for word in name.split(".")} - {"A", "B"}
-    return frozenset(word for word in words if not word.isdigit())
 
 
 class MethodOptimizer(LoRAOptimizer):
@@ -177,7 +164,12 @@ class MethodOptimizer(LoRAOptimizer):
         # Here, as everything else that may refuse the step has been checked.
         if [group["scaling"] for group in self.param_groups] != self._scalings:
             self._follow_scalings(pairs)
-        return [(steps_of_method(self, pairs), {})]
+        work = steps_of_method(self, pairs)
+        if not torch.compiler.is_compiling():  # momentum that was switched off does not come back
+            shapes_of = self._state_shapes(pairs, self.param_groups)
+            for p in (p for pair in pairs for p in pair.moved if p in self.state):
+                self.state[p] = in_use(self.state[p], shapes_of(p))
+        return [(work, {})]
 
     def _state_shapes(
         self, pairs: Sequence[TensorPair], groups: Sequence[Mapping[str, Any]]
@@ -207,9 +199,10 @@ class MethodOptimizer(LoRAOptimizer):
         start, words = list(self._start_of(pair, group)), OF_METHODS | words_of_methods()
         shapes = []
         for k in (0, 1):
-            known = {key: x.shape for side, key, x in start if side in (k, None)}
+            known: dict[str, torch.Size | None] = dict.fromkeys(ELEMENTWISE)
+            known |= {key: x.shape for side, key, x in start if side in (k, None)}
             own = {key for side, key, _ in start if side == k}  # one factor keeps what is of both
-            shapes.append(Shapes({**dict.fromkeys(ELEMENTWISE), **known}, words, own, counts=False))
+            shapes.append(Shapes(known, words, own, of_method=True))
         return shapes
 
     def _start_of(

@@ -14,7 +14,7 @@ from rlora.core.placement import Placement
 from rlora.core.transform import Order
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.optimizers.saved_order import ELEMENTWISE
-from rlora.torch.optimizers.state_dict import Shapes
+from rlora.torch.optimizers.state_entries import OF_METHODS, Shapes
 from rlora.torch.pairing.discovery import Pairs
 from rlora.torch.pairing.pairs import TensorPair
 from rlora.torch.step.kernels import FUSED, SGD, AdamW, Kernel, has_kernel
@@ -58,9 +58,9 @@ class GramPreconditioned(LoRAOptimizer):
         check_choice("order", order, Order)
         if order == "gauss_seidel" and self._kernel is StandIns and not _counts_by_parameter(self):
             msg = (
-                f"order='gauss_seidel' runs the parent's step twice, for A and then for B, and "
-                f"{type(self).__bases__[-1].__name__} may count each: it works over optimizers of "
-                f"torch.optim; use order='jacobi'"
+                f"order='gauss_seidel' runs the parent's step for A and then for B, and "
+                f"{type(self).__bases__[-1].__name__} may count that as two steps: it is for "
+                f"optimizers of torch.optim alone; use order='jacobi'"
             )
             raise ValueError(msg)
         self.order = order
@@ -93,7 +93,9 @@ class GramPreconditioned(LoRAOptimizer):
     ) -> Callable[[Tensor], Shapes]:
         if self._kernel is not StandIns:
             return super()._state_shapes(pairs, groups)
-        return lambda p: Shapes(dict.fromkeys(ELEMENTWISE, p.shape))  # whatever the parent keeps
+        # Whatever the parent keeps, unless a method class has saved it: these have a `scaling`.
+        words = OF_METHODS if any("scaling" in group for group in groups) else set[str]()
+        return lambda p: Shapes(dict.fromkeys(ELEMENTWISE, p.shape), words)
 
     def _choices(self, group: dict[str, Any]) -> list[Any]:
         # What decides in which memory a step works, and what state it then has.
@@ -107,7 +109,7 @@ class GramPreconditioned(LoRAOptimizer):
 
 
 def _counts_by_parameter(optimizer: LoRAOptimizer) -> bool:
-    """Return whether a step counts what it has stepped, as those of torch do; not each call."""
+    """Return whether the parent's step counts steps for each parameter, as torch's own do."""
     return optimizer._bare["step"].__module__.startswith("torch.optim.")
 
 
@@ -122,8 +124,9 @@ def _check_reach(optimizer: LoRAOptimizer) -> None:
         if name not in ours and _holds(value, known):
             msg = (
                 f"{type(optimizer).__bases__[-1].__name__} has parameters in its attribute "
-                f"{name!r} too, where it would step them without a preconditioner; precondition "
-                f"takes optimizers that step what is in param_groups, so wrap the inner one"
+                f"{name!r} too, where it would step them without a preconditioner; give "
+                f"precondition an optimizer that steps what is in its param_groups and nothing "
+                f"else, such as the one inside of a wrapper"
             )
             raise TypeError(msg)
 

@@ -1,39 +1,21 @@
 """Loading of a saved state: all of it is checked first; that of pairs stays at least float32."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.optim import Optimizer
 
-from rlora.core.errors import ShapeError
 from rlora.torch.monitor.finite import look_on_the_host
 from rlora.torch.optimizers.saved_order import ELEMENTWISE, as_groups_are
+from rlora.torch.optimizers.state_entries import Shapes, check_saved, in_use
 from rlora.torch.pairing.following import followed, rename
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
-from rlora.torch.pairing.sharding_checks import check_kind
 from rlora.torch.step.dtensors import cut_as
 from rlora.torch.step.kernels import counter_dtype
-
-OF_METHODS = {"mu", "count", "scaling", "inverse", "frame", "turn"}
-"""Words in the names of the state of method classes, each of which has one."""
-
-
-class Shapes(NamedTuple):
-    """Shapes of the saved state of a parameter."""
-
-    known: Mapping[str, Size | None]
-    """By name; None is a state that it may not have."""
-    words: Set[str] = frozenset(OF_METHODS)
-    """Words in names of the state of other optimizers; whatever else there is, is left alone."""
-    needed: Set[str] = frozenset()
-    """Names that every state has."""
-    counts: bool = True
-    """False if a ``step``, as every optimizer of torch but SGD counts it, is another one's."""
 
 
 class Ids(list[Any]):
@@ -66,9 +48,9 @@ class LoadsState(Optimizer, ABC):
     def _state_shapes(
         self, pairs: Sequence[TensorPair], groups: Sequence[Mapping[str, Any]]
     ) -> Callable[[Tensor], Shapes]:
-        """Shapes of each parameter's state with the options of these groups, which are in order.
+        """Shapes of each parameter's state, as far as the parent is known.
 
-        As far as the parent is known.
+        `groups` are in the order of the optimizer's own and have the options that count.
         """
         adam = isinstance(self, torch.optim.AdamW)
         kept = ELEMENTWISE[:3] if adam else ("momentum_buffer",)
@@ -122,26 +104,26 @@ class LoadsState(Optimizer, ABC):
             if "rounded" in group:  # steps write to it
                 group["rounded"] = torch.as_tensor(group["rounded"]).clone()
         if saved["state"]:
+            try:
+                for group in self.param_groups:
+                    self._check(group)
+            except (TypeError, ValueError):  # as the next step will say
+                return saved
             pairs = [pair for pair in found.pairs if pair is not None]
-            with suppress(TypeError, ValueError):  # for options that the next step will refuse
-                saved["state"] |= self._state_in_use(saved, pairs)
             fresh = self._fresh_state(pairs)
+            shapes_of = self._state_shapes(pairs, self.param_groups)
             for i, p in self._owners(saved):
-                if p.requires_grad and i not in saved["state"]:
+                if i in saved["state"]:
+                    saved["state"][i] = in_use(saved["state"][i], shapes_of(p))
+                elif p.requires_grad:
                     saved["state"][i] = fresh(p)
         return saved
-
-    def _state_in_use(self, saved: dict[str, Any], pairs: Sequence[TensorPair]) -> dict[Any, Any]:
-        """The saved states without what methods had there before their options were changed."""
-        shapes_of = self._state_shapes(pairs, self.param_groups)
-        states = saved["state"]
-        return {i: _in_use(states[i], shapes_of(p)) for i, p in self._owners(saved) if i in states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, of this optimizer or of the plain parent; whole or not at all.
 
-        Moments of paired factors keep their dtype, at least float32, whatever the parameters have.
-        Where both have names, a state goes to the parameter of its name, in whatever order and
+        Moments get the dtype of their parameters, those of paired factors at least float32. Where
+        both have names, a state goes to the parameter of its name, in whatever order and
         groups they were saved. Without names it goes by place as in torch, and where the groups
         differ by shape, if that is unambiguous; frozen parameters without state may be missing
         on either side.
@@ -160,9 +142,9 @@ class LoadsState(Optimizer, ABC):
         ------
         ShapeError, ShardingError
             When a saved moment has another shape than its parameter, is one of an optimizer that
-            keeps others, or is whole and the parameter is sharded, or the other way round; nothing
-            has been loaded then. A ShapeError too where there are no names, the groups differ, and
-            shapes do not identify the owner of each state.
+            keeps others or fewer, or is whole and the parameter is sharded, or the other way round;
+            nothing has been loaded then. A ShapeError too where there are no names, the groups
+            differ, and shapes do not identify the owner of each state.
         ValueError
             When a trainable parameter is not among the saved names, or a saved one with state is
             not here.
@@ -212,7 +194,7 @@ class LoadsState(Optimizer, ABC):
             self._check(group)
         shapes_of = self._state_shapes(self._pairs, groups)
         for i, p in self._owners(saved):
-            _check(i, saved["state"].get(i, {}), p, shapes_of(p))
+            check_saved(i, saved["state"].get(i, {}), p, shapes_of(p))
         params = ({**group, "params": Ids(group["params"])} for group in groups)  # found fast
         return {**saved, "param_groups": list(params)}
 
@@ -235,62 +217,3 @@ class LoadsState(Optimizer, ABC):
                 if is_distributed(loaded) and is_distributed(p) and key in ELEMENTWISE:
                     loaded = cut_as(loaded, p)  # the kernels work on pieces
                 held[key] = loaded
-
-
-def _check(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> None:
-    """ShapeError or ShardingError unless the saved tensors of a parameter are as they should be."""
-    tensors = dict(_tensors(state))
-    for key, value in tensors.items():
-        if key not in shapes.known and not _of_method(key, value, shapes.words):
-            continue
-        shape = shapes.known.get(key)
-        if shape is None:
-            wanted = ", ".join(name for name, known in shapes.known.items() if known is not None)
-            msg = (
-                f"saved {key} of parameter {i} is the state of another optimizer; this one "
-                f"keeps {wanted or 'nothing'} for it: begin without the saved state"
-            )
-            raise ShapeError(msg)
-        if key in ELEMENTWISE:  # that of a method is cut, or put together, at the next step
-            check_kind(f"{key} of parameter {i}", value, p)
-        if value.shape != shape:
-            msg = (
-                f"saved {key} of parameter {i} has shape {tuple(value.shape)}, expected "
-                f"{tuple(shape)}; was the rank changed, or is it the state of another optimizer?"
-            )
-            raise ShapeError(msg)
-    kept = {name for name, shape in shapes.known.items() if shape is not None}
-    lacks = shapes.needed - state.keys() if state else set()
-    if "step" in state and not shapes.counts and not kept & tensors.keys():
-        lacks = kept
-    if lacks:
-        msg = (
-            f"the saved state of parameter {i} has {', '.join(map(str, state))} and no "
-            f"{min(lacks)}, which this optimizer keeps: it is that of another optimizer; begin "
-            f"without it"
-        )
-        raise ShapeError(msg)
-
-
-def _in_use(state: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """A parameter's state without entries of methods that it has not now."""
-    kept = {}
-    for key, x in state.items():
-        known = shapes.known.get(key) is not None or not isinstance(x, Tensor)
-        if known or not _of_method(key, x, shapes.words):
-            kept[key] = x
-    return kept
-
-
-def _of_method(key: str, value: Tensor, words: Set[str]) -> bool:
-    found = words & {*key.split(".")}
-    return bool(found) and (found != {"mu"} or value.ndim > 1)  # torch's ASGD has a number mu
-
-
-def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """By name, also those that bitsandbytes wraps in a dict of its own."""
-    for key, value in state.items():
-        if isinstance(value, Mapping):
-            yield from _tensors(value)
-        elif isinstance(value, Tensor):
-            yield key, value

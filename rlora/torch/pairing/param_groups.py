@@ -87,7 +87,7 @@ def plain_numbers(options: dict[str, Any]) -> dict[str, Any]:
 def refuse_text(options: Mapping[str, Any], *, numbers: bool = False) -> None:
     """TypeError for numbers that came as text, which torch would compare with numbers.
 
-    And with `numbers` for whatever else is none; some optimizers take None for their default.
+    With `numbers` for all that are no numbers: not for optimizers that may take None for one.
     """
     for name in ("lr", "betas", "eps", "weight_decay", "momentum", "dampening"):
         if name not in options:
@@ -102,15 +102,18 @@ def refuse_text(options: Mapping[str, Any], *, numbers: bool = False) -> None:
 NUMBERS = ("lr", "eps", "weight_decay", "momentum")
 """Options of torch's own optimizers that are numbers."""
 
-FLAGS = ("maximize", "amsgrad", "nesterov", "capturable", "foreach", "fused")
-"""Options of torch's own optimizers that are True or False; None too of the last two."""
+FLAGS = ("maximize", "amsgrad", "nesterov", "capturable")
+"""Options of torch's own optimizers that are True or False."""
+
+LOOPS = ("foreach", "fused")
+"""Those that are True, False, or None for torch's own choice."""
 
 
 def check_options(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """ValueError or TypeError for options of torch's: numbers that are none or negative, flags."""
+    """ValueError or TypeError for values of torch's options that make no sense."""
     refuse_text(group)
-    for name in FLAGS:
-        if name in group and not (name in FLAGS[-2:] and group[name] is None):
+    for name in (*FLAGS, *LOOPS):
+        if name in group and (name in FLAGS or group[name] is not None):
             check_flag(name, group[name])
     for name in NUMBERS:
         several = isinstance(defaults.get(name), tuple)  # Adafactor has two eps

