@@ -82,14 +82,13 @@ def inverse_metric(
     if damping_mode != "covariant":
         return power(S, damping=damping, relative=damping_mode == "relative", lost=lost)
     S_B, S_A = group.halves(S)
-    lost_B, lost_A, seen = None, None, S_A
-    if lost is not None:
-        lost_B, lost_A = group.halves(lost)
-        seen = congruence(backend, backend.row_space(S_B, lost_B), S_A)
-    if lost is None or is_zero(damping) or max(n for _, n in empty) <= 0:
-        H_A = S_B + damping * power(seen, lost=lost_B)
-        return power(xp.concat([H_A, S_A]), lost=lost)
-    # S_A has no inverse: with K² = S_A, H⁻¹ is K (K S_B K + δ I)⁻¹ K.
+    if lost is None:
+        return power(xp.concat([S_B + damping * power(S_A), S_A]))
+    lost_B, lost_A = group.halves(lost)
+    seen = congruence(backend, backend.row_space(S_B, lost_B), S_A)
+    if is_zero(damping) or max(of_A for _, of_A in empty) <= 0:
+        return power(xp.concat([S_B + damping * power(seen, lost=lost_B), S_A]), lost=lost)
+    # S_A has no inverse: with K² = S_A, H⁻¹ is K (K S_B K + δ I)⁻¹ K. A zero A gives no damping.
     K = backend.damped_power(seen, 0.5, lost=xp.maximum(lost_A, lost_B))
     inner = power(congruence(backend, K, S_B), damping=damping, relative=False)
     P_A = xp.where(traces(xp, K) == 0, power(S_B, lost=lost_B), congruence(backend, K, inner))

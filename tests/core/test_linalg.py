@@ -355,14 +355,17 @@ def test_geometric_mean(backend, dtype, middle, most):
     assert max(errors) < most
 
 
-@pytest.mark.parametrize("damping", [1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize(
+    ("dtype", "damping"),
+    [("float32", 0.1), ("float32", 1.0), ("float64", 1e-4), ("float64", 1.0)],
+)
 @pytest.mark.parametrize("m, n, r", [(8, 2, 4), (64, 4, 16), (30, 1, 2), (3, 4, 8)])
 @pytest.mark.parametrize("size", [0.01, 0.3])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_covariant_damping_of_a_rank_above_n(backend, m, n, r, size, damping, dtype):
     """It has no bound where A can have nothing, so A moves in its own columns alone.
 
-    There, and in B's rows, it is the usual one. Rounding is that of the damped Gram's condition.
+    There, and in B's rows, it is the usual one. The tolerance is the floor under every damping, 10
+    r eps, times the conditions of the damped Gram and of A: in float32 that is all of a small one.
     """
     if dtype == "float64" and not backend.has_float64():
         pytest.skip("no float64 here")
@@ -380,7 +383,8 @@ def test_covariant_damping_of_a_rank_above_n(backend, m, n, r, size, damping, dt
     S_A, S_B = Q.T @ seen @ seen.T @ Q, Q.T @ B.T @ B @ Q
     expected = Q @ np.linalg.solve(S_B + damping * np.linalg.inv(S_A), Q.T @ G_A)
     condition = 1 + np.linalg.norm(B @ A, 2) ** 2 / damping
-    rtol = 100 * np.finfo(dtype).eps * condition * np.linalg.cond(seen)
+    rtol = 10 * r * np.finfo(dtype).eps * condition * np.linalg.cond(Q.T @ seen)
+    assert rtol < 0.1
     assert_close(backend.to_numpy(direction.A), expected, rtol=rtol)
 
 
