@@ -28,10 +28,9 @@ from .torch_cases import forward_backward_seconds
 HELP = """Time a step of each method beside its baseline's.
 
 The baseline is plain AdamW, which knows of no pairs, or plain SGD for methods with sgd in their
-name.
-The optimizers take turns, one step each, so that their ratio means something on a busy machine
-too, until the median of each ratio is known to 5 % or its share of the time is spent. The table is
-for reading; --output keeps the record with every sample and the environment.
+name. The optimizers take turns, one step each, so that their ratio means something on a busy
+machine too, until the median of each ratio is known to 5 % or its share of the time is spent. The
+table is for reading; --output keeps the record with every sample and the environment.
 
 `rlora bench list` has the methods, backends, presets and third-party optimizers.
 """

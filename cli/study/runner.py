@@ -23,6 +23,9 @@ QUICK: Final = Size(8, 1, 1)
 QUICK_METHODS: Final = ("adamw", "scaled")
 RANK: Final = 8
 
+Ended: TypeAlias = "SimpleQueue[Future[list[Record]] | None]"
+"""Runs that have ended, and None for an interrupt."""
+
 _workloads: Final[dict[tuple[Place, str], Any]] = {}
 """Workloads of this process: the last one, and of stacked ones all, which are small."""
 
@@ -113,7 +116,7 @@ def run_jobs(place: Place, jobs: list[Job], processes: int) -> Iterator[Record]:
                     for stack in stacks:
                         pool.submit(run_stack, place, stack).add_done_callback(ended.put)
                 for _ in stacks:
-                    yield from following(ended).result()
+                    yield from next_of(ended).result()
                 if not ended.empty():  # an interrupt during the last one
                     raise KeyboardInterrupt
         except BaseException:  # an interrupt, or a run that failed: nobody waits for the others
@@ -122,10 +125,6 @@ def run_jobs(place: Place, jobs: list[Job], processes: int) -> Iterator[Record]:
             for worker in workers:
                 worker.kill()
             raise
-
-
-Ended: TypeAlias = "SimpleQueue[Future[list[Record]] | None]"
-"""Runs that have ended, and None for an interrupt."""
 
 
 @contextmanager
@@ -155,10 +154,10 @@ def without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def following(ended: Ended) -> Future[list[Record]]:
+def next_of(ended: Ended) -> Future[list[Record]]:
     """Wait for the next run that ends; KeyboardInterrupt after an interrupt."""
     while True:
-        with suppress(Empty):  # a signal that another thread has got wakes nobody
+        with suppress(Empty):  # a signal that another thread gets does not wake this one
             if (done := ended.get(timeout=1.0)) is None:
                 raise KeyboardInterrupt
             return done

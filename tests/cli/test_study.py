@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from rlora.cli.study import digits, tasks
+from rlora.cli.study import digits, runner, tasks
 from rlora.cli.study.methods import METHODS
 from rlora.cli.study.models import MODELS, module_of
 from rlora.cli.study.plan import Entry, Records, chosen_rate, confirmations, rounds, sweep
@@ -302,6 +302,29 @@ def test_an_interrupt_ends_a_study_and_its_processes(tmp_path):
         study.stderr.close()
     assert b"interrupted" in errors
     assert b"Traceback" not in errors  # of a process
+
+
+def test_an_interrupt_waits_in_the_queue_of_what_has_ended():
+    before = signal.getsignal(signal.SIGINT)
+    with runner.interrupts_queued() as ended:
+        ended.put("first")
+        os.kill(os.getpid(), signal.SIGINT)
+        ended.put("second")
+        assert runner.next_of(ended) == "first"
+        with pytest.raises(KeyboardInterrupt):
+            runner.next_of(ended)
+        assert runner.next_of(ended) == "second"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals of POSIX")
+def test_processes_of_a_study_get_no_interrupt():
+    """An interrupt is blocked in them, and here only while they start."""
+    code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with runner.without_interrupts():
+        blocked = subprocess.check_output([sys.executable, "-c", code], text=True)
+    usual = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert (blocked.strip(), usual.strip()) == ("True", "False")
 
 
 def test_empty_records_have_no_tables(tmp_path, refused):
