@@ -232,7 +232,7 @@ def page() -> str:
     grown = [cells for cells in lines if "**" in "".join(cells)]
     held = ", ".join(cells[0] for cells in lines if cells not in grown)
     counts = {label: not_finite(label, record) for label in ROWS if label != "AdamW"}
-    lost = ", ".join(f"{n} of `{label}`" for label, n in counts.items() if n)
+    lost = ", ".join(f"{n} of `{label}`" for label, n in counts.items() if n) or "none"
     text = f"Below {PROMISED:g}: {held}. Of 480 runs of each method, at rates up to {RATES[-1]:g}, "
     wrapped = textwrap.fill(f"{text}{lost} ended in NaN or infinity.", 100, break_on_hyphens=False)
     rounded = {"nearest": "nearest", "stochastic": "stochastic"}
