@@ -107,14 +107,18 @@ class LoadsState(Optimizer, ABC):
             try:
                 for group in self.param_groups:
                     self._check(group)
-            except (TypeError, ValueError):  # as the next step will say
+            except (KeyError, TypeError, ValueError):  # as the next step will say
                 return saved
             pairs = [pair for pair in found.pairs if pair is not None]
             fresh = self._fresh_state(pairs)
             shapes_of = self._state_shapes(pairs, self.param_groups)
             for i, p in self._owners(saved):
                 if i in saved["state"]:
-                    saved["state"][i] = in_use(saved["state"][i], shapes_of(p))
+                    shapes = shapes_of(p)
+                    held = in_use(saved["state"][i], shapes)
+                    if held and not shapes.needed <= held.keys():  # options have been changed
+                        held = {k: x for k, x in fresh(p).items() if k in shapes.needed} | held
+                    saved["state"][i] = held
                 elif p.requires_grad:
                     saved["state"][i] = fresh(p)
         return saved
@@ -199,7 +203,7 @@ class LoadsState(Optimizer, ABC):
         return {**saved, "param_groups": list(params)}
 
     def _restore_dtypes(self, saved: dict[str, Any]) -> None:
-        """Undo torch's cast to the parameter's dtype of single numbers, and of pairs to 16 bits."""
+        """Undo torch's cast to the dtype of the parameter: of counters, and of pairs to 16 bits."""
         paired = {id(p) for pair in self._current_pairs() for p in pair.moved}
         for i, p in self._owners(saved):
             held = self.state.get(p, {})
@@ -207,10 +211,12 @@ class LoadsState(Optimizer, ABC):
                 loaded = held.get(key)
                 if not isinstance(value, Tensor) or not isinstance(loaded, Tensor):
                     continue
-                counts = key == "step" or not value.is_floating_point()
-                if not counts and (id(p) in paired or value.ndim == 0):
-                    wide = torch.promote_types(p.dtype, torch.float32)
-                    dtype = wide if value.ndim else value.dtype
+                dtype = loaded.dtype
+                if not value.is_floating_point() or (value.ndim == 0 and key != "step"):
+                    dtype = value.dtype
+                elif key != "step" and id(p) in paired:
+                    dtype = torch.promote_types(p.dtype, torch.float32)
+                if loaded.dtype != dtype:
                     loaded = value.detach().to(p.device, dtype, copy=True)
                 elif loaded is value:
                     loaded = value.clone()  # else both would count in one tensor
