@@ -94,7 +94,7 @@ class LoadsState(Optimizer, ABC):
         """
         look_on_the_host(self)
         saved = super().state_dict()
-        if not {"state", "param_groups"} <= saved.keys():  # a hook has made another dict of it
+        if not self._is_whole(saved):  # a hook has made another dict of it
             return saved
         # A save neither refuses a change of the groups nor acts on it: the next step does.
         now = [p for _, p in self._owners(saved)]
@@ -145,10 +145,11 @@ class LoadsState(Optimizer, ABC):
         Raises
         ------
         ShapeError, ShardingError
-            When a saved moment has another shape than its parameter, is one of an optimizer that
-            keeps others or fewer, or is whole and the parameter is sharded, or the other way round;
-            nothing has been loaded then. A ShapeError too where there are no names, the groups
-            differ, and shapes do not identify the owner of each state.
+            When a saved moment has another shape than its parameter, is one of a method's class or
+            AdamW's that this one does not keep or not alone, or is whole and the parameter is
+            sharded, or the other way round; nothing has been loaded then. A ShapeError too where
+            there are no names, the groups differ, and shapes do not identify the owner of each
+            state. What else other optimizers keep is loaded as torch does.
         ValueError
             When a trainable parameter is not among the saved names, or a saved one with state is
             not here.
@@ -178,6 +179,16 @@ class LoadsState(Optimizer, ABC):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _is_whole(self, saved: Mapping[str, Any]) -> bool:
+        """Return whether a saved state has what torch puts there, for each parameter."""
+        if not {"state", "param_groups"} <= saved.keys():
+            return False
+        found, own = (
+            [len(group["params"]) for group in groups if "params" in group]
+            for groups in (saved["param_groups"], self.param_groups)
+        )
+        return found == own
 
     def _owners(self, saved: dict[str, Any]) -> list[tuple[Any, Tensor]]:
         """(id in the saved state, parameter)."""
