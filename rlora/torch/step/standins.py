@@ -61,8 +61,9 @@ def over_wide(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         stands_for: dict[Tensor, Tensor] = {}
+        pairs = getattr(self, "_pairs", ())  # none while the parent's constructor is at work
         if not isinstance(self.state, StandInState):
-            for p in (p for pair in self._pairs for p in pair.moved):
+            for p in (p for pair in pairs for p in pair.moved):
                 if (wide := _widened(p, self.state.get(p, {}))) is not None:
                     stands_for[p] = wide
         if not stands_for:

@@ -87,6 +87,10 @@ class Helped(Rebinding):
         Optimizer.__init__(self, params, {"lr": lr, "scaling": scaling})
         self.me, self.nested = self, []
         self.nested.append(self.nested)
+        self.train()
+
+    def train(self):
+        self.training = True
 
     @torch.no_grad()
     def step(self, closure=None):
