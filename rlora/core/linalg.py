@@ -94,8 +94,11 @@ def inverse_metric(
         return power(xp.concat([S_B + shift, S_A]), lost=lost)
     # S_A has no inverse: with K² = S_A, H⁻¹ is K (K S_B K + δ I)⁻¹ K. A zero A gives no damping.
     K = backend.damped_power(seen, 0.5, lost=xp.maximum(lost_A, lost_B))
-    H = congruence(backend, K, sized_B) + (damping / unit_A) / unit_B * eye_like(xp, K)
-    P_A = congruence(backend, K, power(H)) / unit_B
+    H = congruence(backend, K, sized_B)
+    floor = max(ROUNDING * group.rank * float(xp.finfo(H.dtype).eps), least)
+    shift = (damping / unit_A) / unit_B - floor * traces(xp, H) / group.rank
+    shift = xp.clip(shift, min=0.0) / (1 + floor)  # to which the power adds the floor
+    P_A = congruence(backend, K, power(H + shift * eye_like(xp, H))) / unit_B
     alone = power(S_B, lost=lost_B)  # 0 for an overflown B
     undamped = (traces(xp, K) == 0) | xp.isinf(traces(xp, S_B))
     return xp.concat([xp.where(undamped, alone, P_A), power(S_A, lost=lost_A)])

@@ -222,12 +222,10 @@ class LoadsState(Optimizer, ABC):
                 loaded = held.get(key)
                 if not isinstance(value, Tensor) or not isinstance(loaded, Tensor):
                     continue
-                dtype = loaded.dtype
-                if not value.is_floating_point() or (value.ndim == 0 and key != "step"):
-                    dtype = value.dtype
-                elif key != "step" and id(p) in paired:
-                    dtype = torch.promote_types(p.dtype, torch.float32)
-                if loaded.dtype != dtype:
+                number = value.ndim == 0 or not value.is_floating_point()
+                if key != "step" and (number or id(p) in paired):
+                    wide = torch.promote_types(p.dtype, torch.float32)
+                    dtype = value.dtype if number else wide
                     loaded = value.detach().to(p.device, dtype, copy=True)
                 elif loaded is value:
                     loaded = value.clone()  # else both would count in one tensor
