@@ -8,6 +8,8 @@ from functools import wraps
 from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
+import numpy as np
+
 from rlora.core.backend import dtype_name
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import ShapeError
@@ -19,13 +21,15 @@ Maker = TypeVar("Maker", bound=Callable[..., Any])
 
 
 def plain_number(value: Any) -> Any:
-    """A real number of any library as Python's own, in a tuple too; anything else as it is.
+    """A real number or flag of any library as Python's own, in a tuple too; else as it is.
 
     A NumPy scalar would have a say in the dtype of what it is multiplied with, and a file with one
     in it is refused by ``torch.load(weights_only=True)``.
     """
     if type(value) is tuple:
         return tuple(map(plain_number, value))
+    if isinstance(value, np.bool_):
+        return bool(value)
     if type(value) in (int, float, bool) or not isinstance(value, Real):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
@@ -148,10 +152,11 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(msg)
 
 
-def check_flag(name: str, value: Any) -> None:
-    """TypeError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        msg = f"{name} must be True or False, got {described(value)}"
+def check_flag(name: str, value: Any, *, or_none: bool = False) -> None:
+    """TypeError unless `value` is True or False, or with `or_none` None."""
+    if not isinstance(value, bool) and not (or_none and value is None):
+        known = "True, False or None" if or_none else "True or False"
+        msg = f"{name} must be {known}, got {described(value)}"
         raise TypeError(msg)
 
 

@@ -52,7 +52,8 @@ def flatten_state(state: State) -> dict[str, Array]:
                 )
                 raise PairingError(msg)
             elif child is not None:  # a factor that the method never updates has no state
-                flat[name] = child
+                # Counters of NumPy: what its arithmetic makes of arrays without axes are none.
+                flat[name] = np.asarray(child) if isinstance(child, np.generic) else child
 
     walk(state, "")
     return flat

@@ -161,7 +161,8 @@ class Transform(NamedTuple):
         ``init(params, scaling=1.0) -> state``. `scaling` is the s of ``W0 + s B A``, positive.
     update : callable
         ``update(grads, state, params) -> (direction, state)``. A factor whose gradient is None
-        gets the direction None, and its share of the state stays as it was.
+        gets the direction None, and its share of the state stays as it was, except for what a
+        method keeps of both factors together or of how the partner has turned.
     apply : callable, optional
         ``apply(params, direction, lr) -> params``: `apply_updates`, a straight line, unless the
         method has its own, as the decay of the official scaled AdamW. With an `lr` of 0 no

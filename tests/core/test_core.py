@@ -238,6 +238,15 @@ def test_a_state_has_the_dtypes_of_its_method_whatever_was_saved(backend, saved)
     rlora.step(method, moved, pair, again, 1e-2)
 
 
+def test_a_flat_state_of_numpy_is_one_of_arrays():
+    """Its arithmetic makes numbers of arrays without axes, which safetensors does not take."""
+    pair = Factors(np.ones((2, 5)), np.ones((3, 2)))
+    for name in rlora.methods.__all__:
+        method = getattr(rlora, name)()
+        _, state = rlora.step(method, pair, pair, method.init(pair), 1e-2)
+        assert all(isinstance(x, np.ndarray) for x in rlora.flatten_state(state).values()), name
+
+
 @pytest.mark.parametrize("library", ["torch", "jax"])
 def test_a_state_in_bfloat16_moves_to_another_library(backend, library):
     """NumPy, through which it goes, has no bfloat16; its values are exact in float32."""

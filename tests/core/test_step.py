@@ -181,6 +181,17 @@ def test_views_of_one_memory_are_not_donated_twice(library):
         rlora.step(made, params, grads, made.init(params), 0.1, donate=True)
 
 
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("order", ["jacobi", "gauss_seidel"])
+def test_gradients_that_are_no_arrays_of_the_library(order, donate):
+    torch = pytest.importorskip("torch")
+    made, pair = rlora.scaled_sgd(order=order), random_pair(0)
+    A, B = pair
+    for G, error in [(torch.ones(B.shape), rlora.NamespaceError), (B.tolist(), rlora.ShapeError)]:
+        with pytest.raises(error):
+            rlora.step(made, pair, Factors(A, G), made.init(pair), 0.1, donate=donate)
+
+
 @pytest.mark.parametrize("size", [1e10, 1e15])
 def test_balance_of_factors_far_apart(size):
     """The ratio of their traces is beyond float32, its fourth root is not."""

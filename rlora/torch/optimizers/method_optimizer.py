@@ -228,10 +228,13 @@ class MethodOptimizer(LoRAOptimizer):
         plain = super()._fresh_state(pairs)
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         paired: dict[int, dict[str, Any]] = {}
+        shapes_of = self._state_shapes(pairs, self.param_groups)
         for pair in pairs:
             paired |= {id(p): {} for p in pair.moved}
             keeper = next(pair.members()).keepers[0]
-            if id(keeper) not in groups or any(self.state.get(p) for p in pair[:2]):
+            held = [(p, self.state[p]) for p in pair[:2] if self.state.get(p)]
+            complete = all(shapes_of(p).needed <= state.keys() for p, state in held)
+            if id(keeper) not in groups or (held and complete):
                 continue
             cut = is_distributed(pair.A)
             begin = self._start_of_sharded if cut else self._start_of

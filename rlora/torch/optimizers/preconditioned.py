@@ -1,7 +1,7 @@
 """Torch optimizers on gradients preconditioned pair by pair: AdamW, SGD, and any other."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, ClassVar
 
 import torch
@@ -94,7 +94,8 @@ class GramPreconditioned(LoRAOptimizer):
         if self._kernel is not StandIns:
             return super()._state_shapes(pairs, groups)
         # Whatever the parent keeps, unless a method class has saved it: these have a `scaling`.
-        words = OF_METHODS if any("scaling" in group for group in groups) else set[str]()
+        of_method = "scaling" not in self.defaults and any("scaling" in group for group in groups)
+        words = OF_METHODS if of_method else set[str]()
         return lambda p: Shapes(dict.fromkeys(ELEMENTWISE, p.shape), words)
 
     def _choices(self, group: dict[str, Any]) -> list[Any]:
@@ -119,9 +120,9 @@ def _check_reach(optimizer: LoRAOptimizer) -> None:
     It would step these along their own gradients, and not what stands in the groups meanwhile.
     """
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    ours = {*optimizer._extra, "param_groups", "state", "_seen"}
+    ours, seen = {*optimizer._extra, "param_groups", "state", "_seen"}, {id(optimizer)}
     for name, value in vars(optimizer).items():
-        if name not in ours and _holds(value, known):
+        if name not in ours and _holds(value, known, seen):
             msg = (
                 f"{type(optimizer).__bases__[-1].__name__} has parameters in its attribute "
                 f"{name!r} too, where it would step them without a preconditioner; give "
@@ -131,15 +132,24 @@ def _check_reach(optimizer: LoRAOptimizer) -> None:
             raise TypeError(msg)
 
 
-def _holds(value: Any, known: Set[int]) -> bool:
-    """Return whether a value is one of the tensors, or a collection or an optimizer of them."""
+def _holds(value: Any, known: Set[int], seen: set[int]) -> bool:
+    """Return whether a value is one of the tensors, or a collection or an optimizer of them.
+
+    Those of `seen`, by their ids, are not looked at again: collections may hold themselves.
+    """
+    if isinstance(value, Tensor):
+        return id(value) in known
+    inside: Iterable[Any] = ()
     if isinstance(value, Optimizer):
-        return _holds(value.param_groups, known)
-    if isinstance(value, Mapping):
-        return _holds([*value, *value.values()], known)
-    if isinstance(value, (list, tuple, Set)):
-        return any(_holds(x, known) for x in value)
-    return isinstance(value, Tensor) and id(value) in known
+        inside = value.param_groups
+    elif isinstance(value, Mapping):
+        inside = [*value, *value.values()]
+    elif isinstance(value, (list, tuple, Set)):
+        inside = value
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    return any(_holds(x, known, seen) for x in inside)
 
 
 def _steps_as(kind: type[LoRAOptimizer], parent: Any) -> bool:

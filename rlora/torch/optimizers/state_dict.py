@@ -94,7 +94,7 @@ class LoadsState(Optimizer, ABC):
         """
         look_on_the_host(self)
         saved = super().state_dict()
-        if not {"state", "param_groups"} <= saved.keys():  # a hook has made another dict of it
+        if not self._is_whole(saved):  # a hook has made another dict of it
             return saved
         # A save neither refuses a change of the groups nor acts on it: the next step does.
         now = [p for _, p in self._owners(saved)]
@@ -107,14 +107,18 @@ class LoadsState(Optimizer, ABC):
             try:
                 for group in self.param_groups:
                     self._check(group)
-            except (TypeError, ValueError):  # as the next step will say
+            except (KeyError, TypeError, ValueError):  # as the next step will say
                 return saved
             pairs = [pair for pair in found.pairs if pair is not None]
             fresh = self._fresh_state(pairs)
             shapes_of = self._state_shapes(pairs, self.param_groups)
             for i, p in self._owners(saved):
                 if i in saved["state"]:
-                    saved["state"][i] = in_use(saved["state"][i], shapes_of(p))
+                    shapes = shapes_of(p)
+                    held = in_use(saved["state"][i], shapes)
+                    if held and not shapes.needed <= held.keys():  # options have been changed
+                        held = {k: x for k, x in fresh(p).items() if k in shapes.needed} | held
+                    saved["state"][i] = held
                 elif p.requires_grad:
                     saved["state"][i] = fresh(p)
         return saved
@@ -141,10 +145,11 @@ class LoadsState(Optimizer, ABC):
         Raises
         ------
         ShapeError, ShardingError
-            When a saved moment has another shape than its parameter, is one of an optimizer that
-            keeps others or fewer, or is whole and the parameter is sharded, or the other way round;
-            nothing has been loaded then. A ShapeError too where there are no names, the groups
-            differ, and shapes do not identify the owner of each state.
+            When a saved moment has another shape than its parameter, is one of a method's class or
+            AdamW's that this one does not keep or not alone, or is whole and the parameter is
+            sharded, or the other way round; nothing has been loaded then. A ShapeError too where
+            there are no names, the groups differ, and shapes do not identify the owner of each
+            state. What else other optimizers keep is loaded as torch does.
         ValueError
             When a trainable parameter is not among the saved names, or a saved one with state is
             not here.
@@ -175,6 +180,16 @@ class LoadsState(Optimizer, ABC):
             for handle in handles:
                 handle.remove()
 
+    def _is_whole(self, saved: Mapping[str, Any]) -> bool:
+        """Return whether a saved state has what torch puts there, for each parameter."""
+        if not {"state", "param_groups"} <= saved.keys():
+            return False
+        found, own = (
+            [len(group["params"]) for group in groups if "params" in group]
+            for groups in (saved["param_groups"], self.param_groups)
+        )
+        return found == own
+
     def _owners(self, saved: dict[str, Any]) -> list[tuple[Any, Tensor]]:
         """(id in the saved state, parameter)."""
         ids = [i for group in saved["param_groups"] for i in group["params"]]
@@ -199,7 +214,7 @@ class LoadsState(Optimizer, ABC):
         return {**saved, "param_groups": list(params)}
 
     def _restore_dtypes(self, saved: dict[str, Any]) -> None:
-        """Undo torch's cast to the parameter's dtype of single numbers, and of pairs to 16 bits."""
+        """Undo torch's cast to the dtype of the parameter: of counters, and of pairs to 16 bits."""
         paired = {id(p) for pair in self._current_pairs() for p in pair.moved}
         for i, p in self._owners(saved):
             held = self.state.get(p, {})
@@ -207,10 +222,10 @@ class LoadsState(Optimizer, ABC):
                 loaded = held.get(key)
                 if not isinstance(value, Tensor) or not isinstance(loaded, Tensor):
                     continue
-                counts = key == "step" or not value.is_floating_point()
-                if not counts and (id(p) in paired or value.ndim == 0):
+                number = value.ndim == 0 or not value.is_floating_point()
+                if key != "step" and (number or id(p) in paired):
                     wide = torch.promote_types(p.dtype, torch.float32)
-                    dtype = wide if value.ndim else value.dtype
+                    dtype = value.dtype if number else wide
                     loaded = value.detach().to(p.device, dtype, copy=True)
                 elif loaded is value:
                     loaded = value.clone()  # else both would count in one tensor

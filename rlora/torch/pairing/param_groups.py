@@ -113,8 +113,8 @@ def check_options(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
     """ValueError or TypeError for values of torch's options that make no sense."""
     refuse_text(group)
     for name in (*FLAGS, *LOOPS):
-        if name in group and (name in FLAGS or group[name] is not None):
-            check_flag(name, group[name])
+        if name in group:
+            check_flag(name, group[name], or_none=name in LOOPS)
     for name in NUMBERS:
         several = isinstance(defaults.get(name), tuple)  # Adafactor has two eps
         if name in group and not (several or isinstance(group[name], Tensor)):

@@ -87,3 +87,18 @@ def test_a_hook_may_make_another_dict_of_the_state(make):
     assert wrapped["optimizer"]["state"].keys() == plain["state"].keys()
     handle.remove()
     assert optimizer.state_dict().keys() == plain.keys()
+
+
+@make
+def test_a_hook_may_leave_parameters_out(make):
+    model = make_model()
+    optimizer = make(model)
+    train(model, optimizer, 1)
+
+    def shorten(_, saved):
+        (group,) = saved["param_groups"]
+        return {**saved, "param_groups": [{**group, "params": group["params"][:2]}]}
+
+    optimizer.register_state_dict_post_hook(shorten)
+    (group,) = optimizer.state_dict()["param_groups"]
+    assert len(group["params"]) == 2

@@ -44,10 +44,12 @@ def test_the_run_goes_on_and_its_state_loads_again(name, option, first, then, tu
             assert name == "ScaledSGD" or same(values(model), values(one))
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("name, option, first, then", FLIPS, ids=[x[0] for x in FLIPS])
-def test_a_save_between_a_change_and_the_next_step(name, option, first, then):
+def test_a_save_between_a_change_and_the_next_step(name, option, first, then, turned):
     """Schedulers change options after the step, and checkpoints are written after both."""
     make, model = getattr(rlora.torch, name), make_model()
+    first, then = (then, first) if turned else (first, then)
     optimizer = make(model, lr=1e-3, **{option: first})
     train(model, optimizer, 2)
     optimizer.param_groups[0][option] = then

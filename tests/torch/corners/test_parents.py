@@ -80,6 +80,66 @@ def test_any_names_in_a_state_are_saved_and_loaded():
         resumed.load_state_dict(of_method.state_dict())
 
 
+class Helped(Rebinding):
+    """Has a public method for each parameter, an option and counters of its own."""
+
+    def __init__(self, params, lr=0.1, scaling=1.0):
+        Optimizer.__init__(self, params, {"lr": lr, "scaling": scaling})
+        self.me, self.nested = self, []
+        self.nested.append(self.nested)
+        self.train()
+
+    def train(self):
+        self.training = True
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                self.update(p, group)
+
+    def update(self, p, group):
+        state = self.state[p]
+        if not state:
+            state["mu"] = torch.zeros_like(p, dtype=torch.float32)
+            state["count"] = torch.zeros((), dtype=torch.int64)
+        state["count"] += 1
+        state["mu"].mul_(0.9).add_(p.grad, alpha=0.1)
+        p.sub_((group["lr"] * state["mu"]).to(p.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_may_call_public_methods_of_its_own(dtype):
+    """The parameters in no pair move as by the parent alone, at any step."""
+    model, plain = (make_model(dtype=dtype) for _ in range(2))
+    optimizer = precondition(Helped)(model)
+    alone = Helped(plain[-1].parameters())
+    train(model, optimizer, 1)
+    for _ in range(3):
+        for p, q in zip(model[-1].parameters(), plain[-1].parameters(), strict=True):
+            q.data.copy_(p)
+            alone.state[q] = copy.deepcopy(optimizer.state[p])
+        train(model, optimizer, 1)
+        for p, q in zip(model[-1].parameters(), plain[-1].parameters(), strict=True):
+            q.grad = p.grad
+        alone.step()
+        assert same(values(model[-1]), values(plain[-1]))
+
+
+def test_counters_of_a_parent_are_as_they_were_saved():
+    """In bfloat16 there is no 257."""
+    model = make_model(dtype=torch.bfloat16)
+    optimizer = precondition(Helped)(model)
+    train(model, optimizer, 1)
+    counts = [state["count"] for state in optimizer.state.values()]
+    for count in counts:
+        count.fill_(257)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    found = [state["count"] for state in optimizer.state.values()]
+    assert len(found) == len(counts) > 2
+    assert all(x.dtype == torch.int64 and x == 257 for x in found)
+
+
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
 def test_results_in_new_memory_count(dtype, atol):
     """As in place; in bfloat16 the head of one is rounded once more a step."""
