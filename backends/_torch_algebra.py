@@ -10,13 +10,15 @@ from rlora.core.factors import Array
 from ._torch_cpu import damped_if_sound, is_eager_cpu, rounding_of, share_of
 
 
-def damped(S: Array, damping: float, relative: bool, least: float) -> Damped:
+def damped(S: Array, damping: Array | float, relative: bool, least: float) -> Damped:
     """`Backend.damped` in fewer kernels: for small adapters they are what a step costs."""
-    if is_eager_cpu(S) and (sound := damped_if_sound(S, damping, relative, least)):
+    one = not isinstance(damping, torch.Tensor)
+    if one and is_eager_cpu(S) and (sound := damped_if_sound(S, damping, relative, least)):
         return sound
     info, rounding = torch.finfo(S.dtype), rounding_of(S)
     mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)  # (K, 1, 1)
-    ratio = max(damping, floor := max(rounding, least))
+    floor = max(rounding, least)
+    ratio = max(damping, floor) if relative else 0.0
     shift = None if relative else (mean * floor).clamp_(min=damping)
     scale = mean * (1 + ratio) if shift is None else mean + shift
     # NaN stays; the last binade counts as overflown: two comparisons less.

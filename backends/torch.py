@@ -175,7 +175,7 @@ class TorchBackend(Backend):
         tiny = size < torch.finfo(S.dtype).eps ** 2 * size.amax((-2, -1), keepdim=True)
         return super().eigh(S.masked_fill(tiny, 0.0))
 
-    def damped(self, S: Array, damping: float, *, relative: bool, least: float) -> Damped:
+    def damped(self, S: Array, damping: Array | float, *, relative: bool, least: float) -> Damped:
         return damped(S, damping, relative, least)
 
     def damped_half(

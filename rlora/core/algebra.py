@@ -119,7 +119,7 @@ class MatrixAlgebra:
         self,
         S: Array,
         exponent: float,
-        damping: float = 0.0,
+        damping: Array | float = 0.0,
         *,
         relative: bool = True,
         least: float = 0.0,
@@ -127,8 +127,8 @@ class MatrixAlgebra:
     ) -> Array:
         """``(S + shift I)^exponent`` for a stack (K, r, r) of Grams, each member by itself.
 
-        The shift is ``damping tr(S)/r`` or ``damping``, and never below ``least tr(S)/r`` nor
-        ``10 eps tr(S)``, what the rounding of the Gram itself can carry.
+        The shift is ``damping tr(S)/r``, or ``damping`` itself, then also (K, 1, 1) of them; never
+        below ``least tr(S)/r`` nor ``10 eps tr(S)``, what the rounding of the Gram can carry.
 
         Each member is scaled to trace r first, so that no factor leaves the range of the dtype. A
         member whose trace with the shift is zero or too small to be inverted gives 0: with a zero
@@ -163,7 +163,7 @@ class MatrixAlgebra:
         H = self.damped(S, damping, relative=relative, least=least)
         return H.restore(self.xp, self.inverse_cholesky(H.matrix, upper=upper), -0.5)
 
-    def damped(self, S: Array, damping: float, *, relative: bool, least: float) -> "Damped":
+    def damped(self, S: Array, damping: Array | float, *, relative: bool, least: float) -> "Damped":
         """The damping and scaling of `damped_power`, which leave definite matrices."""
         xp, r, info = self.xp, S.shape[-1], self.xp.finfo(S.dtype)
         rounding = ROUNDING * r * float(info.eps)

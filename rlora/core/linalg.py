@@ -8,7 +8,7 @@ from functools import partial
 from math import prod
 from typing import Any, Literal
 
-from rlora.core.algebra import ROUNDING, constants, eye_like, traces
+from rlora.core.algebra import ROUNDING, constants, traces
 from rlora.core.backend import Backend
 from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative, is_zero
 from rlora.core.factors import Array, Factors, indices_by_rank
@@ -85,23 +85,22 @@ def inverse_metric(
     if lost is None:
         return power(xp.concat([S_B + damping * power(S_A), S_A]))
     lost_B, lost_A = group.halves(lost)
-    # Their products would leave the range before they do. An overflown A gives no damping.
+    # Of trace r, as products of Grams leave the range long before the Grams. An overflown A gives
+    # no damping.
     known = xp.where(xp.isinf(traces(xp, S_A)), xp.zeros_like(S_A), S_A)
     (sized_A, unit_A, _), (sized_B, unit_B, _) = (backend.of_trace_r(x, 0.0) for x in (known, S_B))
     seen = congruence(backend, backend.row_space(S_B, lost_B), sized_A)
     if is_zero(damping) or max(of_A for _, of_A in empty) <= 0:
         shift = damping * (power(seen, lost=lost_B) / unit_A)
         return power(xp.concat([S_B + shift, S_A]), lost=lost)
-    # S_A has no inverse: with K² = S_A, H⁻¹ is K (K S_B K + δ I)⁻¹ K. A zero A gives no damping.
+    # S_A has no inverse: with K² = S_A, H⁻¹ is K (K S_B K + δ I)⁻¹ K.
     K = backend.damped_power(seen, 0.5, lost=xp.maximum(lost_A, lost_B))
     H = congruence(backend, K, sized_B)
-    floor = max(ROUNDING * group.rank * float(xp.finfo(H.dtype).eps), least)
-    shift = (damping / unit_A) / unit_B - floor * traces(xp, H) / group.rank
-    shift = xp.clip(shift, min=0.0) / (1 + floor)  # to which the power adds the floor
-    P_A = congruence(backend, K, power(H + shift * eye_like(xp, H))) / unit_B
-    alone = power(S_B, lost=lost_B)  # 0 for an overflown B
+    P_A = congruence(backend, K, power(H, damping=damping / unit_A / unit_B, relative=False))
+    # A zero A gives no damping; of an overflown B nothing is known.
     undamped = (traces(xp, K) == 0) | xp.isinf(traces(xp, S_B))
-    return xp.concat([xp.where(undamped, alone, P_A), power(S_A, lost=lost_A)])
+    P_A = xp.where(undamped, power(S_B, lost=lost_B), P_A / unit_B)
+    return xp.concat([P_A, power(S_A, lost=lost_A)])
 
 
 def metric_half(
