@@ -22,7 +22,7 @@ class CuPyBackend(Backend):
         return W[..., ::-1, ::-1] if upper else W
 
     def address(self, x: Array) -> int:
-        return int(x.data.ptr)
+        return int(x.data.ptr) if isinstance(x, cp.ndarray) else id(x)
 
     def devices(self) -> list[str]:
         try:

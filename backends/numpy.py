@@ -32,7 +32,7 @@ class NumPyBackend(Backend):
         return stack
 
     def address(self, x: Array) -> int:
-        return int(x.__array_interface__["data"][0])
+        return int(x.__array_interface__["data"][0]) if isinstance(x, np.ndarray) else id(x)
 
     def within(self, X: Tall, low: float, high: float) -> bool:
         for x in X:

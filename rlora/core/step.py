@@ -5,16 +5,7 @@ from collections.abc import Callable
 from rlora.core.checks import check_rates, checked_rate
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import NamespaceError, PairingError
-from rlora.core.factors import (
-    Array,
-    Tree,
-    check_matches,
-    detached,
-    flatten,
-    leaves_of,
-    replaced,
-    unflatten,
-)
+from rlora.core.factors import Array, Tree, detached, flatten, leaves_of, replaced, unflatten
 from rlora.core.structure import another_state, side_by_side
 from rlora.core.transform import State, Transform, apply_updates, check_transform, one_side, stay
 
@@ -96,10 +87,7 @@ def step(
         )
         raise PairingError(msg)
     if transform.order == "gauss_seidel":
-        (given,) = flatten(params, grads)
-        check_matches(given, leaves)
-        get_backend(*leaves, *given)
-        of_b = given[1::2]
+        of_b = flatten(params, grads)[0][1::2]
         if not {backend.address(g) for g in of_b if g is not None}.isdisjoint(places[::2]):
             msg = (
                 "with donate=True and order='gauss_seidel' A is written over before the gradient "
