@@ -40,6 +40,7 @@ from rlora.torch.pairing.param_groups import (
     as_list,
     check_options,
     check_pairs,
+    check_whole,
     in_order,
     names_of,
     pairs_of_group,
@@ -206,6 +207,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
 
     def _check(self, group: dict[str, Any]) -> None:
         """Numbers and choices of a group; torch checks those of the constructor only."""
+        check_whole(group, self._own)
         check_options(group, self.defaults)
         check_flag("stochastic_rounding", group["stochastic_rounding"])
         self._check_own(group)

@@ -14,7 +14,7 @@ from rlora.core.transform import Transform, check_transform
 from rlora.pairing.report import number_of
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.optimizers.saved_order import ELEMENTWISE
-from rlora.torch.optimizers.state_entries import OF_METHODS, Shapes, in_use, words_of_methods
+from rlora.torch.optimizers.state_entries import Shapes, in_use, words_of_methods
 from rlora.torch.pairing.discovery import Pairs, without_middles
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
 from rlora.torch.step.dtensors import cut_as
@@ -196,7 +196,7 @@ class MethodOptimizer(LoRAOptimizer):
 
     def _shapes_of_pair(self, pair: TensorPair, group: Mapping[str, Any]) -> list[Shapes]:
         """Shapes of the state that A has, and of the state that B has."""
-        start, words = list(self._start_of(pair, group)), OF_METHODS | words_of_methods()
+        start, words = list(self._start_of(pair, group)), words_of_methods()
         shapes = []
         for k in (0, 1):
             known: dict[str, torch.Size | None] = dict.fromkeys(ELEMENTWISE)

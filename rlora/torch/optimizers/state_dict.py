@@ -107,7 +107,7 @@ class LoadsState(Optimizer, ABC):
             try:
                 for group in self.param_groups:
                     self._check(group)
-            except (KeyError, TypeError, ValueError):  # as the next step will say
+            except (TypeError, ValueError):  # as the next step will say
                 return saved
             pairs = [pair for pair in found.pairs if pair is not None]
             fresh = self._fresh_state(pairs)
@@ -184,10 +184,8 @@ class LoadsState(Optimizer, ABC):
         """Return whether a saved state has what torch puts there, for each parameter."""
         if not {"state", "param_groups"} <= saved.keys():
             return False
-        found, own = (
-            [len(group["params"]) for group in groups if "params" in group]
-            for groups in (saved["param_groups"], self.param_groups)
-        )
+        both = (saved["param_groups"], self.param_groups)
+        found, own = ([len(group.get("params", ())) for group in groups] for groups in both)
         return found == own
 
     def _owners(self, saved: dict[str, Any]) -> list[tuple[Any, Tensor]]:
@@ -224,8 +222,7 @@ class LoadsState(Optimizer, ABC):
                     continue
                 number = value.ndim == 0 or not value.is_floating_point()
                 if key != "step" and (number or id(p) in paired):
-                    wide = torch.promote_types(p.dtype, torch.float32)
-                    dtype = value.dtype if number else wide
+                    dtype = value.dtype if number else torch.promote_types(p.dtype, torch.float32)
                     loaded = value.detach().to(p.device, dtype, copy=True)
                 elif loaded is value:
                     loaded = value.clone()  # else both would count in one tensor

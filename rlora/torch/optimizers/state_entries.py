@@ -38,7 +38,8 @@ class Shapes(NamedTuple):
     needed: Set[str] = frozenset()
     """Names that every state has."""
     of_method: bool = False
-    """True if a ``step``, as every optimizer of torch but SGD counts it, is another one's."""
+    """True for the state of a method: a ``step``, as every optimizer of torch but SGD counts it, is
+    then that of another optimizer."""
 
 
 def check_saved(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> None:

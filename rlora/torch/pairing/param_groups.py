@@ -109,6 +109,16 @@ LOOPS = ("foreach", "fused")
 """Those that are True, False, or None for torch's own choice."""
 
 
+def check_whole(group: Mapping[str, Any], names: Iterable[str]) -> None:
+    """ValueError for a group that lacks some of these options, as one put there by hand may."""
+    if missing := [name for name in names if name not in group]:
+        msg = (
+            f"a parameter group has no {', '.join(missing)}; give it to add_param_group, which "
+            f"takes the defaults for them, or copy the options of another group"
+        )
+        raise ValueError(msg)
+
+
 def check_options(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """ValueError or TypeError for values of torch's options that make no sense."""
     refuse_text(group)

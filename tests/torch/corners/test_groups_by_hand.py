@@ -246,3 +246,19 @@ def test_a_group_may_say_its_pairs_by_order():
     optimizer = ScaledAdamW(make_model(bias=False), lr=1e-2)
     optimizer.add_param_group({"params": named, "pairs": "by_order"})
     assert len(optimizer.report) == 4  # by order, and not once more by name
+
+
+@make
+def test_a_group_by_hand_without_options_is_saved_and_not_stepped(make):
+    model, p = make_model(), torch.nn.Parameter(torch.ones(3))
+    optimizer = make(model)
+    train(model, optimizer, 1)
+    optimizer.param_groups.append({"params": [p], "lr": 1e-3})
+    assert len(optimizer.state_dict()["param_groups"]) == 2
+    before = values(model)
+    with pytest.raises(ValueError, match=r"group has no .*stochastic_rounding.*add_param_group"):
+        train(model, optimizer, 1)
+    assert same(before, values(model))
+    optimizer.param_groups.pop()
+    optimizer.add_param_group({"params": [p], "lr": 1e-3})
+    train(model, optimizer, 1)
