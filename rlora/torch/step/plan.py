@@ -29,10 +29,6 @@ Turn: TypeAlias = tuple[Sequence[Work], Mapping[int, Tensor]]
 """Work to be done at once, and by the id of its parameter each stand-in that the parent steps."""
 
 
-class StandInState(defaultdict[Any, Any]):
-    """The state of an optimizer while stand-ins are in the places of its parameters."""
-
-
 class Plan(NamedTuple):
     """Everything a step needs that does not change from one step to the next."""
 
@@ -90,7 +86,7 @@ def over_stand_ins(
         Called with the optimizer.
     """
     real_groups, real_state = optimizer.param_groups, optimizer.state
-    state = StandInState(dict)
+    state: dict[Any, Any] = defaultdict(dict)
     state.update((key, v) for key, v in real_state.items() if not isinstance(key, Tensor))
     groups = []
     compiling = torch.compiler.is_compiling()  # then fusing is the compiler's business

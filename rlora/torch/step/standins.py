@@ -16,7 +16,7 @@ from torch import Tensor
 from rlora.torch.pairing.pairs import local
 from rlora.torch.step.dtensors import like_param
 from rlora.torch.step.kernels import Kernel, Number
-from rlora.torch.step.plan import StandInState, over_stand_ins
+from rlora.torch.step.plan import over_stand_ins
 
 
 class StandIns(Kernel):
@@ -54,18 +54,18 @@ def over_wide(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method of the parent, such as ``eval``, for parameters that are narrower than their state.
 
     The parent's state of a bfloat16 factor is float32, made beside its stand-in, and so must be
-    what stands beside it here: a copy, rounded to the parameter afterwards. Within a step of the
-    parent, which may call it, and for parameters in no pair it is the parent's own.
+    what stands beside it here: a copy, rounded to the parameter afterwards. For parameters in no
+    pair it is the parent's own, and so it is within a step of the parent, which may call it: the
+    state has stand-ins then, and no factor.
     """
 
     @wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         stands_for: dict[Tensor, Tensor] = {}
         pairs = getattr(self, "_pairs", ())  # none while the parent's constructor is at work
-        if not isinstance(self.state, StandInState):
-            for p in (p for pair in pairs for p in pair.moved):
-                if (wide := _widened(p, self.state.get(p, {}))) is not None:
-                    stands_for[p] = wide
+        for p in (p for pair in pairs for p in pair.moved):
+            if (wide := _widened(p, self.state.get(p, {}))) is not None:
+                stands_for[p] = wide
         if not stands_for:
             return method(self, *args, **kwargs)
         members = [
