@@ -1,5 +1,6 @@
 """The leaves of a tree: their names, which of them are pairs, and what the others are."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Number
 from typing import Any, NamedTuple, TypeAlias
@@ -24,11 +25,17 @@ def is_absent(x: Any) -> bool:
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves by their names, keys joined by dots; those left out too."""
+    """The leaves by their names, keys joined by dots; those left out too.
+
+    A ``value`` with nothing beside it is that of a flax Variable, and not a part of the name.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_absent)
+    paths = [tuple(map(_word, path)) for path, _ in leaves]
+    below = Counter(words[:k] for words in paths for k in range(len(words)))
     named: dict[str, Any] = {}
-    for path, leaf in leaves:
-        if (name := _name(path)) in named:
+    for words, (_, leaf) in zip(paths, leaves, strict=True):
+        of_variable = words[1:] and words[-1] == "value" and below[words[:-1]] == 1
+        if (name := ".".join(words[:-1] if of_variable else words)) in named:
             msg = f"two leaves are named {name!r}, keys joined by dots: rename one of them"
             raise PairingError(msg)
         named[name] = leaf
@@ -81,7 +88,10 @@ def sort_leaves(tree: Any, pairs: Source | None, hold: Hold, all_paired: bool) -
     if isinstance(hold, str):
         msg = f"hold must be a collection of names or a callable, got a string; say [{hold!r}]"
         raise TypeError(msg)
-    leaves = {n: _as_array(n, x) for n, x in named_leaves(tree).items() if not is_absent(x)}
+    # By name, as states are lists over the pairs: a file may turn the key 10 into "10", which JAX
+    # puts before "2".
+    named = sorted(named_leaves(tree).items())
+    leaves = {name: _as_array(name, x) for name, x in named if not is_absent(x)}
     still = set(filter(hold, leaves) if callable(hold) else hold)
     if unknown := still - leaves.keys():
         msg = f"hold={min(unknown)!r} is not among the parameters: {first_of(leaves)}"
@@ -178,8 +188,5 @@ def _check_alike(pair: Pair, a: Array, b: Array) -> None:
         raise PairingError(msg)
 
 
-def _name(path: Any) -> str:
-    words = [
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
-    ]
-    return ".".join(words[:-1] if words[-1:] == ["value"] else words)  # of a flax Variable
+def _word(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))

@@ -1,10 +1,12 @@
 """Arrays on a mesh with explicit axes: inside a step these are automatic, outside they stay."""
 
 from collections.abc import Callable
+from numbers import Number
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rlora.core.layout import Shape
@@ -28,9 +30,16 @@ def with_automatic_axes(f: Callable[..., Any], where: Where, *args: Any) -> Any:
         return f(*args)
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     axes = tuple(name for name, kind in types if kind == AxisType.Explicit)
+    leaves, structure = jax.tree.flatten(args)
+    traced = [i for i, x in enumerate(leaves) if isinstance(x, (jax.Array, np.ndarray, Number))]
+
+    def over(*arrays: Any) -> Any:  # what else there is, as the function of a line search, stays
+        values = dict(enumerate(leaves)) | dict(zip(traced, arrays, strict=True))
+        return f(*jax.tree.unflatten(structure, values.values()))
+
     # Under jit, so that outside of it too everything runs on the devices of the arguments.
-    inside = jax.sharding.auto_axes(f, axes=axes, out_sharding=where(mesh))
-    return jax.jit(inside, keep_unused=True)(*args)
+    inside = jax.sharding.auto_axes(over, axes=axes, out_sharding=where(mesh))
+    return jax.jit(inside, keep_unused=True)(*(leaves[i] for i in traced))
 
 
 def as_they_are(tree: Any) -> Where:
@@ -55,7 +64,7 @@ def beside_factors(state: Any, leaves: Leaves) -> Where:
 def shapes_of(tree: Any) -> Any:
     """A tree of arrays without the arrays, and on no mesh."""
     shape: Any = jax.ShapeDtypeStruct  # untyped
-    return jax.tree.map(lambda x: shape(jnp.shape(x), x.dtype), tree)
+    return jax.tree.map(lambda x: shape(jnp.shape(x), jnp.result_type(x)), tree)
 
 
 def _spec(x: Any) -> Any:

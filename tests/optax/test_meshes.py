@@ -113,3 +113,24 @@ def test_the_state_lies_as_the_factors_do():
         np.testing.assert_allclose(moved[key], whole[key], atol=1e-5)
     print("done")
     """)
+
+
+def test_numbers_among_the_leaves_and_functions_among_the_extra_arguments():
+    """As off a mesh: a scale that is a Python number, and what a line search passes on."""
+    on_four_devices("""
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
+    _, split, split_grads = sharded(mesh)
+    seen = []
+
+    def update(updates, state, params=None, *, value, value_fn):
+        seen.append(value_fn)
+        return jax.tree.map(lambda g: -value * g, updates), state
+
+    rest = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    optimizer = rlora.optax.scaled_adamw(1e-2, rest=rest)
+    params, grads = {**split, "scale": 1.0}, {**split_grads, "scale": 2.0}
+    state = optimizer.init(params)
+    updates, _ = optimizer.update(grads, state, params, value=jnp.float32(0.5), value_fn=max)
+    assert seen == [max] and updates["scale"] == -1.0, (seen, updates["scale"])
+    print("done")
+    """)

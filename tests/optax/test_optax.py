@@ -225,3 +225,46 @@ def test_nan_between_two_parts_of_a_step_is_seen_in_eager_updates_alone(name):
         jax.block_until_ready(jax.jit(optimizer.update)(params, state, params))
         with pytest.raises(FloatingPointError):
             optimizer.update(params, state, params)
+
+
+def test_the_state_follows_names_that_a_file_has_put_into_another_order():
+    """Files turn the keys 0 to 11 into strings, of which JAX puts "10" before "2"."""
+    serialization = pytest.importorskip("flax.serialization")
+    optimizer = rlora.optax.scaled_adamw(1e-2)
+
+    def layers(seed):
+        draws = {i: (draw(8, 3, seed=seed + i), draw(3, 6, seed=seed + 50 + i)) for i in range(12)}
+        return {"layers": {i: {"lora_a": a, "lora_b": b} for i, (a, b) in draws.items()}}
+
+    def step(params, grads, state):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    first, second = layers(100), layers(200)
+    params, state = step(layers(0), first, optimizer.init(layers(0)))
+    resumed = jax.tree.map(
+        jnp.asarray, serialization.msgpack_restore(serialization.to_bytes(params))
+    )
+    assert list(resumed["layers"])[:3] == ["0", "1", "10"]
+    loaded = serialization.from_bytes(optimizer.init(resumed), serialization.to_bytes(state))
+    named = {"layers": {str(i): x for i, x in second["layers"].items()}}
+    resumed, _ = step(resumed, named, loaded)
+    params, _ = step(params, second, state)
+    for i, layer in params["layers"].items():
+        assert_trees_close(resumed["layers"][str(i)], layer, 0)
+
+
+def test_a_key_value_is_part_of_a_name():
+    """Unless nothing stands beside it, as in a flax Variable and in the files of one."""
+    factors = {"lora_a": draw(8, 3), "lora_b": {"value": draw(3, 6, seed=1)}}
+    params = {
+        "attn": {"key": jnp.ones(2), "value": jnp.ones(2), "q": factors},
+        "value": jnp.ones(2),
+    }
+    still = {"attn.key", "attn.value", "value"}
+    for hold in (still, still.__contains__):
+        optimizer = rlora.optax.scaled_sgd(1e-2, hold=hold)
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        for x in (updates["attn"]["key"], updates["attn"]["value"], updates["value"]):
+            np.testing.assert_array_equal(x, 0.0)
+        assert np.any(updates["attn"]["q"]["lora_b"]["value"])

@@ -187,6 +187,46 @@ def test_narrow_factors(name, dtype, one_graph):
     assert wide == {torch.float32}
 
 
+@few
+def test_a_graph_changes_no_option(name):
+    """Its first step, of a fresh optimizer, of a new group, and after a file without a count."""
+    model = small_model(torch.bfloat16)
+    A, B = (nn.Parameter(torch.randn(s).bfloat16()) for s in ((2, 5), (6, 2)))
+    optimizer = CLASSES[name](model)
+    step = torch.compile(optimizer.step, fullgraph=True, backend="eager")
+    before = dict(optimizer.param_groups[0])
+    loss_of(model, 0).backward()
+    step()
+    optimizer.add_param_group({"params": [A, B], "pairs": [(A, B)]})
+    A.grad, B.grad = torch.ones_like(A), torch.ones_like(B)
+    step()
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        assert int(group.pop("rounded")) > 0
+    optimizer.load_state_dict(saved)
+    step()
+    first, second = optimizer.param_groups
+    assert {k: v for k, v in first.items() if k not in ("params", "rounded")} == {
+        k: v for k, v in before.items() if k not in ("params", "rounded")
+    }
+    assert int(first["rounded"]) == int(second["rounded"]) == 1
+    assert second.get("capturable") == before.get("capturable")
+    optimizer.step()
+
+
+def test_a_compiled_step_cannot_begin_to_round_at_random():
+    model = small_model()
+    optimizer = CLASSES["adamw"](model)
+    model.bfloat16()
+    loss_of(model, 0).backward()
+    step = torch.compile(optimizer.step, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="make one eager step before a compiled one"):
+        step()
+    optimizer.step()
+    step()
+    assert int(optimizer.param_groups[0]["rounded"]) == 2
+
+
 def test_convolutions(one_graph):
     torch.manual_seed(0)
     A, B = torch.randn(4, 3, 3, 3, requires_grad=True), torch.randn(8, 4, 1, 1, requires_grad=True)

@@ -51,6 +51,7 @@ from rlora.torch.pairing.param_groups import (
 )
 from rlora.torch.pairing.sharding_checks import check_layouts
 from rlora.torch.step.plan import Plan, StepsOfParent, Turn, before_new_plan, plans_of
+from rlora.torch.step.rounding import begin_count
 
 
 class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
@@ -114,8 +115,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
         self._pair_up(scalings_in(models))
         if not self._pairs:
             raise no_pair(self._names, self.report, type(self).__name__)
-        for kind in (Tensor, nn.Parameter):  # a compiled step cannot look for a backend
-            get_backend(kind(torch.empty(0)))
+        get_backend(torch.empty(0), nn.Parameter(torch.empty(0)))  # a compiled step cannot do it
 
     # --- for subclasses ---------------------------------------------------------------------------
 
@@ -134,6 +134,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
     # --- pairs ----------------------------------------------------------------------------------
 
     def _enroll(self, group: dict[str, Any]) -> None:
+        begin_count(group, group["params"])
         self._members = self._members + group["params"]
         self._names = self._names + group.get("param_names", [None] * len(group["params"]))
 
@@ -252,9 +253,8 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
         plans = self._current_plans()
         for watch in self._watching:
             watch.note(self._pairs, self.report, self.param_groups)
-        parent_step = self._inherited("step")
         for plan in plans:
-            plan.run(self, parent_step)
+            plan.run(self, self._inherited("step"))
         return loss
 
     def _init_group(self, *args: Any) -> Any:

@@ -224,7 +224,9 @@ class MethodOptimizer(LoRAOptimizer):
         values = zip(start, same, strict=True)
         return start if all(torch.equal(x, y) for (*_, x), (*_, y) in values) else []
 
-    def _fresh_state(self, pairs: Sequence[TensorPair]) -> Callable[[Tensor], dict[str, Any]]:
+    def _fresh_state(
+        self, pairs: Sequence[TensorPair]
+    ) -> Callable[[Tensor], dict[str, Any] | None]:
         plain = super()._fresh_state(pairs)
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         paired: dict[int, dict[str, Any]] = {}

@@ -16,6 +16,7 @@ from rlora.torch.pairing.following import followed, rename
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
 from rlora.torch.step.dtensors import cut_as
 from rlora.torch.step.kernels import counter_dtype
+from rlora.torch.step.rounding import begin_count
 
 
 class Ids(list[Any]):
@@ -59,32 +60,35 @@ class LoadsState(Optimizer, ABC):
             needed={"step", *kept[:2]} if adam else frozenset(),
         )
 
-    def _fresh_state(self, pairs: Sequence[TensorPair]) -> Callable[[Tensor], dict[str, Any]]:
-        """The state that a parameter has at its first step, as far as the parent is known."""
+    def _fresh_state(
+        self, pairs: Sequence[TensorPair]
+    ) -> Callable[[Tensor], dict[str, Any] | None]:
+        """The state that a parameter has at its first step; None where that is not known."""
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         paired = {id(p) for pair in pairs for p in pair.moved}
 
-        def fresh(p: Tensor) -> dict[str, Any]:
+        def fresh(p: Tensor) -> dict[str, Any] | None:
             group = groups[id(p)]
             wide = torch.promote_types(p.dtype, torch.float32) if id(p) in paired else p.dtype
             zeros = partial(torch.zeros_like, p, dtype=wide, requires_grad=False)
-            if isinstance(self, torch.optim.AdamW):
+            if isinstance(self, (torch.optim.Adam, torch.optim.AdamW)):
                 keys = ELEMENTWISE[: 3 if group["amsgrad"] else 2]
                 step = torch.zeros((), dtype=counter_dtype(), device="cpu")
                 return {"step": step, **{key: zeros() for key in keys}}
-            if isinstance(self, torch.optim.SGD) and group["momentum"] and not group["dampening"]:
-                return {"momentum_buffer": zeros()}
-            return {}
+            if isinstance(self, torch.optim.SGD) and not (group["momentum"] and group["dampening"]):
+                return {"momentum_buffer": zeros()} if group["momentum"] else {}
+            return None
 
         return fresh
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch's optimizers give it, with an entry for every trainable parameter.
+        """The state as torch's optimizers give it, with entries for what never had a gradient too.
 
-        Once there is any state: what never had a gradient, as an expert that no token was sent to,
-        has the one it will begin with, unless it is sharded and that depends on values of the
-        factors. torch.distributed.checkpoint takes a missing one for an error, and what a file
-        lacks it would fill with a step that has been counted.
+        Once there is any state: an expert that no token was sent to has the one it will begin with,
+        where that is known: not under `precondition` of others than Adam, AdamW and SGD, under
+        dampening, or where it is sharded and depends on values of the factors.
+        torch.distributed.checkpoint takes a missing one for an error, and what a file lacks it
+        would fill with a step that has been counted.
 
         Warns
         -----
@@ -117,10 +121,11 @@ class LoadsState(Optimizer, ABC):
                     shapes = shapes_of(p)
                     held = in_use(saved["state"][i], shapes)
                     if held and not shapes.needed <= held.keys():  # options have been changed
-                        held = {k: x for k, x in fresh(p).items() if k in shapes.needed} | held
+                        begin = fresh(p) or {}
+                        held = {k: x for k, x in begin.items() if k in shapes.needed} | held
                     saved["state"][i] = held
-                elif p.requires_grad:
-                    saved["state"][i] = fresh(p)
+                elif p.requires_grad and (start := fresh(p)) is not None:
+                    saved["state"][i] = start
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -203,8 +208,9 @@ class LoadsState(Optimizer, ABC):
             {**{name: mine[name] for name in options & mine.keys()}, **theirs}
             for mine, theirs in zip(self.param_groups, saved["param_groups"], strict=True)
         ]
-        for group in groups:
+        for group, mine in zip(groups, self.param_groups, strict=True):
             self._check(group)
+            begin_count(group, mine["params"])
         shapes_of = self._state_shapes(self._pairs, groups)
         for i, p in self._owners(saved):
             check_saved(i, saved["state"].get(i, {}), p, shapes_of(p))

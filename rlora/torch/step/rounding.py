@@ -18,21 +18,41 @@ ROUNDS = (16, 0x85EBCA6B - (1 << 32)), (13, 0xC2B2AE35 - (1 << 32))
 """Shifts and factors of MurmurHash3's finalizer (A. Appleby, public domain)."""
 
 
+def begin_count(group: dict[str, Any], params: Iterable[Tensor]) -> None:
+    """Give a group with bfloat16 `params` the count of its roundings, 0 unless it has one.
+
+    Before the first step, as a graph must not: Dynamo writes a group to which it adds a key back
+    with ``capturable=True``.
+    """
+    if (device := _counted_on(group, params)) is not None:
+        count = group.get("rounded", 0)
+        group["rounded"] = torch.as_tensor(count, dtype=torch.int32, device=device)
+
+
 def count_roundings(groups: Iterable[dict[str, Any]]) -> None:
     """Advance the seed of each group with bfloat16 parameters, once per step.
 
     It is a tensor, on their device, so that a compiled or a captured step advances it too.
     """
     for group in groups:
-        if group["stochastic_rounding"]:
-            narrow = (p.device for p in group["params"] if p.dtype == torch.bfloat16)
-            if (device := next(narrow, None)) is not None:
-                count = group.get("rounded", 0)
-                if isinstance(count, Tensor) and count.device == device:
-                    count.add_(1)
-                else:
-                    now = torch.full((), int(count) + 1, dtype=torch.int32, device=device)
-                    group["rounded"] = now
+        if _counted_on(group, group["params"]) is None:
+            continue
+        if not torch.compiler.is_compiling():
+            begin_count(group, group["params"])
+        elif "rounded" not in group:
+            msg = (
+                "parameters have become bfloat16, or stochastic_rounding=True, since the optimizer "
+                "was made: make one eager step before a compiled one"
+            )
+            raise RuntimeError(msg)
+        group["rounded"].add_(1)
+
+
+def _counted_on(group: dict[str, Any], params: Iterable[Tensor]) -> torch.device | None:
+    """The device of the first parameter that is rounded at random; None if there is none."""
+    if not group["stochastic_rounding"]:
+        return None
+    return next((p.device for p in params if p.dtype == torch.bfloat16), None)
 
 
 def store(params: Sequence[Tensor], wide: Sequence[Tensor], group: dict[str, Any]) -> None:
