@@ -38,7 +38,10 @@ sys.meta_path[:] = [f for f in sys.meta_path if "__editable___rlora" not in f.__
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 1 when no commit gave a result or asv could not publish."""
-    options = parser().parse_args(argv)
+    arguments = parser()
+    options = arguments.parse_args(argv)
+    if options.commits < 1:
+        arguments.error(f"--commits must be at least 1, got {options.commits}")
     commits = history(options.rev, options.commits)
     on = ("--machine", options.machine) if options.machine else ()
     if asv("machine", "--yes", *on):
@@ -166,7 +169,10 @@ def asv(*arguments: str, path: str | None = None) -> int:
 def git(*arguments: str) -> bytes:
     """Run git, and return what it prints."""
     command = ["git", "-C", str(HERE.parent), *arguments]
-    return subprocess.run(command, check=True, capture_output=True).stdout  # noqa: S603
+    done = subprocess.run(command, check=False, capture_output=True)  # noqa: S603
+    if done.returncode:
+        sys.exit(done.stderr.decode().strip() or f"git ended with {done.returncode}")
+    return done.stdout
 
 
 def say(line: str) -> None:

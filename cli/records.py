@@ -180,6 +180,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; what is no file, such as a pipe, as it comes."""
+    try:
+        _write_bytes(path, data)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        msg = f"{path} cannot be written: {error.strerror or error}"
+        raise OSError(msg) from error
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
     if is_stream(path):
         with path.open("ab") as stream:  # standard output may go to the end of a file
             stream.write(data)

@@ -144,10 +144,10 @@ def make_options(
     """Check the options of a command line; an error says which is wrong and what it may be."""
     among("--method", methods, (*BASELINES, *method_names()))
     if adapter is None:
-        preset = preset or DEFAULT
+        preset = DEFAULT if preset is None else preset
         usual = END_TO_END_RANKS if end_to_end else QUICK_RANKS if quick else RANKS
         ranks = check_ranks(ranks or usual, preset)
-    elif preset or ranks:
+    elif preset is not None or ranks:
         msg = "--adapter brings its own shapes and ranks; leave out --preset and --rank"
         raise ValueError(msg)
     else:

@@ -54,9 +54,8 @@ def _listed(context: click.Context, option: click.Parameter, words: Sequence[str
     if words and not any(parts):
         msg = f"{option.opts[0]} was given without a value; name one or leave it out"
         raise ValueError(msg)
-    found = list(dict.fromkeys(part for part in parts if part))
     kind = AT_LEAST_ONE if option.name == "ranks" else click.STRING
-    return [kind(word, option, context) for word in found]
+    return list(dict.fromkeys(kind(part, option, context) for part in parts if part))
 
 
 def _words(numbers: tuple[int, ...]) -> str:
@@ -235,8 +234,10 @@ class Results:
             return
         made = self.record(partial=partial)
         aside = output is not None and is_stream(output)  # not behind the record itself
-        if output is not None:
-            write_record(output, made)
-        table.show_record(made, console(stderr=aside))
+        try:
+            if output is not None:
+                write_record(output, made)
+        finally:
+            table.show_record(made, console(stderr=aside))
         if output is not None:
             click.echo(f"record: {output}", err=aside)

@@ -107,7 +107,7 @@ def speed(given: dict[str, Any]) -> list[Options]:
     if "torch" not in have:
         msg = f"--suite {SPEED} is about torch: pip install torch"
         raise ValueError(msg)
-    presets = [given["preset"]] if given["preset"] else PRESETS
+    presets = [given["preset"]] if given["preset"] is not None else PRESETS
     against = {"torch": ("peft", "peft"), "jax": ("optax", "optax.adamw")}
 
     def options(preset: str, rank: int) -> Options:
@@ -148,7 +148,7 @@ def scaling(given: dict[str, Any]) -> list[Options]:
     }
     if given["seconds"] is None and given["repeat"] is None:
         mine["seconds"] = SECONDS
-    presets = [given["preset"]] if given["preset"] else shapes
+    presets = [given["preset"]] if given["preset"] is not None else shapes
     return [make_options(**{**given, **mine, "preset": preset}) for preset in presets]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from rlora import BackendError
+from rlora.core.errors import not_installed
 
 from .cases import LR
 
@@ -60,6 +61,8 @@ def _found(package: str, module: str, attribute: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
+        if error.name == "torch":
+            raise not_installed(error.name, extra="torch") from error
         if error.name != module.partition(".")[0]:
             raise BackendError(_too_old(package, error)) from error
         msg = f"--against {package}: {error.name} is not installed: pip install {error.name}"
@@ -82,10 +85,10 @@ def _by_path(path: str) -> Callable[[Any], Any]:
     except Exception as error:
         msg = f"--against {path} cannot be imported: {type(error).__name__}: {error}"
         raise ValueError(msg) from error
-    torch = importlib.import_module("torch")
+    zeros = _found("torch", "torch", "zeros")
     try:
-        p = torch.nn.Parameter(torch.zeros(2, 2))
-        p.grad = torch.ones_like(p)
+        p = zeros(2, 2, requires_grad=True)
+        p.grad = zeros(2, 2) + 1
         optimizer = kind([p], lr=LR)
     except Exception as error:
         msg = f"--against {path} cannot be called as {name}(params, lr={LR}): {error}"

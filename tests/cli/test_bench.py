@@ -146,6 +146,8 @@ def test_no_result_says_whose_machine_it_was(rlora_cli, adapter, tmp_path, monke
     ("args", "why"),
     [
         (("--preset", "gpt5"), "there are gpt2-medium"),
+        (("--preset", ""), "there are gpt2-medium"),
+        (("--suite", "speed", "--preset", ""), "there are gpt2-medium"),
         (("--backend", "no_such_library"), "not installed"),
         (("--backend", "json"), "json"),
         (("--method", "adam_at_home"), "scaled_adamw"),
@@ -315,6 +317,22 @@ def test_an_early_interrupt_leaves_nothing(rlora_cli, adapter, tmp_path, interru
     result = rlora_cli("bench", "--adapter", adapter, "--output", tmp_path / "out.json")
     assert result.exit_code == 130
     assert [p.name for p in tmp_path.iterdir()] == [adapter.name]
+
+
+def test_a_rank_given_twice_is_measured_once(rlora_cli, tmp_path):
+    out = tmp_path / "out.json"
+    args = ("--preset", "16x16*2", "--method", "sgd", "--repeat", 1, "--rank", "4,04", "--rank", 4)
+    assert rlora_cli("bench", *args, "--output", out).exit_code == 0
+    assert [row["rank"] for row in load(out)["rows"]] == [4]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_costs_the_file_and_not_the_table(rlora_cli, adapter):
+    args = ("--adapter", adapter, "--method", "sgd", "--repeat", 1, "--output", "/dev/full")
+    result = rlora_cli("bench", *args)
+    assert result.exit_code == 2
+    assert "/dev/full cannot be written: No space left on device" in result.stderr
+    assert "sgd" in result.output
 
 
 def test_a_record_is_written_whole_or_not_at_all(tmp_path):

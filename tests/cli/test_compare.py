@@ -59,6 +59,19 @@ def test_without_the_plain_row_times_are_compared(a_record):
     assert (found["scaled_adamw"].of, found["scaled_adamw"].verdict) == ("time", "slower")
 
 
+def test_ratios_to_two_baselines_are_not_compared(a_record):
+    """Torch's AdamW may be NumPy's half: a row beside the one and then the other is the same."""
+    new = copy.deepcopy(a_record)
+    plain, row = new["rows"]
+    other = copy.deepcopy(plain) | {"backend": "torch", "ratio_to_backend": "torch"}
+    other["samples_s"] = [t / 2 for t in plain["samples_s"]]
+    row["ratio_to_backend"] = "torch"
+    new["rows"].append(other)
+    for old, after in ((a_record, new), (new, a_record)):
+        change = by_method(changes(old, after, 0.1))["scaled_adamw"]
+        assert (change.of, change.verdict, change.quotient) == ("time", "same", 1.0)
+
+
 def test_rows_of_other_devices_and_shapes_are_others(a_record):
     for key, value in (("device", "cuda:0"), ("pairs", 3), ("parameters", 1)):
         new = copy.deepcopy(a_record)

@@ -379,6 +379,8 @@ def test_how_to_measure_it_again_is_a_command(make, rlora_cli, tmp_path):
         "--repeat 1 --seed 3"
     )
     record = make(("lora_rite", "p", 4, 2.0))
+    record["command"]["rounds"] |= {"least": 300, "most": 300, "seconds": 12.0}
+    assert html.command_of(record).endswith(" --repeat 300 --seconds 12")  # of --repeat no default
     record["command"] |= {"suite": "scaling", "adapter": "a; rm -rf b"}
     record["command"]["rounds"] |= {"least": 7, "most": 100, "seconds": 8.0}
     assert html.command_of(record).startswith("rlora bench run --suite scaling --rank 4")

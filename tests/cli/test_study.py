@@ -252,9 +252,12 @@ def test_a_quick_study_its_tables_and_its_resumption(tmp_path, rlora_cli):
 @pytest.mark.parametrize(("model", "dataset"), [("digits", "even"), ("strings", "fall")])
 def test_a_quick_study_needs_no_dataset(tmp_path, rlora_cli, model, dataset):
     options = ("--quick", "--method", "adamw", "--processes", 1, "--output", tmp_path)
-    done = rlora_cli("study", "--model", model, *options)
+    done = rlora_cli("study", "--model", model, *options, "--method", "adamw")
     assert done.exit_code == 0, done.output
-    assert {job.dataset for job in Records(tmp_path / f"{model}-{dataset}.jsonl").rows} == {dataset}
+    path = tmp_path / f"{model}-{dataset}.jsonl"
+    assert {job.dataset for job in Records(path).rows} == {dataset}
+    # A method given twice is trained once.
+    assert len(path.read_text().splitlines()) == len(Records(path).rows)
 
 
 def test_runs_of_other_weights_are_not_taken_for_those_asked(tmp_path):

@@ -55,20 +55,59 @@ def test_packages_that_may_be_there(package, monkeypatch):
         find_third_party(package)
 
 
+class Compiled(torch.optim.SGD):
+    """A step that compiles itself whole, which torch does not do under a dispatch mode."""
+
+    def step(self, closure=None):
+        torch.compile(super().step, fullgraph=True, backend="eager")(closure)
+
+
+def test_a_step_that_cannot_be_watched_is_measured(monkeypatch):
+    case = built("torch.adamw")
+    case._optimizer = Compiled(case._optimizer.param_groups[0]["params"], lr=1e-3)
+    assert case.count_operations() is None
+    case.step()
+
+    def broken():
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(case._optimizer, "step", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        case.count_operations()
+
+
 class Absent:
-    """A finder that says of PEFT what Python says of a package that is not installed."""
+    """A finder that says of a package what Python says of one that is not installed."""
+
+    def __init__(self, package):
+        self.package = package
 
     def find_spec(self, name, path=None, target=None):
-        if name == "peft":
-            raise ModuleNotFoundError("No module named 'peft'", name="peft")
+        if name == self.package:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
 
 def test_a_package_that_is_not_installed_is_not_called_old(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
+    monkeypatch.setattr(sys, "meta_path", [Absent("peft"), *sys.meta_path])
     with pytest.raises(rlora.BackendError, match=r"peft is not installed: pip install peft$"):
         find_third_party("peft")
+
+
+@pytest.mark.parametrize("name", ["torchao", "bitsandbytes", "json:JSONDecoder"])
+def test_without_torch_its_extra_is_named(name, monkeypatch, tmp_path):
+    package = name.partition(":")[0]
+    if package != "json":  # they import torch first
+        (tmp_path / f"{package}.py").write_text("import torch")
+        monkeypatch.syspath_prepend(str(tmp_path))
+    for loaded in [x for x in sys.modules if x.partition(".")[0] in ("torch", package)]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setattr(sys, "meta_path", [Absent("torch"), *sys.meta_path])
+    with pytest.raises(
+        rlora.BackendError, match=r"torch is not installed: pip install 'rlora\[torch\]'"
+    ):
+        find_third_party(name)
 
 
 @pytest.mark.parametrize(
