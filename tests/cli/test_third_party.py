@@ -55,11 +55,17 @@ def test_packages_that_may_be_there(package, monkeypatch):
         find_third_party(package)
 
 
-class Compiled(torch.optim.SGD):
-    """A step that compiles itself whole, which torch does not do under a dispatch mode."""
+def descend(p, grad):
+    p.sub_(1e-3 * grad)
 
+
+class Compiled(torch.optim.SGD):
+    """A step that is compiled whole, which torch does not do under a dispatch mode."""
+
+    @torch.no_grad()
     def step(self, closure=None):
-        torch.compile(super().step, fullgraph=True, backend="eager")(closure)
+        for p in self.param_groups[0]["params"]:
+            torch.compile(descend, fullgraph=True, backend="eager")(p, p.grad)
 
 
 def test_a_step_that_cannot_be_watched_is_measured(monkeypatch):
