@@ -88,10 +88,7 @@ def sort_leaves(tree: Any, pairs: Source | None, hold: Hold, all_paired: bool) -
     if isinstance(hold, str):
         msg = f"hold must be a collection of names or a callable, got a string; say [{hold!r}]"
         raise TypeError(msg)
-    # By name, as states are lists over the pairs: a file may turn the key 10 into "10", which JAX
-    # puts before "2".
-    named = sorted(named_leaves(tree).items())
-    leaves = {name: _as_array(name, x) for name, x in named if not is_absent(x)}
+    leaves = {n: _as_array(n, x) for n, x in named_leaves(tree).items() if not is_absent(x)}
     still = set(filter(hold, leaves) if callable(hold) else hold)
     if unknown := still - leaves.keys():
         msg = f"hold={min(unknown)!r} is not among the parameters: {first_of(leaves)}"
@@ -125,7 +122,10 @@ def sort_leaves(tree: Any, pairs: Source | None, hold: Hold, all_paired: bool) -
             f"rest=optax.adamw(...) for them, or take them out with optax.masked"
         )
         raise PairingError(msg)
-    return Leaves(leaves, report.pairs, alone, still)
+    # By name, as states are lists over the pairs: a file may turn the key 10 into "10", which JAX
+    # puts before "2".
+    by_name = sorted(report.pairs, key=lambda pair: (pair.a, pair.b))
+    return Leaves(leaves, by_name, alone, still)
 
 
 def gradients(updates: Any, leaves: Leaves) -> dict[str, Array]:

@@ -254,6 +254,21 @@ def test_the_state_follows_names_that_a_file_has_put_into_another_order():
         assert_trees_close(resumed["layers"][str(i)], layer, 0)
 
 
+def test_the_state_follows_names_of_pairs_that_are_given_in_another_order():
+    pairs = [(f"{k}.down", f"{k}.up") for k in "qv"]
+    params, grads = (
+        {
+            k: {"down": draw(3, 8, seed=s), "up": draw(6, 3, seed=s + 1)}
+            for k, s in (("q", t), ("v", t + 2))
+        }
+        for t in (0, 10)
+    )
+    one, other = (rlora.optax.scaled_adamw(1e-2, pairs=x) for x in (pairs, pairs[::-1]))
+    _, state = one.update(grads, one.init(params), params)
+    grads = jax.tree.map(lambda g: g[::-1], grads)
+    assert_trees_close(other.update(grads, state, params), one.update(grads, state, params), 0)
+
+
 def test_a_key_value_is_part_of_a_name():
     """Unless nothing stands beside it, as in a flax Variable and in the files of one."""
     factors = {"lora_a": draw(8, 3), "lora_b": {"value": draw(3, 6, seed=1)}}
