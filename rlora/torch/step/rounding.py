@@ -26,7 +26,9 @@ def begin_count(group: dict[str, Any], params: Iterable[Tensor]) -> None:
     """
     if (device := _counted_on(group, params)) is not None:
         count = group.get("rounded", 0)
-        group["rounded"] = torch.as_tensor(count, dtype=torch.int32, device=device)
+        if not isinstance(count, Tensor):
+            count = torch.full((), count, dtype=torch.int32, device=device)
+        group["rounded"] = count.to(device)
 
 
 def count_roundings(groups: Iterable[dict[str, Any]]) -> None:
