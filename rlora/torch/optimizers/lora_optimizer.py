@@ -115,7 +115,8 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
         self._pair_up(scalings_in(models))
         if not self._pairs:
             raise no_pair(self._names, self.report, type(self).__name__)
-        get_backend(torch.empty(0), nn.Parameter(torch.empty(0)))  # a compiled step cannot do it
+        for kind in (Tensor, nn.Parameter):  # a compiled step cannot look for a backend
+            get_backend(kind(torch.empty(0)))
 
     # --- for subclasses ---------------------------------------------------------------------------
 
@@ -257,8 +258,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
             plan.run(self, self._inherited("step"))
         return loss
 
-    def _init_group(self, *args: Any) -> Any:
-        """Called by the steps of torch's own optimizers."""
+    def _init_group(self, *args: Any) -> Any:  # called by the steps of torch's own optimizers
         return self._inherited("_init_group")(self, *args)
 
     def _current_plans(self) -> list[Plan]:
