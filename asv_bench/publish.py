@@ -38,10 +38,10 @@ sys.meta_path[:] = [f for f in sys.meta_path if "__editable___rlora" not in f.__
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 1 when no commit gave a result or asv could not publish."""
-    arguments = parser()
-    options = arguments.parse_args(argv)
+    command = parser()
+    options = command.parse_args(argv)
     if options.commits < 1:
-        arguments.error(f"--commits must be at least 1, got {options.commits}")
+        command.error(f"--commits must be at least 1, got {options.commits}")
     commits = history(options.rev, options.commits)
     on = ("--machine", options.machine) if options.machine else ()
     if asv("machine", "--yes", *on):

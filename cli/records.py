@@ -138,7 +138,7 @@ def check_writable(path: Path) -> None:
         part.touch(exist_ok=False)
         part.unlink()
     except (OSError, RuntimeError) as error:  # before Python 3.13 of symlinks in a circle
-        raise _unwritable(path, "--output", error) from error
+        raise _unwritable(error, "--output", path) from error
 
 
 def check_folder(option: str, folder: Path) -> None:
@@ -155,12 +155,12 @@ def make_folder(option: str, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(folder, option, error) from error
+        raise _unwritable(error, option, folder) from error
 
 
-def _unwritable(path: Path, option: str, error: Exception) -> OSError:
+def _unwritable(error: Exception, *what: object) -> OSError:
     reason = getattr(error, "strerror", None) or error
-    return OSError(f"{option} {path} cannot be written: {reason}")
+    return OSError(f"{' '.join(map(str, what))} cannot be written: {reason}")
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -182,11 +182,10 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; what is no file, such as a pipe, as it comes."""
     try:
         _write_bytes(path, data)
+    except BrokenPipeError:  # whoever read it has had enough
+        raise
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        msg = f"{path} cannot be written: {error.strerror or error}"
-        raise OSError(msg) from error
+        raise _unwritable(error, path) from error
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

@@ -84,8 +84,8 @@ def _change(key: Any, before: dict[Any, Row], after: dict[Any, Row], threshold: 
     pair = [(before[key], before), (row, after)]
     samples, of = [_ratios(x, rows) for x, rows in pair], "ratio"
     plain = row["method"] == row["ratio_to"]
-    same = len({(x["ratio_to_backend"], x["ratio_to"]) for x, _ in pair}) == 1
-    if plain or not (same and all(samples)):
+    baselines = {(x["ratio_to_backend"], x["ratio_to"]) for x, _ in pair}
+    if plain or len(baselines) > 1 or not all(samples):
         samples, of = [x["samples_s"] for x, _ in pair], "time"
     medians = [statistics.median(x) for x in samples]
     interval = quotient_interval(samples[1], samples[0])

@@ -144,7 +144,7 @@ def command_of(record: Record) -> str:
     command, words = record["command"], ["rlora", "bench", "run"]
     rounds, suite = command["rounds"], command["suite"]
     fixed, seconds = rounds["least"] == rounds["most"], rounds["seconds"]
-    usual = () if fixed else (ROUNDS.seconds,)
+    usual = None if fixed else ROUNDS.seconds
     trains = any(row["forward_backward_s"] is not None for row in record["rows"])
     options = {
         "suite": suite,
@@ -157,7 +157,7 @@ def command_of(record: Record) -> str:
         "device": command["device"],
         "against": None if suite else ",".join(command["against"]),
         "repeat": rounds["most"] if fixed else None,
-        "seconds": None if seconds in (None, *usual) else f"{seconds:g}",
+        "seconds": None if seconds in (None, usual) else f"{seconds:g}",
         "threads": command["threads"],
         "seed": command["seed"] or None,
     }

@@ -77,6 +77,7 @@ def _too_old(package: str, error: Exception) -> str:
 
 def _by_path(path: str) -> Callable[[Any], Any]:
     """Find a class, and see on one small tensor that it can be made as all are."""
+    parameter, ones = _found("torch", "torch.nn", "Parameter"), _found("torch", "torch", "ones")
     module, _, name = path.partition(":")
     if "" not in sys.path:
         sys.path.append("")  # a console script does not look where it is called
@@ -85,10 +86,9 @@ def _by_path(path: str) -> Callable[[Any], Any]:
     except Exception as error:
         msg = f"--against {path} cannot be imported: {type(error).__name__}: {error}"
         raise ValueError(msg) from error
-    zeros = _found("torch", "torch", "zeros")
     try:
-        p = zeros(2, 2, requires_grad=True)
-        p.grad = zeros(2, 2) + 1
+        p = parameter(ones(2, 2))
+        p.grad = ones(2, 2)
         optimizer = kind([p], lr=LR)
     except Exception as error:
         msg = f"--against {path} cannot be called as {name}(params, lr={LR}): {error}"

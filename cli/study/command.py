@@ -1,7 +1,10 @@
 """``rlora study``: optimizers for LoRA on a real model, each at its own best learning rate."""
 
+from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -9,6 +12,14 @@ from rlora.cli.console import console
 from rlora.cli.records import check_folder
 
 from .models import MODELS, check_installed, module_of
+
+
+def _unique(_: click.Context, __: click.Parameter, values: Sequence[Any]) -> tuple[Any, ...]:
+    """The values of an option that may be repeated, each once."""
+    return tuple(dict.fromkeys(values))
+
+
+several = partial(click.option, multiple=True, callback=_unique)
 
 
 @click.command()
@@ -19,30 +30,27 @@ from .models import MODELS, check_installed, module_of
     show_default=True,
     help="The last three want a GPU.",
 )
-@click.option(
+@several(
     "--dataset",
     "datasets",
-    multiple=True,
     help="The model's first, if not given; may be repeated.",
 )
 @click.option("--weights", help="Of a large model: its name on the hub, or a folder.")
 @click.option("--data", type=Path, help="Of a large model: a folder; else they come from the hub.")
 @click.option("--device", help="cpu; for a large model cuda. Strings and smollm2 run on both.")
-@click.option(
+@several(
     "--rank",
     "ranks",
-    multiple=True,
     type=click.IntRange(1),
     help="8, or what the paper has; may be repeated.",
 )
-@click.option(
+@several(
     "--steps",
     "lengths",
-    multiple=True,
     type=click.IntRange(2),
     help="Of a run, instead of the usual ones; may be repeated.",
 )
-@click.option("--method", "names", multiple=True, help="Only this one; may be repeated.")
+@several("--method", "names", help="Only this one; may be repeated.")
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--output", type=Path, default=Path("build/study"), show_default=True)
 @click.option("--quick", is_flag=True, help="Two methods, few steps: to see that it runs.")

@@ -44,7 +44,6 @@ def run_study(
         like, size = measure(place, dataset, rank, steps)
         methods = names or usual(model, dataset, place.quick)
         entries += [entry_of(like._replace(method=x), size) for x in methods]
-    entries = list(dict.fromkeys(entries))  # of an option that was given twice
     records = {x: Records(output / f"{model}-{x}.jsonl") for x, *_ in settings}
     for entry in entries:
         records[entry.like.dataset].check_origin(entry.like, place.origin())

@@ -52,7 +52,7 @@ class PairState(NamedTuple):
     """Steps taken."""
 
     method: State
-    """State of the method, a list over the pairs."""
+    """State of the method, a list over the pairs in the order of their names."""
 
     rest: Any
     """State of `rest`, the transformation of all other parameters."""

@@ -223,3 +223,19 @@ def test_page_is_made_to_load_from_beside_itself(tmp_path):
     assert '<script src="vendor/jquery.min.js"></script>' in text
     assert (html / "vendor" / "jquery.min.js").read_text() == "it"
     assert missing == ["https://b.example/other.min.css"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "why"),
+    [
+        (["--commits", "-3"], 2, "--commits must be at least 1, got -3"),
+        (["--rev", "no-such-commit"], 1, "no-such-commit"),
+    ],
+)
+def test_wrong_commits_are_refused_in_a_line(arguments, code, why):
+    if "--rev" in arguments and not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    command = [sys.executable, str(SUITE / "publish.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+    assert why in done.stderr

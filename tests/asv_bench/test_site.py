@@ -59,20 +59,6 @@ def site(tmp_path_factory):
         server.shutdown()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "why"),
-    [
-        (["--commits", "-3"], 2, "--commits must be at least 1, got -3"),
-        (["--rev", "no-such-commit"], 1, "no-such-commit"),
-    ],
-)
-def test_wrong_commits_are_refused_in_a_line(arguments, code, why):
-    command = [sys.executable, str(ROOT / "asv_bench" / "publish.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
-    assert why in done.stderr
-
-
 def check_counts(printed):
     """Assert that HEAD was measured and that each commit without a result is named.
 

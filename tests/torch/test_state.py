@@ -292,6 +292,35 @@ def test_a_parameter_that_never_had_a_gradient_does_not_stop_a_resume(make, full
     assert train(again, resumed, 2, start=2) == train(model, optimizer, 2, start=2)
 
 
+class Counting(torch.optim.Adam):
+    """Begins its own state beside Adam's, where there is none yet."""
+
+    def step(self, closure=None):
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        first = [p for p in params if not self.state[p]]
+        super().step(closure)
+        for p in first:
+            self.state[p]["seen"] = torch.zeros(())
+        for p in params:
+            self.state[p]["seen"] += 1
+
+
+def test_a_class_with_a_step_of_its_own_has_no_first_state_that_is_known():
+    """That of the class of torch below it would be taken for a whole one."""
+    model = make_model()
+    optimizer = precondition(Counting)(model, lr=1e-2)
+    freeze("A")(model)  # of a state, and without one now
+    train(model, optimizer, 1)
+    for a, _ in pairs_in(model):
+        a.requires_grad_(True)
+    again = copy.deepcopy(model)
+    resumed = precondition(Counting)(again, lr=1e-2)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert train(again, resumed, 2, start=1) == train(model, optimizer, 2, start=1)
+    assert same(values(model), values(again))
+    assert [int(resumed.state[p]["seen"]) for p in pairs_in(again)[0]] == [2, 3]
+
+
 def test_what_a_pair_has_once_follows_the_factor_that_trains():
     """A frozen meanwhile, and freed again: the moments of the product go on."""
     model, twin = make_model(dtype=torch.float64), make_model(dtype=torch.float64)

@@ -19,7 +19,7 @@ from rlora.torch.pairing.discovery import Pairs
 from rlora.torch.pairing.pairs import TensorPair
 from rlora.torch.step.kernels import FUSED, SGD, AdamW, Kernel, has_kernel
 from rlora.torch.step.listwise import Recipe
-from rlora.torch.step.plan import Turn
+from rlora.torch.step.plan import Turn, has_step_of_torch
 from rlora.torch.step.standins import StandIns, is_narrow
 from rlora.torch.step.steps import steps_of
 
@@ -56,7 +56,8 @@ class GramPreconditioned(LoRAOptimizer):
         **kwargs: Any,
     ) -> None:
         check_choice("order", order, Order)
-        if order == "gauss_seidel" and self._kernel is StandIns and not _counts_by_parameter(self):
+        # Torch's own count steps for each parameter.
+        if order == "gauss_seidel" and self._kernel is StandIns and not has_step_of_torch(self):
             msg = (
                 f"order='gauss_seidel' runs the parent's step for A and then for B, and "
                 f"{type(self).__bases__[-1].__name__} may count that as two steps: it is for "
@@ -107,11 +108,6 @@ class GramPreconditioned(LoRAOptimizer):
     def _turns(self, pairs: list[TensorPair]) -> list[Turn]:
         sides = ("AB",) if self.order == "jacobi" else ("A", "B")
         return [steps_of(self, self._kernel, pairs, some) for some in sides]
-
-
-def _counts_by_parameter(optimizer: LoRAOptimizer) -> bool:
-    """Return whether the parent's step counts steps for each parameter, as torch's own do."""
-    return optimizer._bare["step"].__module__.startswith("torch.optim.")
 
 
 def _check_reach(optimizer: LoRAOptimizer) -> None:

@@ -16,6 +16,7 @@ from rlora.torch.pairing.following import followed, rename
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
 from rlora.torch.step.dtensors import cut_as
 from rlora.torch.step.kernels import counter_dtype
+from rlora.torch.step.plan import has_step_of_torch
 from rlora.torch.step.rounding import begin_count
 
 
@@ -71,6 +72,8 @@ class LoadsState(Optimizer, ABC):
             group = groups[id(p)]
             wide = torch.promote_types(p.dtype, torch.float32) if id(p) in paired else p.dtype
             zeros = partial(torch.zeros_like, p, dtype=wide, requires_grad=False)
+            if not has_step_of_torch(self):
+                return None
             if isinstance(self, (torch.optim.Adam, torch.optim.AdamW)):
                 keys = ELEMENTWISE[: 3 if group["amsgrad"] else 2]
                 step = torch.zeros((), dtype=counter_dtype(), device="cpu")
@@ -85,8 +88,8 @@ class LoadsState(Optimizer, ABC):
         """The state as torch's optimizers give it, with entries for what never had a gradient too.
 
         Once there is any state: an expert that no token was sent to has the one it will begin with,
-        where that is known: not under `precondition` of others than Adam, AdamW and SGD, under
-        dampening, or where it is sharded and depends on values of the factors.
+        where that is known: not under `precondition` of others than torch's Adam, AdamW and SGD,
+        under dampening, or where it is sharded and depends on values of the factors.
         torch.distributed.checkpoint takes a missing one for an error, and what a file lacks it
         would fill with a step that has been counted.
 

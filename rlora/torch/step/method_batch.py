@@ -203,7 +203,7 @@ class Portions:
         options = optimizer.param_groups[group]
         on_cpu = members[0].params[0].device.type == "cpu"
         in_parts = on_cpu and not optimizer._transform(options).together
-        if in_parts and not torch.compiler.is_compiling():  # whose shapes may be symbols
+        if in_parts and not torch.compiler.is_compiling():  # in a graph shapes may be symbols
             members = sorted(members, key=lambda member: member.shapes)
         for member in members:
             size = sum(map(prod, member.shapes))

@@ -136,6 +136,12 @@ class StepsOfParent:
         return bare
 
 
+def has_step_of_torch(optimizer: Any) -> bool:
+    """Return whether the parent's step is that of one of torch's own classes."""
+    module: str = optimizer._bare["step"].__module__
+    return module.startswith("torch.optim.")
+
+
 class Share(NamedTuple):
     """One parameter's share of the arrays in which a step works: views, under their names."""
 

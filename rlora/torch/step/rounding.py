@@ -18,17 +18,27 @@ ROUNDS = (16, 0x85EBCA6B - (1 << 32)), (13, 0xC2B2AE35 - (1 << 32))
 """Shifts and factors of MurmurHash3's finalizer (A. Appleby, public domain)."""
 
 
-def begin_count(group: dict[str, Any], params: Iterable[Tensor]) -> None:
-    """Give a group with bfloat16 `params` the count of its roundings, 0 unless it has one.
+def begin_count(group: dict[str, Any], params: Iterable[Tensor]) -> bool:
+    """Return whether a group rounds `params` at random; it has the count of its steps then.
 
-    Before the first step, as a graph must not: Dynamo writes a group to which it adds a key back
-    with ``capturable=True``.
+    It begins at 0, on their device, before the first step. A graph must not put it there: Dynamo
+    writes a group to which a key is added back with ``capturable=True``.
     """
-    if (device := _counted_on(group, params)) is not None:
-        count = group.get("rounded", 0)
-        if not isinstance(count, Tensor):
-            count = torch.full((), count, dtype=torch.int32, device=device)
+    narrow = (p.device for p in params if p.dtype == torch.bfloat16)
+    if not group["stochastic_rounding"] or (device := next(narrow, None)) is None:
+        return False
+    count, compiling = group.get("rounded", 0), torch.compiler.is_compiling()
+    if not isinstance(count, Tensor):
+        if compiling:
+            msg = (
+                "parameters have become bfloat16, or stochastic_rounding=True, since the optimizer "
+                "was made: make one eager step before a compiled one"
+            )
+            raise RuntimeError(msg)
+        group["rounded"] = torch.full((), count, dtype=torch.int32, device=device)
+    elif not compiling:
         group["rounded"] = count.to(device)
+    return True
 
 
 def count_roundings(groups: Iterable[dict[str, Any]]) -> None:
@@ -37,24 +47,8 @@ def count_roundings(groups: Iterable[dict[str, Any]]) -> None:
     It is a tensor, on their device, so that a compiled or a captured step advances it too.
     """
     for group in groups:
-        if _counted_on(group, group["params"]) is None:
-            continue
-        if not torch.compiler.is_compiling():
-            begin_count(group, group["params"])
-        elif "rounded" not in group:
-            msg = (
-                "parameters have become bfloat16, or stochastic_rounding=True, since the optimizer "
-                "was made: make one eager step before a compiled one"
-            )
-            raise RuntimeError(msg)
-        group["rounded"].add_(1)
-
-
-def _counted_on(group: dict[str, Any], params: Iterable[Tensor]) -> torch.device | None:
-    """The device of the first parameter that is rounded at random; None if there is none."""
-    if not group["stochastic_rounding"]:
-        return None
-    return next((p.device for p in params if p.dtype == torch.bfloat16), None)
+        if begin_count(group, group["params"]):
+            group["rounded"].add_(1)
 
 
 def store(params: Sequence[Tensor], wide: Sequence[Tensor], group: dict[str, Any]) -> None:
