@@ -663,14 +663,10 @@ def test_factors_on_a_cpu_under_another_default_device(kind):
         params = [p.requires_grad_() for pair in pairs for p in pair]
         for p in params:
             p.grad = torch.randn(p.shape, generator=g, device="cpu")
-        before = torch.get_default_device()
-        torch.set_default_device(default)
-        try:
+        with torch.device(default):
             optimizer = kind(params, lr=1e-3, pairs=pairs)
             optimizer.step()
             optimizer.step()
-        finally:
-            torch.set_default_device(before)
         steps.append(params)
     for found, expected in zip(steps[1], steps[0], strict=True):
         assert torch.equal(found, expected)
