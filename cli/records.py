@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ NUMBER: Final = {"type": "number", "minimum": 0}
 COUNT: Final = {"type": "integer", "minimum": 0}
 TEXT: Final = {"type": "string"}
 TEXTS: Final = {"type": "array", "items": TEXT}
+TIME: Final = {"type": "string", "format": "date-time"}
 
 
 def optional(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,6 +81,11 @@ def _faults(value: Any, schema: Mapping[str, Any], path: str) -> Iterator[str]:
     kind = schema["type"]
     if not isinstance(value, _TYPES[kind]) or (kind != "boolean" and isinstance(value, bool)):
         yield f"{path} must be of type {kind}, got {type(value).__name__}"
+    elif schema.get("format") == "date-time":
+        try:
+            datetime.fromisoformat(value)
+        except ValueError:
+            yield f"{path} must be a time as in 2026-01-31T12:00:00+00:00, got {value[:40]!r}"
     elif kind in ("number", "integer"):
         if not schema.get("minimum", value) <= value < float("inf"):
             yield f"{path} must be a number from {schema.get('minimum')} up, got {value}"

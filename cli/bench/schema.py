@@ -10,6 +10,7 @@ from rlora.cli.records import (
     NUMBER,
     TEXT,
     TEXTS,
+    TIME,
     closed,
     fault,
     optional,
@@ -97,7 +98,7 @@ SCHEMA: Final[dict[str, Any]] = {
         {
             "schema": {"const": NAME},
             "rlora": TEXT,
-            "created": {"type": "string", "format": "date-time"},
+            "created": TIME,
             "partial": {"type": "boolean"},
             "command": _COMMAND,
             "environment": ENVIRONMENT,

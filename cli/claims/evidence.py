@@ -11,7 +11,7 @@ import numpy as np
 import rlora
 from rlora.cli.chart import Curve, Panel
 from rlora.cli.environment import environment
-from rlora.cli.records import ENVIRONMENT, TEXT, TEXTS, closed, fault, optional, read_json
+from rlora.cli.records import ENVIRONMENT, TEXT, TEXTS, TIME, closed, fault, optional, read_json
 
 from .claim import Claim, Outcome, Setting
 
@@ -55,7 +55,7 @@ SCHEMA: Final = closed(
         "quick": _TRUTH,
         "backend": TEXT,
         "rlora": TEXT,
-        "created": TEXT,
+        "created": TIME,
         "seconds": {"type": "number"},
         "environment": ENVIRONMENT,
     }

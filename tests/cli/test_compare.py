@@ -210,3 +210,13 @@ def test_the_check_agrees_with_jsonschema(a_record):
         fault({**a_record, "partial": "\x1b"}, SCHEMA)
         == "it.partial must be of type boolean, got str"
     )
+
+
+@pytest.mark.parametrize("created", ["yesterday", "", "2026-13-01T00:00:00+00:00"])
+def test_a_record_says_when_it_was_made(refused, a_record, tmp_path, created):
+    """Exports compute with it."""
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({**a_record, "created": created}))
+    assert f"it.created must be a time as in 2026-01-31T12:00:00+00:00, got {created!r}" in refused(
+        "bench", "show", path
+    )
