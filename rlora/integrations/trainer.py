@@ -3,6 +3,7 @@
 ``Trainer(..., optimizer_cls_and_kwargs=(RLoraFactory, {"lr": 1e-2}))``
 """
 
+import importlib
 from typing import Any
 
 from torch import nn
@@ -37,9 +38,9 @@ class RLoraFactory:
         Returns
         -------
         Optimizer
-            Its second group is empty and without decay: so the schedule and the checkpoint of
-            Trainer's own AdamW over an adapter, which has two groups, fit. Under DeepSpeed it is a
-            `ZeroOptimizer`.
+            Its second group, without decay, has the trained biases and norms, which the Trainer
+            does not decay either: so the schedule and the checkpoint of Trainer's own AdamW fit.
+            Under DeepSpeed it is a `ZeroOptimizer`.
 
         Raises
         ------
@@ -58,6 +59,13 @@ class RLoraFactory:
                 "the options of the optimizer"
             )
             raise ValueError(msg)
-        made = kind(model, **chosen)
-        made.add_param_group({"params": [], "weight_decay": 0.0})
+        made: Any = kind(model, **chosen)
+        trainer: Any = importlib.import_module("transformers").Trainer
+        (group,) = made.param_groups
+        members = list(zip(group["param_names"], group["params"], strict=True))
+        bare = set(made.report.plain) - set(trainer.get_decay_parameter_names(None, model))
+        group["param_names"] = [name for name, _ in members if name not in bare]
+        group["params"] = [p for name, p in members if name not in bare]
+        some = [(name, p) for name, p in members if name in bare]
+        made.add_param_group({"params": some, "weight_decay": 0.0})
         return under_zero(made)

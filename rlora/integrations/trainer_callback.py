@@ -73,10 +73,11 @@ class OptimizerCallback(TrainerCallback):
         # The model tells more than its names.
         new: Any = self._make(parts["model"], lr=rate, **self._options)
         (mine,) = new.param_groups
+        own = old.defaults.keys() - {"lr", "weight_decay"}  # schedules keep theirs there
         new.param_groups = [
             {
                 **mine,
-                **{k: v for k, v in group.items() if k in ("lr", "initial_lr", "weight_decay")},
+                **{k: v for k, v in group.items() if k not in own},
                 "params": list(group["params"]),
                 "param_names": [names[id(p)] for p in group["params"]],
             }

@@ -259,6 +259,47 @@ def test_the_factory_in_the_real_trainer_goes_on_from_its_adamw(tmp_path):
     assert loss_on_all(trainer.model) < loss_on_all(adapted())
 
 
+@pytest.mark.parametrize("norms", [[], ["input_layernorm"]], ids=["adapter", "and norms"])
+def test_the_groups_of_the_factory_are_those_of_the_trainers_adamw(norms, tmp_path):
+    """Trained norms have no decay, and those of a checkpoint's groups are kept."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=4,
+        save_steps=2,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    plain = transformers.Trainer(
+        adapted(modules_to_save=norms), arguments, train_dataset=sequences()
+    )
+    plain.train()
+    choice = (RLoraFactory, {"lr": 1e-2})
+    trainer = transformers.Trainer(
+        adapted(modules_to_save=norms),
+        arguments,
+        train_dataset=sequences(),
+        optimizer_cls_and_kwargs=choice,
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    expected, found = (
+        [
+            ([id_of[id(p)] for p in group["params"]], group["weight_decay"])
+            for group in made.optimizer.param_groups
+        ]
+        for made, id_of in (
+            (x.optimizer, {id(p): name for name, p in x.model.named_parameters()})
+            for x in (plain, trainer)
+        )
+    )
+    assert found == expected
+    assert bool(found[1][0]) == bool(norms)
+
+
 def test_the_trainers_of_the_page():
     space = run("trainers.md", "axolotl", {"model": adapted()})
     assert type(space["optimizer"]) is rlora.torch.LoRARite
@@ -358,6 +399,37 @@ def test_the_callback_in_the_real_trainer(kind, frozen, tmp_path, monkeypatch):
     run_exp(checkpoint, [space["callback"]])
     assert runs[1].state.global_step == 8
     assert same(trained(runs[1].model), trained(runs[0].model))
+
+
+def test_the_callback_keeps_what_a_schedule_has_put_into_the_groups(tmp_path):
+    """OneCycleLR keeps its three rates there."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    from rlora.integrations.trainer_callback import OptimizerCallback
+
+    class Trainer(transformers.Trainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            made = optimizer or self.optimizer
+            cycle = torch.optim.lr_scheduler.OneCycleLR(made, 1e-2, total_steps=6)
+            self.lr_scheduler = cycle
+            return cycle
+
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=4,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    trainer = Trainer(
+        adapted(), arguments, train_dataset=sequences(), callbacks=[OptimizerCallback()]
+    )
+    trainer.train()
+    (group, _) = trainer.optimizer.optimizer.param_groups
+    assert group["max_lr"] == 1e-2
+    assert group["lr"] == trainer.lr_scheduler.get_last_lr()[0] < 1e-2
+    assert group["betas"][0] > 0.85  # the momentum cycles too
 
 
 def test_the_callback_refuses_a_step_that_is_not_the_optimizers():

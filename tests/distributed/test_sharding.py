@@ -48,7 +48,10 @@ def test_any_layout_on_a_mesh_of_two_dimensions(groups, maker):
 
 
 def test_experts_on_meshes_of_their_own(groups):
-    """The experts of one half of the processes have no gradient, and rest while the others move."""
+    """The experts of one half of the processes have no gradient, and rest while the others move.
+
+    Those processes plan their steps anew, and all take part in the same collectives.
+    """
     expected = [runs.trained_with_experts(half) for half in (0, 1)]
     for i, found in enumerate(groups(4).run(runs.trained_with_experts, None)):
         assert_equal([found], expected[i // 2], atol=1e-12)
@@ -75,6 +78,12 @@ def test_a_state_follows_the_layout_of_the_parameters(groups, maker):
 def test_a_pair_without_gradients_is_in_the_checkpoint(groups, tmp_path):
     for found in groups(2).run(checkpoints.resumed_without_gradient, "default", str(tmp_path)):
         assert max(found.values()) < 1e-12, found
+
+
+def test_a_kernel_that_is_not_contiguous(groups):
+    """It is flattened by a copy, which each step makes of the factor as it is."""
+    expected = runs.trained_channels_last(sharded=False)
+    assert_equal(groups(2).run(runs.trained_channels_last, True), expected, atol=1e-12)
 
 
 def test_pairs_with_one_whole_factor(groups):
@@ -166,13 +175,13 @@ def test_what_a_step_sends(groups, dtype):
 
 
 def test_what_a_step_of_a_method_class_sends(groups):
-    """LoRA-RITE: r x r matrices, largest entries, who has a gradient; A with its gradient, the new A."""
+    """LoRA-RITE: who has a gradient, or a new plan; largest entries and r x r matrices; A, twice."""
     ranks = [(2, 4), (1, 8)]  # (pairs, r)
     grams = [4 * 2 * pairs * r**2 for pairs, r in ranks]
     peaks = [4 * 2 * pairs for pairs, _ in ranks]
     update = [x for peak, gram in zip(peaks, grams, strict=True) for x in (peak, gram, peak, gram)]
     transport = [x for peak, gram in zip(peaks, grams, strict=True) for x in (2 * peak, gram)]
-    sizes = [4 * 2 * len(SHAPES), *update, *transport]
+    sizes = [4 * (2 * len(SHAPES) + 1), *update, *transport]
     reduced = [("allreduce", size) for size in sizes]
     for sent in groups(4).run(runs.traffic, "rite", "columns", torch.float32, SHAPES):
         assert sent == reduced
@@ -184,12 +193,12 @@ def test_what_a_step_of_a_method_class_sends(groups):
 
 @pytest.mark.parametrize("layout", ["columns", "default"])
 def test_what_a_step_of_whole_factors_sends(groups, layout):
-    """Riemannion: who has a gradient, then pieces of factors and gradients, padded to equal length."""
+    """Riemannion: who has a gradient, or a new plan; factors and gradients, padded to one length."""
     a_piece = {"columns": lambda n, r: r * (n // 4), "default": lambda n, r: r // 4 * n}[layout]
     largest = sum(a_piece(n, r) + -(-m // 4) * r for n, m, r in SHAPES)
     for sent in groups(4).run(runs.traffic, "riemannion", layout, torch.float32, SHAPES):
         assert sent == [
-            ("allreduce", 4 * 2 * len(SHAPES)),
+            ("allreduce", 4 * (2 * len(SHAPES) + 1)),
             ("allgather_base", 4 * 2 * largest),
         ]
 

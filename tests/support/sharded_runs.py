@@ -21,6 +21,7 @@ from rlora.core.errors import ShardingError
 from rlora.torch import (
     AltLoRAPlus,
     GraftAdamW,
+    LoRAFA,
     LoRAMuon,
     LoRAProAdamW,
     LoRARite,
@@ -219,22 +220,26 @@ def experts(half):
         for letter, shape in (("A", (4, 8)), ("B", (8, 4)))
     ]
 
-    def backward():
+    def backward(rests=True):
         for name, p in named:
             grad = draw(tuple(p.shape), meshes[name.partition(".")[0]])
-            p.grad = grad if half or name.startswith("dense") else None
+            p.grad = grad if half or not rests or name.startswith("dense") else None
 
     return named, backward
 
 
 def trained_with_experts(half):
-    """A few steps of methods that gather factors, and of one that does not."""
+    """A few steps of methods that gather factors, and of one that does not.
+
+    The state of LoRA-FA begins with a sum over processes. In its run the experts of the first half
+    rest in one step alone.
+    """
     result = {}
-    for kind in (Riemannion, TrustRegion, LoRARite):
+    for kind in (Riemannion, TrustRegion, LoRARite, LoRAFA):
         named, backward = experts(half)
         optimizer = kind(named, lr=1e-2, weight_decay=0.1)
-        for _ in range(3):
-            backward()
+        for t in range(4):
+            backward(rests=kind is not LoRAFA or t == 1)
             optimizer.step()
         result |= {f"{kind.__name__}: {name}": whole(p) for name, p in named}
     return result
@@ -311,6 +316,32 @@ def trained_with_a_whole_factor(sharded):
                 p.grad = draw(p, place)
             optimizer.step()
         result |= {f"{name}: {key}": whole(p) for key, _, p in named}
+    return result
+
+
+def trained_channels_last(sharded):
+    """A few steps over a kernel that is not contiguous, whole on every process; B is cut."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if sharded else None
+    result = {}
+    for kind in (ScaledAdamW, ScaledSGD, LoRARite):
+        g = torch.Generator().manual_seed(7)
+
+        def draw(shape, place, g=g):
+            x = torch.randn(shape, generator=g, dtype=torch.float64)
+            x = x.contiguous(memory_format=torch.channels_last)
+            return distribute_tensor(x, mesh, [place]) if sharded else x
+
+        pieces = {"A": ((4, 3, 3, 3), Replicate()), "B": ((6, 4, 1, 1), Shard(0))}
+        named = [
+            (f"0.lora_{letter}.weight", nn.Parameter(draw(*piece)))
+            for letter, piece in pieces.items()
+        ]
+        optimizer = kind(named, lr=1e-1)
+        for _ in range(4):
+            for (_, p), piece in zip(named, pieces.values(), strict=True):
+                p.grad = draw(*piece)
+            optimizer.step()
+        result |= {f"{kind.__name__}: {name}": whole(p) for name, p in named}
     return result
 
 

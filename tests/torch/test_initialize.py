@@ -242,6 +242,8 @@ def test_a_loss_that_calls_some_layers_only():
         ),
         (ValueError, "no batch", {"batches": []}),
         (ValueError, "can be read once", {"batches": iter([1]), "layers_per_pass": 1}),
+        (TypeError, "got function and list", {"batches": square, "loss": [1]}),
+        (TypeError, "got list and str", {"loss": "mse"}),
         (ValueError, "layers_per_pass", {"layers_per_pass": 0}),
         (ValueError, "layers_per_pass", {"layers_per_pass": 1.5}),
     ],
@@ -257,6 +259,29 @@ def test_refused_gradients(error, match, change):
     with pytest.raises(error, match=match):
         full_gradients(net, **{**call, **change})
     assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_there_are_no_gradients_under_inference_mode():
+    net, batches = net_and_batches()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="call this outside of it"):
+        full_gradients(net, ["out"], batches, square, lambda name, G: G)
+
+
+def test_batches_may_be_a_dataset():
+    """One that is read by its index alone, as a loop over it does."""
+
+    class Dataset(torch.utils.data.Dataset):
+        def __getitem__(self, i):
+            return batches[i]
+
+    net, batches = net_and_batches(torch.float64)
+    found = full_gradients(net, ["out"], Dataset(), square, lambda name, G: G)
+    close(found["out"], dense_gradients(net, batches)["out.weight"], 1e-12)
+
+
+def test_layers_are_no_text():
+    with pytest.raises(TypeError, match=r"a list of names, as \['0'\], got the text '0'"):
+        initialize(nn.Sequential(LoRALinear(6, 6, 2)), method="gaussian", layers="0")
 
 
 def test_does_not_depend_on_the_contexts_around_it():
@@ -523,6 +548,103 @@ def test_loralib_and_plain_modules():
     old = alone(h)
     initialize(alone, [h], square, method="lora_ga", scaling=2.0)
     torch.testing.assert_close(alone(h), old, rtol=0, atol=1e-12)
+
+
+class TransposedLoRA(nn.Module):
+    """A layer of one's own that keeps W as (n, m), for ``x @ W``."""
+
+    def __init__(self, n, m, r):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n, m), requires_grad=False)
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(r, n)), nn.Parameter(torch.zeros(m, r))
+        self.scaling = 2.0
+
+    def forward(self, x):
+        return x @ self.weight + self.scaling * x @ self.lora_A.mT @ self.lora_B.mT
+
+
+@pytest.mark.parametrize("method", MOVES)
+def test_a_layer_of_ones_own_that_stores_the_transpose(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(TransposedLoRA(6, 9, 2), nn.Tanh(), TransposedLoRA(9, 5, 2)).double()
+    x = torch.randn(7, 6, dtype=torch.float64)
+    before, weights = model(x), [model[k].weight.clone() for k in (0, 2)]
+    report = initialize(model, [x], square, method=method)
+    assert [layer.shape for layer in report.layers] == [(9, 6), (5, 9)]
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
+    for k, weight in zip((0, 2), weights, strict=True):
+        assert (model[k].weight != weight).any()
+        model[k].weight.copy_(weight)
+    restore_offsets(model, report.offsets)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
+
+
+class Gated(nn.Linear):
+    """A linear layer with a second matrix."""
+
+    def __init__(self, n, m):
+        super().__init__(n, m)
+        self.gate = nn.Parameter(torch.randn(m, n))
+
+    def forward(self, x):
+        return super().forward(x) * torch.sigmoid(x @ self.gate.mT)
+
+
+class LinearExperts(nn.Module):
+    """Experts of which the name, as in some models, begins as that of a linear layer."""
+
+    def __init__(self, count, n, m):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(count, m, n))
+
+    def forward(self, x):
+        return torch.einsum("emn,tn->tm", self.up, x)
+
+
+@pytest.mark.parametrize(
+    ("odd", "parameter", "why"),
+    [(Gated(6, 6), "gate", "it adapts 'gate'"), (LinearExperts(3, 6, 6), "up", "it adapts 'up'")],
+    ids=["a second matrix", "experts"],
+)
+@pytest.mark.parametrize("method", ["lora_one", "pissa", "orthogonal"])
+def test_another_parameter_than_the_weight_is_no_linear_layer(odd, parameter, why, method):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"lin": nn.Linear(6, 6), "odd": copy.deepcopy(odd)})
+    model.forward = lambda x: model["odd"](model["lin"](x))
+    config = LoraConfig(
+        r=2, target_modules=["lin"], target_parameters=[f"odd.{parameter}"], init_lora_weights=True
+    )
+    peft = get_peft_model(model, config)
+    x = torch.randn(5, 6)
+    before, after = peft(x), None
+    factors = {name: p.clone() for name, p in peft.named_parameters() if ".odd" in name}
+    report = initialize(peft, [x], square, method=method)
+    after = dict(peft.named_parameters())
+    assert [layer.name for layer in report.layers] == ["base_model.model.lin"]
+    assert [text[: len(why)] for text in report.skipped.values()] == [why]
+    assert all(torch.equal(after[name], p) for name, p in factors.items())
+    if method != "lora_one":
+        torch.testing.assert_close(peft(x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hook_of_the_users_own_counts():
+    """It is part of the function: the tap is on the layer's own output."""
+    net, batches = net_and_batches(torch.float64)
+    net.again.register_forward_hook(lambda module, args, output: 2 * output)
+    found = full_gradients(net, ["again"], batches, square, lambda name, G: G)
+    close(found["again"], dense_gradients(net, batches)["again.weight"], 1e-12)
+
+
+def test_a_base_made_for_inference_is_refused_before_the_first_write():
+    model = nn.Sequential(LoRALinear(6, 6, 2), LoRALinear(6, 6, 2))
+    with torch.inference_mode():
+        model[1].base.weight = nn.Parameter(torch.randn(6, 6), requires_grad=False)
+    before = copy.deepcopy(model[0].state_dict())
+    with pytest.raises(PairingError, match="base weight of 1 was made under torch"):
+        initialize(model, method="pissa", scaling=1.0)
+    assert all(torch.equal(x, before[key]) for key, x in model[0].state_dict().items())
 
 
 def test_layers_that_are_skipped_are_named():
@@ -808,8 +930,24 @@ def test_layers_without_an_offset_are_filled_up(fresh):
     assert torch.equal(A[4:], torch.zeros_like(A[4:]))
 
 
-def test_refused_offsets(fresh):
+@pytest.mark.parametrize("method", MOVES)
+def test_an_offset_knows_its_weight(fresh, method):
+    """Another checkpoint's is refused, its own in another dtype is not."""
+    report = initialize(copy.deepcopy(fresh), tokens(), next_token, method=method)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        restore_offsets(untouched_base(fresh).to(dtype), report.offsets)
+    torch.manual_seed(1)
+    other = untouched_base(fresh)
+    for p in other.parameters():
+        torch.nn.init.normal_(p, std=float(p.std()))
+    with pytest.raises(PairingError, match="is not the one its offset was made for"):
+        restore_offsets(other, report.offsets)
+
+
+def test_refused_offsets(fresh, tmp_path):
     model, report = trained(fresh, steps=1)
+    adapter = tmp_path / "adapter.pt"
+    torch.save({"lm_head.lora_A.weight": torch.ones(2, 3)}, adapter)
     name, offset = next(iter(report.offsets.items()))
     untouched = copy.deepcopy(fresh)
     before = copy.deepcopy(untouched.state_dict())
@@ -825,6 +963,8 @@ def test_refused_offsets(fresh):
     packed = packed_model()
     with pytest.raises(PairingError, match="quantised or packed"):
         restore_offsets(packed, {"0": offset})
+    with pytest.raises(ValueError, match=r"no file of save_offsets.*: see 'lm_head"):
+        load_offsets(adapter)
     with pytest.raises(PairingError, match="no factors of nope"):
         as_plain_lora(model, {"nope": offset})
     with pytest.raises(PairingError, match="there is no offset"):

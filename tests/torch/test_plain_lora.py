@@ -305,6 +305,8 @@ def test_what_cannot_be_rounded():
     model = adapt(Net(nn.Linear(6, 8)), target_modules=["layer"])
     with pytest.raises(rlora.PairingError, match="no adapter 'nope'; it has 'default'"):
         round_adapter(model, name="nope")
+    with pytest.raises(rlora.PairingError, match="no adapter 'default'; it has none"):
+        round_adapter(model.merge_and_unload())
 
 
 # --- names ----------------------------------------------------------------------------------------

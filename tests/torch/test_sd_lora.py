@@ -241,6 +241,12 @@ def test_a_state_that_does_not_fit_is_refused():
         make_layer(tasks=1, r=3).load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"magnitudes\.3"):
         make_layer(tasks=4).load_state_dict(state)
+    other = make_layer(tasks=2, r=3)
+    past = other.past_A.clone(), other.past_B.clone()
+    with pytest.raises(RuntimeError, match=r"size mismatch for past_A"):
+        other.load_state_dict(state)
+    assert torch.equal(other.past_A, past[0])
+    assert torch.equal(other.past_B, past[1])
 
 
 # ---------------------------------------------------------------- pairs and groups

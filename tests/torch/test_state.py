@@ -75,6 +75,17 @@ def away_and_back(optimizer, model):
         held[key] = x.cpu().clone()
 
 
+def data_away_and_back(optimizer, model):
+    """As recipes that move an optimizer to another device do: the tensors stay the same objects."""
+    for _, _, x in tensors(optimizer):
+        x.data = x.data.cpu().clone()
+
+
+def data_of_zeros(optimizer, model):
+    for _, _, x in tensors(optimizer):
+        x.data = torch.zeros_like(x)
+
+
 def another_dict(optimizer, model):
     optimizer.state = copy.copy(optimizer.state)
     for p, held in optimizer.state.items():
@@ -104,7 +115,7 @@ def assert_same_states(one, other):
 
 CHANGES = (
     clear, pop_factors, pop_one_factor, zero_in_place, zero_by_others, double_in_place,
-    away_and_back, another_dict,
+    away_and_back, data_away_and_back, data_of_zeros, another_dict,
 )  # fmt: skip
 
 
@@ -262,6 +273,15 @@ def test_get_and_set_state_dict_go_on_bit_for_bit(maker, frozen):
         assert same(at_the_save, values(again))
         assert train(again, resumed, 2, start=3) == expected
         assert same(values(model), values(again))
+
+
+@make
+def test_every_entry_of_a_state_lies_in_order(make):
+    """Torch's full checkpoints broadcast it as it lies, to processes that have made it in order."""
+    model = make_model()
+    optimizer = make(model)
+    train(model, optimizer, 1)
+    assert all(x.is_contiguous() for _, _, x in tensors(optimizer))
 
 
 @make

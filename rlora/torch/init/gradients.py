@@ -62,7 +62,9 @@ def full_gradients(
     PairingError
         For a name that is no linear layer, or a layer that no gradient reaches.
     TypeError
-        When `batches` is one tensor or one dict.
+        When `batches` is one tensor or one dict, or no iterable; when `loss` is no function.
+    RuntimeError
+        Under ``torch.inference_mode()``.
     ShapeError, NamespaceError, NumericsError, ShardingError, ValueError
         When the loss is no finite scalar tensor or a gradient is not finite; for a model inside
         DataParallel, DDP or torch.compile; for no batches, or batches that can be read only once
@@ -118,6 +120,14 @@ def capture(
         came = f"one {type(batches).__name__}"
         msg = f"batches must be an iterable of batches, got {came}; for one batch pass [batch]"
         raise TypeError(msg)
+    is_iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if not is_iterable or not callable(loss):
+        came = f"{type(batches).__name__} and {type(loss).__name__}"
+        msg = f"expected an iterable of batches, then a function loss(model, batch), got {came}"
+        raise TypeError(msg)
+    if torch.is_inference_mode_enabled():
+        msg = "there are no gradients under torch.inference_mode(); call this outside of it"
+        raise RuntimeError(msg)
     names = list(targets)
     size = len(names) if layers_per_pass is None else layers_per_pass
     if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and names):

@@ -125,8 +125,9 @@ def initialize(
     ----------
     model : nn.Module
         A PEFT model, or any with modules that have lora_A, lora_B and a base: an nn.Linear or
-        transformers' Conv1D, a quantised layer, or a weight of their own. It runs in the mode it
-        is in; `eval()` gives a gradient without dropout.
+        transformers' Conv1D, a quantised layer, or a weight of their own, (m, n). One of (n, m) is
+        known by its shape; where m = n the module says ``fan_in_fan_out = True``. It runs in the
+        mode it is in; `eval()` gives a gradient without dropout.
     batches : iterable
         Arguments of `loss`. 8 to 64 samples are usual.
     loss : callable
@@ -158,8 +159,9 @@ def initialize(
         not zero; when the loss does not depend on a layer that it calls.
     ValueError, TypeError
         For options out of their range, a scaling that is not positive, "lora_sb" with another than
-        1, and where the scaling is needed and not known; when `batches` is one tensor or dict.
-    ShapeError, NamespaceError, NumericsError, ShardingError
+        1, and where the scaling is needed and not known; when `batches` is one tensor or dict, or
+        `layers` a text.
+    RuntimeError, ShapeError, NamespaceError, NumericsError, ShardingError
         As `full_gradients`; for factors that are not finite in the parameters' dtype, or
         sharded. After any error nothing has been written.
 

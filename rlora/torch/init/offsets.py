@@ -16,6 +16,9 @@ from rlora.torch.pairing.base_weights import module_places, weight_places, writa
 PREFIX = "base_model.model."
 """Prefix of PEFT before the names of the model that it wraps."""
 
+PARTS = ("A", "B", "scaling_overlap")
+"""The names of an offset's tensors in a file, behind that of its layer and a colon."""
+
 
 def spellings(layer: str) -> tuple[str, str, str]:
     """A layer's name as it is, without what PEFT puts before it, and with it."""
@@ -107,19 +110,15 @@ def restore_offsets(model: nn.Module, offsets: Mapping[str, Offset]) -> None:
         if found is None:
             msg = f"the model has no module {name}; pass the model as it was given to initialize"
             raise PairingError(msg)
-        weight = writable_weight(found, modules[found], holders)
+        shape = (offset.B.shape[0], offset.A.shape[1])
+        weight = writable_weight(found, modules[found], shape, holders)
         if isinstance(weight, str):
             msg = f"{weight}; load the model as it was when training began"
             raise PairingError(msg)
-        shape = (offset.B.shape[0], offset.A.shape[1])
         if tuple(weight.shape) != shape:
             msg = f"the offset of {name} is {shape}, but the base weight {tuple(weight.shape)}"
             raise ShapeError(msg)
-        pair = Factors(offset.A, offset.B)
-        taken = offset.scaling * float(
-            ((offset.B.double().mT @ offset.B.double()) * _gram(offset.A)).sum()
-        )
-        if not abs(overlap(weight, pair) - offset.overlap) <= 0.5 * abs(taken):
+        if not _is_its_weight(weight, offset):
             msg = (
                 f"the base weight of {name} is not the one its offset was made for, or the offset "
                 f"has been taken already; load the original base model"
@@ -130,8 +129,19 @@ def restore_offsets(model: nn.Module, offsets: Mapping[str, Offset]) -> None:
         shift(weight, offset)
 
 
-def _gram(A: Tensor) -> Tensor:
-    return A.double() @ A.double().mT
+@torch.no_grad()
+def _is_its_weight(weight: Tensor, offset: Offset) -> bool:
+    """Return whether a weight is what an offset was made for, up to the rounding of its dtype.
+
+    ``<W0, B A>`` differs by ``s |B A|²`` once the offset is taken, and by about ``|W0∘(B A)|`` in a
+    weight that has nothing to do with it; rounding W0 to bfloat16 changes it by 0.001 of that.
+    """
+    A, B = (x.to(weight.device, torch.float32) for x in (offset.A, offset.B))
+    product = B @ A
+    taken = offset.scaling * float(product.square().sum())
+    unlike = float(torch.linalg.matrix_norm(product * weight))
+    found = overlap(weight, Factors(offset.A, offset.B))
+    return abs(found - offset.overlap) <= min(0.5 * abs(taken), 0.02 * unlike)
 
 
 def save_offsets(offsets: Mapping[str, Offset], path: str | Path) -> None:
@@ -168,6 +178,11 @@ def load_offsets(path: str | Path) -> dict[str, Offset]:
     Returns
     -------
     dict of str to Offset
+
+    Raises
+    ------
+    ValueError
+        When the file has something else, as an adapter's own has.
     """
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -176,7 +191,14 @@ def load_offsets(path: str | Path) -> dict[str, Offset]:
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
     found = {}
-    for name in (key.removesuffix(":A") for key in state if key.endswith(":A")):
+    names = [key.removesuffix(":A") for key in state if key.endswith(":A")]
+    if others := state.keys() ^ {f"{x}:{part}" for x in names for part in PARTS}:
+        msg = (
+            f"{path} is no file of save_offsets, which has of each layer the tensors "
+            f"{', '.join(f'name:{part}' for part in PARTS)}: see {min(others)!r}"
+        )
+        raise ValueError(msg)
+    for name in names:
         s, inner = state[f"{name}:scaling_overlap"].tolist()
         found[name] = Offset(state[f"{name}:A"], state[f"{name}:B"], s, inner)
     return found

@@ -33,7 +33,7 @@ class Rows:
             self._check(x, output)
             return self.passed(x, output)
 
-        return self.target.module.register_forward_hook(hook, with_kwargs=True)
+        return self.target.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
 
     def passed(self, x: Any, output: Any) -> Any:
         """Return what takes the output's place, or None where the output itself may go on."""

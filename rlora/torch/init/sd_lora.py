@@ -148,8 +148,7 @@ class SDLoRALinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """A copy of the base with the sum of all terms added to its weight, in the base's dtype."""
-        merged = copy.deepcopy(self.base)
-        delta = self.delta()
+        merged, delta = copy.deepcopy(self.base), self.delta()
         merged.weight.copy_(merged.weight.to(delta.dtype) + delta)
         return merged
 
@@ -157,10 +156,11 @@ class SDLoRALinear(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Make room for as many tasks as the state has; torch itself refuses other misfits."""
-        past = state_dict.get(f"{prefix}past_A")
-        if past is not None and len(past) >= self.tasks:
-            self.past_A = self.past_A.new_zeros(len(past), self.rank, self.in_features)
-            self.past_B = self.past_B.new_zeros(len(past), self.out_features, self.rank)
+        A, B = (state_dict.get(f"{prefix}past_{side}") for side in "AB")
+        own = self.past_A.shape[1:], self.past_B.shape[1:]
+        if A is not None and B is not None and (A.shape[1:], B.shape[1:]) == own:
+            room = (0, 0, 0, 0, 0, max(len(A) + 1 - self.tasks, 0))
+            self.past_A, self.past_B = F.pad(self.past_A, room), F.pad(self.past_B, room)
             self._grow_magnitudes()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -124,20 +124,26 @@ def start_of(
     except ShapeError as error:
         return f"{error} ({method}); method='gaussian' starts a layer of any rank"
     except Exception as error:
-        if not torch.isfinite(matrix).all():  # LAPACK's own error says less
-            source = "gradient" if from_gradient else "inputs" if method == "eva" else "base weight"
-            msg = f"{method} needs finite numbers, and those of {layer.name}, its {source}, are not"
-            raise NumericsError(msg) from error
+        _check_finite(matrix, method, layer)  # LAPACK's own error says less
         error.add_note(f"in layer {layer.name}, {layer.shape}, rank {layer.rank}")
         raise
     params = _rounded(layer, start.params)
     offset = None if start.offset is None else _rounded(layer, start.offset)
     for x in params:
         if not torch.isfinite(x).all():
+            _check_finite(matrix, method, layer)
             msg = f"the start of {layer.name} is not finite in {x.dtype}"
             raise NumericsError(msg)
     norm = float(torch.linalg.matrix_norm(matrix)) if from_gradient else None
     return Start(params, offset), norm
+
+
+def _check_finite(matrix: Tensor, method: str, layer: LoraLayer) -> None:
+    if not torch.isfinite(matrix).all():
+        kind = "inputs" if method == "eva" else "base weight"
+        source = "gradient" if method in FROM_GRADIENT else kind
+        msg = f"{method} needs finite numbers, and those of {layer.name}, its {source}, are not"
+        raise NumericsError(msg)
 
 
 def _are_alike(X: Tensor) -> bool:

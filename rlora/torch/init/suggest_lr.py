@@ -63,7 +63,7 @@ def suggest_lr(
     rates, why = [], ""
     for layer in layers:
         check_unmerged(layer)
-        weight = plain_weight(layer.name, layer.module)
+        weight = plain_weight(layer.name, layer.module, layer.shape)
         if isinstance(weight, str):
             why = weight
         elif layer.scaling is None:

@@ -95,8 +95,8 @@ def diagnostics(optimizer: Any, *, per_pair: bool = True) -> dict[str, float]:
         - ``step_in_weight``: ``s |B A - B0 A0| / |W0|`` where `watch` has found W0; s is 1
           unless the layer or the optimizer says it.
         - ``lost_A``, ``lost_B``: for parameters narrower than float32 the share of the entries
-          that the step has left as they were, less than half the spacing of numbers away; 0
-          without a gradient and where bfloat16 is rounded at random.
+          with a gradient that the step has left as they were, less than half the spacing of
+          numbers away; 0 without a gradient and where bfloat16 is rounded at random.
         - ``no_grad_A``, ``no_grad_B``: 1 where there was no gradient.
 
         And as they are after it:
@@ -271,7 +271,7 @@ def weights_under(model: nn.Module, optimizer: Any) -> dict[Tensor, float]:
         except PairingError:
             continue
         for layer in layers:
-            weight = plain_weight(layer.name, layer.module)
+            weight = plain_weight(layer.name, layer.module, layer.shape)
             if isinstance(weight, Tensor) and not is_distributed(weight):
                 given = groups.get(layer.A, optimizer.defaults).get("scaling")
                 wide = torch.promote_types(weight.dtype, torch.float32)

@@ -40,9 +40,9 @@ class Watch:
     names: list[str] = field(default_factory=list)
     start: list[Tensor] = field(default_factory=list)
     """The largest entries of A and B of every pair when watching began."""
-    pull: dict[int, Tensor] = field(default_factory=dict)
-    """For factors narrower than float32 (2k is the A of pair k, 2k + 1 its B) the largest entry of
-    the gradient times the learning rate; 0 where results are rounded at random."""
+    pulled: dict[int, Tensor] = field(default_factory=dict)
+    """For factors narrower than float32 (2k is the A of pair k, 2k + 1 its B) which entries have a
+    gradient; none of them where results are rounded at random, or with a learning rate of 0."""
     reach: float | Tensor = 0.0
     """The sum of the learning rates since, and `GRACE` steps: as far as Adam moves an entry."""
     kinds: list[tuple[torch.dtype, torch.device]] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Watch:
             steps = 1
         torch._foreach_copy_([p for pair in self.before for p in stored(pair)], now)
         self.moving = [(moves(pair, 0), moves(pair, 1)) for pair in pairs]
-        self.pull = pulls(pairs, groups)
+        self.pulled = pulled(pairs, groups)
         rates = [group["lr"] for group in groups]
         numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
         self.reach += steps * max(numbers, default=0.0)
@@ -132,25 +132,27 @@ def moves(pair: TensorPair, side: int) -> bool:
     return any(q.grad is not None for q in (p, *pair.twins[side]))
 
 
-def pulls(pairs: list[TensorPair], groups: Sequence[dict[str, Any]]) -> dict[int, Tensor]:
-    """`Watch.pull` of these pairs."""
+def pulled(pairs: list[TensorPair], groups: Sequence[dict[str, Any]]) -> dict[int, Tensor]:
+    """`Watch.pulled` of these pairs."""
     rates = {
         p: 0.0 if group["stochastic_rounding"] and p.dtype == torch.bfloat16 else group["lr"]
         for group in groups
         for p in group["params"]
     }
     factors = [p for pair in pairs for p in pair[:2]]
-    narrow = {at: p.grad for at, p in enumerate(factors) if p.itemsize < 4 and p.grad is not None}
-    sizes = peaks(list(narrow.values()))
-    return {at: size * rates.get(factors[at], 0.0) for at, size in zip(narrow, sizes, strict=True)}
+    return {
+        at: (p.grad != 0) & (rates.get(p, 0.0) != 0)
+        for at, p in enumerate(factors)
+        if p.itemsize < 4 and p.grad is not None
+    }
 
 
 def lost(watch: Watch) -> dict[int, Tensor]:
-    """The share of entries that should have moved and have not, for the factors of `Watch.pull`."""
+    """The share of `Watch.pulled` that has not moved, for each of its factors."""
     old, new = ([p for pair in xs for p in pair[:2]] for xs in (watch.before, watch.pairs))
     return {
-        at: (old[at] == new[at].detach()).float().mean() * (pull != 0)
-        for at, pull in watch.pull.items()
+        at: ((old[at] == new[at].detach()) & there).sum() / there.sum().clamp(min=1)
+        for at, there in watch.pulled.items()
     }
 
 

@@ -46,25 +46,30 @@ def is_called_elsewhere(layer: LoraLayer, places: Iterable[Place]) -> bool:
     )
 
 
-def plain_weight(name: str, module: nn.Module) -> Tensor | str:
-    """The base weight as (m, n), to be read, or why it cannot be."""
+def plain_weight(name: str, module: nn.Module, shape: tuple[int, int]) -> Tensor | str:
+    """The base weight as `shape`, (m, n), to be read, or why it cannot be."""
     base = base_of(module)
     weight = None if base is None else base._parameters.get("weight")
     if weight is None or not is_plain(weight):
         what = f"{type(weight).__name__} {getattr(weight, 'dtype', '')}".strip()
         return f"the base weight of {name} is quantised or packed ({type(base).__name__}: {what})"
-    # Conv1D and loralib's fan_in_fan_out store W as (n, m).
+    # Conv1D and loralib's fan_in_fan_out store W as (n, m), and so may a layer of one's own.
     turned = is_conv1d(base) or getattr(module, "fan_in_fan_out", False)
+    turned = turned or (weight.shape != shape and weight.mT.shape == shape)
     return weight.mT if turned else weight
 
 
-def writable_weight(name: str, module: nn.Module, holders: Holders) -> Tensor | str:
-    """The base weight as (m, n), to be written to, or why it must stay as it is."""
-    weight, base = plain_weight(name, module), base_of(module)
+def writable_weight(
+    name: str, module: nn.Module, shape: tuple[int, int], holders: Holders
+) -> Tensor | str:
+    """The base weight as `shape`, (m, n), to be written to, or why it must stay as it is."""
+    weight, base = plain_weight(name, module, shape), base_of(module)
     if isinstance(weight, str):
         return weight
     if any(n > 1 and not step for n, step in zip(weight.shape, weight.stride(), strict=True)):
         return f"the base weight of {name} has entries that share memory, as Tensor.expand makes"
+    if weight.is_inference() and not torch.is_inference_mode_enabled():
+        return f"the base weight of {name} was made under torch.inference_mode()"
     for place, holder in holders.get(memory(weight), ()):
         if holder is not base or not _is_inside(place, name, module, holder):
             return f"the base weight of {name} is that of {place} too, which must not change"
@@ -78,7 +83,7 @@ def _is_inside(place: str, name: str, module: nn.Module, holder: nn.Module) -> b
 
 def movable_weight(layer: LoraLayer, holders: Holders) -> Tensor:
     """The base weight of a layer as (m, n), unless there is a reason not to change it."""
-    weight = writable_weight(layer.name, layer.module, holders)
+    weight = writable_weight(layer.name, layer.module, layer.shape, holders)
     if isinstance(weight, str):
         why = weight
     elif layer.adapters:

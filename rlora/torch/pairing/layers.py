@@ -123,6 +123,9 @@ def find_layers(
 
 def choose(found: Iterable[LoraLayer], wanted: Iterable[str] | None) -> dict[str, LoraLayer]:
     """Those of the layers whose names are wanted, or all; every name must be there."""
+    if isinstance(wanted, str):
+        msg = f"layers must be a list of names, as [{wanted!r}], got the text {wanted!r}"
+        raise TypeError(msg)
     known = {layer.name: layer for layer in found}
     names = set(known if wanted is None else wanted)
     if not names or not names <= known.keys():
@@ -189,8 +192,13 @@ def _no_layer(
             return why
     if isinstance(base, nn.Embedding) or hasattr(base, "num_embeddings"):
         return f"the base is an embedding ({kind}), which has no dense input"
+    if (parameter := getattr(module, "parameter_name", "weight")) != "weight":
+        return f"it adapts {parameter!r} of a {kind}, not the weight of a linear layer"
     if A.is_meta or B.is_meta:
-        return "its factors are on the meta device; load the adapter without low_cpu_mem_usage"
+        return (
+            "its factors are on the meta device; load the adapter without low_cpu_mem_usage, and "
+            "offload the model later"
+        )
     if A.ndim != 2 or B.ndim != 2:
         return f"the base is a convolution ({kind}); only linear layers have a start here"
     weight = base._parameters.get("weight")
@@ -199,6 +207,8 @@ def _no_layer(
     if A.shape[0] != B.shape[1] or (is_plain(weight) and not fits):
         of = f" of a weight {tuple(weight.shape)}" if weight is not None else ""
         return f"A {tuple(A.shape)} and B {tuple(B.shape)} are not one pair{of}"
+    if getattr(module, "num_experts", 1) > 1 and not fits:
+        return f"the base is a stack of experts ({kind})"
     if not (_is_linear(base) or (base is module and fits)):
         return f"the base is a {kind}, which is no linear layer"
     return None

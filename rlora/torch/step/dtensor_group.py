@@ -57,7 +57,9 @@ class ShardedStep(ListStep):
             any(mesh.get_local_rank(d) and p.placements[d].is_replicate() for d in summed)
             for p, _ in factors
         ]
-        self.stays, self.plain = not self.of_factors.places, True
+        # A kernel that is not contiguous, as channels_last ones, is flattened by a copy.
+        flat = all(p.ndim == 2 or local(p).is_contiguous() for p, _ in factors)
+        self.stays, self.plain = flat and not self.of_factors.places, True
 
     def factors(self) -> list[Factors]:
         """The pieces, of which each has whole columns of A or whole rows of B."""

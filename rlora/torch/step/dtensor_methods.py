@@ -62,9 +62,9 @@ class DTensorStep(ABC):
 
     def prepare(self) -> list[bool]:
         """Fetch the copies and take over the state; return for each factor whether it moves."""
-        moving = _anywhere(self.params)
+        moving, new = _anywhere(self.params, new=not self._moving)
         self.fetch(moving)
-        if moving != self._moving:
+        if new or moving != self._moving:  # on all processes: a state may begin with a sum
             self._portions = portions(self._optimizer, self._group, self._pairs)
             self._moving = moving
         for portion in self._portions:
@@ -212,11 +212,13 @@ def _matrix(p: Tensor, side: int) -> View:
     return View(shape, shape, (0, 1), rank_axis=side)
 
 
-def _anywhere(factors: list[Any]) -> list[bool]:
-    """Return for each factor whether any process has a gradient of it."""
-    flags: Any = torch.tensor([p.grad is not None for p in factors], dtype=torch.int32)
+def _anywhere(factors: list[Any], *, new: bool) -> tuple[list[bool], bool]:
+    """Return for each factor whether any process has a gradient of it, and whether any is `new`."""
+    here = [*(p.grad is not None for p in factors), new]
+    flags: Any = torch.tensor(here, dtype=torch.int32)
     for mesh in dict.fromkeys(p.device_mesh for p in factors):
         flags = flags.to(mesh.device_type)
         for dimension in range(mesh.ndim):
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=mesh.get_group(dimension))
-    return [bool(flag) for flag in flags.tolist()]
+    *moving, any_new = map(bool, flags.tolist())
+    return moving, any_new

@@ -244,8 +244,12 @@ def start_of(transform: Transform, buckets: list[list[Member]], given: float | N
     scales = [[given or member.pair.scaling or 1.0 for member in bucket] for bucket in buckets]
     first, *others = dict.fromkeys(s for row in scales for s in row)
     start = transform.init(stacks_of(buckets), first)
-    # Each array its own memory: it is written to after a step.
-    memory = {name: x.clone() for name, x in flatten_state(start).items()}
+    # Each array its own memory: it is written to after a step. And in order: torch's checkpoints
+    # send it to other processes as it lies.
+    memory = {
+        name: x.clone(memory_format=torch.contiguous_format)
+        for name, x in flatten_state(start).items()
+    }
     places = places_in(memory)
     for s in others:
         layers = [[k for k, own in enumerate(row) if own == s] for row in scales]

@@ -3,6 +3,7 @@
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import is_
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -142,12 +143,25 @@ def has_step_of_torch(optimizer: Any) -> bool:
     return module.startswith("torch.optim.")
 
 
-class Share(NamedTuple):
+@dataclass
+class Share:
     """One parameter's share of the arrays in which a step works: views, under their names."""
 
     owner: Tensor
     keys: list[str]
     views: list[Tensor]
+    given: list[Tensor] = field(default_factory=list)
+    """The entries of the optimizer's state: tensors of their own in the memory of the views, as
+    ``x.data = ...`` there would take the views themselves away from the arrays."""
+
+    places: list[int] = field(default_factory=list)
+    """The addresses of `given`."""
+
+    def put_into(self, held: dict[str, Any]) -> None:
+        """Let the state be the views."""
+        self.given = [view.detach() for view in self.views]
+        self.places = [x.data_ptr() for x in self.given]
+        held.update(zip(self.keys, self.given, strict=True))
 
 
 def before_new_plan(state: Any) -> None:
@@ -197,15 +211,15 @@ def take_over(
         When an entry has not the shape of its view.
     """
     moved: list[tuple[Tensor, Tensor]] = []
-    entries: list[tuple[dict[str, Any], str, Tensor]] = []
+    changed: list[Share] = []
     for i, share in enumerate(shares):
         held = state.setdefault(share.owner, {})
-        if all(map(is_, map(held.get, share.keys), share.views)):
+        same = bool(share.given) and all(map(is_, map(held.get, share.keys), share.given))
+        if same and [*map(Tensor.data_ptr, share.given)] == share.places:
             continue
+        changed.append(share)
         for k, (key, view) in enumerate(zip(share.keys, share.views, strict=True)):
             known = held.get(key)
-            if known is view:
-                continue
             if known is None:
                 known = start(i, k)
             elif isinstance(known, (int, float)):  # the step of old states
@@ -214,13 +228,12 @@ def take_over(
                 if getattr(known, "shape", None) != view.shape:
                     raise misshapen(key, known, view)
                 moved.append((local(view), local(cut_as(known, view))))
-            entries.append((held, key, view))
     if moved:
         old, new = map(list, zip(*moved, strict=True))
         torch._foreach_copy_(old, new)
     if not torch.compiler.is_compiling():  # a graph writes into what is there, later
-        for held, key, view in entries:
-            held[key] = view
+        for share in changed:
+            share.put_into(state[share.owner])
 
 
 def misshapen(key: str, known: Any, view: Tensor) -> ShapeError:
