@@ -1,8 +1,9 @@
 """Products in the full precision of their dtype, whatever torch's settings are."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,14 +19,14 @@ def exact(like: Array) -> AbstractContextManager[Any]:
     """`Backend.exact`, also in a graph."""
     if torch.compiler.is_compiling():
         return _exact_graph(like)
-    if _rounds_inputs() or torch.is_autocast_enabled(like.device.type):
+    if _rounds_inputs() or _PRODUCTS.inside or torch.is_autocast_enabled(like.device.type):
         return _exact(like)
     return nullcontext()
 
 
 @contextmanager
 def _exact(like: Array) -> Iterator[None]:
-    with torch.autocast(like.device.type, enabled=False), _ieee_products():
+    with torch.autocast(like.device.type, enabled=False), _PRODUCTS:
         yield
 
 
@@ -39,28 +40,55 @@ def _exact_graph(like: Array) -> AbstractContextManager[Any]:
     return torch.autocast(like.device.type, enabled=False)
 
 
-@contextmanager
-def _ieee_products() -> Iterator[None]:
+class FullPrecision(AbstractContextManager[None]):
+    """Torch's settings for products, which are those of all threads.
+
+    The first thread that enters changes them, the last one that leaves puts them back.
+    """
+
+    def __init__(self) -> None:
+        self.inside = 0
+        self._lock, self._undo = threading.Lock(), _nothing
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self.inside:
+                self._undo = _set_full_precision()
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.inside -= 1
+            if not self.inside:
+                self._undo()
+
+
+def _nothing() -> None:
+    """Undo no change."""
+
+
+_PRODUCTS = FullPrecision()
+
+
+def _set_full_precision() -> Callable[[], None]:
+    """Let products round no inputs; a function that undoes it comes back."""
     matmuls = _matmuls()
     if not matmuls:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    everywhere: Any = torch.backends
+        return partial(torch.set_float32_matmul_precision, before)
     saved = [(m, m.fp32_precision) for m in matmuls if m.fp32_precision not in EXACT]
-    try:
-        for matmul, _ in saved:
-            matmul.fp32_precision = "ieee"
-        yield
-    finally:
-        for matmul, precision in saved:
-            # One that follows the setting for all of torch is to follow it from here on too.
-            inherited = precision == everywhere.fp32_precision
-            matmul.fp32_precision = "none" if inherited else precision
+    for matmul, _ in saved:
+        matmul.fp32_precision = "ieee"
+    return partial(_put_back, saved)
+
+
+def _put_back(saved: list[tuple[Any, str]]) -> None:
+    everywhere: Any = torch.backends
+    for matmul, precision in saved:
+        # One that follows the setting for all of torch is to follow it from here on too.
+        inherited = precision == everywhere.fp32_precision
+        matmul.fp32_precision = "none" if inherited else precision
 
 
 @cache

@@ -15,7 +15,7 @@ ALLOWED = {
     "core": {"core"},
     "methods": {"core"},
     "pairing": {"core"},
-    "testing": {"core"},
+    "testing": {"core", "methods"},
     "initializers": {"core"},
     "backends": {"core"},
     "optax": {"core", "methods", "pairing"},

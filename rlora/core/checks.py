@@ -215,7 +215,9 @@ def check_rates(lr: Any, arrays: Iterable[Any]) -> None:
 
 def check_scaling(scaling: Any) -> None:
     """ValueError or TypeError unless the s of ``W0 + s B A`` is positive, finite, or an array."""
-    if getattr(scaling, "shape", None) == () and not isinstance(scaling, Real):
+    if isinstance(scaling, np.ndarray) and scaling.shape == ():
+        scaling = float(scaling)
+    elif getattr(scaling, "shape", None) == () and not isinstance(scaling, Real):
         return  # its value is not asked for
     check_real("scaling", scaling)
     if not 0.0 < float(scaling) < float("inf"):

@@ -4,7 +4,7 @@ from functools import wraps
 from itertools import islice
 from numbers import Real
 from operator import is_
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 from rlora.core.checks import check_scaling
 from rlora.core.dispatch import get_backend
@@ -29,7 +29,7 @@ Order = Literal["jacobi", "gauss_seidel"]
 
 
 class InitFn(Protocol):
-    """State of a method before the first step."""
+    """State of a method before the first step; no array of it in the memory of another one."""
 
     def __call__(self, params: Tree, scaling: float = 1.0) -> State: ...
 
@@ -193,12 +193,15 @@ class Transform(NamedTuple):
 
 
 def check_transform(method: Any) -> None:
-    """TypeError unless this is a method, or one transformation."""
+    """TypeError unless this is a method, or one transformation; ValueError for its order."""
     if not isinstance(method, Transform):
         name = getattr(method, "__name__", type(method).__name__)
         hint = f"; call it: {name}(...)" if callable(method) else ""
         msg = f"expected a Transform, as rlora.scaled_adamw() gives one, got {name}{hint}"
         raise TypeError(msg)
+    if method.order not in get_args(Order):
+        msg = f"order must be 'jacobi' or 'gauss_seidel', got {method.order!r}"
+        raise ValueError(msg)
 
 
 def chain(*links: Transform) -> Transform:
@@ -262,7 +265,8 @@ def chain(*links: Transform) -> Transform:
             raise
         (D,) = flatten(params, direction)
         # Broadcasting may have hidden what does not fit.
-        if not (same_shapes(state, tuple(states)) and _fits(D, leaves)):
+        fits = all(d is None or d.shape == p.shape for d, p in zip(D, leaves, strict=True))
+        if not (fits and same_shapes(state, tuple(states))):
             check_state(state, lambda: init(params))
         return direction, tuple(states)
 
@@ -280,13 +284,6 @@ def chain(*links: Transform) -> Transform:
         all(link.sharded for link in links),
         any(link.together for link in links),
     )
-
-
-def _fits(directions: list[Array], params: list[Array]) -> bool:
-    for d, p in zip(directions, params, strict=True):
-        if d is not None and d.shape != p.shape:
-            return False
-    return True
 
 
 def _widen(*trees: Tree) -> list[Tree]:

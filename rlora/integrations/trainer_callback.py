@@ -73,7 +73,8 @@ class OptimizerCallback(TrainerCallback):
         # The model tells more than its names.
         new: Any = self._make(parts["model"], lr=rate, **self._options)
         (mine,) = new.param_groups
-        own = old.defaults.keys() - {"lr", "weight_decay"}  # schedules keep theirs there
+        # What else is in the Trainer's groups is a schedule's.
+        own = {*old.defaults, *mine} - {"lr", "weight_decay"}
         new.param_groups = [
             {
                 **mine,

@@ -5,7 +5,8 @@
 >>> rlora.testing.check_method(lambda: rlora.scaled_sgd(), get("numpy"))
 """
 
-from rlora.testing.contract import CONTRACT, MethodFactory, check_method
+from rlora.testing.comparisons import MethodFactory, check_backend
+from rlora.testing.contract import CONTRACT, check_method
 from rlora.testing.growth import Case, Growth, growth, growths
 from rlora.testing.invariance import GAUGES, change_of_basis, invariance
 from rlora.testing.problems import Problem, assert_close, make_problem, run
@@ -19,6 +20,7 @@ __all__ = [
     "Problem",
     "assert_close",
     "change_of_basis",
+    "check_backend",
     "check_method",
     "growth",
     "growths",

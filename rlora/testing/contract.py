@@ -6,16 +6,19 @@ from typing import Any
 import numpy as np
 
 from rlora.core.backend import Backend, dtype_name
-from rlora.core.errors import BackendError
-from rlora.core.factors import Factors, Tree, leaves_of, map_leaves, pairs_of
+from rlora.core.factors import Factors, map_leaves
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.step import step
-from rlora.core.transform import Transform
+from rlora.core.transform import check_transform
+from rlora.testing.comparisons import (
+    MethodFactory,
+    check_bad_pair_stays_alone,
+    check_batched_equals_looped,
+    check_compiles,
+    check_donated,
+)
 from rlora.testing.growth import beside_adamw
-from rlora.testing.problems import Problem, assert_close, make_problem, run
-
-MethodFactory = Callable[[], Transform]
-"""Gives a method, fresh; its `lr`, if it has one, is the learning rate to use the method with."""
+from rlora.testing.problems import Problem, assert_close, check_float64, make_problem, run
 
 GROWTH = 40.0
 """Largest entry of a factor that is allowed, over that under AdamW."""
@@ -37,15 +40,24 @@ def check_method(make: MethodFactory, backend: Backend) -> None:
         When the contract is not kept.
     BackendError
         When the backend has no float64.
+    TypeError
+        When `make` gives no method, or `backend` is none.
     """
-    if not backend.has_float64():
+    given: Any = make
+    if not callable(given):
         msg = (
-            f"the contract is checked in float64, which the backend {backend.name!r} does not "
-            f"have here; for JAX call jax.config.update('jax_enable_x64', True) first"
+            f"expected a function that gives the method, as rlora.scaled_adamw or lambda: "
+            f"rlora.scaled_adamw(damping=1e-3), got {type(make).__name__}"
         )
-        raise BackendError(msg)
+        raise TypeError(msg)
+    check_transform(make())
+    check_float64(backend)
     for check in CONTRACT:
-        check(make, backend)
+        try:
+            check(make, backend)
+        except Exception as error:
+            error.add_note(f"in {check.__name__}: {str(check.__doc__).splitlines()[0]}")
+            raise
 
 
 def check_inputs_untouched(make: MethodFactory, backend: Backend) -> None:
@@ -109,32 +121,6 @@ def _moves(
         params, state = step(method, params, grads, state, 0.1)
     pairs = zip("AB", params, problem.params, strict=True)
     return {c: bool(np.abs(backend.to_numpy(x - y)).max() > 0) for c, x, y in pairs}
-
-
-def check_batched_equals_looped(make: MethodFactory, backend: Backend) -> None:
-    """A stack of layers, a list and a dict give what each layer gives by itself."""
-    problems = [make_problem(seed=seed) for seed in range(3)]
-    stack = Factors(*(np.stack([getattr(p.params, letter) for p in problems]) for letter in "AB"))
-    target = np.stack([p.target for p in problems])
-    stacked, _ = run(make(), Problem(stack, target, 1.0).on(backend), steps=5)
-    alone = [run(make(), p.on(backend), steps=5)[0] for p in problems]
-    for k, pair in enumerate(alone):
-        for x, y in zip(stacked, pair, strict=True):
-            assert_close(
-                backend.to_numpy(x)[k], backend.to_numpy(y), rtol=1e-10, what="a stacked layer"
-            )
-    here = [p.on(backend) for p in problems]
-    for collect in (list, lambda pairs: dict(zip("xyz", pairs, strict=True))):
-        method, params = make(), collect(p.params for p in here)
-        state = method.init(params)
-        for _ in range(5):
-            grads = collect(map(Problem.grads, here, pairs_of(params)))
-            params, state = step(method, params, grads, state, 0.05)
-        for pair, moved in zip(alone, pairs_of(params), strict=True):
-            for x, y in zip(moved, pair, strict=True):
-                assert_close(
-                    backend.to_numpy(x), backend.to_numpy(y), rtol=1e-10, what="a layer of several"
-                )
 
 
 def check_frozen_factor(make: MethodFactory, backend: Backend) -> None:
@@ -235,48 +221,6 @@ def check_no_growth(make: MethodFactory, backend: Backend) -> None:
     _require(worst <= GROWTH, f"the largest entry became {worst:.3g} times that under AdamW")
 
 
-def check_bad_pair_stays_alone(make: MethodFactory, backend: Backend) -> None:
-    """NaN in one pair of a list leaves the others as if alone."""
-    problems = [make_problem(seed=seed).on(backend) for seed in range(3)]
-    params: Tree = [p.params for p in problems]
-    grads: Tree = [p.grads(p.params) for p in problems]
-
-    def poison(tree: Tree) -> Tree:
-        return [tree[0], map_leaves(lambda x: x * float("nan"), tree[1]), tree[2]]
-
-    for where in ("gradient", "parameter"):
-        bad_params = poison(params) if where == "parameter" else params
-        bad = poison(grads) if where == "gradient" else grads
-        method = make()
-        new, _ = step(method, bad_params, bad, method.init(bad_params), 0.1)
-        good, _ = step(method, params, grads, method.init(params), 0.1)
-        for k in (0, 2):
-            for x, y in zip(new[k], good[k], strict=True):
-                assert_close(
-                    backend.to_numpy(x), backend.to_numpy(y), rtol=1e-14, what="a healthy pair"
-                )
-
-
-def check_compiles(make: MethodFactory, backend: Backend) -> None:
-    """The compiled step gives what the plain one gives."""
-    problem = make_problem().on(backend)
-    method = make()
-
-    def move(params: Factors, grads: Factors, state: Any) -> tuple[Factors, Any]:
-        new: Factors
-        new, state = step(method, params, grads, state, 0.1)
-        return new, state
-
-    compiled = backend.compile(move)
-    params, state = problem.params, method.init(problem.params)
-    fast, fast_state = problem.params, method.init(problem.params)
-    for _ in range(3):
-        params, state = move(params, problem.grads(params), state)
-        fast, fast_state = compiled(fast, problem.grads(fast), fast_state)
-    for x, y in zip(leaves_of(fast), leaves_of(params), strict=True):
-        assert_close(backend.to_numpy(x), backend.to_numpy(y), rtol=1e-10, what="a compiled step")
-
-
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise AssertionError(message)
@@ -294,5 +238,6 @@ CONTRACT: tuple[Callable[[MethodFactory, Backend], None], ...] = (
     check_no_growth,
     check_bad_pair_stays_alone,
     check_compiles,
+    check_donated,
 )
 """Contract that every method keeps on every backend."""

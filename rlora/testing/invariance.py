@@ -6,11 +6,12 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from rlora.core.backend import Backend
+from rlora.core.checks import check_choice
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors
 from rlora.core.step import step
-from rlora.core.transform import Transform
-from rlora.testing.problems import make_problem
+from rlora.core.transform import Transform, check_transform
+from rlora.testing.problems import check_float64, make_problem
 
 Gauge = Literal["scalar", "signed permutation", "rotation", "diagonal", "general"]
 GAUGES: Final[tuple[Gauge, ...]] = (
@@ -83,6 +84,11 @@ def invariance(
     -------
     float
         Rounding if the method does not depend on the split; inf if one of the runs diverges.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendError
+        When `method` or `gauge` is none, or the backend has no float64 here.
     """
     (worst,) = invariances(method, [gauge], lr=lr, steps=steps, seed=seed, backend=backend)
     return worst
@@ -101,6 +107,10 @@ def invariances(
     problem = make_problem(20, 16, 3, seed=seed)
     given = problem.params
     backend = backend or get_backend(given.A)
+    check_transform(method)
+    check_float64(backend)
+    for gauge in gauges:
+        check_choice("gauge", gauge, Gauge)
     problem = problem.on(backend)
     pairs = [problem.params]
     for gauge in gauges:

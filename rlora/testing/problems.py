@@ -6,6 +6,7 @@ import numpy as np
 
 from rlora.core.backend import Backend
 from rlora.core.dispatch import get_backend
+from rlora.core.errors import BackendError
 from rlora.core.factors import Array, Factors
 from rlora.core.step import step
 from rlora.core.transform import Transform
@@ -73,6 +74,19 @@ def make_problem(
     B = np.zeros((m, r)) if zero_B else rng.normal(size=(m, r)) @ spread / m**0.5
     target = rng.normal(size=(m, r)) @ rng.normal(size=(r, n)) / r**0.5
     return Problem(Factors(A, B), target, scaling)
+
+
+def check_float64(backend: Any) -> None:
+    """TypeError unless this is a backend, BackendError unless it has float64 here."""
+    if not isinstance(backend, Backend):
+        msg = f"expected a backend, as rlora.backends.get('numpy') gives one, got {backend!r}"
+        raise TypeError(msg)
+    if not backend.has_float64():
+        msg = (
+            f"this is checked in float64, which the backend {backend.name!r} does not have here; "
+            f"for JAX call jax.config.update('jax_enable_x64', True) first"
+        )
+        raise BackendError(msg)
 
 
 def assert_close(

@@ -13,7 +13,7 @@ import rlora.backends
 from rlora import BackendError, Factors
 from rlora.core import dispatch
 from rlora.core.backend import Backend
-from rlora.testing import CONTRACT, assert_close, make_problem
+from rlora.testing import CONTRACT, assert_close, check_backend, make_problem
 
 
 def test_available_says_version_and_devices_or_why_not():
@@ -156,6 +156,29 @@ def test_without_its_file_everything_still_works(library, monkeypatch):
     for check in CONTRACT:
         for make in (rlora.scaled_sgd, lambda: rlora.scaled_adamw(placement="both")):
             check(make, hidden)
+
+
+def test_results_are_those_of_numpy(backend):
+    check_backend(backend)
+
+
+WRONG = {
+    "spd_power": lambda right: lambda S, power: right(S, power) / 2,
+    "descend": lambda right: lambda X, D, lr, donate=False: right(X, D, lr / 2),
+    "adam": lambda right: (
+        lambda M, V, G, numbers: right(M, V, G, numbers._replace(eps=[1.0] * len(G)))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_backend_that_computes_something_else_is_found(monkeypatch, name):
+    """Half an inverse, half a learning rate, another eps."""
+    strict = rlora.backends.get("array_api_strict")
+    assert dispatch.get_backend(strict.asarray(np.ones(1))) is strict
+    monkeypatch.setattr(strict, name, WRONG[name](getattr(strict, name)))
+    with pytest.raises(AssertionError, match="beside NumPy's: differ by"):
+        check_backend(strict)
 
 
 def test_torch_optimizer_without_the_torch_backend(monkeypatch):

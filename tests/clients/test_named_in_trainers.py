@@ -420,16 +420,17 @@ def test_the_callback_keeps_what_a_schedule_has_put_into_the_groups(tmp_path):
         dataloader_pin_memory=False,
         report_to=[],
         disable_tqdm=True,
-        save_strategy="no",
+        save_steps=2,
     )
-    trainer = Trainer(
-        adapted(), arguments, train_dataset=sequences(), callbacks=[OptimizerCallback()]
-    )
-    trainer.train()
-    (group, _) = trainer.optimizer.optimizer.param_groups
-    assert group["max_lr"] == 1e-2
-    assert group["lr"] == trainer.lr_scheduler.get_last_lr()[0] < 1e-2
-    assert group["betas"][0] > 0.85  # the momentum cycles too
+    for checkpoint, damping in ((None, 1e-2), (str(tmp_path / "checkpoint-2"), 0.5)):
+        callback = OptimizerCallback(damping=damping)
+        trainer = Trainer(adapted(), arguments, train_dataset=sequences(), callbacks=[callback])
+        trainer.train(resume_from_checkpoint=checkpoint)
+        (group, _) = trainer.optimizer.optimizer.param_groups
+        assert group["max_lr"] == 1e-2
+        assert group["lr"] == trainer.lr_scheduler.get_last_lr()[0] < 1e-2
+        assert group["betas"][0] > 0.85  # the momentum cycles too
+        assert group["damping"] == damping  # the callback's, not the checkpoint's
 
 
 def test_the_callback_refuses_a_step_that_is_not_the_optimizers():

@@ -88,7 +88,7 @@ def test_learning_rates_on_a_device_or_traced(backend):
 
 
 @EVERY
-@pytest.mark.parametrize("scaling", [0, 0.0, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("scaling", [0, 0.0, -1, float("nan"), float("inf"), np.array(-1.0)])
 def test_scalings_that_make_no_sense(name, scaling):
     with pytest.raises(ValueError, match="scaling must be finite and positive, got"):
         getattr(methods, name)().init(make_pair(), scaling)

@@ -2,6 +2,7 @@
 
 from functools import wraps
 
+import numpy as np
 import pytest
 
 from rlora import BackendError, Factors, apply_updates, chain, methods
@@ -10,7 +11,7 @@ from rlora.core.factors import map_leaves, map_pairs
 from rlora.core.moments import scale_by_adam
 from rlora.core.placement import preconditioners
 from rlora.core.transform import Transform, no_state, pass_on
-from rlora.testing import CONTRACT, check_method
+from rlora.testing import CONTRACT, check_method, invariance
 from rlora.testing.contract import check_no_growth
 
 VARIANTS = [(name, {}) for name in methods.__all__] + [
@@ -143,6 +144,63 @@ def test_a_method_that_moves_at_a_rate_of_0_is_found(make):
     assert "at a learning rate of 0" in broken_by("check_zero_rate_moves_nothing", make)
 
 
+def keeps_its_start():
+    """Pulls towards the parameters that it began from, in their own memory."""
+
+    def pulled(g, p, start):
+        return Factors(g.A + p.A - start.A, g.B + p.B - start.B)
+
+    def update(grads, state, params):
+        return map_pairs(pulled, grads, params, state), state
+
+    return Transform(lambda params, scaling=1.0: params, update)
+
+
+def has_one_memory_for_two():
+    adam = scale_by_adam()
+
+    def init(params, scaling=1.0):
+        state = adam.init(params)
+        return state._replace(nu=state.mu)
+
+    return adam._replace(init=init)
+
+
+@pytest.mark.parametrize("make", [keeps_its_start, has_one_memory_for_two])
+def test_a_state_without_memory_of_its_own_is_found(make):
+    with np.errstate(all="ignore"):
+        assert "with donate=True" in broken_by("check_donated", make)
+
+
+@pytest.mark.parametrize("order", ["gauss-seidel", "Jacobi", None])
+def test_an_order_that_there_is_not_is_refused(order):
+    method = scale_by_adam()._replace(order=order)
+    for use in (chain, lambda method: check_method(lambda: method, get("numpy"))):
+        with pytest.raises(ValueError, match="order must be 'jacobi' or 'gauss_seidel', got"):
+            use(method)
+
+
+def test_a_method_that_ties_pairs_together_keeps_the_rest_of_the_contract():
+    check_method(lambda: methods.lora_rite(max_norm=1.0, max_rms=1.0), get("numpy"))
+
+
+KEEPS_NOTHING = "A method keeps nothing from one step to the next but what is in its state."
+
+
+def test_wrong_arguments_of_the_contract():
+    with pytest.raises(TypeError, match=r"a function that gives the method.*got Transform"):
+        check_method(methods.scaled_adamw(), get("numpy"))
+    with pytest.raises(TypeError, match=r"expected a backend, as .*, got 'numpy'"):
+        check_method(methods.scaled_adamw, "numpy")
+    with pytest.raises(TypeError, match=r"expected a Transform.*call it: scaled_adamw"):
+        invariance(methods.scaled_adamw, "rotation")
+    with pytest.raises(ValueError, match=r"gauge must be one of .*got 'rotations'"):
+        invariance(methods.scaled_adamw(), "rotations")
+    with pytest.raises(AssertionError) as error:
+        check_method(counts_for_itself, get("numpy"))
+    assert error.value.__notes__ == ["in check_state_is_the_truth: " + KEEPS_NOTHING]
+
+
 def test_a_method_that_fills_a_null_space_is_found():
     assert "times that under AdamW" in broken_by("check_no_growth", fills_the_null_space)
 
@@ -167,3 +225,5 @@ def test_the_contract_asks_for_float64():
 
     with pytest.raises(BackendError, match=r"'narrow' .*'jax_enable_x64'"):
         check_method(methods.scaled_sgd, Narrow())
+    with pytest.raises(BackendError, match=r"'narrow' .*'jax_enable_x64'"):
+        invariance(methods.scaled_sgd(), "rotation", backend=Narrow())

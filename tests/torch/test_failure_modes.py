@@ -541,3 +541,32 @@ for precision in ("tf32", "ieee", "none"):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr[-2000:]
+
+
+def test_a_step_in_another_thread_does_not_change_the_precision_of_this_one():
+    """Torch has one setting for all threads: whoever is inside last puts it back."""
+    code = """
+import threading
+import torch
+from rlora.backends import get
+from rlora.backends._torch_precision import _rounds_inputs
+torch.set_float32_matmul_precision("medium")
+backend, x = get("torch"), torch.ones(2, 2)
+go, gone = threading.Event(), threading.Event()
+
+def other():
+    with backend.exact(x):
+        go.set()
+        gone.wait()
+
+thread = threading.Thread(target=other)
+thread.start()
+go.wait()
+with backend.exact(x):
+    gone.set()
+    thread.join()
+    assert not _rounds_inputs()
+assert _rounds_inputs()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr[-2000:]

@@ -936,6 +936,13 @@ def test_an_offset_knows_its_weight(fresh, method):
     report = initialize(copy.deepcopy(fresh), tokens(), next_token, method=method)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         restore_offsets(untouched_base(fresh).to(dtype), report.offsets)
+    few = copy.deepcopy(fresh)
+    with torch.no_grad():  # of few levels, all of which bfloat16 rounds to one side
+        for name, p in few.named_parameters():
+            if "lora_" not in name:
+                p.copy_(0.0305 * p.sign())
+    started = initialize(copy.deepcopy(few), tokens(), next_token, method=method)
+    restore_offsets(untouched_base(few).bfloat16(), started.offsets)
     torch.manual_seed(1)
     other = untouched_base(fresh)
     for p in other.parameters():
@@ -965,6 +972,15 @@ def test_refused_offsets(fresh, tmp_path):
         restore_offsets(packed, {"0": offset})
     with pytest.raises(ValueError, match=r"no file of save_offsets.*: see 'lm_head"):
         load_offsets(adapter)
+    for other in ([torch.ones(2)], {0: torch.ones(2)}):
+        torch.save(other, adapter)
+        with pytest.raises(ValueError, match="no file of save_offsets, which has a dict"):
+            load_offsets(adapter)
+    with pytest.raises(ShapeError, match=r"is \(9, 6\), but the base weight \(6, 9\)"):
+        restore_offsets(
+            nn.Sequential(nn.Linear(9, 6)),
+            {"0": offset._replace(A=torch.ones(2, 6), B=torch.ones(9, 2))},
+        )
     with pytest.raises(PairingError, match="no factors of nope"):
         as_plain_lora(model, {"nope": offset})
     with pytest.raises(PairingError, match="there is no offset"):

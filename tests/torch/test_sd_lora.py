@@ -241,6 +241,11 @@ def test_a_state_that_does_not_fit_is_refused():
         make_layer(tasks=1, r=3).load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"magnitudes\.3"):
         make_layer(tasks=4).load_state_dict(state)
+    longer = {**state, "past_B": torch.cat([state["past_B"]] * 2)}
+    layer = make_layer(tasks=1)
+    with pytest.raises(RuntimeError, match=r"size mismatch for past_B"):
+        layer.load_state_dict(longer)
+    assert layer.tasks == 1
     other = make_layer(tasks=2, r=3)
     past = other.past_A.clone(), other.past_B.clone()
     with pytest.raises(RuntimeError, match=r"size mismatch for past_A"):

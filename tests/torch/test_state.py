@@ -4,7 +4,9 @@ The oracle is another optimizer that was never used: fresh, or loaded with the s
 """
 
 import copy
+import gc
 import warnings
+import weakref
 from functools import partial
 
 import pytest
@@ -86,6 +88,17 @@ def data_of_zeros(optimizer, model):
         x.data = torch.zeros_like(x)
 
 
+def turned_around(optimizer, model):
+    """Each layer has the state of the next one of its shapes."""
+    alike = {}
+    for p, held in optimizer.state.items():
+        alike.setdefault((p.shape, *held), []).append(p)
+    for members in alike.values():
+        states = [optimizer.state[p] for p in members]
+        for p, held in zip(members, states[1:] + states[:1], strict=True):
+            optimizer.state[p] = held
+
+
 def another_dict(optimizer, model):
     optimizer.state = copy.copy(optimizer.state)
     for p, held in optimizer.state.items():
@@ -115,7 +128,7 @@ def assert_same_states(one, other):
 
 CHANGES = (
     clear, pop_factors, pop_one_factor, zero_in_place, zero_by_others, double_in_place,
-    away_and_back, data_away_and_back, data_of_zeros, another_dict,
+    away_and_back, data_away_and_back, data_of_zeros, turned_around, another_dict,
 )  # fmt: skip
 
 
@@ -600,3 +613,41 @@ def test_pairs_without_a_gradient_have_no_state(name):
             assert not optimizer.state.get(b2)
         else:
             assert float(optimizer.state[a2][key].max()) == 1
+
+
+@make
+def test_what_is_dropped_leaves_memory_at_once(make):
+    """As torch's own optimizers do: a sweep of runs in one process needs no collection."""
+    model = make_model()
+    optimizer = make(model)
+    train(model, optimizer, 2)
+    first = next(iter(pairs_in(model)[0]))
+    first.grad = None  # another plan
+    optimizer.step()
+    kept = [weakref.ref(optimizer), *map(weakref.ref, model.parameters())]
+    gc.collect()
+    gc.disable()
+    try:
+        del model, optimizer, first
+        assert [x() for x in kept] == [None] * len(kept)
+    finally:
+        gc.enable()
+
+
+def test_an_option_that_is_set_during_a_step_stays():
+    """As by another thread; the parent sees the options as they were."""
+    outside = []
+
+    class Meddling(torch.optim.SGD):
+        def step(self, closure=None):
+            outside[0]["lr"] = 5e-3
+            assert self.param_groups[0]["lr"] == 1e-2
+            self.param_groups[0]["momentum"] = 0.5
+            return super().step(closure)
+
+    model = make_model()
+    optimizer = precondition(Meddling)(model, lr=1e-2)
+    outside += optimizer.param_groups
+    train(model, optimizer, 1)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["momentum"]) == (5e-3, 0.5)

@@ -126,7 +126,7 @@ def capture(
         msg = f"expected an iterable of batches, then a function loss(model, batch), got {came}"
         raise TypeError(msg)
     if torch.is_inference_mode_enabled():
-        msg = "there are no gradients under torch.inference_mode(); call this outside of it"
+        msg = "nothing can be recorded under torch.inference_mode(); call this outside of it"
         raise RuntimeError(msg)
     names = list(targets)
     size = len(names) if layers_per_pass is None else layers_per_pass

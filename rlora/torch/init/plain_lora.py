@@ -144,7 +144,7 @@ def _state(model: nn.Module, name: str) -> dict[str, Tensor]:
     named = {key: p.detach() for key, p in model.named_parameters() if ".lora_" in key}
     mine = {part.sub(r"\1", key): p for key, p in named.items() if part.search(key)}
     adapters = {pair.adapter for pair in find_pairs(named, known={})} - {None}
-    if not (mine or named) or (adapters and not mine):
+    if not named or (adapters and not mine):
         known = ", ".join(sorted(map(repr, adapters))) or "none"
         msg = f"the model has no adapter {name!r}; it has {known}"
         raise PairingError(msg)

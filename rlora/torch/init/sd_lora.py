@@ -156,10 +156,10 @@ class SDLoRALinear(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Make room for as many tasks as the state has; torch itself refuses other misfits."""
-        A, B = (state_dict.get(f"{prefix}past_{side}") for side in "AB")
-        own = self.past_A.shape[1:], self.past_B.shape[1:]
-        if A is not None and B is not None and (A.shape[1:], B.shape[1:]) == own:
-            room = (0, 0, 0, 0, 0, max(len(A) + 1 - self.tasks, 0))
+        past = [state_dict.get(f"{prefix}past_{side}") for side in "AB"]
+        shapes = [tuple(getattr(x, "shape", ())) for x in past]
+        if shapes == [shapes[0][:1] + x.shape[1:] for x in (self.past_A, self.past_B)]:
+            room = (0, 0, 0, 0, 0, max(shapes[0][0] + 1 - self.tasks, 0))
             self.past_A, self.past_B = F.pad(self.past_A, room), F.pad(self.past_B, room)
             self._grow_magnitudes()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

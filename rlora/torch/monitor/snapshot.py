@@ -40,9 +40,9 @@ class Watch:
     names: list[str] = field(default_factory=list)
     start: list[Tensor] = field(default_factory=list)
     """The largest entries of A and B of every pair when watching began."""
-    pulled: dict[int, Tensor] = field(default_factory=dict)
+    pulled: dict[int, Tensor | None] = field(default_factory=dict)
     """For factors narrower than float32 (2k is the A of pair k, 2k + 1 its B) which entries have a
-    gradient; none of them where results are rounded at random, or with a learning rate of 0."""
+    gradient; None where results are rounded at random, or the learning rate is 0."""
     reach: float | Tensor = 0.0
     """The sum of the learning rates since, and `GRACE` steps: as far as Adam moves an entry."""
     kinds: list[tuple[torch.dtype, torch.device]] = field(default_factory=list)
@@ -132,7 +132,7 @@ def moves(pair: TensorPair, side: int) -> bool:
     return any(q.grad is not None for q in (p, *pair.twins[side]))
 
 
-def pulled(pairs: list[TensorPair], groups: Sequence[dict[str, Any]]) -> dict[int, Tensor]:
+def pulled(pairs: list[TensorPair], groups: Sequence[dict[str, Any]]) -> dict[int, Tensor | None]:
     """`Watch.pulled` of these pairs."""
     rates = {
         p: 0.0 if group["stochastic_rounding"] and p.dtype == torch.bfloat16 else group["lr"]
@@ -140,20 +140,29 @@ def pulled(pairs: list[TensorPair], groups: Sequence[dict[str, Any]]) -> dict[in
         for p in group["params"]
     }
     factors = [p for pair in pairs for p in pair[:2]]
-    return {
-        at: (p.grad != 0) & (rates.get(p, 0.0) != 0)
-        for at, p in enumerate(factors)
-        if p.itemsize < 4 and p.grad is not None
-    }
+    found: dict[int, Tensor | None] = {}
+    for at, p in enumerate(factors):
+        rate = rates.get(p, 0.0)
+        if p.itemsize >= 4 or p.grad is None:
+            continue
+        if isinstance(rate, Tensor):  # its value is not waited for
+            found[at] = (p.grad != 0) & (rate != 0).to(p.device)
+        else:
+            found[at] = p.grad != 0 if rate else None
+    return found
 
 
 def lost(watch: Watch) -> dict[int, Tensor]:
     """The share of `Watch.pulled` that has not moved, for each of its factors."""
     old, new = ([p for pair in xs for p in pair[:2]] for xs in (watch.before, watch.pairs))
-    return {
-        at: ((old[at] == new[at].detach()) & there).sum() / there.sum().clamp(min=1)
-        for at, there in watch.pulled.items()
-    }
+    shares = {}
+    for at, there in watch.pulled.items():
+        if there is None:
+            shares[at] = torch.zeros((), device=old[at].device)
+        else:
+            stayed = (old[at] == new[at].detach()) & there
+            shares[at] = stayed.sum() / there.sum().clamp(min=1)
+    return shares
 
 
 def refuse_shards(pairs: list[TensorPair]) -> None:

@@ -19,7 +19,7 @@ from rlora.torch.pairing.discovery import Pairs, without_middles
 from rlora.torch.pairing.pairs import TensorPair, is_distributed
 from rlora.torch.step.dtensors import cut_as
 from rlora.torch.step.method_batch import places_in, start_of
-from rlora.torch.step.plan import Turn, keep
+from rlora.torch.step.plan import Turn, for_its_plans, keep
 from rlora.torch.step.steps import check_one_group, steps_of_method
 
 Method = Callable[..., Transform]
@@ -164,7 +164,7 @@ class MethodOptimizer(LoRAOptimizer):
         # Here, as everything else that may refuse the step has been checked.
         if [group["scaling"] for group in self.param_groups] != self._scalings:
             self._follow_scalings(pairs)
-        work = steps_of_method(self, pairs)
+        work = steps_of_method(for_its_plans(self), pairs)
         if not torch.compiler.is_compiling():  # momentum that was switched off does not come back
             shapes_of = self._state_shapes(pairs, self.param_groups)
             for p in (p for pair in pairs for p in pair.moved if p in self.state):

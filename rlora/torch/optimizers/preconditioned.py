@@ -19,7 +19,7 @@ from rlora.torch.pairing.discovery import Pairs
 from rlora.torch.pairing.pairs import TensorPair
 from rlora.torch.step.kernels import FUSED, SGD, AdamW, Kernel, has_kernel
 from rlora.torch.step.listwise import Recipe
-from rlora.torch.step.plan import Turn, has_step_of_torch
+from rlora.torch.step.plan import Turn, for_its_plans, has_step_of_torch
 from rlora.torch.step.standins import StandIns, is_narrow
 from rlora.torch.step.steps import steps_of
 
@@ -107,7 +107,7 @@ class GramPreconditioned(LoRAOptimizer):
 
     def _turns(self, pairs: list[TensorPair]) -> list[Turn]:
         sides = ("AB",) if self.order == "jacobi" else ("A", "B")
-        return [steps_of(self, self._kernel, pairs, some) for some in sides]
+        return [steps_of(for_its_plans(self), self._kernel, pairs, some) for some in sides]
 
 
 def _check_reach(optimizer: LoRAOptimizer) -> None:

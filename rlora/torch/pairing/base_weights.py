@@ -55,7 +55,8 @@ def plain_weight(name: str, module: nn.Module, shape: tuple[int, int]) -> Tensor
         return f"the base weight of {name} is quantised or packed ({type(base).__name__}: {what})"
     # Conv1D and loralib's fan_in_fan_out store W as (n, m), and so may a layer of one's own.
     turned = is_conv1d(base) or getattr(module, "fan_in_fan_out", False)
-    turned = turned or (weight.shape != shape and weight.mT.shape == shape)
+    own = base is module and not isinstance(base, nn.Linear)
+    turned = turned or (own and weight.shape != shape and weight.mT.shape == shape)
     return weight.mT if turned else weight
 
 

@@ -192,7 +192,8 @@ def _no_layer(
             return why
     if isinstance(base, nn.Embedding) or hasattr(base, "num_embeddings"):
         return f"the base is an embedding ({kind}), which has no dense input"
-    if (parameter := getattr(module, "parameter_name", "weight")) != "weight":
+    wrapped = hasattr(module, "num_experts")  # PEFT's, of one parameter
+    if wrapped and (parameter := getattr(module, "parameter_name", "weight")) != "weight":
         return f"it adapts {parameter!r} of a {kind}, not the weight of a linear layer"
     if A.is_meta or B.is_meta:
         return (
@@ -207,8 +208,6 @@ def _no_layer(
     if A.shape[0] != B.shape[1] or (is_plain(weight) and not fits):
         of = f" of a weight {tuple(weight.shape)}" if weight is not None else ""
         return f"A {tuple(A.shape)} and B {tuple(B.shape)} are not one pair{of}"
-    if getattr(module, "num_experts", 1) > 1 and not fits:
-        return f"the base is a stack of experts ({kind})"
     if not (_is_linear(base) or (base is module and fits)):
         return f"the base is a {kind}, which is no linear layer"
     return None

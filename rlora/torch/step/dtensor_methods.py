@@ -175,8 +175,9 @@ def steps_on_dtensors(optimizer: Any, group: int, pairs: Sequence[TensorPair]) -
         cut, whole = {}, {mesh_of(pair.A): list(pairs) for pair in pairs}
         if len(whole) > 1:
             msg = (
-                f"{type(optimizer).__name__} with these options ties the pairs of a group together,"
-                f" as a norm over all of them does, and they are on {len(whole)} device meshes; "
+                f"{optimizer.__class__.__name__} with these options ties the pairs of a group "
+                f"together, as a norm over all of them does, and they are on {len(whole)} device "
+                f"meshes; "
                 f"give those of each mesh a group of their own"
             )
             raise ShardingError(msg)

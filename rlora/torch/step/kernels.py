@@ -55,8 +55,8 @@ class WithState(Kernel):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._seen: list[dict[str, Any]] = [{} for _ in self.params]
-        self._pieces: list[dict[str, Tensor]] = [{} for _ in self.params]
+        self._seen: list[dict[str, tuple[Any, int]]] = [{} for _ in self.params]
+        """The entries of the state that fitted, with the addresses of their memory."""
 
     def follow(self, names: Sequence[str], *, begin: bool = True) -> list[list[Any]]:
         """Take over the optimizer's state; what is missing there begins at 0, or is None.
@@ -65,18 +65,20 @@ class WithState(Kernel):
         """
         arrays: list[list[Any]] = [[] for _ in names]
         for k, p in enumerate(self.params):
-            held = self.optimizer.state.setdefault(p, {})
+            held: dict[str, Any] = self.optimizer.state.setdefault(p, {})
             for name, array in zip(names, arrays, strict=True):
                 known = held.get(name)
                 if known is None and not begin:
                     array.append(None)
                     continue
-                if known is None or known is not self._seen[k].get(name):
+                seen, place = self._seen[k].get(name, (None, 0))
+                if known is None or known is not seen or known.data_ptr() != place:
                     entry = self._fitting(k, name, known)
                     if entry is not known:
-                        held[name] = entry
-                    self._seen[k][name], self._pieces[k][name] = entry, local(entry)
-                array.append(self._pieces[k][name])
+                        held[name] = known = entry
+                    compiling = torch.compiler.is_compiling()  # then it has no address
+                    self._seen[k][name] = known, 0 if compiling else known.data_ptr()
+                array.append(local(known))
         return arrays
 
     def _fitting(self, k: int, name: str, known: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """One step of an optimizer: work on its pairs and their state, the parent's step over the rest."""
 
 import inspect
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,15 +99,17 @@ def over_stand_ins(
         stand_ins = {"params": [stand_in for _, stand_in in members]}
         unfused = {"fused": None} if compiling and "fused" in group else {}
         groups.append({**group, **stand_ins, **unfused})
-    optimizer.param_groups = [group for group in groups if group["params"]]
-    optimizer.state = state
+    given = [dict(group) for group in groups]
     try:
+        optimizer.param_groups = [group for group in groups if group["params"]]
+        optimizer.state = state
         return call(optimizer)
     finally:
         optimizer.param_groups, optimizer.state = real_groups, real_state
-        for real, group, members in zip(real_groups, groups, params, strict=True):
-            if not compiling:
-                real.update((key, v) for key, v in group.items() if key != "params")
+        for real, group, old, members in zip(real_groups, groups, given, params, strict=True):
+            if not compiling:  # what the parent has changed: others may change options meanwhile
+                new = [key for key in group if key not in old or group[key] is not old[key]]
+                real.update((key, group[key]) for key in new if key != "params")
             for p, stand_in in members:
                 if stand_in in state:
                     real_state[p] = state[stand_in]
@@ -137,13 +140,18 @@ class StepsOfParent:
         return bare
 
 
+def for_its_plans(optimizer: Any) -> Any:
+    """An optimizer for what is kept in its own plans, which is not to keep it in memory."""
+    return optimizer if torch.compiler.is_compiling() else weakref.proxy(optimizer)
+
+
 def has_step_of_torch(optimizer: Any) -> bool:
     """Return whether the parent's step is that of one of torch's own classes."""
     module: str = optimizer._bare["step"].__module__
     return module.startswith("torch.optim.")
 
 
-@dataclass
+@dataclass(eq=False)
 class Share:
     """One parameter's share of the arrays in which a step works: views, under their names."""
 
@@ -230,6 +238,9 @@ def take_over(
                 moved.append((local(view), local(cut_as(known, view))))
     if moved:
         old, new = map(list, zip(*moved, strict=True))
+        if not torch.compiler.is_compiling():
+            written = {x.data_ptr() for x in old}  # the entries of one may be those of another
+            new = [x.clone() if x.data_ptr() in written else x for x in new]
         torch._foreach_copy_(old, new)
     if not torch.compiler.is_compiling():  # a graph writes into what is there, later
         for share in changed:

@@ -101,8 +101,9 @@ def check_one_group(optimizer: Any, pairs: Iterable[TensorPair]) -> None:
         if len({group_of[id(p)] for p in pair.moved}) > 1:
             msg = (
                 f"the factors of a pair of shapes {tuple(pair.A.shape)} and "
-                f"{tuple(pair.B.shape)} are in two parameter groups; {type(optimizer).__name__} "
-                f"moves them together: put both in one (for two learning rates: LoRAPlus)"
+                f"{tuple(pair.B.shape)} are in two parameter groups; "
+                f"{optimizer.__class__.__name__} moves them together: put both in one (for two "
+                f"learning rates: LoRAPlus)"
             )
             raise PairingError(msg)
 
