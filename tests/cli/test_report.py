@@ -217,7 +217,8 @@ class Tags(HTMLParser):
 def poisoned(value):
     """A record with evil in every text that the schema leaves free."""
     if isinstance(value, dict):
-        fixed = ("schema", "backend", "ratio_to", "ratio_to_backend", "sense", "preset", "dtype")
+        fixed = {"schema", "created", "backend", "ratio_to", "ratio_to_backend"}
+        fixed |= {"sense", "preset", "dtype"}
         return {k: v if k in fixed else poisoned(v) for k, v in value.items()}
     if isinstance(value, list):
         return [poisoned(x) for x in value]
