@@ -1,9 +1,9 @@
 """Products in the full precision of their dtype, whatever torch's settings are."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, partial
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,55 +40,54 @@ def _exact_graph(like: Array) -> AbstractContextManager[Any]:
     return torch.autocast(like.device.type, enabled=False)
 
 
-class FullPrecision(AbstractContextManager[None]):
-    """Torch's settings for products, which are those of all threads.
+@contextmanager
+def _ieee_products() -> Iterator[None]:
+    matmuls = _matmuls()
+    if not matmuls:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    everywhere: Any = torch.backends
+    saved = [(m, m.fp32_precision) for m in matmuls if m.fp32_precision not in EXACT]
+    try:
+        for matmul, _ in saved:
+            matmul.fp32_precision = "ieee"
+        yield
+    finally:
+        for matmul, precision in saved:
+            # One that follows the setting for all of torch is to follow it from here on too.
+            inherited = precision == everywhere.fp32_precision
+            matmul.fp32_precision = "none" if inherited else precision
 
-    The first thread that enters changes them, the last one that leaves puts them back.
+
+class OfAllThreads(AbstractContextManager[None]):
+    """`_ieee_products` for several threads, as the settings are those of all.
+
+    The first one that enters changes them, the last one that leaves puts them back.
     """
 
     def __init__(self) -> None:
         self.inside = 0
-        self._lock, self._undo = threading.Lock(), _nothing
+        self._lock, self._settings = threading.Lock(), ExitStack()
 
     def __enter__(self) -> None:
         with self._lock:
             if not self.inside:
-                self._undo = _set_full_precision()
+                self._settings.enter_context(_ieee_products())
             self.inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self.inside -= 1
             if not self.inside:
-                self._undo()
+                self._settings.close()
 
 
-def _nothing() -> None:
-    """Undo no change."""
-
-
-_PRODUCTS = FullPrecision()
-
-
-def _set_full_precision() -> Callable[[], None]:
-    """Let products round no inputs; a function that undoes it comes back."""
-    matmuls = _matmuls()
-    if not matmuls:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        return partial(torch.set_float32_matmul_precision, before)
-    saved = [(m, m.fp32_precision) for m in matmuls if m.fp32_precision not in EXACT]
-    for matmul, _ in saved:
-        matmul.fp32_precision = "ieee"
-    return partial(_put_back, saved)
-
-
-def _put_back(saved: list[tuple[Any, str]]) -> None:
-    everywhere: Any = torch.backends
-    for matmul, precision in saved:
-        # One that follows the setting for all of torch is to follow it from here on too.
-        inherited = precision == everywhere.fp32_precision
-        matmul.fp32_precision = "none" if inherited else precision
+_PRODUCTS = OfAllThreads()
 
 
 @cache

@@ -39,8 +39,9 @@ class RLoraFactory:
         -------
         Optimizer
             Its second group, without decay, has the trained biases and norms, which the Trainer
-            does not decay either: so the schedule and the checkpoint of Trainer's own AdamW fit.
-            Under DeepSpeed it is a `ZeroOptimizer`.
+            does not decay either: so the schedule and the checkpoint of Trainer's own AdamW fit,
+            unless there are factors on a module that is named as a norm, or the Trainer's class
+            chooses otherwise. Under DeepSpeed it is a `ZeroOptimizer`.
 
         Raises
         ------
@@ -63,7 +64,8 @@ class RLoraFactory:
         trainer: Any = importlib.import_module("transformers").Trainer
         (group,) = made.param_groups
         members = list(zip(group["param_names"], group["params"], strict=True))
-        bare = set(made.report.plain) - set(trainer.get_decay_parameter_names(None, model))
+        decayed = trainer.get_decay_parameter_names(None, model)  # asks the model alone
+        bare = {*made.report.plain} - {*decayed}
         group["param_names"] = [name for name, _ in members if name not in bare]
         group["params"] = [p for name, p in members if name not in bare]
         some = [(name, p) for name, p in members if name in bare]

@@ -87,7 +87,7 @@ def check_batched_equals_looped(make: MethodFactory, backend: Backend) -> None:
 
 
 def check_bad_pair_stays_alone(make: MethodFactory, backend: Backend) -> None:
-    """NaN in one pair of a list leaves the others as if alone; as `check_batched_equals_looped`."""
+    """NaN in one pair of a list leaves the others as if alone, unless `together` ties them."""
     if make().together:
         return
     problems = [make_problem(seed=seed).on(backend) for seed in range(3)]

@@ -159,6 +159,8 @@ def test_without_its_file_everything_still_works(library, monkeypatch):
 
 
 def test_results_are_those_of_numpy(backend):
+    if backend.name == "numpy":
+        pytest.skip("NumPy's own are compared with those of the generic class, array_api_strict's")
     check_backend(backend)
 
 

@@ -52,6 +52,14 @@ def fresh(monkeypatch, name):
     return importlib.import_module(name)
 
 
+def training_arguments(folder, **options):
+    """Arguments of a short run on a CPU that reports to nobody."""
+    from transformers import TrainingArguments
+
+    quiet = {"report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
+    return TrainingArguments(str(folder), use_cpu=True, **quiet, **options)
+
+
 def learns(model, optimizer):
     start = loss_on_all(model)
     for batch in batches():
@@ -238,16 +246,7 @@ def test_ms_swift_itself(tmp_path):
 @pytest.mark.works("transformers Trainer", "`RLoraFactory`")
 def test_the_factory_in_the_real_trainer_goes_on_from_its_adamw(tmp_path):
     transformers = pytest.importorskip("transformers", minversion="5.0")
-    arguments = transformers.TrainingArguments(
-        str(tmp_path),
-        max_steps=8,
-        save_steps=4,
-        learning_rate=1e-2,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        report_to=[],
-        disable_tqdm=True,
-    )
+    arguments = training_arguments(tmp_path, max_steps=8, save_steps=4, learning_rate=1e-2)
     transformers.Trainer(adapted(), arguments, train_dataset=sequences()).train()
     choice = (RLoraFactory, {"lr": 1e-2})
     trainer = transformers.Trainer(
@@ -263,16 +262,8 @@ def test_the_factory_in_the_real_trainer_goes_on_from_its_adamw(tmp_path):
 def test_the_groups_of_the_factory_are_those_of_the_trainers_adamw(norms, tmp_path):
     """Trained norms have no decay, and those of a checkpoint's groups are kept."""
     transformers = pytest.importorskip("transformers", minversion="5.0")
-    arguments = transformers.TrainingArguments(
-        str(tmp_path),
-        max_steps=4,
-        save_steps=2,
-        learning_rate=1e-2,
-        weight_decay=0.1,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        report_to=[],
-        disable_tqdm=True,
+    arguments = training_arguments(
+        tmp_path, max_steps=4, save_steps=2, learning_rate=1e-2, weight_decay=0.1
     )
     plain = transformers.Trainer(
         adapted(modules_to_save=norms), arguments, train_dataset=sequences()
@@ -360,16 +351,8 @@ def test_the_callback_in_the_real_trainer(kind, frozen, tmp_path, monkeypatch):
     runs = []
 
     def trainer_of(folder, **changes):
-        arguments = transformers.TrainingArguments(
-            str(tmp_path / folder),
-            max_steps=8,
-            save_steps=4,
-            learning_rate=1e-2,
-            weight_decay=0.05,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            report_to=[],
-            disable_tqdm=True,
+        arguments = training_arguments(
+            tmp_path / folder, max_steps=8, save_steps=4, learning_rate=1e-2, weight_decay=0.05
         )
         model = adapted()
         for name, p in model.named_parameters():
@@ -413,15 +396,7 @@ def test_the_callback_keeps_what_a_schedule_has_put_into_the_groups(tmp_path):
             self.lr_scheduler = cycle
             return cycle
 
-    arguments = transformers.TrainingArguments(
-        str(tmp_path),
-        max_steps=4,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        report_to=[],
-        disable_tqdm=True,
-        save_steps=2,
-    )
+    arguments = training_arguments(tmp_path, max_steps=4, save_steps=2)
     for checkpoint, damping in ((None, 1e-2), (str(tmp_path / "checkpoint-2"), 0.5)):
         callback = OptimizerCallback(damping=damping)
         trainer = Trainer(adapted(), arguments, train_dataset=sequences(), callbacks=[callback])

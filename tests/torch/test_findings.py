@@ -124,6 +124,8 @@ def test_steps_lost_in_rounding_are_named(dtype):
         f"a step has left 100% of {letter}" for letter in "BA"
     ]
     assert watched(1e-5, rounded=True)["rlora/lost_A/max"] == (dtype == torch.float16)
+    assert watched(torch.tensor(1e-5))["rlora/lost_A/max"] == 1
+    assert watched(torch.tensor(0.0))["rlora/lost_A/max"] == 0
     for sound in (watched(0.0), watched(1e-5, 0.0), watched(4.0), watched(4.0, columns=1)):
         assert sound["rlora/lost_A/max"] == sound["rlora/lost_B/max"] == 0
         assert not about("lost in rounding", sound)

@@ -7,6 +7,7 @@ import copy
 import gc
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -632,6 +633,21 @@ def test_what_is_dropped_leaves_memory_at_once(make):
         assert [x() for x in kept] == [None] * len(kept)
     finally:
         gc.enable()
+
+
+@make
+def test_optimizers_of_several_threads_step_at_once(make):
+    """Bit for bit as one after the other: they share nothing."""
+    alone, beside = make_model(), [make_model() for _ in range(4)]
+    train(alone, make(alone), 4)
+
+    def run(model):
+        train(model, make(model), 4)
+
+    with ThreadPoolExecutor(len(beside)) as pool:
+        list(pool.map(run, beside))
+    for model in beside:
+        assert same(values(model), values(alone))
 
 
 def test_an_option_that_is_set_during_a_step_stays():

@@ -139,13 +139,11 @@ def _is_its_weight(weight: Tensor, offset: Offset) -> bool:
     trained a little is not told from W0.
     """
     A, B = (x.to(weight.device, torch.float32) for x in (offset.A, offset.B))
-    product = B @ A
-    norm = torch.linalg.vector_norm
-    taken = offset.scaling * float(norm(product, dtype=torch.float64)) ** 2
-    unlike = float(norm(product.double() * weight))
+    product, norm = B @ A, torch.linalg.matrix_norm
+    taken = offset.scaling * float(norm(product)) ** 2
+    rounding = max(0.02 * float(norm(product * weight)), 0.01 * abs(offset.overlap))
     found = overlap(weight, Factors(offset.A, offset.B))
-    rounding = max(0.02 * unlike, 0.01 * abs(offset.overlap))
-    return abs(found - offset.overlap) <= min(0.5 * abs(taken), rounding)
+    return abs(found - offset.overlap) <= min(0.5 * taken, rounding)
 
 
 def save_offsets(offsets: Mapping[str, Offset], path: str | Path) -> None:
@@ -194,17 +192,16 @@ def load_offsets(path: str | Path) -> dict[str, Offset]:
         state = load_file(path)
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
-        msg = f"{path} is no file of save_offsets, which has a dict of tensors by name"
-        raise ValueError(msg)
-    found = {}
-    names = [key.removesuffix(":A") for key in state if key.endswith(":A")]
-    if others := state.keys() ^ {f"{x}:{part}" for x in names for part in PARTS}:
+    keys = [*map(str, state)] if isinstance(state, Mapping) else [type(state).__name__]
+    names = [key.removesuffix(":A") for key in keys if key.endswith(":A")]
+    if odd := {*keys} ^ {f"{name}:{part}" for name in names for part in PARTS}:
         msg = (
-            f"{path} is no file of save_offsets, which has of each layer the tensors "
-            f"{', '.join(f'name:{part}' for part in PARTS)}: see {min(others)!r}"
+            f"{path} is no file of save_offsets, which has the tensors A, B and scaling_overlap of "
+            f"each layer: {min(odd)!r} is missing or one too many; give the path that save_offsets "
+            f"was given"
         )
         raise ValueError(msg)
+    found = {}
     for name in names:
         s, inner = state[f"{name}:scaling_overlap"].tolist()
         found[name] = Offset(state[f"{name}:A"], state[f"{name}:B"], s, inner)

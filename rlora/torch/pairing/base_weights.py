@@ -70,7 +70,9 @@ def writable_weight(
     if any(n > 1 and not step for n, step in zip(weight.shape, weight.stride(), strict=True)):
         return f"the base weight of {name} has entries that share memory, as Tensor.expand makes"
     if weight.is_inference() and not torch.is_inference_mode_enabled():
-        return f"the base weight of {name} was made under torch.inference_mode()"
+        return (
+            f"the base weight of {name} is an inference tensor: make it outside of inference_mode()"
+        )
     for place, holder in holders.get(memory(weight), ()):
         if holder is not base or not _is_inside(place, name, module, holder):
             return f"the base weight of {name} is that of {place} too, which must not change"

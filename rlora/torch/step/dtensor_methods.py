@@ -177,8 +177,7 @@ def steps_on_dtensors(optimizer: Any, group: int, pairs: Sequence[TensorPair]) -
             msg = (
                 f"{optimizer.__class__.__name__} with these options ties the pairs of a group "
                 f"together, as a norm over all of them does, and they are on {len(whole)} device "
-                f"meshes; "
-                f"give those of each mesh a group of their own"
+                f"meshes; give those of each mesh a group of their own"
             )
             raise ShardingError(msg)
     steps: list[DTensorStep] = [InPieces(optimizer, group, some) for some in cut.values()]
