@@ -70,7 +70,11 @@ def from_text(text: str | None) -> dict[str, Any]:
         call = ast.parse(source, mode="eval").body
     except SyntaxError:
         call = None
-    words = call.keywords if isinstance(call, ast.Call) and not call.args else []
+    match call:
+        case ast.Call(func=ast.Name(), args=[], keywords=words):
+            pass
+        case _:
+            words = []
     if text and text.strip() and not (words and all(word.arg for word in words)):
         msg = f"options must be name=value, separated by commas, got {text!r}"
         raise ValueError(msg)

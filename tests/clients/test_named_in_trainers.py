@@ -306,7 +306,7 @@ def test_options_in_words():
         "name": "x",
     }
     assert from_text(None) == from_text(" ") == {}
-    for wrong in ("damping", "1e-3", "a=1) or (b=2", "**x", "a=", "a=1;b=2"):
+    for wrong in ("damping", "1e-3", "a=1) or (b=2", "**x", "a=", "a=1;b=2", "a=1)(b=2"):
         with pytest.raises(ValueError, match="must be name=value"):
             from_text(wrong)
     with pytest.raises(ValueError, match="may be given once, got 'a' 2 times"):
