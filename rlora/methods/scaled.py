@@ -257,8 +257,8 @@ def scaled_adamw(
     Notes
     -----
     The defaults are those of the project's study, docs/reference/study.md: betas of (0.7, 0.8) had
-    a lower loss than (0.9, 0.999) in short runs and on small transformers up to 3,000 steps, and
-    half powers mostly the widest range of good learning rates. F leaves out directions of rank
+    a lower loss than (0.9, 0.999) in runs of 160 to 300 steps (AdamW's: up to 3,000), and half
+    powers mostly the widest range of good learning rates. F leaves out directions of rank
     space in which the partner has no mass, which Adam fills, and c keeps one factor from growing at
     the cost of the other: docs/decisions/0010. `rlora.methods.scaled.OFFICIAL` and
     `rlora.methods.scaled.PEFT` are the published methods. A zero factor does not move its partner
