@@ -154,9 +154,11 @@ noise; bold above {PROMISED:g}.*
 """
 
 GROW: Final = """
-Take methods of the table only with ranks below both sides of the weight and decaying learning
-rates. [`findings`](../how-to/diagnostics.md) names factors that grow, and pairs with r above a
-side. `scaled_adamw()` has a filter ([decision 10](../decisions/0010-null-space.md)).
+Take methods of the table only with a rank that the task needs, below both sides of the weight, and
+decaying learning rates: on 24 x 16 with r = 8 `alt_lora()`, `loft()`, `lora_muon()`, `lora_rite()`,
+`op_lora()`, `scaled_prodigy()` and `"after"`, in bfloat16 `lora_pro_sgd()`, grow above 40 too.
+[`findings`](../how-to/diagnostics.md) names factors that grow, and pairs with r above a side.
+`scaled_adamw()` has a filter ([decision 10](../decisions/0010-null-space.md)).
 
 ## bfloat16
 
