@@ -13,6 +13,8 @@ linkcheck:  # needs a network
 figures:
 	$(PYTHON) docs/reference/claims.py
 	rlora study --tables --output docs/reference/study
+	rlora study --tables --model strings --output docs/reference/study/strings
+	$(PYTHON) docs/reference/front_tables.py
 	$(PYTHON) docs/explanation/drawings.py
 
 gpu:  # needs a CUDA device with torch and PEFT, and CuPy for its rows; records in build/gpu

@@ -64,7 +64,8 @@ def test_losses(sweeps: Frame, runs: Frame) -> Frame:
 
 def test_wins(sweeps: Frame, runs: Frame) -> Frame:
     """Numbers of settings in which a method is better, or worse, than the baseline on test."""
-    groups = paired(sweeps, runs).groupby(SWEEP, observed=True)
+    found = paired(sweeps, runs)
+    groups = found[found["method"] != found["method, baseline"]].groupby(SWEEP, observed=True)
     bounds = intervals(groups["difference"]).assign(exact=groups["difference_exact"].mean())
     bounds = bounds[groups.size() > 1]
     bounds = bounds.assign(better=bounds["high"] < 0, worse=bounds["low"] > 0)
@@ -73,8 +74,9 @@ def test_wins(sweeps: Frame, runs: Frame) -> Frame:
         "settings": methods.size(),
         "better": methods["better"].sum(),
         "worse": methods["worse"].sum(),
-        "difference [nats/digit]": text(methods["mean"].mean(), "+.3f"),
-        "difference, exact [points]": text(100 * methods["exact"].mean(), "+.1f"),
+        "mean difference [nats/digit]": text(methods["mean"].mean(), "+.3f"),
+        "median difference [nats/digit]": text(methods["mean"].median(), "+.3f"),
+        "mean difference, exact [points]": text(100 * methods["exact"].mean(), "+.1f"),
     }
     return pd.DataFrame(cells).reset_index()
 

@@ -483,15 +483,21 @@ def test_test_losses_are_compared_seed_by_seed():
 
 
 def test_wins_are_intervals_that_leave_out_zero():
-    """By hand: -0.2 and -0.22 (half width 0.127) in one setting, +0.1 and -0.1 in the other."""
+    """By hand: -0.2 and -0.22 (half width 0.127), +0.1 and -0.1, and 0 twice, in three settings.
+
+    AdamW is compared with another run of its own, and is left out.
+    """
     rows = [row for x in ("adamw", "scaled") for row in rows_of(x, {1.0: 0.2})]
     rows += [row for x in ("adamw", "scaled") for row in rows_of(x, {1.0: 0.2}, "fall")]
     rows += confirmed("adamw", {1: 0.5, 2: 0.5}) + confirmed("scaled", {1: 0.3, 2: 0.28})
+    rows += [row for x in ("adamw", "scaled") for row in rows_of(x, {1.0: 0.2}, "exchange")]
     other = confirmed("adamw", {1: 0.5, 2: 0.5}) + confirmed("scaled", {1: 0.6, 2: 0.4})
     rows += [{**row, "dataset": "fall"} for row in other]
+    same = confirmed("adamw", {1: 0.5, 2: 0.5}) + confirmed("scaled", {1: 0.5, 2: 0.5})
+    rows += [{**row, "dataset": "exchange"} for row in same]
     table = comparisons.test_wins(sweeps_in(rows), runs_of(rows))
-    assert cells(table, method="scaled") == [2, 1, 0, "-0.105", "+0.0"]
-    assert cells(table, method="adamw") == [2, 0, 0, "+0.000", "+0.0"]
+    assert cells(table, method="scaled") == [3, 1, 0, "-0.070", "+0.000", "+0.0"]
+    assert table["method"].tolist() == ["scaled"]
 
 
 def test_only_the_best_rate_of_known_methods_on_equal_seeds_is_compared():

@@ -82,7 +82,7 @@ def test_the_parameters_are_those_of_its_dataclass():
     ours = training_params()
     assert ours.keys() <= {field.name for field in fields(TrainConfig)}
     assert ours["optimizer_kwargs"].keys() >= DEFAULTS["optimizer_kwargs"].keys()
-    assert ours["optimizer_kwargs"]["lr"] == DEFAULTS["optimizer_kwargs"]["lr"] / 2
+    assert ours["optimizer_kwargs"]["lr"] == DEFAULTS["optimizer_kwargs"]["lr"]
     assert (ours["optimizer_type"], ours["optimizer_kwargs"]["pairs"]) == ("GraftAdamW", "by_order")
 
 
