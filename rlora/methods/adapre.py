@@ -208,7 +208,8 @@ def adapre_lora(
     Adafactor would move the weight by ``G / sqrt(V)`` with ``V = l rᵀ / sum(l)``, l and r the
     averaged sums of squares of the rows and columns of G. The factors take, of all pairs of moves
     that come nearest to it in the norm ``<Y, sqrt(V) Y>``, the one whose two parts are nearest to
-    each other (`rlora.methods.adapre.weighted_tangent`); then momentum.
+    each other (`rlora.methods.adapre.weighted_tangent`); then the momentum
+    ``M <- b1 M + (1 - b1) D`` of those moves D, at first ``M = D``.
 
     Parameters
     ----------

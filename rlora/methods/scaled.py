@@ -226,7 +226,7 @@ def scaled_adamw(
         λ, at least 0; decoupled.
     damping : float
         δ, at least 0. Never less in effect than what the rounding of the Gram can carry, and
-        behind Adam than 1e-6 of the mean eigenvalue.
+        behind Adam than 1e-6 of the mean eigenvalue, which covariant damping adds to S_A too.
     damping_mode : {"relative", "absolute", "covariant"}
         ``S + δ tr(S)/r I``, ``S + δ I``, or ``S_B + δ S_A⁻¹`` for A and S_A as it is for B, which
         compares δ with the squared singular values of BA and keeps the invariance. Covariant
