@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlora.core.checks import mark_of
-from rlora.torch.pairing.pairs import TensorPair, is_distributed
+from rlora.torch.pairing.pairs import TensorPair, groups_by_id, is_distributed
 
 
 def peaks(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -81,8 +81,9 @@ def check_start(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
         return
     optimizer._told |= {"start"}
     letter, advice = kept
-    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    stay = ["AB".index(group_of[id(pair.A)].get("frozen", letter)) for pair in pairs]
+    group_of = groups_by_id(optimizer.param_groups)
+    groups = [optimizer.param_groups[group_of[id(pair.A)]] for pair in pairs]
+    stay = ["AB".index(group.get("frozen", letter)) for group in groups]
     fresh = [
         k
         for k, (pair, side) in enumerate(zip(pairs, stay, strict=True))

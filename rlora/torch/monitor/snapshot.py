@@ -16,7 +16,7 @@ from rlora.core.layout import read_pairs
 from rlora.core.rank_group import RankGroup
 from rlora.pairing import PairReport
 from rlora.torch.monitor.finite import peaks
-from rlora.torch.pairing.pairs import TensorPair, is_distributed
+from rlora.torch.pairing.pairs import TensorPair, is_distributed, params_of
 
 GRACE = 100
 """Steps that do not count as growth: the first ones from zero make up for a small partner, by as
@@ -167,11 +167,10 @@ def lost(watch: Watch) -> dict[int, Tensor]:
 
 def refuse_shards(pairs: list[TensorPair]) -> None:
     """ShardingError for DTensors: a Gram of one shard says nothing of the factor."""
-    for pair in pairs:
-        for p in pair.moved:
-            if is_distributed(p):
-                msg = (
-                    f"diagnostics need whole factors, got a DTensor of shape {tuple(p.shape)}; "
-                    f"look at them in a run without sharding"
-                )
-                raise ShardingError(msg)
+    for p in params_of(pairs):
+        if is_distributed(p):
+            msg = (
+                f"diagnostics need whole factors, got a DTensor of shape {tuple(p.shape)}; "
+                f"look at them in a run without sharding"
+            )
+            raise ShardingError(msg)

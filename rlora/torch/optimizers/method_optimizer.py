@@ -16,7 +16,7 @@ from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.optimizers.saved_order import ELEMENTWISE
 from rlora.torch.optimizers.state_entries import Shapes, in_use, words_of_methods
 from rlora.torch.pairing.discovery import Pairs, without_middles
-from rlora.torch.pairing.pairs import TensorPair, is_distributed
+from rlora.torch.pairing.pairs import TensorPair, groups_by_id, is_distributed, params_of
 from rlora.torch.step.dtensors import cut_as
 from rlora.torch.step.method_batch import places_in, start_of
 from rlora.torch.step.plan import Turn, for_its_plans, keep
@@ -139,7 +139,7 @@ class MethodOptimizer(LoRAOptimizer):
         rate = mark_of(type(self).method, "lr")
         if rate is None or torch.compiler.is_compiling():
             return
-        paired = {id(p) for pair in self._pairs for p in pair.moved}
+        paired = {id(p) for p in params_of(self._pairs)}
         for group in self.param_groups:
             rest = [p for p in group["params"] if p.requires_grad and id(p) not in paired]
             if rest and not isinstance(group["lr"], Tensor) and group["lr"] == rate:
@@ -167,8 +167,9 @@ class MethodOptimizer(LoRAOptimizer):
         work = steps_of_method(for_its_plans(self), pairs)
         if not torch.compiler.is_compiling():  # momentum that was switched off does not come back
             shapes_of = self._state_shapes(pairs, self.param_groups)
-            for p in (p for pair in pairs for p in pair.moved if p in self.state):
-                self.state[p] = in_use(self.state[p], shapes_of(p))
+            for p in params_of(pairs):
+                if p in self.state:
+                    self.state[p] = in_use(self.state[p], shapes_of(p))
         return [(work, {})]
 
     def _state_shapes(
@@ -176,20 +177,16 @@ class MethodOptimizer(LoRAOptimizer):
     ) -> Callable[[Tensor], Shapes]:
         plain = super()._state_shapes(pairs, groups)
         sides = {id(p): (pair, k) for pair in pairs for k, p in enumerate((pair.A, pair.B))}
-        options = {
-            id(p): saved
-            for group, saved in zip(self.param_groups, groups, strict=True)
-            for p in group["params"]
-        }
+        group_of = groups_by_id(self.param_groups)
         kinds: dict[Any, list[Shapes]] = {}  # pairs of one shape are alike
 
         def shapes_of(p: Tensor) -> Shapes:
             if id(p) not in sides:
                 return plain(p)
             pair, side = sides[id(p)]
-            kind = (id(options[id(p)]), pair.views, p.dtype, p.device)
+            kind = (group_of[id(p)], pair.views, p.dtype, p.device)
             if kind not in kinds:
-                kinds[kind] = self._shapes_of_pair(pair, options[id(p)])
+                kinds[kind] = self._shapes_of_pair(pair, groups[group_of[id(p)]])
             return kinds[kind][side]
 
         return shapes_of
@@ -228,7 +225,7 @@ class MethodOptimizer(LoRAOptimizer):
         self, pairs: Sequence[TensorPair]
     ) -> Callable[[Tensor], dict[str, Any] | None]:
         plain = super()._fresh_state(pairs)
-        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        group_of = groups_by_id(self.param_groups)
         paired: dict[int, dict[str, Any]] = {}
         shapes_of = self._state_shapes(pairs, self.param_groups)
         for pair in pairs:
@@ -236,11 +233,11 @@ class MethodOptimizer(LoRAOptimizer):
             keeper = next(pair.members()).keepers[0]
             held = [(p, self.state[p]) for p in pair[:2] if self.state.get(p)]
             complete = all(shapes_of(p).needed <= state.keys() for p, state in held)
-            if id(keeper) not in groups or (held and complete):
+            if id(keeper) not in group_of or (held and complete):
                 continue
             cut = is_distributed(pair.A)
             begin = self._start_of_sharded if cut else self._start_of
-            for side, key, x in begin(pair, groups[id(keeper)]):
+            for side, key, x in begin(pair, self.param_groups[group_of[id(keeper)]]):
                 owner: Any = keeper if side is None else pair[side]
                 paired[id(owner)][key] = cut_as(x, owner) if cut and x.shape == owner.shape else x
         return lambda p: paired[id(p)] if id(p) in paired else plain(p)
@@ -260,9 +257,9 @@ class MethodOptimizer(LoRAOptimizer):
     def _follow_scalings(self, pairs: Iterable[TensorPair]) -> None:
         """Put the s of groups, else of layers, into the state: it is no memory of training."""
         self._scalings = _check_scalings(self.param_groups)
-        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        group_of = groups_by_id(self.param_groups)
         for pair in pairs:
-            given = groups[id(pair.A)].get("scaling")
+            given = self.param_groups[group_of[id(pair.A)]].get("scaling")
             s = pair.scaling if given is None else given
             if s is None:
                 continue
@@ -275,7 +272,7 @@ class MethodOptimizer(LoRAOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The parent would look for its own entries in the state of the pairs.
         pairs = state.get("_pairs") or self._current_pairs()
-        paired = {id(p) for pair in pairs for p in pair.moved}
+        paired = {id(p) for p in params_of(pairs)}
         everything = state["state"]
         plain = {p: held for p, held in everything.items() if id(p) not in paired}
         super().__setstate__({**state, "state": plain})

@@ -16,7 +16,7 @@ from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.optimizers.saved_order import ELEMENTWISE
 from rlora.torch.optimizers.state_entries import OF_METHODS, Shapes
 from rlora.torch.pairing.discovery import Pairs
-from rlora.torch.pairing.pairs import TensorPair
+from rlora.torch.pairing.pairs import TensorPair, params_of
 from rlora.torch.step.kernels import FUSED, SGD, AdamW, Kernel, has_kernel
 from rlora.torch.step.listwise import Recipe
 from rlora.torch.step.plan import Turn, for_its_plans, has_step_of_torch
@@ -69,7 +69,7 @@ class GramPreconditioned(LoRAOptimizer):
         super().__init__(params, *args, own=own._asdict(), pairs=pairs, adapter=adapter, **kwargs)
         if self._kernel is StandIns:
             _check_reach(self)
-        for p in (p for pair in self._pairs for p in pair.moved):  # parents that make state at once
+        for p in params_of(self._pairs):  # parents that make state at once
             held = self.state.get(p, {})
             held.update((key, x.float()) for key, x in held.items() if is_narrow(x))
 

@@ -13,7 +13,7 @@ from rlora.torch.monitor.finite import look_on_the_host
 from rlora.torch.optimizers.saved_order import ELEMENTWISE, as_groups_are
 from rlora.torch.optimizers.state_entries import Shapes, check_saved, in_use
 from rlora.torch.pairing.following import followed, rename
-from rlora.torch.pairing.pairs import TensorPair, is_distributed
+from rlora.torch.pairing.pairs import TensorPair, groups_by_id, is_distributed, params_of
 from rlora.torch.step.dtensors import cut_as
 from rlora.torch.step.kernels import counter_dtype
 from rlora.torch.step.plan import has_step_of_torch
@@ -65,11 +65,11 @@ class LoadsState(Optimizer, ABC):
         self, pairs: Sequence[TensorPair]
     ) -> Callable[[Tensor], dict[str, Any] | None]:
         """The state that a parameter has at its first step; None where that is not known."""
-        groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        paired = {id(p) for pair in pairs for p in pair.moved}
+        group_of = groups_by_id(self.param_groups)
+        paired = {id(p) for p in params_of(pairs)}
 
         def fresh(p: Tensor) -> dict[str, Any] | None:
-            group = groups[id(p)]
+            group = self.param_groups[group_of[id(p)]]
             wide = torch.promote_types(p.dtype, torch.float32) if id(p) in paired else p.dtype
             zeros = partial(torch.zeros_like, p, dtype=wide, requires_grad=False)
             if not has_step_of_torch(self):
@@ -222,7 +222,7 @@ class LoadsState(Optimizer, ABC):
 
     def _restore_dtypes(self, saved: dict[str, Any]) -> None:
         """Undo torch's cast to the dtype of the parameter: of counters, and of pairs to 16 bits."""
-        paired = {id(p) for pair in self._current_pairs() for p in pair.moved}
+        paired = {id(p) for p in params_of(self._current_pairs())}
         for i, p in self._owners(saved):
             held = self.state.get(p, {})
             for key, value in saved["state"].get(i, {}).items():

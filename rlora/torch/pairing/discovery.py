@@ -22,7 +22,7 @@ from rlora.pairing import (
 from rlora.pairing.find import check_source
 from rlora.pairing.report import number_of
 from rlora.torch.pairing.modules import in_group, models_in, what_modules_know
-from rlora.torch.pairing.pairs import TensorPair, memory, moves
+from rlora.torch.pairing.pairs import TensorPair, memory, moves, params_of
 from rlora.torch.pairing.param_groups import misfit, trainable
 from rlora.torch.pairing.sharding_checks import check_layouts, check_whole
 
@@ -100,7 +100,7 @@ def pairs_in_groups(
     """The pairs given by hand, and if asked for those of groups whose parameters have names."""
     members = [member for group in groups for member in group]
     pairs, report = check_explicit(by_hand, [p for _, p in members])
-    taken = {id(p) for pair in pairs for p in pair.moved}
+    taken = {id(p) for p in params_of(pairs)}
     named = [
         [(name, p) for name, p in group if name is not None and id(p) not in taken]
         for group in groups

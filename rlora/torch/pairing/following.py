@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlora.core.errors import PairingError
 from rlora.pairing import PairReport
-from rlora.torch.pairing.pairs import TensorPair, moves
+from rlora.torch.pairing.pairs import TensorPair, groups_by_id, moves
 from rlora.torch.pairing.sharding_checks import check_swap
 
 
@@ -93,7 +93,7 @@ def followed(
 
 
 def with_partners(
-    groups: Iterable[dict[str, Any]], pairs: Iterable[TensorPair], before: Sequence[Tensor]
+    groups: Sequence[dict[str, Any]], pairs: Iterable[TensorPair], before: Sequence[Tensor]
 ) -> list[Tensor]:
     """The parameters of groups; those at the last step, `before`, say their order.
 
@@ -105,11 +105,12 @@ def with_partners(
     if len(now) >= len(before):
         return now
     place = {id(p): i for i, p in enumerate(before)}
-    home = {id(p): group for group in groups for p in group["params"]}
+    home = groups_by_id(groups)
     for pair in pairs:
         for p, partner in ((pair.A, pair.B), (pair.B, pair.A)):
             if id(p) not in home and id(partner) in home and not moves(p):
-                group = home[id(p)] = home[id(partner)]
+                home[id(p)] = home[id(partner)]
+                group = groups[home[id(p)]]
                 everyone = [*group["params"], p]
                 group["params"] = sorted(everyone, key=lambda q: place.get(id(q), len(place)))
     return [p for group in groups for p in group["params"]]

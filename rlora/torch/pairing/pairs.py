@@ -191,6 +191,16 @@ class Side:
         return [m.write(self._side, x) for m, x in zip(self._members, factors, strict=True)]
 
 
+def params_of(pairs: Iterable[TensorPair]) -> list[Tensor]:
+    """Every parameter that is updated with one of the pairs."""
+    return [p for pair in pairs for p in pair.moved]
+
+
+def groups_by_id(groups: Iterable[dict[str, Any]]) -> dict[int, int]:
+    """The place of the group of each parameter, by the id of that."""
+    return {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+
+
 def scalings_of(pairs: Iterable[TensorPair]) -> dict[int, float]:
     """The s of pairs that know theirs, by the identity of each of their parameters."""
     return {id(p): pair.scaling for pair in pairs if pair.scaling is not None for p in pair.moved}
@@ -206,11 +216,11 @@ def signature(
 ) -> tuple[Any, ...]:
     """Inputs of a plan, which is rebuilt when they change."""
     seen = []
-    for p in (p for pair in pairs for p in pair.moved):
+    for p in params_of(pairs):
         grad = p.grad
         layout = 0 if grad is None else grad.layout
-        memory = p.data_ptr() or local(p).data_ptr()  # a DTensor returns 0
-        seen.append((memory, p.shape, p.stride(), p.dtype, type(grad), layout))
+        address = p.data_ptr() or local(p).data_ptr()  # a DTensor returns 0
+        seen.append((address, p.shape, p.stride(), p.dtype, type(grad), layout))
     return seen, choices, [(id(group), len(group["params"])) for group in groups]
 
 

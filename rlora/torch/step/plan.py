@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlora.core.errors import ShapeError
-from rlora.torch.pairing.pairs import TensorPair, local
+from rlora.torch.pairing.pairs import TensorPair, local, params_of
 from rlora.torch.step.dtensors import cut_as
 from rlora.torch.step.rounding import count_roundings
 
@@ -57,7 +57,7 @@ def plans_of(
     groups: Sequence[dict[str, Any]], pairs: Iterable[TensorPair], turns: Iterable[Turn]
 ) -> list[Plan]:
     """A plan for each turn; in the first one the parent steps the parameters in no pair too."""
-    paired = {id(p) for pair in pairs for p in pair.moved}
+    paired = {id(p) for p in params_of(pairs)}
     plans: list[Plan] = []
     for work, stand_ins in turns:
         first = not plans

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlora.torch.pairing.pairs import local
+from rlora.torch.pairing.pairs import local, params_of
 from rlora.torch.step.dtensors import like_param
 from rlora.torch.step.kernels import Kernel, Number
 from rlora.torch.step.plan import over_stand_ins
@@ -63,7 +63,7 @@ def over_wide(method: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         stands_for: dict[Tensor, Tensor] = {}
         pairs = getattr(self, "_pairs", ())  # none while the parent's constructor is at work
-        for p in (p for pair in pairs for p in pair.moved):
+        for p in params_of(pairs):
             if (wide := _widened(p, self.state.get(p, {}))) is not None:
                 stands_for[p] = wide
         if not stands_for:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from rlora.core.errors import PairingError
-from rlora.torch.pairing.pairs import TensorPair, is_distributed
+from rlora.torch.pairing.pairs import TensorPair, groups_by_id, is_distributed
 from rlora.torch.step.kernels import AdamW, Kernel, has_kernel
 from rlora.torch.step.listwise import Job, ListStep
 from rlora.torch.step.method_batch import portions
@@ -106,8 +106,3 @@ def check_one_group(optimizer: Any, pairs: Iterable[TensorPair]) -> None:
                 f"learning rates: LoRAPlus)"
             )
             raise PairingError(msg)
-
-
-def groups_by_id(groups: Iterable[dict[str, Any]]) -> dict[int, int]:
-    """The place of the group of each parameter, by the id of that."""
-    return {id(p): i for i, group in enumerate(groups) for p in group["params"]}
