@@ -62,7 +62,7 @@ class Watch:
         else:
             steps = 1
         torch._foreach_copy_([p for pair in self.before for p in stored(pair)], now)
-        self.moving = [(moves(pair, 0), moves(pair, 1)) for pair in pairs]
+        self.moving = [(pair.has_gradient(0), pair.has_gradient(1)) for pair in pairs]
         self.pulled = pulled(pairs, groups)
         rates = [group["lr"] for group in groups]
         numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
@@ -124,12 +124,6 @@ def products(pair: TensorPair) -> list[Factors]:
     return read_pairs(
         pair.views, A, B if pair.middle is None else B * pair.middle.detach().view(-1)
     )
-
-
-def moves(pair: TensorPair, side: int) -> bool:
-    """Return whether a factor, or a tied parameter of it, has a gradient."""
-    p = (pair.A, pair.B)[side]
-    return any(q.grad is not None for q in (p, *pair.twins[side]))
 
 
 def pulled(pairs: list[TensorPair], groups: Sequence[dict[str, Any]]) -> dict[int, Tensor | None]:

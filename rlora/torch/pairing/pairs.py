@@ -46,6 +46,10 @@ class TensorPair(NamedTuple):
         """Every parameter that is updated with the pair."""
         return (self.A, self.B, *self.twins[0], *self.twins[1])
 
+    def has_gradient(self, side: int) -> bool:
+        """Return whether A (0) or B (1), or a parameter tied to it, has a gradient."""
+        return any(p.grad is not None for p in (self[:2][side], *self.twins[side]))
+
     def gradient(self, side: int) -> Tensor | None:
         """The gradient of A (0) or B (1), with those of its tied parameters."""
         p, twins = self[:2][side], self.twins[side]

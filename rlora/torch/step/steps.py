@@ -38,7 +38,7 @@ def steps_of(optimizer: Any, kernel: type[Kernel], pairs: Sequence[TensorPair], 
         if is_distributed(pair.A):
             cut.append(pair)
             continue
-        moves = [side for side in (0, 1) if "AB"[side] in sides and pair.gradient(side) is not None]
+        moves = [side for side in (0, 1) if "AB"[side] in sides and pair.has_gradient(side)]
         owners, A = {group_of[id(pair[side])] for side in moves}, pair.A
         if by_stacks and len(owners) == 1 and is_dense(pair):
             i = owners.pop()
