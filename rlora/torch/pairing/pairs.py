@@ -46,6 +46,18 @@ class TensorPair(NamedTuple):
         """Every parameter that is updated with the pair."""
         return (self.A, self.B, *self.twins[0], *self.twins[1])
 
+    @property
+    def is_dense(self) -> bool:
+        """True if the parameters are the factors themselves, two plain matrices of one dtype."""
+        return (
+            len(self.views) == 1
+            and all(view.is_plain for view in self.views[0])
+            and not any(self.twins)
+            and self.A.ndim == self.B.ndim == 2
+            and not is_distributed(self.A)
+            and (self.A.dtype, self.A.device) == (self.B.dtype, self.B.device)
+        )
+
     def has_gradient(self, side: int) -> bool:
         """Return whether A (0) or B (1), or a parameter tied to it, has a gradient."""
         return any(p.grad is not None for p in (self[:2][side], *self.twins[side]))

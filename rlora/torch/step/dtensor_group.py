@@ -32,7 +32,7 @@ class ShardedStep(ListStep):
 
     Parameters
     ----------
-    optimizer, group, kernel, pairs, jobs
+    optimizer, group, kernel, jobs
         As `ListStep` has them; the pairs are of DTensors.
     summed : list of int
         The dimensions of the mesh over which the Grams are summed.
@@ -43,17 +43,17 @@ class ShardedStep(ListStep):
         optimizer: Any,
         group: dict[str, Any],
         kernel: type[Kernel],
-        pairs: list[TensorPair],
         jobs: list[Job],
         summed: list[int],
     ) -> None:
-        super().__init__(optimizer, group, kernel, pairs, jobs)
-        factors: list[tuple[Any, int]] = [(pair[side], side) for side in (0, 1) for pair in pairs]
+        super().__init__(optimizer, group, kernel, jobs)
+        factors: list[tuple[Any, int]]
+        factors = [(pair[side], side) for side in (0, 1) for pair in self.pairs]
         self.of_factors = Exchange(factors)
         self.of_jobs = Exchange([(job.param, job.side) for job in self.jobs])
         # Replicated entries are counted once, where the coordinates are 0.
-        mesh = mesh_of(pairs[0].A)
-        self.copies = [
+        mesh = mesh_of(factors[0][0])
+        self.counted_elsewhere = [
             any(mesh.get_local_rank(d) and p.placements[d].is_replicate() for d in summed)
             for p, _ in factors
         ]
@@ -82,7 +82,7 @@ class ShardedStep(ListStep):
         for members, _, S in grams:
             places = [*(i + count for i in members), *members]  # those of the partners
             for k, place in enumerate(places):
-                if self.copies[place]:
+                if self.counted_elsewhere[place]:
                     S[k] = 0.0
         return grams
 
@@ -151,26 +151,21 @@ def sharded_steps(
         factors = [p for pair in members for p in pair[:2]]
         summed = sorted({d for p in factors for axis in (0, 1) for d in cut_dims(p, axis)})
         steps = [
-            ShardedStep(optimizer, optimizer.param_groups[key[0]], kernel, *part, summed)
-            for key, part in _parts(members, group_of, sides).items()
+            ShardedStep(optimizer, optimizer.param_groups[key[0]], kernel, jobs, summed)
+            for key, jobs in _jobs(members, group_of, sides).items()
         ]
         work.append(ShardedSteps(steps, [mesh.get_group(d) for d in summed]))
     return work
 
 
-def _parts(
-    pairs: list[TensorPair], group_of: dict[int, int], sides: str
-) -> dict[Any, tuple[list[TensorPair], list[Job]]]:
-    """The pairs of one mesh by group, dtype and the dimension along which a rank axis is cut."""
-    parts: dict[Any, tuple[list[TensorPair], list[Job]]] = {}
+def _jobs(pairs: list[TensorPair], group_of: dict[int, int], sides: str) -> dict[Any, list[Job]]:
+    """The factors of one mesh by group, dtype and the dimension along which a rank axis is cut."""
+    jobs: dict[Any, list[Job]] = {}
     for pair in pairs:
         exchanged = [d for side in (0, 1) for d in cut_dims(pair[side], side)]
         for side, (letter, p) in enumerate(zip("AB", pair[:2], strict=True)):
             if letter not in sides or not p.requires_grad:
                 continue
             key = (group_of[id(p)], p.dtype, *exchanged[:1])
-            members, jobs = parts.setdefault(key, ([], []))
-            if not members or members[-1] is not pair:
-                members.append(pair)
-            jobs.append(Job(p, pair, len(members) - 1, side, p.grad is not None))
-    return parts
+            jobs.setdefault(key, []).append(Job(pair, side, p.grad is not None))
+    return jobs

@@ -44,15 +44,17 @@ def recipe_of(group: dict[str, Any]) -> Recipe:
 
 
 class Job(NamedTuple):
-    """A factor to be updated, and where it belongs."""
+    """A factor to be updated: A (0) or B (1) of a pair."""
 
-    param: Tensor
     pair: TensorPair
-    place: int
-    """The position of its pair among those of the step."""
     side: int
     live: bool = True
     """False for a factor without gradient that takes part in what processes do together."""
+
+    @property
+    def param(self) -> Tensor:
+        """The parameter it lies in."""
+        return self.pair[:2][self.side]
 
     def read(self, stored: Tensor) -> list[Tensor]:
         """The factors in what has the shape of the parameter."""
@@ -65,7 +67,7 @@ class Job(NamedTuple):
 
 
 class ListStep:
-    """The step of pairs of one group, dtype and device.
+    """The step of pairs of one group, dtype and device; of each both factors are read.
 
     Parameters
     ----------
@@ -75,8 +77,6 @@ class ListStep:
         The parameter group.
     kernel : type
         The `Kernel` that steps the targets.
-    pairs : list of TensorPair
-        Both factors of every pair, whether they move or not.
     jobs : list of Job
         The factors to be updated.
     """
@@ -86,11 +86,11 @@ class ListStep:
         optimizer: Any,
         group: dict[str, Any],
         kernel: type[Kernel],
-        pairs: list[TensorPair],
         jobs: list[Job],
     ) -> None:
-        self.group, self.recipe, self.pairs = group, recipe_of(group), pairs
+        self.group, self.recipe = group, recipe_of(group)
         self.jobs = sorted(jobs, key=lambda job: job.side)
+        self.pairs = pairs = list({id(job.pair.A): job.pair for job in jobs}.values())
         self.workspace: Workspace = {}
         self.plain = all(view.is_plain for pair in pairs for both in pair.views for view in both)
         # Reading a dense parameter gives a view, which stays valid.
@@ -98,7 +98,8 @@ class ListStep:
         self.stays = self.plain or dense
         self.values: list[Factors] = []
         ends = [*accumulate((len(pair.views) for pair in pairs), initial=0)]
-        self.products = [range(ends[job.place], ends[job.place + 1]) for job in self.jobs]
+        of_pair = {id(pair.A): range(*ends[i : i + 2]) for i, pair in enumerate(pairs)}
+        self.products = [of_pair[id(job.pair.A)] for job in self.jobs]
         own = [local(job.param).detach() for job in self.jobs]
         self.own = own
         # Kernels run through memory without a look at strides: what they step lies as their state.

@@ -11,7 +11,7 @@ from rlora.torch.step.kernels import AdamW, Kernel, has_kernel
 from rlora.torch.step.listwise import Job, ListStep
 from rlora.torch.step.method_batch import portions
 from rlora.torch.step.plan import Turn, Work
-from rlora.torch.step.stacks import Moving, StackedAdamW, is_dense
+from rlora.torch.step.stacks import StackedAdamW
 
 
 def steps_of(optimizer: Any, kernel: type[Kernel], pairs: Sequence[TensorPair], sides: str) -> Turn:
@@ -31,8 +31,8 @@ def steps_of(optimizer: Any, kernel: type[Kernel], pairs: Sequence[TensorPair], 
     groups = optimizer.param_groups
     group_of = groups_by_id(groups)
     by_stacks = kernel is AdamW and not torch.compiler.is_compiling()
-    stacked: dict[Any, tuple[list[TensorPair], list[Moving]]] = {}
-    listed: dict[Any, tuple[list[TensorPair], list[Job]]] = {}
+    stacked: dict[Any, tuple[list[TensorPair], list[tuple[bool, bool]]]] = {}
+    listed: dict[Any, list[Job]] = {}
     cut = []
     for pair in pairs:
         if is_distributed(pair.A):
@@ -40,26 +40,22 @@ def steps_of(optimizer: Any, kernel: type[Kernel], pairs: Sequence[TensorPair], 
             continue
         moves = [side for side in (0, 1) if "AB"[side] in sides and pair.has_gradient(side)]
         owners, A = {group_of[id(pair[side])] for side in moves}, pair.A
-        if by_stacks and len(owners) == 1 and is_dense(pair):
+        if by_stacks and len(owners) == 1 and pair.is_dense:
             i = owners.pop()
             if has_kernel(groups[i], A.device.type):
-                members = stacked.setdefault((i, A.shape[0], A.dtype, A.device), ([], []))
-                members[0].append(pair)
-                members[1].append((0 in moves, 1 in moves))
+                members, moving = stacked.setdefault((i, A.shape[0], A.dtype, A.device), ([], []))
+                members.append(pair)
+                moving.append((0 in moves, 1 in moves))
                 continue
         for side in moves:
             p = pair[:2][side]
-            some, jobs = listed.setdefault((group_of[id(p)], p.dtype, p.device), ([], []))
-            if not some or some[-1] is not pair:
-                some.append(pair)
-            jobs.append(Job(p, pair, len(some) - 1, side))
+            key = (group_of[id(p)], p.dtype, p.device)
+            listed.setdefault(key, []).append(Job(pair, side))
     steps: list[Any] = [StackedAdamW(optimizer, groups[i[0]], *x) for i, x in stacked.items()]
-    lists = [ListStep(optimizer, groups[i[0]], kernel, *x) for i, x in listed.items()]
+    lists = [ListStep(optimizer, groups[i[0]], kernel, jobs) for i, jobs in listed.items()]
     steps += lists
-    if cut:
-        from rlora.torch.step.dtensor_group import (
-            sharded_steps,  # DTensors take half a second to import
-        )
+    if cut:  # DTensors take half a second to import
+        from rlora.torch.step.dtensor_group import sharded_steps
 
         theirs = sharded_steps(optimizer, kernel, cut, group_of, sides)
         steps += theirs
