@@ -1,7 +1,9 @@
 """Optimizer classes made of others: of any torch optimizer, and of any method."""
 
+import copyreg
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,18 +77,20 @@ def precondition(optimizer: Any) -> type[Optimizer]:
         if not key.startswith("_") and not hasattr(GramPreconditioned, key)
         if inspect.isfunction(method := inspect.getattr_static(optimizer, key))
     }
-    own = {"__doc__": doc, "__reduce__": _reduce}
+    own = {"__doc__": doc, "_made_by": (precondition, optimizer), "__reduce__": _reduce}
     return type(name, (GramPreconditioned, optimizer), {**others, **own})
 
 
 def _reduce(self: Any) -> tuple[Any, ...]:
-    # The class was made here, so a pickle must make it again.
-    parent = type(self).__bases__[1]
-    return _revive, (parent,), self.__getstate__()
+    """Say what a copy is made of: the class was made here, so a pickle must make it again."""
+    made_by = vars(type(self)).get("_made_by")
+    if made_by is None:  # a subclass that somebody has written, which has a name to be found by
+        return copyreg.__newobj__, (type(self),), self.__getstate__()
+    return _revive, made_by, self.__getstate__()
 
 
-def _revive(parent: Any) -> Optimizer:
-    kind = precondition(parent)
+def _revive(make: Callable[..., Any], *given: Any) -> Optimizer:
+    kind = make(*given)
     return kind.__new__(kind)
 
 
@@ -176,7 +180,8 @@ def _class(method: Method, parent: Any) -> type[MethodOptimizer]:
             "__init__": _constructor(method),
             "__doc__": f"The torch optimizer of `rlora.{_name_of(method)}`.\n\n{doc}",
             "__module__": "rlora.torch",
-            "__reduce__": _reduce_method,
+            "_made_by": (optimizer_class, method, parent),
+            "__reduce__": _reduce,
         },
     )
 
@@ -215,14 +220,3 @@ def class_name(method: str) -> str:
     """``lora_pro_adamw`` as ``LoRAProAdamW``."""
     words = (SPELLING.get(word, word.capitalize()) for word in method.split("_"))
     return "".join(words).replace("Adapre", "AdaPre")
-
-
-def _reduce_method(self: Any) -> tuple[Any, ...]:
-    # The class was made here, so a pickle must make it again.
-    kind = type(self)
-    return _revive_method, (kind.method, kind.__bases__[1]), self.__getstate__()
-
-
-def _revive_method(method: Method, parent: type[Optimizer]) -> Optimizer:
-    kind = optimizer_class(method, parent)
-    return kind.__new__(kind)
