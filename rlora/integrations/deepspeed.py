@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from rlora import ShardingError
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
+from rlora.torch.pairing.pairs import groups_by_id
 
 
 class ZeroOptimizer(Optimizer):
@@ -83,13 +84,13 @@ class ZeroOptimizer(Optimizer):
                 'place of this one; set "zero_force_ds_cpu_optimizer": false in DeepSpeed\'s config'
             )
             raise ShardingError(msg)
-        everything = [p for params in self._params for p in params]
-        if len({p.data_ptr() for p in everything if p.numel()}) < len(everything):
+        filled = [p for params in self._params for p in params if p.numel()]
+        if len({p.data_ptr() for p in filled}) < len(filled):
             msg = "two of the parameters share memory, and ZeRO would tear them apart; use DDP"
             raise ShardingError(msg)
-        home = {id(p): i for i, params in enumerate(self._params) for p in params}
+        group_of = groups_by_id(self.inner.param_groups)
         for pair in self.inner._pairs:
-            if len({home[id(p)] for p in pair.moved}) > 1:
+            if len({group_of[id(p)] for p in pair.moved}) > 1:
                 msg = (
                     f"factors {tuple(pair.A.shape)} and {tuple(pair.B.shape)} of a pair lie in two "
                     f"parameter groups, and ZeRO steps one group after the other; put them in one"
@@ -172,14 +173,17 @@ def under_zero(optimizer: Optimizer) -> Optimizer:
     Optimizer
         Itself, without DeepSpeed.
     """
-    # Trainers give a factory nothing else that would tell.
-    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    return ZeroOptimizer(optimizer) if zero else optimizer
+    return ZeroOptimizer(optimizer) if _uses_deepspeed() else optimizer
+
+
+def _uses_deepspeed() -> bool:
+    """True where accelerate is set to; trainers give a factory nothing else that would tell."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def _is_replaced() -> bool:
     """True where `Accelerator.prepare` maps every optimizer to one of DeepSpeed's for CPUs."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+    if not _uses_deepspeed():
         return False
     from accelerate.state import AcceleratorState, is_initialized
 

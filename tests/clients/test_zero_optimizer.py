@@ -58,6 +58,12 @@ def test_what_zero_would_tear_apart_is_refused():
         ZeroOptimizer(optimizer)
 
 
+def test_an_empty_parameter_shares_no_memory():
+    model = make_model()
+    model.empty = torch.nn.Parameter(torch.empty(0))
+    assert ZeroOptimizer(ScaledAdamW(model)).param_groups
+
+
 def test_an_optimizer_without_pairs_is_refused():
     with pytest.raises(TypeError, match=r"expected an optimizer of rlora\.torch, got AdamW"):
         ZeroOptimizer(torch.optim.AdamW(make_model().parameters()))

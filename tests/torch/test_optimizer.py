@@ -312,6 +312,40 @@ def test_pickle_and_deepcopy(make):
         assert not same(values(model_2), values(model))
 
 
+class OwnRite(rlora.torch.LoRARite):
+    """A subclass as a user writes one, which pickle finds by its name."""
+
+
+class OwnNAdam(precondition(torch.optim.NAdam)):
+    """The same of a class that `precondition` has made."""
+
+
+@pytest.mark.parametrize("kind", [OwnRite, OwnNAdam])
+def test_pickle_and_deepcopy_of_a_subclass(kind):
+    model = make_model()
+    optimizer = kind(model, lr=1e-2)
+    train(model, optimizer, 1)
+    for clone in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        assert type(clone(optimizer)) is kind
+
+
+@pytest.mark.parametrize("kind", [ScaledAdamW, rlora.torch.LoRARite])
+def test_an_optimizer_whose_pairs_have_all_been_taken_out(kind):
+    model = make_model()
+    optimizer = kind(model, lr=1e-2)
+    train(model, optimizer, 1)
+    optimizer.watch()
+    group = optimizer.param_groups[0]
+    group["params"] = [p for name, p in model.named_parameters() if name.startswith("3.")]
+    train(model, optimizer, 1)
+    assert len(optimizer.report) == 0
+    numbers = optimizer.diagnostics()
+    assert numbers["rlora/pairs"] == 0
+    assert rlora.torch.findings(numbers) == []
+    assert rlora.torch.diagnostics_table(numbers).row_count == 2  # the medians
+    assert len(copy.deepcopy(optimizer).report) == 0
+
+
 def test_state_dict_is_the_parents():
     """Keys of the state, step tensors and shapes as torch's AdamW has them."""
     model = make_model()

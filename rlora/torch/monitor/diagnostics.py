@@ -147,6 +147,8 @@ def rows_of(optimizer: Any) -> Rows:
     if not stepped:
         record = Watch(record.weights)
         record.note(optimizer._current_pairs(), optimizer.report)
+    if not record.pairs:  # all have been taken out of the groups
+        return {}
     places, state = state_peaks(optimizer, record.pairs)
     now = peaks([p.detach() for pair in record.pairs for p in pair[:2]])
     reach = [record.reach] if isinstance(record.reach, Tensor) else []

@@ -186,7 +186,7 @@ def _findings(numbers: Mapping[str, float]) -> Iterator[str]:
                 first = [name for name, row in rows.items() if row[f"{mark}_{mine}"]][:1]
                 where = f", first {first[0]}" if first and mark in ("bad_state", "wide") else ""
                 yield f"{sentence} ({count:.0f} of {numbers['rlora/pairs']:.0f} pairs{where})"
-        if numbers[f"rlora/anisotropy_{mine}/max"] < NO_EFFECT:
+        if numbers.get(f"rlora/anisotropy_{mine}/max", 1.0) < NO_EFFECT:
             yield (
                 f"the damped Gram of {mine} is a multiple of the identity in all pairs: before "
                 f"Adam it has no effect on {other}"

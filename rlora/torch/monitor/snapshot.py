@@ -61,7 +61,8 @@ class Watch:
             steps = 1 + GRACE
         else:
             steps = 1
-        torch._foreach_copy_([p for pair in self.before for p in stored(pair)], now)
+        if now:
+            torch._foreach_copy_([p for pair in self.before for p in stored(pair)], now)
         self.moving = [(pair.has_gradient(0), pair.has_gradient(1)) for pair in pairs]
         self.pulled = pulled(pairs, groups)
         rates = [group["lr"] for group in groups]

@@ -271,7 +271,7 @@ class MethodOptimizer(LoRAOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The parent would look for its own entries in the state of the pairs.
-        pairs = state.get("_pairs") or self._current_pairs()
+        pairs = state["_pairs"] if "_pairs" in state else self._current_pairs()
         paired = {id(p) for p in params_of(pairs)}
         everything = state["state"]
         plain = {p: held for p, held in everything.items() if id(p) not in paired}
