@@ -276,7 +276,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
         now = signature(pairs, self.param_groups, choices)
         if self._plans is None or self._plans[0] != now:
             plans = self._new_plans(pairs)
-            self._plans = None if self._idle_steps else (now, plans)  # looked at once more
+            self._plans = None if self._idle_steps else (now, plans)  # `check_orphans` looks again
             return plans
         return self._plans[1]
 

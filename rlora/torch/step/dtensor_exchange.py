@@ -35,13 +35,13 @@ class Exchange:
 
     def to_columns(self, pieces: list[Tensor]) -> list[Tensor]:
         """From (r_i, N), the rows that this process has, to (r, N_i); a B the other way round."""
-        return self._replaced(pieces, self.columns, self.rows, axis=1) if self.places else pieces
+        return self._exchanged(pieces, self.columns, self.rows, axis=1) if self.places else pieces
 
     def to_rows(self, pieces: list[Tensor]) -> list[Tensor]:
         """The way back."""
-        return self._replaced(pieces, self.rows, self.columns, axis=0) if self.places else pieces
+        return self._exchanged(pieces, self.rows, self.columns, axis=0) if self.places else pieces
 
-    def _replaced(
+    def _exchanged(
         self, pieces: list[Tensor], cut: list[list[int]], joined: list[list[int]], axis: int
     ) -> list[Tensor]:
         """Each matrix cut along `axis`, sent, and what came joined along the other one."""
