@@ -1,6 +1,5 @@
 """Optimizer classes made of others: of any torch optimizer, and of any method."""
 
-import copyreg
 import functools
 import inspect
 from collections.abc import Callable
@@ -85,11 +84,11 @@ def _reduce(self: Any) -> tuple[Any, ...]:
     """Say what a copy is made of: the class was made here, so a pickle must make it again."""
     made_by = vars(type(self)).get("_made_by")
     if made_by is None:  # a subclass that somebody has written, which has a name to be found by
-        return copyreg.__newobj__, (type(self),), self.__getstate__()
+        return object.__new__, (type(self),), self.__getstate__()
     return _revive, made_by, self.__getstate__()
 
 
-def _revive(make: Callable[..., Any], *given: Any) -> Optimizer:
+def _revive(make: Callable[..., Any], *given: Any) -> Any:
     kind = make(*given)
     return kind.__new__(kind)
 
