@@ -94,8 +94,7 @@ def momentum(decay: float = 0.9, *, nesterov: bool = False, dampening: float = 0
             ahead = [g + decay * mu for g, mu in zip(G, M, strict=True)] if nesterov else M
             return M, [t + 1 for t in counts], ahead
 
-        moved = map_moving(move, state.mu, state.count, grads, like=params)
-        mu, count, direction = moved
+        mu, count, direction = map_moving(move, state.mu, state.count, grads, like=params)
         return direction, MomentumState(mu, count)
 
     return Transform(init, update, sharded=True)
@@ -150,9 +149,8 @@ def scale_by_adam(
         ) -> tuple[list[Array], ...]:
             return adam_step(M, V, counts, G, b1, b2, eps, eps_form, bias_correction)
 
-        moved = map_moving(move, state.mu, state.nu, state.count, grads, like=params)
-        mu, nu, count, direction = moved
-        return direction, AdamState(mu, nu, count)
+        *moments, direction = map_moving(move, state.mu, state.nu, state.count, grads, like=params)
+        return direction, AdamState(*moments)
 
     return Transform(init, update, sharded=True)
 
