@@ -158,6 +158,11 @@ def record_turn(group: RankGroup, old: Sequence[Factors], state: State) -> State
     return state._replace(turn=group.unstack(turn))
 
 
+def no_turn(group: RankGroup, T: Stack) -> list[Factors]:
+    """NaN in place of turns: who moves parameters without a `transport` shall see it at once."""
+    return group.unstack(T * float("nan"))
+
+
 def tangent(
     group: RankGroup,
     P: Stack,
@@ -209,6 +214,11 @@ def add(X: Sequence[Factors], Y: Sequence[Factors]) -> list[Factors]:
 def scale(c: Array | float, X: Sequence[Factors]) -> list[Factors]:
     """``c X``, pair by pair, with one number for all."""
     return [Factors(c * x.A, c * x.B) for x in X]
+
+
+def one_more(counts: Sequence[Factors]) -> list[Factors]:
+    """Step counts after a step, pair by pair."""
+    return [Factors(t.A + 1, t.B + 1) for t in counts]
 
 
 def symmetric(S: Array) -> Array:

@@ -4,18 +4,21 @@ from typing import Literal
 
 from rlora.core.checks import check_nonnegative, is_zero
 from rlora.core.dispatch import get_backend
-from rlora.core.factors import Array, Factors, Tree, counterparts, rebuild
+from rlora.core.factors import Array, Factors, Tree, counterparts, map_leaves, rebuild
 from rlora.core.moments import each
 from rlora.core.transform import State, Transform
 
 First = Literal["A", "B"]
 
 
-def has_turn(letter: str, first: First, steps: Array, moving: tuple[bool, bool]) -> Array:
-    """Return whether a factor has its turn, (...); one whose partner is frozen has every turn."""
+def turns_of(first: First, steps: Array, moving: tuple[bool, bool]) -> Factors:
+    """For each factor whether it has its turn, (...); one whose partner is frozen has every turn.
+
+    `steps` are those taken, of each layer.
+    """
     if not all(moving):
-        return steps == steps if moving["AB".index(letter)] else steps != steps
-    return steps % 2 == (0 if letter == first else 1)
+        return Factors(*(steps >= 0 if moves else steps < 0 for moves in moving))
+    return Factors(*(steps % 2 == (0 if letter == first else 1) for letter in "AB"))
 
 
 def decay_in_turn(transform: Transform, weight_decay: float, first: First, steps: str) -> Transform:
@@ -28,18 +31,14 @@ def decay_in_turn(transform: Transform, weight_decay: float, first: First, steps
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         D, new = transform.update(grads, state, params)
 
-        def decayed(d: Factors, p: Factors, count: Array) -> Factors:
-            moving = d.A is not None, d.B is not None
+        def decayed(d: Factors, pair: Factors, count: Array) -> Tree:
+            def factor(x: Array, y: Array, turn: Array) -> Array:
+                return get_backend(x).xp.where(each(turn), x + weight_decay * y, x)
 
-            def factor(letter: str, x: Array, y: Array) -> Array:
-                if x is None:
-                    return None
-                turn = each(has_turn(letter, first, count, moving))
-                return get_backend(x).xp.where(turn, x + weight_decay * y, x)
+            turns = turns_of(first, count, (d.A is not None, d.B is not None))
+            return map_leaves(factor, d, pair, turns)
 
-            return Factors(*map(factor, "AB", d, p))
-
-        sides = zip(*counterparts(params, D, params, getattr(state, steps)), strict=True)
-        return rebuild(params, [decayed(*side) for side in sides]), new
+        sides = counterparts(params, D, params, getattr(state, steps))
+        return rebuild(params, map(decayed, *sides)), new
 
     return transform if is_zero(weight_decay) else transform._replace(update=update)

@@ -16,6 +16,7 @@ from rlora.core.linalg import (
     add,
     check_damping,
     inverse_metric,
+    one_more,
     symmetric,
     tangent,
 )
@@ -78,8 +79,7 @@ def scale_by_adapre(
         weights = [Factors(*(_root_weight(xp, x, eps) for x in pair)) for pair in norms]
         D = weighted_tangent(group, g, weights, damping, damping_mode)
         D = [over(d, s * c) for d, s, c in zip(D, state.scaling, number, strict=True)]
-        count = [Factors(c.A + 1, c.B + 1) for c in state.count]
-        return D, AdaPreState(norms, count, state.scaling)
+        return D, AdaPreState(norms, one_more(state.count), state.scaling)
 
     return by_rank(init, rule, compute_dtype=compute_dtype)
 

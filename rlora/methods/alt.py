@@ -12,13 +12,14 @@ from rlora.core.linalg import (
     DampingMode,
     check_damping,
     inverse_metric,
+    no_turn,
     record_turn,
     to_new_coordinates,
 )
 from rlora.core.moments import each, per_pair, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, chain
-from rlora.core.turns import First, decay_in_turn, has_turn
+from rlora.core.turns import First, decay_in_turn, turns_of
 
 
 class AltState(NamedTuple):
@@ -76,12 +77,13 @@ def alternate(
         T = to_new_coordinates(group, S, state.turn)
         mu = group.apply(T, state.mu)
         g = group.apply(inverse_metric(group, S, damping, damping_mode), G)
+        turns = [turns_of(first, *k) for k in zip(state.count, group.moving, strict=True)]
 
         def move(k: int, letter: str) -> tuple[Array, Array, Array | None]:
             """Direction and moments; what has not its turn rests, its momentum carried along."""
             old, g_k = getattr(mu[k], letter), getattr(g[k], letter) / each(state.scaling[k]) ** 2
             m = b1 * old + (1 - b1) * g_k
-            turn = each(has_turn(letter, first, state.count[k], group.moving[k]))
+            turn = each(getattr(turns[k], letter))
             if b2 is None:
                 return xp.where(turn, m, xp.zeros_like(m)), xp.where(turn, m, old), None
             nu = getattr(state.nu[k], letter)
@@ -93,8 +95,7 @@ def alternate(
         D, mu, nu = ([Factors(a[i], b[i]) for a, b in moves] for i in range(3))
         moved = state._replace(
             mu=mu,
-            # Whoever moves the parameters without `transport` shall see it at once.
-            turn=group.unstack(T * float("nan")),
+            turn=no_turn(group, T),
             count=[count + 1 for count in state.count],
         )
         return D, moved if b2 is None else moved._replace(nu=nu)

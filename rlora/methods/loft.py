@@ -15,13 +15,15 @@ from rlora.core.linalg import (
     DampingMode,
     check_damping,
     inverse_metric,
+    no_turn,
+    one_more,
     record_turn,
     to_new_coordinates,
 )
 from rlora.core.moments import corrected_decay, counts, each, over, per_pair, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, chain
-from rlora.core.turns import First, decay_in_turn, has_turn
+from rlora.core.turns import First, decay_in_turn, turns_of
 
 
 class LoftState(NamedTuple):
@@ -85,23 +87,20 @@ def scale_by_loft(
         inputs = zip(old, to_new, g, state.nu, state.count, strict=True)
         moments = [averages(group, (b1, b2), *of_pair) for of_pair in inputs]
         mu, rows = ([moment[i] for moment in moments] for i in (0, 1))
+        turns = [turns_of(first, *k) for k in zip(state.steps, group.moving, strict=True)]
         seen = [
-            seen_by_factors(
-                group, pair, *moment, has_turn("B", first, state.steps[k], group.moving[k]), eps
-            )
-            for k, (pair, moment) in enumerate(zip(group.params, moments, strict=True))
+            seen_by_factors(group, pair, *moment, turn.B, eps)
+            for pair, moment, turn in zip(group.params, moments, turns, strict=True)
         ]
         D = []
-        for k, d in enumerate(group.apply(P, seen)):
-            turns = (each(has_turn(x, first, state.steps[k], group.moving[k])) for x in "AB")
-            d = over(d, state.scaling[k])
-            D.append(Factors(*(xp.where(t, x, 0 * x) for t, x in zip(turns, d, strict=True))))
+        for d, turn, s in zip(group.apply(P, seen), turns, state.scaling, strict=True):
+            sides = zip(turn, over(d, s), strict=True)
+            D.append(Factors(*(xp.where(each(t), x, 0 * x) for t, x in sides)))
         return D, LoftState(
             mu,
             rows,
-            # Whoever moves the parameters without `transport` shall see it at once.
-            turn=group.unstack(T * float("nan")),
-            count=[Factors(c.A + 1, c.B + 1) for c in state.count],
+            turn=no_turn(group, T),
+            count=one_more(state.count),
             steps=[steps + 1 for steps in state.steps],
             scaling=state.scaling,
         )

@@ -21,7 +21,15 @@ from rlora.core.factors import (
     map_pairs,
     rebuild,
 )
-from rlora.core.linalg import DampingMode, add, check_damping, inverse_metric, scale, tangent
+from rlora.core.linalg import (
+    DampingMode,
+    add,
+    check_damping,
+    inverse_metric,
+    one_more,
+    scale,
+    tangent,
+)
 from rlora.core.moments import counts, each, keep_scaling, over, per_pair, zeros
 from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.sizes import into_range
@@ -136,9 +144,8 @@ def op_lora(
         P, g = inverses(group), _by_weight(G, state)
         seen = group.apply(group.partner_cross(group.params, state.mu), state.mu)
         mu = low_rank_sum(group, momentum, _started(group, state), tangent(group, P, g))
-        count = [Factors(c.A + 1, c.B + 1) for c in state.count]
         D = tangent(group, P, add(g, scale(momentum, seen)))
-        return D, OpState(mu, count, state.scaling)
+        return D, OpState(mu, one_more(state.count), state.scaling)
 
     def move(params: Tree, direction: Tree, lr: Array | float) -> Tree:
         return proximal_step(params, direction, lr, weight_decay, compute_dtype)

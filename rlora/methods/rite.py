@@ -14,7 +14,7 @@ from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
-from rlora.core.linalg import congruence, record_turn
+from rlora.core.linalg import congruence, no_turn, one_more, record_turn
 from rlora.core.moments import corrected_decay, counts, each, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.sizes import euclidean_norm, into_range, shrink_to, times
@@ -104,9 +104,8 @@ def scale_by_rite(
         return mu, state._replace(
             mu=mu,
             nu=nu,
-            # Whoever moves the parameters without `transport` shall see it at once.
-            turn=group.unstack(T * float("nan")),
-            count=[Factors(c.A + 1, c.B + 1) for c in state.count],
+            turn=no_turn(group, T),
+            count=one_more(state.count),
         )
 
     return by_rank(_init, rule, transport=record_turn, compute_dtype=compute_dtype, sharded=True)
