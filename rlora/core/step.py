@@ -1,7 +1,5 @@
 """One optimizer step with any method: a function of parameters, gradients and state."""
 
-from collections.abc import Callable
-
 from rlora.core.checks import check_rates, checked_rate
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import NamespaceError, PairingError
@@ -108,9 +106,9 @@ def move(
     *,
     donate: bool = False,
 ) -> tuple[Tree, State]:
-    """A `step` that is donated the parameters alone; the state inside of `Backend.reusing`.
+    """A `step` of parameters that are in no graph of torch and, with `donate`, not checked.
 
-    Those of torch are in no graph.
+    `donate` is of the parameters alone: the state is written over inside of `Backend.reusing`.
     """
     lr = checked_rate(lr)
     if hasattr(lr, "shape"):
@@ -148,13 +146,11 @@ def _move(
     direction, new = transform.update(grads, state, params)
     if side_by_side(state, new) is None:
         raise another_state(new, state)
-    state = new
     if donate and transform.apply is apply_updates and transform.transport is stay:
-        in_place: Callable[..., Tree] = apply_updates  # with more than an `ApplyFn` must have
-        return in_place(params, direction, lr, donate=True), state
+        return apply_updates(params, direction, lr, donate=True), new
     moved = transform.apply(params, direction, lr)
     if transform.transport is stay:
-        return moved, state
+        return moved, new
     P, G = flatten(params, params, grads)
     updated = [None if g is None else p for p, g in zip(P, G, strict=True)]
-    return moved, transform.transport(state, replaced(params, P, updated), moved)
+    return moved, transform.transport(new, replaced(params, P, updated), moved)

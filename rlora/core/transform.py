@@ -4,7 +4,7 @@ from functools import wraps
 from itertools import islice
 from numbers import Real
 from operator import is_
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, cast, get_args
 
 from rlora.core.checks import check_scaling
 from rlora.core.dispatch import get_backend
@@ -50,6 +50,9 @@ class ApplyFn(Protocol):
     def __call__(self, params: Tree, direction: Tree, lr: Array | float) -> Tree: ...
 
 
+Apply = TypeVar("Apply", bound=ApplyFn)
+
+
 class TransportFn(Protocol):
     """The state after the parameters have changed from `old` to `new`.
 
@@ -79,7 +82,7 @@ def one_side(tree: Tree, side: Literal["A", "B"]) -> Tree:
     return map_pairs(lambda pair: pair._replace(**{"B" if side == "A" else "A": None}), tree)
 
 
-def still_at_zero(apply: ApplyFn) -> ApplyFn:
+def still_at_zero(apply: Apply) -> Apply:
     """The same update, but for a learning rate of 0, which changes no bit of the parameters.
 
     ``p - 0 d`` alone does not promise that: it is NaN for a d that is not finite, and an update
@@ -104,7 +107,7 @@ def still_at_zero(apply: ApplyFn) -> ApplyFn:
 
         return map_leaves(unless_zero, params, apply(params, direction, lr))
 
-    return move
+    return cast("Apply", move)
 
 
 def rounded_once(apply: ApplyFn) -> ApplyFn:
