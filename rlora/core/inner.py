@@ -1,19 +1,19 @@
 """The method that a wrapper stands around."""
 
-from typing import Any
-
 from rlora.core.decay import add_decayed_weights
 from rlora.core.moments import scale_by_adam
 from rlora.core.transform import Transform, chain, check_transform
 
 
-def inner_or_adamw(inner: Any, b1: float, b2: float, eps: float, weight_decay: float) -> Transform:
+def inner_or_adamw(
+    inner: Transform | None, b1: float, b2: float, eps: float, weight_decay: float
+) -> Transform:
     """The method that a wrapper is given, or AdamW; TypeError if it is no `Transform`."""
     adamw = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay))
-    if inner is not None:
-        check_transform(inner)
-    found: Transform = adamw if inner is None else inner
-    return found
+    if inner is None:
+        return adamw  # whose numbers are checked in any case
+    check_transform(inner)
+    return inner
 
 
 def check_jacobi(method: str, inner: Transform) -> None:

@@ -85,10 +85,10 @@ def graft_adamw(
     >>> import rlora
     >>> method = rlora.graft_adamw(rlora.lora_rite(), weight_decay=0.01)
     """
-    if inner is not None:
-        check_transform(inner)
+    if inner is None:
+        inner = by_rank(keep_scaling, scaled_gradient, sharded=True)
+    check_transform(inner)
     adam = scale_by_adam(b1, b2, eps)
-    inner = by_rank(keep_scaling, scaled_gradient, sharded=True) if inner is None else inner
     direction, transport = inner.update, inner.transport
     resize = by_rank(no_state, to_size, rescaled=False).update
 

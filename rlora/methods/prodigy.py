@@ -131,8 +131,9 @@ def scaled_prodigy(
         return ProdigyState(adam.init(params, scaling), distance)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, ProdigyState]:
-        backend = get_backend(*leaves_of(params))
-        with backend.exact(leaves_of(params)[0]):
+        leaves = leaves_of(params)
+        backend = get_backend(*leaves)
+        with backend.exact(leaves[0]):
             P = preconditioners(
                 backend,
                 pairs_of(params),
