@@ -13,7 +13,7 @@ from rlora.core.factors import Factors, Tree, counterparts, leaves_of, pairs_of,
 from rlora.core.linalg import DampingMode, check_damping, frozen_powers
 from rlora.core.moments import EpsForm, only, over, per_pair, scale_by_adam
 from rlora.core.placement import precondition
-from rlora.core.transform import State, Transform, chain
+from rlora.core.transform import State, Transform, chain, one_side
 
 PEFT: Final[dict[str, Any]] = {
     "eps": 1e-6,
@@ -62,9 +62,8 @@ def scale_by_frozen_gram(
         backend = get_backend(*leaves)
         inverses, scalings = counterparts(params, state.inverse, state.scaling)
         P = [Factors(None, inverse) for inverse in inverses]
-        of_B = [Factors(None, pair.B) for pair in pairs_of(grads)]
         with backend.exact(leaves[0]):
-            D = precondition(backend, P, of_B)
+            D = precondition(backend, P, pairs_of(one_side(grads, "B")))
         return rebuild(params, [over(d, s**2) for d, s in zip(D, scalings, strict=True)]), state
 
     return Transform(init, update, sharded=True)

@@ -27,7 +27,7 @@ from rlora.core.linalg import (
 )
 from rlora.core.moments import keep_scaling, only, over, scale_by_adam
 from rlora.core.placement import precondition
-from rlora.core.transform import State, Transform, chain
+from rlora.core.transform import State, Transform, chain, one_side
 
 
 def scale_by_sketch(
@@ -43,7 +43,7 @@ def scale_by_sketch(
     """
     check_choice("frozen", frozen, Side)
     check_damping(damping, damping_mode, compute_dtype)
-    rest: dict[str, None] = {frozen: None}
+    moving: Side = "B" if frozen == "A" else "A"
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         leaves = leaves_of(params)
@@ -58,9 +58,8 @@ def scale_by_sketch(
                 damping_mode=damping_mode,
                 compute_dtype=compute_dtype,
             )
-            P = [Factors(None, S) if frozen == "A" else Factors(S, None) for S in inverses]
-            G = [pair._replace(**rest) for pair in pairs_of(grads)]
-            D = precondition(backend, P, G)
+            P = [Factors(inverse, inverse) for inverse in inverses]
+            D = precondition(backend, P, pairs_of(one_side(grads, moving)))
         D = [over(d, s**2) for d, s in zip(D, scalings, strict=True)]
         return rebuild(params, D), state
 
@@ -169,7 +168,6 @@ def restart(
         product = backend.matmul(*(backend.cast(x, weight.dtype) for x in (pair.B, pair.A)))
     old, axis = (pair.A, -1) if frozen == "A" else (pair.B, -2)
     draw = np.random.default_rng(seed).normal(size=tuple(old.shape)) / old.shape[axis] ** 0.5
-    sketch = backend.asarray_like(draw, old)
-    zero = backend.xp.zeros_like(pair.B if frozen == "A" else pair.A)
-    fresh = Factors(sketch, zero) if frozen == "A" else Factors(zero, sketch)
+    fresh = Factors(*map(backend.xp.zeros_like, pair))
+    fresh = fresh._replace(**{frozen: backend.asarray_like(draw, old)})
     return weight + scaling * product, fresh
