@@ -1,13 +1,13 @@
 """Checks that compare a step with the same step, made in another way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from rlora import methods
 from rlora.core.backend import Backend
-from rlora.core.factors import Factors, Tree, leaves_of, map_leaves, pairs_of
+from rlora.core.factors import Factors, Tree, map_leaves, pairs_of
 from rlora.core.state import flatten_state
 from rlora.core.step import step
 from rlora.core.transform import Transform
@@ -68,10 +68,8 @@ def check_batched_equals_looped(make: MethodFactory, backend: Backend) -> None:
     stacked, _ = run(make(), Problem(stack, target, 1.0).on(backend), steps=5)
     alone = [run(make(), p.on(backend), steps=5)[0] for p in problems]
     for k, pair in enumerate(alone):
-        for x, y in zip(stacked, pair, strict=True):
-            assert_close(
-                backend.to_numpy(x)[k], backend.to_numpy(y), rtol=1e-10, what="a stacked layer"
-            )
+        layer = [x[k, ...] for x in stacked]
+        _assert_all_close(backend, layer, pair, rtol=1e-10, what="a stacked layer")
     here = [p.on(backend) for p in problems]
     for collect in (list, lambda pairs: dict(zip("xyz", pairs, strict=True))):
         method, params = make(), collect(p.params for p in here)
@@ -80,10 +78,7 @@ def check_batched_equals_looped(make: MethodFactory, backend: Backend) -> None:
             grads = collect(map(Problem.grads, here, pairs_of(params)))
             params, state = step(method, params, grads, state, 0.05)
         for pair, moved in zip(alone, pairs_of(params), strict=True):
-            for x, y in zip(moved, pair, strict=True):
-                assert_close(
-                    backend.to_numpy(x), backend.to_numpy(y), rtol=1e-10, what="a layer of several"
-                )
+            _assert_all_close(backend, moved, pair, rtol=1e-10, what="a layer of several")
 
 
 def check_bad_pair_stays_alone(make: MethodFactory, backend: Backend) -> None:
@@ -104,10 +99,7 @@ def check_bad_pair_stays_alone(make: MethodFactory, backend: Backend) -> None:
         new, _ = step(method, bad_params, bad, method.init(bad_params), 0.1)
         good, _ = step(method, params, grads, method.init(params), 0.1)
         for k in (0, 2):
-            for x, y in zip(new[k], good[k], strict=True):
-                assert_close(
-                    backend.to_numpy(x), backend.to_numpy(y), rtol=1e-14, what="a healthy pair"
-                )
+            _assert_all_close(backend, new[k], good[k], rtol=1e-14, what="a healthy pair")
 
 
 def check_compiles(make: MethodFactory, backend: Backend) -> None:
@@ -126,8 +118,7 @@ def check_compiles(make: MethodFactory, backend: Backend) -> None:
     for _ in range(3):
         params, state = move(params, problem.grads(params), state)
         fast, fast_state = compiled(fast, problem.grads(fast), fast_state)
-    for x, y in zip(leaves_of(fast), leaves_of(params), strict=True):
-        assert_close(backend.to_numpy(x), backend.to_numpy(y), rtol=1e-10, what="a compiled step")
+    _assert_all_close(backend, fast, params, rtol=1e-10, what="a compiled step")
 
 
 def check_donated(make: MethodFactory, backend: Backend) -> None:
@@ -146,3 +137,10 @@ def check_donated(make: MethodFactory, backend: Backend) -> None:
     for name, x in moved[0].items():
         found, expected = backend.to_numpy(moved[1][name]), backend.to_numpy(x)
         assert_close(found, expected, rtol=1e-10, what=f"{name} after steps with donate=True")
+
+
+def _assert_all_close(
+    backend: Backend, actual: Iterable[Any], desired: Iterable[Any], *, rtol: float, what: str
+) -> None:
+    for x, y in zip(actual, desired, strict=True):
+        assert_close(backend.to_numpy(x), backend.to_numpy(y), rtol=rtol, what=what)
