@@ -78,7 +78,7 @@ def gram_figures(backend: Backend, S: Stack, damping: Damping) -> GramFigures:
     xp, half = backend.xp, S.shape[0] // 2
     nothing, nan = xp.zeros_like(damping.eps), xp.isnan(xp.linalg.trace(S))
     shift, live = _shift(backend, S, damping._replace(relative=nothing, absolute=nothing))
-    inverse = backend.damped_power(_shifted(backend, S, shift), -1.0)
+    inverse = backend.damped_power(S + _small(shift) * eye_like(xp, S), -1.0)
     inverse = xp.where(_small(live | nan), inverse, xp.zeros_like(S))
     inverse = xp.concat([inverse[half:, ...], inverse[:half, ...]])  # of the partner
     covariant = _small(damping.covariant)
@@ -140,11 +140,6 @@ def _shift(backend: Backend, S: Stack, damping: Damping) -> tuple[Array, Array]:
     shift = xp.maximum(damping.relative * mean + damping.absolute, floor * mean)
     scale = mean + shift
     return shift, (scale > damping.smallest / rounding) & (scale < damping.largest)
-
-
-def _shifted(backend: Backend, S: Stack, shift: Array) -> Stack:
-    eye = eye_like(backend.xp, S)
-    return S + _small(shift) * eye
 
 
 def _small(x: Array) -> Array:

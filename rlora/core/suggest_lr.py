@@ -40,8 +40,7 @@ def suggest_lr(size: float, *, rank: int, scaling: float = 1.0) -> float:
     Notes
     -----
     The constant was chosen in hindsight, the powers were not. The page of the study has the
-    settings in which it was tried, and where it fails: it is where a sweep begins. SmolLM2, which
-    read its data six times, wanted a half or a quarter of it.
+    settings in which it was tried, and where it fails: it is where a sweep begins.
 
     Examples
     --------

@@ -153,8 +153,8 @@ def weighted_tangent(
     group: RankGroup,
     g: Sequence[Factors],
     weights: Sequence[Factors],
-    damping: float = 0.0,
-    damping_mode: DampingMode = "relative",
+    damping: float,
+    damping_mode: DampingMode,
 ) -> list[Factors]:
     """The pair of moves with ``B D_A + D_B A`` nearest to ``L^-½ G R^-½`` in the metric H.
 
@@ -171,6 +171,8 @@ def weighted_tangent(
         ``Bᵀ G`` and ``G Aᵀ``.
     weights : sequence of Factors
         The diagonals of R^½, (..., n), and L^½, (..., m).
+    damping, damping_mode
+        Of S_A and S_B, see `rlora.core.linalg.inverse_metric`.
     """
     matmul = group.backend.matmul
     weighted = [

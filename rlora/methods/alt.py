@@ -54,10 +54,10 @@ def alternate(
     b2: float | None,
     eps: float,
     weight_decay: float,
-    first: First = "B",
-    damping: float = 1e-6,
-    damping_mode: DampingMode = "relative",
-    compute_dtype: str | None = None,
+    first: First,
+    damping: float,
+    damping_mode: DampingMode,
+    compute_dtype: str | None,
 ) -> Transform:
     """`alt_lora`, or with a b2 `alt_lora_plus`, as a transformation."""
     check_unit("b1", b1)

@@ -154,11 +154,11 @@ def number_of(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def first_of(names: Iterable[str], limit: int = 3) -> str:
-    """The first names of many, and the number of the others: "a, b, c and 2 more"."""
+def first_of(names: Iterable[str]) -> str:
+    """The first three names of many, and the number of the others: "a, b, c and 2 more"."""
     names = list(names)
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _kind(views: Views) -> str:
