@@ -19,7 +19,9 @@ def exact(like: Array) -> AbstractContextManager[Any]:
     """`Backend.exact`, also in a graph."""
     if torch.compiler.is_compiling():
         return _exact_graph(like)
-    if _rounds_inputs() or _PRODUCTS.inside or torch.is_autocast_enabled(like.device.type):
+    with _PRODUCTS.lock:  # or another thread may put its settings back between the two looks
+        rounds = _rounds_inputs() or _PRODUCTS.inside
+    if rounds or torch.is_autocast_enabled(like.device.type):
         return _exact(like)
     return nullcontext()
 
@@ -72,16 +74,16 @@ class OfAllThreads(AbstractContextManager[None]):
 
     def __init__(self) -> None:
         self.inside = 0
-        self._lock, self._settings = threading.Lock(), ExitStack()
+        self.lock, self._settings = threading.Lock(), ExitStack()
 
     def __enter__(self) -> None:
-        with self._lock:
+        with self.lock:
             if not self.inside:
                 self._settings.enter_context(_ieee_products())
             self.inside += 1
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
+        with self.lock:
             self.inside -= 1
             if not self.inside:
                 self._settings.close()
