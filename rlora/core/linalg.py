@@ -69,7 +69,8 @@ def inverse_metric(
 
     `S` are the Grams of the partners. A factor whose partner is zero gets 0, or with absolute
     damping its inverse. The shift is at least `least` times the mean eigenvalue, in every mode.
-    Where a rank is above a side, directions in which the partner can have nothing are left out, and
+    Covariant damping is 0 for an A whose B stays. Where a rank is above a side, directions in which
+    the partner can have nothing are left out, and
     covariant damping is that in the others; it is without bound where A itself can have nothing.
     `sizes` are the m and n of whole factors, where those of the group are pieces.
     """
@@ -81,7 +82,7 @@ def inverse_metric(
     power = partial(backend.damped_power, exponent=-1.0, least=least)
     if damping_mode != "covariant":
         return power(S, damping=damping, relative=damping_mode == "relative", lost=lost)
-    S_B, S_A = group.halves(S)
+    S_B, S_A = _covariant_grams(group, S)
     if lost is None:
         return power(xp.concat([S_B + damping * power(S_A), S_A]))
     lost_B, lost_A = group.halves(lost)
@@ -103,6 +104,18 @@ def inverse_metric(
     return xp.concat([P_A, power(S_A, lost=lost_A)])
 
 
+def _covariant_grams(group: RankGroup, S: Stack) -> tuple[Array, Array]:
+    """The halves of S; where B stays, S_A is 0, which damps nothing.
+
+    Covariant damping holds A back until B has grown, which such a B never does.
+    """
+    S_B, S_A = group.halves(S)
+    if group.all_move:
+        return S_B, S_A
+    _, moves = group.halves(group.constant([(0.0, float(b)) for _, b in group.moving]))
+    return S_B, group.xp.where(moves == 0, group.xp.zeros_like(S_A), S_A)
+
+
 def metric_half(
     group: RankGroup, S: Stack, damping: float, damping_mode: DampingMode, least: float
 ) -> Stack:
@@ -113,12 +126,13 @@ def metric_half(
     makes of a gradient is the same in both bases.
     """
     half = partial(group.backend.damped_half, least=least)
-    S_B, S_A = group.halves(S)
     if damping_mode == "covariant":
+        S_B, S_A = _covariant_grams(group, S)
         P_B = half(S_A)
         P_A = half(group.backend.plus_product(S_B, damping, P_B.mT, P_B), upper=True)
     else:
         relative = damping_mode == "relative"
+        S_B, S_A = group.halves(S)
         P_B = half(S_A, damping, relative=relative)
         P_A = half(S_B, damping, relative=relative, upper=True)
     return group.xp.concat([P_A, P_B])

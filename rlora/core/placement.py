@@ -16,6 +16,9 @@ from rlora.core.rank_group import RankGroup, Stack
 
 Placement = Literal["before", "after", "both"]
 
+Moving: TypeAlias = tuple[bool, bool]
+"""True for A, and for B, if it is updated."""
+
 Sizes: TypeAlias = Sequence[tuple[int, int]]
 """(m, n) of every pair."""
 
@@ -39,6 +42,7 @@ def preconditioners(
     damping_mode: DampingMode,
     placement: Placement = "before",
     compute_dtype: str | None = None,
+    moving: Sequence[Moving] | None = None,
 ) -> Preconditioners:
     """Preconditioners of every pair by the damped Grams: one batch for all pairs of one rank.
 
@@ -53,13 +57,15 @@ def preconditioners(
     damping_mode : {"relative", "absolute", "covariant"}
         ``S + δ tr(S)/r I`` on both sides; ``S + δ I`` on both sides; or ``S_B + δ S_A⁻¹`` for A
         and S_A as it is for B, which transforms as S_B does and so keeps the invariance: δ is then
-        compared with the squared singular values of BA.
+        compared with the squared singular values of BA, and nothing is added where B stays.
     placement : {"before", "after", "both"}
         See `split_power`.
     compute_dtype : {None, "float32", "float64"}
         Precision of Grams and powers; the result comes in the parameters' own, at least float32.
+    moving : sequence of (bool, bool), optional
+        False for factors that stay; all move by default.
     """
-    grams = rank_grams(backend, params, compute_dtype=compute_dtype)
+    grams = rank_grams(backend, params, compute_dtype=compute_dtype, moving=moving)
     sizes = [(pair.B.shape[-2], pair.A.shape[-1]) for pair in params]
     return gram_powers(
         grams, sizes, placement=placement, damping=damping, damping_mode=damping_mode
@@ -82,6 +88,7 @@ def rank_grams(
     *,
     compute_dtype: str | None = None,
     workspace: Workspace | None = None,
+    moving: Sequence[Moving] | None = None,
 ) -> list[RankGrams]:
     """``Bᵀ B`` and ``A Aᵀ`` of every pair, rank by rank: the first half of `preconditioners`.
 
@@ -93,7 +100,8 @@ def rank_grams(
         pairs = [params[i] for i in members]
         memory = None if workspace is None else workspace.setdefault(members[0], {})
         dtype = backend.compute_dtype(pairs[0].A.dtype, compute_dtype)
-        group = RankGroup(backend, pairs, dtype=dtype, workspace=memory)
+        updated = None if moving is None else [moving[i] for i in members]
+        group = RankGroup(backend, pairs, moving=updated, dtype=dtype, workspace=memory)
         grams.append(RankGrams(members, group, group.partner_gram(pairs)))
     return grams
 

@@ -31,6 +31,11 @@ Stack: TypeAlias = Array
 """(2K, ...): members of the A factors, then members of the B factors."""
 
 
+def moving_in(grads: Sequence[Factors]) -> list[tuple[bool, bool]]:
+    """For each pair whether A and B have a gradient."""
+    return [(G.A is not None, G.B is not None) for G in grads]
+
+
 class RankGroup:
     """Pairs of one rank, dtype and device.
 
@@ -278,7 +283,7 @@ def _each_rank(
                 backend,
                 sized[:count],
                 numbers=numbers and numbers[:count],
-                moving=[(g.A is not None, g.B is not None) for g in given],
+                moving=moving_in(given),
                 dtype=backend.compute_dtype(pairs[members[0]].A.dtype, compute_dtype),
             )
             part = type(state)(*[[field[i] for i in members] for field in fields])

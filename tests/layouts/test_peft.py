@@ -380,6 +380,33 @@ def test_mica():
     check_scaled_sgd(model, squares(batch(16, 6)), layers)
 
 
+@pytest.mark.parametrize("name", ["ScaledAdamW", "ScaledSGD", "ScaledProdigy"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_mica_learns_from_its_own_start(name, compiled):
+    """A of zero, and a B that never grows: covariant damping is not to wait for it."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4))
+    config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights="mica")
+    model, loss = peft.get_peft_model(base, config).double(), squares(batch(16, 6))
+    losses = {}
+    for kind, mode in ((name, "covariant"), (name, "relative"), ("AdamW", None)):
+        copied = copy.deepcopy(model)
+        params = [p for p in copied.parameters() if p.requires_grad]
+        rate = {} if name == "ScaledProdigy" and mode else {"lr": 0.1 if "SGD" in kind else 1e-2}
+        if mode is None:
+            optimizer = torch.optim.AdamW(params, **rate)
+        else:
+            optimizer = getattr(rlora.torch, kind)(copied, damping_mode=mode, **rate)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss(copied).backward()
+            step()
+        losses[mode] = loss(copied).item() / loss(model).item()
+    assert losses["covariant"] < losses["relative"] + 0.01
+    assert losses["covariant"] < losses[None] + 0.05
+
+
 # --- several adapters, tied layers ----------------------------------------------------------------
 
 

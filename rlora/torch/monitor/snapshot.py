@@ -63,7 +63,7 @@ class Watch:
             steps = 1
         if now:
             torch._foreach_copy_([p for pair in self.before for p in stored(pair)], now)
-        self.moving = [(pair.has_gradient(0), pair.has_gradient(1)) for pair in pairs]
+        self.moving = [pair.has_gradients() for pair in pairs]
         self.pulled = pulled(pairs, groups)
         rates = [group["lr"] for group in groups]
         numbers = [rate for rate in rates if not isinstance(rate, Tensor)]

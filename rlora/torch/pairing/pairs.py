@@ -62,6 +62,15 @@ class TensorPair(NamedTuple):
         """Return whether A (0) or B (1), or a parameter tied to it, has a gradient."""
         return any(p.grad is not None for p in (self[:2][side], *self.twins[side]))
 
+    def has_gradients(self) -> tuple[bool, bool]:
+        """Return `has_gradient` of A and of B."""
+        return self.has_gradient(0), self.has_gradient(1)
+
+    def learning(self) -> tuple[bool, bool]:
+        """Return whether A and B have a gradient or may have one at another step."""
+        A, B = ((p, *twins) for p, twins in zip(self[:2], self.twins, strict=True))
+        return any(map(moves, A)), any(map(moves, B))
+
     def gradient(self, side: int) -> Tensor | None:
         """The gradient of A (0) or B (1), with those of its tied parameters."""
         p, twins = self[:2][side], self.twins[side]
@@ -236,7 +245,7 @@ def signature(
         grad = p.grad
         layout = 0 if grad is None else grad.layout
         address = p.data_ptr() or local(p).data_ptr()  # a DTensor returns 0
-        seen.append((address, p.shape, p.stride(), p.dtype, type(grad), layout))
+        seen.append((address, p.shape, p.stride(), p.dtype, type(grad), layout, p.requires_grad))
     return seen, choices, [(id(group), len(group["params"])) for group in groups]
 
 

@@ -100,6 +100,7 @@ class ListStep:
         ends = [*accumulate((len(pair.views) for pair in pairs), initial=0)]
         of_pair = {id(pair.A): range(*ends[i : i + 2]) for i, pair in enumerate(pairs)}
         self.products = [of_pair[id(job.pair.A)] for job in self.jobs]
+        self.moving = [both for pair in pairs for both in [pair.learning()] * len(pair.views)]
         own = [local(job.param).detach() for job in self.jobs]
         self.own = own
         # Kernels run through memory without a look at strides: what they step lies as their state.
@@ -135,10 +136,15 @@ class ListStep:
         """The Grams of both factors of every product, rank by rank."""
         if not (self.stays and self.values):
             self.values = self.factors()
-        like, dtype = self.values[0].A, self.recipe.compute_dtype
-        backend = get_backend(like)
+        backend, like = get_backend(self.values[0].A), self.values[0].A
         with backend.exact(like):
-            return rank_grams(backend, self.values, compute_dtype=dtype, workspace=self.workspace)
+            return rank_grams(
+                backend,
+                self.values,
+                compute_dtype=self.recipe.compute_dtype,
+                workspace=self.workspace,
+                moving=self.moving,
+            )
 
     def direct(self, grams: list[RankGrams]) -> Preconditioners:
         """Do as `prepare`, from Grams that are given."""

@@ -38,7 +38,7 @@ class MethodBatch:
         self._optimizer, self._group, self._memory = optimizer, group, memory
         alike: dict[Any, list[Member]] = {}
         for member in members:
-            moves = (member.pair.has_gradient(0), member.pair.has_gradient(1))
+            moves = member.pair.has_gradients()
             cut = [getattr(p, "placements", None) for p in member.params]
             key = (moves, *member.shapes, member.params[0].dtype, *cut)
             alike.setdefault(key, []).append(member)
@@ -231,7 +231,7 @@ def portions(optimizer: Any, group: int, pairs: Iterable[TensorPair]) -> list[Po
     """For each device the portions of the pairs of a group that have a gradient."""
     members: dict[torch.device, list[Member]] = {}
     for pair in pairs:
-        if pair.has_gradient(0) or pair.has_gradient(1):
+        if any(pair.has_gradients()):
             members.setdefault(pair.A.device, []).extend(pair.members())
     return [Portions(optimizer, group, some) for some in members.values()]
 

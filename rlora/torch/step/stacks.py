@@ -14,7 +14,7 @@ from torch import Tensor
 from rlora.core.backend import LARGE, Backend, Workspace
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors
-from rlora.core.placement import split_power
+from rlora.core.placement import Moving, split_power
 from rlora.core.rank_group import RankGroup
 from rlora.torch.pairing.pairs import TensorPair
 from rlora.torch.step.kernels import Number, check_capture, counter_dtype, rate_of
@@ -35,7 +35,7 @@ class StackedAdamW:
     pairs : sequence of TensorPair
         Dense pairs of one rank, dtype and device.
     moving : sequence of (bool, bool)
-        Whether A and B of each pair are to be updated.
+        Whether A and B of each pair are to be updated now.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class StackedAdamW:
         optimizer: Any,
         group: dict[str, Any],
         pairs: Sequence[TensorPair],
-        moving: Sequence[tuple[bool, bool]],
+        moving: Sequence[Moving],
     ) -> None:
         self.optimizer, self.group, self.recipe = optimizer, group, recipe_of(group)
         alike: dict[Any, list[int]] = {}
@@ -79,7 +79,8 @@ class StackedAdamW:
         self.order = torch.tensor(order, device=self.device) if mixed else None
         self.sizes = [(B.shape[0], A.shape[1]) for A, B in factors]
         values = [Factors(A.detach(), B.detach()) for A, B in factors]
-        self.ranks = RankGroup(self.backend, values, dtype=dtype, workspace={})
+        learn = [pairs[i].learning() for i in by_shape]
+        self.ranks = RankGroup(self.backend, values, moving=learn, dtype=dtype, workspace={})
 
     def prepare(self) -> tuple[Number, Tensor | None]:
         """Do everything that may fail: Grams, their powers and the preconditioned gradients.
