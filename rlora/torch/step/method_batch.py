@@ -113,8 +113,7 @@ class MethodBatch:
         params, grads = {}, {}
         wide = group["stochastic_rounding"]
         for i, sides in enumerate(self._sides):
-            values = [side.factors() for side in sides] + [side.gradients() for side in sides]
-            A, B, G_A, G_B = (self._stack(x, (i, k), wide) for k, x in enumerate(values))
+            (A, G_A), (B, G_B) = (self._stacks(side, (i, k), wide) for k, side in enumerate(sides))
             params[f"{i}"], grads[f"{i}"] = Factors(A, B), Factors(G_A, G_B)
         if group["maximize"]:
             grads = map_leaves(torch.neg, grads)
@@ -124,14 +123,21 @@ class MethodBatch:
         with backend.exact(like), backend.reusing(self._memory):
             return move(self._transform, params, grads, self._state, group["lr"], donate=True)
 
-    def _stack(self, tensors: list[Any], slot: Any, wide: bool) -> Tensor | None:
+    def _stacks(self, side: Side, slot: Any, wide: bool) -> list[Any]:
+        """The factors of a side and their gradients, or None, as two views of one stack."""
+        lists = [side.factors(), side.gradients()]
+        if lists[1][0] is None:
+            return [self._stack(lists[0], slot, wide), None]
+        (count, first), grad = (len(lists[0]), lists[0][0]), lists[1][0]
+        if count == 1 or self._in_pieces or grad.dtype != first.dtype:
+            return [self._stack(x, (slot, i), wide) for i, x in enumerate(lists)]
+        return list(self._stack([*lists[0], *lists[1]], slot, wide).split(count))
+
+    def _stack(self, tensors: list[Tensor], slot: Any, wide: bool) -> Tensor:
         """Matrices on a stack of this step; on a CPU in memory of the last one."""
-        if tensors[0] is None:
-            return None
         dtype = torch.float32 if wide and tensors[0].itemsize == 2 else tensors[0].dtype
         if len(tensors) == 1 and tensors[0].dtype == dtype:
-            where_it_is: Tensor = tensors[0].detach()[None]
-            return where_it_is
+            return tensors[0].detach()[None]
         if tensors[0].device.type != "cpu" or self._in_pieces:
             return torch.stack(tensors).to(dtype)
         shape = torch.Size((len(tensors), *tensors[0].shape))
@@ -159,13 +165,13 @@ class MethodBatch:
                 if len(values) > 1 or not lies_in(places[0], values[0]):
                     old += places
                     new += values
-        if old:
-            store(old, new, self._optimizer.param_groups[self._group])
         if changed := [x for x in both if x[0] is not x[1]]:
             mine, theirs = map(list, zip(*changed, strict=True))
             if self._in_pieces:
                 mine, theirs = list(map(local, mine)), list(map(local, theirs))
-            torch._foreach_copy_(mine, theirs)
+            old += mine
+            new += theirs
+        store(old, new, self._optimizer.param_groups[self._group])
         if torch.compiler.is_compiling():
             for share in self._shares:
                 for key, view in zip(share.keys, share.views, strict=True):

@@ -52,7 +52,7 @@ def count_roundings(groups: Iterable[dict[str, Any]]) -> None:
 
 
 def store(params: Sequence[Tensor], wide: Sequence[Tensor], group: dict[str, Any]) -> None:
-    """Copy results into parameters, as `rounded` has them."""
+    """Copy results into parameters and states, as `rounded` has them: one copy for each dtype."""
     alike: dict[Any, list[int]] = {}
     for i, (p, x) in enumerate(zip(params, wide, strict=True)):
         if p.dtype != x.dtype:
@@ -65,7 +65,9 @@ def store(params: Sequence[Tensor], wide: Sequence[Tensor], group: dict[str, Any
         (stack,) = rounded([together], dtype, group)
         for i, x in zip(members, stack.unbind(0), strict=True):
             results[i] = x
-    torch._foreach_copy_(list(params), results)
+    for dtype in {p.dtype: None for p in params}:
+        places = [i for i, p in enumerate(params) if p.dtype == dtype]
+        torch._foreach_copy_([params[i] for i in places], [results[i] for i in places])
 
 
 def rounded(stacks: list[Tensor], dtype: torch.dtype, group: dict[str, Any]) -> list[Tensor]:
