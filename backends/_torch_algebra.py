@@ -7,7 +7,7 @@ import torch
 from rlora.core.algebra import ROUNDING, Damped
 from rlora.core.factors import Array
 
-from ._torch_cpu import damped_if_sound, is_eager_cpu, rounding_of, share_of
+from ._torch_cpu import damped_if_sound, is_eager_cpu, kept, rounding_of, share_of
 
 
 def damped(S: Array, damping: Array | float, relative: bool, least: float) -> Damped:
@@ -38,8 +38,10 @@ def half_power(S: Array, power: float, damping: float = 0.0) -> Array:
     With ``S = L Lᵀ`` and the polar factor U of L, ``S^½ = L Uᵀ`` and ``S^-½ = U L⁻¹``. The factor
     has the root of the condition number, so that an error in it does not reach large eigenvalues.
     """
-    L, unit = cholesky_of_trace_1(S, damping)
-    U = polar_factor(L, damping / S.shape[-1])
+    unit = traces(S).clamp(min=torch.finfo(S.dtype).smallest_normal)
+    H = damped_unit(S, unit, damping)
+    L = definite_cholesky(H)
+    U = polar_factor(L, H, damping / S.shape[-1])
     if power > 0:
         half = torch.bmm(L, U.mT)
     else:
@@ -47,17 +49,17 @@ def half_power(S: Array, power: float, damping: float = 0.0) -> Array:
     return half * unit**power
 
 
-def cholesky_of_trace_1(S: Array, damping: float) -> tuple[Array, Array]:
-    """The Cholesky factors of ``S / unit + damping / r I``, and the units: traces, (K, 1, 1).
+def traces(S: Array) -> Array:
+    """Those of (K, r, r), as (K, 1, 1)."""
+    return S.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1)
 
-    A trace below the smallest normal number counts as that. `damping` is far below 1.
-    """
-    unit = S.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1)
-    unit = unit.clamp(min=torch.finfo(S.dtype).smallest_normal)
+
+def damped_unit(S: Array, unit: Array, damping: float) -> Array:
+    """``S / unit + damping / r I``, with the traces of S as units; `damping` is far below 1."""
     H = S / unit
     if damping:
         H.diagonal(dim1=-2, dim2=-1).add_(damping / S.shape[-1])
-    return definite_cholesky(H), unit
+    return H
 
 
 def definite_cholesky(H: Array, *, lift: bool = False) -> Array:
@@ -80,15 +82,16 @@ def definite_cholesky(H: Array, *, lift: bool = False) -> Array:
     return L.masked_fill(failed.view(-1, 1, 1) != 0, torch.nan)
 
 
-def polar_factor(L: Array, least: float) -> Array:
-    """The orthogonal U of ``L = P U`` with definite P, by products alone; (K, r, r) of norm 1.
+def polar_factor(L: Array, S: Array, least: float) -> Array:
+    """The orthogonal U of ``L = P U`` with definite P, by products alone; ``S = L Lᵀ`` of norm 1.
 
     ``X <- (α I - β X Xᵀ) X`` takes the singular values of X from L's, whose squares are at least
     `least` or 10 eps, to 1.
     """
     X = L
     for alpha, beta in cubics(torch.finfo(L.dtype).eps, least):
-        X = torch.baddbmm(X, torch.bmm(X, X.mT), X, beta=alpha, alpha=-beta)
+        square = S if X is L else torch.bmm(X, X.mT)
+        X = torch.baddbmm(X, square, X, beta=alpha, alpha=-beta)
     return X
 
 
@@ -120,10 +123,16 @@ def cubics(eps: float, least: float = 0.0) -> list[tuple[float, float]]:
 
 def inverse_cholesky(S: Array, *, upper: bool = False, lift: bool = False) -> Array:
     """`Backend.inverse_cholesky`, NaN where S is not definite: see `definite_cholesky`."""
-    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
     L = definite_cholesky(S.flip(-2, -1) if upper else S, lift=lift)
-    W = torch.linalg.solve_triangular(L, eye, upper=False)
+    W = torch.linalg.solve_triangular(L, eyes(S), upper=False)
     return W.flip(-2, -1) if upper else W
+
+
+def eyes(S: Array) -> Array:
+    """Identities like a stack (K, r, r)."""
+    r, dtype, device = S.shape[-1], S.dtype, S.device
+    eye = kept(("eye", r, dtype, device), lambda: torch.eye(r, dtype=dtype, device=device))
+    return eye.expand_as(S)
 
 
 def inverse_root_half(V: Array, eps: float, X: Array, least: float) -> Array:
@@ -142,27 +151,28 @@ def cholesky_pseudo_half(S: Array, least: float) -> Array:
 def symmetric_pseudo_half(S: Array, least: float) -> Array:
     """``Backend.pseudo_power(S, -0.5)`` by the same half, and the polar factor that it lacks."""
     damping = damping_of(S, least)
-    W, L = pseudo_halves(S, damping)
-    return torch.bmm(polar_factor(L, damping / S.shape[-1]), W)
+    W, L, H = pseudo_halves(S, damping)
+    return torch.bmm(polar_factor(L, H, damping / S.shape[-1]), W)
 
 
-def pseudo_halves(S: Array, damping: float) -> tuple[Array, Array]:
-    """W with ``Wᵀ W = pseudo_power(S, -1)``, and the Cholesky factor of the damped S, of trace 1.
+def pseudo_halves(S: Array, damping: float) -> tuple[Array, Array, Array]:
+    """W with ``Wᵀ W = pseudo_power(S, -1)``, and ``L Lᵀ = H``, the damped S of trace 1.
 
     A filter takes the place of a cut-off, which needs eigenvalues: F has ``f = λ / (λ + shift)``,
     made of ``I - shift W Wᵀ``, which loses no digits to the condition number, and W is multiplied
     by ``(3.25 f² - 2.25 f³)²``. With the ``√f`` that is left of ``√λ W`` that is flat at f = 1.
     """
     r, info = S.shape[-1], torch.finfo(S.dtype)
-    L, unit = cholesky_of_trace_1(S, damping)
-    eye = torch.eye(r, dtype=S.dtype, device=S.device).expand_as(S)
+    tiny = info.smallest_normal * r / rounding_of(S)  # too small to be inverted: W is 0
+    unit = torch.nn.functional.threshold(traces(S), tiny, torch.inf)
+    H = damped_unit(S, unit, damping)
+    L = definite_cholesky(H)
+    eye = eyes(S)
     W = torch.linalg.solve_triangular(L, eye, upper=False)
     F = torch.baddbmm(eye, W, W.mT, alpha=-damping / r)
     squared = torch.bmm(F, F)
     F = torch.baddbmm(squared, squared, F, beta=3.25, alpha=-2.25)
-    W = torch.bmm(F, torch.bmm(F, W)) * unit**-0.5
-    tiny = unit <= info.smallest_normal * r / rounding_of(S)  # too small to be inverted
-    return W.masked_fill(tiny, 0.0), L
+    return torch.bmm(F, torch.bmm(F, W)) * unit**-0.5, L, H
 
 
 def damping_of(S: Array, least: float) -> float:

@@ -5,7 +5,7 @@ numbers of a damping are here too, as both ways have them.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -30,6 +30,7 @@ class Arena:
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
         self._taken = 0
+        self.constants: dict[Any, Tensor] = {}
 
     def begin(self) -> None:
         """From now on what has been handed out is handed out again."""
@@ -69,6 +70,16 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if arena is None:
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     return arena.take(shape, dtype)
+
+
+def kept(key: Any, make: Callable[[], Tensor]) -> Tensor:
+    """A constant, which nobody may write to; inside of `reusing` that of the last time."""
+    arena = None if torch.compiler.is_compiling() else _arena.get()
+    if arena is None:
+        return make()
+    if key not in arena.constants:
+        arena.constants[key] = make()
+    return arena.constants[key]
 
 
 def is_plain(*tensors: Tensor) -> bool:

@@ -136,11 +136,6 @@ def reordered(stack: Array, order: list[int], layers: list[int]) -> Array:
     return torch.cat([pieces[i] for i in range(len(order))])
 
 
-def is_one_stack(tall: Tall) -> bool:
-    """Return whether these are the factors of equal layers, one (K, ., .)."""
-    return len(tall) == 1 and tall[0].ndim == 3
-
-
 def stacked(tall: list[Array], dtype: Any, workspace: Workspace | None) -> Array:
     """Factors of one shape as (K, ., .) in `dtype`; good until the next call."""
     F = tall[0]

@@ -29,6 +29,7 @@ from ._torch_cpu import (
     fused_adam,
     is_eager_cpu,
     is_plain,
+    kept,
     reusing,
     shifted,
 )
@@ -36,7 +37,6 @@ from ._torch_precision import exact
 from ._torch_stacks import (
     buckets_of,
     gram_of,
-    is_one_stack,
     is_stacked,
     multiply,
     multiply_each,
@@ -96,10 +96,9 @@ class TorchBackend(Backend):
         self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None, slot: str
     ) -> Array:
         """Products with the transpose, bucket by bucket, as one stack (K, r, r)."""
-        order, pieces, start = [], [], 0
-        r = tall[0].shape[-2 if slot == "rows" else -1]
-        if is_one_stack(tall):
+        if len(tall) == 1 and tall[0].ndim == 3:  # of equal layers
             return gram_of(slot, tall[0].to(dtype))
+        (order, pieces, start), r = ([], [], 0), tall[0].shape[-2 if slot == "rows" else -1]
         layers = [math.prod(F.shape[:-2]) for F in tall]
         stack = take(workspace, ("gram", slot), (sum(layers), r, r), dtype, tall[0].device)
         for members in buckets_of(tall, workspace, slot).values():
@@ -129,7 +128,7 @@ class TorchBackend(Backend):
             wide = [G.to(p.dtype) for p, G in zip(P, tall, strict=True)]
             multiply_each(slot, P, wide, onto, keep)
             return list(onto)
-        if is_one_stack(tall) and onto is None:
+        if len(tall) == 1 and tall[0].ndim == 3:
             G = tall[0].to(P[0].dtype)
             out = take(workspace, ("out", slot), G.shape, G.dtype, G.device)
             return [multiply(slot, P[0], G, out)]
@@ -223,9 +222,8 @@ class TorchBackend(Backend):
         return cholesky_pseudo_half(S, least)
 
     def inverse_root_half(self, V: Array, eps: float, X: Array, least: float = 0.0) -> Array:
-        if not eigh_waits(V):
-            return super().inverse_root_half(V, eps, X, least)
-        return inverse_root_half(V, eps, X, least)
+        half = inverse_root_half if eigh_waits(V) else super().inverse_root_half
+        return half(V, eps, X, least)
 
     def adam(self, M: Tall, V: Tall, G: Tall, numbers: AdamNumbers) -> tuple[list[Array], ...]:
         b1, b2, *by_array = numbers
@@ -246,13 +244,15 @@ class TorchBackend(Backend):
             return [x - lr * d for x, d in zip(X, D, strict=True)]
         if X and all(x.device.type == "cuda" for x in X):  # one kernel for all of a shape
             return list(torch._foreach_sub(list(X), list(D), alpha=lr))
-        moved = []
-        for x, d in zip(X, D, strict=True):
-            out = None
-            if is_plain(x, d):
-                out = x if donate else empty(d.shape, d.dtype)
-            moved.append(torch.sub(x, d, alpha=lr, out=out))
+        moved = list(X)
+        for i, (x, d) in enumerate(zip(X, D, strict=True)):
+            memory = (x if donate else empty(d.shape, d.dtype)) if is_plain(x, d) else None
+            moved[i] = torch.sub(x, d, alpha=lr, out=memory)
         return moved
+
+    def constants(self, values: Sequence[float], dtype: Any, like: Array) -> Array:
+        key = (tuple(values), dtype, like.device)
+        return kept(key, partial(super().constants, values, dtype, like))
 
     def lerp(self, X: Array, Y: Array, weight: Array) -> Array:
         return torch.lerp(X, Y, weight)
@@ -286,8 +286,8 @@ class TorchBackend(Backend):
         return exact(like)
 
     def devices(self) -> list[str]:
-        names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        return names + (["mps"] if torch.backends.mps.is_available() else [])
+        mps = ["mps"] if torch.backends.mps.is_available() else []
+        return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *mps]
 
     def to_numpy(self, x: Array) -> Any:
         return x.detach().cpu().numpy()

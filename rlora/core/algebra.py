@@ -77,6 +77,12 @@ class MatrixAlgebra:
         floor = 0.5 * ROUNDING * eps * xp.sum(w, axis=-1, keepdims=True)
         return xp.clip(xp.maximum(w, floor), min=eps**2)  # a zero Gram comes undamped
 
+    def constants(self, values: Sequence[float], dtype: Any, like: Array) -> Array:
+        """Python numbers as (K, 1, 1), on the device of an array: a list would be copied there."""
+        make = partial(self.xp.full, dtype=dtype, device=device_of(like))
+        runs = [(float(value), len(list(run))) for value, run in groupby(values)]
+        return self.xp.concat([make((count, 1, 1), value) for value, count in runs])
+
     def eigh(self, S: Array) -> tuple[Array, Array]:
         """Eigenvalues (K, r), ascending, and eigenvectors (K, r, r) of symmetric matrices.
 
@@ -238,13 +244,6 @@ def lost_below(xp: Any, rank: int, dtype: Any) -> float:
 def traces(xp: Any, S: Array) -> Array:
     """Those of (K, r, r), as (K, 1, 1)."""
     return xp.reshape(xp.linalg.trace(S), (-1, 1, 1))
-
-
-def constants(xp: Any, values: Sequence[float], dtype: Any, like: Array) -> Array:
-    """Python numbers as (K, 1, 1), made on the device of an array: a list would be copied there."""
-    make = partial(xp.full, dtype=dtype, device=device_of(like))
-    runs = [(float(value), len(list(run))) for value, run in groupby(values)]
-    return xp.concat([make((count, 1, 1), value) for value, count in runs])
 
 
 def eye_like(xp: Any, S: Array) -> Array:

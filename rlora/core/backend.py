@@ -152,8 +152,8 @@ class Backend(MatrixAlgebra):
         return [x - lr * d for x, d in zip(X, D, strict=True)]
 
     def lerp(self, X: Array, Y: Array, weight: Array) -> Array:
-        """``X + weight (Y - X)``."""
-        return X + weight * (Y - X)
+        """``(1 - weight) X + weight Y``."""
+        return (1 - weight) * X + weight * Y
 
     # --- small change ---------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from functools import partial
 from math import prod
 from typing import Any, Literal
 
-from rlora.core.algebra import ROUNDING, constants, traces
+from rlora.core.algebra import ROUNDING, traces
 from rlora.core.backend import Backend
 from rlora.core.checks import ComputeDtype, check_choice, check_nonnegative, is_zero
 from rlora.core.factors import Array, Factors, indices_by_rank
@@ -49,7 +49,7 @@ def frozen_powers(
         S = gram(alike, backend.compute_dtype(alike[0].dtype, compute_dtype))
         shift = 0.0 if damping_mode == "covariant" else damping
         empty = [S.shape[-1] - F.shape[side] for F in alike for _ in range(prod(F.shape[:-2]))]
-        lost = constants(backend.xp, empty, S.dtype, S) if max(empty) > 0 else None
+        lost = backend.constants(empty, S.dtype, S) if max(empty) > 0 else None
         P = backend.damped_power(S, exponent, shift, relative=damping_mode == "relative", lost=lost)
         P = backend.cast(P, backend.compute_dtype(alike[0].dtype))
         for i, power in zip(members, backend.unstack(P, alike), strict=True):

@@ -10,7 +10,7 @@ from itertools import chain
 from math import prod
 from typing import Any, TypeAlias
 
-from rlora.core.algebra import constants, lost_below
+from rlora.core.algebra import lost_below
 from rlora.core.backend import Backend, Workspace
 from rlora.core.checks import ComputeDtype, check_choice
 from rlora.core.dispatch import get_backend
@@ -24,7 +24,7 @@ from rlora.core.factors import (
     rebuild_each,
     where_moving,
 )
-from rlora.core.sizes import moderate, range_numbers, swapped
+from rlora.core.sizes import inverse_peaks, moderate, swapped
 from rlora.core.transform import ApplyFn, State, Transform, apply_updates
 
 Stack: TypeAlias = Array
@@ -48,7 +48,7 @@ class RankGroup:
     moving : sequence of (bool, bool), optional
         True for factors with a gradient; all by default.
     numbers : sequence of Factors, optional
-        Numbers by which the factors have been multiplied, (..., 1, 1); see `by_rank`.
+        Numbers by which the factors have been divided, (..., 1, 1); see `by_rank`.
     dtype : dtype, optional
         The dtype of the r x r algebra; the parameters' own by default.
     workspace : dict, optional
@@ -113,7 +113,7 @@ class RankGroup:
     def in_range(self, X: Sequence[Factors]) -> tuple[list[Factors], Stack | float]:
         """X, each factor times a number that brings its squares into range, and the numbers."""
         A, B = zip(*X, strict=True)
-        numbers = range_numbers(self.backend, [*A, *B])
+        numbers = inverse_peaks(self.backend, [*A, *B])
         if numbers is None:
             return list(X), 1.0
         pieces = zip(self.unstack(numbers), X, strict=True)
@@ -173,7 +173,7 @@ class RankGroup:
                 for lead, value in zip(self._leads, values, strict=True)
                 for _ in range(prod(lead))
             ]
-            kept[key] = constants(self.xp, flat, self.dtype, self.like)
+            kept[key] = self.backend.constants(flat, self.dtype, self.like)
         return kept[key]
 
     def columns(self) -> Stack:

@@ -21,15 +21,14 @@ def ordinary(xp: Any, dtype: Any) -> tuple[float, float]:
     return 1 / high, high
 
 
-def into_range(
-    backend: Backend, X: Sequence[Array], *, huge_only: bool = False
-) -> tuple[list[Array], list[Array] | None]:
+def into_range(backend: Backend, X: Sequence[Array]) -> tuple[list[Array], list[Array] | None]:
     """Matrices with their largest entry of ordinary size, and the numbers that did it.
 
     Parameters
     ----------
-    X, huge_only
-        See `range_numbers`.
+    X : sequence of arrays
+        Matrices (..., r, n) of one dtype; what is larger is divided down to the largest ordinary
+        size, what is smaller multiplied up to the smallest.
 
     Returns
     -------
@@ -38,47 +37,48 @@ def into_range(
     numbers : list of arrays of shape (..., 1, 1), or None
         None where all are known to be 1.
     """
-    numbers = range_numbers(backend, X, huge_only=huge_only)
-    if numbers is None:
+    xp = backend.xp
+    low, high = ordinary(xp, X[0].dtype)
+    if backend.within(X, low, high):
         return list(X), None
+    peak = backend.peaks(X)
+    info = xp.finfo(peak.dtype)
+    tiny, most = float(info.smallest_normal), float(info.max)  # instead of zero and infinity
+    numbers = xp.clip(peak, min=low, max=high) / xp.clip(peak, min=tiny, max=most)
     pieces = backend.unstack(numbers, X)
     return [c * x for c, x in zip(pieces, X, strict=True)], pieces
 
 
-def range_numbers(backend: Backend, X: Sequence[Array], *, huge_only: bool = False) -> Array | None:
-    """Numbers (K, 1, 1) that bring the largest entries to ordinary sizes; None if all are 1.
-
-    Parameters
-    ----------
-    X : sequence of arrays
-        Matrices (..., r, n) of one dtype; what is larger is divided down to the largest ordinary
-        size, what is smaller multiplied up to the smallest.
-    huge_only : bool
-        Leave tiny ones as they are.
-    """
+def inverse_peaks(backend: Backend, X: Sequence[Array]) -> Array | None:
+    """One over the largest entries, (K, 1, 1); None where all are known to be of ordinary size."""
     xp = backend.xp
-    low, high = ordinary(xp, X[0].dtype)
-    if backend.within(X, 0.0 if huge_only else low, high):
+    if backend.within(X, *ordinary(xp, X[0].dtype)):
         return None
     peak = backend.peaks(X)
-    info = xp.finfo(peak.dtype)
-    tiny, most = float(info.smallest_normal), float(info.max)  # instead of zero and infinity
-    if huge_only:
-        return high / xp.clip(peak, min=high, max=most)
-    return xp.clip(peak, min=low, max=high) / xp.clip(peak, min=tiny, max=most)
+    tiny = float(xp.finfo(peak.dtype).smallest_normal)
+    return xp.clip(peak, min=tiny, max=1 / tiny) ** -1.0  # one operation, 1 / x two
 
 
 def moderate(
     backend: Backend, pairs: Sequence[Factors]
 ) -> tuple[list[Factors], list[Factors] | None]:
-    """The pairs, huge factors brought down, and the numbers that did it; None where all were 1."""
-    flat, numbers = into_range(backend, [x for pair in pairs for x in pair], huge_only=True)
-    return in_pairs(flat), None if numbers is None else in_pairs(numbers)
+    """The pairs, huge factors divided down to the largest ordinary size, and the divisors.
+
+    Each has its own, (..., 1, 1), at least 1; None where all are known to be 1.
+    """
+    flat, xp = [x for pair in pairs for x in pair], backend.xp
+    low, high = ordinary(xp, flat[0].dtype)
+    if backend.within(flat, 0.0, high):
+        return list(pairs), None
+    peak = backend.peaks(flat)
+    most = float(xp.finfo(peak.dtype).max)  # instead of infinity
+    numbers = backend.unstack(xp.clip(low * peak, min=1.0, max=low * most), flat)
+    return in_pairs([x / c for c, x in zip(numbers, flat, strict=True)]), in_pairs(numbers)
 
 
 def swapped(numbers: Sequence[Factors], X: Sequence[Factors]) -> list[Factors]:
-    """Gradients or directions, each times the number of the partner."""
-    return [Factors(c.B * x.A, c.A * x.B) for c, x in zip(numbers, X, strict=True)]
+    """Gradients or directions, each divided by the number of the partner."""
+    return [Factors(x.A / c.B, x.B / c.A) for c, x in zip(numbers, X, strict=True)]
 
 
 def euclidean_norm(xp: Any, leaves: list[Array]) -> Array:

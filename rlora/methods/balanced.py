@@ -109,7 +109,7 @@ def balance(group: RankGroup, X: list[Factors], state: State) -> tuple[list[Fact
     c = group.swap_sides(root) / root
     if group.numbers is not None:  # huge factors, of which these Grams are not
         n = group.stack(group.numbers)
-        c = c * n**0.5 / group.swap_sides(n) ** 0.5
+        c = c * group.swap_sides(n) ** 0.5 / n**0.5
     P = xp.where(live, c * xp.concat([half, back]), eye)
     sized, number = group.in_range(X)
     return group.apply(P / number, sized), state

@@ -69,10 +69,10 @@ def gauge_of(gauge: Gauge, group: RankGroup, S: Stack, P: Stack, cross: Stack) -
         return -0.5 * matmul(matmul(P_A, C_B), P_B)
     S_B, S_A = group.halves(S)  # those of the partners
     C = -matmul(P_A, C_A.mT)
-    if group.numbers is not None:  # huge factors: S_B / c_B² to S_A / c_A², neither enlarged
+    if group.numbers is not None:  # huge factors: c_B² S_B to c_A² S_A, neither enlarged
         c_A, c_B = group.halves(group.stack(group.numbers))
         most = group.xp.maximum(c_A, c_B)
-        by_A, by_B = (c_B / most) ** 2, (c_A / most) ** 2
+        by_A, by_B = (c_A / most) ** 2, (c_B / most) ** 2
         S_A, S_B, C = by_A * S_A, by_B * S_B, by_A * C
     return sylvester_spd(backend, S_B, S_A, C)
 

@@ -43,7 +43,7 @@ def balancing(group: RankGroup, S: Stack, form: Form) -> Stack:
         K = geometric_mean(backend, partner, S)
     if group.numbers is not None:
         c = group.stack(group.numbers)
-        K = K * (group.swap_sides(c) / c)
+        K = K * (c / group.swap_sides(c))
     return xp.where(zero, eye, K)
 
 

@@ -90,7 +90,7 @@ def scale_by_rite(
         # Back to the gradient's own size, or less where its square would leave the range.
         size = xp.sqrt(traces(xp, Q)) * xp.clip(_size(xp, W), min=1.0)
         back = xp.clip(size / largest, min=numbers) ** -1.0  # one operation, 1 / x two
-        V = backend.lerp(V, (back * Q) * back, 1 - decay2)
+        V = backend.lerp((back * Q) * back, V, decay2)
         shifted = V
         if escape:
             spectrum, _ = backend.eigh(V)
@@ -105,7 +105,7 @@ def scale_by_rite(
             mu=mu,
             nu=nu,
             turn=no_turn(group, T),
-            count=one_more(state.count),
+            count=group.unstack((t + 1)[:, 0, 0]),
         )
 
     return by_rank(_init, rule, transport=record_turn, compute_dtype=compute_dtype, sharded=True)
@@ -168,7 +168,7 @@ def clip_unmagnified(max_norm: float | None = None, max_rms: float | None = None
         squares = traces(group.xp, congruence(group.backend, W, group.gram(G)))
         norms = squares**0.5 / numbers
         if group.numbers is not None:
-            norms = norms * group.swap_sides(group.stack(group.numbers))
+            norms = norms / group.swap_sides(group.stack(group.numbers))
         return group.unstack(norms[:, 0, 0]), state
 
     unmagnified_norms = by_rank(no_state, measure, rescaled=False).update
