@@ -52,7 +52,7 @@ def fold_of(tall: Array, least: int) -> int:
 
 def rows_times(X: Array, Y: Array) -> Array:
     """``X Yᵀ`` of (..., r, n)."""
-    if X.ndim == 3 and min(fold_of(X.mT, FOLDED_GRAM), fold_of(Y.mT, FOLDED_GRAM)) > 1:
+    if X.ndim == 3 and all(fold_of(F.mT, FOLDED_GRAM) > 1 for F in (X, Y)):
         return folded_columns(X.mT, Y.mT)
     return product_of(X)(X, Y.mT)
 

@@ -281,9 +281,7 @@ class TorchBackend(Backend):
         backend: Backend = on_pieces(self.xp, self.name)
         return backend
 
-    def exact(self, like: Array) -> AbstractContextManager[Any]:
-        """No autocast and no TF32 or bfloat16 products inside."""
-        return exact(like)
+    exact = staticmethod(exact)
 
     def devices(self) -> list[str]:
         mps = ["mps"] if torch.backends.mps.is_available() else []

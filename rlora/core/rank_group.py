@@ -50,7 +50,7 @@ class RankGroup:
     numbers : sequence of Factors, optional
         Numbers by which the factors have been divided, (..., 1, 1); see `by_rank`.
     dtype : dtype, optional
-        The dtype of the r x r algebra; the parameters' own by default.
+        The dtype of the r x r algebra; the parameters' own by default, at least float32.
     workspace : dict, optional
         Memory to use again at the next call with factors of the same shapes.
     """
@@ -68,8 +68,8 @@ class RankGroup:
         self.backend, self.xp, self.params = backend, backend.xp, params
         self.like = params[0].A
         self.rank: int = self.like.shape[-2]
-        self.dtype = dtype or self.like.dtype
         self.wide = backend.compute_dtype(self.like.dtype)  # of what acts on factors
+        self.dtype = dtype or self.wide
         self.lost = lost_below(self.xp, self.rank, self.wide)
         self.workspace = workspace
         self.moving = moving or [(True, True)] * len(params)
@@ -151,10 +151,7 @@ class RankGroup:
 
     def multipliers(self, P: Stack) -> list[Factors]:
         """The matrices that multiply A from the left and B from the right: P and ``Pᵀ``."""
-        P_A, P_B = self.halves(self.backend.cast(P, self.wide))
-        A, B = zip(*self.params, strict=True)
-        pieces = self.backend.unstack(P_A, A), self.backend.unstack(P_B.mT, B)
-        return list(map(Factors, *pieces))
+        return [Factors(P_A, P_B.mT) for P_A, P_B in self.unstack(P)]
 
     def per_layer(self, X: Sequence[Factors]) -> Stack:
         """One number per factor, or one per layer of it, as (2K, 1, 1)."""
@@ -232,7 +229,7 @@ def by_rank(
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         def work(group: RankGroup, G: list[Factors], part: State) -> tuple[list[Factors], State]:
-            whole = group.filled(G)
+            whole = G if group.all_move else group.filled(G)
             if group.numbers is None or not rescaled:
                 return rule(group, whole, part)
             D, part = rule(group, swapped(group.numbers, whole), part)
@@ -284,7 +281,7 @@ def _each_rank(
                 sized[:count],
                 numbers=numbers and numbers[:count],
                 moving=moving_in(given),
-                dtype=backend.compute_dtype(pairs[members[0]].A.dtype, compute_dtype),
+                dtype=compute_dtype and backend.compute_dtype(now[0].A.dtype, compute_dtype),
             )
             part = type(state)(*[[field[i] for i in members] for field in fields])
             found, part = work(group, sized[count:] if transport else given, part)

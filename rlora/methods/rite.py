@@ -79,7 +79,8 @@ def scale_by_rite(
         T = backend.matmul(W.mT, U)  # old coordinates to new
 
         V = congruence(backend, U, group.stack(state.nu))
-        largest = _largest_root(xp, group.wide)
+        # The largest gradient whose square is kept: as in Adam, the second moment ends there.
+        largest = math.pow(xp.finfo(group.wide).max, 0.49)
         if escape:
             lost = _escaped(backend, group.stack(state.spectrum), V)
             rho = decay2 * (group.per_layer(state.escaped) + lost)
@@ -87,8 +88,10 @@ def scale_by_rite(
             state = state._replace(escaped=group.unstack(rho[:, 0, 0]))
         G, numbers = group.in_range(G)
         Q = congruence(backend, W, group.gram(G)) / group.columns()
+        # A bound of the spectral norm, whose squares may be out of range.
+        norm = xp.linalg.vector_norm(W, ord=1, axis=(-2, -1), keepdims=True)
         # Back to the gradient's own size, or less where its square would leave the range.
-        size = xp.sqrt(traces(xp, Q)) * xp.clip(_size(xp, W), min=1.0)
+        size = xp.sqrt(traces(xp, Q)) * xp.clip(norm, min=1.0)
         back = xp.clip(size / largest, min=numbers) ** -1.0  # one operation, 1 / x two
         V = backend.lerp((back * Q) * back, V, decay2)
         shifted = V
@@ -120,16 +123,6 @@ def _init(params: Tree, scaling: float = 1.0) -> RiteState:
         escaped=small_zeros(params, 0),
         count=counts(params),
     )
-
-
-def _size(xp: Any, W: Stack) -> Stack:
-    """A bound of the spectral norm, whose squares may be out of range."""
-    return xp.linalg.vector_norm(W, ord=1, axis=(-2, -1), keepdims=True)
-
-
-def _largest_root(xp: Any, dtype: Any) -> float:
-    """The largest gradient whose square is kept: as in Adam, the second moment ends there."""
-    return math.pow(xp.finfo(dtype).max, 0.49)
 
 
 def _escaped(backend: Backend, before: Array, V: Stack) -> Array:

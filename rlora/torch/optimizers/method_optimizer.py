@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlora.core.checks import check_betas, check_scaling, is_zero, mark_of
+from rlora.core.checks import check_betas, check_scaling, mark_of
 from rlora.core.state import flatten_state
 from rlora.core.transform import Transform, check_transform
 from rlora.pairing.report import number_of
@@ -121,7 +121,8 @@ class MethodOptimizer(LoRAOptimizer):
 
     def _choices(self, group: dict[str, Any]) -> list[Any]:
         numbers = [*map(group.get, ("momentum", "weight_decay", "eps")), *group.get("betas", ())]
-        return [*super()._choices(group), *map(is_zero, numbers)]  # for a 0 there may be no state
+        zero = [bool(x == 0) for x in numbers]  # for which there may be no state
+        return [*super()._choices(group), *zero]
 
     def _check_own(self, group: dict[str, Any]) -> None:
         if "betas" in self._options:
