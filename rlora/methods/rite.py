@@ -14,7 +14,7 @@ from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
-from rlora.core.linalg import congruence, no_turn, one_more, record_turn
+from rlora.core.linalg import congruence, no_turn, record_turn
 from rlora.core.moments import corrected_decay, counts, each, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.sizes import euclidean_norm, into_range, shrink_to, times

@@ -131,7 +131,8 @@ class MethodBatch:
         (count, first), grad = (len(lists[0]), lists[0][0]), lists[1][0]
         if count == 1 or self._in_pieces or grad.dtype != first.dtype:
             return [self._stack(x, (slot, i), wide) for i, x in enumerate(lists)]
-        return list(self._stack([*lists[0], *lists[1]], slot, wide).split(count))
+        both = self._stack([*lists[0], *lists[1]], slot, wide)
+        return [both[:count], both[count:]]
 
     def _stack(self, tensors: list[Tensor], slot: Any, wide: bool) -> Tensor:
         """Matrices on a stack of this step; on a CPU in memory of the last one."""
