@@ -1,7 +1,9 @@
-"""Shapes, devices and dtypes of pairs, checked when a state is made."""
+"""Shapes, devices and dtypes of pairs and of what moves them."""
+
+from collections.abc import Sequence
 
 from rlora.core.errors import NamespaceError, ShapeError
-from rlora.core.factors import Tree, check_device, paths_of
+from rlora.core.factors import Array, Tree, check_device, paths_of
 
 
 def check_pairs(params: Tree) -> None:
@@ -40,3 +42,14 @@ def check_precision(wide: Tree) -> None:
                 f"{pair.B.dtype}; bring both to one dtype"
             )
             raise NamespaceError(msg)
+
+
+def check_direction(direction: Sequence[Array], leaves: Sequence[Array]) -> None:
+    """Raise a ShapeError unless a direction has the shapes of the parameters, where it is any."""
+    for k, (d, p) in enumerate(zip(direction, leaves, strict=True)):
+        if d is not None and tuple(d.shape) != tuple(p.shape):
+            msg = (
+                f"the update of a method must give a direction of the shape of each parameter, got "
+                f"{tuple(d.shape)} for {'AB'[k % 2]} of shape {tuple(p.shape)}"
+            )
+            raise ShapeError(msg)

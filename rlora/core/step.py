@@ -153,4 +153,7 @@ def _move(
         return moved, new
     P, G = flatten(params, params, grads)
     updated = [None if g is None else p for p, g in zip(P, G, strict=True)]
-    return moved, transform.transport(new, replaced(params, P, updated), moved)
+    state, new = new, transform.transport(new, replaced(params, P, updated), moved)
+    if side_by_side(state, new) is None:
+        raise another_state(new, state)
+    return moved, new

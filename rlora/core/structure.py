@@ -31,7 +31,7 @@ def side_by_side(one: Any, other: Any) -> list[tuple[Any, Any]] | None:
             if not isinstance(y, Mapping) or x.keys() != y.keys():
                 return None
             pending += [(x[key], y[key]) for key in x]
-        elif isinstance(y, (tuple, list, Mapping)):
+        elif isinstance(y, (tuple, list, Mapping)) or (x is None) is not (y is None):
             return None
         else:
             leaves.append((x, y))
@@ -39,10 +39,10 @@ def side_by_side(one: Any, other: Any) -> list[tuple[Any, Any]] | None:
 
 
 def another_state(new: Any, state: Any) -> ShapeError:
-    """The error for an update that gives a state of other types or fields than it was given."""
+    """The error for a method whose state has other types or fields after a step than before."""
     msg = (
-        f"the update of a method must give a state of the types and fields of its init's: "
-        f"{difference(new, state)}"
+        f"the update and the transport of a method must give a state of the types and fields of "
+        f"its init's: {difference(new, state)}"
     )
     return ShapeError(msg)
 

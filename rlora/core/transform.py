@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, cast,
 
 from rlora.core.checks import check_scaling
 from rlora.core.dispatch import get_backend
-from rlora.core.factor_checks import check_pairs, check_precision
+from rlora.core.factor_checks import check_direction, check_pairs, check_precision
 from rlora.core.factors import (
     Array,
     Tree,
@@ -267,10 +267,10 @@ def chain(*links: Transform) -> Transform:
             check_state(state, lambda: init(params), error)
             raise
         (D,) = flatten(params, direction)
-        # Broadcasting may have hidden what does not fit.
         fits = all(d is None or d.shape == p.shape for d, p in zip(D, leaves, strict=True))
-        if not (fits and same_shapes(state, tuple(states))):
+        if not (fits and same_shapes(state, tuple(states))):  # broadcasting may have hidden it
             check_state(state, lambda: init(params))
+            check_direction(D, leaves)
         return direction, tuple(states)
 
     def transport(state: State, old: Tree, new: Tree) -> State:

@@ -7,7 +7,7 @@ method; `scaled_adamw`, `lora_rite` and the others are shorthand.
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 
 from rlora.core.errors import not_installed as _not_installed
 
@@ -274,26 +274,8 @@ def _shorthand(method: Callable[..., Transform]) -> Callable[..., Any]:
     return make
 
 
-adapre_lora = _shorthand(methods.adapre_lora)
-alt_lora = _shorthand(methods.alt_lora)
-alt_lora_plus = _shorthand(methods.alt_lora_plus)
-balanced_lora = _shorthand(methods.balanced_lora)
-factor_muon = _shorthand(methods.factor_muon)
-graft_adamw = _shorthand(methods.graft_adamw)
-loft = _shorthand(methods.loft)
-lora_fa = _shorthand(methods.lora_fa)
-lora_muon = _shorthand(methods.lora_muon)
-lora_plus = _shorthand(methods.lora_plus)
-lora_pro_adamw = _shorthand(methods.lora_pro_adamw)
-lora_pro_sgd = _shorthand(methods.lora_pro_sgd)
-lora_rite = _shorthand(methods.lora_rite)
-lora_sb = _shorthand(methods.lora_sb)
-op_lora = _shorthand(methods.op_lora)
-rac_lora = _shorthand(methods.rac_lora)
-ref_lora = _shorthand(methods.ref_lora)
-riemannion = _shorthand(methods.riemannion)
-scaled_adamw = _shorthand(methods.scaled_adamw)
-scaled_prodigy = _shorthand(methods.scaled_prodigy)
-scaled_sgd = _shorthand(methods.scaled_sgd)
-stable_lora = _shorthand(methods.stable_lora)
-trust_region = _shorthand(methods.trust_region)
+globals().update({name: _shorthand(getattr(methods, name)) for name in methods.__all__})
+
+if TYPE_CHECKING:  # to which these names are not there
+
+    def __getattr__(name: str) -> Callable[..., Any]: ...

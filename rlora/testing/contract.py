@@ -101,13 +101,18 @@ def check_lora_start(make: MethodFactory, backend: Backend) -> None:
     old, new = backend.to_numpy(problem.params.A), backend.to_numpy(first.A)
     outside = new - new @ np.linalg.pinv(old) @ old
     assert_close(outside, 0 * outside, atol=1e-12, what="A outside of its rows after one step")
-    last, _ = run(make(), problem, steps=30, lr=getattr(make, "lr", 0.05))
+    lr = getattr(make, "lr", 0.05)
+    last, _ = run(make(), problem, steps=30, lr=lr)
     for letter, x in zip("AB", last, strict=True):
         finite = bool(np.isfinite(backend.to_numpy(x)).all())
         _require(finite, f"{letter} is not finite after 30 steps from B = 0")
     if _moves(make, make_problem().on(backend), backend)["B"]:
         before, after = (float(problem.loss(p)) for p in (problem.params, last))
-        _require(after < 0.9 * before, f"the loss went from {before:.4g} to {after:.4g}")
+        message = (
+            f"the loss went from {before:.4g} to {after:.4g} in 30 steps of lr={lr:g}; a factory "
+            f"says another learning rate in its attribute `lr`"
+        )
+        _require(after < 0.9 * before, message)
 
 
 def _moves(

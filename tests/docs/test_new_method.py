@@ -162,6 +162,20 @@ def test_one_export_line_gives_a_public_name_and_a_row_of_the_bench(library_with
     assert re.search(r"unit_lora\s+numpy", out)
 
 
+def test_one_export_line_gives_a_name_of_optax(library_with_it, tmp_path):
+    pytest.importorskip("optax")
+    code = "from rlora.optax import *; print(unit_lora(1e-3, momentum=0.5))"
+    assert "GradientTransformation" in python(library_with_it, code, tmp_path)
+
+
+def test_numbers_of_numpy_do_not_widen_its_state(unit_lora):
+    params = rlora.Factors(np.ones((2, 6), np.float32), np.ones((5, 2), np.float32))
+    method = unit_lora(momentum=np.float64(0.9))
+    moved, state = rlora.step(method, params, params, method.init(params), 0.1)
+    widths = {x.dtype for x in (*moved, *rlora.flatten_state(state).values())}
+    assert np.dtype("float64") not in widths
+
+
 def test_one_export_line_gives_a_torch_class(library_with_it, tmp_path):
     pytest.importorskip("torch")
     import rlora.torch

@@ -5,7 +5,7 @@ from functools import wraps
 import numpy as np
 import pytest
 
-from rlora import BackendError, Factors, apply_updates, chain, methods
+from rlora import BackendError, Factors, ShapeError, apply_updates, chain, methods, step
 from rlora.backends import get
 from rlora.core.factors import map_leaves, map_pairs
 from rlora.core.moments import scale_by_adam
@@ -28,6 +28,8 @@ VARIANTS = [(name, {}) for name in methods.__all__] + [
     ("rac_lora", {"adam": True}),
     ("rac_lora", {"frozen": "B"}),
 ]
+
+PAIR = Factors(np.ones((2, 6)), np.ones((5, 2)))
 
 
 def made(name, options):
@@ -170,6 +172,41 @@ def has_one_memory_for_two():
 def test_a_state_without_memory_of_its_own_is_found(make):
     with np.errstate(all="ignore"):
         assert "with donate=True" in broken_by("check_donated", make)
+
+
+def test_an_update_that_loses_a_part_of_the_state_is_refused():
+    adam = scale_by_adam()
+
+    def update(grads, state, params):
+        direction, new = adam.update(grads, state, params)
+        return direction, new._replace(
+            mu=map_pairs(lambda mu, g: Factors(g.A, mu.B), new.mu, grads)
+        )
+
+    method = chain(adam._replace(update=update))
+    with pytest.raises(ShapeError, match=r"0\.mu\.A is NoneType, expected an array of shape"):
+        step(method, PAIR, PAIR._replace(A=None), method.init(PAIR), 0.1)
+
+
+def test_a_transport_that_loses_a_part_of_the_state_is_refused():
+    adam = scale_by_adam()
+
+    def transport(state, old, new):
+        return state._replace(mu=map_pairs(lambda mu, p: Factors(mu.A, p.B), state.mu, old))
+
+    method = chain(adam._replace(transport=transport))
+    with pytest.raises(ShapeError, match=r"transport.*0\.mu\.B is NoneType, expected an array"):
+        step(method, PAIR, PAIR._replace(B=None), method.init(PAIR), 0.1)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+def test_a_direction_of_another_shape_is_refused(library):
+    """Broadcasting would take it."""
+    backend = get(library)
+    pair = map_leaves(lambda x: backend.asarray(x, "float64"), PAIR)
+    method = chain(Transform(no_state, lambda G, s, P: (map_leaves(lambda g: g[:1, :1], G), s)))
+    with pytest.raises(ShapeError, match=r"direction of the shape .* got \(1, 1\) for A of shape"):
+        step(method, pair, pair, method.init(pair), 0.1)
 
 
 @pytest.mark.parametrize("order", ["gauss-seidel", "Jacobi", None])
