@@ -210,6 +210,11 @@ def _fit(
     if isinstance(told, str):
         return told
     a, b = names["A"], names["B"]
+    if PARAMETRIZED.search(a) or PARAMETRIZED.search(b):
+        return (
+            "a parametrization, such as spectral_norm, makes a factor out of it, and it is none "
+            "itself; take that off by torch.nn.utils.parametrize.remove_parametrizations"
+        )
     if isinstance(told, Layout):
         try:
             return Pair(proposal.label or a, a, b, told.views(shapes[a], shapes[b]))
@@ -236,6 +241,9 @@ def _fit(
 
 EXPERTS = re.compile(r"(?:^|\.)experts(?:\.base_layer)*$")
 """Names of the modules in which PEFT has adapted the stacked weights of all experts at once."""
+
+PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.")
+"""Names of tensors of which torch computes a parameter."""
 
 Named = tuple[str, Shape]
 

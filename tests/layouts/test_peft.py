@@ -359,6 +359,13 @@ def test_a_frozen_factor_of_experts(frozen):
     check_scaled_sgd(model, language_loss, stacks + others)
 
 
+def test_experts_by_order():
+    """The order of a model's tensors does not say that one is a stack, the model does."""
+    model, _, _ = mixture("Mixtral")
+    with pytest.raises(rlora.PairingError, match=r"the model knows another layout of .*experts"):
+        rlora.torch.ScaledAdamW(model, lr=1e-2, pairs="by_order")
+
+
 @pytest.mark.parametrize("frozen", ["a", "b"])
 def test_a_frozen_factor(frozen):
     """LoRA-FA trains B alone and MiCA A alone: the frozen one stays and preconditions the other."""

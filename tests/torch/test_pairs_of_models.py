@@ -34,6 +34,27 @@ def test_a_frozen_adapter(tmp_path):
     assert ScaledAdamW(peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)).report
 
 
+@pytest.mark.parametrize("kind", ["spectral_norm", "weight_norm", "orthogonal"])
+def test_parametrized_factors_are_no_pair(kind):
+    """A pair of what factors are made of would have other Grams than the layer's matrices."""
+    model = adapted()
+    for layer in (model.base_model.model[0].lora_A, model.base_model.model[0].lora_B):
+        getattr(torch.nn.utils.parametrizations, kind)(layer["default"])
+    report = ScaledAdamW(model, lr=1e-2).report
+    assert [pair.layer for pair in report] == ["base_model.model.2"]
+    assert all("makes a factor out of it" in why for why in report.refused.values())
+    assert len(report.refused) == (4 if kind == "weight_norm" else 2)
+
+
+def test_a_single_factor_that_is_replaced_stands_still():
+    model = adapted()
+    optimizer = ScaledAdamW(model, lr=1e-2)
+    model.base_model.model[2].lora_B["default"].weight = nn.Parameter(torch.zeros(4, 2))
+    model(torch.randn(8, 6)).square().sum().backward()
+    with pytest.warns(RuntimeWarning, match="1 of 2 pairs, .*no longer those of the model"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("end", ["merge_and_unload", "unload"])
 def test_a_model_without_its_adapter(end):
     model = getattr(adapted(), end)()

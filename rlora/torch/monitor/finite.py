@@ -115,18 +115,19 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
     """
     if torch.compiler.is_compiling() or "orphans" in optimizer._told:
         return
-    idle = [
-        k
+    still = {
+        k: factors
         for k, pair in enumerate(pairs)
-        if any(p.requires_grad for p in pair[:2]) and all(p.grad is None for p in pair.moved)
-    ]
+        if (factors := [p for p in pair.moved if p.requires_grad and p.grad is None])
+    }
+    idle = [k for k in still if all(p.grad is None for p in pairs[k].moved)]
     models = [model for _, model in optimizer._models()]
     gone = list[int]()
-    if idle:
+    if still:
         there = {id(p) for model in models for p in model.parameters()}
         layers = {name for model in models for name, _ in model.named_modules()}
         names = [pair.layer for pair in optimizer.report]  # groups may be added from other models
-        gone = [k for k in idle if names[k] in layers and there.isdisjoint(map(id, pairs[k].moved))]
+        gone = [k for k in still if names[k] in layers and not there >= set(map(id, still[k]))]
     if gone:
         why = (
             "they are no longer those of the model; where others have taken their place, as in "

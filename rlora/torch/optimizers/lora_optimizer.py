@@ -98,7 +98,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
         refuse_text({"lr": args[0], **kwargs} if args else kwargs, numbers=known)
         groups = as_groups(params, self._source, self._known)
         if pairs == BY_ORDER:
-            self._by_hand = in_order(groups)
+            self._by_hand = in_order(groups, self._known)
         self._by_name = not self._by_hand
         super().__init__(groups, *map(plain_number, args), **kwargs)
         self.defaults.update(own)

@@ -61,8 +61,19 @@ def as_groups(
     return groups
 
 
-def in_order(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, Tensor]]:
-    """The pairs among the trainable tensors of groups, across them, by order and shapes."""
+def in_order(
+    groups: Iterable[dict[str, Any]], known: Known | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """The pairs among the trainable tensors of groups, across them, by order and shapes.
+
+    PairingError where a model, if one is given, knows of layers that are no such pairs.
+    """
+    if known:
+        msg = (
+            f"pairs={BY_ORDER!r} takes factors for matrices of single pairs, and the model knows "
+            f"another layout of {next(iter(known))!r}; leave pairs out, and the model is asked"
+        )
+        raise PairingError(msg)
     given = [p for group in groups for p in group["params"]]
     tensors = [p[1] if isinstance(p, tuple) else p for p in given]
     tensors = [p for p in tensors if p.requires_grad]  # model.parameters() has the base too
