@@ -71,7 +71,7 @@ def inverse_metric(
     damping its inverse. The shift is at least `least` times the mean eigenvalue, in every mode.
     Covariant damping is 0 for an A whose B stays. Where a rank is above a side, directions in which
     the partner can have nothing are left out, and
-    covariant damping is that in the others; it is without bound where A itself can have nothing.
+    covariant damping acts in the others, without bound in those in which A itself can have nothing.
     `sizes` are the m and n of whole factors, where those of the group are pieces.
     """
     backend, xp = group.backend, group.xp
@@ -105,15 +105,15 @@ def inverse_metric(
 
 
 def _covariant_grams(group: RankGroup, S: Stack) -> tuple[Array, Array]:
-    """The halves of S; where B stays, S_A is 0, which damps nothing.
+    """The halves of S; where B is fixed, S_A is 0, which damps nothing.
 
     Covariant damping holds A back until B has grown, which such a B never does.
     """
     S_B, S_A = group.halves(S)
-    if group.all_move:
+    if group.fixed_B is None or not any(group.fixed_B):
         return S_B, S_A
-    _, moves = group.halves(group.constant([(0.0, float(b)) for _, b in group.moving]))
-    return S_B, group.xp.where(moves == 0, group.xp.zeros_like(S_A), S_A)
+    fixed, _ = group.halves(group.constant([(float(x), 0.0) for x in group.fixed_B]))
+    return S_B, group.xp.where(fixed != 0, group.xp.zeros_like(S_A), S_A)
 
 
 def metric_half(

@@ -16,9 +16,6 @@ from rlora.core.rank_group import RankGroup, Stack
 
 Placement = Literal["before", "after", "both"]
 
-Moving: TypeAlias = tuple[bool, bool]
-"""True for A, and for B, if it is updated."""
-
 Sizes: TypeAlias = Sequence[tuple[int, int]]
 """(m, n) of every pair."""
 
@@ -42,7 +39,6 @@ def preconditioners(
     damping_mode: DampingMode,
     placement: Placement = "before",
     compute_dtype: str | None = None,
-    moving: Sequence[Moving] | None = None,
 ) -> Preconditioners:
     """Preconditioners of every pair by the damped Grams: one batch for all pairs of one rank.
 
@@ -57,15 +53,13 @@ def preconditioners(
     damping_mode : {"relative", "absolute", "covariant"}
         ``S + δ tr(S)/r I`` on both sides; ``S + δ I`` on both sides; or ``S_B + δ S_A⁻¹`` for A
         and S_A as it is for B, which transforms as S_B does and so keeps the invariance: δ is then
-        compared with the squared singular values of BA, and nothing is added where B stays.
+        compared with the squared singular values of BA.
     placement : {"before", "after", "both"}
         See `split_power`.
     compute_dtype : {None, "float32", "float64"}
         Precision of Grams and powers; the result comes in the parameters' own, at least float32.
-    moving : sequence of (bool, bool), optional
-        False for factors that stay; all move by default.
     """
-    grams = rank_grams(backend, params, compute_dtype=compute_dtype, moving=moving)
+    grams = rank_grams(backend, params, compute_dtype=compute_dtype)
     sizes = [(pair.B.shape[-2], pair.A.shape[-1]) for pair in params]
     return gram_powers(
         grams, sizes, placement=placement, damping=damping, damping_mode=damping_mode
@@ -88,20 +82,20 @@ def rank_grams(
     *,
     compute_dtype: str | None = None,
     workspace: Workspace | None = None,
-    moving: Sequence[Moving] | None = None,
+    fixed_B: Sequence[bool] | None = None,
 ) -> list[RankGrams]:
     """``Bᵀ B`` and ``A Aᵀ`` of every pair, rank by rank: the first half of `preconditioners`.
 
     The Grams of pieces of a factor along its outer axis add up, so code that holds single pieces
-    sums the stacks before the second half.
+    sums the stacks before the second half. `fixed_B` is as in `RankGroup`, for all pairs.
     """
     grams = []
     for members in indices_by_rank(params, workspace):
         pairs = [params[i] for i in members]
         memory = None if workspace is None else workspace.setdefault(members[0], {})
         dtype = backend.compute_dtype(pairs[0].A.dtype, compute_dtype)
-        updated = None if moving is None else [moving[i] for i in members]
-        group = RankGroup(backend, pairs, moving=updated, dtype=dtype, workspace=memory)
+        fixed = None if fixed_B is None else [fixed_B[i] for i in members]
+        group = RankGroup(backend, pairs, fixed_B=fixed, dtype=dtype, workspace=memory)
         grams.append(RankGrams(members, group, group.partner_gram(pairs)))
     return grams
 

@@ -31,11 +31,6 @@ Stack: TypeAlias = Array
 """(2K, ...): members of the A factors, then members of the B factors."""
 
 
-def moving_in(grads: Sequence[Factors]) -> list[tuple[bool, bool]]:
-    """For each pair whether A and B have a gradient."""
-    return [(G.A is not None, G.B is not None) for G in grads]
-
-
 class RankGroup:
     """Pairs of one rank, dtype and device.
 
@@ -47,6 +42,8 @@ class RankGroup:
         A (..., r, n) and B (..., m, r), of any outer sizes; K counts every layer of them.
     moving : sequence of (bool, bool), optional
         True for factors with a gradient; all by default.
+    fixed_B : sequence of bool, optional
+        True for pairs whose B no step moves, of which covariant damping is 0; none by default.
     numbers : sequence of Factors, optional
         Numbers by which the factors have been divided, (..., 1, 1); see `by_rank`.
     dtype : dtype, optional
@@ -61,6 +58,7 @@ class RankGroup:
         params: Sequence[Factors],
         *,
         moving: Sequence[tuple[bool, bool]] | None = None,
+        fixed_B: Sequence[bool] | None = None,
         numbers: Sequence[Factors] | None = None,
         dtype: Any = None,
         workspace: Workspace | None = None,
@@ -74,6 +72,7 @@ class RankGroup:
         self.workspace = workspace
         self.moving = moving or [(True, True)] * len(params)
         self.all_move = all(map(all, self.moving))
+        self.fixed_B = fixed_B
         self.numbers = numbers
         self._leads = [tuple(pair.A.shape[:-2]) for pair in params]
         self.layers = sum(map(prod, self._leads))
@@ -111,7 +110,10 @@ class RankGroup:
         return list(map(Factors, left, right))
 
     def in_range(self, X: Sequence[Factors]) -> tuple[list[Factors], Stack | float]:
-        """X, each factor times a number that brings its squares into range, and the numbers."""
+        """X, each factor over its largest entry, and the numbers that did it; 1 for no factor.
+
+        Where all are known to be of ordinary size nothing is done.
+        """
         A, B = zip(*X, strict=True)
         numbers = inverse_peaks(self.backend, [*A, *B])
         if numbers is None:
@@ -280,7 +282,7 @@ def _each_rank(
                 backend,
                 sized[:count],
                 numbers=numbers and numbers[:count],
-                moving=moving_in(given),
+                moving=[(g.A is not None, g.B is not None) for g in given],
                 dtype=compute_dtype and backend.compute_dtype(now[0].A.dtype, compute_dtype),
             )
             part = type(state)(*[[field[i] for i in members] for field in fields])

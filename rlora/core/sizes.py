@@ -1,6 +1,6 @@
 """Numbers that bring matrices to sizes whose squares and products stay in range.
 
-A matrix of ordinary size is left as it is: its number is exactly 1.
+Where all matrices are known to be of ordinary size they are left as they are.
 """
 
 import math

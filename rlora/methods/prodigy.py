@@ -22,7 +22,6 @@ from rlora.core.factors import (
 from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.moments import AdamState, each, per_pair, scale_by_adam, zeros
 from rlora.core.placement import precondition, preconditioners
-from rlora.core.rank_group import moving_in
 from rlora.core.transform import State, Transform, chain
 
 
@@ -142,7 +141,6 @@ def scaled_prodigy(
                 damping_mode=damping_mode,
                 placement="both",  # so neither is None
                 compute_dtype=compute_dtype,
-                moving=moving_in(pairs_of(grads)),
             )
             first, second = cast("tuple[list[Factors], list[Factors]]", P)
             G = rebuild(params, precondition(backend, first, pairs_of(grads)))

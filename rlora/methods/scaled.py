@@ -10,11 +10,10 @@ from rlora.core.checks import check_choice, hyperparameters, is_zero
 from rlora.core.decay import Decay, add_decayed_weights, decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
-from rlora.core.factors import Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
+from rlora.core.factors import Factors, Tree, leaves_of, pairs_of, rebuild
 from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.moments import EpsForm, momentum as add_momentum, scale_by_adam
 from rlora.core.placement import Placement, precondition, preconditioners
-from rlora.core.rank_group import moving_in
 from rlora.core.transform import Order, State, Transform, chain, no_state, pass_on
 
 PEFT: Final[dict[str, Any]] = {
@@ -91,20 +90,18 @@ def scale_by_gram(
         inner, placement = Transform(no_state, pass_on, sharded=True), "before"
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        pairs, G = counterparts(params, params, grads)
         if order == "gauss_seidel":
-            _check_one_sided(G)
+            _check_one_sided(grads)
         leaves = leaves_of(params)
         backend = get_backend(*leaves)
         with backend.exact(leaves[0]):
             P = preconditioners(
                 backend,
-                pairs,
+                pairs_of(params),
                 damping=damping,
                 damping_mode=damping_mode,
                 placement=placement,
                 compute_dtype=compute_dtype,
-                moving=moving_in(G) if order == "jacobi" else None,
             )
 
             def times(matrices: list[Factors] | None, tree: Tree) -> Tree:
@@ -118,8 +115,8 @@ def scale_by_gram(
     return inner._replace(update=update, order=order)
 
 
-def _check_one_sided(grads: list[Factors]) -> None:
-    if any(map(all, moving_in(grads))):
+def _check_one_sided(grads: Tree) -> None:
+    if any(G.A is not None and G.B is not None for G in pairs_of(grads)):
         msg = (
             "with order='gauss_seidel' B's direction needs the new A, but both gradients came; "
             "use rlora.step, or call update twice with the other gradient set to None"
@@ -233,7 +230,7 @@ def scaled_adamw(
     damping_mode : {"relative", "absolute", "covariant"}
         ``S + δ tr(S)/r I``, ``S + δ I``, or ``S_B + δ S_A⁻¹`` for A and S_A as it is for B, which
         compares δ with the squared singular values of BA and keeps the invariance. Covariant
-        damping is made for factors of which B starts at zero, and is 0 where B has no gradient.
+        damping is made for factors of which B starts at zero.
     placement : {"before", "after", "both"}
         The preconditioner before Adam, ``Adam(H⁻¹ G)`` (published code), after it,
         ``c H⁻¹ (S H⁻¹)⁴ Adam(G)`` (the paper's theorem), or half powers of it on both sides.

@@ -242,7 +242,7 @@ def _fit(
 EXPERTS = re.compile(r"(?:^|\.)experts(?:\.base_layer)*$")
 """Names of the modules in which PEFT has adapted the stacked weights of all experts at once."""
 
-PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.")
+PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.[^.]+\.original\d*$")
 """Names of tensors of which torch computes a parameter."""
 
 Named = tuple[str, Shape]

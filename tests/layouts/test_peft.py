@@ -362,8 +362,13 @@ def test_a_frozen_factor_of_experts(frozen):
 def test_experts_by_order():
     """The order of a model's tensors does not say that one is a stack, the model does."""
     model, _, _ = mixture("Mixtral")
-    with pytest.raises(rlora.PairingError, match=r"the model knows another layout of .*experts"):
+    with pytest.raises(
+        rlora.PairingError, match=r"experts.* has a layout of its own; leave pairs out"
+    ):
         rlora.torch.ScaledAdamW(model, lr=1e-2, pairs="by_order")
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and "experts" not in name)
+    assert len(rlora.torch.ScaledAdamW(model, lr=1e-2, pairs="by_order").report) == 1
 
 
 @pytest.mark.parametrize("frozen", ["a", "b"])
@@ -387,7 +392,7 @@ def test_mica():
     check_scaled_sgd(model, squares(batch(16, 6)), layers)
 
 
-@pytest.mark.parametrize("name", ["ScaledAdamW", "ScaledSGD", "ScaledProdigy"])
+@pytest.mark.parametrize("name", ["ScaledAdamW", "ScaledSGD"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_mica_learns_from_its_own_start(name, compiled):
     """A of zero, and a B that never grows: covariant damping is not to wait for it."""
@@ -399,11 +404,11 @@ def test_mica_learns_from_its_own_start(name, compiled):
     for kind, mode in ((name, "covariant"), (name, "relative"), ("AdamW", None)):
         copied = copy.deepcopy(model)
         params = [p for p in copied.parameters() if p.requires_grad]
-        rate = {} if name == "ScaledProdigy" and mode else {"lr": 0.1 if "SGD" in kind else 1e-2}
+        lr = 0.1 if kind == "ScaledSGD" else 1e-2
         if mode is None:
-            optimizer = torch.optim.AdamW(params, **rate)
+            optimizer = torch.optim.AdamW(params, lr=lr)
         else:
-            optimizer = getattr(rlora.torch, kind)(copied, damping_mode=mode, **rate)
+            optimizer = getattr(rlora.torch, kind)(copied, lr=lr, damping_mode=mode)
         step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
         for _ in range(60):
             optimizer.zero_grad()

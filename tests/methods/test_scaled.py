@@ -289,36 +289,6 @@ def test_second_step_from_zero_B(lr):
         assert second_move(damping=1.0, damping_mode=mode) < min(free, 300 * lr**2)
 
 
-WITH_COVARIANT_DAMPING = [
-    ("scaled_sgd", {}),
-    *(("scaled_adamw", {"placement": x}) for x in ("before", "after", "both")),
-    ("scaled_prodigy", {}),
-    ("op_lora", {}),
-]
-
-
-@pytest.mark.parametrize("name, options", WITH_COVARIANT_DAMPING, ids=str)
-def test_covariant_damping_does_not_hold_back_an_A_whose_B_stays(name, options, backend):
-    """It moves as without damping; the other pairs of its rank do as they do alone."""
-    make, problem = getattr(rlora, name), make_problem(seed=12).on(backend)
-
-    def moved(damping, *stays):
-        method = make(damping=damping, damping_mode="covariant", **options)
-        params = [problem.params] * len(stays)
-        state = method.init(params)
-        for _ in range(4):
-            grads = [problem.grads(pair) for pair in params]
-            grads = [G._replace(B=None) if k else G for G, k in zip(grads, stays, strict=True)]
-            params, state = rlora.step(method, params, grads, state, 0.05)
-        return [pair.A for pair in params]
-
-    (free,), (held,) = moved(0.0, True), moved(1e4, False)
-    assert_close(moved(1e4, True)[0], free, rtol=1e-12)
-    for found, expected in zip(moved(1e4, True, False), (free, held), strict=True):
-        assert_close(found, expected, rtol=1e-12)
-    assert abs(backend.to_numpy(held - free)).max() > 1e-6
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("mode, damping", DAMPINGS)
 def test_rank_deficient_factor(mode, damping, dtype, backend):

@@ -46,6 +46,44 @@ def test_parametrized_factors_are_no_pair(kind):
     assert len(report.refused) == (4 if kind == "weight_norm" else 2)
 
 
+def test_factors_within_a_parametrization_are_a_pair():
+    """LoRA that is one itself, of the weight: ``W = W0 + B A`` without a layer of its own."""
+
+    class LoRA(nn.Module):
+        def __init__(self, m, n):
+            super().__init__()
+            self.lora_A = nn.Parameter(torch.randn(2, n))
+            self.lora_B = nn.Parameter(torch.zeros(m, 2))
+
+        def forward(self, W):
+            return W + self.lora_B @ self.lora_A
+
+    model = nn.Sequential(nn.Linear(6, 10))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", LoRA(10, 6))
+    model[0].parametrizations.weight.original.requires_grad_(False)
+    assert len(ScaledAdamW(model, lr=1e-2).report) == 1
+
+
+def test_tied_factors_of_which_one_remains_do_not_stand_still():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Module(), nn.Module()
+            for layer in (self.a, self.b):
+                layer.lora_A = nn.Parameter(torch.randn(2, 6))
+                layer.lora_B = nn.Parameter(torch.zeros(5, 2))
+
+    model = Tied()
+    for letter in "AB":
+        setattr(model.b, f"lora_{letter}", nn.Parameter(getattr(model.a, f"lora_{letter}").data))
+    optimizer = ScaledAdamW(model, lr=1e-2)
+    for letter in "AB":
+        setattr(model.b, f"lora_{letter}", getattr(model.a, f"lora_{letter}"))
+    (model.a.lora_B @ model.a.lora_A - 1).square().sum().backward()
+    optimizer.step()  # without a warning, which would be an error
+    assert model.a.lora_B.any()
+
+
 def test_a_single_factor_that_is_replaced_stands_still():
     model = adapted()
     optimizer = ScaledAdamW(model, lr=1e-2)

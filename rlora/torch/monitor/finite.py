@@ -115,19 +115,20 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
     """
     if torch.compiler.is_compiling() or "orphans" in optimizer._told:
         return
-    still = {
-        k: factors
-        for k, pair in enumerate(pairs)
-        if (factors := [p for p in pair.moved if p.requires_grad and p.grad is None])
-    }
-    idle = [k for k in still if all(p.grad is None for p in pairs[k].moved)]
+    still = [k for k, pair in enumerate(pairs) if _idle_factors(pair)]
+    idle = [k for k in still if not any(pairs[k].has_gradients())]
     models = [model for _, model in optimizer._models()]
     gone = list[int]()
     if still:
         there = {id(p) for model in models for p in model.parameters()}
         layers = {name for model in models for name, _ in model.named_modules()}
         names = [pair.layer for pair in optimizer.report]  # groups may be added from other models
-        gone = [k for k in still if names[k] in layers and not there >= set(map(id, still[k]))]
+        gone = [
+            k
+            for k in still
+            if names[k] in layers
+            and any(there.isdisjoint(map(id, factor)) for factor in _idle_factors(pairs[k]))
+        ]
     if gone:
         why = (
             "they are no longer those of the model; where others have taken their place, as in "
@@ -150,6 +151,13 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
         f"{list(optimizer.report)[gone[0]].name}, stand still: {why}"
     )
     warnings.warn(msg, RuntimeWarning, stacklevel=2)
+
+
+def _idle_factors(pair: TensorPair) -> list[tuple[Tensor, ...]]:
+    """Those of the two that are trained and have no gradient, each with what is tied to it."""
+    factors = [(p, *twins) for p, twins in zip(pair[:2], pair.twins, strict=True)]
+    idle = [any(p.requires_grad for p in factor) for factor in factors]
+    return [factors[k] for k in (0, 1) if idle[k] and not pair.has_gradient(k)]
 
 
 def _idle_again(optimizer: Any, *, all_idle: bool) -> bool:

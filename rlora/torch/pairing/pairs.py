@@ -1,6 +1,6 @@
 """Pairs of torch parameters, and how they are seen as factors."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple, cast
 
@@ -66,10 +66,9 @@ class TensorPair(NamedTuple):
         """Return `has_gradient` of A and of B."""
         return self.has_gradient(0), self.has_gradient(1)
 
-    def learning(self) -> tuple[bool, bool]:
-        """Return whether A and B have a gradient or may have one at another step."""
-        A, B = ((p, *twins) for p, twins in zip(self[:2], self.twins, strict=True))
-        return any(map(moves, A)), any(map(moves, B))
+    def has_fixed_B(self, state: Mapping[Any, Any]) -> bool:
+        """Return whether B is frozen and no step has moved it: it has no state in the optimizer."""
+        return not any(moves(p) or state.get(p) for p in (self.B, *self.twins[1]))
 
     def gradient(self, side: int) -> Tensor | None:
         """The gradient of A (0) or B (1), with those of its tied parameters."""

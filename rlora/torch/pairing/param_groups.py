@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rlora.core.checks import check_flag, check_nonnegative, check_real, plain_number
 from rlora.core.errors import NamespaceError, PairingError, ShardingError
+from rlora.core.layout import Layout
 from rlora.pairing import (
     Known,
     Source,
@@ -68,17 +69,27 @@ def in_order(
 
     PairingError where a model, if one is given, knows of layers that are no such pairs.
     """
-    if known:
+    given = [p for group in groups for p in group["params"]]
+    if known and (why := _known_otherwise([p for p in given if isinstance(p, tuple)], known)):
         msg = (
-            f"pairs={BY_ORDER!r} takes factors for matrices of single pairs, and the model knows "
-            f"another layout of {next(iter(known))!r}; leave pairs out, and the model is asked"
+            f"pairs={BY_ORDER!r} takes factors for matrices of single pairs, and the model says "
+            f"otherwise: {why}; leave pairs out, and it is asked"
         )
         raise PairingError(msg)
-    given = [p for group in groups for p in group["params"]]
     tensors = [p[1] if isinstance(p, tuple) else p for p in given]
     tensors = [p for p in tensors if p.requires_grad]  # model.parameters() has the base too
     places = pairs_by_order([tuple(p.shape) for p in tensors])
     return [(tensors[a], tensors[b]) for a, b in places]
+
+
+def _known_otherwise(named: Iterable[tuple[str, Tensor]], known: Known) -> str | None:
+    """A pair among named tensors of which a model knows more than their order says, or None."""
+    report = find_named_pairs({name: p for name, p in named if p.requires_grad}, known=known)
+    for pair in report:
+        if isinstance(known.get(pair.name, known.get(pair.layer)), Layout):
+            return f"{pair.name} has a layout of its own"
+    told = [why for why in report.refused.values() if why in known.values()]
+    return told[0] if told else None
 
 
 def pairs_of_group(group: dict[str, Any]) -> list[Any]:

@@ -100,7 +100,8 @@ class ListStep:
         ends = [*accumulate((len(pair.views) for pair in pairs), initial=0)]
         of_pair = {id(pair.A): range(*ends[i : i + 2]) for i, pair in enumerate(pairs)}
         self.products = [of_pair[id(job.pair.A)] for job in self.jobs]
-        self.moving = [both for pair in pairs for both in [pair.learning()] * len(pair.views)]
+        fixed = [[pair.has_fixed_B(optimizer.state)] * len(pair.views) for pair in pairs]
+        self.fixed_B = [x for of_pair in fixed for x in of_pair]
         own = [local(job.param).detach() for job in self.jobs]
         self.own = own
         # Kernels run through memory without a look at strides: what they step lies as their state.
@@ -143,7 +144,7 @@ class ListStep:
                 self.values,
                 compute_dtype=self.recipe.compute_dtype,
                 workspace=self.workspace,
-                moving=self.moving,
+                fixed_B=self.fixed_B,
             )
 
     def direct(self, grams: list[RankGrams]) -> Preconditioners:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlora.core.backend import LARGE, Backend, Workspace
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors
-from rlora.core.placement import Moving, split_power
+from rlora.core.placement import split_power
 from rlora.core.rank_group import RankGroup
 from rlora.torch.pairing.pairs import TensorPair
 from rlora.torch.step.kernels import Number, check_capture, counter_dtype, rate_of
@@ -43,7 +43,7 @@ class StackedAdamW:
         optimizer: Any,
         group: dict[str, Any],
         pairs: Sequence[TensorPair],
-        moving: Sequence[Moving],
+        moving: Sequence[tuple[bool, bool]],
     ) -> None:
         self.optimizer, self.group, self.recipe = optimizer, group, recipe_of(group)
         alike: dict[Any, list[int]] = {}
@@ -79,8 +79,8 @@ class StackedAdamW:
         self.order = torch.tensor(order, device=self.device) if mixed else None
         self.sizes = [(B.shape[0], A.shape[1]) for A, B in factors]
         values = [Factors(A.detach(), B.detach()) for A, B in factors]
-        learn = [pairs[i].learning() for i in by_shape]
-        self.ranks = RankGroup(self.backend, values, moving=learn, dtype=dtype, workspace={})
+        fixed = [pairs[i].has_fixed_B(optimizer.state) for i in by_shape]
+        self.ranks = RankGroup(self.backend, values, fixed_B=fixed, dtype=dtype, workspace={})
 
     def prepare(self) -> tuple[Number, Tensor | None]:
         """Do everything that may fail: Grams, their powers and the preconditioned gradients.
