@@ -24,7 +24,7 @@ from rlora.core.factors import (
     rebuild_each,
     where_moving,
 )
-from rlora.core.sizes import inverse_peaks, moderate, swapped
+from rlora.core.sizes import moderate, range_numbers, swapped
 from rlora.core.transform import ApplyFn, State, Transform, apply_updates
 
 Stack: TypeAlias = Array
@@ -110,12 +110,9 @@ class RankGroup:
         return list(map(Factors, left, right))
 
     def in_range(self, X: Sequence[Factors]) -> tuple[list[Factors], Stack | float]:
-        """X, each factor over its largest entry, and the numbers that did it; 1 for no factor.
-
-        Where all are known to be of ordinary size nothing is done.
-        """
+        """X, each factor times a number that brings its squares into range, and the numbers."""
         A, B = zip(*X, strict=True)
-        numbers = inverse_peaks(self.backend, [*A, *B])
+        numbers = range_numbers(self.backend, [*A, *B])
         if numbers is None:
             return list(X), 1.0
         pieces = zip(self.unstack(numbers), X, strict=True)

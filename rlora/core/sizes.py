@@ -1,6 +1,6 @@
 """Numbers that bring matrices to sizes whose squares and products stay in range.
 
-Where all matrices are known to be of ordinary size they are left as they are.
+A matrix of ordinary size is left as it is: its number is exactly 1.
 """
 
 import math
@@ -37,26 +37,23 @@ def into_range(backend: Backend, X: Sequence[Array]) -> tuple[list[Array], list[
     numbers : list of arrays of shape (..., 1, 1), or None
         None where all are known to be 1.
     """
-    xp = backend.xp
-    low, high = ordinary(xp, X[0].dtype)
-    if backend.within(X, low, high):
+    numbers = range_numbers(backend, X)
+    if numbers is None:
         return list(X), None
-    peak = backend.peaks(X)
-    info = xp.finfo(peak.dtype)
-    tiny, most = float(info.smallest_normal), float(info.max)  # instead of zero and infinity
-    numbers = xp.clip(peak, min=low, max=high) / xp.clip(peak, min=tiny, max=most)
     pieces = backend.unstack(numbers, X)
     return [c * x for c, x in zip(pieces, X, strict=True)], pieces
 
 
-def inverse_peaks(backend: Backend, X: Sequence[Array]) -> Array | None:
-    """One over the largest entries, (K, 1, 1); None where all are known to be of ordinary size."""
+def range_numbers(backend: Backend, X: Sequence[Array]) -> Array | None:
+    """The numbers of `into_range`, (K, 1, 1): exactly 1 for an ordinary size, beside any other."""
     xp = backend.xp
-    if backend.within(X, *ordinary(xp, X[0].dtype)):
+    low, high = ordinary(xp, X[0].dtype)
+    if backend.within(X, low, high):
         return None
     peak = backend.peaks(X)
-    tiny = float(xp.finfo(peak.dtype).smallest_normal)
-    return xp.clip(peak, min=tiny, max=1 / tiny) ** -1.0  # one operation, 1 / x two
+    info = xp.finfo(peak.dtype)
+    tiny, most = float(info.smallest_normal), float(info.max)  # instead of zero and infinity
+    return xp.clip(peak, min=low, max=high) / xp.clip(peak, min=tiny, max=most)
 
 
 def moderate(
