@@ -77,9 +77,13 @@ def kept(key: Any, make: Callable[[], Tensor]) -> Tensor:
     arena = None if torch.compiler.is_compiling() else _arena.get()
     if arena is None:
         return make()
-    if key not in arena.constants:
-        arena.constants[key] = make()
-    return arena.constants[key]
+    found = arena.constants.get(key)
+    if found is None:
+        found = make()
+        # A graph that is being captured writes its own only when it is replayed.
+        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            arena.constants[key] = found
+    return found
 
 
 def is_plain(*tensors: Tensor) -> bool:

@@ -98,7 +98,8 @@ class TorchBackend(Backend):
         """Products with the transpose, bucket by bucket, as one stack (K, r, r)."""
         if len(tall) == 1 and tall[0].ndim == 3:  # of equal layers
             return gram_of(slot, tall[0].to(dtype))
-        (order, pieces, start), r = ([], [], 0), tall[0].shape[-2 if slot == "rows" else -1]
+        order, pieces, start = [], [], 0
+        r = tall[0].shape[-2 if slot == "rows" else -1]
         layers = [math.prod(F.shape[:-2]) for F in tall]
         stack = take(workspace, ("gram", slot), (sum(layers), r, r), dtype, tall[0].device)
         for members in buckets_of(tall, workspace, slot).values():

@@ -69,9 +69,9 @@ def inverse_metric(
 
     `S` are the Grams of the partners. A factor whose partner is zero gets 0, or with absolute
     damping its inverse. The shift is at least `least` times the mean eigenvalue, in every mode.
-    Covariant damping is 0 for an A whose B stays. Where a rank is above a side, directions in which
-    the partner can have nothing are left out, and
-    covariant damping acts in the others, without bound in those in which A itself can have nothing.
+    Covariant damping is 0 for an A whose B is fixed. Where a rank is above a side, directions in
+    which the partner can have nothing are left out. Covariant damping acts in the others; in those
+    of them in which A itself can have nothing it is without bound.
     `sizes` are the m and n of whole factors, where those of the group are pieces.
     """
     backend, xp = group.backend, group.xp

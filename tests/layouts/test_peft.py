@@ -401,22 +401,18 @@ def test_mica_learns_from_its_own_start(name, compiled):
     config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights="mica")
     model, loss = peft.get_peft_model(base, config).double(), squares(batch(16, 6))
     losses = {}
-    for kind, mode in ((name, "covariant"), (name, "relative"), ("AdamW", None)):
-        copied = copy.deepcopy(model)
-        params = [p for p in copied.parameters() if p.requires_grad]
-        lr = 0.1 if kind == "ScaledSGD" else 1e-2
-        if mode is None:
-            optimizer = torch.optim.AdamW(params, lr=lr)
-        else:
-            optimizer = getattr(rlora.torch, kind)(copied, lr=lr, damping_mode=mode)
+    for mode in ("covariant", "relative"):
+        copied, lr = copy.deepcopy(model), 0.1 if name == "ScaledSGD" else 1e-2
+        optimizer = getattr(rlora.torch, name)(copied, lr=lr, damping_mode=mode)
         step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
         for _ in range(60):
             optimizer.zero_grad()
             loss(copied).backward()
             step()
         losses[mode] = loss(copied).item() / loss(model).item()
-    assert losses["covariant"] < losses["relative"] + 0.01
-    assert losses["covariant"] < losses[None] + 0.05
+    assert losses["covariant"] < 0.9
+    # B is orthonormal, so that relative damping takes a share of 1 % off a step, or less.
+    assert losses["covariant"] == pytest.approx(losses["relative"], rel=0.02)
 
 
 # --- several adapters, tied layers ----------------------------------------------------------------

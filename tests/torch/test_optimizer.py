@@ -326,7 +326,11 @@ def test_pickle_and_deepcopy_of_a_subclass(kind):
     optimizer = kind(model, lr=1e-2)
     train(model, optimizer, 1)
     for clone in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
-        assert type(clone(optimizer)) is kind
+        found = clone(optimizer)
+        assert type(found) is kind
+        assert found.report == optimizer.report
+        saved, expected = (x.state_dict()["state"] for x in (found, optimizer))
+        torch.testing.assert_close(saved, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", [ScaledAdamW, rlora.torch.LoRARite])

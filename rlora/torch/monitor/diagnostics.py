@@ -231,7 +231,8 @@ def ratios_of(sizes: Tensor) -> dict[str, list[float]]:
 def dampings(pairs: list[TensorPair], optimizer: Any) -> Damping:
     """Damping of the Grams of the A factors, from B's group, then of those of the B factors."""
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    has_kernels = not hasattr(optimizer, "method")
+    # Classes of methods damp an A whose B is fixed all the same: they see gradients alone.
+    knows_fixed = not hasattr(optimizer, "method")
     rows = []
     for side, partner in ((0, 1), (1, 0)):
         for pair in pairs:
@@ -239,7 +240,7 @@ def dampings(pairs: list[TensorPair], optimizer: Any) -> Damping:
             group = groups.get((pair.A, pair.B)[partner], optimizer.defaults)
             mode, damping = group.get("damping_mode", "relative"), float(group.get("damping", 0.0))
             # Covariant damping is for the metric of A alone, while B may grow.
-            fixed = has_kernels and pair.has_fixed_B(optimizer.state)
+            fixed = knows_fixed and pair.has_fixed_B(optimizer.state)
             size = 0.0 if mode == "covariant" and (side == 0 or fixed) else damping
             wide = get_backend(pair.A).compute_dtype(pair.A.dtype, group.get("compute_dtype"))
             info = torch.finfo(wide)

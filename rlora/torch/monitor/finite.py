@@ -109,13 +109,13 @@ def check_start(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
 def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
     """RuntimeWarning, once, when trainable pairs stand still because they have no gradient.
 
-    Those that are no longer of the model that was given; and all of them, when nothing had a
-    gradient in the first two steps, or where no model was given no pair had one, or when nothing is
-    trainable any longer.
+    Those of which a factor is no longer of the model that was given; and all of them, when nothing
+    had a gradient in the first two steps, or where no model was given no pair had one, or when
+    nothing is trainable any longer.
     """
     if torch.compiler.is_compiling() or "orphans" in optimizer._told:
         return
-    still = [k for k, pair in enumerate(pairs) if _idle_factors(pair)]
+    still = {k: factors for k, pair in enumerate(pairs) if (factors := _idle_factors(pair))}
     idle = [k for k in still if not any(pairs[k].has_gradients())]
     models = [model for _, model in optimizer._models()]
     gone = list[int]()
@@ -125,9 +125,8 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
         names = [pair.layer for pair in optimizer.report]  # groups may be added from other models
         gone = [
             k
-            for k in still
-            if names[k] in layers
-            and any(there.isdisjoint(map(id, factor)) for factor in _idle_factors(pairs[k]))
+            for k, factors in still.items()
+            if names[k] in layers and any(there.isdisjoint(map(id, x)) for x in factors)
         ]
     if gone:
         why = (
@@ -146,9 +145,11 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
         return
     optimizer._told |= {"orphans"}
     optimizer._idle_steps = None
+    alone = any(pairs[gone[0]].has_gradients())
+    what = "have a factor that stands still" if alone else "stand still"
     msg = (
         f"{type(optimizer).__name__}: {len(gone)} of {len(pairs)} pairs, the first "
-        f"{list(optimizer.report)[gone[0]].name}, stand still: {why}"
+        f"{list(optimizer.report)[gone[0]].name}, {what}: {why}"
     )
     warnings.warn(msg, RuntimeWarning, stacklevel=2)
 
