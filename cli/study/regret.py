@@ -98,6 +98,7 @@ def regrets(mine: Frame) -> dict[str, Any]:
         "settings": len(found),
         f"regret at most {CLOSE} nats": (found <= CLOSE).sum(),
         "regret at most 2 % of guessing": (found <= 0.02 * GUESSING).sum(),
+        "regret at most 10 % of AdamW's loss": (found <= 0.1 * mine["loss, baseline"]).sum(),
         "median regret [nats/digit]": f"{found.median():+.3f}",
         "mean regret [nats/digit]": f"{found.mean():+.3f}",
         "worst regret [nats/digit]": f"{found.max():+.3f}",

@@ -155,10 +155,9 @@ noise; bold above {PROMISED:g}.*
 
 GROW: Final = """
 Take methods of the table only with a rank that the task needs, below both sides of the weight, and
-decaying learning rates: on 24 x 16 with r = 8 `alt_lora()`, `loft()`, `lora_muon()`, `lora_rite()`,
-`op_lora()`, `scaled_prodigy()` and `"after"`, in bfloat16 `lora_pro_sgd()`, grow above 40 too.
-[`findings`](../how-to/diagnostics.md) names factors that grow, and pairs with r above a side.
-`scaled_adamw()` has a filter ([decision 10](../decisions/0010-null-space.md)).
+decaying learning rates. [`findings`](../how-to/diagnostics.md) names factors that grow, and pairs
+with r above a side. `scaled_adamw()` has a filter ([decision
+10](../decisions/0010-null-space.md)).
 
 ## bfloat16
 
@@ -204,6 +203,18 @@ def line(label: str, record: Sequence[Row]) -> list[str]:
     return [f"`{label}`", *(most(lines, dtype) for dtype in DTYPES)]
 
 
+def below_both_sides(record: Sequence[Row]) -> str:
+    """The methods that grow with a rank below both sides too, in a sentence."""
+    grown = [
+        x
+        for x in record
+        if int(x["r"]) < min(int(x["m"]), int(x["n"])) and float(x["entry_over_adamw"]) > PROMISED
+    ]
+    shapes = sorted({f"{x['m']} x {x['n']}, r = {x['r']}" for x in grown})
+    names = sorted({f"`{x['method']}`" for x in grown})
+    return f"Above it with a rank below both sides too ({'; '.join(shapes)}): {', '.join(names)}."
+
+
 def grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table in Markdown."""
     return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
@@ -236,7 +247,8 @@ def page() -> str:
     counts = {label: not_finite(label, record) for label in ROWS if label != "AdamW"}
     lost = ", ".join(f"{n} of `{label}`" for label, n in counts.items() if n) or "none"
     text = f"Below {PROMISED:g}: {held}. Of 480 runs of each method, at rates up to {RATES[-1]:g}, "
-    wrapped = textwrap.fill(f"{text}{lost} ended in NaN or infinity.", 100, break_on_hyphens=False)
+    text += f"{lost} ended in NaN or infinity. {below_both_sides(record)}"
+    wrapped = textwrap.fill(text, 100, break_on_hyphens=False)
     rounded = {"nearest": "nearest", "stochastic": "stochastic"}
     kept = by_shape("kept", "largest", rounded)
     afterwards = by_shape("change", "median", {"default": "as it is", "rebalanced": "rebalanced"})

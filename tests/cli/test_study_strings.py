@@ -381,10 +381,10 @@ def test_regret_is_against_the_baseline_tuned_for_each_setting():
         + rows_of("scaled", {1.0: 9.0, 2.0: 0.5, 4.0: 0.0}, "fall")
     )
     found = cells(regret.one_rate(sweeps), method="scaled")
-    assert found == ["2", 2, 1, 1, "+0.000", "+0.000", "+0.100", "50", "50"]
+    assert found == ["2", 2, 1, 1, 1, "+0.000", "+0.000", "+0.100", "50", "50"]
     # AdamW too has one rate: 2, with 0.9 - 0.2 and 0; what diverges counts as guessing.
     adamw = cells(regret.one_rate(sweeps), method="adamw")
-    assert adamw[:7] == ["2", 2, 1, 1, "+0.350", "+0.350", "+0.700"]
+    assert adamw[:8] == ["2", 2, 1, 1, 1, "+0.350", "+0.350", "+0.700"]
     best = cells(regret.losses_by_rate(best_of(sweeps)), dataset="fall", method="scaled")
     assert best == [4, 12, "4", "0.0000", "50"]
     every = regret.losses_by_rate(sweeps)
@@ -400,7 +400,7 @@ def test_the_suggested_rate_is_the_nearest_that_was_run():
     rows += rows_of("adamw", {0.004: 0.05}, "fall-scaling-1")
     rows += rows_of("scaled", losses, "fall-scaling-1")
     found = cells(regret.by_rule(sweeps_in(rows)), method="scaled")
-    assert found[:6] == [2, 0, 0, "+0.100", "+0.100", "+0.150"]
+    assert found[:7] == [2, 0, 0, 0, "+0.100", "+0.100", "+0.150"]
 
 
 def test_regret_by_rate_is_over_settings_with_all_rates():
