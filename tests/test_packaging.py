@@ -49,6 +49,7 @@ def test_wheel_holds_only_rlora(built):
     assert tops == {"rlora", f"rlora-{wheel.name.split('-')[1]}.dist-info"}
     inside = {name for name in names if name.startswith("rlora/")}
     data = {"rlora/py.typed", "rlora/cli/bench/report.html", "rlora/torch/method_classes.pyi"}
+    data.add("rlora/optax/method_transformations.pyi")
     assert data | {"rlora/backends/torch.py", "rlora/cli/__init__.py"} <= inside
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rlora").rglob("*.py")}
     assert "rlora/integrations/ms_swift/rlora_ms_swift.py" in modules <= inside

@@ -1,7 +1,7 @@
 """The optimizer class of every method that `rlora.torch` has not written by hand.
 
 The stub beside this file says the same to type checkers and editors, which do not run it;
-`rlora.torch.write_stub` writes it.
+`rlora.write_stubs` writes it.
 """
 
 from typing import Any

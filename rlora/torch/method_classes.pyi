@@ -1,4 +1,4 @@
-"""Written by ``python -m rlora.torch.write_stub``."""
+"""Written by ``python -m rlora.write_stubs``."""
 
 from typing import Any, Literal
 

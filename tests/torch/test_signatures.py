@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ import rlora
 import rlora.torch
 from rlora.torch import method_classes
 from rlora.torch.optimizers.method_optimizer import MethodOptimizer
-from rlora.torch.write_stub import stub
 
 CLASSES = [getattr(rlora.torch, name) for name in method_classes.__all__]
 
@@ -40,11 +38,6 @@ def test_rite_has_the_fields_of_its_paper():
     parameters = inspect.signature(rlora.torch.LoRARite).parameters
     assert parameters["betas"].default == (0.9, 0.999)
     assert parameters["max_norm"].annotation == (float | None)
-
-
-def test_the_stub_is_what_its_writer_gives():
-    path = Path(method_classes.__file__).with_suffix(".pyi")
-    assert path.read_text(encoding="utf-8") == stub(), "run python -m rlora.torch.write_stub"
 
 
 def test_a_subclass_shows_its_own():
