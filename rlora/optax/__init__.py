@@ -16,8 +16,8 @@ except ModuleNotFoundError as _error:
 
 from rlora.optax import method_transformations
 from rlora.optax.method_transformations import *  # noqa: F403  (as many as there are methods)
-from rlora.optax.pair_transformation import PairState, scale_by_gram, transformation
+from rlora.optax.pair_transformation import scale_by_gram, transformation
 
-__all__ = ["PairState", "scale_by_gram", "transformation"]
+__all__ = ["scale_by_gram", "transformation"]
 __all__ += method_transformations.__all__
 __all__.sort()
