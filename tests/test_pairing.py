@@ -14,7 +14,6 @@ from rlora.pairing import Convention, Layout
 NAMES = {
     "PEFT": ("{}.lora_A.default.weight", "{}.lora_B.default.weight"),
     "PEFT saved": ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"),
-    "PEFT embedding": ("{}.lora_embedding_A.default", "{}.lora_embedding_B.default"),
     "loralib": ("{}.lora_A", "{}.lora_B"),
     "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight"),
     "kohya split": ("lora_unet_{}.lora_down.0.weight", "lora_unet_{}.lora_up.0.weight"),
@@ -28,6 +27,7 @@ NAMES = {
     ),
 }
 TURNED = {
+    "PEFT embedding": ("{}.lora_embedding_B.default", "{}.lora_embedding_A.default"),
     "flax, mlx": ("{}.lora_a", "{}.lora_b"),
     "flax variables": ("{}.lora_a.value", "{}.lora_b.value"),
     "Keras": ("{}.lora_kernel_a", "{}.lora_kernel_b"),

@@ -55,7 +55,7 @@ def hyperparameters(method: Maker) -> Maker:
 
 def keeps(
     factor: Literal["A", "B"],
-    advice: str = "start it at random, as PEFT does not start embeddings, or freeze the pair",
+    advice: str = "start it at random, or freeze the pair",
 ) -> Callable[[Maker], Maker]:
     """Name the factor that a method never moves, and advice for one that is zero."""
 

@@ -96,7 +96,9 @@ CONVENTIONS = (
     # Of tensors that a layer has itself people write ``x @ A.T @ B.T``, and also ``x @ A @ B``.
     Convention("loralib, litgpt", r"lora_A$", r"lora_B$", if_low_rank=(TURNED,)),
     Convention("PEFT", r"lora_A(?=\.)", r"lora_B(?=\.)"),
-    Convention("PEFT embedding", r"lora_embedding_A", r"lora_embedding_B"),
+    # PEFT's letters, exchanged: it starts the factor beside the vocabulary at zero, as B is here,
+    # so W is (vocabulary, width), as the layer keeps it.
+    Convention("PEFT embedding", r"lora_embedding_B", r"lora_embedding_A", (TURNED,)),
     Convention("layers of one's own", r"lora_down$", r"lora_up$", if_low_rank=(TURNED,)),
     Convention("kohya, OneTrainer, LyCORIS", r"lora_down(?=\.)", r"lora_up(?=\.)"),
     Convention("diffusers", r"lora\.down", r"lora\.up"),

@@ -21,6 +21,7 @@ from layouts import (
     rows,
     scaled_step,
     squares,
+    turned,
     values_of,
 )
 from torch import nn
@@ -92,10 +93,29 @@ def test_embedding():
     base = Net(nn.Embedding(11, 6), 6)
     model = adapt(base, LoraConfig(r=2, target_modules=["layer"]))
     owner = f"{PREFIX}.layer.lora_embedding"
-    layer = Layer(f"{owner}_A.default", f"{owner}_B.default")
+    layer = Layer(f"{owner}_B.default", f"{owner}_A.default", turned, turned)
     delta = delta_of(model.base_model.model.layer)
-    np.testing.assert_allclose(delta.T, layer.products(model)[0], atol=1e-12)
+    np.testing.assert_allclose(delta, layer.products(model)[0], atol=1e-12)
     check(model, squares(torch.arange(22).reshape(2, 11) % 11), [layer])
+
+
+@pytest.mark.parametrize("name", ["ScaledAdamW", "OPLoRA"])
+def test_the_random_factor_of_an_embedding_keeps_its_size(name):
+    """PEFT starts A at zero there: as the A of a pair it would let B grow by its length a step."""
+    torch.manual_seed(0)
+    base = Net(nn.Embedding(50, 16), 16)
+    model = peft.get_peft_model(base, LoraConfig(r=4, target_modules=["layer"]))
+    random = model.base_model.model.layer.lora_embedding_B["default"]
+    start = random.detach().abs().max()
+    optimizer = getattr(rlora.torch, name)(model)
+    loss = squares(torch.arange(50))
+    first = loss(model).item()
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+    assert loss(model) < first
+    assert random.detach().abs().max() < 2 * start
 
 
 class Convolution(nn.Module):
@@ -467,17 +487,17 @@ def tied():
     targets = ["embed_tokens", "lm_head", "q_proj"]
     model = adapt(base, LoraConfig(r=2, target_modules=targets, ensure_weight_tying=True))
     owner = f"{PREFIX}.model.embed_tokens.lora_embedding"
-    embedding = Layer(f"{owner}_A.default", f"{owner}_B.default")
+    embedding = Layer(f"{owner}_B.default", f"{owner}_A.default", turned, turned)
     head = peft_layers(f"{PREFIX}.lm_head")[0]
-    for one, other in ((head.a, embedding.b), (head.b, embedding.a)):
+    for one, other in zip(head[:2], embedding[:2], strict=True):
         assert model.get_parameter(one).data_ptr() == model.get_parameter(other).data_ptr()
     return model, embedding, head, peft_layers(f"{PREFIX}.model.layers.0.self_attn.q_proj")
 
 
 def both_gradients(model, embedding, head):
-    """Gradients of the factors' memory, as embedding and as head."""
-    grads = grads_of(model)
-    return grads[embedding.a] + grads[head.b].T, grads[embedding.b] + grads[head.a].T
+    """Gradients of the factors' memory, as embedding and as head, as A and B lie in the head."""
+    (mine,), grads = embedding.cut(grads_of(model)), grads_of(model)
+    return [x + grads[name] for x, name in zip(mine, head[:2], strict=True)]
 
 
 def test_tied_embeddings_are_updated_once():
@@ -485,14 +505,14 @@ def test_tied_embeddings_are_updated_once():
     model, embedding, head, others = tied()
     optimizer = rlora.torch.ScaledSGD(model, lr=LR, damping=DAMPING, damping_mode="absolute")
     check_report(model, optimizer.report, [embedding, *others], tied=head[:2])
-    assert optimizer.report.tied == {head.a: embedding.b, head.b: embedding.a}
+    assert optimizer.report.tied == {head.a: embedding.a, head.b: embedding.b}
     language_loss(model).backward()
     old, total = values_of(model), both_gradients(model, embedding, head)
     optimizer.step()
     new = values_of(model)
-    wanted = scaled_step(old[embedding.a], old[embedding.b], *total, "absolute")
-    for name, twin, expected in zip(embedding[:2], (head.b, head.a), wanted, strict=True):
-        np.testing.assert_allclose(new[name], expected, rtol=1e-9, atol=1e-12)
+    wanted = scaled_step(old[head.a], old[head.b], *total, "absolute")
+    for name, twin, expected in zip(embedding[:2], head[:2], wanted, strict=True):
+        np.testing.assert_allclose(new[twin], expected, rtol=1e-9, atol=1e-12)
         np.testing.assert_array_equal(new[twin], new[name].T)
         assert np.abs(new[name] - old[name]).max() > 1e-6
 
@@ -504,7 +524,7 @@ def test_tied_embeddings_under_a_method():
     old = values_of(model)
     pairs = [
         tuple(torch.tensor(old[name], requires_grad=True) for name in layer[:2])
-        for layer in (embedding, *others)
+        for layer in (head, *others)
     ]
     alone = rlora.torch.LoRARite([p for pair in pairs for p in pair], lr=LR, pairs=pairs)
     for _ in range(3):
@@ -518,7 +538,7 @@ def test_tied_embeddings_under_a_method():
         optimizer.step()
         alone.step()
     new = values_of(model)
-    for pair, layer in zip(pairs, (embedding, *others), strict=True):
+    for pair, layer in zip(pairs, (head, *others), strict=True):
         for p, name in zip(pair, layer[:2], strict=True):
             np.testing.assert_allclose(new[name], p.detach(), rtol=1e-7, atol=1e-9)
             assert np.abs(new[name] - old[name]).max() > 1e-6

@@ -24,6 +24,11 @@ def whole(x):
     return [x.reshape(len(x), -1)]
 
 
+def turned(x):
+    """One matrix, transposed."""
+    return [x.T]
+
+
 def rows(count):
     """Matrices of one height below each other."""
     return lambda x: [part.reshape(len(part), -1) for part in np.split(x, count)]

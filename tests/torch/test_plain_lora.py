@@ -92,6 +92,7 @@ def offset_by_hand(model, layer, seed):
         B.copy_(start[1])
         name = getattr(module, "parameter_name", "weight")
         getattr(module.get_base_layer(), name).sub_(module.get_delta_weight("default"))
+    start = start[::-1] if embedding else start  # as rlora calls the two
     return Offset(*start, module.scaling["default"], 0.0)
 
 
@@ -168,7 +169,7 @@ def test_layers(kind, started):
     with torch.no_grad():
         model = randomize(adapt(copy.deepcopy(base), **options), seed=1)
         start = get_peft_model_state_dict(model, save_embedding_layers=False)
-        A, B = (v.clone() for _, v in sorted(start.items()))
+        A, B = (v.clone() for _, v in sorted(start.items(), reverse=kind == "embedding"))
         at_start = model(x)
         trained = randomize(model, seed=2)(x)
         scaling = model.base_model.model.layer.scaling["default"]

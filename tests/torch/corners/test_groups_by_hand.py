@@ -209,7 +209,7 @@ def test_a_factor_is_not_its_own_partner():
     [("LoRAFA", "A", {}), ("RACLoRA", "A", {}), ("RACLoRA", "B", {"frozen": "B"})],
 )
 def test_a_zero_factor_that_never_moves_is_told(name, letter, options):
-    """PEFT's embeddings begin with A = 0, all others with B = 0."""
+    """Some embeddings begin with A = 0, all else with B = 0."""
     model = make_model(bias=False)
     torch.nn.init.zeros_(pairs_in(model)[0]["AB".index(letter)])
     optimizer = getattr(rlora.torch, name)(model, lr=1e-2, **options)
