@@ -152,6 +152,27 @@ def test_a_loaded_state_does_not_bring_another(name, tmp_path):
     assert scales_in(resumed) == {7.0}
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_scale_set_in_mid_run_counts_from_the_next_load_on(name):
+    """As of an optimizer that is built then, for which the layer is asked too."""
+    model = adapted()
+    optimizer = check(METHODS[name], model, SCALES[False], model, steps=2)
+    for key in SCALES[False]:
+        model.base_model.model[int(key)].set_scale("default", 3.0)
+    again = copy.deepcopy(model)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    built = METHODS[name](again, lr=0.02)
+    built.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, other in ((model, optimizer), (again, built)):
+        other.zero_grad()
+        squares(batch(16, 6))(one).backward()
+        other.step()
+    pairs = [pair.scaling for pair in optimizer._current_pairs()]
+    assert pairs == [pair.scaling for pair in built._current_pairs()] == [6.0, 24.0, 1.5, 36.0]
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def scales_in(optimizer):
     keys = {key for held in optimizer.state.values() for key in held if "scaling" in key.split(".")}
     assert len(keys) == 1

@@ -16,6 +16,7 @@ from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.optimizers.saved_order import ELEMENTWISE
 from rlora.torch.optimizers.state_entries import Shapes, in_use, words_of_methods
 from rlora.torch.pairing.discovery import Pairs, without_middles
+from rlora.torch.pairing.modules import scalings_in
 from rlora.torch.pairing.pairs import TensorPair, groups_by_id, is_distributed, params_of
 from rlora.torch.step.dtensors import cut_as
 from rlora.torch.step.method_batch import places_in, start_of
@@ -253,7 +254,10 @@ class MethodOptimizer(LoRAOptimizer):
         if isinstance(saved_groups, list):
             _check_scalings(group for group in saved_groups if isinstance(group, dict))
         super().load_state_dict(state_dict)
-        self._follow_scalings(self._current_pairs())
+        today = scalings_in(self._models())
+        pairs = [p._replace(scaling=today.get(id(p.A), p.scaling)) for p in self._current_pairs()]
+        self._pairs, self._plans = pairs, None
+        self._follow_scalings(pairs)
 
     def _follow_scalings(self, pairs: Iterable[TensorPair]) -> None:
         """Put the s of groups, else of layers, into the state: it is no memory of training."""
