@@ -792,3 +792,35 @@ def test_feature_learning_of_rite_over_widths():
     assert np.abs(slopes(rlora.lora_rite(), lambda n: 2.4 / n**0.5)).max() < 0.15
     both = slopes(chain(scale_by_adam(**NO_MEMORY)))
     assert both[0] - both[1] > 0.15
+
+
+def test_riemannion_leaves_a_zero_A():
+    """As some embeddings begin: which directions of rank are in use B alone says."""
+    rng = np.random.default_rng(0)
+    pair = Factors(np.zeros((3, 7)), rng.standard_normal((9, 3)))
+    method = rlora.riemannion()
+    grads = Factors(pair.B.T @ rng.standard_normal((9, 7)), np.zeros((9, 3)))
+    (A, B), _ = rlora.step(method, pair, grads, method.init(pair), 0.1)
+    assert np.linalg.norm(B @ A) > 0.01
+
+
+def test_a_merge_has_the_digits_of_the_weight():
+    """The product of float32 factors is formed in float64 where the weight has that."""
+    rng = np.random.default_rng(0)
+    W, A, B = (rng.standard_normal(shape) for shape in ((9, 7), (3, 7), (9, 3)))
+    pair = Factors(A.astype("float32"), B.astype("float32"))
+    merged, _ = restart(W, pair, scaling=2.0)
+    exact = W + 2.0 * (pair.B.astype("float64") @ pair.A.astype("float64"))
+    np.testing.assert_allclose(merged, exact, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("r", [3, 7, 12])
+def test_entries_of_a_factor_muon_step_have_one_size_at_any_rank(r):
+    rng = np.random.default_rng(0)
+    pair, grads = (
+        Factors(rng.standard_normal((r, 7)), rng.standard_normal((9, r))) for _ in range(2)
+    )
+    method = rlora.factor_muon()
+    directions, _ = method.update(grads, method.init(pair), pair)
+    for d in directions:
+        assert np.sqrt(np.mean(d**2)) == pytest.approx(0.2)

@@ -7,6 +7,7 @@ import pytest
 import rlora
 from rlora import Factors
 from rlora.backends import get
+from rlora.core.moments import scale_by_adam
 from rlora.testing import assert_close, make_problem, run
 
 INNER = ["scaled_sgd", "scaled_adamw", "lora_rite", "alt_lora", "lora_muon", "loft", "graft_adamw"]
@@ -166,3 +167,17 @@ def test_a_small_shrink_is_lost_in_sixteen_bits():
         method = rlora.stable_lora(shrink=shrink)
         new, _ = rlora.step(method, Factors(A, B), still, method.init(Factors(A, B)), 1e-2)
         assert torch.equal(new.A, A) == (not moved)
+
+
+def test_a_graft_of_tiny_gradients_has_adams_size():
+    """Adam's direction is far below 1 where eps is above the gradients."""
+    rng = np.random.default_rng(0)
+    pair, tiny = (
+        Factors(*((size * rng.standard_normal(s)).astype("float32") for s in ((3, 7), (9, 3))))
+        for size in (1.0, 1e-22)
+    )
+    method, adam = rlora.graft_adamw(), scale_by_adam()
+    (grafted, _), _ = method.update(tiny, method.init(pair), pair)
+    (plain, _), _ = adam.update(tiny, adam.init(pair), pair)
+    moves = [np.linalg.norm(pair.B @ d) for d in (grafted, plain)]
+    assert moves[0] == pytest.approx(moves[1], rel=1e-3, abs=0)  # float32 sums of squares

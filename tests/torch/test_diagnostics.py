@@ -634,3 +634,17 @@ def test_every_class_can_be_watched():
     optimizers = [k for k in kinds if isinstance(k, type) and issubclass(k, torch.optim.Optimizer)]
     assert len(optimizers) > 10
     assert all(issubclass(kind, LoRAOptimizer) for kind in optimizers)
+
+
+def test_growth_is_against_a_rate_in_a_tensor_as_against_a_number():
+    found = []
+    for lr in (0.1, torch.tensor(0.1)):
+        torch.manual_seed(0)
+        pair = torch.randn(4, 6, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+        optimizer = rlora.torch.ScaledAdamW(list(pair), lr=lr, pairs=[pair])
+        optimizer.watch()
+        for p in pair:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        found.append(optimizer.diagnostics()["rlora/grown_A/max"])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)  # 0.1 in float32

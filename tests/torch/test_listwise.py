@@ -357,3 +357,48 @@ def test_grams_go_to_their_own_factors():
             moved, right = p.detach().double().numpy() - x, y - x
             # float32, of directions that one step of Adam has put to 1 and -1.
             np.testing.assert_allclose(moved, right, atol=1e-3 * np.abs(right).max())
+
+
+def test_adam_of_gradients_in_another_order_of_memory():
+    """As a transposed product leaves them: torch's fused kernel looks at no strides."""
+    torch.manual_seed(0)
+    pair = Factors(torch.randn(4, 6), torch.randn(5, 4))
+    grads = Factors(torch.randn(4, 6), torch.randn(5, 4))
+    turned = Factors(*(g.mT.contiguous().mT for g in grads))
+    method = rlora.lora_plus()
+    (plain, _), (other, _) = (method.update(g, method.init(pair), pair) for g in (grads, turned))
+    for x, y in zip(plain, other, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("placement", ["before", "both", "after"])
+def test_large_factors_in_another_order_of_memory(placement):
+    """Too large for a stack they are read where they lie; the kernel looks at no strides."""
+
+    def run(turned):
+        torch.manual_seed(0)
+        A, B = torch.randn(4, 12000) / 100, torch.randn(11000, 4) / 100
+        if turned:
+            A, B = (x.mT.contiguous().mT for x in (A, B))
+        pair = torch.nn.Parameter(A), torch.nn.Parameter(B)
+        optimizer = make_optimizer([pair], placement=placement)
+        for step in range(2):
+            torch.manual_seed(step)
+            for p in pair:
+                p.grad = torch.randn(p.shape)
+            optimizer.step()
+        return [p.detach() for p in pair]
+
+    for x, y in zip(run(turned=True), run(turned=False), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("placement", ["both", "after"])
+def test_a_rate_of_0_moves_nothing_along_what_is_not_finite(placement):
+    """As the first step of a warm-up after an overflow."""
+    pair = torch.randn(4, 6, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    before = [p.detach().clone() for p in pair]
+    optimizer = rlora.torch.ScaledAdamW(list(pair), lr=0.0, pairs=[pair], placement=placement)
+    pair[0].grad, pair[1].grad = torch.full((4, 6), torch.nan), torch.randn(5, 4)
+    optimizer.step()
+    assert all(torch.equal(p, x) for p, x in zip(pair, before, strict=True))

@@ -369,3 +369,15 @@ def test_what_has_no_rank_2r_is_refused():
     for match, more in bad.items():
         with pytest.raises(rlora.PairingError, match=match):
             as_plain_lora({**state, **more}, start)
+
+
+def test_what_is_in_no_pair_is_a_copy_too():
+    """The model trains on: a state that has been rounded does not change with it."""
+    state = {
+        "q.lora_A.weight": torch.randn(4, 16),
+        "q.lora_B.weight": torch.randn(32, 4),
+        "head.weight": torch.randn(3, 5, dtype=torch.bfloat16),
+    }
+    rounded = round_adapter(state)
+    state["head.weight"].zero_()
+    assert rounded["head.weight"].any()

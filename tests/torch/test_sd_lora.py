@@ -403,3 +403,11 @@ def test_sd_lora_beats_sequential_fine_tuning_in_the_short_recipe(recipe):
         assert accuracy[name] > accuracy["LoRA"] + 0.01
         assert forgetting[name] < forgetting[NAIVE] - 0.5
     assert recipe.table(methods, results).row_count == 4
+
+
+def test_a_merge_into_a_narrow_base_is_rounded_once():
+    torch.manual_seed(0)
+    layer = SDLoRALinear(nn.Linear(16, 32, dtype=torch.bfloat16), 4)
+    nn.init.normal_(layer.lora_B)
+    expected = (layer.base.weight.float() + layer.delta()).bfloat16()
+    assert torch.equal(layer.merge().weight, expected)

@@ -133,11 +133,24 @@ CHANGES = (
 )  # fmt: skip
 
 
+def equal_layers():
+    """Layers of one shape, which lie on one stack: each is another's neighbour in memory."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(LoRALinear(n, m, 4) for n, m in ((6, 6), (6, 6), (6, 6), (6, 8))))
+    for _, B in pairs_in(model):
+        nn.init.normal_(B, std=0.3)
+    return model
+
+
 @make
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_next_step_uses_what_is_in_the_state(make, dtype):
+@pytest.mark.parametrize(
+    "make_it",
+    [make_model, partial(make_model, dtype=torch.bfloat16), equal_layers],
+    ids=["float32", "bfloat16", "equal layers"],
+)
+def test_the_next_step_uses_what_is_in_the_state(make, make_it):
     """And later checkpoints hold what later steps have made of it."""
-    model = make_model(dtype=dtype)
+    model = make_it()
     optimizer = make(model)
     train(model, optimizer, 3)
     for k, change in enumerate(CHANGES):
