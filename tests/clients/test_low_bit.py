@@ -1,5 +1,8 @@
 """Optimizers that keep their state in 8 bits, with the preconditioner in front of them."""
 
+import copy
+import importlib
+
 import pytest
 import torch
 from models import LoRALinear, same, values
@@ -156,3 +159,16 @@ def test_gradients_are_untouched(library):
     grads = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
     optimizer.step()
     assert all(torch.equal(p.grad, g) for p, g in grads.items())
+
+
+@pytest.mark.parametrize("name", ["AdEMAMix", "AdEMAMix8bit"])
+def test_a_state_of_two_averages_in_one_array_is_loaded(name):
+    bitsandbytes()
+    kind = precondition(getattr(importlib.import_module("bitsandbytes.optim"), name))
+    model = make_model()
+    optimizer = kind(model, lr=1e-3)
+    train(model, optimizer, 2)
+    again = copy.deepcopy(model)
+    resumed = kind(again, lr=1e-3)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert train(model, optimizer, 2) == train(again, resumed, 2)

@@ -5,8 +5,9 @@ place alone. Here names go first; without any, or where none is known, the place
 groups differ too, the shapes of the saved moments.
 """
 
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ def as_groups_are(saved: dict[str, Any], groups: Groups, names: Sequence[str | N
         a == b or not {a, b} & common for a, b in zip(mine, keys, strict=True)
     ):
         found: list[Any] = ids
+        _warn_of_other_names(mine, keys, common)
     elif common:
         found = _by_name(params, mine, dict(zip(keys, ids, strict=True)), saved["state"])
     else:
@@ -76,6 +78,22 @@ def as_groups_are(saved: dict[str, Any], groups: Groups, names: Sequence[str | N
     gone = {*ids} - {*found}
     state = {i: held for i, held in saved["state"].items() if i not in gone}
     return {**saved, "state": state, "param_groups": aligned}
+
+
+def _warn_of_other_names(mine: Sequence[Key], keys: Sequence[Key], common: Set[Key]) -> None:
+    """RuntimeWarning where some names are those of the file and others are not.
+
+    All may have got a prefix, but of some the layers may be others of the same shapes.
+    """
+    both = [(a, b) for a, b in zip(mine, keys, strict=True) if None not in (a, b) and a != b]
+    if common and both:
+        here, there = both[0]
+        msg = (
+            f"{len(both)} parameters have other names in the saved state, the first is {here!r} "
+            f"here and {there!r} there: they get the state at their place; if these are other "
+            f"layers, build the optimizer from those that were saved"
+        )
+        warnings.warn(msg, RuntimeWarning, stacklevel=2)
 
 
 def keys_of(names: Sequence[Sequence[str | None]]) -> list[Key]:
