@@ -329,3 +329,12 @@ def test_a_model_is_sent_to_the_function_for_models():
         TypeError, match=r"got a Sequential; give a model to rlora\.torch\.find_pairs"
     ):
         find_pairs(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("name", ["value", "weight", "policy"])
+def test_an_adapter_may_have_the_name_of_a_parameter(name):
+    """PEFT's are modules with a weight each, flax's have a value at the end."""
+    named = {f"q.lora_A.{name}.weight": np.ones((2, 6)), f"q.lora_B.{name}.weight": np.ones((5, 2))}
+    assert [pair.adapter for pair in find_pairs(named)] == [name]
+    named = {"q.lora_a.value": np.ones((6, 2)), "q.lora_b.value": np.ones((2, 5))}
+    assert [pair.adapter for pair in find_pairs(named)] == [None]

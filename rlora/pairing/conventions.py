@@ -171,7 +171,9 @@ def proposals(name: str, pattern: str) -> Iterator[tuple[int, Proposal]]:
     for found in _compiled(pattern).finditer(name):
         head, tail = name[: found.start()], name[found.end() :]
         text = tuple(found.groupdict().values())
-        parts = [part for part in tail.split(".") if part not in ("", "weight", "value")]
+        parts = [part for part in tail.split(".") if part]
+        if parts and parts[-1] in ("weight", "value"):  # torch's parameter, flax's
+            parts.pop()
         layer = ".".join(part for part in (head, *text) if part)
         yield found.start(), Proposal(layer, ".".join(parts) or None, tail, text)
 

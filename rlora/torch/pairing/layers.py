@@ -186,7 +186,7 @@ def _no_layer(
     kind = type(base).__name__
     variant = getattr(module, "lora_variant", {}).get(adapter)
     if variant is not None or adapter in getattr(module, "lora_magnitude_vector", ()):
-        return f"{type(variant).__name__}: its output is not W x + s B A x"
+        return f"it has a variant of PEFT's, {type(variant).__name__}, and is no plain LoRA"
     for sibling, why in MORE_THAN_A_PRODUCT.items():
         if hasattr(module, sibling):
             return why
