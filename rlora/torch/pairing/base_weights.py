@@ -101,5 +101,5 @@ def movable_weight(layer: LoraLayer, holders: Holders) -> Tensor:
         raise ValueError(msg)
     else:
         return weight
-    msg = f"{why}, and this method changes base weights; others, such as lora_one, lora_sb and eva, do not"
+    msg = f"{why}, and this method changes base weights; lora_one, lora_sb and eva, say, do not"
     raise PairingError(msg)
