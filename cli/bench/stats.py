@@ -48,15 +48,15 @@ def median_ratio(samples: Sequence[float], baseline: Sequence[float]) -> float |
     return statistics.median(ratios) if ratios else None
 
 
-def median_interval(samples: Sequence[float]) -> Interval | None:
-    """Order statistics that enclose the median with 95 % confidence; None below six samples.
+def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> Interval | None:
+    """Order statistics that enclose the median; None for too few: of 95 % below six samples.
 
     The number of samples below the median is binomial, whatever the distribution of times is.
     """
     n, cut, tail = len(samples), 0, 0.0
     while True:
         tail += math.comb(n, cut) / 2**n
-        if 2 * tail > 1 - CONFIDENCE:
+        if 2 * tail > 1 - confidence:
             break
         cut += 1
     ordered = sorted(samples)
