@@ -212,6 +212,17 @@ def test_the_check_agrees_with_jsonschema(a_record):
     )
 
 
+def test_numbers_and_lengths_are_refused_with_their_bounds():
+    bounded, free = {"type": "number", "minimum": 0}, {"type": "number"}
+    assert fault(-1, bounded) == "it must be a number from 0 up, got -1"
+    for value in (float("nan"), float("inf"), float("-inf")):
+        assert fault(value, bounded) == f"it must be a finite number, got {value}"
+        assert fault(value, free) == f"it must be a finite number, got {value}"
+    pair = {"type": "array", "items": free, "minItems": 2, "maxItems": 2}
+    assert fault([1], pair) == "it must have at least 2 items, got 1"
+    assert fault([1, 2, 3], pair) == "it must have at most 2 items, got 3"
+
+
 @pytest.mark.parametrize("created", ["yesterday", "", "2026-13-01T00:00:00+00:00"])
 def test_a_record_says_when_it_was_made(refused, a_record, tmp_path, created):
     """Exports compute with it."""
