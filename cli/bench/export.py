@@ -231,7 +231,7 @@ def as_csv(record: Record, commit: str) -> str:
     """One line for each row, with the numbers as they are; of the samples their count."""
     out = io.StringIO()
     lines = [_csv_row(row) for row in record["rows"]]
-    writer = csv.DictWriter(out, list(lines[0]) if lines else [], lineterminator="\n")
+    writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return out.getvalue()

@@ -57,8 +57,6 @@ def show(record: Path) -> None:
 
 def show_record(record: Record, out: Console) -> None:
     """Print the rows of a record, a table for each preset, and the verdicts of a suite."""
-    if not record["rows"]:
-        out.print(Text("no rows: it was interrupted before the first round"))
     partial = ", interrupted" if record["partial"] else ""
     dtype = record["command"]["dtype"]
     for where, group in groupby(record["rows"], lambda row: row["preset"] or row["adapter"]):
@@ -70,7 +68,7 @@ def show_record(record: Record, out: Console) -> None:
     if record["checks"]:
         out.print(_verdicts(record["checks"], out))
         passed = sum(check["passed"] for check in record["checks"])
-        unsure = sum(not check.get("stable", True) for check in record["checks"])
+        unsure = sum(not check["stable"] for check in record["checks"])
         note = f"; {unsure}, with a ?, by rows that are unstable" if unsure else ""
         out.print(Text(f"{passed} of {counted(len(record['checks']), 'target')} reached{note}"))
 
@@ -78,13 +76,13 @@ def show_record(record: Record, out: Console) -> None:
 def _verdicts(checks: Sequence[dict[str, Any]], out: Console) -> Table:
     lines = [
         {
-            "": ("PASS" if check["passed"] else "FAIL") + "?" * (not check.get("stable", True)),
+            "": ("PASS" if check["passed"] else "FAIL") + "?" * (not check["stable"]),
             "what": check["what"],
             "preset": check["preset"],
             "rank": "-" if check["rank"] is None else str(check["rank"]),
             "limit": f"{SIGNS[check['sense']]} {figure(check['limit'])}",
             "measured": figure(check["measured"]),
-            "goal": figure(goal) if (goal := check.get("goal")) is not None else "",
+            "goal": "" if check["goal"] is None else figure(check["goal"]),
         }
         for check in checks
     ]
@@ -148,7 +146,7 @@ def instability(rows: Sequence[Row]) -> str | None:
 
 def filled(lines: Sequence[Mapping[str, str]]) -> list[str]:
     """List the columns in which any line has something."""
-    return [name for name in (lines[0] if lines else ()) if any(x[name] != "-" for x in lines)]
+    return [name for name in lines[0] if any(x[name] != "-" for x in lines)]
 
 
 ROUNDED: Final = 0.9995

@@ -352,8 +352,3 @@ def test_several_problems_devices_and_dtypes_are_told_apart(a_record):
         assert full_name({**row, "device": cpu}) == names[0]
     record["rows"] = [row, {**row, "preset": "256x256*4"}]
     assert "| 256x256*4 |" in FORMATS["markdown"](record, "")
-
-
-def test_an_empty_record_exports(a_record):
-    for write in FORMATS.values():
-        write({**a_record, "rows": []}, COMMIT)

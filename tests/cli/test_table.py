@@ -79,6 +79,7 @@ def test_instability_is_explained_once_for_a_table():
 def test_verdicts_of_a_suite_keep_their_names(width):
     check = {"what": "torch scaled_adamw / torch adamw", "preset": "gpt2-medium", "rank": 4}
     check |= {"sense": "at most", "limit": 1.6, "measured": 3.65, "passed": False}
+    check |= {"stable": True, "goal": None}
     record = {"rows": [], "partial": True, "command": {"dtype": "float32"}, "peaks": []}
     out = io.StringIO()
     show_record({**record, "checks": [check]}, Console(file=out, width=width))
