@@ -51,11 +51,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def counted(count: int, noun: str) -> str:
-    """Say a number of things: "1 pair", "2 pairs"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 def text_table(
     *heads: str,
     rows: Iterable[Iterable[str]] = (),

@@ -9,6 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+from rlora.pairing.report import number_of
+
 from .console import printable
 
 LONGEST: Final = 18
@@ -95,8 +97,8 @@ def _faults(value: Any, schema: Mapping[str, Any], path: str) -> Iterator[str]:
     elif kind == "array":
         count, least, most = len(value), schema.get("minItems", 0), schema.get("maxItems", math.inf)
         if not least <= count <= most:
-            bound = f"at least {least}" if count < least else f"at most {most}"
-            yield f"{path} must have {bound} items, got {count}"
+            bound, wanted = ("at least", least) if count < least else ("at most", most)
+            yield f"{path} must have {bound} {number_of(wanted, 'item')}, got {count}"
         for i, x in enumerate(value):
             yield from _faults(x, schema["items"], f"{path}[{i}]")
     elif kind == "object":

@@ -220,6 +220,7 @@ def test_numbers_and_lengths_are_refused_with_their_bounds():
         assert fault(value, free) == f"it must be a finite number, got {value}"
     pair = {"type": "array", "items": free, "minItems": 2, "maxItems": 2}
     assert fault([1], pair) == "it must have at least 2 items, got 1"
+    assert fault([], pair | {"minItems": 1}) == "it must have at least 1 item, got 0"
     assert fault([1, 2, 3], pair) == "it must have at most 2 items, got 3"
 
 
