@@ -7,6 +7,8 @@ from typing import Final
 
 import numpy as np
 
+from rlora.cli.chart import Interval
+
 FEWEST: Final = 3
 """Samples below which a spread says nothing."""
 
@@ -14,8 +16,6 @@ CONFIDENCE: Final = 0.95
 
 RESAMPLES: Final = 2000
 """Resamples of a bootstrap; its error is then below the width of the intervals it draws."""
-
-Interval = tuple[float, float]
 
 
 def relative_spread(samples: Sequence[float]) -> float | None:
