@@ -78,6 +78,12 @@ def test_no_such_command(refused):
     assert "'shw'; there are compare, export, list, report, run, show." in refused("bench", "shw")
 
 
+def test_a_study_takes_several_with_commas_as_a_benchmark_does(refused):
+    assert "'x' is not a valid integer range" in refused("study", "--rank", "4,x")
+    assert "x>=2" in refused("study", "--steps", "9,1")
+    assert "--dataset was given without a value" in refused("study", "--dataset", ",")
+
+
 def test_a_method_that_was_misspelt_is_named(refused):
     assert "'scaled_adam', did you mean scaled_adamw?" in refused(
         "bench", "--method", "scaled_adam"
