@@ -3,11 +3,12 @@
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import click
+from click.decorators import FC
 
 import rlora
 from rlora import RLoraError
@@ -87,6 +88,25 @@ class App(LazyGroup):
         except REFUSALS as error:
             _refuse(str(error) or type(error).__name__, USAGE)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def several(*names: str, kind: Any = click.STRING, **options: Any) -> Callable[[FC], FC]:
+    """Make an option that may be repeated, or hold several values with commas; each counts once.
+
+    `kind` is a type of click.
+    """
+
+    def split(
+        context: click.Context, option: click.Parameter, words: Sequence[str]
+    ) -> tuple[Any, ...]:
+        parts = [part.strip() for word in words for part in word.split(",")]
+        if words and not any(parts):
+            msg = f"{option.opts[0]} was given without a value; name one or leave it out"
+            raise ValueError(msg)
+        return tuple(dict.fromkeys(kind(part, option, context) for part in parts if part))
+
+    metavar = kind.name.upper()
+    return click.option(*names, multiple=True, callback=split, metavar=metavar, **options)
 
 
 @contextmanager

@@ -4,12 +4,14 @@ import importlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, JustifyMethod
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
@@ -19,9 +21,13 @@ PIPED_WIDTH = 280
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Open standard output, or stderr, as wide as the terminal, or wide enough."""
-    out = Console(highlight=False, stderr=stderr)
-    return out if out.is_terminal else Console(highlight=False, stderr=stderr, width=PIPED_WIDTH)
+    """Open standard output, or stderr, as wide as the terminal, or wide enough.
+
+    What stands in brackets or between colons is text: names of files and of layers have both.
+    """
+    made = partial(Console, stderr=stderr, highlight=False, markup=False, emoji=False)
+    out = made()
+    return out if out.is_terminal else made(width=PIPED_WIDTH)
 
 
 def escape_unencodable() -> None:
@@ -43,11 +49,6 @@ def one_line(message: str) -> str:
 def printable(text: str) -> str:
     r"""Write control codes, which could steer a terminal, out as \x1b; line breaks likewise."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-
-
-def counted(count: int, noun: str) -> str:
-    """Say a number of things: "1 pair", "2 pairs"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def text_table(
@@ -114,7 +115,7 @@ def progress(label: str, total: int, *, log: bool = False) -> Iterator[Any]:
     with Progress(
         console=stderr, auto_refresh=False, transient=True, disable=not stderr.is_terminal
     ) as bar:
-        task = bar.add_task(label, total=total)
+        task = bar.add_task(escape(label), total=total)
         bar.refresh()
 
         def tick() -> None:

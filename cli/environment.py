@@ -69,10 +69,17 @@ def blas() -> list[dict[str, Any]]:
 
 
 def _accelerators() -> list[str]:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    """Names of the devices that a loaded library sees; one is asked, as others see the same."""
+    torch, jax, cupy = map(sys.modules.get, ("torch", "jax", "cupy"))
+    if torch is not None and torch.cuda.is_available():
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if jax is not None and jax.default_backend() != "cpu":
+        return [device.device_kind for device in jax.devices()]
+    if cupy is not None and cupy.cuda.is_available():
+        cuda = cupy.cuda.runtime
+        counted = range(cuda.getDeviceCount())
+        return [cuda.getDeviceProperties(i)["name"].decode() for i in counted]
+    return []
 
 
 def _memory() -> int | None:

@@ -2,11 +2,14 @@
 
 import errno
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
+
+from rlora.pairing.report import number_of
 
 from .console import printable
 
@@ -87,12 +90,15 @@ def _faults(value: Any, schema: Mapping[str, Any], path: str) -> Iterator[str]:
         except ValueError:
             yield f"{path} must be a time as in 2026-01-31T12:00:00+00:00, got {value[:40]!r}"
     elif kind in ("number", "integer"):
-        if not schema.get("minimum", value) <= value < float("inf"):
-            yield f"{path} must be a number from {schema.get('minimum')} up, got {value}"
+        if not math.isfinite(value):
+            yield f"{path} must be a finite number, got {value}"
+        elif value < schema.get("minimum", value):
+            yield f"{path} must be a number from {schema['minimum']} up, got {value}"
     elif kind == "array":
-        least, most = schema.get("minItems", 0), schema.get("maxItems", len(value))
-        if not least <= len(value) <= most:
-            yield f"{path} must have {least} items or more, got {len(value)}"
+        count, least, most = len(value), schema.get("minItems", 0), schema.get("maxItems", math.inf)
+        if not least <= count <= most:
+            bound, wanted = ("at least", least) if count < least else ("at most", most)
+            yield f"{path} must have {bound} {number_of(wanted, 'item')}, got {count}"
         for i, x in enumerate(value):
             yield from _faults(x, schema["items"], f"{path}[{i}]")
     elif kind == "object":

@@ -56,6 +56,7 @@ def read_adapter(path: Path) -> list[rlora.Factors]:
         if not report.pairs:
             raise nothing_paired(tensors, report)
 
+        # By hand: the library reads the whole file, or for NumPy no bfloat16.
         def load(name: str) -> NDArray[Any]:
             tensor, (begin, end) = tensors[name], tensors[name].data_offsets
             file.seek(8 + length + begin)

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import click
 
+from rlora.cli.chart import Interval
 from rlora.cli.console import console
 
 from .join import problem, setups
 from .schema import Row, read_record
-from .stats import FEWEST, Interval, quotient_interval, round_ratios
+from .stats import FEWEST, quotient_interval, round_ratios
 from .table import print_rows
 
 REGRESSED = 1

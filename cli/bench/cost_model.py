@@ -25,12 +25,13 @@ from .problem import Shapes
 SAME_AS: Final = {"peft": "scaled_adamw:before", "torch.adamw": "adamw", "optax.adamw": "adamw"}
 """Optimizers of others that do the arithmetic of one of ours."""
 
-FROZEN: Final[Mapping[str, Callable[[int, int, int], int]]] = {
-    "lora_fa": lambda m, n, r: 7 * m * r,  # B, its gradient and its two moments
-    "rac_lora": lambda m, n, r: (3 * m + n) * r,  # B and its gradient; A is read
-    "lora_sb": lambda m, n, r: 4 * n * r,  # A and its gradient; the start of A is read
+FROZEN: Final[Mapping[str, tuple[Callable[[int, int, int], int], int]]] = {
+    "lora_fa": (lambda m, n, r: 3 * m * r, 2),  # B and its gradient
+    "rac_lora": (lambda m, n, r: (3 * m + n) * r, 2),  # B and its gradient; A is read
+    "lora_sb": (lambda m, n, r: 3 * n * r, 1),  # A and its gradient; the start of A is read
 }
-"""Numbers moved by the methods that leave a factor alone, state included."""
+"""Methods that leave a factor alone: how many numbers of a pair and its gradients are moved, and
+how often the state is, which may be of another dtype."""
 
 
 class Work(NamedTuple):
@@ -198,9 +199,7 @@ def work(method: str, shapes: Shapes, item_bytes: int, state_bytes: int) -> Work
     known = SAME_AS.get(name, method)
     if known not in (*BASELINES, *method_names()):
         return None
-    numbers = sum(k * (m + n) * r for (m, n, r), k in shapes.items())
-    moved = 3 * numbers * item_bytes + 2 * state_bytes
-    if name in FROZEN:
-        moved = item_bytes * sum(k * FROZEN[name](*shape) for shape, k in shapes.items())
+    moved, of_state = FROZEN.get(name, (lambda m, n, r: 3 * (m + n) * r, 2))
+    numbers = sum(k * moved(*shape) for shape, k in shapes.items())
     flops = sum(k * _from_small_layers(_small_flops, known, *shape) for shape, k in shapes.items())
-    return Work(flops, moved)
+    return Work(flops, numbers * item_bytes + of_state * state_bytes)

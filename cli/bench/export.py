@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Callable
 from datetime import datetime
@@ -15,6 +16,7 @@ import numpy as np
 from rlora.cli.records import check_writable, is_stream, make_folder, write_text
 
 from .schema import Record, Row, read_record
+from .stats import median_interval
 from .table import cells, filled
 
 
@@ -128,7 +130,6 @@ ASV_COLUMNS: Final = [
     *("stats_q_25", "stats_q_75", "stats_number", "stats_repeat", "samples"),
 ]
 
-
 MACHINE: Final = "rlora-bench"
 """Name of the machine and of the environment in asv's results."""
 
@@ -136,13 +137,12 @@ MACHINE: Final = "rlora-bench"
 def asv(record: Record, commit: str) -> str:
     """A result file of asv (version 2): a benchmark for each row, its samples in seconds."""
     environment, created = record["environment"], _milliseconds(record["created"])
-    machine = _asv_machine(record)
     made = {
         "version": 2,
         "commit_hash": commit,
         "env_name": MACHINE,
         "date": created,
-        "params": {**machine, "python": environment["python"]},
+        "params": {**_asv_machine(record), "python": environment["python"]},
         "python": environment["python"],
         "requirements": environment["versions"],
         "env_vars": {},
@@ -168,29 +168,32 @@ def _asv_machine(record: Record) -> dict[str, str]:
 def write_asv_results(record: Record, commit: str, folder: Path) -> None:
     """Write a result with all that asv asks for beside it, into its folder of results.
 
-    Its machine, without which asv skips the result, and its benchmarks, added to those that the
-    folder has.
+    Its machine, without which asv skips the result, and its benchmarks; results of the same commit
+    and benchmarks are added to those that the folder has.
     """
     make_folder("--output", folder / MACHINE)
-    known = folder / "benchmarks.json"
-    benchmarks = _benchmarks_in(known) if known.exists() else {"version": 2}
-    benchmarks |= {_asv_name(row): _asv_benchmark(row) for row in record["rows"]}
+    known, result = folder / "benchmarks.json", folder / MACHINE / f"{commit[:8]}-{MACHINE}.json"
+    mine = {_asv_name(row): _asv_benchmark(row) for row in record["rows"]}
+    benchmarks = {"version": 2, **_read_asv(known), **mine}
+    made = json.loads(asv(record, commit))
+    made["results"] = {**_read_asv(result).get("results", {}), **made["results"]}
     machine = {**_asv_machine(record), "version": 1}
-    result = folder / MACHINE / f"{commit[:8]}-{MACHINE}.json"
     write_text(known, json.dumps(benchmarks, indent=1) + "\n")
     write_text(folder / MACHINE / "machine.json", json.dumps(machine, indent=1) + "\n")
-    write_text(result, asv(record, commit))
+    write_text(result, json.dumps(made) + "\n")
 
 
-def _benchmarks_in(path: Path) -> dict[str, Any]:
-    """Read asv's list of benchmarks; those of others are kept as they are."""
+def _read_asv(path: Path) -> dict[str, Any]:
+    """Read a file of asv, whose entries of others are kept as they are; empty without a file."""
+    if not path.exists():
+        return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         msg = f"{path} is not JSON: {error}"
         raise ValueError(msg) from error
-    if not isinstance(found, dict):
-        msg = f"{path} is no list of asv's benchmarks; give the folder of its results"
+    if not isinstance(found, dict) or not isinstance(found.get("results", {}), dict):
+        msg = f"{path} is no file of asv; give the folder of its results"
         raise ValueError(msg)
     return found
 
@@ -213,12 +216,11 @@ def _asv_name(row: Row) -> str:
 
 def _asv_row(row: Row, created: int) -> list[Any]:
     samples = row["samples_s"]
-    low, q1, median, q3, high = (
-        [float(q)] for q in np.quantile(samples, (0.0, 0.25, 0.5, 0.75, 1.0))
-    )
-    duration, repeat = sum(samples), [len(samples)]
-    version = full_name(row)
-    return [median, [], version, created, duration, low, high, q1, q3, [1], repeat, [samples]]
+    q1, median, q3 = ([float(q)] for q in np.quantile(samples, (0.25, 0.5, 0.75)))
+    # Infinite ends are what asv itself takes for too few samples.
+    low, high = median_interval(samples, 0.99) or (-math.inf, math.inf)
+    duration, repeat, version = sum(samples), [len(samples)], full_name(row)
+    return [median, [], version, created, duration, [low], [high], q1, q3, [1], repeat, [samples]]
 
 
 def _milliseconds(created: str) -> int:
@@ -229,7 +231,7 @@ def as_csv(record: Record, commit: str) -> str:
     """One line for each row, with the numbers as they are; of the samples their count."""
     out = io.StringIO()
     lines = [_csv_row(row) for row in record["rows"]]
-    writer = csv.DictWriter(out, list(lines[0]) if lines else [], lineterminator="\n")
+    writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return out.getvalue()

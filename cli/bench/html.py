@@ -39,7 +39,7 @@ def render(records: Mapping[str, Record], drawn: Sequence[tuple[Chart, str]]) ->
     rows = [row for record in records.values() for row in record["rows"]]
     lines = [_line(name, row) for name, record in records.items() for row in record["rows"]]
     said_above = [x for x in ("preset", "record") if len({line[x] for line in lines}) == 1]
-    columns = [name for name in filled(lines) or FIRST if name not in said_above]
+    columns = [name for name in filled(lines) if name not in said_above]
     have = {chart.kind for chart, _ in drawn}
     return env.from_string(source).render(
         policy=_policy(source),
@@ -79,7 +79,7 @@ def _title(rows: Sequence[Row]) -> str:
         "dtype": [row["dtype"] for row in rows],
     }
     if len(set(parts["model"])) < 2:
-        return f"What a step costs: {_listed(parts['model']) or 'no rows'}"
+        return f"What a step costs: {_listed(parts['model'])}"
     varied = [name for name, values in parts.items() if len(set(values)) > 1]
     return f"What a step costs, by {_listed(varied)}"
 
@@ -97,7 +97,7 @@ def _about(rows: Sequence[Row]) -> str:
     ranks = _listed(row["rank"] for row in rows)
     places = _listed(f"{row['backend']} {row['device']}" for row in rows)
     models = _listed(row["preset"] or row["adapter"] for row in rows)
-    return f"{methods} for {models} on {places}; rank {ranks}." if rows else ""
+    return f"{methods} for {models} on {places}; rank {ranks}."
 
 
 def _line(name: str, row: Row) -> dict[str, str]:

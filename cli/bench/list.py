@@ -6,8 +6,9 @@ import click
 
 import rlora.backends
 import rlora.methods
-from rlora.cli.console import console, counted, text_table
+from rlora.cli.console import console, text_table
 from rlora.cli.info import usable
+from rlora.pairing.report import number_of
 
 from .cases import BASELINES, VARIANTS
 from .problem import PRESETS
@@ -39,7 +40,7 @@ def methods() -> dict[str, str]:
 def presets() -> dict[str, str]:
     """Every preset with its targets and sizes; then how to say any other."""
     found = {
-        name: f"{preset.targets}: {counted(len(preset.pairs()), 'pair')}, "
+        name: f"{preset.targets}: {number_of(len(preset.pairs()), 'pair')}, "
         + ", ".join(f"{m}x{n}" for m, n in dict.fromkeys(preset.shapes))
         for name, preset in PRESETS.items()
     }

@@ -111,8 +111,9 @@ class Options(NamedTuple):
     def least_bytes(self) -> int:
         """Estimate the main memory of a run from shapes alone; 0 for an adapter, which is a file.
 
-        Random factors and gradients in float32; in each backend a copy of them, and of every
-        case, as all are alive at once, its parameters and two moments; one step's arrays.
+        Random factors and gradients in float32; in each backend the gradients, which its cases
+        share; of every case, as all are alive at once, its parameters and two moments; one step's
+        arrays.
         """
         if not self.ranks:
             return 0

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import click
 
-from rlora.cli.console import counted, load_plots
+from rlora.cli.console import load_plots
 from rlora.cli.records import check_writable, make_folder, write_bytes, write_text
+from rlora.pairing.report import number_of
 
 from .chart_data import Chart, charts
 from .schema import read_record
@@ -42,7 +43,7 @@ def report(records: tuple[Path, ...], output: Path, pictures: Path | None) -> No
             write_bytes(pictures / f"{name}.png", png)
     write_text(output, made)
     click.echo(
-        f"report: {output}, {counted(len(found), 'chart')} of {counted(len(read), 'record')}"
+        f"report: {output}, {number_of(len(found), 'chart')} of {number_of(len(read), 'record')}"
     )
     if pictures is not None:
         click.echo(f"pictures: {pictures}")

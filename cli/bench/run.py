@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 import rlora
+from rlora.cli.app import several
 from rlora.cli.console import console, progress
 from rlora.cli.environment import environment, free_memory, load_average
 from rlora.cli.records import LONGEST, check_writable, is_stream, write_record
@@ -48,27 +48,16 @@ MOST = 10**LONGEST - 1
 AT_LEAST_ONE = Whole(min=1)
 
 
-def _listed(context: click.Context, option: click.Parameter, words: Sequence[str]) -> list[Any]:
-    """Split an option that may be repeated, or hold several with commas between."""
-    parts = [part.strip() for word in words for part in word.split(",")]
-    if words and not any(parts):
-        msg = f"{option.opts[0]} was given without a value; name one or leave it out"
-        raise ValueError(msg)
-    kind = AT_LEAST_ONE if option.name == "ranks" else click.STRING
-    return list(dict.fromkeys(kind(part, option, context) for part in parts if part))
-
-
 def _words(numbers: tuple[int, ...]) -> str:
     return ",".join(map(str, numbers))
-
-
-several = partial(click.option, multiple=True, callback=_listed)
 
 
 @click.command(help=HELP, epilog="Options that take several may be repeated, or use commas.")
 @several("--backend", help="Array libraries.  [default: numpy]")
 @several("--method", "methods", help="Methods to time.  [default: all]")
-@several("--rank", "ranks", help=f"Ranks of the factors.  [default: {_words(RANKS)}]")
+@several(
+    "--rank", "ranks", kind=AT_LEAST_ONE, help=f"Ranks of the factors.  [default: {_words(RANKS)}]"
+)
 @click.option("--preset", help=f"Shapes of a model, or MxN*K.  [default: {DEFAULT}]")
 @click.option("--adapter", type=Path, help="Shapes and values of a saved adapter: file or folder.")
 @click.option(

@@ -1,6 +1,5 @@
 """The record of a timing: its samples, its conditions, and its AdamW row."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -85,11 +84,10 @@ _CHECK: Final = closed(
         "limit": NUMBER,
         "measured": NUMBER,
         "passed": {"type": "boolean"},
+        "stable": {"type": "boolean"},
+        "goal": optional(NUMBER),
     }
 )
-# Records of before do not say whether the timings behind a check could be believed, nor what is to
-# be reached one day.
-_CHECK["properties"] |= {"stable": {"type": "boolean"}, "goal": optional(NUMBER)}
 
 SCHEMA: Final[dict[str, Any]] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -102,7 +100,7 @@ SCHEMA: Final[dict[str, Any]] = {
             "partial": {"type": "boolean"},
             "command": _COMMAND,
             "environment": ENVIRONMENT,
-            "rows": {"type": "array", "items": _ROW},
+            "rows": {"type": "array", "items": _ROW, "minItems": 1},
             "peaks": {"type": "array", "items": _PEAKS},
             "checks": {"type": "array", "items": _CHECK},
         }
@@ -110,20 +108,10 @@ SCHEMA: Final[dict[str, Any]] = {
 }
 """JSON Schema of the record."""
 
-NOT_YET: Final[Mapping[str, Any]] = {"peaks": [], "checks": []}
-COMMAND_NOT_YET: Final[Mapping[str, Any]] = {"threads": None, "suite": None}
-ROW_NOT_YET: Final = {
-    **dict.fromkeys(("build_s", "compile_s", "outliers", "ratio_interval", "operations")),
-    **dict.fromkeys(("flops", "bytes_moved", "model_s", "forward_backward_s")),
-}
-"""Values for keys that the first version of the record lacks."""
-
 
 def read_record(path: Path) -> Record:
-    """Read a record, of this or the first version; a ValueError says where it stops to be one."""
+    """Read a record; a ValueError says where it stops to be one."""
     record: Record = read_json(path, "rlora bench")
-    if isinstance(record, dict) and record.get("schema") == "rlora-bench/1":
-        record = _upgraded(record)
     if (found := fault(record, SCHEMA) or _timeless(record)) is not None:
         msg = f"{path.name} is no record of rlora bench: {found}"
         raise ValueError(msg)
@@ -135,21 +123,3 @@ def _timeless(record: Record) -> str | None:
         if min(row["median_s"], *row["samples_s"]) <= 0:
             return f"it.rows[{i}] took no time"
     return None
-
-
-def _upgraded(old: Record) -> Record:
-    """Give a record of the first version the keys it had not yet; None says "not measured"."""
-    record = {**NOT_YET, **old, "schema": NAME}
-    rows, command = record.get("rows"), record.get("command")
-    if isinstance(command, dict) and isinstance(command.get("rounds"), dict):
-        kept = {key: value for key, value in command.items() if key != "backend"}
-        rounds = {"precision": None, **command["rounds"]}
-        backends = [command.get("backend")]
-        record["command"] = {**COMMAND_NOT_YET, **kept, "backends": backends, "rounds": rounds}
-    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
-        homes = {str(row.get("method")): row.get("backend") for row in rows}
-        record["rows"] = [
-            {**ROW_NOT_YET, "ratio_to_backend": homes.get(str(row.get("ratio_to"))), **row}
-            for row in rows
-        ]
-    return record

@@ -7,6 +7,8 @@ from typing import Final
 
 import numpy as np
 
+from rlora.cli.chart import Interval
+
 FEWEST: Final = 3
 """Samples below which a spread says nothing."""
 
@@ -14,8 +16,6 @@ CONFIDENCE: Final = 0.95
 
 RESAMPLES: Final = 2000
 """Resamples of a bootstrap; its error is then below the width of the intervals it draws."""
-
-Interval = tuple[float, float]
 
 
 def relative_spread(samples: Sequence[float]) -> float | None:
@@ -48,15 +48,15 @@ def median_ratio(samples: Sequence[float], baseline: Sequence[float]) -> float |
     return statistics.median(ratios) if ratios else None
 
 
-def median_interval(samples: Sequence[float]) -> Interval | None:
-    """Order statistics that enclose the median with 95 % confidence; None below six samples.
+def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> Interval | None:
+    """Order statistics that enclose the median; None for too few: of 95 % below six samples.
 
     The number of samples below the median is binomial, whatever the distribution of times is.
     """
     n, cut, tail = len(samples), 0, 0.0
     while True:
         tail += math.comb(n, cut) / 2**n
-        if 2 * tail > 1 - CONFIDENCE:
+        if 2 * tail > 1 - confidence:
             break
         cut += 1
     ordered = sorted(samples)

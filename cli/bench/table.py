@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlora.cli.console import console, counted, fitted
+from rlora.cli.console import console, fitted
+from rlora.pairing.report import number_of
 
 from .problem import TOKENS
 from .schema import Record, Row, read_record
@@ -57,34 +58,32 @@ def show(record: Path) -> None:
 
 def show_record(record: Record, out: Console) -> None:
     """Print the rows of a record, a table for each preset, and the verdicts of a suite."""
-    if not record["rows"]:
-        out.print(Text("no rows: it was interrupted before the first round"))
     partial = ", interrupted" if record["partial"] else ""
     dtype = record["command"]["dtype"]
     for where, group in groupby(record["rows"], lambda row: row["preset"] or row["adapter"]):
         rows = list(group)
-        show_rows(f"{where}: {counted(rows[0]['pairs'], 'pair')}, {dtype}{partial}", rows, out)
+        show_rows(f"{where}: {number_of(rows[0]['pairs'], 'pair')}, {dtype}{partial}", rows, out)
     for peak in record["peaks"]:
         rates = f"{size(round(peak['bytes_per_s']))}/s, {peak['flops_per_s'] / 1e9:.3g} Gflop/s"
         out.print(Text(f"peak of {peak['backend']} {peak['device']}: {rates}"))
     if record["checks"]:
         out.print(_verdicts(record["checks"], out))
         passed = sum(check["passed"] for check in record["checks"])
-        unsure = sum(not check.get("stable", True) for check in record["checks"])
+        unsure = sum(not check["stable"] for check in record["checks"])
         note = f"; {unsure}, with a ?, by rows that are unstable" if unsure else ""
-        out.print(Text(f"{passed} of {counted(len(record['checks']), 'target')} reached{note}"))
+        out.print(Text(f"{passed} of {number_of(len(record['checks']), 'target')} reached{note}"))
 
 
 def _verdicts(checks: Sequence[dict[str, Any]], out: Console) -> Table:
     lines = [
         {
-            "": ("PASS" if check["passed"] else "FAIL") + "?" * (not check.get("stable", True)),
+            "": ("PASS" if check["passed"] else "FAIL") + "?" * (not check["stable"]),
             "what": check["what"],
             "preset": check["preset"],
             "rank": "-" if check["rank"] is None else str(check["rank"]),
             "limit": f"{SIGNS[check['sense']]} {figure(check['limit'])}",
             "measured": figure(check["measured"]),
-            "goal": figure(goal) if (goal := check.get("goal")) is not None else "",
+            "goal": "" if check["goal"] is None else figure(check["goal"]),
         }
         for check in checks
     ]
@@ -139,7 +138,7 @@ def instability(rows: Sequence[Row]) -> str | None:
     if not advice:
         return None
     said = [
-        f"{len(reasons)} of {counted(len(rows), 'row')}, "
+        f"{len(reasons)} of {number_of(len(rows), 'row')}, "
         f"{'for example ' if len(set(reasons)) > 1 else ''}{reasons[0]} ({hint})"
         for hint, reasons in advice.items()
     ]
@@ -148,7 +147,7 @@ def instability(rows: Sequence[Row]) -> str | None:
 
 def filled(lines: Sequence[Mapping[str, str]]) -> list[str]:
     """List the columns in which any line has something."""
-    return [name for name in (lines[0] if lines else ()) if any(x[name] != "-" for x in lines)]
+    return [name for name in lines[0] if any(x[name] != "-" for x in lines)]
 
 
 ROUNDED: Final = 0.9995

@@ -11,8 +11,9 @@ from rich.padding import Padding
 from rich.text import Text
 
 from rlora.cli.bench.options import among, make_spec
-from rlora.cli.console import console, counted, load_plots, one_line, text_table
+from rlora.cli.console import console, load_plots, one_line, text_table
 from rlora.cli.records import as_json, check_writable, make_folder, write_bytes, write_text
+from rlora.pairing.report import number_of
 
 from . import CLAIMS
 from .claim import Claim, Setting
@@ -121,7 +122,7 @@ def show_verdicts(records: list[dict[str, Any]]) -> int:
     off = sum(not record["as_documented"] for record in records)
     out = console()
     out.print(text_table("claim", "verdict", "seconds", rows=rows))
-    out.print(f"{len(records) - off} of {counted(len(records), 'verdict')} as documented")
+    out.print(f"{len(records) - off} of {number_of(len(records), 'verdict')} as documented")
     return off
 
 

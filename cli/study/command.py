@@ -1,28 +1,18 @@
 """``rlora study``: optimizers for LoRA on a real model, each at its own best learning rate."""
 
-from collections.abc import Sequence
-from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import click
 
+from rlora.cli.app import several
 from rlora.cli.console import console
 from rlora.cli.records import check_folder
 
 from .models import MODELS, check_installed, module_of
 
 
-def _unique(_: click.Context, __: click.Parameter, values: Sequence[Any]) -> tuple[Any, ...]:
-    """The values of an option that may be repeated, each once."""
-    return tuple(dict.fromkeys(values))
-
-
-several = partial(click.option, multiple=True, callback=_unique)
-
-
-@click.command()
+@click.command(epilog="Options that take several may be repeated, or use commas.")
 @click.option(
     "--model",
     type=click.Choice(list(MODELS)),
@@ -30,27 +20,18 @@ several = partial(click.option, multiple=True, callback=_unique)
     show_default=True,
     help="The last three want a GPU.",
 )
-@several(
-    "--dataset",
-    "datasets",
-    help="The model's first, if not given; may be repeated.",
-)
+@several("--dataset", "datasets", help="The model's first, if not given.")
 @click.option("--weights", help="Of a large model: its name on the hub, or a folder.")
 @click.option("--data", type=Path, help="Of a large model: a folder; else they come from the hub.")
 @click.option("--device", help="cpu; for a large model cuda. Strings and smollm2 run on both.")
-@several(
-    "--rank",
-    "ranks",
-    type=click.IntRange(1),
-    help="8, or what the paper has; may be repeated.",
-)
+@several("--rank", "ranks", kind=click.IntRange(1), help="8, or what the paper has, if not given.")
 @several(
     "--steps",
     "lengths",
-    type=click.IntRange(2),
-    help="Of a run, instead of the usual ones; may be repeated.",
+    kind=click.IntRange(2),
+    help="Lengths of a run, instead of the usual ones.",
 )
-@several("--method", "names", help="Only this one; may be repeated.")
+@several("--method", "names", help="Only these.")
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--output", type=Path, default=Path("build/study"), show_default=True)
 @click.option("--quick", is_flag=True, help="Two methods, few steps: to see that it runs.")

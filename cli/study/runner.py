@@ -11,8 +11,9 @@ from typing import Any, Final, TypeAlias
 
 import torch
 
-from rlora.cli.console import console, counted
+from rlora.cli.console import console
 from rlora.cli.records import make_folder
+from rlora.pairing.report import number_of
 
 from .models import MODELS, Size, module_of
 from .plan import Entry, Record, Records, final, rounds
@@ -50,7 +51,7 @@ def run_study(
     make_folder("--output", output)
     processes = 1 if MODELS[model].large else processes  # one model fills a GPU
     for jobs in rounds(records, entries):
-        console().print(f"{counted(len(jobs), 'run')} to do")
+        console().print(f"{number_of(len(jobs), 'run')} to do")
         if (seconds := estimate(place, jobs, processes)) is not None:
             console().print(f"about {seconds / 60:.1f} min")
         for row in run_jobs(place, jobs, processes):

@@ -6,7 +6,7 @@ import pytest
 
 import rlora
 from rlora.backends import BUILTIN, BackendInfo
-from rlora.cli.console import one_line
+from rlora.cli.console import console, one_line, progress
 
 
 def test_version_and_help_are_quick_and_complete(rlora_cli):
@@ -78,6 +78,12 @@ def test_no_such_command(refused):
     assert "'shw'; there are compare, export, list, report, run, show." in refused("bench", "shw")
 
 
+def test_a_study_takes_several_with_commas_as_a_benchmark_does(refused):
+    assert "'x' is not a valid integer range" in refused("study", "--rank", "4,x")
+    assert "x>=2" in refused("study", "--steps", "9,1")
+    assert "--dataset was given without a value" in refused("study", "--dataset", ",")
+
+
 def test_a_method_that_was_misspelt_is_named(refused):
     assert "'scaled_adam', did you mean scaled_adamw?" in refused(
         "bench", "--method", "scaled_adam"
@@ -117,6 +123,16 @@ def test_the_door_turns_refusals_into_one_line(refused, monkeypatch, error):
 def test_the_door_lets_bugs_through(rlora_cli, monkeypatch):
     monkeypatch.setattr(rlora.backends, "available", lambda: 1 / 0)
     assert isinstance(rlora_cli("info").exception, ZeroDivisionError)
+
+
+def test_brackets_and_colons_of_a_name_are_text_on_a_terminal(monkeypatch, capsys):
+    name = "z[/b] :bug:[red].safetensors"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress(name.replace(":bug:", ""), 1) as tick:
+        tick()
+    assert "z[/b] [red].safetensors" in capsys.readouterr().err
+    console().print(name)
+    assert name in capsys.readouterr().out
 
 
 def test_one_line_keeps_text_and_disarms_the_rest():

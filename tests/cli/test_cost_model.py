@@ -96,7 +96,6 @@ def test_work_added_up_by_hand():
     numbers, product = 4 * (70 + 54), 2 * 4**3
     found = work("scaled_adamw", shapes, 4, state_bytes=1000)
     assert found.bytes == 3 * 4 * numbers + 2000
-    assert work("lora_fa", shapes, 2, 0).bytes == 2 * 7 * (40 + 24) * 4
     assert work("torch.adamw:foreach", shapes, 4, 0).flops == 0
     # Grams and one application, or two of halves; and of 4 x 4 matrices, for both pairs:
     for placement, long, small in (
@@ -107,6 +106,18 @@ def test_work_added_up_by_hand():
         name = "scaled_adamw" if placement == "both" else f"scaled_adamw:{placement}"
         flops = work(name, shapes, 4, 0).flops
         assert flops == long * 2 * 4 * numbers + 2 * small * product
+
+
+@pytest.mark.parametrize("item", [2, 4])
+def test_bytes_with_a_factor_that_stays_added_up_by_hand(item):
+    """The state is of float32 beside factors of 16 bits too."""
+    (m, n, r), state = (40, 30, 4), 1000
+    for name, numbers, times in (
+        ("lora_fa", 3 * m * r, 2),  # B is read and written, its gradient read
+        ("rac_lora", (3 * m + n) * r, 2),  # A is read
+        ("lora_sb", 3 * n * r, 1),  # most of the state is the start of A, which is read
+    ):
+        assert work(name, {(m, n, r): 3}, item, state).bytes == 3 * item * numbers + times * state
 
 
 @pytest.mark.parametrize("name", FROZEN)

@@ -172,7 +172,22 @@ def test_asv_reads_it(a_record, tmp_path):
     assert name in found.get_all_result_keys()
     assert found.get_result_value(name, []) == [row["median_s"]]
     assert found.get_result_samples(name, []) == [row["samples_s"]]
-    assert found.get_result_stats(name, [])[0]["repeat"] == len(row["samples_s"])
+    (stats,) = found.get_result_stats(name, [])
+    assert stats["repeat"] == len(row["samples_s"])
+
+
+def test_the_interval_is_asvs(a_record):
+    """99 % around the median; asv too has infinite ends for what no samples bound."""
+    statistics = pytest.importorskip("asv_runner.statistics", reason="asv is not installed")
+    row = a_record["rows"][1]
+    for count in (15, 8, 7, 1):
+        samples = row["samples_s"][:count]
+        made = json.loads(FORMATS["asv"]({**a_record, "rows": [{**row, "samples_s": samples}]}, ""))
+        (values,) = made["results"].values()
+        found = dict(zip(made["result_columns"], values, strict=True))
+        _, wanted = statistics.quantile_ci(samples, 0.5, 0.99)
+        assert (*found["stats_ci_99_a"], *found["stats_ci_99_b"]) == wanted
+        assert (wanted[0] == -np.inf) == (count < 8)
 
 
 def git(folder, *arguments):
@@ -289,6 +304,24 @@ def test_benchmarks_of_others_stay_as_they_are(rlora_cli, a_record, tmp_path):
     assert json.loads(known.read_text()).items() >= theirs.items()
 
 
+def test_a_commit_may_have_several_records(rlora_cli, refused, a_record, tmp_path):
+    record, out = tmp_path / "x.json", tmp_path / "asv"
+    result = out / "rlora-bench" / f"{COMMIT[:8]}-rlora-bench.json"
+    options = ("--format", "asv", "--commit", COMMIT, "--output", out)
+    slower = copy.deepcopy(a_record)
+    slower["rows"][1] |= {"rank": 8, "samples_s": [1.0], "median_s": 1.0}
+    for made in (a_record, slower):
+        record.write_text(json.dumps(made))
+        assert rlora_cli("bench", "export", record, *options).exit_code == 0
+    found = json.loads(result.read_text())["results"]
+    assert found.keys() == json.loads((out / "benchmarks.json").read_text()).keys() - {"version"}
+    assert found["roberta-base.numpy.r8.scaled_adamw.time_step"][0] == [1.0]
+    assert len(found) == 3
+    for text in ("{", "[]", '{"results": []}'):
+        result.write_text(text)
+        assert result.name in refused("bench", "export", record, *options)
+
+
 @pytest.mark.parametrize("commit", ["", "feature/x", "../../../esc", "abc", "g" * 40])
 def test_a_commit_is_none(refused, a_record, tmp_path, commit):
     record = tmp_path / "x.json"
@@ -319,8 +352,3 @@ def test_several_problems_devices_and_dtypes_are_told_apart(a_record):
         assert full_name({**row, "device": cpu}) == names[0]
     record["rows"] = [row, {**row, "preset": "256x256*4"}]
     assert "| 256x256*4 |" in FORMATS["markdown"](record, "")
-
-
-def test_an_empty_record_exports(a_record):
-    for write in FORMATS.values():
-        write({**a_record, "rows": []}, COMMIT)

@@ -32,6 +32,9 @@ def test_order_statistics_of_the_tables():
     assert median_interval([1.0] * 5) is None
     for n, rank in ((6, 1), (9, 2), (15, 4), (25, 8), (100, 40)):
         assert median_interval(list(range(n, 0, -1))) == (rank, n + 1 - rank)
+    assert median_interval([1.0] * 7, 0.99) is None
+    for n, rank in ((8, 1), (15, 3), (25, 6), (100, 37)):
+        assert median_interval(list(range(n)), 0.99) == (rank - 1, n - rank)
 
 
 def test_the_interval_covers_as_often_as_it_says():

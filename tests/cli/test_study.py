@@ -252,7 +252,7 @@ def test_a_quick_study_its_tables_and_its_resumption(tmp_path, rlora_cli):
 @pytest.mark.parametrize(("model", "dataset"), [("digits", "even"), ("strings", "fall")])
 def test_a_quick_study_needs_no_dataset(tmp_path, rlora_cli, model, dataset):
     options = ("--quick", "--method", "adamw", "--processes", 1, "--output", tmp_path)
-    done = rlora_cli("study", "--model", model, *options, "--method", "adamw")
+    done = rlora_cli("study", "--model", model, *options, "--method", "adamw,adamw")
     assert done.exit_code == 0, done.output
     path = tmp_path / f"{model}-{dataset}.jsonl"
     assert {job.dataset for job in Records(path).rows} == {dataset}

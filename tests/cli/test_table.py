@@ -4,7 +4,6 @@ import pytest
 from rich.console import Console
 
 from rlora.cli.bench.table import cells, seconds, show_record, show_rows, size
-from rlora.cli.console import counted
 
 ROW = {
     "method": "scaled_adamw",
@@ -79,6 +78,7 @@ def test_instability_is_explained_once_for_a_table():
 def test_verdicts_of_a_suite_keep_their_names(width):
     check = {"what": "torch scaled_adamw / torch adamw", "preset": "gpt2-medium", "rank": 4}
     check |= {"sense": "at most", "limit": 1.6, "measured": 3.65, "passed": False}
+    check |= {"stable": True, "goal": None}
     record = {"rows": [], "partial": True, "command": {"dtype": "float32"}, "peaks": []}
     out = io.StringIO()
     show_record({**record, "checks": [check]}, Console(file=out, width=width))
@@ -86,14 +86,6 @@ def test_verdicts_of_a_suite_keep_their_names(width):
     assert "FAIL" in words
     assert "…" not in words
     assert ("3.65" in words) == (width == 80)
-
-
-def test_one_thing_is_not_several():
-    assert (counted(1, "pair"), counted(2, "pair"), counted(0, "row")) == (
-        "1 pair",
-        "2 pairs",
-        "0 rows",
-    )
 
 
 def test_cells_of_what_is_not_known():
