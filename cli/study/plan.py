@@ -38,8 +38,6 @@ class Records:
     def _read(self, line: str, number: int) -> None:
         try:
             row: Record = json.loads(line)
-            if "contender" in row:  # name of the key in the first records
-                row["method"] = row.pop("contender")
             self.rows[job_of(row)] = row
         except (ValueError, KeyError, TypeError):
             msg = f"{self.path.name}, line {number}: not a run of the study; delete the line"

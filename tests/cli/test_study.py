@@ -93,14 +93,6 @@ def test_a_study_goes_on_where_it_was(tmp_path):
     assert next(rounds({LIKE.dataset: again}, [entry])) == sweep(again, entry)[2:]
 
 
-def test_the_first_records_are_read(tmp_path):
-    old = row(LIKE, 1.0)
-    old["contender"] = old.pop("method")
-    path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps(old) + "\n")
-    assert Records(path).rows == {LIKE: row(LIKE, 1.0)}
-
-
 def test_a_line_that_is_no_run_is_named(tmp_path):
     path = tmp_path / "digits-even.jsonl"
     path.write_text(json.dumps(row(LIKE, 1.0)) + "\n{}\n")
