@@ -13,7 +13,7 @@ linkcheck:  # needs a network
 figures:
 	$(PYTHON) docs/reference/claims.py
 	rlora study --tables --output docs/reference/study
-	rlora study --tables --model strings --output docs/reference/study/strings
+	rlora study --tables --output docs/reference/study/strings
 	$(PYTHON) docs/reference/front_tables.py
 	$(PYTHON) docs/explanation/drawings.py
 

@@ -259,7 +259,6 @@ ELSEWHERE = {
     "link": ("docs/", "tests/", "asv_bench/", "rlora/core/transform.py"),  # those of pages
     "bundle": ("CHANGELOG.md",),  # the names of before
     "rank wise": ("CHANGELOG.md",),
-    "contender": ("cli/study/plan.py", "tests/cli/test_study.py"),  # a key of the first records
 }
 """Files that may have a word, by the beginnings of their paths."""
 

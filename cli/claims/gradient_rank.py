@@ -7,12 +7,15 @@ and p the rank of d + 1 times that: no (L, L) matrix is formed, and time is line
 """
 
 import math
+from collections.abc import Iterable
 from itertools import combinations_with_replacement
 from typing import Final, NamedTuple
 
 import numpy as np
 
 from rlora import Factors
+from rlora.core.dispatch import get_backend
+from rlora.core.factors import Array
 
 from .claim import Check, Claim, Outcome, Setting, lines
 from .problems import Matrix, exponent
@@ -38,25 +41,25 @@ LOST: Final = 0.5
 class Attention(NamedTuple):
     """One head: tokens X (L, n), the weights (d, n), an adapter of W_Q, and outputs to be met."""
 
-    X: Matrix
-    W_Q: Matrix
-    W_K: Matrix
-    W_V: Matrix
-    target: Matrix
+    X: Array
+    W_Q: Array
+    W_K: Array
+    W_V: Array
+    target: Array
     adapter: Factors
 
-    def projected(self) -> tuple[Matrix, Matrix, Matrix]:
+    def projected(self) -> tuple[Array, Array, Array]:
         """Queries, with the adapter, keys and values, (L, d) each."""
         W_Q = self.W_Q + self.adapter.B @ self.adapter.A
         return self.X @ W_Q.T, self.X @ self.W_K.T, self.X @ self.W_V.T
 
-    def factor_gradients(self, pK: Matrix) -> Factors:
+    def factor_gradients(self, pK: Array) -> Factors:
         """Return those of A and B, from p K."""
         G = pK.T @ self.X
         return Factors(self.adapter.B.T @ G, G @ self.adapter.A.T)
 
 
-def attention(length: int, norm: float) -> Attention:
+def attention(setting: Setting, length: int, norm: float) -> Attention:
     """Tokens whose first d entries lie on the sphere, and weights that see them, turned."""
     rng = np.random.default_rng(0)
     seen = rng.standard_normal((length, HEAD))
@@ -68,17 +71,18 @@ def attention(length: int, norm: float) -> Attention:
     A, B = rng.standard_normal((RANK, INPUTS)), rng.standard_normal((HEAD, RANK))
     pair = Factors(A / INPUTS**0.5, 0.1 * norm * B / HEAD**0.5)
     W_V, target = rng.standard_normal((HEAD, INPUTS)), rng.standard_normal((length, HEAD))
-    return Attention(X, W_Q, W_K, W_V, target, pair)
+    X, W_Q, W_K, W_V, target = map(setting.array, (X, W_Q, W_K, W_V, target))
+    return Attention(X, W_Q, W_K, W_V, target, setting.arrays(pair))
 
 
-def score_gradient(head: Attention) -> Matrix:
+def score_gradient(head: Attention) -> Array:
     """Gradient p (L, L) of the scores, of the loss ``½ |f C - target|² / L``."""
     Q, K, C = head.projected()
-    S = Q @ K.T
-    f = np.exp(S - S.max(axis=1, keepdims=True))
-    f /= f.sum(axis=1, keepdims=True)
-    fq = f * ((f @ C - head.target) / len(C) @ C.T)
-    return np.asarray(fq - fq.sum(axis=1, keepdims=True) * f)
+    S, xp = Q @ K.T, get_backend(Q).xp
+    f = xp.exp(S - xp.max(S, axis=1, keepdims=True))
+    f = f / xp.sum(f, axis=1, keepdims=True)
+    fq = f * ((f @ C - head.target) / C.shape[0] @ C.T)
+    return fq - xp.sum(fq, axis=1, keepdims=True) * f
 
 
 def exact_gradients(head: Attention) -> Factors:
@@ -89,39 +93,43 @@ def exact_gradients(head: Attention) -> Factors:
 def chained_gradients(head: Attention, degree: int) -> Factors:
     """The same, with f of low rank and no matrix of L² entries."""
     Q, K, C = head.projected()
-    left, right = features(Q, degree), features(K, degree)
-    left = left / (left @ right.sum(axis=0))[:, None]
+    left, right, xp = features(Q, degree), features(K, degree), get_backend(Q).xp
+    left = left / (left @ xp.sum(right, axis=0))[:, None]
     out = left @ (right.T @ C)
-    E = (out - head.target) / len(C)
+    E = (out - head.target) / C.shape[0]
     # f ∘ (E Cᵀ) has the row by row products of both pairs of factors as its own.
     fqK = columns(E, left) @ (columns(C, right).T @ K)
-    r = (E * out).sum(axis=1, keepdims=True)
+    r = xp.sum(E * out, axis=1, keepdims=True)
     return head.factor_gradients(fqK - r * (left @ (right.T @ K)))
 
 
-def features(X: Matrix, degree: int) -> Matrix:
+def features(X: Array, degree: int) -> Array:
     """Rows φ(x) with ``φ(x)ᵀφ(y) = Σ_j (xᵀy)^j / j!`` up to the degree."""
-    found = []
+    found, xp = [], get_backend(X).xp
     for j in range(degree + 1):
         for entries in combinations_with_replacement(range(X.shape[1]), j):
             powers = np.bincount(entries, minlength=X.shape[1]) if entries else ()
             size = math.prod(math.factorial(a) for a in powers)
-            found.append(X[:, list(entries)].prod(axis=1) / size**0.5)
-    return np.stack(found, axis=1)
+            product = math.prod((X[:, i] for i in entries), start=xp.ones_like(X[:, 0]))
+            found.append(product / size**0.5)
+    return xp.stack(found, axis=1)
 
 
-def columns(X: Matrix, Y: Matrix) -> Matrix:
+def columns(X: Array, Y: Array) -> Array:
     """Each column of X times each of Y, (L, products)."""
-    return (X[:, :, None] * Y[:, None, :]).reshape(len(X), -1)
+    return get_backend(X).xp.reshape(X[:, :, None] * Y[:, None, :], (X.shape[0], -1))
 
 
 def run(setting: Setting) -> Outcome:
     """Numerical ranks of p over lengths, and errors of gradients over ranks, for several norms."""
     lengths = (128, 256, 512) if setting.quick else (128, 256, 512, 1024)
-    ranks, wrong = {}, {}
+    ranks, wrong, values = {}, {}, setting.backend.to_numpy
     for norm in setting.track(NORMS, "norms"):
-        ranks[norm] = [rank(score_gradient(attention(length, norm))) for length in lengths]
-        wrong[norm] = [error(attention(lengths[-1], norm), degree) for degree in DEGREES]
+        heads = [attention(setting, length, norm) for length in lengths]
+        ranks[norm] = [rank(values(score_gradient(head))) for head in heads]
+        exact = [values(x) for x in exact_gradients(heads[-1])]
+        chained = [map(values, chained_gradients(heads[-1], degree)) for degree in DEGREES]
+        wrong[norm] = [error(found, exact) for found in chained]
     sizes = [math.comb(HEAD + degree, HEAD) for degree in DEGREES]
     growth = {norm: exponent(lengths, found) for norm, found in ranks.items()}
     return Outcome(
@@ -154,10 +162,9 @@ def rank(p: Matrix) -> float:
     return float((sigma > TOLERANCE * sigma[0]).sum())
 
 
-def error(head: Attention, degree: int) -> float:
+def error(found: Iterable[Matrix], exact: Iterable[Matrix]) -> float:
     """Relative difference of the gradients of both factors."""
-    pairs = chained_gradients(head, degree), exact_gradients(head)
-    ours, theirs = (np.concatenate([x.ravel() for x in pair]) for pair in pairs)
+    ours, theirs = (np.concatenate([x.ravel() for x in pair]) for pair in (found, exact))
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 

@@ -132,23 +132,23 @@ SMALL: Final = "on a small real task."
 CLAIMS: Final = (
     Claim(
         "learning-rate-sgd",
-        "Of scaled gradient descent's learning rates a wider range is good than of gradient "
-        f"descent's, {SMALL}",
+        "Scaled gradient descent has a wider range of good learning rates than gradient descent, "
+        f"{SMALL}",
         f"{PRECONDITIONED}. Abstract",
         partial(compare, contests=[SGD]),
     ),
     Claim(
         "learning-rate-adamw",
-        "Of scaled AdamW's learning rates, with the preconditioner before Adam as published, a "
-        f"wider range is good than of AdamW's, with betas (0.9, 0.999) {SMALL}",
+        "Scaled AdamW with the preconditioner before Adam, as published, has a wider range of good "
+        f"learning rates than AdamW, both with betas (0.9, 0.999), {SMALL}",
         f"{PRECONDITIONED}. Abstract and algorithm 1",
         partial(compare, contests=PUBLISHED),
         holds=False,
     ),
     Claim(
         "learning-rate-both",
-        "Of scaled AdamW's learning rates, with half powers of the preconditioner on both sides of "
-        f"Adam, a wider range is good than of AdamW's, with betas (0.9, 0.999) {SMALL}",
+        "Scaled AdamW with half powers of the preconditioner on both sides of Adam has a wider "
+        f"range of good learning rates than AdamW, both with betas (0.9, 0.999), {SMALL}",
         f"After {PRECONDITIONED}. This placement is not in the paper",
         partial(compare, contests=BOTH),
     ),

@@ -10,15 +10,15 @@ Frame = Any
 """A table or a column of pandas, which has no types."""
 
 
-def records_in(folder: Path, pattern: str, what: str) -> list[Record]:
+def records_in(folder: Path) -> list[Record]:
     """All records in the files of a folder; ValueError without a file."""
-    paths = sorted(folder.glob(pattern))
+    paths = sorted(folder.glob("*.jsonl"))
     if not paths:
-        msg = f"{folder} has no records of {what} ({pattern})"
+        msg = f"{folder} has no records of a study (*.jsonl)"
         raise ValueError(msg)
     rows = [row for path in paths for row in Records(path).rows.values()]
     if not rows:
-        msg = f"the records of {what} in {folder} ({pattern}) are empty"
+        msg = f"the records of a study in {folder} (*.jsonl) are empty"
         raise ValueError(msg)
     return rows
 

@@ -38,10 +38,9 @@ class Records:
     def _read(self, line: str, number: int) -> None:
         try:
             row: Record = json.loads(line)
-            if "contender" in row:  # name of the key in the first records
-                row["method"] = row.pop("contender")
+            final(row)  # what a table or a sweep will ask for
             self.rows[job_of(row)] = row
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, IndexError):
             msg = f"{self.path.name}, line {number}: not a run of the study; delete the line"
             raise ValueError(msg) from None
 
@@ -85,12 +84,17 @@ def final(row: Record) -> float:
 
 
 def sweep_losses(records: Records, entry: Entry) -> dict[float, float]:
-    """Learning rate -> mean validation loss over the seeds of the sweep, in rising order."""
-    found: dict[float, list[float]] = {}
+    """Learning rate -> mean validation loss over the seeds of the sweep, in rising order.
+
+    A rate of which a seed is still to be run is left out.
+    """
+    found: dict[float, dict[int, float]] = {}
     for job, row in records.rows.items():
         if not job.tested and job == entry.like._replace(lr=job.lr, seed=job.seed):
-            found.setdefault(job.lr, []).append(final(row))
-    return {lr: mean(found[lr]) for lr in sorted(found)}
+            found.setdefault(job.lr, {})[job.seed] = final(row)
+    seeds = set(entry.sweep_seeds)
+    done = sorted(lr for lr, losses in found.items() if losses.keys() >= seeds)
+    return {lr: mean(found[lr][seed] for seed in entry.sweep_seeds) for lr in done}
 
 
 def chosen_rate(records: Records, entry: Entry) -> float | None:

@@ -1,5 +1,6 @@
 """Tables of the study of strings from its records, and its figure."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +13,8 @@ from rlora.cli.chart import Curve, Panel
 from rlora.cli.records import write_text
 
 from .comparisons import beta_regrets, good_rates, test_losses, test_wins
-from .frames import Frame, records_in, text
+from .frames import Frame, text
+from .plan import Record
 from .slopes import slopes
 from .stacked_methods import METHODS
 from .stacks import BASES
@@ -29,9 +31,9 @@ PANELS: Final = 2
 """Settings in the figure."""
 
 
-def write_regrets(folder: Path) -> None:
-    """Write the tables, as CSV, and a plot of all records in a folder."""
-    runs = runs_of(records_in(folder, "strings-*.jsonl", "strings"))
+def write_regrets(rows: Sequence[Record], folder: Path) -> None:
+    """Write the tables, as CSV, and a plot of all records of strings."""
+    runs = runs_of(rows)
     sweeps = sweeps_of(runs)
     tables = {
         "best_losses": losses_by_rate(best_of(sweeps)),

@@ -105,12 +105,13 @@ def run_jobs(place: Place, jobs: list[Job], processes: int) -> Iterator[Record]:
     for dataset in dict.fromkeys(job.dataset for job in jobs):
         loaded(place, dataset)  # first of all here: what it keeps in a file, the others find
     stacks = stacks_of(place, jobs)
+    processes = min(processes, len(stacks))
     if processes == 1:
         for stack in stacks:
             yield from run_stack(place, stack)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(stacks)), mp_context=context) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
         try:
             with interrupts_queued() as ended:
                 with without_interrupts():
@@ -182,7 +183,7 @@ def estimate(place: Place, jobs: list[Job], processes: int) -> float | None:
         return None
     stacks = stacks_of(place, jobs)
     seconds = [loaded(place, stack[0].dataset).seconds(stack) for stack in stacks]
-    return float(sum(seconds)) / processes
+    return float(sum(seconds)) / min(processes, len(stacks))
 
 
 def loaded(place: Place, dataset: str) -> Any:

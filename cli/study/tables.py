@@ -14,7 +14,9 @@ from rlora.cli.records import write_text
 
 from .frames import Frame, records_in, text
 from .methods import METHODS
+from .models import MODELS
 from .plan import Record, final
+from .regret import write_regrets
 
 BASELINES: Final = ("adamw", "adamw-fast", "paper-AdamW")
 """The best of them at its own best rate is what all others are held against."""
@@ -34,20 +36,30 @@ KIND: Final = ["model", "dataset", "rank", "steps"]
 
 
 def write_tables(folder: Path) -> None:
-    """Write ``results.csv`` and the plots of all records in a folder."""
-    runs = runs_of(records_in(folder, "*.jsonl", "a study"))
-    tables = []
+    """Write the tables and plots of all records in a folder: those of strings have their own."""
+    rows, stacked = records_in(folder), [name for name, x in MODELS.items() if x.stacked]
+    strings = [row for row in rows if row["model"] in stacked]
+    others = [row for row in rows if row["model"] not in stacked]
+    if strings:
+        write_regrets(strings, folder)
+    if others:
+        write_results(others, folder)
+
+
+def write_results(rows: Sequence[Record], folder: Path) -> None:
+    """Write ``results.csv`` and the plots of runs one by one."""
+    runs, tables = runs_of(rows), []
     for kind, mine in runs.groupby(KIND):
         model, dataset, rank, steps = kind
         sweeps = mine[~mine["tested"]].groupby(["method", "lr"], observed=True)["loss"].mean()
         lowest = sweeps.groupby("method", observed=True).min()
         known = [name for name in BASELINES if name in lowest.index]
-        base = lowest[known or lowest.index].idxmin()
+        base = lowest[known].idxmin() if known else None
         table = results(mine, sweeps, base).reset_index()
         tables.append(pd.DataFrame([kind] * len(table), columns=KIND).join(table))
-        if math.isfinite(lowest[base]):
+        if math.isfinite(lowest[base] if base else lowest.min()):
             title = f"{model}, {dataset}, rank {rank}, {steps} steps"
-            drawn = plots.as_svg(title, [panel(sweeps, lowest[base])])
+            drawn = plots.as_svg(title, [panel(sweeps, base)])
             write_text(folder / f"{model}-{dataset}-r{rank}-{steps}.svg", drawn)
     write_text(folder / "results.csv", pd.concat(tables).to_csv(index=False))
 
@@ -68,30 +80,40 @@ def runs_of(rows: Sequence[Record]) -> Frame:
     return runs.assign(method=pd.Categorical(runs["method"], list(names)))
 
 
-def results(runs: Frame, sweeps: Frame, base: str) -> Frame:
-    """One row a method, the lowest test loss first; sweeps have a loss by method and rate."""
+def results(runs: Frame, sweeps: Frame, base: str | None) -> Frame:
+    """One row a method, the lowest test loss first; sweeps have a loss by method and rate.
+
+    What is held against a baseline is left out where there is none.
+    """
     by_method = sweeps.groupby("method", observed=True)
     lowest, best = by_method.min(), by_method.idxmin().map(lambda key: key[1])
     tested = runs[runs["tested"] & (runs["lr"] == runs["method"].map(best).astype(float))]
-    theirs = tested[tested["method"] == base].set_index("seed")["test loss"]
-    gains = tested["seed"].map(theirs) - tested["test loss"]
-    tested = tested.assign(gain=gains.where(tested["method"] != base))
+    compared: dict[str, Frame] = {}
+    if base:
+        theirs = tested[tested["method"] == base].set_index("seed")["test loss"]
+        gains = (tested["seed"].map(theirs) - tested["test loss"]).where(tested["method"] != base)
+        by_seed = gains.groupby(tested["method"], observed=True)
+        compared = spread("test loss below AdamW's [nats]", by_seed)
     mine = tested.groupby("method", observed=True)
     scores = sorted(name for name in runs if name.startswith("test ") and name != "test loss")
     cells = {
         "learning rate": text(best, "g"),
-        "highest / lowest good rate": by_method.apply(
-            lambda x: good_rates(x.droplevel("method").to_dict(), GOOD * lowest[base])
-        ),
+        **(good_by_method(by_method, GOOD * lowest[base]) if base else {}),
         "validation loss [nats]": text(lowest, ".3f"),
         **spread("test loss [nats]", mine["test loss"]),
-        **spread("test loss below AdamW's [nats]", mine["gain"]),
+        **compared,
         **{name: text(mine[name].mean(), ".3f") for name in scores},
         "step [ms]": text(mine["step_ms"].median(), ".1f"),
         "state [kB]": text(mine["state_bytes"].first() / 1e3, ".0f"),
     }
     order = mine["test loss"].mean().reindex(lowest.index).sort_values(kind="stable").index
     return pd.DataFrame(cells, index=lowest.index).astype(object).fillna("").loc[order]
+
+
+def good_by_method(by_method: Frame, bound: float) -> dict[str, Frame]:
+    """The column of `good_rates`."""
+    found = by_method.apply(lambda x: good_rates(x.droplevel("method").to_dict(), bound))
+    return {"highest / lowest good rate": found}
 
 
 def spread(head: str, groups: Frame) -> dict[str, Frame]:
@@ -126,13 +148,14 @@ def edge(rates: Sequence[float], sweep: Mapping[float, float], bound: float) -> 
     return rates[-1], True
 
 
-def panel(sweeps: Frame, lowest: float) -> Panel:
+def panel(sweeps: Frame, base: str | None) -> Panel:
     """Validation loss against learning rate; what diverged is left out."""
+    lowest = sweeps[base].min() if base else sweeps.min()
     plotted = sweeps.index.get_level_values("method").isin(PLOTTED)
     shown = sweeps[plotted] if plotted.any() else sweeps
     shown = shown[shown < SHOWN * lowest]
     return Panel(
-        "Good is below the line: at most 2 % above AdamW's best",
+        "Good is below the line: at most 2 % above AdamW's best" if base else "All rates",
         "learning rate",
         "validation loss",
         tuple(
@@ -141,5 +164,5 @@ def panel(sweeps: Frame, lowest: float) -> Panel:
         ),
         log_x=True,
         log_y=False,
-        threshold=GOOD * lowest,
+        threshold=GOOD * lowest if base else None,
     )

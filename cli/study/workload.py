@@ -1,14 +1,17 @@
 """Base class of what a run trains on: a frozen model, adapters in and out of it, and batches."""
 
 import importlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Final, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from rlora.cli.records import write_bytes
 
 T = TypeVar("T")
 Part = Literal["train", "validation", "test"]
@@ -75,11 +78,16 @@ def cut(items: Sequence[T], size: int) -> list[Sequence[T]]:
 def remembered(file: Path | None, make: Callable[[], Any], device: torch.device) -> Any:
     """Tensors from a file, or made now and put there, whole or not at all."""
     if file is not None and file.exists():
-        return torch.load(file, weights_only=True, map_location=device)
+        try:
+            return torch.load(file, weights_only=True, map_location=device)
+        except (UnpicklingError, EOFError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            msg = f"{file} is broken ({reason}): delete it, and it will be made again"
+            raise ValueError(msg) from error
     made = make()
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        whole = file.with_suffix(f".{os.getpid()}.part")  # another study may be making it too
+        whole = BytesIO()
         torch.save(made, whole)
-        whole.replace(file)
+        write_bytes(file, whole.getvalue())
     return made

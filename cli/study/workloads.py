@@ -1,6 +1,7 @@
 """Workloads of the models, their methods, and checks of names before the first run."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +38,11 @@ class Place(NamedTuple):
 
     def origin(self) -> dict[str, Any]:
         """Everything but its `Job` that decides about a run, for its record; None is the usual."""
-        data = None if self.data is None else str(self.data.resolve())
-        return {"weights": self.weights, "data": data, "quick": self.quick or None}
+        weights = self.weights
+        if weights and Path(weights).is_dir():
+            weights = _folder(Path(weights))
+        data = None if self.data is None else _folder(self.data)
+        return {"weights": weights, "data": data, "quick": self.quick or None}
 
     def check(self) -> None:
         """ValueError unless the options fit the model, and torch can make a tensor there."""
@@ -58,6 +62,12 @@ class Place(NamedTuple):
             reason = str(error).partition("\n")[0]
             msg = f"torch has no device {self.device!r} here ({reason}); give another with --device"
             raise ValueError(msg) from None
+
+
+def _folder(path: Path) -> str:
+    """Name of a folder, and enough of a hash of its place to tell it from others of the name."""
+    place = path.resolve()
+    return f"{place.name} ({sha256(str(place).encode()).hexdigest()[:8]})"
 
 
 def preset_of(model: str, dataset: str) -> Preset | None:

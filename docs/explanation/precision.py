@@ -153,6 +153,9 @@ def rewritten(page: str) -> str:
     for name, rows in TABLES.items():
         head, mark, rest = page.partition(f"<!-- {name}: made by precision.py -->\n")
         _, end, tail = rest.partition(f"<!-- end of {name} -->")
+        if not end:
+            msg = f"expected the marks of {name} on the page: made by precision.py, end of {name}"
+            raise ValueError(msg)
         page = "".join((head, mark, "\n", *(f"{row}\n" for row in rows()), "\n", end, tail))
     return page
 

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from marks import between
+
 ROOT = Path(__file__).parents[2]
 PAGE = Path(__file__).with_suffix(".md")
 BEGIN, END = "<!-- clients: made by docs/reference/clients.py -->", "<!-- end of clients -->"
@@ -67,9 +69,7 @@ def table() -> str:
 
 def rewritten(text: str) -> str:
     """A page with the table as it is now."""
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n\n{table()}\n\n{END}{tail}"
+    return between(text, BEGIN, END, table())
 
 
 if __name__ == "__main__":

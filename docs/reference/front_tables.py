@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from marks import between
 from speed_tables import TABLES as SPEED, markdown, share, timed
 
 ROOT: Final = Path(__file__).parents[2]
@@ -224,15 +225,20 @@ TABLES: Final = {
 
 def rewritten(text: str) -> str:
     """A page with all tables as they are now."""
-    for name, table in TABLES.items():
-        begin, end = f"<!-- {name}: made by front_tables.py -->", "<!-- end -->"
-        pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
-        if begin in text:
-            block = f"{begin}\n\n{table().strip()}\n\n{end}"
-            text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+    for begin, name in re.findall("(<!-- (.*): made by front_tables.py -->)", text):
+        text = between(text, begin, "<!-- end -->", TABLES[name]())
     return text
 
 
+def check_marks() -> None:
+    """ValueError unless every table has its marks on a page."""
+    text = "".join(page.read_text("utf-8") for page in PAGES)
+    if lost := [x for x in TABLES if f"<!-- {x}: made by front_tables.py -->" not in text]:
+        msg = f"expected marks of every table on a page, found none of {', '.join(lost)}"
+        raise ValueError(msg)
+
+
 if __name__ == "__main__":
+    check_marks()
     for page in PAGES:
         page.write_text(rewritten(page.read_text("utf-8")), "utf-8")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
+from statistics import mode
 from typing import Any, Final
 
 import rlora
@@ -197,6 +198,18 @@ def not_finite(label: str, record: Sequence[Row]) -> int:
     return sum(int(x["not_finite"]) for x in record if x["method"] == label)
 
 
+def runs(record: Sequence[Row]) -> str:
+    """The number of runs of a method, with those that have another, in words."""
+    counts = {
+        label: sum(int(x["runs"]) for x in record if x["method"] == label)
+        for label in ROWS
+        if label != "AdamW"
+    }
+    usual = mode(counts.values())
+    others = [f"{n} of `{label}`" for label, n in counts.items() if n != usual]
+    return " and ".join([f"{usual} runs of each method", *others])
+
+
 def line(label: str, record: Sequence[Row]) -> list[str]:
     """The row of a method."""
     lines = [x for x in record if x["method"] == label]
@@ -246,7 +259,7 @@ def page() -> str:
     held = ", ".join(cells[0] for cells in lines if cells not in grown)
     counts = {label: not_finite(label, record) for label in ROWS if label != "AdamW"}
     lost = ", ".join(f"{n} of `{label}`" for label, n in counts.items() if n) or "none"
-    text = f"Below {PROMISED:g}: {held}. Of 480 runs of each method, at rates up to {RATES[-1]:g}, "
+    text = f"Below {PROMISED:g}: {held}. Of {runs(record)}, at rates up to {RATES[-1]:g}, "
     text += f"{lost} ended in NaN or infinity. {below_both_sides(record)}"
     wrapped = textwrap.fill(text, 100, break_on_hyphens=False)
     rounded = {"nearest": "nearest", "stochastic": "stochastic"}

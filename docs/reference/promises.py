@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from marks import between
 from torch import Tensor, nn
 
 import rlora.torch
@@ -244,9 +245,8 @@ def when_table() -> Iterator[str]:
 
 def rewritten(page: str) -> str:
     """The page with the table between its marks made anew."""
-    head, mark, rest = page.partition("<!-- when: made by promises.py -->\n")
-    _, end, tail = rest.partition("<!-- end of when -->")
-    return "".join((head, mark, "\n", *(f"{row}\n" for row in when_table()), "\n", end, tail))
+    table = "\n".join(when_table())
+    return between(page, "<!-- when: made by promises.py -->", "<!-- end of when -->", table)
 
 
 if __name__ == "__main__":

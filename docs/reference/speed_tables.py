@@ -2,20 +2,21 @@
 
 import csv
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any, Final
 
 from rlora.cli.bench.stats import round_ratios
+from rlora.cli.bench.timing import MAX_SPREAD
 
 BENCHMARKS: Final = Path(__file__).parent / "benchmarks"
 
-COSTS: Final = """
-*One optimizer step, as a multiple of torch's fused AdamW on the same parameters; gpt2-medium, 24
-pairs, float32; of the medians, whose samples spread by 2 to 38 %.*
-
-"""
+COSTS: Final = (
+    "*Median over rounds of a step's time over that of torch's fused AdamW in the same round; "
+    "gpt2-medium, {pairs} pairs, float32. {spreads}*"
+)
 CPU, GPU = "cpu-gpt2-medium.json", "h200-float32.json"
 TIMED: Final = {
     "scaled_adamw": "`scaled_adamw`, the default",
@@ -53,6 +54,43 @@ def ratios(name: str) -> dict[str, list[float]]:
     return {method: [x[rank] for rank in sorted(x)] for method, x in found.items()}
 
 
+def spreads(records: Mapping[str, str], methods: Iterable[str]) -> str:
+    """Tell how far the samples of methods and of AdamW spread in records, and what is rough.
+
+    Records have a name of what was timed on.
+    """
+    names, found, rough = {"adamw", *methods}, [], []
+    for where, record in records.items():
+        rows = [row for row in timed(record) if row["method"] in names]
+        found += [row["spread"] for row in rows]
+        ranks = sorted({row["rank"] for row in rows if row["spread"] > MAX_SPREAD})
+        if ranks:
+            rough.append(f"rank{'s' * (len(ranks) > 1)} {listed(map(str, ranks))} on {where}")
+    text = f"Samples, AdamW's too, spread by {100 * min(found):.0f} to {100 * max(found):.0f} %."
+    if rough:
+        text += (
+            f" Rough, as some spread by more than the benchmark's limit of "
+            f"{100 * MAX_SPREAD:.0f} %: {'; '.join(rough)}."
+        )
+    return text
+
+
+def listed(words: Iterable[str]) -> str:
+    """Words as a list in a sentence."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def noted(records: Mapping[str, str]) -> str:
+    """The spreads of a table's methods, for below it."""
+    return filled(spreads(records, TIMED))
+
+
+def filled(text: str) -> str:
+    """A paragraph in lines."""
+    return textwrap.fill(text, 100, break_on_hyphens=False)
+
+
 def times(values: Iterable[float]) -> list[str]:
     """Multiples with the digits that a measurement has."""
     return [f"{x:.1f}" if x < 20 else f"{x:.0f}" for x in values]
@@ -74,7 +112,13 @@ def costs() -> str:
             ("peft", "PEFT's Riemannian wrapper"),
         )
     ]
-    return COSTS + markdown(["rank", "4", "16", "64"], rows)
+    pairs = {row["pairs"] for record in (CPU, GPU) for row in timed(record)}
+    text = COSTS.format(
+        pairs=listed(map(str, sorted(pairs))),
+        spreads=spreads({"two CPU threads": CPU, "one NVIDIA H200": GPU}, ("scaled_adamw", "peft")),
+    )
+    table = markdown(["rank", "4", "16", "64"], rows)
+    return f"{filled(text)}\n\n{table}"
 
 
 def cpu_steps() -> str:
@@ -85,7 +129,8 @@ def cpu_steps() -> str:
         for method, name in TIMED.items()
         if all(method in x for x in found)
     ]
-    return markdown(["method", *PRESETS], rows)
+    records = {preset: f"cpu-{preset}.json" for preset in PRESETS}
+    return f"{markdown(['method', *PRESETS], rows)}\n\n{noted(records)}"
 
 
 def gpu_steps() -> str:
@@ -96,7 +141,8 @@ def gpu_steps() -> str:
         for method, name in TIMED.items()
         if method in found
     ]
-    return markdown(["method", "r = 4", "16", "64", "operations"], rows)
+    table = markdown(["method", "r = 4", "16", "64", "operations"], rows)
+    return f"{table}\n\n{noted({'this GPU': GPU})}"
 
 
 def graphs() -> str:

@@ -12,7 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rlora.integrations.deepspeed import under_zero
-from rlora.integrations.options import from_mapping, optimizer_named, optimizer_names
+from rlora.integrations.options import (
+    check_multiplier,
+    finds_rate,
+    from_mapping,
+    optimizer_named,
+    optimizer_names,
+)
 
 try:
     from llamafactory.v1.plugins.trainer_plugins.optimizers.optimizer import OptimizerPlugin
@@ -40,16 +46,19 @@ def create(optimizer: str, model: nn.Module, optim_config: Mapping[str, Any]) ->
     Raises
     ------
     ValueError
-        Without ``lr``: up to 0.9.5 the trainer does not hand its ``learning_rate`` over.
+        Without ``lr``: up to 0.9.5 the trainer does not hand its ``learning_rate`` over. With one
+        other than 1 for a class that finds its own.
     """
-    if "lr" not in optim_config:
+    kind = optimizer_named(optimizer)
+    if "lr" not in optim_config and not finds_rate(kind):
         msg = (
             f"LLaMA-Factory handed over {', '.join(optim_config)} and no lr; write it under "
             f"optim_config, beside the name"
         )
         raise ValueError(msg)
     options: dict[str, Any] = from_mapping({k: v for k, v in optim_config.items() if k != "name"})
-    return under_zero(optimizer_named(optimizer)(model, **options))
+    check_multiplier(kind, options.get("lr", 1.0))
+    return under_zero(kind(model, **options))
 
 
 for _name in optimizer_names():

@@ -47,6 +47,44 @@ def optimizer_named(name: str) -> Callable[..., Optimizer]:
     return kind
 
 
+def finds_rate(kind: Callable[..., Optimizer]) -> bool:
+    """Tell whether a class finds its learning rate, so that ``lr`` multiplies it.
+
+    Parameters
+    ----------
+    kind : type
+        From `optimizer_named`.
+
+    Returns
+    -------
+    bool
+    """
+    return bool(getattr(kind, "finds_rate", False))
+
+
+def check_multiplier(kind: Callable[..., Optimizer], lr: float) -> None:
+    """Refuse a trainer's learning rate that would multiply the one that a class finds.
+
+    Parameters
+    ----------
+    kind : type
+        From `optimizer_named`.
+    lr : float
+        The trainer's.
+
+    Raises
+    ------
+    ValueError
+        When the class finds its rate, and `lr` is not 1.
+    """
+    if finds_rate(kind) and lr != 1.0:
+        msg = (
+            f"{getattr(kind, '__name__', kind)} finds its learning rate, and the trainer's "
+            f"multiplies it: expected learning_rate 1, got {lr:g}"
+        )
+        raise ValueError(msg)
+
+
 def from_text(text: str | None) -> dict[str, Any]:
     """Options written as in a call: ``damping=1e-3, betas=(0.7, 0.8), placement=both``.
 

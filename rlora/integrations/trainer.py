@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rlora.integrations.deepspeed import under_zero
-from rlora.integrations.options import from_mapping, optimizer_named
+from rlora.integrations.options import finds_rate, from_mapping, optimizer_named
 
 
 class RLoraFactory:
@@ -26,8 +26,9 @@ class RLoraFactory:
         model : Module
             With its adapter.
         args : TrainingArguments, optional
-            ``learning_rate`` and ``weight_decay`` are taken from it unless given. Its ``adam_*``
-            have defaults of their own, indistinguishable from a choice: give ``betas``, ``eps``.
+            ``learning_rate``, unless the class finds its own, and ``weight_decay`` are taken from
+            it unless given. Its ``adam_*`` have defaults of their own, indistinguishable from a
+            choice: give ``betas``, ``eps``.
             Transformers' Trainer hands over none: give ``lr``, and ``weight_decay`` unless the
             class's own is right.
         optimizer : str
@@ -51,9 +52,10 @@ class RLoraFactory:
             When the model has no trainable adapter.
         """
         kind, chosen = optimizer_named(optimizer), from_mapping(options)
-        if args is not None:
-            chosen = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **chosen}
-        if "lr" not in chosen and not getattr(kind, "finds_rate", False):
+        rate = {} if args is None or finds_rate(kind) else {"lr": args.learning_rate}
+        decay = {} if args is None else {"weight_decay": args.weight_decay}
+        chosen = {**rate, **decay, **chosen}
+        if "lr" not in chosen and not finds_rate(kind):
             msg = (
                 "no learning rate: this trainer does not hand over its arguments, so that its "
                 "learning_rate and weight_decay would be ignored; give lr and weight_decay among "

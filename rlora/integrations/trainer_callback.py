@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
-from rlora.integrations.options import from_mapping, optimizer_named
+from rlora.integrations.options import check_multiplier, from_mapping, optimizer_named
 
 
 class OptimizerCallback(TrainerCallback):
@@ -27,7 +27,8 @@ class OptimizerCallback(TrainerCallback):
     Raises
     ------
     ValueError
-        For ``lr`` and ``weight_decay``, which come from the Trainer.
+        For ``lr`` and ``weight_decay``, which come from the Trainer. When training begins, for a
+        learning rate other than 1 of a class that finds its own.
     """
 
     def __init__(self, optimizer: str = "ScaledAdamW", **options: Any) -> None:
@@ -69,9 +70,10 @@ class OptimizerCallback(TrainerCallback):
                 f"bfloat16 or float32"
             )
             raise TypeError(msg)
-        rate = old.param_groups[0]["lr"]
+        first = old.param_groups[0]
+        check_multiplier(self._make, first.get("initial_lr", first["lr"]))
         # The model tells more than its names.
-        new: Any = self._make(parts["model"], lr=rate, **self._options)
+        new: Any = self._make(parts["model"], lr=first["lr"], **self._options)
         (mine,) = new.param_groups
         # What else is in the Trainer's groups is a schedule's.
         own = {*old.defaults, *mine} - {"lr", "weight_decay"}

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from rlora.core.backend import Backend, dtype_name
+from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors, map_leaves
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.step import step
@@ -85,10 +86,10 @@ def check_keeps_shape_and_dtype(make: MethodFactory, backend: Backend) -> None:
         _require(old_arrays.keys() == new_arrays.keys(), "the state changed its structure")
         for name, old in old_arrays.items():
             x = new_arrays[name]
-            same = tuple(x.shape) == tuple(old.shape) and dtype_name(x.dtype) == dtype_name(
-                old.dtype
+            was, now = (
+                f"{get_backend(y).name} {tuple(y.shape)} {dtype_name(y.dtype)}" for y in (old, x)
             )
-            _require(same, f"{name} became {tuple(x.shape)} {x.dtype}, was {old.dtype}")
+            _require(now == was, f"{name} became {now}, was {was}")
 
 
 def check_lora_start(make: MethodFactory, backend: Backend) -> None:

@@ -40,7 +40,13 @@ def change_of_basis(gauge: Gauge, r: int = 3, *, seed: int = 0) -> Any:
     Returns
     -------
     array of shape (r, r)
+
+    Raises
+    ------
+    ValueError
+        For another `gauge`.
     """
+    check_choice("gauge", gauge, Gauge)
     rng = np.random.default_rng(seed)
     Q, P = (np.linalg.qr(rng.normal(size=(r, r)))[0] for _ in range(2))
     spread = np.diag(np.geomspace(5.0, 0.1, r))
@@ -109,8 +115,6 @@ def invariances(
     backend = backend or get_backend(given.A)
     check_transform(method)
     check_float64(backend)
-    for gauge in gauges:
-        check_choice("gauge", gauge, Gauge)
     problem = problem.on(backend)
     pairs = [problem.params]
     for gauge in gauges:

@@ -232,8 +232,21 @@ def test_one_sketch_leaves_what_lies_outside_of_it():
 # --- the head of attention --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("library", ["torch", "array_api_strict"])
+def test_the_gradients_are_computed_with_the_arrays_of_the_setting(library):
+    pytest.importorskip(library)
+    found = []
+    for setting in (QUICK, Setting(get(library), quick=True)):
+        head = gradient_rank.attention(setting, 40, 2.0)
+        pairs = gradient_rank.exact_gradients(head), gradient_rank.chained_gradients(head, 3)
+        assert {type(x) for pair in pairs for x in pair} == {type(setting.array(np.ones(1)))}
+        found.append([setting.backend.to_numpy(x) for pair in pairs for x in pair])
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
 def test_gradients_of_the_adapter_are_autograds():
-    head = gradient_rank.attention(40, 2.0)
+    head = gradient_rank.attention(QUICK, 40, 2.0)
     A, B = (torch.tensor(F, requires_grad=True) for F in head.adapter)
     X, W_Q, W_K, W_V, target = map(torch.tensor, head[:5])
     scores = X @ (W_Q + B @ A).mT @ (X @ W_K.mT).mT
@@ -245,7 +258,7 @@ def test_gradients_of_the_adapter_are_autograds():
 
 def test_chained_gradients_become_exact_with_the_degree():
     """Scores of 1.3: 1.3^21 / 21! of exp is left behind degree 20, below rounding."""
-    head = gradient_rank.attention(40, 1.0)
+    head = gradient_rank.attention(QUICK, 40, 1.0)
     for mine, exact in zip(
         gradient_rank.chained_gradients(head, 20), gradient_rank.exact_gradients(head), strict=True
     ):

@@ -59,7 +59,9 @@ def test_the_verdict_is_the_documented_one(name):
     jsonschema.validate(record, evidence.SCHEMA)
 
 
-@pytest.mark.parametrize("name", ["damping", "feature-learning-adam", "invariance"])
+@pytest.mark.parametrize(
+    "name", ["damping", "feature-learning-adam", "gradient-rank", "invariance"]
+)
 @pytest.mark.parametrize("library", ["torch", "array_api_strict"])
 def test_backends_agree(name, library, monkeypatch):
     pytest.importorskip(library)

@@ -1,9 +1,7 @@
-"""`rlora study`: its plan, its records, its tables, and two of its models."""
+"""`rlora study`: its command, and two of its models."""
 
 import contextlib
 import importlib.util
-import json
-import math
 import os
 import random
 import signal
@@ -13,7 +11,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import psutil
 import pytest
 import torch
@@ -21,130 +18,10 @@ import torch
 from rlora.cli.study import digits, runner, tasks
 from rlora.cli.study.methods import METHODS
 from rlora.cli.study.models import MODELS, module_of
-from rlora.cli.study.plan import Entry, Records, chosen_rate, confirmations, rounds, sweep
-from rlora.cli.study.tables import good_rates, spread, write_tables
+from rlora.cli.study.plan import Records
 from rlora.cli.study.train import Job, evaluate, run, share
 
 LIKE = Job("digits", "even", 8, "adamw", 0.0, 0, 8, tested=False)
-
-
-def row(job, loss):
-    return {
-        **job._asdict(),
-        "diverged": math.isinf(loss),
-        "validation": [] if math.isinf(loss) else [[job.steps, loss]],
-    }
-
-
-# --- plan --------------------------------------------------------------------------------------------
-
-
-def conclude(records, entries, loss_of):
-    """Do all rounds of a plan with a made-up loss; how many runs there were."""
-    count = 0
-    for jobs in rounds({LIKE.dataset: records}, entries):
-        for job in jobs:
-            records.add(row(job, loss_of(job)))
-            count += 1
-    return count
-
-
-@pytest.mark.parametrize("best", [1e-3, 2e-3, 3.2e-2])
-def test_a_sweep_grows_until_the_best_rate_is_inside(tmp_path, best):
-    records = Records(tmp_path / "x.jsonl")
-    entry = Entry(LIKE, (4e-3, 8e-3), (0,), (1, 2))
-    conclude(records, [entry], lambda job: abs(math.log(job.lr / best)))
-    rates = sorted({job.lr for job in records.rows})
-    assert chosen_rate(records, entry) == pytest.approx(best)
-    assert rates[0] < best < rates[-1]
-    confirmed = [job for job in records.rows if job.tested]
-    assert [(job.lr, job.seed) for job in confirmed] == [(pytest.approx(best), s) for s in (1, 2)]
-
-
-def test_a_sweep_does_not_grow_for_ever(tmp_path):
-    records = Records(tmp_path / "x.jsonl")
-    assert conclude(records, [Entry(LIKE, (1.0, 2.0), (0,), ())], lambda job: -job.lr) == 6
-
-
-def test_nothing_is_chosen_where_all_diverged(tmp_path):
-    records = Records(tmp_path / "x.jsonl")
-    entry = Entry(LIKE, (1.0, 2.0, 4.0), (0,), (1,))
-    conclude(records, [entry], lambda job: math.inf)
-    assert chosen_rate(records, entry) is None
-    assert confirmations(records, entry) == []
-
-
-def test_the_mean_over_seeds_chooses(tmp_path):
-    records = Records(tmp_path / "x.jsonl")
-    entry = Entry(LIKE, (1.0, 2.0, 4.0), (0, 1), ())
-    losses = {(1.0, 0): 3.0, (1.0, 1): 3.0, (2.0, 0): 2.0, (2.0, 1): 2.0, (4.0, 0): 0.0}
-    conclude(records, [entry], lambda job: losses.get((job.lr, job.seed), 9.0))
-    assert chosen_rate(records, entry) == 2.0
-
-
-def test_a_study_goes_on_where_it_was(tmp_path):
-    path = tmp_path / "x.jsonl"
-    entry = Entry(LIKE, (1.0, 2.0, 4.0), (0,), (1,))
-    first = Records(path)
-    for job in sweep(first, entry)[:2]:
-        first.add(row(job, job.lr))
-    again = Records(path)
-    assert list(again.rows) == list(first.rows)
-    assert next(rounds({LIKE.dataset: again}, [entry])) == sweep(again, entry)[2:]
-
-
-def test_the_first_records_are_read(tmp_path):
-    old = row(LIKE, 1.0)
-    old["contender"] = old.pop("method")
-    path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps(old) + "\n")
-    assert Records(path).rows == {LIKE: row(LIKE, 1.0)}
-
-
-def test_a_line_that_is_no_run_is_named(tmp_path):
-    path = tmp_path / "digits-even.jsonl"
-    path.write_text(json.dumps(row(LIKE, 1.0)) + "\n{}\n")
-    with pytest.raises(ValueError, match=r"digits-even.jsonl, line 2: not a run"):
-        Records(path)
-
-
-# --- tables ------------------------------------------------------------------------------------------
-
-
-def test_good_rates_are_where_the_line_crosses_the_bound():
-    """A loss that is linear in log2(lr) on both sides: the crossings are known."""
-    sweep = {2.0**k: abs(k) for k in range(-3, 5)}
-    assert good_rates(sweep, 1.5) == "8.0"
-    assert good_rates(sweep, 0.25) == "1.4"  # the root of 2
-    assert good_rates(sweep, -0.1) == ""
-
-
-def test_good_rates_end_beside_a_divergence_and_say_where_the_sweep_ends_first():
-    assert good_rates({1.0: 9.0, 2.0: 1.0, 4.0: 0.0, 8.0: math.inf}, 5.0) == "2.8"
-    assert good_rates({1.0: 1.0, 2.0: 0.0, 4.0: math.inf}, 5.0) == ">2.0"
-    assert good_rates({1.0: 9.0, 2.0: 1.0}, 5.0) == ">1.4"
-
-
-def test_spread_is_mean_and_ends():
-    losses = pd.Series([1.0, 2.0, 6.0, math.nan]).groupby([0, 0, 0, 1])
-    found = [column.tolist() for column in spread("loss", losses).values()]
-    assert found == [["3.000", ""], ["1.000", ""], ["6.000", ""]]
-
-
-def test_tables_of_runs_that_all_diverged_and_of_strings_beside_them(tmp_path):
-    lost = [
-        {**row(LIKE._replace(lr=lr), math.inf), "step_ms": 1.0, "state_bytes": 8} for lr in (1, 2)
-    ]
-    strings = row(LIKE._replace(model="strings", dataset="fall", lr=0.1), 1.0)
-    rows = [*lost, strings]
-    (tmp_path / "all.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
-    write_tables(tmp_path)
-    lines = (tmp_path / "results.csv").read_text().splitlines()[1:]
-    assert [line.split(",")[5:8] for line in lines] == [
-        ["1", ">2.0", "inf"],
-        ["0.1", ">1.0", "1.000"],
-    ]
-    assert [path.name for path in tmp_path.glob("*.svg")] == ["strings-fall-r8-8.svg"]
 
 
 # --- tasks -------------------------------------------------------------------------------------------
@@ -260,18 +137,31 @@ def test_a_quick_study_needs_no_dataset(tmp_path, rlora_cli, model, dataset):
     assert len(path.read_text().splitlines()) == len(Records(path).rows)
 
 
-def test_runs_of_other_weights_are_not_taken_for_those_asked(tmp_path):
-    records = Records(tmp_path / "gpt2-e2e.jsonl")
-    records.add(row(LIKE, 1.0) | {"weights": "a", "data": None, "quick": None})
-    records.check_origin(LIKE, {"weights": "a", "data": None, "quick": None})
-    records.check_origin(LIKE._replace(steps=9), {"weights": "b", "data": None, "quick": None})
-    first = Records(tmp_path / "first.jsonl")
-    first.add(row(LIKE, 1.0))  # of an older version, which did not say
-    first.check_origin(LIKE, {"weights": "b", "data": None, "quick": None})
-    for key, value in (("weights", "b"), ("weights", None), ("data", "d"), ("quick", True)):
-        origin = {"weights": "a", "data": None, "quick": None, key: value}
-        with pytest.raises(ValueError, match=f"--{key}.*give it another --output"):
-            records.check_origin(LIKE._replace(method="scaled"), origin)
+def test_a_folder_with_brackets_is_printed_as_it_is(tmp_path, rlora_cli):
+    """`rich` would take it for markup."""
+    folder = tmp_path / "e[/b]"
+    options = ("--quick", "--method", "adamw", "--processes", 1, "--output", folder)
+    done = rlora_cli("study", "--model", "digits", *options)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.endswith(f"records, tables and plots: {folder}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--tables", "--method", "adamw", "--quick"),
+            "--tables trains nothing and reads all records: leave --method, --quick out",
+        ),
+        (("--tables", "--model", "strings"), "leave --model out"),
+        (
+            ("--model", "gpt2", "--processes", 2),
+            "gpt2 runs in one process, as it fills a GPU: leave --processes out",
+        ),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, refused, arguments, message):
+    assert message in refused("study", *arguments, "--output", tmp_path)
 
 
 def test_a_quick_study_is_not_gone_on_with_by_a_whole_one(tmp_path, rlora_cli, refused):
@@ -332,7 +222,7 @@ def test_processes_of_a_study_get_no_interrupt():
 
 def test_empty_records_have_no_tables(tmp_path, refused):
     (tmp_path / "digits-even.jsonl").touch()
-    assert "empty" in refused("study", "--model", "digits", "--tables", "--output", tmp_path)
+    assert "empty" in refused("study", "--tables", "--output", tmp_path)
 
 
 def test_two_processes_give_what_one_gives(tmp_path, rlora_cli):

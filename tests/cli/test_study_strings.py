@@ -341,11 +341,6 @@ def test_a_quick_study_says_its_time_first_and_goes_on_where_it_was(tmp_path, rl
     assert (tmp_path / "best_losses.csv").read_text() == table
 
 
-def test_tables_without_records_are_refused(tmp_path, refused):
-    message = refused("study", "--model", "strings", "--tables", "--output", tmp_path)
-    assert "has no records of strings" in message
-
-
 # --- tables ------------------------------------------------------------------------------------------
 
 

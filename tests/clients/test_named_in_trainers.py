@@ -167,6 +167,11 @@ def test_llama_factory(place, monkeypatch):
     assert (group["lr"], group["damping"], group["betas"]) == (4e-3, 1e-3, (0.7, 0.8))
     with pytest.raises(ValueError, match="no lr; write it under optim_config"):
         registry["ScaledAdamW"](model, config["optim_config"])
+    prodigy = registry["ScaledProdigy"]
+    assert prodigy(model, {"name": "ScaledProdigy"}).param_groups[0]["lr"] == 1.0
+    assert prodigy(model, {"name": "ScaledProdigy", "lr": "1"}).param_groups[0]["lr"] == 1
+    with pytest.raises(ValueError, match=r"expected learning_rate 1, got 0\.0001"):
+        prodigy(model, {"name": "ScaledProdigy", "lr": "1e-4"})
     learns(model, optimizer)
 
 
@@ -333,7 +338,15 @@ def test_a_factory_asks_for_the_rate_that_no_trainer_gives():
     """Transformers' Trainer calls its factory with the model and the options alone."""
     with pytest.raises(ValueError, match="its learning_rate and weight_decay would be ignored"):
         RLoraFactory()(adapted(), optimizer="LoRARite", weight_decay=0.1)
-    assert RLoraFactory()(adapted(), optimizer="ScaledProdigy").param_groups[0]["lr"] == 1.0
+
+
+def test_a_class_that_finds_its_rate_is_not_multiplied_by_the_trainers():
+    make = RLoraFactory()
+    for args in (None, ARGS):
+        groups = make(adapted(), args, optimizer="ScaledProdigy").param_groups
+        assert [group["lr"] for group in groups] == [1.0, 1.0]
+    (group, _) = make(adapted(), ARGS, optimizer="ScaledProdigy", lr="0.5").param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.5, 0.05)
 
 
 def test_an_unknown_name_says_which_there_are():
@@ -382,6 +395,26 @@ def test_the_callback_in_the_real_trainer(kind, frozen, tmp_path, monkeypatch):
     run_exp(checkpoint, [space["callback"]])
     assert runs[1].state.global_step == 8
     assert same(trained(runs[1].model), trained(runs[0].model))
+
+
+def test_the_callback_refuses_a_rate_that_would_multiply_the_one_found(tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    from rlora.integrations.trainer_callback import OptimizerCallback
+
+    def train(rate):
+        arguments = training_arguments(
+            tmp_path, max_steps=4, learning_rate=rate, warmup_steps=2, save_strategy="no"
+        )
+        callback = OptimizerCallback("ScaledProdigy")
+        trainer = transformers.Trainer(
+            adapted(), arguments, train_dataset=sequences(), callbacks=[callback]
+        )
+        trainer.train()
+        return trainer.optimizer.optimizer
+
+    with pytest.raises(ValueError, match=r"expected learning_rate 1, got 0\.0001"):
+        train(1e-4)
+    assert type(train(1.0)) is rlora.torch.ScaledProdigy
 
 
 def test_the_callback_keeps_what_a_schedule_has_put_into_the_groups(tmp_path):

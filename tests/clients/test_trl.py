@@ -1,8 +1,10 @@
 """TRL's SFTTrainer, by the ways that docs/how-to/trainers.md shows, on a tiny Llama and made-up text."""
 
+import inspect
+
 import pytest
 import torch
-from pages import sections
+from pages import HOW_TO, sections
 from tiny import PAIRS, adapted, base, lora, same, trained
 
 import rlora.torch
@@ -131,6 +133,17 @@ def test_the_checkpoint_of_its_own_adamw_goes_on(tmp_path):
     assert [g["betas"] for g in optimizer.param_groups] == [(0.9, 0.999)] * 2
     assert {int(s["step"]) for s in optimizer.state.values()} == {STEPS}
     assert sum(losses(trainer)[-5:]) < sum(losses(trainer)[:5])
+
+
+def test_the_trainers_that_take_a_class_are_those_of_the_page():
+    """All six take an optimizer; two take `optimizer_cls_and_kwargs`."""
+    text = " ".join((HOW_TO / PAGE).read_text(encoding="utf-8").split())
+    assert "Only `SFTTrainer` and `RewardTrainer` take it. For DPO, KTO, GRPO and RLOO" in text
+    takes = {"SFT": True, "Reward": True, "DPO": False, "KTO": False, "GRPO": False, "RLOO": False}
+    for name, by_class in takes.items():
+        options = inspect.signature(getattr(trl, f"{name}Trainer")).parameters
+        assert {"optimizers", "peft_config"} <= options.keys()
+        assert ("optimizer_cls_and_kwargs" in options) is by_class
 
 
 @pytest.mark.parametrize("kind", ["ScaledAdamW", "LoRARite"])

@@ -112,6 +112,11 @@ def test_the_tables_of_precision_are_measured(precision):
     compare(page, precision.rewritten(page), rel=0.6)
 
 
+def test_a_table_is_not_put_on_a_page_without_its_marks(precision):
+    with pytest.raises(ValueError, match="expected the marks of gram"):
+        precision.rewritten("a page")
+
+
 def test_what_the_page_says_of_grams(precision):
     error = {name: [precision.error(*way, c) for c in precision.CONDITIONS] for name, way in precision.WAYS.items()}  # fmt: skip
     exact, usual, tf32, bf16 = error.values()

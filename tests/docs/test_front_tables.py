@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "reference"
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
+def script():
     spec = importlib.util.spec_from_file_location("front_tables", FOLDER / "front_tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -26,6 +26,36 @@ def test_every_page_has_the_tables_of_today(script):
         assert script.rewritten(text) == text, page
         marks += text.count("made by front_tables.py")
     assert marks == 15
+
+
+def test_a_table_without_marks_is_named(script, monkeypatch):
+    script.check_marks()
+    monkeypatch.setattr(script, "TABLES", {**script.TABLES, "moons": str})
+    with pytest.raises(ValueError, match="found none of moons"):
+        script.check_marks()
+    with pytest.raises(ValueError, match="found no <!-- end -->"):
+        script.rewritten("<!-- losses: made by front_tables.py -->")
+
+
+def test_the_caption_of_costs_is_read_from_the_records(script, monkeypatch):
+    speed = sys.modules[script.markdown.__module__]
+    rows = [
+        {"method": name, "rank": rank, "ratio": 2.0, "spread": spread, "pairs": 7}
+        for name, spread in (("adamw", 0.03), ("scaled_adamw", 0.1), ("peft", 0.04), ("sgd", 0.9))
+        for rank in (4, 16, 64)
+    ]
+    monkeypatch.setattr(speed, "timed", lambda _: rows)
+    caption = " ".join(speed.costs().partition("|")[0].split())
+    assert caption.startswith(
+        "*Median over rounds of a step's time over that of torch's fused AdamW"
+    )
+    assert caption.endswith("7 pairs, float32. Samples, AdamW's too, spread by 3 to 10 %.*")
+    rows[0]["spread"], rows[5]["spread"] = 0.151, 0.5
+    said = speed.spreads({"a GPU": "x"}, ("scaled_adamw",))
+    assert said.endswith(
+        "3 to 50 %. Rough, as some spread by more than the benchmark's limit of "
+        "15 %: ranks 4 and 64 on a GPU."
+    )
 
 
 def test_a_power_law_is_read_off_exactly(script):

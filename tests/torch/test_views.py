@@ -186,7 +186,7 @@ def test_tied_storage_is_updated_once_with_both_gradients(kind):
         nn.Parameter(getattr(tied.embed, f"lora_embedding_{x}")["default"].detach().clone())
         for x in "AB"
     )
-    reference = kind([a, b], lr=1e-2, pairs=[(a, b)])
+    reference = kind([a, b], lr=1e-2, pairs=[(b, a, Layout("n r", "r m"))])
     for t in range(4):
         optimizer.zero_grad()
         reference.zero_grad()

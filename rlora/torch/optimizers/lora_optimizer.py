@@ -90,7 +90,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
             raise ValueError(msg)
         self._adapter, self._own = adapter, tuple(own)
         self._by_hand, self._source = split_source(None if pairs == BY_ORDER else pairs)
-        params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
+        params = params if isinstance(params, (nn.Module, Tensor)) else as_list(params)
         models = models_in(params)
         self._known, self._given = what_modules_know(models), references(models)
         own, kwargs = plain_numbers(own), plain_numbers(kwargs)

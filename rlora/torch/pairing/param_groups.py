@@ -208,7 +208,14 @@ def _nothing_trainable(*models: nn.Module) -> NoReturn:
 
 
 def as_list(params: Any, pairs: Source | None = None, known: Known | None = None) -> list[Any]:
-    """A group's params as a list, of a model with names."""
+    """A group's params as a list, of a model with names; TypeError for a set of them."""
+    if isinstance(params, (set, frozenset)):
+        msg = (
+            "optimizer parameters need to be organized in ordered collections, got a set: its "
+            "order is another in each run, and a saved state would go to other parameters; give "
+            "a list"
+        )
+        raise TypeError(msg)
     if isinstance(params, nn.Module):
         return trainable(params, pairs, known)
     return [params] if isinstance(params, Tensor) else list(params)
