@@ -422,3 +422,14 @@ def test_factors_in_two_groups_are_refused_at_once(kind):
     groups = [{"params": [x for x in named if key in x[0]]} for key in ("lora_A", "lora_B")]
     with pytest.raises(PairingError, match="are in two parameter groups"):
         kind(groups, lr=1e-3)
+
+
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_a_set_of_parameters_is_refused(kind):
+    """Its order is another in each run; views of a dict are sets to Python, and have an order."""
+    A, B = torch.ones(2, 6, requires_grad=True), torch.ones(5, 2, requires_grad=True)
+    named = {"q.lora_A": A, "q.lora_B": B}
+    for params in (kind([A, B]), [{"params": kind([A, B])}], kind(named.items())):
+        with pytest.raises(TypeError, match="got a set"):
+            ScaledAdamW(params, pairs=[(A, B)])
+    assert len(ScaledAdamW(named.items()).report) == 1
