@@ -42,13 +42,13 @@ from .models import MODELS, check_installed, module_of
     "--rank",
     "ranks",
     kind=click.IntRange(1),
-    help="LoRA rank; default 8, or the paper's. May be repeated.",
+    help="LoRA rank, at least 1; default 8, or the paper's. May be repeated.",
 )
 @several(
     "--steps",
     "lengths",
     kind=click.IntRange(2),
-    help="Training steps of a run; default by model. May be repeated.",
+    help="Training steps of a run, at least 2; default by model. May be repeated.",
 )
 @several("--method", "names", help="Run only this method. May be repeated.")
 @click.option(

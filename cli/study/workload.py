@@ -80,6 +80,8 @@ def remembered(file: Path | None, make: Callable[[], Any], device: torch.device)
     if file is not None and file.exists():
         try:
             return torch.load(file, weights_only=True, map_location=device)
+        except torch.OutOfMemoryError:
+            raise
         except (UnpicklingError, EOFError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             msg = f"{file} is broken ({reason}): delete it, and it will be made again"

@@ -80,7 +80,7 @@ def check_multiplier(kind: Callable[..., Optimizer], lr: float) -> None:
     if finds_rate(kind) and lr != 1.0:
         msg = (
             f"{getattr(kind, '__name__', kind)} finds its learning rate, and the trainer's "
-            f"multiplies it: expected learning_rate 1, got {lr:g}"
+            f"multiplies it: expected learning_rate 1, got {lr!r}"
         )
         raise ValueError(msg)
 

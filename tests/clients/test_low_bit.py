@@ -172,3 +172,8 @@ def test_a_state_of_two_averages_in_one_array_is_loaded(name):
     resumed = kind(again, lr=1e-3)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert train(model, optimizer, 2) == train(again, resumed, 2)
+    other = precondition(bitsandbytes())(again, lr=1e-3)
+    train(again, other, 1)
+    for one, its in ((other, resumed), (resumed, other)):
+        with pytest.raises(rlora.ShapeError, match="state of another optimizer"):
+            one.load_state_dict(its.state_dict())

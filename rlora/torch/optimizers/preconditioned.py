@@ -97,7 +97,13 @@ class GramPreconditioned(LoRAOptimizer):
         # Whatever the parent keeps, unless a method class has saved it: these have a `scaling`.
         of_method = "scaling" not in self.defaults and any("scaling" in group for group in groups)
         words = OF_METHODS if of_method else set[str]()
-        return lambda p: Shapes(dict.fromkeys(ELEMENTWISE, p.shape), words)
+        two = getattr(self, "optimizer_name", None) == "ademamix"  # bitsandbytes': averages in one
+
+        def shapes_of(p: Tensor) -> Shapes:
+            known = dict.fromkeys(ELEMENTWISE, p.shape)
+            return Shapes({**known, "state1": torch.Size((2, *p.shape))} if two else known, words)
+
+        return shapes_of
 
     def _choices(self, group: dict[str, Any]) -> list[Any]:
         # What decides in which memory a step works, and what state it then has.

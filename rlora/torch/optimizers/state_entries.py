@@ -58,8 +58,7 @@ def check_saved(i: Any, state: Mapping[str, Any], p: Tensor, shapes: Shapes) -> 
             raise ShapeError(msg)
         if key in ELEMENTWISE:  # that of a method is cut, or put together, at the next step
             check_kind(f"{key} of parameter {i}", value, p)
-        two = key == "state1" and value.shape[1:] == shape  # AdEMAMix has two averages in one
-        if value.shape != shape and not two:
+        if value.shape != shape:
             msg = (
                 f"saved {key} of parameter {i} has shape {tuple(value.shape)}, expected "
                 f"{tuple(shape)}; was the rank changed, or is it the state of another optimizer?"
