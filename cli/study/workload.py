@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Final, Generic, Literal, TypeVar
 
 import torch
@@ -82,7 +81,7 @@ def remembered(file: Path | None, make: Callable[[], Any], device: torch.device)
             return torch.load(file, weights_only=True, map_location=device)
         except torch.OutOfMemoryError:
             raise
-        except (UnpicklingError, EOFError, RuntimeError) as error:
+        except Exception as error:  # a damaged file raises one of many
             reason = str(error).partition("\n")[0]
             msg = f"{file} is broken ({reason}): delete it, and it will be made again"
             raise ValueError(msg) from error
