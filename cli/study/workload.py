@@ -79,7 +79,7 @@ def remembered(file: Path | None, make: Callable[[], Any], device: torch.device)
     if file is not None and file.exists():
         try:
             return torch.load(file, weights_only=True, map_location=device)
-        except torch.OutOfMemoryError:
+        except (OSError, torch.OutOfMemoryError):  # no fault of the file
             raise
         except Exception as error:  # a damaged file raises one of many
             reason = str(error).partition("\n")[0]

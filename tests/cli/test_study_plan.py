@@ -234,3 +234,9 @@ def test_runs_of_other_weights_are_not_taken_for_those_asked(tmp_path):
         origin = {"weights": "a", "data": None, "quick": None, key: value}
         with pytest.raises(ValueError, match=f"--{key}.*give it another --output"):
             records.check_origin(LIKE._replace(method="scaled"), origin)
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_broken(tmp_path):
+    """Nobody is told to delete what may be whole."""
+    with pytest.raises(OSError, match=str(tmp_path)):
+        remembered(tmp_path, lambda: torch.ones(2), torch.device("cpu"))

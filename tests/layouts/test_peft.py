@@ -115,6 +115,7 @@ def test_the_random_factor_of_an_embedding_keeps_its_size(name):
         loss(model).backward()
         optimizer.step()
     assert loss(model) < first
+    # 1.04 and 1.00 times; with the roles that PEFT's letters say 28 and 64 times.
     assert random.detach().abs().max() < 2 * start
 
 

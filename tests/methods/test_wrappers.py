@@ -180,4 +180,4 @@ def test_a_graft_of_tiny_gradients_has_adams_size():
     (grafted, _), _ = method.update(tiny, method.init(pair), pair)
     (plain, _), _ = adam.update(tiny, adam.init(pair), pair)
     moves = [np.linalg.norm(pair.B @ d) for d in (grafted, plain)]
-    assert moves[0] == pytest.approx(moves[1], rel=1e-3, abs=0)  # float32 sums of squares
+    assert moves[0] == pytest.approx(moves[1], rel=1e-6, abs=0)  # some roundings of float32
