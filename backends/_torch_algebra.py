@@ -32,21 +32,22 @@ def damped(S: Array, damping: Array | float, relative: bool, least: float) -> Da
     return Damped(H, unit, live, unit * 0)
 
 
-def half_power(S: Array, power: float, damping: float = 0.0) -> Array:
-    """``(S + damping tr(S)/r I)^power`` for ±½ without an eigh; definite (K, r, r).
+def half_power(S: Array, power: float, damping: float = 0.0, shift: float = 0.0) -> Array:
+    """``(S + damping tr(S)/r I)^power + shift I`` for ±½ without an eigh; definite (K, r, r).
 
     With ``S = L Lᵀ`` and the polar factor U of L, ``S^½ = L Uᵀ`` and ``S^-½ = U L⁻¹``. The factor
     has the root of the condition number, so that an error in it does not reach large eigenvalues.
     """
     unit = traces(S).clamp(min=torch.finfo(S.dtype).smallest_normal)
     H = damped_unit(S, unit, damping)
-    L = definite_cholesky(H)
+    L, unit = cholesky_and_unit(H, unit)
     U = polar_factor(L, H, damping / S.shape[-1])
     if power > 0:
         half = torch.bmm(L, U.mT)
     else:
         half = torch.linalg.solve_triangular(L, U, upper=False, left=False)
-    return half * unit**power
+    size = unit**power
+    return torch.addcmul(eyes(S, shift), half, size) if shift else half * size
 
 
 def traces(S: Array) -> Array:
@@ -56,10 +57,18 @@ def traces(S: Array) -> Array:
 
 def damped_unit(S: Array, unit: Array, damping: float) -> Array:
     """``S / unit + damping / r I``, with the traces of S as units; `damping` is far below 1."""
-    H = S / unit
-    if damping:
-        H.diagonal(dim1=-2, dim2=-1).add_(damping / S.shape[-1])
-    return H
+    if not damping:
+        return S / unit
+    return torch.addcdiv(eyes(S, damping / S.shape[-1]), S, unit)
+
+
+def cholesky_and_unit(H: Array, unit: Array) -> tuple[Array, Array]:
+    """Cholesky factors (K, r, r), and the units, negative where H is not definite.
+
+    A root of such a unit is NaN, and so is what it multiplies.
+    """
+    L, failed = torch.linalg.cholesky_ex(H)  # neither raises nor waits for the device
+    return L, torch.sub(unit, failed.view(-1, 1, 1), alpha=torch.finfo(H.dtype).max)
 
 
 def definite_cholesky(H: Array, *, lift: bool = False) -> Array:
@@ -128,17 +137,20 @@ def inverse_cholesky(S: Array, *, upper: bool = False, lift: bool = False) -> Ar
     return W.flip(-2, -1) if upper else W
 
 
-def eyes(S: Array) -> Array:
-    """Identities like a stack (K, r, r)."""
+def eyes(S: Array, value: float = 1.0) -> Array:
+    """``value I`` like a stack (K, r, r)."""
     r, dtype, device = S.shape[-1], S.dtype, S.device
-    eye = kept(("eye", r, dtype, device), lambda: torch.eye(r, dtype=dtype, device=device))
-    return eye.expand_as(S)
+
+    def make() -> Array:
+        eye = torch.eye(r, dtype=dtype, device=device)
+        return eye if value == 1.0 else eye.mul_(value)
+
+    return kept(("eye", r, value, dtype, device), make).expand_as(S)
 
 
 def inverse_root_half(V: Array, eps: float, X: Array, least: float) -> Array:
     """`Backend.inverse_root_half` without an eigh; NaN where the damped V is not definite."""
-    root = half_power(V, 0.5, damping_of(V, least))  # far above rounding, or NaN
-    root.diagonal(dim1=-2, dim2=-1).add_(eps)
+    root = half_power(V, 0.5, damping_of(V, least), eps)  # far above rounding, or NaN
     L, _ = torch.linalg.cholesky_ex(root)  # `solve`, by LU, may wait for the device
     return torch.linalg.solve_triangular(L, X, upper=False)
 
@@ -166,7 +178,7 @@ def pseudo_halves(S: Array, damping: float) -> tuple[Array, Array, Array]:
     tiny = info.smallest_normal * r / rounding_of(S)  # too small to be inverted: W is 0
     unit = torch.nn.functional.threshold(traces(S), tiny, torch.inf)
     H = damped_unit(S, unit, damping)
-    L = definite_cholesky(H)
+    L, unit = cholesky_and_unit(H, unit)
     eye = eyes(S)
     W = torch.linalg.solve_triangular(L, eye, upper=False)
     F = torch.baddbmm(eye, W, W.mT, alpha=-damping / r)

@@ -19,6 +19,13 @@ cache: copying them costs less than a call for each tensor."""
 FOLDED_GRAM, FOLDED_PRODUCT = 1 << 19, 1 << 17
 """Numbers from which on `fold_of` gains time: of a Gram's factors, and of what P multiplies."""
 
+PRODUCTS: dict[int, Any] = {
+    **dict.fromkeys(range(4, 65), torch.matmul),
+    3: torch.bmm,
+    2: torch.mm,
+}
+"""The product of torch for so many axes: `torch.matmul` costs more for each call."""
+
 
 def buckets_of(tall: Tall, workspace: Workspace | None, slot: str) -> dict[Any, list[int]]:
     """Positions of equal shape, dtype and device; on a CPU as many as are stacked at once."""
@@ -54,7 +61,7 @@ def rows_times(X: Array, Y: Array) -> Array:
     """``X Yᵀ`` of (..., r, n)."""
     if X.ndim == 3 and all(fold_of(F.mT, FOLDED_GRAM) > 1 for F in (X, Y)):
         return folded_columns(X.mT, Y.mT)
-    return product_of(X)(X, Y.mT)
+    return PRODUCTS[X.ndim](X, Y.mT)
 
 
 def folded_columns(X: Array, Y: Array) -> Array:
@@ -68,11 +75,35 @@ def folded_columns(X: Array, Y: Array) -> Array:
 def gram_of(slot: str, F: Array, out: Array | None = None) -> Array:
     """``F Fᵀ`` ("rows") or ``Fᵀ F`` ("columns") of (..., ., .), in `out` if it is given."""
     if slot == "rows":
-        return product_of(F)(F, F.mT, out=out)
+        return PRODUCTS[F.ndim](F, F.mT, out=out)
     if fold_of(F, FOLDED_GRAM) > 1:
         S = folded_columns(F, F)
         return S if out is None else out.copy_(S.view_as(out))
-    return product_of(F)(F.mT, F, out=out)
+    return PRODUCTS[F.ndim](F.mT, F, out=out)
+
+
+def gram_stack(slot: str, tall: Tall, dtype: Any, workspace: Workspace | None) -> Array:
+    """`Backend.gram_rows` ("rows") or `Backend.gram_columns` ("columns"), bucket by bucket."""
+    if len(tall) == 1 and tall[0].ndim == 3:  # of equal layers
+        return gram_of(slot, tall[0].to(dtype))
+    order, pieces, start = [], [], 0
+    r = tall[0].shape[-2 if slot == "rows" else -1]
+    layers = [math.prod(F.shape[:-2]) for F in tall]
+    stack = take(workspace, ("gram", slot), (sum(layers), r, r), dtype, tall[0].device)
+    for members in buckets_of(tall, workspace, slot).values():
+        some, stop = [tall[i] for i in members], start + sum(layers[i] for i in members)
+        out = None if stack is None else stack[start:stop]
+        if is_stacked(some[0]):
+            pieces.append(gram_of(slot, stacked(some, dtype, workspace), out))
+        elif out is not None:  # on a CPU
+            lead = some[0].shape[:-2]
+            for F, S in zip(some, out.view(len(some), *lead, r, r), strict=True):
+                gram_of(slot, F.to(dtype), S)
+        order += members
+        start = stop
+    if stack is None:
+        stack = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return stack if order == sorted(order) else reordered(stack, order, layers)
 
 
 def factors_of(slot: str, P: Array, G: Array, out: Array) -> tuple[Array, Array, Array]:
@@ -97,11 +128,6 @@ def multiply(slot: str, P: Array, G: Array, out: Array | None) -> Array:
     return out
 
 
-def product_of(X: Array) -> Any:
-    """The product of torch for so many axes: `torch.matmul` costs more for each call."""
-    return torch.mm if X.ndim == 2 else torch.bmm if X.ndim == 3 else torch.matmul
-
-
 def multiply_each(
     slot: str, P: Tall, tall: Tall, outs: Sequence[Array], keep: float | None = None
 ) -> None:
@@ -112,7 +138,7 @@ def multiply_each(
         lefts, rights, outs = zip(*folded, strict=True)
     for left, right, out in zip(lefts, rights, outs, strict=True):
         if keep is None:
-            product_of(out)(left, right, out=out)
+            PRODUCTS[out.ndim](left, right, out=out)
         else:
             (out.addmm_ if out.ndim == 2 else out.baddbmm_)(left, right, beta=keep)
 

@@ -1,6 +1,5 @@
 """PyTorch: few kernels for many layers, factorisations that neither raise nor synchronise."""
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
@@ -36,11 +35,10 @@ from ._torch_cpu import (
 from ._torch_precision import exact
 from ._torch_stacks import (
     buckets_of,
-    gram_of,
+    gram_stack,
     is_stacked,
     multiply,
     multiply_each,
-    reordered,
     rows_times,
     stacked,
     take,
@@ -55,12 +53,18 @@ class TorchBackend(Backend):
     def gram_rows(
         self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
     ) -> Array:
-        return self._gram(tall, dtype, workspace, "rows")
+        return gram_stack("rows", tall, dtype, workspace)
 
     def gram_columns(
         self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
     ) -> Array:
-        return self._gram(tall, dtype, workspace, "columns")
+        return gram_stack("columns", tall, dtype, workspace)
+
+    def grams(
+        self, A: Tall, B: Tall, dtype: Any, workspace: Workspace | None = None
+    ) -> tuple[Array, Array]:
+        rows = gram_stack("rows", A, dtype, workspace)
+        return rows, gram_stack("columns", B, dtype, workspace)
 
     def cross_rows(self, X: Sequence[Array], Y: Sequence[Array], dtype: Any) -> Array:
         pairs = [(x.to(dtype), y.to(dtype)) for x, y in zip(X, Y, strict=True)]
@@ -91,30 +95,6 @@ class TorchBackend(Backend):
 
     def piece(self, like: Array) -> int:
         return IN_CACHE if is_eager_cpu(like) else AT_ONCE
-
-    def _gram(
-        self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None, slot: str
-    ) -> Array:
-        """Products with the transpose, bucket by bucket, as one stack (K, r, r)."""
-        if len(tall) == 1 and tall[0].ndim == 3:  # of equal layers
-            return gram_of(slot, tall[0].to(dtype))
-        order, pieces, start = [], [], 0
-        r = tall[0].shape[-2 if slot == "rows" else -1]
-        layers = [math.prod(F.shape[:-2]) for F in tall]
-        stack = take(workspace, ("gram", slot), (sum(layers), r, r), dtype, tall[0].device)
-        for members in buckets_of(tall, workspace, slot).values():
-            some, stop = [tall[i] for i in members], start + sum(layers[i] for i in members)
-            out = None if stack is None else stack[start:stop]
-            if is_stacked(some[0]):
-                pieces.append(gram_of(slot, stacked(some, dtype, workspace), out))
-            else:
-                for F, S in zip(some, self.unstack(out, some), strict=True):
-                    gram_of(slot, F.to(dtype), S)
-            order += members
-            start = stop
-        if stack is None:
-            stack = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return stack if order == sorted(order) else reordered(stack, order, layers)
 
     def _apply(
         self,

@@ -3,6 +3,7 @@
 ``S_A = A Aᵀ`` and ``S_B = Bᵀ B``. The metric of A is made of S_B and the other way round.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from math import prod
@@ -174,7 +175,8 @@ def record_turn(group: RankGroup, old: Sequence[Factors], state: State) -> State
 
 def no_turn(group: RankGroup, T: Stack) -> list[Factors]:
     """NaN in place of turns: who moves parameters without a `transport` shall see it at once."""
-    return group.unstack(T * float("nan"))
+    nan = group.backend.constants([math.nan], T.dtype, T)
+    return group.unstack(group.xp.broadcast_to(nan, T.shape))
 
 
 def tangent(

@@ -1,10 +1,11 @@
 """Elementwise transformations: momentum, Adam, clipping. Each factor has its own counter."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from rlora.core.backend import AdamNumbers
+from rlora.core.backend import AdamNumbers, Backend
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, is_traced, is_zero
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import (
@@ -234,8 +235,24 @@ def corrected_decay(xp: Any, b: float, count: Array) -> Array:
     """
     if is_zero(b):
         return xp.zeros_like(count)
-    old = xp.expm1(count * _logarithm(xp, b))  # b^t - 1, without cancellation
-    return old / (old - (1 - b) / b)  # numerator and denominator over -b
+    return _decay(xp, count, _logarithm(xp, b), (1 - b) / b)
+
+
+def corrected_decays(backend: Backend, rates: Sequence[float], count: Array) -> list[Array]:
+    """`corrected_decay` for several b, in the operations that one takes."""
+    xp = backend.xp
+    if any(map(is_traced, rates)):
+        return [corrected_decay(xp, b, count) for b in rates]
+    numbers = [math.log(b or TINY) for b in rates] + [(1 - b) / b if b else math.inf for b in rates]
+    constants = backend.constants(numbers, count.dtype, count)
+    constants = xp.reshape(constants, (2, -1, *[1] * count.ndim))
+    decays = _decay(xp, count, constants[0, ...], constants[1, ...])
+    return [decays[i, ...] for i in range(len(rates))]
+
+
+def _decay(xp: Any, count: Array, log: Any, odds: Any) -> Array:
+    old = xp.expm1(count * log)  # b^t - 1, without cancellation
+    return old / (old - odds)  # numerator and denominator over -b; odds are (1 - b) / b
 
 
 def zeros(params: Tree) -> Tree:

@@ -15,7 +15,7 @@ from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
 from rlora.core.linalg import congruence, no_turn, record_turn
-from rlora.core.moments import corrected_decay, counts, each, small_zeros, zeros
+from rlora.core.moments import corrected_decays, counts, each, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.sizes import euclidean_norm, into_range, shrink_to, times
 from rlora.core.transform import (
@@ -71,7 +71,7 @@ def scale_by_rite(
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], RiteState]:
         backend, xp = group.backend, group.xp
         t = group.per_layer(state.count)
-        decay1, decay2 = corrected_decay(xp, b1, t), corrected_decay(xp, b2, t)
+        decay1, decay2 = corrected_decays(backend, (b1, b2), t)
 
         S = group.partner_gram(group.params)
         W = backend.pseudo_half(S, group.lost)  # W G: the unmagnified gradient

@@ -61,6 +61,22 @@ def test_half_power_of_nothing():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("power", [0.5, -0.5])
+@pytest.mark.parametrize("shift", [0.0, 1e-3])
+def test_half_power_tells_what_is_not_definite(shift, power, dtype):
+    """NaN all over that member, whatever its size, and in no other one."""
+    sizes = np.array([1.0, 1e30, 1e-30])[:, None, None]
+    bad = sizes * np.diag([1.0, 1.0, -0.5, 1.0])
+    good = sizes * np.diag([4.0, 1.0, 1.0, 1.0])
+    S = get("torch").asarray(np.concatenate([bad, good, np.zeros((1, 4, 4))]), dtype)
+    found = half_power(S, power, 1e-6, shift).numpy()
+    assert np.isnan(found[:3]).all()
+    expected = np.sqrt(sizes if power > 0 else 1 / sizes) * np.diag([4.0**power, 1, 1, 1])
+    assert_close(found[3:6], expected + shift * np.eye(4), rtol=1e-5)
+    assert np.isfinite(found[6]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_pseudo_powers_without_eigh(dtype, without_eigh):
     """Directions above rounding as they are, one below it gone; a zero, a NaN and a tiny matrix.
 

@@ -1,6 +1,7 @@
 """Collections, the checks of a chain, the state as a flat dict, and single transformations."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from rlora.core.decay import (
     decay_weights_after,
 )
 from rlora.core.factors import map_leaves, map_pairs, pairs_of, rebuild
-from rlora.core.moments import clip_by_global_norm, momentum, scale_by_adam
+from rlora.core.moments import clip_by_global_norm, corrected_decays, momentum, scale_by_adam
 from rlora.testing import assert_close, make_problem
 
 PAIR = Factors(np.ones((2, 5)), np.zeros((3, 2)))
@@ -152,6 +153,20 @@ def test_bias_correction_keeps_its_digits_in_float32():
     method = chain(scale_by_adam(0.9, 0.999, 0.0))
     direction, _ = method.update(pair, method.init(pair), pair)
     assert_close(direction.A, [[1.0]], atol=3e-7)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_corrected_decays_are_those_of_exact_numbers(traced, backend):
+    """Each rounding counts as often as 1 - b is smaller than b: 1e-16 is 1e-11 at 1 - 1e-5."""
+    if traced and backend.name != "jax":
+        pytest.skip("only JAX traces hyperparameters")
+    steps, rates = [0, 1, 2, 3, 10, 1000], [0.9, 0.0, 0.999, 0.5, 1 - 1e-5]
+    count = backend.asarray(np.reshape(steps, (2, 3)), "float64")
+    given_rates = [backend.asarray(b, "float64") for b in rates] if traced else rates
+    found = corrected_decays(backend, given_rates, count)
+    for b, decays in zip(map(Fraction, rates), found, strict=True):
+        exact = [float(b * (1 - b**t) / (1 - b ** (t + 1))) for t in steps]
+        assert_close(decays, np.reshape(exact, (2, 3)), rtol=1e-11)
 
 
 def test_clipping(backend):
