@@ -30,6 +30,7 @@ DAMPED = RATIO._replace(least=1e-5)  # by 1e-6 only
 ROTATION = Theory("rotations", ("signed permutation", "rotation"), 1e-2)
 SYLVESTER = ROTATION._replace(least=1e-3, most=1e-1)
 TRIANGULAR = Theory("scalings, triangular changes", ("scalar",), 1e-5)
+SCALINGS = TRIANGULAR._replace(words="scalings")
 ENTRIES = Theory("signed permutations", ("signed permutation",))
 
 
@@ -76,7 +77,7 @@ ROWS: Final = (
     of(rlora.scaled_adamw, ENTRIES, placement="before", damping=0.0),
     of(rlora.scaled_adamw, ENTRIES, placement="after", damping=0.0),
     of(rlora.scaled_adamw, TRIANGULAR, placement="both", damping=0.0),
-    of(rlora.scaled_prodigy, TRIANGULAR, lr=1.0),
+    of(rlora.scaled_prodigy, SCALINGS, lr=1.0),
     of(rlora.lora_rite, EVERY),
     of(rlora.lora_rite, EVERY, escape=True),
     of(rlora.lora_rite, EVERY, weight_decay=0.1),

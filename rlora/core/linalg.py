@@ -68,12 +68,12 @@ def inverse_metric(
 ) -> Stack:
     """``H⁻¹``, where the H of a factor is the damped Gram of its partner.
 
-    `S` are the Grams of the partners. A factor whose partner is zero gets 0, or with absolute
-    damping its inverse. The shift is at least `least` times the mean eigenvalue, in every mode.
-    Covariant damping is 0 for an A whose B is fixed. Where a rank is above a side, directions in
-    which the partner can have nothing are left out. Covariant damping acts in the others; in those
-    of them in which A itself can have nothing it is without bound.
-    `sizes` are the m and n of whole factors, where those of the group are pieces.
+    `S` are the Grams of the partners. A factor whose partner is zero gets 0, with absolute damping
+    the inverse of that, and an A with covariant damping ``S_A / δ``. The shift is at least `least`
+    times the mean eigenvalue, in every mode. Covariant damping is 0 for an A whose B is fixed.
+    Where a rank is above a side, directions in which the partner can have nothing are left out.
+    Covariant damping acts in the others; in those of them in which A itself can have nothing it is
+    without bound. `sizes` are the m and n of whole factors, where those of the group are pieces.
     """
     backend, xp = group.backend, group.xp
     if sizes is None:

@@ -19,7 +19,7 @@ from rlora.core.factors import (
     map_pairs,
 )
 from rlora.core.sizes import euclidean_norm, shrink_to, times
-from rlora.core.transform import State, Transform, no_state, one_side
+from rlora.core.transform import State, Transform, no_state
 
 TINY = 1e-30
 EpsForm = Literal["torch", "hf"]
@@ -206,26 +206,6 @@ def clip_by_global_norm(max_norm: float) -> Transform:
         return map_leaves(partial(times, factor), grads), state
 
     return Transform(no_state, update, together=True)
-
-
-def only(side: Literal["A", "B"], inner: Transform) -> Transform:
-    """A transform for one factor of each pair; the other one gets no direction and has no state.
-
-    Parameters
-    ----------
-    side : {"A", "B"}
-        The factor that is updated.
-    inner : Transform
-        A transformation, such as `scale_by_adam`.
-    """
-
-    def init(params: Tree, scaling: float = 1.0) -> State:
-        return inner.init(one_side(params, side), scaling)
-
-    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        return inner.update(one_side(grads, side), state, one_side(params, side))
-
-    return inner._replace(init=init, update=update)
 
 
 def corrected_decay(xp: Any, b: float, count: Array) -> Array:

@@ -11,15 +11,15 @@ from rlora.core.factors import Array, Factors, Tree, leaves_of, map_pairs
 def rebalance(params: Tree) -> Tree:
     """Factors with the same product whose rank directions carry nearly equal parts of it.
 
-    With ``B A = U Σ Vᵀ`` and an orthogonal C of size r whose entries are nearly of one size ::
+    With ``B A = U Σ Vᵀ`` and an orthogonal C of size r without an entry above ``1.5 / sqrt(r)`` ::
 
         B <- U Σ^½ C,   A <- Cᵀ Σ^½ Vᵀ
 
-    so that ``A Aᵀ = Bᵀ B``, with a nearly constant diagonal. For trained factors that are to be
-    rounded: rounding to p binary digits changes the product by about ``4^-p / 3 · Σ |b_k|² |a_k|²``
-    (squared norm; sum over the columns of B and the rows of A), which is least where these are
-    alike. A trained rank that needs few of its directions gains up to a factor r against its
-    singular vectors. The state of an optimizer does not fit the result.
+    so that ``A Aᵀ = Bᵀ B``, with no entry of the diagonal above about twice their mean. For trained
+    factors that are to be rounded: rounding to p binary digits changes the product by about ``4^-p
+    / 3 · Σ |b_k|² |a_k|²`` (squared norm; sum over the columns of B and the rows of A), which is
+    least where these are alike. A trained rank that needs few of its directions gains up to a
+    factor r against its singular vectors. The state of an optimizer does not fit the result.
 
     Parameters
     ----------

@@ -209,8 +209,8 @@ def adapre_lora(
 
     Adafactor would move the weight by ``G / sqrt(V)`` with ``V = l rᵀ / sum(l)``, l and r the
     averaged sums of squares of the rows and columns of G. The factors take, of all pairs of moves
-    that come nearest to it in the norm ``<Y, sqrt(V) Y>``, the one whose two parts are nearest to
-    each other (`rlora.methods.adapre.weighted_tangent`); then the momentum
+    whose ``s (B D_A + D_B A)`` comes nearest to it in the norm ``<Y, sqrt(V) Y>``, the one whose
+    two parts are nearest to each other (`rlora.methods.adapre.weighted_tangent`); then the momentum
     ``M <- b1 M + (1 - b1) D`` of those moves D, at first ``M = D``.
 
     Parameters
@@ -218,11 +218,12 @@ def adapre_lora(
     b1, b2 : float
         Decay rates of the momentum and of the energies, in [0, 1).
     eps : float
-        At least 0; the least energy of a row or column, against their mean.
+        At least 0; times the mean energy it is added to that of each row and column.
     weight_decay : float
         At least 0; decoupled, of each factor.
     damping, damping_mode, compute_dtype
-        As in `rlora.scaled_adamw`, for the weighted Gram matrices.
+        As in `rlora.scaled_adamw`, for the weighted Gram matrices and for those in the projection
+        of G.
 
     Returns
     -------

@@ -124,8 +124,9 @@ def alt_lora(
         M_A = b1 S_B⁻¹ Bᵀ B_old M_A + (1 - b1) (S_B + ..)⁻¹ G_A / s²,   A = A - lr (M_A + λ A)
         M_B = b1 M_B A_old Aᵀ S_A⁻¹ + (1 - b1) G_B (S_A + ..)⁻¹ / s²,   B = B - lr (M_B + λ B)
 
-    with ``S_A = A Aᵀ`` and ``S_B = Bᵀ B``. The weight moves by the projection of the full gradient
-    on one of the factors' spaces: nothing is counted twice, and no product of two moves is left.
+    with ``S_A = A Aᵀ``, ``S_B = Bᵀ B`` and the damping in place of the dots. The weight moves by
+    the projection of the full gradient on one of the factors' spaces: nothing is counted twice, and
+    no product of two moves is left.
 
     Parameters
     ----------
@@ -152,9 +153,10 @@ def alt_lora(
     Notes
     -----
     A step moves one factor: two gradients make one round. Where a factor is frozen the other one
-    moves every time. The product follows the same path however it is split, where r is at most m
-    and n. There is no bias correction. The old factors are not stored, only ``B_oldᵀ B``, which
-    `transport` writes down. The paper's damping is 1e-6, absolute.
+    moves every time. Undamped, the product follows the same path however it is split, where r is at
+    most m and n. There is no bias correction. The old factors are not stored, only ``B_oldᵀ B``,
+    which `transport` writes down. The paper's damping is 1e-6, absolute; the authors' code corrects
+    the first moment's bias, and in AltLoRA+ carries no moment to the new factors.
 
     References
     ----------

@@ -74,7 +74,7 @@ def factor_muon(
     How far the product moves depends on how it is split; only rotations of the rank leave its path.
     `lora_muon` is Muon for the product. msign is exact here, on CUDA as in `lora_muon`; the five
     Newton-Schulz steps of the authors leave singular values above 3e-3 of the largest between 0.68
-    and 1.2. Directions below rounding are left out.
+    and 1.2. Directions of M that are weaker than the share of `lora_muon` do not move.
 
     References
     ----------

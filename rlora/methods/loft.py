@@ -197,12 +197,13 @@ def loft(
 ) -> Transform:
     """LoFT, AdamW on the full weight as far as a factor can follow it.
 
-    With ``g_A = S_B⁻¹ G_A / s`` and ``T = S_B⁻¹ Bᵀ B_old``, for A's turn and column j of A::
+    With ``g_A = (S_B + ..)⁻¹ G_A / s`` and ``T = S_B⁻¹ Bᵀ B_old``, where the dots are the damping,
+    for A's turn and column j of A::
 
         M   = b1 T M + (1 - b1) g_A                first moment, (r, n)
         C_j = b2 T C_j Tᵀ + (1 - b2) g_j g_jᵀ      second moment, (n, r, r)
         U   = B M / (sqrt(V) + eps),   V_ij = b_iᵀ C_j b_i   the full update, (m, n)
-        A   = A - lr (S_B⁻¹ Bᵀ U / s + λ A)
+        A   = A - lr ((S_B + ..)⁻¹ Bᵀ U / s + λ A)
 
     with b_i the rows of B and the moments without bias, ``M / (1 - b1^t)`` and ``C / (1 - b2^t)``;
     and the same for Bᵀ with the factors in each other's places. ``B g_A`` is the part of the full
@@ -238,8 +239,8 @@ def loft(
     -----
     A step takes the time of one of the full weight, whose size U has, but memory for a few rows of
     U alone. Where a factor is frozen the other one moves every time. The path of the weight does
-    not depend on s without covariant damping, nor undamped on how the product is split: only on the
-    weight's own axes, as AdamW's does.
+    not depend on s with relative damping or none, nor undamped on how the product is split: only on
+    the weight's own axes, as AdamW's does.
 
     The authors' code carries the second moment by ``Tᵀ C T``; products of rows become ``T C Tᵀ``
     when rows become ``T g``. It has an eps of 1e-4, decays by λ without lr, after A's turn B's

@@ -77,8 +77,9 @@ def op_lora(
         B'  = argmin |B' A' - (X - lr M_t)|²
         M   = rank r of  β M + Π(G)                one half-step of each factor, from the old M
 
-    with ``H_B = S_B + Λ`` and Π the projection on the tangent space of the matrices of rank r. In
-    closed form, with ``D_A = H_B⁻¹ G_A`` and ``D_B = (I - B H_B⁻¹ Bᵀ) G_B S_A⁻¹``::
+    with G the gradient by the weight over s, ``H_B = S_B + Λ`` and Π the projection on the tangent
+    space of the matrices of rank r. In closed form without momentum, with ``D_A = H_B⁻¹ G_A / s²``,
+    ``D_B = (I - B H_B⁻¹ Bᵀ) G_B H_A⁻¹ / s²`` and H_A the S_A, damped but for covariant damping::
 
         A' = A - lr D_A,    B' = B - lr D_B A A'ᵀ S_A'⁻¹
 

@@ -190,8 +190,8 @@ def lora_pro_sgd(
     -----
     With X zero or balanced, no damping and r at most m and n, also with momentum, the product
     follows the same path however it is split; with the Sylvester gauge it does not, as ``δB δA``
-    depends on X. Of a pair with a frozen factor the other one gets the nearest move it can do
-    alone.
+    depends on X. The inverses are damped, the S_A and S_B beside X are not. Of a pair with a frozen
+    factor the other one gets the nearest move it can do alone.
 
     References
     ----------

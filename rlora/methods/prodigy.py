@@ -104,7 +104,8 @@ def scaled_prodigy(
     largest entry, in the coordinates in which Adam steps by d in each entry; P counts as constant.
     Of gradients that are noise alone q has the variance v: less than two standard deviations count
     as nothing, or d of small layers runs away. A schedule belongs in ``lr``, and should end near 0.
-    q, and S under triangular changes of basis, do not depend on how the product is split.
+    q, and S under triangular changes of basis, do not depend on how the product is split; v does,
+    but for other scales of the directions of rank.
 
     d is found for each pair alone. In Prodigy one d serves all parameters, the sums forget with
     ``b2^½``, d is in the moments too, its first value is 1e-6, and nothing is taken off q.

@@ -19,13 +19,14 @@ from rlora.core.factors import (
     pairs_of,
     rebuild,
 )
+from rlora.core.inner import only
 from rlora.core.linalg import (
     DampingMode,
     Side,
     check_damping,
     frozen_powers,
 )
-from rlora.core.moments import keep_scaling, only, over, scale_by_adam
+from rlora.core.moments import keep_scaling, over, scale_by_adam
 from rlora.core.placement import precondition
 from rlora.core.transform import State, Transform, chain, one_side
 

@@ -211,8 +211,9 @@ def lora_rite(
         M = β₁ M Pᵀ + (1 - β₁) Ḡ_B ((V + ρ I)^½ + ε I)⁻¹
         B = B - lr (M R_A⁻ᵀ + λ B)
 
-    and the same for Aᵀ with the bases of B. The decays are bias-corrected, ``β (1 - β^t) / (1 -
-    β^(t+1))`` with t from 0. For r up to m and n, B A follows the same path however it is split.
+    and the same for Aᵀ with the bases of B, and n for m. The decays are bias-corrected, ``β (1 -
+    β^t) / (1 - β^(t+1))`` with t from 0. For r up to m and n, B A follows the same path however it
+    is split.
 
     Parameters
     ----------
@@ -223,8 +224,9 @@ def lora_rite(
     weight_decay : float
         λ, at least 0; decoupled, of each factor.
     escape : bool
-        Give back to the denominator the mass ρ that V loses when P is no rotation. In the paper's
-        algorithm; off in the authors' code, as here.
+        Give back to the denominator the mass ρ that V loses when P is no rotation: ``ρ <- β₂ (ρ +
+        min(max_i (λ_i(V) - λ_i(P V Pᵀ)), tr V - tr P V Pᵀ))``, no less than 0, with sorted
+        eigenvalues. In the paper's algorithm; off in the authors' code, as here.
     max_norm, max_rms : float, optional
         Guards, see `clip_unmagnified`. The authors' code has 1.0 for both (`OFFICIAL`); here they
         are off: they tie pairs together (in `rlora.torch` those of one group on one device), and

@@ -127,7 +127,8 @@ def lora_sb(
     weight_decay : float
         λ, at least 0; decoupled.
     damping, damping_mode, compute_dtype
-        As in `rlora.scaled_adamw`, for the inverse of S_B, which is made once.
+        As in `rlora.scaled_adamw`, for the inverse of S_B, which is made once; covariant damping
+        takes the A at `init`.
 
     Returns
     -------

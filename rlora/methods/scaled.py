@@ -225,8 +225,9 @@ def scaled_adamw(
     weight_decay : float
         λ, at least 0; decoupled.
     damping : float
-        δ, at least 0. Never less in effect than what the rounding of the Gram can carry, and
-        behind Adam than 1e-6 of the mean eigenvalue, which covariant damping adds to S_A too.
+        δ, at least 0. Never less in effect than what the rounding of the Gram can carry. With
+        placements "after" and "both" the shift of a Gram is at least 1e-6 of its mean eigenvalue:
+        under covariant damping that of S_A, and then that of ``S_B + δ S_A⁻¹``.
     damping_mode : {"relative", "absolute", "covariant"}
         ``S + δ tr(S)/r I``, ``S + δ I``, or ``S_B + δ S_A⁻¹`` for A and S_A as it is for B, which
         compares δ with the squared singular values of BA and keeps the invariance. Covariant
@@ -261,12 +262,14 @@ def scaled_adamw(
     powers mostly the widest range of good learning rates. F leaves out directions of rank
     space in which the partner has no mass, which Adam fills, and c keeps one factor from growing at
     the cost of the other: docs/decisions/0010. `rlora.methods.scaled.OFFICIAL` and
-    `rlora.methods.scaled.PEFT` are the published methods. A zero factor does not move its partner
-    unless damping is absolute; the official code takes the identity for its Gram.
+    `rlora.methods.scaled.PEFT` are the published methods. A zero factor moves its partner only with
+    ``placement="before"``: under absolute damping, and A also under covariant damping; the official
+    code takes the identity for its Gram.
 
     Adam's entrywise normalisation breaks the invariance of scaled gradient descent: only signed
-    permutations of the rank axis are left. With ``placement="both"`` it is, instead, triangular
-    changes of basis, such as other scales of the directions of rank: docs/decisions/0011. Before
+    permutations of the rank axis are left. With ``placement="both"`` and covariant damping or none
+    it is, instead, lower triangular changes of basis, such as other scales of the directions of
+    rank, up to the least damping of 1e-6: docs/decisions/0011. Before
     Adam a scalar preconditioner has no effect, so a large absolute δ turns the method into plain
     AdamW without a word.
 

@@ -23,7 +23,8 @@ class Pair:
     views : tuple of (View, View)
         Where the factors lie in them: one for most, several for blocks of unequal size.
     middle : str, optional
-        Name of a diagonal between the factors (AdaLoRA): the product is ``B diag(e) A``.
+        Name of a diagonal between the factors (AdaLoRA): the product is ``B diag(e) A``. It is in
+        no Gram matrix.
     layer : str
         The layer alone; empty for the model itself, and for a pair given by its names.
     adapter : str, optional
