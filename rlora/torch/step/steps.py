@@ -9,7 +9,7 @@ from rlora.core.errors import PairingError
 from rlora.torch.pairing.pairs import TensorPair, groups_by_id, is_distributed
 from rlora.torch.step.kernels import AdamW, Kernel, has_kernel
 from rlora.torch.step.listwise import Job, ListStep
-from rlora.torch.step.method_batch import portions
+from rlora.torch.step.method_batch import batches_of
 from rlora.torch.step.plan import Turn, Work
 from rlora.torch.step.stacks import StackedAdamW
 
@@ -86,7 +86,7 @@ def steps_of_method(optimizer: Any, pairs: Sequence[TensorPair]) -> list[Work]:
 
             steps += steps_on_dtensors(optimizer, i, members)
         else:
-            steps += portions(optimizer, i, members)
+            steps += batches_of(optimizer, i, members)
     return steps
 
 
