@@ -18,7 +18,6 @@ from rlora.torch.optimizers.state_entries import OF_METHODS, Shapes
 from rlora.torch.pairing.discovery import Pairs
 from rlora.torch.pairing.pairs import TensorPair, params_of
 from rlora.torch.step.kernels import FUSED, SGD, AdamW, Kernel, has_kernel
-from rlora.torch.step.listwise import Recipe
 from rlora.torch.step.plan import Turn, for_its_plans, has_step_of_torch
 from rlora.torch.step.standins import StandIns, is_narrow
 from rlora.torch.step.steps import steps_of
@@ -65,8 +64,14 @@ class GramPreconditioned(LoRAOptimizer):
             )
             raise ValueError(msg)
         self.order = order
-        own = Recipe(damping, damping_mode, placement, compute_dtype, stochastic_rounding)
-        super().__init__(params, *args, own=own._asdict(), pairs=pairs, adapter=adapter, **kwargs)
+        own = {
+            "damping": damping,
+            "damping_mode": damping_mode,
+            "placement": placement,
+            "compute_dtype": compute_dtype,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        super().__init__(params, *args, own=own, pairs=pairs, adapter=adapter, **kwargs)
         if self._kernel is StandIns:
             _check_reach(self)
         for p in params_of(self._pairs):  # parents that make state at once

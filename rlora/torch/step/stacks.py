@@ -18,7 +18,6 @@ from rlora.core.placement import split_power
 from rlora.core.rank_group import RankGroup
 from rlora.torch.pairing.pairs import TensorPair
 from rlora.torch.step.kernels import Number, check_capture, counter_dtype, rate_of
-from rlora.torch.step.listwise import recipe_of
 from rlora.torch.step.plan import Share, take_over
 from rlora.torch.step.rounding import rounded
 
@@ -45,7 +44,7 @@ class StackedAdamW:
         pairs: Sequence[TensorPair],
         moving: Sequence[tuple[bool, bool]],
     ) -> None:
-        self.optimizer, self.group, self.recipe = optimizer, group, recipe_of(group)
+        self.optimizer, self.group = optimizer, group
         alike: dict[Any, list[int]] = {}
         # By shapes, so that the Grams of factors on a stack are mostly a run, and read by a view.
         by_shape = sorted(range(len(pairs)), key=lambda i: (pairs[i].A.shape, pairs[i].B.shape))
@@ -72,7 +71,7 @@ class StackedAdamW:
         self.shares = [share for part in self.moving for share in part.shares]
         self.dtype, self.device = self.parts[0].dtype, pairs[0].A.device
         self.backend = get_backend(pairs[0].A)
-        dtype = self.backend.compute_dtype(self.dtype, self.recipe.compute_dtype)
+        dtype = self.backend.compute_dtype(self.dtype, group["compute_dtype"])
         places = [i + (1 - side) * count for (side, *_), some in alike.items() for i in some]
         order = sorted(range(2 * count), key=places.__getitem__)
         mixed = order != [*range(2 * count)]
@@ -94,14 +93,15 @@ class StackedAdamW:
             check_capture(self.optimizer)
         shares, state = self.shares, self.optimizer.state
         take_over(shares, state, lambda i, k: torch.zeros_like(shares[i].views[k]))
-        damping, damping_mode, placement = self.recipe[:3]
-        rate = rate_of(self.group)
+        group = self.group
+        rate = rate_of(group)
         there = isinstance(rate, Tensor) and rate.device.type != "cpu"  # which a graph reads anew
         lr: Number = cast("Tensor", rate).to(self.device) if there else float(rate)
+        how = group["placement"], group["damping"], group["damping_mode"]
         with self.backend.exact(self.ranks.like):
             S = torch.cat([part.gram(self.backend, self.ranks.dtype) for part in self.parts])
             S = S if self.order is None else S.index_select(0, self.order)
-            powers = split_power(self.ranks, S, self.sizes, placement, damping, damping_mode, lr)
+            powers = split_power(self.ranks, S, self.sizes, *how, lr)
             first, second = (None if P is None else P.to(self.dtype) for P in powers)
             for part in self.moving:
                 part.precondition(self.backend, first)
