@@ -128,10 +128,6 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
     def _check_own(self, group: dict[str, Any]) -> None:
         """Refuse values of the subclass's own options that make no sense."""
 
-    def _choices(self, group: dict[str, Any]) -> list[Any]:
-        """The options of a group that a plan is made for."""
-        return [group[name] for name in self._own]
-
     # --- pairs ----------------------------------------------------------------------------------
 
     def _enroll(self, group: dict[str, Any]) -> None:
@@ -272,8 +268,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
             for group in self.param_groups:
                 self._check(group)
             self._seen = options
-        choices = [self._choices(group) for group in self.param_groups]
-        now = signature(pairs, self.param_groups, choices)
+        now = signature(pairs, self.param_groups, self._own)
         if self._plans is None or self._plans[0] != now:
             plans = self._new_plans(pairs)
             self._plans = None if self._idle_steps else (now, plans)  # `check_orphans` looks again

@@ -120,11 +120,6 @@ class MethodOptimizer(LoRAOptimizer):
             chosen["b1"], chosen["b2"] = chosen.pop("betas")
         return chosen
 
-    def _choices(self, group: dict[str, Any]) -> list[Any]:
-        numbers = [*map(group.get, ("momentum", "weight_decay", "eps")), *group.get("betas", ())]
-        zero = [bool(x == 0) for x in numbers]  # for which there may be no state
-        return [*super()._choices(group), *zero]
-
     def _check_own(self, group: dict[str, Any]) -> None:
         if "betas" in self._options:
             check_betas(group["betas"])

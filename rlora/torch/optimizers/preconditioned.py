@@ -17,7 +17,7 @@ from rlora.torch.optimizers.saved_order import ELEMENTWISE
 from rlora.torch.optimizers.state_entries import OF_METHODS, Shapes
 from rlora.torch.pairing.discovery import Pairs
 from rlora.torch.pairing.pairs import TensorPair, params_of
-from rlora.torch.step.kernels import FUSED, SGD, AdamW, Kernel, has_kernel
+from rlora.torch.step.kernels import SGD, AdamW, Kernel
 from rlora.torch.step.plan import Turn, for_its_plans, has_step_of_torch
 from rlora.torch.step.standins import StandIns, is_narrow
 from rlora.torch.step.steps import steps_of
@@ -109,12 +109,6 @@ class GramPreconditioned(LoRAOptimizer):
             return Shapes({**known, "state1": torch.Size((2, *p.shape))} if two else known, words)
 
         return shapes_of
-
-    def _choices(self, group: dict[str, Any]) -> list[Any]:
-        # What decides in which memory a step works, and what state it then has.
-        flags = [group.get(name) for name in ("amsgrad", "capturable", "fused")]
-        kernels = [has_kernel(group, device) for device in FUSED]
-        return [*super()._choices(group), *kernels, *flags]
 
     def _turns(self, pairs: list[TensorPair]) -> list[Turn]:
         sides = ("AB",) if self.order == "jacobi" else ("A", "B")

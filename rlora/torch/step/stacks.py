@@ -17,7 +17,7 @@ from rlora.core.factors import Factors
 from rlora.core.placement import split_power
 from rlora.core.rank_group import RankGroup
 from rlora.torch.pairing.pairs import TensorPair
-from rlora.torch.step.kernels import Number, check_capture, counter_dtype, rate_of
+from rlora.torch.step.kernels import Number, check_capture, counter_dtype
 from rlora.torch.step.plan import Share, take_over
 from rlora.torch.step.rounding import rounded
 
@@ -94,9 +94,9 @@ class StackedAdamW:
         shares, state = self.shares, self.optimizer.state
         take_over(shares, state, lambda i, k: torch.zeros_like(shares[i].views[k]))
         group = self.group
-        rate = rate_of(group)
+        rate: Number = group["lr"]
         there = isinstance(rate, Tensor) and rate.device.type != "cpu"  # which a graph reads anew
-        lr: Number = cast("Tensor", rate).to(self.device) if there else float(rate)
+        lr = cast("Tensor", rate).reshape(()).to(self.device) if there else float(rate)
         how = group["placement"], group["damping"], group["damping_mode"]
         with self.backend.exact(self.ranks.like):
             S = torch.cat([part.gram(self.backend, self.ranks.dtype) for part in self.parts])
