@@ -99,8 +99,7 @@ class TensorPair(NamedTuple):
         """The pair's products one by one."""
         several = len(self.views) > 1
         for i, views in enumerate(self.views):
-            plain = (views[0].is_plain, views[1].is_plain)
-            yield Member(self, views, f".{i}" if several else "", plain)
+            yield Member(self, views, f".{i}" if several else "")
 
     def factors(self) -> list[Factors]:
         """The factors, whose Grams are the partners' metrics."""
@@ -128,8 +127,6 @@ class Member(NamedTuple):
     views: Views
     suffix: str
     """Suffix in the names of its state that distinguishes it from others of its pair."""
-    plain: tuple[bool, bool]
-    """True for A, and for B, if the parameter is the factor itself."""
 
     @property
     def params(self) -> tuple[Tensor, Tensor]:
@@ -158,12 +155,11 @@ class Member(NamedTuple):
 
     def read(self, side: int) -> Tensor:
         """One of its factors."""
-        p = self.pair[:2][side].detach()
-        return p if self.plain[side] else cast("Tensor", self.views[side].read(p))
+        return cast("Tensor", self.views[side].read(self.params[side].detach()))
 
     def write(self, side: int, factor: Tensor) -> Tensor:
         """The inverse of `read`: the values of `part` of the parameter that hold this factor."""
-        return factor if self.plain[side] else cast("Tensor", self.views[side].write(factor))
+        return cast("Tensor", self.views[side].write(factor))
 
     def part(self, side: int) -> Tensor:
         """The rows of the parameter in which the factor lies."""
@@ -172,9 +168,7 @@ class Member(NamedTuple):
     def gradient(self, side: int) -> Tensor | None:
         """The gradient of one of its factors."""
         grad = self.pair.gradient(side)
-        if grad is None or self.plain[side]:
-            return grad
-        return cast("Tensor", self.views[side].read(grad.detach()))
+        return None if grad is None else cast("Tensor", self.views[side].read(grad.detach()))
 
 
 class Side:
@@ -190,7 +184,7 @@ class Side:
 
     def __init__(self, members: list[Member], side: int) -> None:
         self._members, self._side = members, side
-        plain = all(m.plain[side] and not m.pair.twins[side] for m in members)
+        plain = all(m.views[side].is_plain and not m.pair.twins[side] for m in members)
         # Where each parameter is the factor itself, no member has to be asked.
         self._own = [m.params[side] for m in members] if plain else None
 
