@@ -19,6 +19,7 @@ from ._torch_algebra import (
     half_power,
     inverse_cholesky,
     inverse_root_half,
+    shifted,
     symmetric_pseudo_half,
 )
 from ._torch_cpu import (
@@ -31,7 +32,6 @@ from ._torch_cpu import (
     is_plain,
     kept,
     reusing,
-    shifted,
 )
 from ._torch_precision import exact
 from ._torch_stacks import (
