@@ -156,9 +156,8 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
 
 def _idle_factors(pair: TensorPair) -> list[tuple[Tensor, ...]]:
     """Those of the two that are trained and have no gradient, each with what is tied to it."""
-    factors = [(p, *twins) for p, twins in zip(pair[:2], pair.twins, strict=True)]
-    idle = [any(p.requires_grad for p in factor) for factor in factors]
-    return [factors[k] for k in (0, 1) if idle[k] and not pair.has_gradient(k)]
+    trained = [any(p.requires_grad for p in side) for side in pair.sides]
+    return [pair.sides[k] for k in (0, 1) if trained[k] and not pair.has_gradient(k)]
 
 
 def _idle_again(optimizer: Any, *, all_idle: bool) -> bool:
