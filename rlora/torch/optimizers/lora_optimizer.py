@@ -251,7 +251,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
         for watch in self._watching:
             watch.note(self._pairs, self.report, self.param_groups)
         for plan in plans:
-            plan.run(self, self._inherited("step"))
+            plan.run(self)
         return loss
 
     def _init_group(self, *args: Any) -> Any:  # called by the steps of torch's own optimizers

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlora.core.errors import ShapeError
 from rlora.torch.pairing.pairs import TensorPair, local, params_of
 from rlora.torch.step.dtensors import cut_as
-from rlora.torch.step.rounding import count_roundings
+from rlora.torch.step.rounding import begin_count
 
 
 class Work(Protocol):
@@ -39,16 +39,16 @@ class Plan(NamedTuple):
     """For each group what the parent steps: a parameter in no pair with itself, one that
     `precondition` has wrapped with its stand-in."""
 
-    first: bool
-    """True for the first of a step."""
+    rounding: list[dict[str, Any]]
+    """Groups that round at random: the first plan of a step counts it for them."""
 
-    def run(self, optimizer: Any, parent_step: Callable[[Any], Any]) -> None:
+    def run(self, optimizer: Any) -> None:
         """Prepare all pairs, let the parent step what is in `params`, and finish the pairs."""
         halves = [batch.prepare() for batch in self.batches]
-        if self.first:  # not before: a step that is refused changes nothing
-            count_roundings(optimizer.param_groups)
+        for group in self.rounding:  # not before: a step that is refused changes nothing
+            group["rounded"].add_(1)  # a tensor, so that a compiled or captured step counts too
         if any(self.params):
-            over_stand_ins(optimizer, self.params, parent_step)
+            over_stand_ins(optimizer, self.params, optimizer._inherited("step"))
         for batch, P in zip(self.batches, halves, strict=True):
             batch.finish(P)
 
@@ -69,7 +69,8 @@ def plans_of(
             ]
             for group in groups
         ]
-        plans.append(Plan(work, params, first))
+        rounding = [group for group in groups if first and begin_count(group, group["params"])]
+        plans.append(Plan(work, params, rounding))
     return plans
 
 
