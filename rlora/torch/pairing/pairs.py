@@ -275,6 +275,16 @@ def local(p: Any) -> Tensor:
     return cast("Tensor", p.to_local() if is_distributed(p) else p)
 
 
+def mesh_of(p: Any) -> Any:
+    """The device mesh of a DTensor."""
+    return p.device_mesh
+
+
+def cut_dims(p: Any, axis: int) -> list[int]:
+    """The dimensions of the mesh along which an axis of a DTensor is cut."""
+    return [d for d, place in enumerate(p.placements) if getattr(place, "dim", None) == axis]
+
+
 def _lies_as(p: Tensor, other: Tensor) -> bool:
     """Return whether two tensors have the same entries at the same places of one memory."""
     return p.shape == other.shape and p.stride() == other.stride()

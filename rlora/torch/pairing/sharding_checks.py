@@ -9,22 +9,9 @@ from torch import Tensor, nn
 
 from rlora.core.errors import ShardingError
 from rlora.pairing import find_pairs, is_factor
-from rlora.torch.pairing.pairs import TensorPair, is_distributed
+from rlora.torch.pairing.pairs import TensorPair, cut_dims, is_distributed, mesh_of
 
 PARTNERS = (("lora_A", "lora_B"), ("lora_a", "lora_b"), ("linear_in", "linear_out"))
-
-
-def mesh_of(p: Any) -> Any:
-    """The device mesh of a DTensor."""
-    return p.device_mesh
-
-
-def cut_dims(p: Any, axis: int) -> list[int]:
-    """The dimensions of the mesh along which an axis of a DTensor is cut."""
-    return [d for d, place in enumerate(p.placements) if getattr(place, "dim", None) == axis]
-
-
-# --- what is refused ------------------------------------------------------------------------------
 
 
 def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:

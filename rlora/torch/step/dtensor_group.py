@@ -20,8 +20,7 @@ from torch import Tensor
 from rlora.core.backend import Backend
 from rlora.core.factors import Factors
 from rlora.core.placement import Preconditioners, RankGrams
-from rlora.torch.pairing.pairs import TensorPair, local
-from rlora.torch.pairing.sharding_checks import cut_dims, mesh_of
+from rlora.torch.pairing.pairs import TensorPair, cut_dims, local, mesh_of
 from rlora.torch.step.dtensor_exchange import Exchange, piece_of_grad
 from rlora.torch.step.kernels import Kernel
 from rlora.torch.step.listwise import Job, ListStep

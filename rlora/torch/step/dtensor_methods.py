@@ -20,8 +20,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import ShardingError
 from rlora.core.layout import View
-from rlora.torch.pairing.pairs import TensorPair, local
-from rlora.torch.pairing.sharding_checks import cut_dims, mesh_of
+from rlora.torch.pairing.pairs import TensorPair, cut_dims, local, mesh_of
 from rlora.torch.step.dtensor_exchange import Exchange, chunks, gathered, piece_of_grad
 from rlora.torch.step.dtensors import cut_as, like_param
 from rlora.torch.step.method_batch import MethodBatch, batches_of
