@@ -13,8 +13,7 @@ from rlora.core.state import flatten_state
 from rlora.core.transform import Transform, check_transform
 from rlora.pairing.report import number_of
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
-from rlora.torch.optimizers.saved_order import ELEMENTWISE
-from rlora.torch.optimizers.state_entries import Shapes, in_use, words_of_methods
+from rlora.torch.optimizers.state_entries import ELEMENTWISE, Shapes, in_use, words_of_methods
 from rlora.torch.pairing.discovery import Pairs, without_middles
 from rlora.torch.pairing.modules import scalings_in
 from rlora.torch.pairing.pairs import TensorPair, groups_by_id, is_distributed, params_of

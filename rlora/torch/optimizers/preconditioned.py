@@ -13,8 +13,7 @@ from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.placement import Placement
 from rlora.core.transform import Order
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
-from rlora.torch.optimizers.saved_order import ELEMENTWISE
-from rlora.torch.optimizers.state_entries import OF_METHODS, Shapes
+from rlora.torch.optimizers.state_entries import ELEMENTWISE, OF_METHODS, Shapes
 from rlora.torch.pairing.discovery import Pairs
 from rlora.torch.pairing.pairs import TensorPair, params_of
 from rlora.torch.step.kernels import SGD, AdamW, Kernel
