@@ -31,7 +31,7 @@ from rlora.torch.pairing.discovery import (
 )
 from rlora.torch.pairing.following import followed, named_anew, undone_if_refused, with_partners
 from rlora.torch.pairing.modules import models_in, references, scalings_in, what_modules_know
-from rlora.torch.pairing.pairs import TensorPair, identical, scalings_of, signature
+from rlora.torch.pairing.pairs import TensorPair, identical, scalings_of
 from rlora.torch.pairing.param_groups import (
     FLAGS,
     LOOPS,
@@ -50,7 +50,7 @@ from rlora.torch.pairing.param_groups import (
     without_names,
 )
 from rlora.torch.pairing.sharding_checks import check_layouts
-from rlora.torch.step.plan import Plan, StepsOfParent, Turn, before_new_plan, plans_of
+from rlora.torch.step.plan import Plan, StepsOfParent, Turn, before_new_plan, plans_of, signature
 from rlora.torch.step.rounding import begin_count
 
 

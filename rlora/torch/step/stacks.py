@@ -127,8 +127,9 @@ class StackedAdamW:
         if written := [part for part in self.moving if part.copied]:
             params = [p for part in written for p in part.params]
             stacks = [x if part.stacked else x[None] for part in written for x in part.X]
-            new = [x for stack in rounded(stacks, params[0].dtype, group) for x in stack.unbind(0)]
-            torch._foreach_copy_(params, new)
+            if params[0].dtype != stacks[0].dtype:
+                stacks = rounded(stacks, params[0].dtype, group)
+            torch._foreach_copy_(params, [x for stack in stacks for x in stack.unbind(0)])
         if self.device.type != "cpu":  # there their memory is used again
             for part in self.parts:
                 part.X, part.D = [], []
