@@ -17,7 +17,7 @@ from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors
 from rlora.core.placement import Preconditioners, RankGrams, gram_powers, rank_grams
 from rlora.torch.pairing.pairs import TensorPair, local
-from rlora.torch.step.kernels import Kernel, Number, rate_of
+from rlora.torch.step.kernels import Kernel, Number
 from rlora.torch.step.rounding import store
 
 
@@ -170,7 +170,8 @@ class ListStep:
 
     def finish(self, P: Preconditioners) -> None:
         """The kernel, and the second half behind it if there is one."""
-        lr, weight_decay = rate_of(self.group), self.group.get("weight_decay", 0.0)
+        lr, weight_decay = self.group["lr"], self.group.get("weight_decay", 0.0)
+        lr = lr.reshape(()) if isinstance(lr, Tensor) else lr  # one element in any shape
         if self.live:
             self.kernel.run(self.directions, lr, weight_decay if P.second is None else 0.0)
         if P.second is not None:

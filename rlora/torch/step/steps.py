@@ -60,9 +60,7 @@ def steps_of(optimizer: Any, kernel: type[Kernel], pairs: Sequence[TensorPair], 
         theirs = sharded_steps(optimizer, kernel, cut, group_of, sides)
         steps += theirs
         lists += [step for work in theirs for step in work.steps]
-    kernels: list[Any] = [step.kernel for step in lists]
-    stand_ins = {id(p): s for k in kernels for p, s in getattr(k, "members", ())}
-    return steps, stand_ins
+    return steps, {id(p): stand_in for step in lists for p, stand_in in step.kernel.members}
 
 
 def steps_of_method(optimizer: Any, pairs: Sequence[TensorPair]) -> list[Work]:
