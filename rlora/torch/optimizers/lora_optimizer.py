@@ -18,7 +18,7 @@ from rlora.core.dispatch import get_backend
 from rlora.pairing import PairReport
 from rlora.pairing.order import BY_ORDER
 from rlora.torch.monitor import diagnostics as figures
-from rlora.torch.monitor.finite import check_orphans, check_start, warn_of_ties
+from rlora.torch.monitor.run_warnings import warn_of_idle_pairs, warn_of_ties, warn_of_zero_factor
 from rlora.torch.monitor.snapshot import Watch
 from rlora.torch.optimizers.state_dict import LoadsState
 from rlora.torch.pairing.discovery import (
@@ -271,7 +271,9 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
         now = signature(pairs, self.param_groups, self._own)
         if self._plans is None or self._plans[0] != now:
             plans = self._new_plans(pairs)
-            self._plans = None if self._idle_steps else (now, plans)  # `check_orphans` looks again
+            self._plans = (
+                None if self._idle_steps else (now, plans)
+            )  # `warn_of_idle_pairs` looks again
             return plans
         return self._plans[1]
 
@@ -280,8 +282,8 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
             pairs = self._tied_anew()
         check_layouts(pairs)
         check_pairs(pairs)
-        check_start(self, pairs)
-        check_orphans(self, pairs)
+        warn_of_zero_factor(self, pairs)
+        warn_of_idle_pairs(self, pairs)
         if not torch.compiler.is_compiling():
             before_new_plan(self.state)
         return plans_of(self.param_groups, pairs, self._turns(pairs))
