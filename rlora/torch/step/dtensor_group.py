@@ -124,9 +124,9 @@ class ShardedSteps:
         for S, (i, j), sums in zip(stacks, halves, message.split(sizes), strict=True):
             S[:, i, j] = S[:, j, i] = sums.view(len(S), -1)
 
-    def finish(self, halves: list[Preconditioners]) -> None:
+    def finish(self, prepared: list[Preconditioners]) -> None:
         """The rest of every step."""
-        for step, P in zip(self.steps, halves, strict=True):
+        for step, P in zip(self.steps, prepared, strict=True):
             step.finish(P)
 
 

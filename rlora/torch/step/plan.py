@@ -23,7 +23,7 @@ class Work(Protocol):
     def prepare(self) -> Any:
         """Do everything that may fail; no parameter has changed when this returns."""
 
-    def finish(self, half: Any) -> None:
+    def finish(self, prepared: Any) -> None:
         """Do the rest, with the result of `prepare`."""
 
 
@@ -44,13 +44,13 @@ class Plan(NamedTuple):
 
     def run(self, optimizer: Any) -> None:
         """Prepare all pairs, let the parent step what is in `params`, and finish the pairs."""
-        halves = [batch.prepare() for batch in self.batches]
+        prepared = [batch.prepare() for batch in self.batches]
         for group in self.rounding:  # not before: a step that is refused changes nothing
             group["rounded"].add_(1)  # a tensor, so that a compiled or captured step counts too
         if any(self.params):
             over_stand_ins(optimizer, self.params, optimizer._inherited("step"))
-        for batch, P in zip(self.batches, halves, strict=True):
-            batch.finish(P)
+        for batch, given in zip(self.batches, prepared, strict=True):
+            batch.finish(given)
 
 
 def plans_of(
