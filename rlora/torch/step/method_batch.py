@@ -59,15 +59,13 @@ class MethodBatch:
     def _shares_of(self, flat: Mapping[str, Tensor]) -> list[Share]:
         """For each parameter that has a state what the stacks hold of it."""
         shares: dict[int, Share] = {}
-        sources: dict[int, list[Source]] = {}
         for name, (i, side, key) in places_in(flat).items():
             for k, member in enumerate(self._buckets[i]):
                 owner, partner = member.keepers if side is None else (member.owners[side], None)
                 share = shares.setdefault(id(owner), Share(owner, [], []))
                 share.keys.append(key + member.suffix)
                 share.views.append(layer_of(flat[name], k))
-                sources.setdefault(id(owner), []).append(Source(name, k, partner))
-        self._sources = list(sources.values())
+                share.sources.append(Source(name, k, partner))
         return list(shares.values())
 
     def follow(self, *, fresh: bool = False) -> None:
@@ -81,14 +79,13 @@ class MethodBatch:
         initial: dict[str, Tensor] = {}
         moved: list[tuple[dict[str, Any], str]] = []
 
-        def start(i: int, k: int) -> Tensor | None:
-            stack, layer, partner = self._sources[i][k]
+        def start(share: Share, k: int) -> Tensor | None:
+            stack, layer, partner = share.sources[k]
             if partner is not None:  # one was frozen or freed meanwhile
-                key = self._shares[i].keys[k]
                 held = self._optimizer.state.get(partner, {})
-                kept: Tensor | None = held.get(key)
+                kept: Tensor | None = held.get(share.keys[k])
                 if kept is not None:
-                    moved.append((held, key))
+                    moved.append((held, share.keys[k]))
                     return kept
             if fresh:
                 return None

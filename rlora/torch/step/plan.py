@@ -180,6 +180,9 @@ class Share:
     owner: Tensor
     keys: list[str]
     views: list[Tensor]
+    sources: list[Any] = field(default_factory=list)
+    """For each of them whatever `start` of `take_over` needs to know."""
+
     given: list[Tensor] = field(default_factory=list)
     """The entries of the optimizer's state: tensors of their own in the memory of the views, as
     ``x.data = ...`` there would take the views themselves away from the arrays."""
@@ -219,7 +222,7 @@ def _check_not_capturing() -> None:
 
 
 def take_over(
-    shares: Sequence[Share], state: Any, start: Callable[[int, int], Tensor | None]
+    shares: Sequence[Share], state: Any, start: Callable[[Share, int], Tensor | None]
 ) -> None:
     """Give the views of shares the values of the optimizer's state, and put them there.
 
@@ -232,8 +235,8 @@ def take_over(
     state : dict
         ``optimizer.state``.
     start : callable
-        ``start(i, k)``, what entry k of share i begins with if the state lacks it; None for the
-        values that the view has.
+        ``start(share, k)``, what entry k of a share begins with if the state lacks it; None for
+        the values that the view has.
 
     Raises
     ------
@@ -242,7 +245,7 @@ def take_over(
     """
     moved: list[tuple[Tensor, Tensor]] = []
     changed: list[Share] = []
-    for i, share in enumerate(shares):
+    for share in shares:
         held = state.setdefault(share.owner, {})
         same = bool(share.given) and all(map(is_, map(held.get, share.keys), share.given))
         if same and [*map(Tensor.data_ptr, share.given)] == share.places:
@@ -251,7 +254,7 @@ def take_over(
         for k, (key, view) in enumerate(zip(share.keys, share.views, strict=True)):
             known = held.get(key)
             if known is None:
-                known = start(i, k)
+                known = start(share, k)
             elif isinstance(known, (int, float)):  # the step of old states
                 known = torch.as_tensor(known)
             if known is not None:

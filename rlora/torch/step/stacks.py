@@ -91,8 +91,8 @@ class StackedAdamW:
         """
         if self.device.type != "cpu":
             check_capture(self.optimizer)
-        shares, state = self.shares, self.optimizer.state
-        take_over(shares, state, lambda i, k: torch.zeros_like(shares[i].views[k]))
+        state = self.optimizer.state
+        take_over(self.shares, state, lambda share, k: torch.zeros_like(share.views[k]))
         group = self.group
         rate: Number = group["lr"]
         there = isinstance(rate, Tensor) and rate.device.type != "cpu"  # which a graph reads anew
