@@ -1,7 +1,6 @@
 """Gains of a CPU alone: no waits, memory that is used again, and torch's fused Adam.
 
-Fresh pages are what a large allocation spends most of its time on: more than the arithmetic. The
-numbers of a damping are here too, as both ways have them.
+Fresh pages are what a large allocation spends most of its time on: more than the arithmetic.
 """
 
 import math
@@ -14,12 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlora.core.algebra import ROUNDING, Damped
 from rlora.core.backend import Workspace
-
-MODERATE = 1e-20, 1e20
-"""Mean eigenvalues of a damped Gram whose inverse and factors are far from the ends of float32:
-its eigenvalues are apart by 1e7 at most."""
 
 _arena: ContextVar["Arena | None"] = ContextVar("arena", default=None)
 
@@ -107,61 +101,6 @@ def is_eager_cpu(x: Tensor) -> bool:
 def are_finite(S: Tensor) -> bool:
     """Return whether all entries of a tensor on a CPU are finite: cheaper than a guard."""
     return bool(np.isfinite(S.numpy()).all())
-
-
-def damped_if_sound(S: Tensor, damping: float, relative: bool, least: float) -> Damped | None:
-    """`Backend.damped` where every member has an inverse, else None; its numbers by NumPy.
-
-    NumPy's arithmetic on K numbers takes a fraction of the time of a call of torch. Each member is
-    to the bit what `_torch_algebra.damped` makes of it beside one that has no inverse.
-    """
-    shift, scale = _shifts(S, damping, relative, least)
-    info = torch.finfo(S.dtype)
-    if not (scale.min() > info.smallest_normal / rounding_of(S) and scale.max() < info.max / 2):
-        return None  # for NaN too
-    unit = torch.from_numpy(scale).view(-1, 1, 1)
-    H = S / unit
-    if relative:
-        H.diagonal(dim1=-2, dim2=-1).add_(share_of(max(damping, rounding_of(S), least)))
-    else:
-        _add_to_diagonal(H, shift / scale)
-    return Damped(H, unit, None, None)
-
-
-def shifted(S: Tensor, damping: float, relative: bool, least: float) -> tuple[Tensor, np.ndarray]:
-    """``S + shift I`` as `Backend.damped_power` has it, and which members are `MODERATE`."""
-    shift, scale = _shifts(S, damping, relative, least)
-    low, high = MODERATE
-    return _add_to_diagonal(S.clone(), shift), (low < scale) & (scale < high)
-
-
-def _shifts(
-    S: Tensor, damping: float, relative: bool, least: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """The shift of each member, and its mean eigenvalue with that."""
-    means = S.diagonal(dim1=-2, dim2=-1).mean(-1).numpy()
-    floor = max(rounding_of(S), least)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite stays visible
-        if relative:
-            ratio = max(damping, floor)
-            return means * ratio, means * (1 + ratio)
-        shift = np.maximum(means * floor, damping)
-        return shift, means + shift
-
-
-def _add_to_diagonal(H: Tensor, x: np.ndarray) -> Tensor:
-    H.diagonal(dim1=-2, dim2=-1).add_(torch.from_numpy(x).view(-1, 1))
-    return H
-
-
-def share_of(ratio: float) -> float:
-    """The share of a shift of ``ratio mean`` in the mean eigenvalue with it."""
-    return ratio / (1 + ratio)
-
-
-def rounding_of(S: Tensor) -> float:
-    """The least damping that the rounding of Grams (K, r, r) of trace r can carry."""
-    return float(ROUNDING * S.shape[-1] * torch.finfo(S.dtype).eps)
 
 
 def eigh_waits(S: Tensor) -> bool:

@@ -18,6 +18,7 @@ from ._torch_algebra import (
     half_power,
     inverse_cholesky,
     inverse_root_half,
+    shifted,
     symmetric_pseudo_half,
 )
 from ._torch_cpu import (
@@ -30,7 +31,6 @@ from ._torch_cpu import (
     is_plain,
     kept,
     reusing,
-    shifted,
 )
 from ._torch_precision import exact
 from ._torch_stacks import (

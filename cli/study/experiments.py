@@ -38,11 +38,11 @@ def favour_b(inner: Transform) -> Transform:
     return inner._replace(update=update)
 
 
-def scale_by_growing_adam(b1: float, eps: float = 1e-8) -> Transform:
+def scale_by_growing_adam(b1: float) -> Transform:
     """Adam's direction with ``b2 = 1 - t^-0.8`` at step t, a memory that grows with the run.
 
     ``M <- b1 M + (1 - b1) G``, ``V <- b2 V + (1 - b2) G∘G``; the direction is
-    ``M / (1 - b1^t) / (sqrt(V) + eps)``. V needs no correction, as the first step has ``b2 = 0``.
+    ``M / (1 - b1^t) / (sqrt(V) + 1e-8)``. V needs no correction, as the first step has ``b2 = 0``.
 
     References
     ----------
@@ -57,7 +57,7 @@ def scale_by_growing_adam(b1: float, eps: float = 1e-8) -> Transform:
         return V + t[..., None, None] ** -POWER * (G * G - V)
 
     def direction(M: Array, V: Array, t: Array) -> Array:
-        return M / (1 - b1 ** t[..., None, None]) / (V**0.5 + eps)
+        return M / (1 - b1 ** t[..., None, None]) / (V**0.5 + 1e-8)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, AdamState]:
         count = map_leaves(lambda t: t + 1, state.count)

@@ -37,16 +37,13 @@ def add_decayed_weights(weight_decay: float) -> Transform:
     check_nonnegative("weight_decay", weight_decay)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        if is_zero(weight_decay):
-            return grads, state
-
         def decayed(P: list[Array], D: list[Array]) -> tuple[list[Array], list[Array]]:
             return P, get_backend(*P, *D).descend(D, P, -weight_decay)
 
         _, direction = map_moving(decayed, params, grads)
         return direction, state
 
-    return Transform(no_state, update, sharded=True)
+    return Transform(no_state, pass_on if is_zero(weight_decay) else update, sharded=True)
 
 
 @hyperparameters

@@ -6,7 +6,7 @@ from rlora.core.checks import check_choice, check_positive, hyperparameters
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors
 from rlora.initializers.start import Start, balanced
-from rlora.initializers.svd import door, randomized_svd
+from rlora.initializers.svd import checked_matrix, randomized_svd
 
 OneForm = Literal["algorithm", "theory"]
 GAForm = Literal["original", "peft"]
@@ -129,7 +129,7 @@ def lora_ga(
     """
     check_positive("gamma", gamma)
     check_choice("form", form, GAForm)
-    door(gradient, rank, times=2)
+    checked_matrix(gradient, rank, times=2)
     U, S, Vt = randomized_svd(gradient, 2 * rank, **svd)
     A, B, c = Vt[..., :rank, :], U[..., rank:], U.shape[-2] ** 0.25 / gamma**0.5
     pair = Factors(c * A, c * B) if form == "original" else Factors(A, c * B * S[..., None, rank:])
@@ -184,7 +184,7 @@ def loi(gradient: Array, rank: int, *, alpha: float = 1.0, **svd: int) -> Start:
     (2, 4)
     """
     check_positive("alpha", alpha)
-    door(gradient, rank, times=2)
+    checked_matrix(gradient, rank, times=2)
     U, _, Vt = randomized_svd(gradient, 2 * rank, **svd)
     pair = Factors(alpha * Vt[..., rank:, :], U[..., :rank])
     return Start(pair, offset=pair)
@@ -240,6 +240,6 @@ def lora_sb(gradient: Array, rank: int, *, lr: float, **svd: int) -> Start:
     True
     """
     check_positive("lr", lr)
-    backend, G = door(gradient, rank)
+    backend, G = checked_matrix(gradient, rank)
     U, S, Vt = randomized_svd(backend.xp.sign(G), rank, **svd)
     return Start(Factors(-lr * S[..., :, None] * Vt, U))

@@ -3,7 +3,7 @@
 from rlora.core.checks import check_count, hyperparameters
 from rlora.core.factors import Array, Factors, device_of
 from rlora.initializers.start import Start
-from rlora.initializers.svd import door, randomized_svd
+from rlora.initializers.svd import checked_matrix, randomized_svd
 
 
 @hyperparameters
@@ -57,7 +57,7 @@ def eva(inputs: Array, rank: int, *, out_features: int, **svd: int) -> Start:
     ([[1.0, 0.0]], (3, 1))
     """
     check_count("out_features", out_features, 1)
-    backend, X = door(inputs, rank)
+    backend, X = checked_matrix(inputs, rank)
     V, _, _ = randomized_svd((X - backend.xp.mean(X, axis=-2, keepdims=True)).mT, rank, **svd)
     shape = (*X.shape[:-2], out_features, rank)
     B = backend.xp.zeros(shape, dtype=X.dtype, device=device_of(X))

@@ -6,7 +6,7 @@ from rlora.core.checks import check_count, check_flag, check_positive, hyperpara
 from rlora.core.errors import ShapeError
 from rlora.core.factors import Array, Factors, device_of
 from rlora.initializers.start import Start
-from rlora.initializers.svd import door, normal
+from rlora.initializers.svd import checked_matrix, normal
 
 
 @hyperparameters
@@ -48,7 +48,7 @@ def gaussian(weight: Array, rank: int, *, seed: int = 0) -> Start:
     >>> A.shape, float(abs(B).max())
     ((2, 4), 0.0)
     """
-    backend, W = door(weight, rank, times=0)
+    backend, W = checked_matrix(weight, rank, times=0)
     check_count("seed", seed, 0)
     A = normal(backend, (*W.shape[:-2], rank, W.shape[-1]), seed, W) / rank
     B = backend.xp.zeros((*W.shape[:-1], rank), dtype=W.dtype, device=device_of(W))
@@ -108,7 +108,7 @@ def init_ab(
     >>> bool(abs(A).max() < 0.5), bool(abs(B).max() < 0.5)
     (True, True)
     """
-    backend, W = door(weight, rank, times=0)
+    backend, W = checked_matrix(weight, rank, times=0)
     check_positive("size", size)
     check_count("seed", seed, 0)
     check_flag("offset", offset)
@@ -168,7 +168,7 @@ def orthogonal(weight: Array, rank: int, *, size: float = 0.1, seed: int = 0) ->
     >>> bool(abs(A).max() > 0.01), bool(abs(B).max() > 0.01), bool(abs(B @ A).max() < 1e-15)
     (True, True, True)
     """
-    backend, W = door(weight, rank, times=0)
+    backend, W = checked_matrix(weight, rank, times=0)
     check_positive("size", size)
     check_count("seed", seed, 0)
     if rank % 2:

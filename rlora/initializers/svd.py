@@ -60,7 +60,7 @@ def randomized_svd(
     >>> [round(float(x), 6) for x in S]
     [3.0, 2.0]
     """
-    backend, M = door(matrix, rank)
+    backend, M = checked_matrix(matrix, rank)
     for name, value in {"seed": seed, "oversample": oversample, "iterations": iterations}.items():
         check_count(name, value, 0)
     xp, k = backend.xp, rank + oversample
@@ -80,7 +80,7 @@ def randomized_svd(
     return U * sign[..., None, :], S, sign[..., :, None] * Vt
 
 
-def door(matrix: Array, rank: int, *, times: int = 1) -> tuple[Backend, Array]:
+def checked_matrix(matrix: Array, rank: int, *, times: int = 1) -> tuple[Backend, Array]:
     """The backend and the matrix in at least float32; raises unless `times` `rank` fits.
 
     With `times` 0 every rank does.

@@ -5,7 +5,7 @@ import math
 from rlora.core.checks import check_count, check_positive, hyperparameters
 from rlora.core.factors import Array, Factors
 from rlora.initializers.start import Start, balanced
-from rlora.initializers.svd import door, randomized_svd
+from rlora.initializers.svd import checked_matrix, randomized_svd
 
 
 @hyperparameters
@@ -111,7 +111,7 @@ def milora(weight: Array, rank: int, *, scaling: float = 1.0) -> Start:
     True
     """
     check_positive("scaling", scaling)
-    _, W = door(weight, rank)
+    _, W = checked_matrix(weight, rank)
     U, S, Vt = randomized_svd(W, min(W.shape[-2:]))
     pair = balanced(U[..., -rank:], S[..., -rank:] / scaling, Vt[..., -rank:, :])
     return Start(pair, offset=pair)
@@ -162,7 +162,7 @@ def olora(weight: Array, rank: int) -> Start:
     >>> start.params.A.tolist()
     [[2.0, -3.0]]
     """
-    backend, W = door(weight, rank)
+    backend, W = checked_matrix(weight, rank)
     xp = backend.xp
     with backend.exact(W):
         Q, R = xp.linalg.qr(W[..., :, :rank])
@@ -227,7 +227,7 @@ def goat(weight: Array, rank: int, *, experts: int, scaling: float, rho: float =
     check_positive("scaling", scaling)
     check_positive("rho", rho)
     check_count("experts", experts, 1)
-    backend, W = door(weight, rank)
+    backend, W = checked_matrix(weight, rank)
     if rank % experts:
         msg = f"rank must be a multiple of the number of experts, got {rank} and {experts}"
         raise ValueError(msg)

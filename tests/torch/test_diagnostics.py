@@ -205,7 +205,7 @@ def test_off_costs_not_one_operation_and_keeps_nothing(make):
     def plans_alone():
         with torch.no_grad():
             for plan in optimizer._current_plans():
-                plan.run(optimizer, optimizer._inherited("step"))
+                plan.run(optimizer)
 
     alone, never = operations(plans_alone), operations(optimizer.step)
     assert never == alone

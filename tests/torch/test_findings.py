@@ -13,8 +13,8 @@ from rich.console import Console
 from torch import nn
 
 from rlora.torch import LoRASB, ScaledAdamW, ScaledSGD, diagnostics_table, findings
-from rlora.torch.monitor.finite import look_on_the_host
 from rlora.torch.monitor.format import GROWN, in_common
+from rlora.torch.monitor.run_warnings import look_on_the_host
 from rlora.torch.monitor.snapshot import GRACE
 
 make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
@@ -222,7 +222,7 @@ def test_saving_does_not_wait_for_an_accelerator(monkeypatch):
         optimizer = ScaledAdamW([A, B], pairs=[(A, B)])
         asked = []
         monkeypatch.setattr(
-            "rlora.torch.monitor.finite.peaks", lambda tensors: asked.extend(tensors) or []
+            "rlora.torch.monitor.run_warnings.peaks", lambda tensors: asked.extend(tensors) or []
         )
         look_on_the_host(optimizer)
         assert not asked

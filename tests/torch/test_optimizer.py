@@ -89,8 +89,7 @@ def test_layers_in_portions_equal_the_functional_method(name, monkeypatch):
     optimizer = METHODS[name](model, lr=1e-2)
     options = optimizer._chosen(optimizer.param_groups[0])
     run_beside(model, optimizer, type(optimizer).method(**options), 6)
-    batches = optimizer._current_plans()[0].batches
-    assert [len(work._batches) for work in batches] == [len(pairs_in(model))]
+    assert len(optimizer._current_plans()[0].batches) == len(pairs_in(model))
 
 
 @pytest.mark.parametrize("portion", [1, method_batch.PORTION])

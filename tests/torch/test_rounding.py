@@ -6,7 +6,7 @@ from models import CLASSES, loss_of, make_model, pairs_in, same, train, values
 
 import rlora.torch
 from rlora.torch import ScaledAdamW
-from rlora.torch.step.rounding import count_roundings, store
+from rlora.torch.step.rounding import begin_count, store
 
 make = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
 
@@ -15,9 +15,10 @@ def rounded(x, times=1):
     """Results of `store` for float32 numbers, several times over."""
     p = torch.empty_like(x, dtype=torch.bfloat16)
     group = {"stochastic_rounding": True, "params": [p]}
+    begin_count(group, [p])
     results = []
     for _ in range(times):
-        count_roundings([group])
+        group["rounded"].add_(1)
         store([p], [x], group)
         results.append(p.clone())
     return torch.stack(results)

@@ -18,7 +18,7 @@ from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
 from rlora.core.linalg import DampingMode
 from rlora.core.placement import LEAST
-from rlora.torch.monitor.finite import peaks, state_peaks, warn_of_nan
+from rlora.torch.monitor.run_warnings import peaks, state_peaks, warn_of_nan
 from rlora.torch.monitor.snapshot import Watch, lost, read, refuse_shards
 from rlora.torch.pairing.base_weights import plain_weight
 from rlora.torch.pairing.layers import find_layers

@@ -15,7 +15,7 @@ from rlora.core.factors import Factors, indices_by_rank
 from rlora.core.layout import read_pairs
 from rlora.core.rank_group import RankGroup
 from rlora.pairing import PairReport
-from rlora.torch.monitor.finite import peaks
+from rlora.torch.monitor.run_warnings import peaks
 from rlora.torch.pairing.pairs import TensorPair, is_distributed, params_of
 
 GRACE = 100

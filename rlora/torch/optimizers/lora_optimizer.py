@@ -18,7 +18,7 @@ from rlora.core.dispatch import get_backend
 from rlora.pairing import PairReport
 from rlora.pairing.order import BY_ORDER
 from rlora.torch.monitor import diagnostics as figures
-from rlora.torch.monitor.finite import check_orphans, check_start, warn_of_ties
+from rlora.torch.monitor.run_warnings import warn_of_idle_pairs, warn_of_ties, warn_of_zero_factor
 from rlora.torch.monitor.snapshot import Watch
 from rlora.torch.optimizers.state_dict import LoadsState
 from rlora.torch.pairing.discovery import (
@@ -31,7 +31,7 @@ from rlora.torch.pairing.discovery import (
 )
 from rlora.torch.pairing.following import followed, named_anew, undone_if_refused, with_partners
 from rlora.torch.pairing.modules import models_in, references, scalings_in, what_modules_know
-from rlora.torch.pairing.pairs import TensorPair, identical, scalings_of, signature
+from rlora.torch.pairing.pairs import TensorPair, identical, scalings_of
 from rlora.torch.pairing.param_groups import (
     FLAGS,
     LOOPS,
@@ -50,7 +50,7 @@ from rlora.torch.pairing.param_groups import (
     without_names,
 )
 from rlora.torch.pairing.sharding_checks import check_layouts
-from rlora.torch.step.plan import Plan, StepsOfParent, Turn, before_new_plan, plans_of
+from rlora.torch.step.plan import Plan, StepsOfParent, Turn, before_new_plan, plans_of, signature
 from rlora.torch.step.rounding import begin_count
 
 
@@ -127,10 +127,6 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
     @abstractmethod
     def _check_own(self, group: dict[str, Any]) -> None:
         """Refuse values of the subclass's own options that make no sense."""
-
-    def _choices(self, group: dict[str, Any]) -> list[Any]:
-        """The options of a group that a plan is made for."""
-        return [group[name] for name in self._own]
 
     # --- pairs ----------------------------------------------------------------------------------
 
@@ -255,7 +251,7 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
         for watch in self._watching:
             watch.note(self._pairs, self.report, self.param_groups)
         for plan in plans:
-            plan.run(self, self._inherited("step"))
+            plan.run(self)
         return loss
 
     def _init_group(self, *args: Any) -> Any:  # called by the steps of torch's own optimizers
@@ -272,11 +268,11 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
             for group in self.param_groups:
                 self._check(group)
             self._seen = options
-        choices = [self._choices(group) for group in self.param_groups]
-        now = signature(pairs, self.param_groups, choices)
+        now = signature(pairs, self.param_groups, self._own)
         if self._plans is None or self._plans[0] != now:
             plans = self._new_plans(pairs)
-            self._plans = None if self._idle_steps else (now, plans)  # `check_orphans` looks again
+            # As long as pairs are idle `warn_of_idle_pairs` looks again.
+            self._plans = None if self._idle_steps else (now, plans)
             return plans
         return self._plans[1]
 
@@ -285,8 +281,8 @@ class LoRAOptimizer(StepsOfParent, LoadsState, ABC):
             pairs = self._tied_anew()
         check_layouts(pairs)
         check_pairs(pairs)
-        check_start(self, pairs)
-        check_orphans(self, pairs)
+        warn_of_zero_factor(self, pairs)
+        warn_of_idle_pairs(self, pairs)
         if not torch.compiler.is_compiling():
             before_new_plan(self.state)
         return plans_of(self.param_groups, pairs, self._turns(pairs))

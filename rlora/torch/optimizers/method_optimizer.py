@@ -13,8 +13,7 @@ from rlora.core.state import flatten_state
 from rlora.core.transform import Transform, check_transform
 from rlora.pairing.report import number_of
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
-from rlora.torch.optimizers.saved_order import ELEMENTWISE
-from rlora.torch.optimizers.state_entries import Shapes, in_use, words_of_methods
+from rlora.torch.optimizers.state_entries import ELEMENTWISE, Shapes, in_use, words_of_methods
 from rlora.torch.pairing.discovery import Pairs, without_middles
 from rlora.torch.pairing.modules import scalings_in
 from rlora.torch.pairing.pairs import TensorPair, groups_by_id, is_distributed, params_of
@@ -119,11 +118,6 @@ class MethodOptimizer(LoRAOptimizer):
         if "betas" in chosen:
             chosen["b1"], chosen["b2"] = chosen.pop("betas")
         return chosen
-
-    def _choices(self, group: dict[str, Any]) -> list[Any]:
-        numbers = [*map(group.get, ("momentum", "weight_decay", "eps")), *group.get("betas", ())]
-        zero = [bool(x == 0) for x in numbers]  # for which there may be no state
-        return [*super()._choices(group), *zero]
 
     def _check_own(self, group: dict[str, Any]) -> None:
         if "betas" in self._options:

@@ -13,12 +13,10 @@ from rlora.core.linalg import DampingMode, check_damping
 from rlora.core.placement import Placement
 from rlora.core.transform import Order
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
-from rlora.torch.optimizers.saved_order import ELEMENTWISE
-from rlora.torch.optimizers.state_entries import OF_METHODS, Shapes
+from rlora.torch.optimizers.state_entries import ELEMENTWISE, OF_METHODS, Shapes
 from rlora.torch.pairing.discovery import Pairs
 from rlora.torch.pairing.pairs import TensorPair, params_of
-from rlora.torch.step.kernels import FUSED, SGD, AdamW, Kernel, has_kernel
-from rlora.torch.step.listwise import Recipe
+from rlora.torch.step.kernels import SGD, AdamW, Kernel
 from rlora.torch.step.plan import Turn, for_its_plans, has_step_of_torch
 from rlora.torch.step.standins import StandIns, is_narrow
 from rlora.torch.step.steps import steps_of
@@ -65,8 +63,14 @@ class GramPreconditioned(LoRAOptimizer):
             )
             raise ValueError(msg)
         self.order = order
-        own = Recipe(damping, damping_mode, placement, compute_dtype, stochastic_rounding)
-        super().__init__(params, *args, own=own._asdict(), pairs=pairs, adapter=adapter, **kwargs)
+        own = {
+            "damping": damping,
+            "damping_mode": damping_mode,
+            "placement": placement,
+            "compute_dtype": compute_dtype,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        super().__init__(params, *args, own=own, pairs=pairs, adapter=adapter, **kwargs)
         if self._kernel is StandIns:
             _check_reach(self)
         for p in params_of(self._pairs):  # parents that make state at once
@@ -104,12 +108,6 @@ class GramPreconditioned(LoRAOptimizer):
             return Shapes({**known, "state1": torch.Size((2, *p.shape))} if two else known, words)
 
         return shapes_of
-
-    def _choices(self, group: dict[str, Any]) -> list[Any]:
-        # What decides in which memory a step works, and what state it then has.
-        flags = [group.get(name) for name in ("amsgrad", "capturable", "fused")]
-        kernels = [has_kernel(group, device) for device in FUSED]
-        return [*super()._choices(group), *kernels, *flags]
 
     def _turns(self, pairs: list[TensorPair]) -> list[Turn]:
         sides = ("AB",) if self.order == "jacobi" else ("A", "B")

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from rlora.core.errors import ShapeError
-
-ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "state1", "state2")
-"""State of torch's own optimizers, and of bitsandbytes', that has the shape of its parameter."""
+from rlora.torch.optimizers.state_entries import ELEMENTWISE
 
 Groups = Sequence[Mapping[str, Any]]
 Key = Hashable

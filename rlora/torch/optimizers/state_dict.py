@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlora.torch.monitor.finite import look_on_the_host
-from rlora.torch.optimizers.saved_order import ELEMENTWISE, as_groups_are
-from rlora.torch.optimizers.state_entries import Shapes, check_saved, in_use
+from rlora.torch.monitor.run_warnings import look_on_the_host
+from rlora.torch.optimizers.saved_order import as_groups_are
+from rlora.torch.optimizers.state_entries import ELEMENTWISE, Shapes, check_saved, in_use
 from rlora.torch.pairing.following import followed, rename
 from rlora.torch.pairing.pairs import TensorPair, groups_by_id, is_distributed, params_of
 from rlora.torch.step.dtensors import cut_as

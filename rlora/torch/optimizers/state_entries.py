@@ -11,8 +11,10 @@ from rlora import methods
 from rlora.core.errors import ShapeError
 from rlora.core.factors import Factors
 from rlora.core.state import flatten_state
-from rlora.torch.optimizers.saved_order import ELEMENTWISE
 from rlora.torch.pairing.sharding_checks import check_kind
+
+ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "state1", "state2")
+"""State of torch's own optimizers, and of bitsandbytes', that has the shape of its parameter."""
 
 OF_METHODS = {"mu", "count", "scaling", "inverse", "frame", "turn"}
 """Words in the names of the state of method classes, each of which has one."""

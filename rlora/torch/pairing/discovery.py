@@ -172,7 +172,7 @@ def match(
             pairs[pair] = TensorPair(a, b, pair.views, middle)
         else:
             first, turned = _owner_of_both(pair, known_a, known_b)
-            pairs[first] = pairs[first].with_twins(*((b, a) if turned else (a, b)))
+            pairs[first] = pairs[first].with_tied(*((b, a) if turned else (a, b)))
             names = (first.b, first.a) if turned else (first.a, first.b)
             tied |= dict(zip((pair.a, pair.b), names, strict=True))
     plain = tuple(name for name in report.plain if moves(tensors[name]))
@@ -184,8 +184,8 @@ def frozen_in(names: Iterable[Pair], pairs: Iterable[TensorPair]) -> tuple[str, 
     """The names of factors that no step can move, neither they nor what is tied to them."""
     found = list[str]()
     for name, pair in zip(names, pairs, strict=True):
-        for factor, p, twins in zip((name.a, name.b), pair[:2], pair.twins, strict=True):
-            if not any(map(moves, (p, *twins))):
+        for factor, side in zip((name.a, name.b), pair.sides, strict=True):
+            if not any(map(moves, side)):
                 found.append(factor)
     return tuple(found)
 
@@ -195,11 +195,7 @@ def ties_hold(pairs: Iterable[TensorPair]) -> bool:
 
     Moving a model, or copying it, gives each of two parameters of one memory its own.
     """
-    sides = [
-        {memory(p) for p in (p, *twins)}
-        for pair in pairs
-        for p, twins in zip(pair[:2], pair.twins, strict=True)
-    ]
+    sides = [set(map(memory, side)) for pair in pairs for side in pair.sides]
     return all(len(side) == 1 for side in sides) and len(set().union(*sides)) == len(sides)
 
 

@@ -25,7 +25,7 @@ class TensorPair(NamedTuple):
         AdaLoRA's diagonal: the product is ``B diag(e) A``. It is in no Gram: AdaLoRA holds A and B
         near orthonormal by a loss that does not pass through it, and sets entries of it to 0, so
         that an inverse of ``diag(e) S diag(e)`` would multiply gradients without bound.
-    twins : tuple of (Tensor, ...)
+    tied : tuple of (Tensor, ...)
         Tied parameters, which share the memory of A and of B: their gradients are added.
     owners : tuple of (Tensor, Tensor), optional
         The parameters that own the state, where A and B are only copies.
@@ -37,14 +37,19 @@ class TensorPair(NamedTuple):
     B: Tensor
     views: tuple[Views, ...]
     middle: Tensor | None = None
-    twins: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] = ((), ())
+    tied: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] = ((), ())
     owners: tuple[Tensor, Tensor] | None = None
     scaling: float | None = None
 
     @property
     def moved(self) -> tuple[Tensor, ...]:
         """Every parameter that is updated with the pair."""
-        return (self.A, self.B, *self.twins[0], *self.twins[1])
+        return (self.A, self.B, *self.tied[0], *self.tied[1])
+
+    @property
+    def sides(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """A, and B, each with the parameters that are tied to it."""
+        return (self.A, *self.tied[0]), (self.B, *self.tied[1])
 
     @property
     def is_dense(self) -> bool:
@@ -52,7 +57,7 @@ class TensorPair(NamedTuple):
         return (
             len(self.views) == 1
             and all(view.is_plain for view in self.views[0])
-            and not any(self.twins)
+            and not any(self.tied)
             and self.A.ndim == self.B.ndim == 2
             and not is_distributed(self.A)
             and (self.A.dtype, self.A.device) == (self.B.dtype, self.B.device)
@@ -60,7 +65,7 @@ class TensorPair(NamedTuple):
 
     def has_gradient(self, side: int) -> bool:
         """Return whether A (0) or B (1), or a parameter tied to it, has a gradient."""
-        return any(p.grad is not None for p in (self[:2][side], *self.twins[side]))
+        return any(p.grad is not None for p in self.sides[side])
 
     def has_gradients(self) -> tuple[bool, bool]:
         """Return `has_gradient` of A and of B."""
@@ -68,26 +73,26 @@ class TensorPair(NamedTuple):
 
     def has_fixed_B(self, state: Mapping[Any, Any]) -> bool:
         """Return whether B is frozen and no step has moved it: it has no state in the optimizer."""
-        return not any(moves(p) or state.get(p) for p in (self.B, *self.twins[1]))
+        return not any(moves(p) or state.get(p) for p in self.sides[1])
 
     def gradient(self, side: int) -> Tensor | None:
         """The gradient of A (0) or B (1), with those of its tied parameters."""
-        p, twins = self[:2][side], self.twins[side]
-        if not twins:
+        p, tied = self[:2][side], self.tied[side]
+        if not tied:
             return p.grad
-        grads = [q.grad if _lies_as(q, p) else q.grad.mT for q in (p, *twins) if q.grad is not None]
+        grads = [q.grad if _lies_as(q, p) else q.grad.mT for q in (p, *tied) if q.grad is not None]
         return torch.stack(grads).sum(0) if grads else None
 
-    def with_twins(self, A: Tensor, B: Tensor) -> "TensorPair":
+    def with_tied(self, A: Tensor, B: Tensor) -> "TensorPair":
         """The pair with two more tied parameters, of the memory of A and B."""
-        for p, twin in ((self.A, A), (self.B, B)):
-            if not (_lies_as(twin, p) or _lies_as(twin.mT, p)):
+        for p, q in ((self.A, A), (self.B, B)):
+            if not (_lies_as(q, p) or _lies_as(q.mT, p)):
                 msg = (
-                    f"tied factors of shapes {tuple(p.shape)} and {tuple(twin.shape)} are neither "
+                    f"tied factors of shapes {tuple(p.shape)} and {tuple(q.shape)} are neither "
                     f"the same nor the transpose of each other"
                 )
                 raise PairingError(msg)
-        return self._replace(twins=((*self.twins[0], A), (*self.twins[1], B)))
+        return self._replace(tied=((*self.tied[0], A), (*self.tied[1], B)))
 
     def whole(self) -> "TensorPair":
         """The same of whole tensors, zero, whose state belongs to the parameters of this one."""
@@ -99,8 +104,7 @@ class TensorPair(NamedTuple):
         """The pair's products one by one."""
         several = len(self.views) > 1
         for i, views in enumerate(self.views):
-            plain = (views[0].is_plain, views[1].is_plain)
-            yield Member(self, views, f".{i}" if several else "", plain)
+            yield Member(self, views, f".{i}" if several else "")
 
     def factors(self) -> list[Factors]:
         """The factors, whose Grams are the partners' metrics."""
@@ -117,8 +121,8 @@ class TensorPair(NamedTuple):
         core = [None if p is None else successor(p) for p in (self.A, self.B, self.middle)]
         if core[0] is None or core[1] is None or (self.middle is not None and core[2] is None):
             return None
-        twins = [tuple(q for p in side if (q := successor(p)) is not None) for side in self.twins]
-        return self._replace(A=core[0], B=core[1], middle=core[2], twins=(twins[0], twins[1]))
+        tied = [tuple(q for p in side if (q := successor(p)) is not None) for side in self.tied]
+        return self._replace(A=core[0], B=core[1], middle=core[2], tied=(tied[0], tied[1]))
 
 
 class Member(NamedTuple):
@@ -128,8 +132,6 @@ class Member(NamedTuple):
     views: Views
     suffix: str
     """Suffix in the names of its state that distinguishes it from others of its pair."""
-    plain: tuple[bool, bool]
-    """True for A, and for B, if the parameter is the factor itself."""
 
     @property
     def params(self) -> tuple[Tensor, Tensor]:
@@ -158,12 +160,11 @@ class Member(NamedTuple):
 
     def read(self, side: int) -> Tensor:
         """One of its factors."""
-        p = self.pair[:2][side].detach()
-        return p if self.plain[side] else cast("Tensor", self.views[side].read(p))
+        return cast("Tensor", self.views[side].read(self.params[side].detach()))
 
     def write(self, side: int, factor: Tensor) -> Tensor:
         """The inverse of `read`: the values of `part` of the parameter that hold this factor."""
-        return factor if self.plain[side] else cast("Tensor", self.views[side].write(factor))
+        return cast("Tensor", self.views[side].write(factor))
 
     def part(self, side: int) -> Tensor:
         """The rows of the parameter in which the factor lies."""
@@ -172,9 +173,7 @@ class Member(NamedTuple):
     def gradient(self, side: int) -> Tensor | None:
         """The gradient of one of its factors."""
         grad = self.pair.gradient(side)
-        if grad is None or self.plain[side]:
-            return grad
-        return cast("Tensor", self.views[side].read(grad.detach()))
+        return None if grad is None else cast("Tensor", self.views[side].read(grad.detach()))
 
 
 class Side:
@@ -190,7 +189,7 @@ class Side:
 
     def __init__(self, members: list[Member], side: int) -> None:
         self._members, self._side = members, side
-        plain = all(m.plain[side] and not m.pair.twins[side] for m in members)
+        plain = all(m.views[side].is_plain and not m.pair.tied[side] for m in members)
         # Where each parameter is the factor itself, no member has to be asked.
         self._own = [m.params[side] for m in members] if plain else None
 
@@ -235,19 +234,6 @@ def identical(now: Sequence[Any], before: Sequence[Any]) -> bool:
     return len(now) == len(before) and all(map(is_, now, before))
 
 
-def signature(
-    pairs: Iterable[TensorPair], groups: Iterable[dict[str, Any]], choices: Sequence[Any]
-) -> tuple[Any, ...]:
-    """Inputs of a plan, which is rebuilt when they change."""
-    seen = []
-    for p in params_of(pairs):
-        grad = p.grad
-        layout = 0 if grad is None else grad.layout
-        address = p.data_ptr() or local(p).data_ptr()  # a DTensor returns 0
-        seen.append((address, p.shape, p.stride(), p.dtype, type(grad), layout, p.requires_grad))
-    return seen, choices, [(id(group), len(group["params"])) for group in groups]
-
-
 def moves(p: Tensor) -> bool:
     """Return whether a step can move a parameter: a frozen one never gets a gradient."""
     return p.requires_grad or p.grad is not None
@@ -266,6 +252,16 @@ def is_distributed(p: Any) -> bool:
 def local(p: Any) -> Tensor:
     """The piece of a DTensor that this process has, another tensor itself: inside a step."""
     return cast("Tensor", p.to_local() if is_distributed(p) else p)
+
+
+def mesh_of(p: Any) -> Any:
+    """The device mesh of a DTensor."""
+    return p.device_mesh
+
+
+def cut_dims(p: Any, axis: int) -> list[int]:
+    """The dimensions of the mesh along which an axis of a DTensor is cut."""
+    return [d for d, place in enumerate(p.placements) if getattr(place, "dim", None) == axis]
 
 
 def _lies_as(p: Tensor, other: Tensor) -> bool:

@@ -9,22 +9,9 @@ from torch import Tensor, nn
 
 from rlora.core.errors import ShardingError
 from rlora.pairing import find_pairs, is_factor
-from rlora.torch.pairing.pairs import TensorPair, is_distributed
+from rlora.torch.pairing.pairs import TensorPair, cut_dims, is_distributed, mesh_of
 
 PARTNERS = (("lora_A", "lora_B"), ("lora_a", "lora_b"), ("linear_in", "linear_out"))
-
-
-def mesh_of(p: Any) -> Any:
-    """The device mesh of a DTensor."""
-    return p.device_mesh
-
-
-def cut_dims(p: Any, axis: int) -> list[int]:
-    """The dimensions of the mesh along which an axis of a DTensor is cut."""
-    return [d for d, place in enumerate(p.placements) if getattr(place, "dim", None) == axis]
-
-
-# --- what is refused ------------------------------------------------------------------------------
 
 
 def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
@@ -151,7 +138,7 @@ def _check_layout(pair: TensorPair) -> None:
         )
         raise ShardingError(msg)
     matrices = all(view.rows is None and view.order == (0, 1) for v in pair.views for view in v)
-    if not matrices or len(pair.views) > 1 or pair.middle is not None or any(pair.twins):
+    if not matrices or len(pair.views) > 1 or pair.middle is not None or any(pair.tied):
         msg = (
             f"the factors {shapes} are sharded, and they are not two matrices (r, n) and (m, r), "
             f"or kernels, of one product; use DDP for such a model"

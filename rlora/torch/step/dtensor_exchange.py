@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlora.torch.pairing.pairs import local
-from rlora.torch.pairing.sharding_checks import cut_dims
+from rlora.torch.pairing.pairs import cut_dims, local
 
 
 class Exchange:

@@ -20,8 +20,7 @@ from torch import Tensor
 from rlora.core.backend import Backend
 from rlora.core.factors import Factors
 from rlora.core.placement import Preconditioners, RankGrams
-from rlora.torch.pairing.pairs import TensorPair, local
-from rlora.torch.pairing.sharding_checks import cut_dims, mesh_of
+from rlora.torch.pairing.pairs import TensorPair, cut_dims, local, mesh_of
 from rlora.torch.step.dtensor_exchange import Exchange, piece_of_grad
 from rlora.torch.step.kernels import Kernel
 from rlora.torch.step.listwise import Job, ListStep
@@ -125,9 +124,9 @@ class ShardedSteps:
         for S, (i, j), sums in zip(stacks, halves, message.split(sizes), strict=True):
             S[:, i, j] = S[:, j, i] = sums.view(len(S), -1)
 
-    def finish(self, halves: list[Preconditioners]) -> None:
+    def finish(self, prepared: list[Preconditioners]) -> None:
         """The rest of every step."""
-        for step, P in zip(self.steps, halves, strict=True):
+        for step, P in zip(self.steps, prepared, strict=True):
             step.finish(P)
 
 

@@ -20,11 +20,10 @@ from torch.distributed.tensor.experimental import implicit_replication
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import ShardingError
 from rlora.core.layout import View
-from rlora.torch.pairing.pairs import TensorPair, local
-from rlora.torch.pairing.sharding_checks import cut_dims, mesh_of
+from rlora.torch.pairing.pairs import TensorPair, cut_dims, local, mesh_of
 from rlora.torch.step.dtensor_exchange import Exchange, chunks, gathered, piece_of_grad
 from rlora.torch.step.dtensors import cut_as, like_param
-from rlora.torch.step.method_batch import Portions, portions
+from rlora.torch.step.method_batch import MethodBatch, batches_of
 
 
 class DTensorStep(ABC):
@@ -50,7 +49,7 @@ class DTensorStep(ABC):
         self.params: list[Any] = [p for pair in pairs for p in (pair.A, pair.B)]
         self.copies: list[Tensor] = [x for pair in copies for x in (pair.A, pair.B)]
         self._moving: list[bool] = []
-        self._portions: list[Portions] = []
+        self._batches: list[MethodBatch] = []
 
     @abstractmethod
     def fetch(self, moving: Sequence[bool]) -> None:
@@ -65,16 +64,16 @@ class DTensorStep(ABC):
         moving, new = _anywhere(self.params, new=not self._moving)
         self.fetch(moving)
         if new or moving != self._moving:  # on all processes: a state may begin with a sum
-            self._portions = portions(self._optimizer, self._group, self._pairs)
+            self._batches = batches_of(self._optimizer, self._group, self._pairs)
             self._moving = moving
-        for portion in self._portions:
-            portion.prepare()
+        for batch in self._batches:
+            batch.prepare()
         return moving
 
     def finish(self, moving: list[bool]) -> None:
         """Step the copies."""
-        for portion in self._portions:
-            portion.finish(None)
+        for batch in self._batches:
+            batch.finish(None)
         self.put_back(moving)
         for x in self.copies:
             x.grad = None

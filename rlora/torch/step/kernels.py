@@ -31,6 +31,9 @@ class Kernel(ABC):
         Tensors to be stepped, in memory as the state is: of a DTensor this process's piece.
     """
 
+    members: Sequence[tuple[Tensor, Tensor]] = ()
+    """Each parameter with its stand-in, where the parent's own step is to move that."""
+
     def __init__(
         self,
         optimizer: Any,
@@ -209,12 +212,6 @@ def _check_capturable(group: dict[str, Any], device: str) -> None:
             f"got some on {device}; leave it out there"
         )
         raise ValueError(msg)
-
-
-def rate_of(group: dict[str, Any]) -> Number:
-    """The learning rate of a group; of a tensor with one element that as a number has it."""
-    lr: Number = group["lr"]
-    return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
 def check_capture(optimizer: Any) -> None:

@@ -15,32 +15,10 @@ from torch import Tensor
 from rlora.core.backend import Backend, Workspace
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors
-from rlora.core.linalg import DampingMode
-from rlora.core.placement import (
-    Placement,
-    Preconditioners,
-    RankGrams,
-    gram_powers,
-    rank_grams,
-)
+from rlora.core.placement import Preconditioners, RankGrams, gram_powers, rank_grams
 from rlora.torch.pairing.pairs import TensorPair, local
-from rlora.torch.step.kernels import Kernel, Number, rate_of
+from rlora.torch.step.kernels import Kernel, Number
 from rlora.torch.step.rounding import store
-
-
-class Recipe(NamedTuple):
-    """The hyperparameters of one factor's preconditioner, as its group has them."""
-
-    damping: float
-    damping_mode: DampingMode
-    placement: Placement
-    compute_dtype: str | None
-    stochastic_rounding: bool
-
-
-def recipe_of(group: dict[str, Any]) -> Recipe:
-    """The preconditioner's hyperparameters of a parameter group."""
-    return Recipe(*(group[name] for name in Recipe._fields))
 
 
 class Job(NamedTuple):
@@ -88,7 +66,7 @@ class ListStep:
         kernel: type[Kernel],
         jobs: list[Job],
     ) -> None:
-        self.group, self.recipe = group, recipe_of(group)
+        self.group = group
         self.jobs = sorted(jobs, key=lambda job: job.side)
         self.pairs = pairs = list({id(job.pair.A): job.pair for job in jobs}.values())
         self.workspace: Workspace = {}
@@ -105,7 +83,7 @@ class ListStep:
         own = [local(job.param).detach() for job in self.jobs]
         self.own = own
         # Kernels run through memory without a look at strides: what they step lies as their state.
-        self.copied = self.recipe.placement != "before" or not all(map(_lies_well, own))
+        self.copied = group["placement"] != "before" or not all(map(_lies_well, own))
         self.targets = [_scratch(p) for p in own] if self.copied else own
         self.live = [k for k, job in enumerate(self.jobs) if job.live]
         self.kernel = kernel(
@@ -142,7 +120,7 @@ class ListStep:
             return rank_grams(
                 backend,
                 self.values,
-                compute_dtype=self.recipe.compute_dtype,
+                compute_dtype=self.group["compute_dtype"],
                 workspace=self.workspace,
                 fixed_B=self.fixed_B,
             )
@@ -150,14 +128,14 @@ class ListStep:
     def direct(self, grams: list[RankGrams]) -> Preconditioners:
         """Do as `prepare`, from Grams that are given."""
         backend, gradients = get_backend(self.values[0].A), self.gradients()
-        placement = self.recipe.placement
+        placement = self.group["placement"]
         with backend.exact(self.values[0].A):
             P = gram_powers(
                 grams,
                 self.sizes(),
                 placement=placement,
-                damping=self.recipe.damping,
-                damping_mode=self.recipe.damping_mode,
+                damping=self.group["damping"],
+                damping_mode=self.group["damping_mode"],
             )
             directions = self._apply(backend, P.first, gradients)
         pairs = zip(directions, self.targets, strict=True)
@@ -192,7 +170,8 @@ class ListStep:
 
     def finish(self, P: Preconditioners) -> None:
         """The kernel, and the second half behind it if there is one."""
-        lr, weight_decay = rate_of(self.group), self.group.get("weight_decay", 0.0)
+        lr, weight_decay = self.group["lr"], self.group.get("weight_decay", 0.0)
+        lr = lr.reshape(()) if isinstance(lr, Tensor) else lr  # one element in any shape
         if self.live:
             self.kernel.run(self.directions, lr, weight_decay if P.second is None else 0.0)
         if P.second is not None:

@@ -59,15 +59,13 @@ class MethodBatch:
     def _shares_of(self, flat: Mapping[str, Tensor]) -> list[Share]:
         """For each parameter that has a state what the stacks hold of it."""
         shares: dict[int, Share] = {}
-        sources: dict[int, list[Source]] = {}
         for name, (i, side, key) in places_in(flat).items():
             for k, member in enumerate(self._buckets[i]):
                 owner, partner = member.keepers if side is None else (member.owners[side], None)
                 share = shares.setdefault(id(owner), Share(owner, [], []))
                 share.keys.append(key + member.suffix)
                 share.views.append(layer_of(flat[name], k))
-                sources.setdefault(id(owner), []).append(Source(name, k, partner))
-        self._sources = list(sources.values())
+                share.sources.append(Source(name, k, partner))
         return list(shares.values())
 
     def follow(self, *, fresh: bool = False) -> None:
@@ -81,14 +79,13 @@ class MethodBatch:
         initial: dict[str, Tensor] = {}
         moved: list[tuple[dict[str, Any], str]] = []
 
-        def start(i: int, k: int) -> Tensor | None:
-            stack, layer, partner = self._sources[i][k]
+        def start(share: Share, k: int) -> Tensor | None:
+            stack, layer, partner = share.sources[k]
             if partner is not None:  # one was frozen or freed meanwhile
-                key = self._shares[i].keys[k]
                 held = self._optimizer.state.get(partner, {})
-                kept: Tensor | None = held.get(key)
+                kept: Tensor | None = held.get(share.keys[k])
                 if kept is not None:
-                    moved.append((held, key))
+                    moved.append((held, share.keys[k]))
                     return kept
             if fresh:
                 return None
@@ -100,12 +97,15 @@ class MethodBatch:
         for held, key in moved:  # nothing was refused
             del held[key]
 
-    def choose(self) -> None:
-        """Take over the group's options, which a scheduler may have changed; may be refused."""
+    def prepare(self) -> None:
+        """Take over options and state, which may be refused, before any parameter changes."""
+        if torch.compiler.is_compiling():  # then this has just been made
+            return
         group = self._optimizer.param_groups[self._group]
         checked_rate(group["lr"])
-        if (chosen := self._optimizer._chosen(group)) != self._chosen:
+        if (chosen := self._optimizer._chosen(group)) != self._chosen:  # a scheduler's work
             self._chosen, self._transform = chosen, self._optimizer._transform(group)
+        self.follow()
 
     def move(self) -> tuple[dict[str, Factors], State]:
         """The pairs and their state after the step, some of them written to already."""
@@ -147,9 +147,9 @@ class MethodBatch:
             held = self._memory[slot] = torch.empty(shape.numel(), dtype=dtype, device="cpu")
         return torch.stack(tensors, out=held[: shape.numel()].view(shape))
 
-    def finish(self, moved: tuple[dict[str, Factors], State]) -> None:
-        """Write both where they belong."""
-        params, state = moved
+    def finish(self, _: None) -> None:
+        """Step the pairs, and write them and their state where they belong."""
+        params, state = self.move()
         if (both := side_by_side(self._state, state)) is None:  # a transport may have changed it
             raise another_state(state, self._state)
         old: list[Tensor] = []
@@ -196,22 +196,25 @@ class Source(NamedTuple):
     """The other parameter that may have kept it."""
 
 
-class Portions:
-    """Batches that are stepped and written back one after the other, in the same memory.
+def batches_of(optimizer: Any, group: int, pairs: Iterable[TensorPair]) -> list[MethodBatch]:
+    """For each device the batches of the pairs of a group that have a gradient.
 
-    On a CPU a few layers at a time, equal shapes together, in memory that all portions share. On an
+    On a CPU a few layers at a time, equal shapes together, in memory that all batches share. On an
     accelerator all at once, so that the number of launches does not depend on the layers.
     """
-
-    def __init__(self, optimizer: Any, group: int, members: list[Member]) -> None:
+    by_device: dict[torch.device, list[Member]] = {}
+    for pair in pairs:
+        if any(pair.has_gradients()):
+            by_device.setdefault(pair.A.device, []).extend(pair.members())
+    together = optimizer._transform(optimizer.param_groups[group]).together
+    batches: list[MethodBatch] = []
+    for device, members in by_device.items():
+        in_parts = device.type == "cpu" and not together
+        if in_parts and not torch.compiler.is_compiling():  # in a graph shapes may be symbols
+            members = sorted(members, key=lambda member: member.shapes)
         memory: Workspace = {}
         parts: list[list[Member]] = []
         room = 0
-        options = optimizer.param_groups[group]
-        on_cpu = members[0].params[0].device.type == "cpu"
-        in_parts = on_cpu and not optimizer._transform(options).together
-        if in_parts and not torch.compiler.is_compiling():  # in a graph shapes may be symbols
-            members = sorted(members, key=lambda member: member.shapes)
         for member in members:
             size = sum(map(prod, member.shapes))
             if not parts or (in_parts and size > room):
@@ -219,28 +222,8 @@ class Portions:
                 room = PORTION
             parts[-1].append(member)
             room -= size
-        self._batches = [MethodBatch(optimizer, group, part, memory) for part in parts]
-
-    def prepare(self) -> None:
-        """Take over options and state, which may be refused, before any parameter changes."""
-        if not torch.compiler.is_compiling():  # then the batches have just been made
-            for batch in self._batches:
-                batch.choose()
-                batch.follow()
-
-    def finish(self, _: None) -> None:
-        """Step every batch."""
-        for batch in self._batches:
-            batch.finish(batch.move())
-
-
-def portions(optimizer: Any, group: int, pairs: Iterable[TensorPair]) -> list[Portions]:
-    """For each device the portions of the pairs of a group that have a gradient."""
-    members: dict[torch.device, list[Member]] = {}
-    for pair in pairs:
-        if any(pair.has_gradients()):
-            members.setdefault(pair.A.device, []).extend(pair.members())
-    return [Portions(optimizer, group, some) for some in members.values()]
+        batches += [MethodBatch(optimizer, group, part, memory) for part in parts]
+    return batches
 
 
 def start_of(transform: Transform, buckets: list[list[Member]], given: float | None) -> State:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlora.core.errors import ShapeError
 from rlora.torch.pairing.pairs import TensorPair, local, params_of
 from rlora.torch.step.dtensors import cut_as
-from rlora.torch.step.rounding import count_roundings
+from rlora.torch.step.rounding import begin_count
 
 
 class Work(Protocol):
@@ -23,7 +23,7 @@ class Work(Protocol):
     def prepare(self) -> Any:
         """Do everything that may fail; no parameter has changed when this returns."""
 
-    def finish(self, half: Any) -> None:
+    def finish(self, prepared: Any) -> None:
         """Do the rest, with the result of `prepare`."""
 
 
@@ -39,18 +39,18 @@ class Plan(NamedTuple):
     """For each group what the parent steps: a parameter in no pair with itself, one that
     `precondition` has wrapped with its stand-in."""
 
-    first: bool
-    """True for the first of a step."""
+    rounding: list[dict[str, Any]]
+    """Groups that round at random: the first plan of a step counts it for them."""
 
-    def run(self, optimizer: Any, parent_step: Callable[[Any], Any]) -> None:
+    def run(self, optimizer: Any) -> None:
         """Prepare all pairs, let the parent step what is in `params`, and finish the pairs."""
-        halves = [batch.prepare() for batch in self.batches]
-        if self.first:  # not before: a step that is refused changes nothing
-            count_roundings(optimizer.param_groups)
+        prepared = [batch.prepare() for batch in self.batches]
+        for group in self.rounding:  # not before: a step that is refused changes nothing
+            group["rounded"].add_(1)  # a tensor, so that a compiled or captured step counts too
         if any(self.params):
-            over_stand_ins(optimizer, self.params, parent_step)
-        for batch, P in zip(self.batches, halves, strict=True):
-            batch.finish(P)
+            over_stand_ins(optimizer, self.params, optimizer._inherited("step"))
+        for batch, given in zip(self.batches, prepared, strict=True):
+            batch.finish(given)
 
 
 def plans_of(
@@ -69,8 +69,30 @@ def plans_of(
             ]
             for group in groups
         ]
-        plans.append(Plan(work, params, first))
+        rounding = [group for group in groups if first and begin_count(group, group["params"])]
+        plans.append(Plan(work, params, rounding))
     return plans
+
+
+def signature(
+    pairs: Iterable[TensorPair], groups: Iterable[dict[str, Any]], own: Sequence[str]
+) -> tuple[Any, ...]:
+    """Inputs of a plan, which is rebuilt when they change; `own` are names of options."""
+    seen = []
+    for p in params_of(pairs):
+        grad = p.grad
+        layout = 0 if grad is None else grad.layout
+        address = p.data_ptr() or local(p).data_ptr()  # a DTensor returns 0
+        seen.append((address, p.shape, p.stride(), p.dtype, type(grad), layout, p.requires_grad))
+    # What decides which kernel there is, in which memory, and of which state.
+    names, settings = (*own, "amsgrad", "capturable", "foreach", "fused"), []
+    for group in groups:
+        lr, numbers = group.get("lr"), map(group.get, ("momentum", "weight_decay", "eps"))
+        settings += [id(group), len(group["params"]), *map(group.get, names)]
+        settings.append(isinstance(lr, Tensor) and lr.device.type == "cpu")
+        for x in (*numbers, *group.get("betas", ())):  # a tensor's value is not asked for
+            settings.append(x.device.type if isinstance(x, Tensor) else x == 0)
+    return seen, settings
 
 
 def over_stand_ins(
@@ -158,6 +180,9 @@ class Share:
     owner: Tensor
     keys: list[str]
     views: list[Tensor]
+    sources: list[Any] = field(default_factory=list)
+    """For each of them whatever `start` of `take_over` needs to know."""
+
     given: list[Tensor] = field(default_factory=list)
     """The entries of the optimizer's state: tensors of their own in the memory of the views, as
     ``x.data = ...`` there would take the views themselves away from the arrays."""
@@ -197,7 +222,7 @@ def _check_not_capturing() -> None:
 
 
 def take_over(
-    shares: Sequence[Share], state: Any, start: Callable[[int, int], Tensor | None]
+    shares: Sequence[Share], state: Any, start: Callable[[Share, int], Tensor | None]
 ) -> None:
     """Give the views of shares the values of the optimizer's state, and put them there.
 
@@ -210,8 +235,8 @@ def take_over(
     state : dict
         ``optimizer.state``.
     start : callable
-        ``start(i, k)``, what entry k of share i begins with if the state lacks it; None for the
-        values that the view has.
+        ``start(share, k)``, what entry k of a share begins with if the state lacks it; None for
+        the values that the view has.
 
     Raises
     ------
@@ -220,7 +245,7 @@ def take_over(
     """
     moved: list[tuple[Tensor, Tensor]] = []
     changed: list[Share] = []
-    for i, share in enumerate(shares):
+    for share in shares:
         held = state.setdefault(share.owner, {})
         same = bool(share.given) and all(map(is_, map(held.get, share.keys), share.given))
         if same and [*map(Tensor.data_ptr, share.given)] == share.places:
@@ -229,7 +254,7 @@ def take_over(
         for k, (key, view) in enumerate(zip(share.keys, share.views, strict=True)):
             known = held.get(key)
             if known is None:
-                known = start(i, k)
+                known = start(share, k)
             elif isinstance(known, (int, float)):  # the step of old states
                 known = torch.as_tensor(known)
             if known is not None:

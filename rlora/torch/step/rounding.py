@@ -41,16 +41,6 @@ def begin_count(group: dict[str, Any], params: Iterable[Tensor]) -> bool:
     return True
 
 
-def count_roundings(groups: Iterable[dict[str, Any]]) -> None:
-    """Advance the seed of each group with bfloat16 parameters, once per step.
-
-    It is a tensor, on their device, so that a compiled or a captured step advances it too.
-    """
-    for group in groups:
-        if begin_count(group, group["params"]):
-            group["rounded"].add_(1)
-
-
 def store(params: Sequence[Tensor], wide: Sequence[Tensor], group: dict[str, Any]) -> None:
     """Copy results into parameters and states, as `rounded` has them: one copy for each dtype."""
     alike: dict[Any, list[int]] = {}

@@ -17,8 +17,7 @@ from rlora.core.factors import Factors
 from rlora.core.placement import split_power
 from rlora.core.rank_group import RankGroup
 from rlora.torch.pairing.pairs import TensorPair
-from rlora.torch.step.kernels import Number, check_capture, counter_dtype, rate_of
-from rlora.torch.step.listwise import recipe_of
+from rlora.torch.step.kernels import Number, check_capture, counter_dtype
 from rlora.torch.step.plan import Share, take_over
 from rlora.torch.step.rounding import rounded
 
@@ -45,7 +44,7 @@ class StackedAdamW:
         pairs: Sequence[TensorPair],
         moving: Sequence[tuple[bool, bool]],
     ) -> None:
-        self.optimizer, self.group, self.recipe = optimizer, group, recipe_of(group)
+        self.optimizer, self.group = optimizer, group
         alike: dict[Any, list[int]] = {}
         # By shapes, so that the Grams of factors on a stack are mostly a run, and read by a view.
         by_shape = sorted(range(len(pairs)), key=lambda i: (pairs[i].A.shape, pairs[i].B.shape))
@@ -72,7 +71,7 @@ class StackedAdamW:
         self.shares = [share for part in self.moving for share in part.shares]
         self.dtype, self.device = self.parts[0].dtype, pairs[0].A.device
         self.backend = get_backend(pairs[0].A)
-        dtype = self.backend.compute_dtype(self.dtype, self.recipe.compute_dtype)
+        dtype = self.backend.compute_dtype(self.dtype, group["compute_dtype"])
         places = [i + (1 - side) * count for (side, *_), some in alike.items() for i in some]
         order = sorted(range(2 * count), key=places.__getitem__)
         mixed = order != [*range(2 * count)]
@@ -92,16 +91,17 @@ class StackedAdamW:
         """
         if self.device.type != "cpu":
             check_capture(self.optimizer)
-        shares, state = self.shares, self.optimizer.state
-        take_over(shares, state, lambda i, k: torch.zeros_like(shares[i].views[k]))
-        damping, damping_mode, placement = self.recipe[:3]
-        rate = rate_of(self.group)
+        state = self.optimizer.state
+        take_over(self.shares, state, lambda share, k: torch.zeros_like(share.views[k]))
+        group = self.group
+        rate: Number = group["lr"]
         there = isinstance(rate, Tensor) and rate.device.type != "cpu"  # which a graph reads anew
-        lr: Number = cast("Tensor", rate).to(self.device) if there else float(rate)
+        lr = cast("Tensor", rate).reshape(()).to(self.device) if there else float(rate)
+        how = group["placement"], group["damping"], group["damping_mode"]
         with self.backend.exact(self.ranks.like):
             S = torch.cat([part.gram(self.backend, self.ranks.dtype) for part in self.parts])
             S = S if self.order is None else S.index_select(0, self.order)
-            powers = split_power(self.ranks, S, self.sizes, placement, damping, damping_mode, lr)
+            powers = split_power(self.ranks, S, self.sizes, *how, lr)
             first, second = (None if P is None else P.to(self.dtype) for P in powers)
             for part in self.moving:
                 part.precondition(self.backend, first)
@@ -127,8 +127,9 @@ class StackedAdamW:
         if written := [part for part in self.moving if part.copied]:
             params = [p for part in written for p in part.params]
             stacks = [x if part.stacked else x[None] for part in written for x in part.X]
-            new = [x for stack in rounded(stacks, params[0].dtype, group) for x in stack.unbind(0)]
-            torch._foreach_copy_(params, new)
+            if params[0].dtype != stacks[0].dtype:
+                stacks = rounded(stacks, params[0].dtype, group)
+            torch._foreach_copy_(params, [x for stack in stacks for x in stack.unbind(0)])
         if self.device.type != "cpu":  # there their memory is used again
             for part in self.parts:
                 part.X, part.D = [], []

@@ -25,13 +25,8 @@ class StandIns(Kernel):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         both = zip(self.params, self.targets, strict=True)
-        self.stand_ins = [like_param(p, target) for p, target in both]
+        self.members = [(p, like_param(p, target)) for p, target in both]
         self._memory = [target.detach() for target in self.targets]
-
-    @property
-    def members(self) -> list[tuple[Tensor, Tensor]]:
-        """Each parameter with its stand-in."""
-        return list(zip(self.params, self.stand_ins, strict=True))
 
     def prepare(self, directions: Sequence[Tensor]) -> None:
         """Give every stand-in its gradient."""
@@ -43,7 +38,7 @@ class StandIns(Kernel):
 
     def run(self, directions: Sequence[Tensor], lr: Number, weight_decay: float) -> None:
         """Let the gradients go; the parent has run, and may have put its results elsewhere."""
-        for p, stand_in, memory in zip(self.params, self.stand_ins, self._memory, strict=True):
+        for (p, stand_in), memory in zip(self.members, self._memory, strict=True):
             stand_in.grad = None
             if (found := local(stand_in)).data_ptr() != memory.data_ptr():  # p.data = ...
                 memory.copy_(found)

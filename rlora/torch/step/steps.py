@@ -9,7 +9,7 @@ from rlora.core.errors import PairingError
 from rlora.torch.pairing.pairs import TensorPair, groups_by_id, is_distributed
 from rlora.torch.step.kernels import AdamW, Kernel, has_kernel
 from rlora.torch.step.listwise import Job, ListStep
-from rlora.torch.step.method_batch import portions
+from rlora.torch.step.method_batch import batches_of
 from rlora.torch.step.plan import Turn, Work
 from rlora.torch.step.stacks import StackedAdamW
 
@@ -60,9 +60,7 @@ def steps_of(optimizer: Any, kernel: type[Kernel], pairs: Sequence[TensorPair], 
         theirs = sharded_steps(optimizer, kernel, cut, group_of, sides)
         steps += theirs
         lists += [step for work in theirs for step in work.steps]
-    kernels: list[Any] = [step.kernel for step in lists]
-    stand_ins = {id(p): s for k in kernels for p, s in getattr(k, "members", ())}
-    return steps, stand_ins
+    return steps, {id(p): stand_in for step in lists for p, stand_in in step.kernel.members}
 
 
 def steps_of_method(optimizer: Any, pairs: Sequence[TensorPair]) -> list[Work]:
@@ -86,7 +84,7 @@ def steps_of_method(optimizer: Any, pairs: Sequence[TensorPair]) -> list[Work]:
 
             steps += steps_on_dtensors(optimizer, i, members)
         else:
-            steps += portions(optimizer, i, members)
+            steps += batches_of(optimizer, i, members)
     return steps
 
 

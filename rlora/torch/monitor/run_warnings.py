@@ -1,4 +1,4 @@
-"""The largest entries of factors and of their state, and a word when a run cannot go on."""
+"""Warnings of runs that cannot go on: what is not finite, stands still, or is tied no longer."""
 
 import math
 import warnings
@@ -71,7 +71,7 @@ def look_on_the_host(optimizer: Any) -> None:
     warn_of_nan(optimizer, [pair.name for pair in optimizer.report], at)
 
 
-def check_start(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
+def warn_of_zero_factor(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
     """RuntimeWarning, once, at the first step of a method that never moves a factor which is zero.
 
     The one time that a step asks a device for values, and of such methods alone.
@@ -106,7 +106,7 @@ def check_start(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
         warnings.warn(msg, RuntimeWarning, stacklevel=2)
 
 
-def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
+def warn_of_idle_pairs(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
     """RuntimeWarning, once, when trainable pairs stand still because they have no gradient.
 
     Those of which a factor is no longer of the model that was given; and all of them, when nothing
@@ -156,9 +156,8 @@ def check_orphans(optimizer: Any, pairs: Sequence[TensorPair]) -> None:
 
 def _idle_factors(pair: TensorPair) -> list[tuple[Tensor, ...]]:
     """Those of the two that are trained and have no gradient, each with what is tied to it."""
-    factors = [(p, *twins) for p, twins in zip(pair[:2], pair.twins, strict=True)]
-    idle = [any(p.requires_grad for p in factor) for factor in factors]
-    return [factors[k] for k in (0, 1) if idle[k] and not pair.has_gradient(k)]
+    trained = [any(p.requires_grad for p in side) for side in pair.sides]
+    return [pair.sides[k] for k in (0, 1) if trained[k] and not pair.has_gradient(k)]
 
 
 def _idle_again(optimizer: Any, *, all_idle: bool) -> bool:
