@@ -480,7 +480,7 @@ def test_test_losses_are_compared_seed_by_seed():
 def test_wins_are_intervals_that_leave_out_zero():
     """By hand: -0.2 and -0.22 (half width 0.127), +0.1 and -0.1, and 0 twice, in three settings.
 
-    AdamW is compared with another run of its own, and is left out.
+    AdamW is compared with another run of its own, and is left out; so is a setting of one seed.
     """
     rows = [row for x in ("adamw", "scaled") for row in rows_of(x, {1.0: 0.2})]
     rows += [row for x in ("adamw", "scaled") for row in rows_of(x, {1.0: 0.2}, "fall")]
@@ -490,6 +490,9 @@ def test_wins_are_intervals_that_leave_out_zero():
     rows += [{**row, "dataset": "fall"} for row in other]
     same = confirmed("adamw", {1: 0.5, 2: 0.5}) + confirmed("scaled", {1: 0.5, 2: 0.5})
     rows += [{**row, "dataset": "exchange"} for row in same]
+    rows += [row for x in ("adamw", "scaled") for row in rows_of(x, {1.0: 0.2}, "lowest")]
+    single = confirmed("adamw", {1: 0.5}) + confirmed("scaled", {1: 0.1})
+    rows += [{**row, "dataset": "lowest"} for row in single]
     table = comparisons.test_wins(sweeps_in(rows), runs_of(rows))
     assert cells(table, method="scaled") == [3, 1, 0, "-0.070", "+0.000", "+0.0"]
     assert table["method"].tolist() == ["scaled"]
@@ -514,9 +517,16 @@ def test_intervals_of_more_seeds_than_there_are_quantiles_are_refused():
         comparisons.intervals(groups[1])
 
 
-def test_a_run_without_a_test_loss_counts_as_guessing():
-    found = scores({"diverged": True, "tested": True})
-    assert found == {"loss": pytest.approx(math.log(10)), "exact": 0}
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"diverged": True, "tested": True},
+        {"diverged": False, "tested": True, "test": {"loss": 9.0, "exact": 0.0}},
+        {"diverged": True, "tested": False, "exact": 0.0},
+    ],
+)
+def test_a_run_that_diverged_or_is_worse_than_guessing_counts_as_guessing(row):
+    assert scores(row) == {"loss": pytest.approx(math.log(10)), "exact": 0}
 
 
 def test_exact_answers_away_from_the_best_rate():

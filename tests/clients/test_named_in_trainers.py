@@ -441,6 +441,24 @@ def test_the_callback_keeps_what_a_schedule_has_put_into_the_groups(tmp_path):
         assert group["damping"] == damping  # the callback's, not the checkpoint's
 
 
+def test_the_callback_takes_a_schedule_over_the_bare_optimizer_along():
+    """Accelerate's wrapper hands it on by itself."""
+    pytest.importorskip("transformers", minversion="5.0")
+    from rlora.integrations.trainer_callback import OptimizerCallback
+
+    model = adapted()
+    plain = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    schedule = torch.optim.lr_scheduler.LambdaLR(plain, lambda step: 0.5**step)
+    prepared = SimpleNamespace(optimizer=plain, scaler=None)
+    OptimizerCallback("LoRARite").on_train_begin(
+        None, None, None, model=model, optimizer=prepared, lr_scheduler=schedule
+    )
+    assert schedule.optimizer is prepared.optimizer is not plain
+    (group,) = prepared.optimizer.param_groups
+    assert group["initial_lr"] == 1e-3
+    assert "amsgrad" not in group  # nor any other option of AdamW's own
+
+
 def test_the_callback_refuses_a_step_that_is_not_the_optimizers():
     pytest.importorskip("transformers", minversion="5.0")
     from rlora.integrations.trainer_callback import OptimizerCallback

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from rlora.torch import LoRASB, ScaledAdamW, ScaledSGD, diagnostics_table, findings
+from rlora.torch.monitor.diagnostics import MARKS, summary
 from rlora.torch.monitor.finite import look_on_the_host
 from rlora.torch.monitor.format import GROWN, in_common
 from rlora.torch.monitor.snapshot import GRACE
@@ -285,6 +286,32 @@ def test_names_of_peft_fit_into_the_table():
     assert rows == 4 + 2 * len(layers)
     assert [line.split()[1] for line in lines[3 : rows - 1]] == ["A", "B"] * len(layers)
     assert "base_model" not in "\n".join(lines[:rows])
+
+
+def test_the_summary_has_the_middle_of_several_and_passes_over_nan():
+    values = {"a": 30.0, "b": math.nan, "c": 1.0, "d": 2.0}
+    rows = {name: {**dict.fromkeys(MARKS, 0.0), "step": x} for name, x in values.items()}
+    found = summary(rows)
+    assert [found[f"rlora/step/{key}"] for key in ("min", "median", "max")] == [1.0, 2.0, 30.0]
+
+
+def test_growth_is_against_the_highest_rate_of_several_groups():
+    grown = []
+    for others in ([], [{"lr": 0.05}], [{"lr": 0.05}, {"lr": 0.1}]):
+        torch.manual_seed(0)
+        layers = [LoRALinear(6, 5, 2) for _ in range(1 + len(others))]
+        groups = [
+            {"params": list(layer.named_parameters()), **options}
+            for layer, options in zip(layers, [{"lr": 0.1}, *others], strict=True)
+        ]
+        optimizer = ScaledAdamW(groups)
+        optimizer.watch()
+        torch.stack([layer(torch.ones(3, 6)).square().sum() for layer in layers]).sum().backward()
+        optimizer.step()
+        numbers = optimizer.diagnostics()
+        name = next(iter(optimizer.report)).name
+        grown.append(numbers[f"rlora/{name}/grown_A"])
+    assert grown[1:] == [grown[0], grown[0]]
 
 
 @pytest.mark.parametrize("names, expected", [
