@@ -45,6 +45,14 @@ def test_whole_parameters_are_stepped_as_without_it(make, dtype, frozen):
     assert wrapped.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
 
 
+def test_a_loaded_rate_is_that_of_the_next_step():
+    saved = ZeroOptimizer(ScaledAdamW(make_model(), lr=0.25)).state_dict()
+    later = ZeroOptimizer(ScaledAdamW(make_model(), lr=1e-3))
+    later.load_state_dict(saved)
+    later.step()
+    assert [o.param_groups[0]["lr"] for o in (later, later.inner)] == [0.25, 0.25]
+
+
 def test_what_zero_would_tear_apart_is_refused():
     model = make_model()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]

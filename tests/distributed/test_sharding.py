@@ -86,6 +86,12 @@ def test_a_kernel_that_is_not_contiguous(groups):
     assert_equal(groups(2).run(runs.trained_channels_last, True), expected, atol=1e-12)
 
 
+def test_two_dtypes_in_one_group(groups):
+    expected = runs.trained_two_dtypes(sharded=False)
+    # The half of float32, in other orders of summation.
+    assert_equal(groups(2).run(runs.trained_two_dtypes, True), expected, atol=1e-4)
+
+
 def test_pairs_with_one_whole_factor(groups):
     """Its Gram is counted once, and the other one's is a sum over the processes."""
     expected = runs.trained_with_a_whole_factor(sharded=False)
