@@ -478,7 +478,7 @@ def test_test_losses_are_compared_seed_by_seed():
 
 
 def test_wins_are_intervals_that_leave_out_zero():
-    """By hand: -0.2 and -0.22 (half width 0.127), +0.1 and -0.1, and 0 twice, in three settings.
+    """By hand: -0.2 and -0.22 (half width 0.127), +0.2 and -0.1, and 0 twice, in three settings.
 
     AdamW is compared with another run of its own, and is left out; so is a setting of one seed.
     """
@@ -486,7 +486,7 @@ def test_wins_are_intervals_that_leave_out_zero():
     rows += [row for x in ("adamw", "scaled") for row in rows_of(x, {1.0: 0.2}, "fall")]
     rows += confirmed("adamw", {1: 0.5, 2: 0.5}) + confirmed("scaled", {1: 0.3, 2: 0.28})
     rows += [row for x in ("adamw", "scaled") for row in rows_of(x, {1.0: 0.2}, "exchange")]
-    other = confirmed("adamw", {1: 0.5, 2: 0.5}) + confirmed("scaled", {1: 0.6, 2: 0.4})
+    other = confirmed("adamw", {1: 0.5, 2: 0.5}) + confirmed("scaled", {1: 0.7, 2: 0.4})
     rows += [{**row, "dataset": "fall"} for row in other]
     same = confirmed("adamw", {1: 0.5, 2: 0.5}) + confirmed("scaled", {1: 0.5, 2: 0.5})
     rows += [{**row, "dataset": "exchange"} for row in same]
@@ -494,7 +494,7 @@ def test_wins_are_intervals_that_leave_out_zero():
     single = confirmed("adamw", {1: 0.5}) + confirmed("scaled", {1: 0.1})
     rows += [{**row, "dataset": "lowest"} for row in single]
     table = comparisons.test_wins(sweeps_in(rows), runs_of(rows))
-    assert cells(table, method="scaled") == [3, 1, 0, "-0.070", "+0.000", "+0.0"]
+    assert cells(table, method="scaled") == [3, 1, 0, "-0.053", "+0.000", "+0.0"]
     assert table["method"].tolist() == ["scaled"]
 
 
@@ -544,6 +544,7 @@ def test_a_range_of_good_rates_is_around_the_best_and_against_the_best_method():
     rows = rows_of("adamw", {1.0: 0.2}, exact=0.9) + rows_of("adamw", {2.0: 0.3}, exact=0.2)
     rows += rows_of("adamw", {4.0: 0.1, 8.0: 0.1, 16.0: 0.1}, exact=0.91)
     rows += rows_of("scaled", {1.0: 0.1}, exact=0.95) + rows_of("scaled", {2.0: 0.1}, exact=0.5)
+    rows += rows_of("scaled", {0.5: 0.2}, exact=0.89)
     rows += rows_of("lora-rite", {1.0: 0.1}, exact=0.8)
     table = comparisons.good_rates(sweeps_in(rows))
     names = ("adamw", "scaled", "lora-rite")

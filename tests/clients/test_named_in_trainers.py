@@ -23,7 +23,7 @@ from tiny import PAIRS, adapted, batches, loss_on_all, same, sequences, trained
 
 import rlora
 import rlora.torch
-from rlora.integrations.options import from_text, optimizer_names
+from rlora.integrations.options import from_mapping, from_text, optimizer_names
 from rlora.integrations.trainer import RLoraFactory
 
 pytest.importorskip("peft")
@@ -326,6 +326,7 @@ def test_false_is_not_true(words):
 def test_words_of_yaml():
     expected = {"a": None, "b": None, "c": True, "d": "a-b"}
     assert from_text("a=none,b=null,c=true,d=a-b") == expected
+    assert from_mapping({"betas": [0.9, 0.99]}) == {"betas": (0.9, 0.99)}
 
 
 def test_a_factory_reads_words():
@@ -395,6 +396,15 @@ def test_the_callback_in_the_real_trainer(kind, frozen, tmp_path, monkeypatch):
     run_exp(checkpoint, [space["callback"]])
     assert runs[1].state.global_step == 8
     assert same(trained(runs[1].model), trained(runs[0].model))
+
+
+@pytest.mark.parametrize("option", ["lr", "weight_decay"])
+def test_the_callback_refuses_what_the_trainer_has(option):
+    pytest.importorskip("transformers", minversion="5.0")
+    from rlora.integrations.trainer_callback import OptimizerCallback
+
+    with pytest.raises(ValueError, match=f"^{option} would be ignored"):
+        OptimizerCallback(**{option: 0.1})
 
 
 def test_the_callback_refuses_a_rate_that_would_multiply_the_one_found(tmp_path):
