@@ -12,7 +12,15 @@ from models import CLASSES, METHODS, LoRALinear, loss_of, make_model, pairs_in, 
 from rich.console import Console
 from torch import nn
 
-from rlora.torch import LoRASB, ScaledAdamW, ScaledSGD, diagnostics_table, findings
+from rlora.torch import (
+    LoRASB,
+    RACLoRA,
+    ScaledAdamW,
+    ScaledProdigy,
+    ScaledSGD,
+    diagnostics_table,
+    findings,
+)
 from rlora.torch.monitor.diagnostics import MARKS, summary
 from rlora.torch.monitor.finite import look_on_the_host
 from rlora.torch.monitor.format import GROWN, in_common
@@ -293,6 +301,31 @@ def test_the_summary_has_the_middle_of_several_and_passes_over_nan():
     rows = {name: {**dict.fromkeys(MARKS, 0.0), "step": x} for name, x in values.items()}
     found = summary(rows)
     assert [found[f"rlora/step/{key}"] for key in ("min", "median", "max")] == [1.0, 2.0, 30.0]
+
+
+@pytest.mark.parametrize("frozen, told", [("A", 0), ("B", 1)])
+def test_the_factor_that_stays_is_that_of_the_groups_option(frozen, told):
+    model = make_model(zero_B=True, bias=False)
+    optimizer = RACLoRA(model, frozen=frozen)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer, 1)
+    assert ["never moves B" in str(x.message) for x in caught] == [True] * told
+
+
+@pytest.mark.parametrize("kind, same", [(ScaledAdamW, False), (ScaledProdigy, True)])
+def test_covariant_damping_of_a_fixed_factor_as_the_class_has_it(kind, same):
+    """Classes of methods see gradients alone, and not which factor is frozen."""
+    found = []
+    for fixed in (False, True):
+        model = make_model(bias=False)
+        model.requires_grad_(False)
+        for A, B in pairs_in(model):
+            A.requires_grad_(True)
+            B.requires_grad_(not fixed)
+        optimizer = kind(model, damping_mode="covariant", damping=1.0)
+        found.append(optimizer.diagnostics()["rlora/damped_cond_B/max"])
+    assert (found[0] == found[1]) == same
 
 
 def test_growth_is_against_the_highest_rate_of_several_groups():
