@@ -229,6 +229,7 @@ def test_a_run_that_diverges_leaves_the_others_as_they_were(kept):
     rows = workload.run([calm, wild])
     assert rows[1]["diverged"]
     assert rows[1]["validation"] == []
+    assert rows[1]["exact"] == 0
     assert not rows[0]["diverged"]
     alone = workload.run([calm])[0]["validation"][0][1]
     assert rows[0]["validation"][0][1] == pytest.approx(alone, rel=1e-3)  # as above

@@ -112,6 +112,16 @@ def steps_at_least_a_little():
     return Transform(no_state, pass_on, lambda p, d, lr: apply_updates(p, d, lr + 1e-8))
 
 
+def leaves_zero():
+    """A B that never stays zero."""
+
+    def apply(params, direction, lr):
+        moved = apply_updates(params, direction, lr)
+        return map_pairs(lambda pair: Factors(pair.A, pair.B + (not pair.B.any())), moved)
+
+    return Transform(no_state, pass_on, apply)
+
+
 def fills_the_null_space():
     """Half powers around Adam, without a filter behind it."""
     halves = {"damping": 1e-4, "damping_mode": "covariant", "placement": "both"}
@@ -154,7 +164,7 @@ def test_a_method_that_leaves_the_library_is_found():
     check_keeps_shape_and_dtype(lambda: leaving, get("numpy"))
 
 
-@pytest.mark.parametrize("make", [splits_anew, steps_at_least_a_little])
+@pytest.mark.parametrize("make", [splits_anew, steps_at_least_a_little, leaves_zero])
 def test_a_method_that_moves_at_a_rate_of_0_is_found(make):
     assert "at a learning rate of 0" in broken_by("check_zero_rate_moves_nothing", make)
 

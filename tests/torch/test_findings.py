@@ -303,6 +303,14 @@ def test_the_summary_has_the_middle_of_several_and_passes_over_nan():
     assert [found[f"rlora/step/{key}"] for key in ("min", "median", "max")] == [1.0, 2.0, 30.0]
 
 
+def test_a_pair_on_the_host_is_named_behind_one_that_is_elsewhere():
+    away = tuple(torch.empty(x, device="meta", requires_grad=True) for x in ((2, 3), (4, 2)))
+    here = torch.ones(2, 3, requires_grad=True), torch.full((4, 2), math.nan, requires_grad=True)
+    optimizer = ScaledSGD([*away, *here], lr=0.1, pairs=[away, here])
+    with pytest.warns(RuntimeWarning, match=r"B of pairs\[1\], or its state"):
+        look_on_the_host(optimizer)
+
+
 @pytest.mark.parametrize("frozen, told", [("A", 0), ("B", 1)])
 def test_the_factor_that_stays_is_that_of_the_groups_option(frozen, told):
     model = make_model(zero_B=True, bias=False)
