@@ -373,8 +373,8 @@ def test_regret_is_against_the_baseline_tuned_for_each_setting():
     sweeps = sweeps_in(
         rows_of("adamw", {1.0: 0.2, 2.0: 0.9})
         + rows_of("adamw", {1.0: math.inf, 2.0: 0.6}, "fall")
-        + rows_of("scaled", {1.0: 0.1, 2.0: 0.3})
-        + rows_of("scaled", {1.0: 9.0, 2.0: 0.5, 4.0: 0.0}, "fall")
+        + rows_of("scaled", {1.0: 0.1, 2.0: 0.3, 8.0: 0.45})
+        + rows_of("scaled", {1.0: 9.0, 2.0: 0.5, 4.0: 0.0, 8.0: 0.45}, "fall")
     )
     found = cells(regret.one_rate(sweeps), method="scaled")
     assert found == ["2", 2, 1, 1, 1, "+0.000", "+0.000", "+0.100", "50", "50"]
@@ -385,8 +385,8 @@ def test_regret_is_against_the_baseline_tuned_for_each_setting():
     assert best == [4, 12, "4", "0.0000", "50"]
     every = regret.losses_by_rate(sweeps)
     mine = every[(every["dataset"] == "fall") & (every["method"] == "scaled")]
-    assert list(mine["learning rate"]) == ["1", "2", "4"]
-    assert len(every) == 9
+    assert list(mine["learning rate"]) == ["1", "2", "4", "8"]
+    assert len(every) == 11
 
 
 def test_the_suggested_rate_is_the_nearest_that_was_run():
@@ -589,5 +589,7 @@ def test_batches_have_the_size_of_the_setting_and_hold_strings_of_the_task(kept)
             mine = {tuple(x) for x in tokens[drawn[:, run]].flatten(0, 1).tolist()}
             known = strings.parts_of(strings.DATASETS[name])["train"].tokens
             assert mine <= {tuple(x) for x in known.tolist()}
+        if names[0] == names[-1]:
+            assert not torch.equal(drawn[:, 0], drawn[:, -1])  # by another seed
         again = workload.training([jobs[0]])[1]
         assert torch.equal(again[:, 0], drawn[:, 0])

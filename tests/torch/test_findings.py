@@ -321,6 +321,15 @@ def test_the_factor_that_stays_is_that_of_the_groups_option(frozen, told):
     assert ["never moves B" in str(x.message) for x in caught] == [True] * told
 
 
+def test_a_zero_factor_is_told_of_at_a_start_alone():
+    model = make_model(zero_B=True, bias=False)
+    optimizer, later = (RACLoRA(model, frozen="B", adam=True) for _ in range(2))
+    with pytest.warns(RuntimeWarning, match="never moves B"):
+        train(model, optimizer, 1)
+    later.load_state_dict(optimizer.state_dict())
+    train(model, later, 1)
+
+
 @pytest.mark.parametrize("kind, same", [(ScaledAdamW, False), (ScaledProdigy, True)])
 def test_covariant_damping_of_a_fixed_factor_as_the_class_has_it(kind, same):
     """Classes of methods see gradients alone, and not which factor is frozen."""
