@@ -104,13 +104,19 @@ def test_empty_groups_stay_inside():
 
 @pytest.mark.parametrize(
     ("offload", "forced", "replaced"),
-    [("cpu", None, True), ("cpu", False, False), ("none", None, False), (None, None, False)],
+    [
+        ({"device": "cpu"}, None, True),
+        ({"device": "cpu"}, False, False),
+        ({"device": "none"}, None, False),
+        ({"device": None}, None, False),
+        ({}, None, False),
+        (None, None, False),
+    ],
 )
 def test_where_accelerate_would_take_deepspeeds_adam(monkeypatch, offload, forced, replaced):
     """`Accelerator.prepare` says nothing; tests/distributed/test_deepspeed.py has the real one."""
     state = pytest.importorskip("accelerate.state")
-    zero = {"stage": 2} if offload is None else {"offload_optimizer": {"device": offload}}
-    config = {"zero_optimization": zero}
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": offload}}
     config |= {} if forced is None else {"zero_force_ds_cpu_optimizer": forced}
     plugin = SimpleNamespace(deepspeed_config=config)
     monkeypatch.setattr(state, "is_initialized", lambda: True)
@@ -125,8 +131,9 @@ def test_where_accelerate_would_take_deepspeeds_adam(monkeypatch, offload, force
 
 
 def test_factories_use_it_where_accelerate_uses_deepspeed(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert type(under_zero(ScaledAdamW(make_model()))) is ZeroOptimizer
+    for word in ("true", "True"):
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", word)
+        assert type(under_zero(ScaledAdamW(make_model()))) is ZeroOptimizer
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
     assert type(under_zero(ScaledAdamW(make_model()))) is ScaledAdamW
 

@@ -134,6 +134,7 @@ def test_steps_lost_in_rounding_are_named(dtype):
     ]
     assert watched(1e-5, rounded=True)["rlora/lost_A/max"] == (dtype == torch.float16)
     assert watched(torch.tensor(1e-5))["rlora/lost_A/max"] == 1
+    assert watched(1e-5, columns=2)["rlora/lost_A/max"] == 1  # of what has a gradient
     assert watched(torch.tensor(0.0))["rlora/lost_A/max"] == 0
     for sound in (watched(0.0), watched(1e-5, 0.0), watched(4.0), watched(4.0, columns=1)):
         assert sound["rlora/lost_A/max"] == sound["rlora/lost_B/max"] == 0
