@@ -322,6 +322,16 @@ def test_the_factor_that_stays_is_that_of_the_groups_option(frozen, told):
     assert ["never moves B" in str(x.message) for x in caught] == [True] * told
 
 
+def test_a_step_without_gradients_does_not_put_it_on_the_rate():
+    model = make_model(bias=False)
+    optimizer = ScaledAdamW(model)
+    optimizer.watch()
+    optimizer.step()
+    numbers = optimizer.diagnostics()
+    assert about("has no gradient", numbers)
+    assert not about("nothing has moved", numbers)
+
+
 def test_a_zero_factor_is_told_of_at_a_start_alone():
     model = make_model(zero_B=True, bias=False)
     optimizer, later = (RACLoRA(model, frozen="B", adam=True) for _ in range(2))
