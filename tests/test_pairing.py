@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from rlora import PairingError, ShapeError, find_pairs
-from rlora.pairing import Convention, Layout
+from rlora.pairing import Convention, Layout, conventions
 
 NAMES = {
     "PEFT": ("{}.lora_A.default.weight", "{}.lora_B.default.weight"),
@@ -132,6 +132,17 @@ def test_a_square_pair_is_read_as_its_library_writes_it():
     (plain,) = find_pairs(dict(zip(("q.lora_A", "q.lora_B"), square, strict=True)))
     assert not turned.views[0][0].is_plain
     assert plain.views[0][0].is_plain
+
+
+@pytest.mark.parametrize("as_plug_in", [False, True])
+def test_conventions_of_ones_own_come_before_the_known_ones(as_plug_in, monkeypatch):
+    """A square pair fits both ways: whose layouts come first decides."""
+    mine = Convention("mine", "lora_a", "lora_b")
+    named = dict(zip(("q.lora_a", "q.lora_b"), tensors((6, 6), (6, 6)), strict=True))
+    if as_plug_in:
+        monkeypatch.setattr(conventions, "_plugins", lambda: (mine,))
+    (pair,) = find_pairs(named, pairs=None if as_plug_in else mine)
+    assert pair.views[0][0].is_plain
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ def test_runs_of_a_and_as_many_b(shapes, pairs):
         ([B, A], r"tensor 0 of shape \(32, 4\)"),  # the sides swapped
         ([A, B, (50, 16)], r"tensor 2 of shape \(50, 16\)"),  # a head that is trained too
         ([A, (32, 8)], "tensor 0"),  # ranks that do not fit
+        ([A, (3, 4)], "tensor 0"),  # a rank above the outputs
         ([A, A, B], "tensor 0"),
         ([(4, 16, 3, 3), (32, 4, 3, 3)], "tensor 0"),  # Tucker's and other kernels
         ([(2, 9), (4, 9), (9, 4), (9, 2)], "tensor 0"),  # another order

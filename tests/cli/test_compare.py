@@ -117,6 +117,17 @@ def test_exit_codes(rlora_cli, refused, a_record, tmp_path):
     assert "no row in common" in refused("bench", "compare", old, other)
 
 
+@pytest.mark.parametrize("key", ["samples_s", "median_s"])
+def test_a_row_that_took_no_time_is_refused(refused, a_record, tmp_path, key):
+    """There would be no ratio to it."""
+    record = copy.deepcopy(a_record)
+    row = record["rows"][1]
+    row[key] = [0.0, *row[key][1:]] if key == "samples_s" else 0.0
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(record))
+    assert "rows[1] took no time" in refused("bench", "show", path)
+
+
 BROKEN = {
     "no JSON": ("{", "not JSON"),
     "nested too deep": ("[" * 100_000, "not JSON"),

@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -129,11 +130,14 @@ def test_numbers_arrive(a_record):
     pytest_rows = json.loads(made["pytest-benchmark"])["benchmarks"]
     assert pytest_rows[1]["stats"]["median"] == row["median_s"]
     assert pytest_rows[1]["stats"]["mean"] == pytest.approx(np.mean(row["samples_s"]))
+    assert pytest_rows[1]["stats"]["stddev"] == pytest.approx(statistics.stdev(row["samples_s"]))
     latency = json.loads(made["bencher"])[name]["latency"]
     assert latency["value"] == pytest.approx(1e9 * row["median_s"])
     assert latency["lower_value"] <= latency["value"] <= latency["upper_value"]
     cases = {x["name"]: x for x in json.loads(made["github-action"])}
     assert cases[f"{name}/step"]["value"] == pytest.approx(1e3 * row["median_s"])
+    half = float(cases[f"{name}/step"]["range"].removeprefix("± ").removesuffix(" ms"))
+    assert half == pytest.approx(1e3 * row["spread"] * row["median_s"] / 2, rel=5e-3)  # 3 digits
     assert cases[f"{name}/ratio"]["value"] == row["ratio"]
     (line,) = [x for x in csv.DictReader(io.StringIO(made["csv"])) if x["method"] == row["method"]]
     assert float(line["ratio"]) == row["ratio"]

@@ -97,6 +97,7 @@ def test_a_rate_waits_for_all_seeds_of_the_sweep(tmp_path):
         records.add(row(LIKE._replace(lr=lr, seed=1), loss))
     assert chosen_rate(records, entry) == 1.0
     records.add(row(LIKE._replace(lr=4.0, seed=2), -99.0))  # no seed of the sweep
+    records.add(row(LIKE._replace(lr=4.0, seed=0, tested=True), -99.0))  # no run of it
     assert chosen_rate(records, entry) == 1.0
     assert {job.lr for job in sweep(records, entry)} == {0.5, 1.0, 2.0, 4.0}
 

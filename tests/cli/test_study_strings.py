@@ -229,6 +229,7 @@ def test_a_run_that_diverges_leaves_the_others_as_they_were(kept):
     rows = workload.run([calm, wild])
     assert rows[1]["diverged"]
     assert rows[1]["validation"] == []
+    assert rows[1]["exact"] == 0
     assert not rows[0]["diverged"]
     alone = workload.run([calm])[0]["validation"][0][1]
     assert rows[0]["validation"][0][1] == pytest.approx(alone, rel=1e-3)  # as above
@@ -372,8 +373,8 @@ def test_regret_is_against_the_baseline_tuned_for_each_setting():
     sweeps = sweeps_in(
         rows_of("adamw", {1.0: 0.2, 2.0: 0.9})
         + rows_of("adamw", {1.0: math.inf, 2.0: 0.6}, "fall")
-        + rows_of("scaled", {1.0: 0.1, 2.0: 0.3})
-        + rows_of("scaled", {1.0: 9.0, 2.0: 0.5, 4.0: 0.0}, "fall")
+        + rows_of("scaled", {1.0: 0.1, 2.0: 0.3, 8.0: 0.45})
+        + rows_of("scaled", {1.0: 9.0, 2.0: 0.5, 4.0: 0.0, 8.0: 0.45}, "fall")
     )
     found = cells(regret.one_rate(sweeps), method="scaled")
     assert found == ["2", 2, 1, 1, 1, "+0.000", "+0.000", "+0.100", "50", "50"]
@@ -384,8 +385,8 @@ def test_regret_is_against_the_baseline_tuned_for_each_setting():
     assert best == [4, 12, "4", "0.0000", "50"]
     every = regret.losses_by_rate(sweeps)
     mine = every[(every["dataset"] == "fall") & (every["method"] == "scaled")]
-    assert list(mine["learning rate"]) == ["1", "2", "4"]
-    assert len(every) == 9
+    assert list(mine["learning rate"]) == ["1", "2", "4", "8"]
+    assert len(every) == 11
 
 
 def test_the_suggested_rate_is_the_nearest_that_was_run():
@@ -478,20 +479,23 @@ def test_test_losses_are_compared_seed_by_seed():
 
 
 def test_wins_are_intervals_that_leave_out_zero():
-    """By hand: -0.2 and -0.22 (half width 0.127), +0.1 and -0.1, and 0 twice, in three settings.
+    """By hand: -0.2 and -0.22 (half width 0.127), +0.2 and -0.1, and 0 twice, in three settings.
 
-    AdamW is compared with another run of its own, and is left out.
+    AdamW is compared with another run of its own, and is left out; so is a setting of one seed.
     """
     rows = [row for x in ("adamw", "scaled") for row in rows_of(x, {1.0: 0.2})]
     rows += [row for x in ("adamw", "scaled") for row in rows_of(x, {1.0: 0.2}, "fall")]
     rows += confirmed("adamw", {1: 0.5, 2: 0.5}) + confirmed("scaled", {1: 0.3, 2: 0.28})
     rows += [row for x in ("adamw", "scaled") for row in rows_of(x, {1.0: 0.2}, "exchange")]
-    other = confirmed("adamw", {1: 0.5, 2: 0.5}) + confirmed("scaled", {1: 0.6, 2: 0.4})
+    other = confirmed("adamw", {1: 0.5, 2: 0.5}) + confirmed("scaled", {1: 0.7, 2: 0.4})
     rows += [{**row, "dataset": "fall"} for row in other]
     same = confirmed("adamw", {1: 0.5, 2: 0.5}) + confirmed("scaled", {1: 0.5, 2: 0.5})
     rows += [{**row, "dataset": "exchange"} for row in same]
+    rows += [row for x in ("adamw", "scaled") for row in rows_of(x, {1.0: 0.2}, "lowest")]
+    single = confirmed("adamw", {1: 0.5}) + confirmed("scaled", {1: 0.1})
+    rows += [{**row, "dataset": "lowest"} for row in single]
     table = comparisons.test_wins(sweeps_in(rows), runs_of(rows))
-    assert cells(table, method="scaled") == [3, 1, 0, "-0.070", "+0.000", "+0.0"]
+    assert cells(table, method="scaled") == [3, 1, 0, "-0.053", "+0.000", "+0.0"]
     assert table["method"].tolist() == ["scaled"]
 
 
@@ -514,9 +518,16 @@ def test_intervals_of_more_seeds_than_there_are_quantiles_are_refused():
         comparisons.intervals(groups[1])
 
 
-def test_a_run_without_a_test_loss_counts_as_guessing():
-    found = scores({"diverged": True, "tested": True})
-    assert found == {"loss": pytest.approx(math.log(10)), "exact": 0}
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"diverged": True, "tested": True},
+        {"diverged": False, "tested": True, "test": {"loss": 9.0, "exact": 0.0}},
+        {"diverged": True, "tested": False, "exact": 0.0},
+    ],
+)
+def test_a_run_that_diverged_or_is_worse_than_guessing_counts_as_guessing(row):
+    assert scores(row) == {"loss": pytest.approx(math.log(10)), "exact": 0}
 
 
 def test_exact_answers_away_from_the_best_rate():
@@ -534,6 +545,7 @@ def test_a_range_of_good_rates_is_around_the_best_and_against_the_best_method():
     rows = rows_of("adamw", {1.0: 0.2}, exact=0.9) + rows_of("adamw", {2.0: 0.3}, exact=0.2)
     rows += rows_of("adamw", {4.0: 0.1, 8.0: 0.1, 16.0: 0.1}, exact=0.91)
     rows += rows_of("scaled", {1.0: 0.1}, exact=0.95) + rows_of("scaled", {2.0: 0.1}, exact=0.5)
+    rows += rows_of("scaled", {0.5: 0.2}, exact=0.89)
     rows += rows_of("lora-rite", {1.0: 0.1}, exact=0.8)
     table = comparisons.good_rates(sweeps_in(rows))
     names = ("adamw", "scaled", "lora-rite")
@@ -577,5 +589,7 @@ def test_batches_have_the_size_of_the_setting_and_hold_strings_of_the_task(kept)
             mine = {tuple(x) for x in tokens[drawn[:, run]].flatten(0, 1).tolist()}
             known = strings.parts_of(strings.DATASETS[name])["train"].tokens
             assert mine <= {tuple(x) for x in known.tolist()}
+        if names[0] == names[-1]:
+            assert not torch.equal(drawn[:, 0], drawn[:, -1])  # by another seed
         again = workload.training([jobs[0]])[1]
         assert torch.equal(again[:, 0], drawn[:, 0])

@@ -215,6 +215,13 @@ def test_samples_are_enough_once_their_ratio_is_known(clock):
     assert 2.0 <= low <= timing.rows()[1]["ratio"] <= high <= 2.02
 
 
+def test_a_ratio_is_known_at_five_percent_to_both_sides(clock):
+    clock(lambda name, i: 1.0 if name == "a" else 2.0 + 0.3 * (i % 2))
+    timing = timing_of("ab")
+    timing.run(Rounds(least=7, most=20, seconds=1e6), lambda: None)
+    assert samples(timing) == {"a": 20, "b": 20}
+
+
 def test_a_noisy_one_goes_on_and_takes_its_plain_method_along(clock):
     clock(lambda name, i: 1.0 + (name == "b") * (i % 2))
     timing = timing_of("abc")

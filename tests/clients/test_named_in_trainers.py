@@ -23,7 +23,7 @@ from tiny import PAIRS, adapted, batches, loss_on_all, same, sequences, trained
 
 import rlora
 import rlora.torch
-from rlora.integrations.options import from_text, optimizer_names
+from rlora.integrations.options import from_mapping, from_text, optimizer_names
 from rlora.integrations.trainer import RLoraFactory
 
 pytest.importorskip("peft")
@@ -326,6 +326,7 @@ def test_false_is_not_true(words):
 def test_words_of_yaml():
     expected = {"a": None, "b": None, "c": True, "d": "a-b"}
     assert from_text("a=none,b=null,c=true,d=a-b") == expected
+    assert from_mapping({"betas": [0.9, 0.99]}) == {"betas": (0.9, 0.99)}
 
 
 def test_a_factory_reads_words():
@@ -397,6 +398,15 @@ def test_the_callback_in_the_real_trainer(kind, frozen, tmp_path, monkeypatch):
     assert same(trained(runs[1].model), trained(runs[0].model))
 
 
+@pytest.mark.parametrize("option", ["lr", "weight_decay"])
+def test_the_callback_refuses_what_the_trainer_has(option):
+    pytest.importorskip("transformers", minversion="5.0")
+    from rlora.integrations.trainer_callback import OptimizerCallback
+
+    with pytest.raises(ValueError, match=f"^{option} would be ignored"):
+        OptimizerCallback(**{option: 0.1})
+
+
 def test_the_callback_refuses_a_rate_that_would_multiply_the_one_found(tmp_path):
     transformers = pytest.importorskip("transformers", minversion="5.0")
     from rlora.integrations.trainer_callback import OptimizerCallback
@@ -439,6 +449,24 @@ def test_the_callback_keeps_what_a_schedule_has_put_into_the_groups(tmp_path):
         assert group["lr"] == trainer.lr_scheduler.get_last_lr()[0] < 1e-2
         assert group["betas"][0] > 0.85  # the momentum cycles too
         assert group["damping"] == damping  # the callback's, not the checkpoint's
+
+
+def test_the_callback_takes_a_schedule_over_the_bare_optimizer_along():
+    """Accelerate's wrapper hands it on by itself."""
+    pytest.importorskip("transformers", minversion="5.0")
+    from rlora.integrations.trainer_callback import OptimizerCallback
+
+    model = adapted()
+    plain = torch.optim.Adadelta([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(plain, lambda step: 0.5**step)
+    prepared = SimpleNamespace(optimizer=plain, scaler=None)
+    OptimizerCallback().on_train_begin(
+        None, None, None, model=model, optimizer=prepared, lr_scheduler=schedule
+    )
+    assert schedule.optimizer is prepared.optimizer is not plain
+    (group,) = prepared.optimizer.param_groups
+    assert group["initial_lr"] == 1e-3
+    assert "rho" not in group  # Adadelta's own
 
 
 def test_the_callback_refuses_a_step_that_is_not_the_optimizers():

@@ -45,6 +45,14 @@ def test_whole_parameters_are_stepped_as_without_it(make, dtype, frozen):
     assert wrapped.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
 
 
+def test_a_loaded_rate_is_that_of_the_next_step():
+    saved = ZeroOptimizer(ScaledAdamW(make_model(), lr=0.25)).state_dict()
+    later = ZeroOptimizer(ScaledAdamW(make_model(), lr=1e-3))
+    later.load_state_dict(saved)
+    later.step()
+    assert [o.param_groups[0]["lr"] for o in (later, later.inner)] == [0.25, 0.25]
+
+
 def test_what_zero_would_tear_apart_is_refused():
     model = make_model()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -96,13 +104,19 @@ def test_empty_groups_stay_inside():
 
 @pytest.mark.parametrize(
     ("offload", "forced", "replaced"),
-    [("cpu", None, True), ("cpu", False, False), ("none", None, False), (None, None, False)],
+    [
+        ({"device": "cpu"}, None, True),
+        ({"device": "cpu"}, False, False),
+        ({"device": "none"}, None, False),
+        ({"device": None}, None, False),
+        ({}, None, False),
+        (None, None, False),
+    ],
 )
 def test_where_accelerate_would_take_deepspeeds_adam(monkeypatch, offload, forced, replaced):
     """`Accelerator.prepare` says nothing; tests/distributed/test_deepspeed.py has the real one."""
     state = pytest.importorskip("accelerate.state")
-    zero = {"stage": 2} if offload is None else {"offload_optimizer": {"device": offload}}
-    config = {"zero_optimization": zero}
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": offload}}
     config |= {} if forced is None else {"zero_force_ds_cpu_optimizer": forced}
     plugin = SimpleNamespace(deepspeed_config=config)
     monkeypatch.setattr(state, "is_initialized", lambda: True)
@@ -117,8 +131,9 @@ def test_where_accelerate_would_take_deepspeeds_adam(monkeypatch, offload, force
 
 
 def test_factories_use_it_where_accelerate_uses_deepspeed(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert type(under_zero(ScaledAdamW(make_model()))) is ZeroOptimizer
+    for word in ("true", "True"):
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", word)
+        assert type(under_zero(ScaledAdamW(make_model()))) is ZeroOptimizer
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
     assert type(under_zero(ScaledAdamW(make_model()))) is ScaledAdamW
 

@@ -86,6 +86,15 @@ def test_a_kernel_that_is_not_contiguous(groups):
     assert_equal(groups(2).run(runs.trained_channels_last, True), expected, atol=1e-12)
 
 
+def test_two_dtypes_in_one_group(groups):
+    """Sums in other orders: in float32 they round to 1e-6 and more, in float64 to nothing here."""
+    expected = runs.trained_two_dtypes(sharded=False)
+    for one in groups(2).run(runs.trained_two_dtypes, True):
+        assert_equal([one], expected, atol=1e-4)
+        wide = [name for name in one if ": 1.lora" in name]
+        assert_equal([{x: one[x] for x in wide}], {x: expected[x] for x in wide}, atol=1e-12)
+
+
 def test_pairs_with_one_whole_factor(groups):
     """Its Gram is counted once, and the other one's is a sum over the processes."""
     expected = runs.trained_with_a_whole_factor(sharded=False)

@@ -7,11 +7,12 @@ import pytest
 
 from rlora import BackendError, Factors, ShapeError, apply_updates, chain, methods, step
 from rlora.backends import get
-from rlora.core.factors import map_leaves, map_pairs
+from rlora.core.factors import map_leaves, map_pairs, pairs_of
 from rlora.core.moments import scale_by_adam
 from rlora.core.placement import preconditioners
 from rlora.core.transform import Transform, no_state, pass_on
 from rlora.testing import CONTRACT, change_of_basis, check_method, invariance
+from rlora.testing.comparisons import check_compiles
 from rlora.testing.contract import check_keeps_shape_and_dtype, check_no_growth
 
 VARIANTS = [(name, {}) for name in methods.__all__] + [
@@ -111,6 +112,16 @@ def steps_at_least_a_little():
     return Transform(no_state, pass_on, lambda p, d, lr: apply_updates(p, d, lr + 1e-8))
 
 
+def leaves_zero():
+    """A B that never stays zero."""
+
+    def apply(params, direction, lr):
+        moved = apply_updates(params, direction, lr)
+        return map_pairs(lambda pair: Factors(pair.A, pair.B + (not pair.B.any())), moved)
+
+    return Transform(no_state, pass_on, apply)
+
+
 def fills_the_null_space():
     """Half powers around Adam, without a filter behind it."""
     halves = {"damping": 1e-4, "damping_mode": "covariant", "placement": "both"}
@@ -153,9 +164,88 @@ def test_a_method_that_leaves_the_library_is_found():
     check_keeps_shape_and_dtype(lambda: leaving, get("numpy"))
 
 
-@pytest.mark.parametrize("make", [splits_anew, steps_at_least_a_little])
+@pytest.mark.parametrize("make", [splits_anew, steps_at_least_a_little, leaves_zero])
 def test_a_method_that_moves_at_a_rate_of_0_is_found(make):
     assert "at a learning rate of 0" in broken_by("check_zero_rate_moves_nothing", make)
+
+
+def directed(f):
+    """A method without a state whose direction is a function of gradients and parameters."""
+    return Transform(no_state, lambda grads, state, params: (f(grads, params), state))
+
+
+def writes_over_its_gradients(grads, params):
+    for g in grads:
+        g *= 2.0
+    return grads
+
+
+def needs_both(grads, params):
+    """Nothing of one factor without a gradient of the other."""
+    alone = grads.A is None or grads.B is None
+    return map_leaves(lambda g: 0.0 * g if alone else g, grads)
+
+
+def once_from_zero(grads, params):
+    return map_leaves(lambda g: g if not params.B.any() else g * float("nan"), grads)
+
+
+def by_the_sum_of_all(grads, params):
+    size = sum(abs(x).sum() for pair in pairs_of(grads) for x in pair)
+    return map_leaves(lambda g: g / size, grads)
+
+
+def forgets_digits():
+    """A state that is wider after a step than `init` makes it, as a file would bring it back."""
+
+    def init(params, scaling=1.0):
+        return map_leaves(lambda x: np.zeros_like(x, "float32"), params)
+
+    def update(grads, state, params):
+        mu = map_leaves(lambda g, m: 0.9 * m + g, grads, state)
+        return mu, mu
+
+    return Transform(init, update)
+
+
+DIRECTIONS = [
+    ("inputs_untouched", "an input after the step", writes_over_its_gradients),
+    ("lora_start", "A outside of its rows", lambda G, p: map_leaves(np.ones_like, G)),
+    ("lora_start", "the loss went from", lambda G, p: map_leaves(lambda g: 1e-3 * g, G)),
+    ("lora_start", "A is not finite", once_from_zero),
+    (
+        "batched_equals_looped",
+        "a stacked layer",
+        lambda G, p: map_leaves(lambda g: g / np.linalg.norm(g), G),
+    ),
+    (
+        "batched_equals_looped",
+        "a layer of several",
+        lambda G, p: map_leaves(lambda g: g / len(pairs_of(G)), G),
+    ),
+    ("frozen_factor", "B did not move while A is frozen", needs_both),
+    ("bad_pair_stays_alone", "a healthy pair", by_the_sum_of_all),
+]
+
+
+@pytest.mark.parametrize("name, message, f", DIRECTIONS, ids=[x[1] for x in DIRECTIONS])
+def test_a_direction_that_breaks_a_promise_is_found(name, message, f):
+    with np.errstate(all="ignore"):
+        assert message in broken_by(f"check_{name}", lambda: directed(f))
+
+
+def test_a_method_that_moves_what_has_no_gradient_is_found():
+    shrinking = Transform(no_state, pass_on, lambda p, d, lr: map_leaves(lambda x: 0.9 * x, p))
+    assert "A moved without a gradient" in broken_by("check_frozen_factor", lambda: shrinking)
+
+
+def test_a_state_that_a_file_does_not_bring_back_is_found():
+    assert "a step after loading" in broken_by("check_state_roundtrip", forgets_digits)
+
+
+def test_a_method_that_counts_outside_of_what_is_compiled_is_found():
+    with pytest.raises(AssertionError, match="a compiled step"):
+        check_compiles(counts_for_itself, get("jax"))
 
 
 def keeps_its_start():

@@ -283,3 +283,15 @@ def test_a_key_value_is_part_of_a_name():
         for x in (updates["attn"]["key"], updates["attn"]["value"], updates["value"]):
             np.testing.assert_array_equal(x, 0.0)
         assert np.any(updates["attn"]["q"]["lora_b"]["value"])
+
+
+def test_a_schedule_is_asked_for_the_number_of_steps():
+    params = {"q": {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 5))}}
+    optimizer = rlora.optax.transformation(rlora.scaled_sgd(), lambda count: 0.5**count)
+    state = optimizer.init(params)
+    found = []
+    for _ in range(3):
+        updates, state = optimizer.update(params, state, params)
+        found.append(float(updates["q"]["lora_a"][0, 0]))
+    assert [x / found[0] for x in found] == pytest.approx([1, 0.5, 0.25], rel=1e-6)  # float32
+    assert state.count == 3

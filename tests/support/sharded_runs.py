@@ -319,6 +319,31 @@ def trained_with_a_whole_factor(sharded):
     return result
 
 
+def trained_two_dtypes(sharded):
+    """A few steps over pairs of two dtypes in one group: the rank axis of A is cut, and B."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if sharded else None
+    result = {}
+    for kind in (ScaledAdamW, ScaledSGD, LoRARite, rlora.torch.Riemannion):
+        g = torch.Generator().manual_seed(8)
+
+        def draw(shape, dtype, g=g):
+            x = torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+            return distribute_tensor(x, mesh, [Shard(0)]) if sharded else x
+
+        named = [
+            (f"{i}.lora_{letter}.weight", nn.Parameter(draw(shape, dtype)))
+            for i, dtype in enumerate((torch.float32, torch.float64, torch.float32))
+            for letter, shape in (("A", (3, 6)), ("B", (8, 3)))
+        ]
+        optimizer = kind(named, lr=1e-3)
+        for _ in range(3):
+            for _, p in named:
+                p.grad = draw(p.shape, p.dtype)
+            optimizer.step()
+        result |= {f"{kind.__name__}: {name}": whole(p) for name, p in named}
+    return result
+
+
 def trained_channels_last(sharded):
     """A few steps over a kernel that is not contiguous, whole on every process; B is cut."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if sharded else None

@@ -12,7 +12,16 @@ from models import CLASSES, METHODS, LoRALinear, loss_of, make_model, pairs_in, 
 from rich.console import Console
 from torch import nn
 
-from rlora.torch import LoRASB, ScaledAdamW, ScaledSGD, diagnostics_table, findings
+from rlora.torch import (
+    LoRASB,
+    RACLoRA,
+    ScaledAdamW,
+    ScaledProdigy,
+    ScaledSGD,
+    diagnostics_table,
+    findings,
+)
+from rlora.torch.monitor.diagnostics import MARKS, summary
 from rlora.torch.monitor.format import GROWN, in_common
 from rlora.torch.monitor.run_warnings import look_on_the_host
 from rlora.torch.monitor.snapshot import GRACE
@@ -125,6 +134,7 @@ def test_steps_lost_in_rounding_are_named(dtype):
     ]
     assert watched(1e-5, rounded=True)["rlora/lost_A/max"] == (dtype == torch.float16)
     assert watched(torch.tensor(1e-5))["rlora/lost_A/max"] == 1
+    assert watched(1e-5, columns=2)["rlora/lost_A/max"] == 1  # of what has a gradient
     assert watched(torch.tensor(0.0))["rlora/lost_A/max"] == 0
     for sound in (watched(0.0), watched(1e-5, 0.0), watched(4.0), watched(4.0, columns=1)):
         assert sound["rlora/lost_A/max"] == sound["rlora/lost_B/max"] == 0
@@ -285,6 +295,84 @@ def test_names_of_peft_fit_into_the_table():
     assert rows == 4 + 2 * len(layers)
     assert [line.split()[1] for line in lines[3 : rows - 1]] == ["A", "B"] * len(layers)
     assert "base_model" not in "\n".join(lines[:rows])
+
+
+def test_the_summary_has_the_middle_of_several_and_passes_over_nan():
+    values = {"a": 30.0, "b": math.nan, "c": 1.0, "d": 2.0}
+    rows = {name: {**dict.fromkeys(MARKS, 0.0), "step": x} for name, x in values.items()}
+    found = summary(rows)
+    assert [found[f"rlora/step/{key}"] for key in ("min", "median", "max")] == [1.0, 2.0, 30.0]
+
+
+def test_a_pair_on_the_host_is_named_behind_one_that_is_elsewhere():
+    away = tuple(torch.empty(x, device="meta", requires_grad=True) for x in ((2, 3), (4, 2)))
+    here = torch.ones(2, 3, requires_grad=True), torch.full((4, 2), math.nan, requires_grad=True)
+    optimizer = ScaledSGD([*away, *here], lr=0.1, pairs=[away, here])
+    with pytest.warns(RuntimeWarning, match=r"B of pairs\[1\], or its state"):
+        look_on_the_host(optimizer)
+
+
+@pytest.mark.parametrize("frozen, told", [("A", 0), ("B", 1)])
+def test_the_factor_that_stays_is_that_of_the_groups_option(frozen, told):
+    model = make_model(zero_B=True, bias=False)
+    optimizer = RACLoRA(model, frozen=frozen)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer, 1)
+    assert ["never moves B" in str(x.message) for x in caught] == [True] * told
+
+
+def test_a_step_without_gradients_does_not_put_it_on_the_rate():
+    model = make_model(bias=False)
+    optimizer = ScaledAdamW(model)
+    optimizer.watch()
+    optimizer.step()
+    numbers = optimizer.diagnostics()
+    assert about("has no gradient", numbers)
+    assert not about("nothing has moved", numbers)
+
+
+def test_a_zero_factor_is_told_of_at_a_start_alone():
+    model = make_model(zero_B=True, bias=False)
+    optimizer, later = (RACLoRA(model, frozen="B", adam=True) for _ in range(2))
+    with pytest.warns(RuntimeWarning, match="never moves B"):
+        train(model, optimizer, 1)
+    later.load_state_dict(optimizer.state_dict())
+    train(model, later, 1)
+
+
+@pytest.mark.parametrize("kind, same", [(ScaledAdamW, False), (ScaledProdigy, True)])
+def test_covariant_damping_of_a_fixed_factor_as_the_class_has_it(kind, same):
+    """Classes of methods see gradients alone, and not which factor is frozen."""
+    found = []
+    for fixed in (False, True):
+        model = make_model(bias=False)
+        model.requires_grad_(False)
+        for A, B in pairs_in(model):
+            A.requires_grad_(True)
+            B.requires_grad_(not fixed)
+        optimizer = kind(model, damping_mode="covariant", damping=1.0)
+        found.append(optimizer.diagnostics()["rlora/damped_cond_B/max"])
+    assert (found[0] == found[1]) == same
+
+
+def test_growth_is_against_the_highest_rate_of_several_groups():
+    grown = []
+    for others in ([], [{"lr": 0.05}], [{"lr": 0.05}, {"lr": 0.1}]):
+        torch.manual_seed(0)
+        layers = [LoRALinear(6, 5, 2) for _ in range(1 + len(others))]
+        groups = [
+            {"params": list(layer.named_parameters()), **options}
+            for layer, options in zip(layers, [{"lr": 0.1}, *others], strict=True)
+        ]
+        optimizer = ScaledAdamW(groups)
+        optimizer.watch()
+        torch.stack([layer(torch.ones(3, 6)).square().sum() for layer in layers]).sum().backward()
+        optimizer.step()
+        numbers = optimizer.diagnostics()
+        name = next(iter(optimizer.report)).name
+        grown.append(numbers[f"rlora/{name}/grown_A"])
+    assert grown[1:] == [grown[0], grown[0]]
 
 
 @pytest.mark.parametrize("names, expected", [

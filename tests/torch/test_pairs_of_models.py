@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from models import LoRALinear
 from torch import nn
 
 import rlora
@@ -249,3 +250,10 @@ def test_the_time_grows_with_the_number_of_pairs(work, count):
     """16 times the pairs: about 16 times the time, and 256 times if it grew with the square."""
     small, large = (processor_time(work(n)) for n in (count, 16 * count))
     assert large < 40 * small
+
+
+def test_a_layer_called_experts_is_a_pair_where_the_model_tells():
+    """Names alone do not say whether it is a stack of them."""
+    model = nn.ModuleDict({"experts": LoRALinear(6, 5, 2)})
+    assert [pair.name for pair in rlora.torch.find_pairs(model)] == ["experts (default)"]
+    assert "may be a stack of experts" in str(rlora.torch.find_pairs(model.named_parameters()))

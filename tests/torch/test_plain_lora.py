@@ -282,6 +282,14 @@ def test_a_factor_that_two_layers_share_is_not_rebalanced_for_one():
         round_adapter(model)
 
 
+def test_factors_with_a_diagonal_between_them_are_rounded_as_they_are():
+    """Another split of B A would be another B diag(E) A."""
+    shapes = {"q.lora_A": (3, 7), "q.lora_E": (3, 1), "q.lora_B": (5, 3)}
+    state = {key: torch.randn(shape) for key, shape in shapes.items()}
+    rounded = round_adapter(state)
+    assert all(torch.equal(rounded[key], x.bfloat16()) for key, x in state.items())
+
+
 def test_trained_heads_are_in_the_rounded_state():
     """PEFT loads it back; without them it would refuse it."""
     from peft import set_peft_model_state_dict

@@ -239,8 +239,10 @@ def test_a_state_that_does_not_fit_is_refused():
     state = make_layer(tasks=3).state_dict()
     with pytest.raises(RuntimeError, match=r"size mismatch for past_A"):
         make_layer(tasks=1, r=3).load_state_dict(state)
+    later = make_layer(tasks=4)
     with pytest.raises(RuntimeError, match=r"magnitudes\.3"):
-        make_layer(tasks=4).load_state_dict(state)
+        later.load_state_dict(state)
+    assert later.tasks == 4
     longer = {**state, "past_B": torch.cat([state["past_B"]] * 2)}
     layer = make_layer(tasks=1)
     with pytest.raises(RuntimeError, match=r"size mismatch for past_B"):

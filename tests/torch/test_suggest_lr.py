@@ -19,8 +19,8 @@ def layer(size, rank=4, *, m=6, n=8, dtype=torch.float32):
 
 
 def test_it_is_the_median_over_layers():
-    model = nn.Sequential(layer(0.1), layer(0.3, rank=16), layer(0.2))
-    each = [rlora.suggest_lr(s, rank=r, scaling=2.0) for s, r in ((0.1, 4), (0.3, 16), (0.2, 4))]
+    model = nn.Sequential(layer(0.1), layer(0.3, rank=16), layer(0.9))
+    each = [rlora.suggest_lr(s, rank=r, scaling=2.0) for s, r in ((0.1, 4), (0.3, 16), (0.9, 4))]
     assert suggest_lr(model) == pytest.approx(sorted(each)[1], rel=1e-6)
 
 

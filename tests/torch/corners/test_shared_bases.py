@@ -6,8 +6,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from rlora import PairingError, initializers
-from rlora.torch import initialize, suggest_lr
+from rlora import Factors, PairingError, initializers
+from rlora.torch import initialize, restore_offsets, suggest_lr
+from rlora.torch.init.offsets import take_offset
 
 OFFSETS = {"pissa": {}, "milora": {}, "olora": {}, "lora_ga": {}, "loi": {}}
 GRADIENT = ("lora_ga", "loi")
@@ -263,3 +264,19 @@ def test_an_expanded_weight_may_be_read():
     layer = Adapted(nn.Linear(16, 16))
     layer.base.weight = nn.Parameter(torch.randn(1, 16).expand(16, 16), requires_grad=False)
     assert suggest_lr(layer) > 0
+
+
+def test_no_offset_is_taken_from_a_base_whose_rows_are_one_row():
+    model = nn.Sequential(Adapted(nn.Linear(16, 16)))
+    model[0].base.weight = nn.Parameter(torch.randn(1, 16).expand(16, 16), requires_grad=False)
+    with pytest.raises(PairingError, match=r"weight of 0 has entries that share memory"):
+        initialize(model, method="pissa")
+
+
+def test_an_offset_that_is_small_beside_its_weight_is_not_taken_twice():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16, dtype=torch.float64)).requires_grad_(False)
+    pair = Factors(*(0.01 * torch.randn(shape).double() for shape in ((2, 16), (16, 2))))
+    offset = take_offset(model[0].weight, pair, 1.0)
+    with pytest.raises(PairingError, match="has been taken already"):
+        restore_offsets(model, {"0": offset})
