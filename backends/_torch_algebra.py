@@ -107,7 +107,7 @@ def half_power(S: Array, power: float, damping: float = 0.0, shift: float = 0.0)
         half = torch.bmm(L, U.mT)
     else:
         half = torch.linalg.solve_triangular(L, U, upper=False, left=False)
-    size = unit**power
+    size = unit.sqrt() if power > 0 else unit.rsqrt()
     return torch.addcmul(eyes(S, shift), half, size) if shift else half * size
 
 
@@ -126,7 +126,8 @@ def damped_unit(S: Array, unit: Array, damping: float) -> Array:
 def cholesky_and_unit(H: Array, unit: Array) -> tuple[Array, Array]:
     """Cholesky factors (K, r, r), and the units, negative where H is not definite.
 
-    A root of such a unit is NaN, and so is what it multiplies.
+    `sqrt` and `rsqrt` of such a unit, which may be -inf, are NaN, and so is what they multiply; a
+    power may be 0 in a compiled graph.
     """
     L, failed = torch.linalg.cholesky_ex(H)  # neither raises nor waits for the device
     return L, torch.sub(unit, failed.view(-1, 1, 1), alpha=torch.finfo(H.dtype).max)
@@ -245,7 +246,7 @@ def pseudo_halves(S: Array, damping: float) -> tuple[Array, Array, Array]:
     F = torch.baddbmm(eye, W, W.mT, alpha=-damping / r)
     squared = torch.bmm(F, F)
     F = torch.baddbmm(squared, squared, F, beta=3.25, alpha=-2.25)
-    return torch.bmm(F, torch.bmm(F, W)) * unit**-0.5, L, H
+    return torch.bmm(F, torch.bmm(F, W)) * unit.rsqrt(), L, H
 
 
 def damping_of(S: Array, least: float) -> float:

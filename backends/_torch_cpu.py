@@ -15,6 +15,10 @@ from torch import Tensor
 
 from rlora.core.backend import Workspace
 
+MOST_CONSTANTS = 1000
+"""So many are kept; where a schedule changes betas at each step others would follow for ever. None
+is given up, as a captured graph may read it."""
+
 _arena: ContextVar["Arena | None"] = ContextVar("arena", default=None)
 
 
@@ -75,7 +79,8 @@ def kept(key: Any, make: Callable[[], Tensor]) -> Tensor:
     if found is None:
         found = make()
         # A graph that is being captured writes its own only when it is replayed.
-        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if len(arena.constants) < MOST_CONSTANTS and not capturing:
             arena.constants[key] = found
     return found
 

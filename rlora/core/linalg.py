@@ -174,7 +174,10 @@ def record_turn(group: RankGroup, old: Sequence[Factors], state: State) -> State
 
 
 def no_turn(group: RankGroup, T: Stack) -> list[Factors]:
-    """NaN in place of turns: who moves parameters without a `transport` shall see it at once."""
+    """NaN in place of turns: who moves parameters without a `transport` shall see it at once.
+
+    Views of one number: a transport puts arrays of their own there, nothing else writes to them.
+    """
     nan = group.backend.constants([math.nan], T.dtype, T)
     return group.unstack(group.xp.broadcast_to(nan, T.shape))
 

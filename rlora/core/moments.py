@@ -219,11 +219,12 @@ def corrected_decay(xp: Any, b: float, count: Array) -> Array:
 
 
 def corrected_decays(backend: Backend, rates: Sequence[float], count: Array) -> list[Array]:
-    """`corrected_decay` for several b, in the operations that one takes."""
+    """`corrected_decay` for several b, in the operations of one where constants are kept."""
     xp = backend.xp
     if any(map(is_traced, rates)):
         return [corrected_decay(xp, b, count) for b in rates]
-    numbers = [math.log(b or TINY) for b in rates] + [(1 - b) / b if b else math.inf for b in rates]
+    numbers = [math.log(max(b, TINY)) for b in rates]
+    numbers += [(1 - b) / b if b > TINY else math.inf for b in rates]
     constants = backend.constants(numbers, count.dtype, count)
     constants = xp.reshape(constants, (2, -1, *[1] * count.ndim))
     decays = _decay(xp, count, constants[0, ...], constants[1, ...])

@@ -182,8 +182,8 @@ class Transform(NamedTuple):
         factors.
     together : bool, optional
         True for a method in which the step of a pair depends on other pairs, as a norm over all of
-        them does. The torch classes step the others in portions; such a method has all pairs of one
-        group and device at once, the sharded ones apart.
+        them does. The torch classes step the others a few at a time; such a method has all pairs of
+        one group and device at once, the sharded ones apart.
     """
 
     init: InitFn

@@ -76,13 +76,13 @@ def lora_muon(
     -----
     Where r is at most m and n, the product follows the same path however it is split. The move has
     the size of the learning rate in every direction in which ``S_B^-½ M_A`` has a singular value
-    above ``sqrt(10 r eps)`` of their root mean square, eps that of the factors' dtype (float32: 0.2
-    % at r = 4, 0.9 % at r = 64), and at least 1.2e-4 of it; weaker ones do not move. As the factors
-    shrink their moves grow: right after B = 0, A moves by as much as it is large. Roots and signs
-    are exact, by factorisations; the paper has Newton-Schulz iterations. On a CUDA device, where an
-    eigendecomposition would wait, they are those of matrices with a relative damping of sqrt(eps):
-    in float32 a direction of 5 % of the root mean square moves by 0.9, one of 2.5 % by 0.4, one of
-    1 % hardly.
+    above ``sqrt(10 r eps)`` of their root mean square, eps that of the factors' dtype, or float32's
+    for narrower ones (0.2 % at r = 4, 0.9 % at r = 64), and at least 1.2e-4 of it; weaker ones do
+    not move. As the factors shrink their moves grow: right after B = 0, A moves by as much as it is
+    large. Roots and signs are exact, by factorisations; the paper has Newton-Schulz iterations. On
+    a CUDA device, where an eigendecomposition would wait, they are those of matrices with a
+    relative damping of sqrt(eps): in float32 a direction of 5 % of the root mean square moves by
+    0.9, one of 2.5 % by 0.4, one of 1 % hardly.
 
     References
     ----------

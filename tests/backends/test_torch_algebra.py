@@ -10,8 +10,15 @@ from rlora.testing import assert_close, make_problem, run
 
 pytest.importorskip("torch")
 
+import torch
+
 from rlora.backends import torch as torch_backend
-from rlora.backends._torch_algebra import cubics, half_power
+from rlora.backends._torch_algebra import (
+    cholesky_pseudo_half,
+    cubics,
+    half_power,
+    symmetric_pseudo_half,
+)
 
 
 @pytest.fixture
@@ -74,6 +81,21 @@ def test_half_power_tells_what_is_not_definite(shift, power, dtype):
     expected = np.sqrt(sizes if power > 0 else 1 / sizes) * np.diag([4.0**power, 1, 1, 1])
     assert_close(found[3:6], expected + shift * np.eye(4), rtol=1e-5)
     assert np.isfinite(found[6]).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch._prims_common.check:FutureWarning")  # in inductor
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # in inductor
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_later_pivot_that_fails_is_seen_too(compiled):
+    """Its unit is -inf, a power of which is 0 in a graph."""
+    S = torch.stack([torch.diag(torch.tensor([1.0, -0.5, 1.0])), torch.eye(3)])
+
+    def halves(S):
+        return half_power(S, -0.5), cholesky_pseudo_half(S, 1e-6), symmetric_pseudo_half(S, 1e-6)
+
+    for bad, good in torch.compile(halves)(S) if compiled else halves(S):
+        assert bad.isnan().all()
+        assert (good - torch.eye(3)).abs().max() < 1e-3  # of a damping of sqrt(eps)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

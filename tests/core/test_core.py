@@ -160,13 +160,13 @@ def test_corrected_decays_are_those_of_exact_numbers(traced, backend):
     """Each rounding counts as often as 1 - b is smaller than b: 1e-16 is 1e-11 at 1 - 1e-5."""
     if traced and backend.name != "jax":
         pytest.skip("only JAX traces hyperparameters")
-    steps, rates = [0, 1, 2, 3, 10, 1000], [0.9, 0.0, 0.999, 0.5, 1 - 1e-5]
+    steps, rates = [0, 1, 2, 3, 10, 1000], [0.9, 0.0, 1e-200, 0.999, 0.5, 1 - 1e-5]
     count = backend.asarray(np.reshape(steps, (2, 3)), "float64")
     given_rates = [backend.asarray(b, "float64") for b in rates] if traced else rates
     found = corrected_decays(backend, given_rates, count)
     for b, decays in zip(map(Fraction, rates), found, strict=True):
         exact = [float(b * (1 - b**t) / (1 - b ** (t + 1))) for t in steps]
-        assert_close(decays, np.reshape(exact, (2, 3)), rtol=1e-11)
+        assert_close(decays, np.reshape(exact, (2, 3)), rtol=1e-11, atol=1e-29)
 
 
 def test_clipping(backend):

@@ -14,10 +14,10 @@ CLASSES = [
 ]
 
 
-def made(memory):
+def made(memory, values=(1.0, 1.0, 2.0)):
     backend = get("torch")
     with backend.reusing(memory):
-        return backend.constants([1.0, 1.0, 2.0], torch.float32, torch.ones(1))
+        return backend.constants(values, torch.float32, torch.ones(1))
 
 
 def test_they_are_made_once():
@@ -66,3 +66,13 @@ def test_no_step_writes_to_them(name, monkeypatch):
         torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
     if name == "LoRARite":  # or nothing has been looked at
         assert sum(len(arena.constants) for arena in arenas) > 1
+
+
+def test_a_schedule_of_betas_keeps_a_bounded_number(monkeypatch):
+    """As OneCycleLR has one by default; the others are made in each step."""
+    monkeypatch.setattr(_torch_cpu, "MOST_CONSTANTS", 3)
+    memory = {}
+    kept = [made(memory, [float(i)]) for i in range(5)]
+    assert [x.item() for x in kept] == [0, 1, 2, 3, 4]
+    assert len(memory["arena"].constants) == 3
+    assert [made(memory, [float(i)]) is x for i, x in enumerate(kept)] == [True] * 3 + [False] * 2

@@ -82,7 +82,7 @@ def test_scaled_sgd_equals_the_functional_method(flags):
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_layers_in_portions_equal_the_functional_method(name, monkeypatch):
+def test_layers_in_batches_equal_the_functional_method(name, monkeypatch):
     """Each pair a portion of its own, read and written where it is, in memory that all share."""
     monkeypatch.setattr(method_batch, "PORTION", 1)
     model = make_model(dtype=torch.float64, bias=False)

@@ -166,6 +166,16 @@ def test_a_saved_state_keeps_its_seed():
 
 
 @make
+def test_the_seed_may_be_set_as_a_number(make):
+    model = make_model(dtype=torch.bfloat16, bias=False)
+    optimizer = make(model)
+    train(model, optimizer, 2)
+    optimizer.param_groups[0]["rounded"] = 7
+    train(model, optimizer, 2)
+    assert optimizer.param_groups[0]["rounded"] == 9
+
+
+@make
 def test_resume_is_bit_exact(make, tmp_path):
     model = make_model(dtype=torch.bfloat16, bias=False)
     optimizer = make(model, stochastic_rounding=True)

@@ -78,17 +78,19 @@ def signature(
     pairs: Iterable[TensorPair], groups: Iterable[dict[str, Any]], own: Sequence[str]
 ) -> tuple[Any, ...]:
     """Inputs of a plan, which is rebuilt when they change; `own` are names of options."""
-    seen = []
+    seen: list[Any] = []
     for p in params_of(pairs):
         grad = p.grad
         layout = 0 if grad is None else grad.layout
         address = p.data_ptr() or local(p).data_ptr()  # a DTensor returns 0
         seen.append((address, p.shape, p.stride(), p.dtype, type(grad), layout, p.requires_grad))
     # What decides which kernel there is, in which memory, and of which state.
-    names, settings = (*own, "amsgrad", "capturable", "foreach", "fused"), []
+    names = (*own, "amsgrad", "capturable", "foreach", "fused")
+    settings: list[Any] = []
     for group in groups:
         lr, numbers = group.get("lr"), map(group.get, ("momentum", "weight_decay", "eps"))
-        settings += [id(group), len(group["params"]), *map(group.get, names)]
+        settings += [id(group), id(group.get("rounded")), len(group["params"])]
+        settings += map(group.get, names)
         settings.append(isinstance(lr, Tensor) and lr.device.type == "cpu")
         for x in (*numbers, *group.get("betas", ())):  # a tensor's value is not asked for
             settings.append(x.device.type if isinstance(x, Tensor) else x == 0)

@@ -25,7 +25,7 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_norm_is_of_all_pairs_however_many_are_stepped_at_once(name, monkeypatch):
-    """Portions of one pair each against the pure step of the whole model."""
+    """Batches of one pair each against the pure step of the whole model."""
     monkeypatch.setattr(method_batch, "PORTION", 1)
     method, options = METHODS[name]
     model = make_model(bias=False, dtype=torch.float64)
