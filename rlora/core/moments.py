@@ -227,7 +227,7 @@ def corrected_decays(backend: Backend, rates: Sequence[float], count: Array) -> 
     numbers += [(1 - b) / b if b > TINY else math.inf for b in rates]
     constants = backend.constants(numbers, count.dtype, count)
     constants = xp.reshape(constants, (2, -1, *[1] * count.ndim))
-    decays = _decay(xp, count, constants[0, ...], constants[1, ...])
+    decays = _decay(xp, count[None, ...], constants[0, ...], constants[1, ...])
     return [decays[i, ...] for i in range(len(rates))]
 
 
