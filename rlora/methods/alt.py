@@ -156,7 +156,7 @@ def alt_lora(
     moves every time. Undamped, the product follows the same path however it is split, where r is at
     most m and n. There is no bias correction. The old factors are not stored, only ``B_oldᵀ B``,
     which `transport` writes down. The paper's damping is 1e-6, absolute; the authors' code corrects
-    the first moment's bias, and in AltLoRA+ carries no moment to the new factors.
+    the first moment's bias, and in AltLoRA+ stores that moment without carrying it along.
 
     References
     ----------

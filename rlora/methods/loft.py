@@ -20,7 +20,7 @@ from rlora.core.linalg import (
     record_turn,
     to_new_coordinates,
 )
-from rlora.core.moments import corrected_decay, counts, each, over, per_pair, small_zeros, zeros
+from rlora.core.moments import corrected_decays, counts, each, over, per_pair, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, chain
 from rlora.core.turns import First, decay_in_turn, turns_of
@@ -118,11 +118,11 @@ def averages(
     counts: Factors,
 ) -> tuple[Factors, Factors]:
     """Both moments without bias: of a partner that has turned, carried along."""
-    xp, matmul = group.xp, group.backend.matmul
+    matmul = group.backend.matmul
     mu, rows = [], []
     sides = zip(old, to_new, nu, g, in_rows(g), strict=True)
     for (m, turn, C, x, v), count in zip(sides, counts, strict=True):
-        d1, d2 = (each(corrected_decay(xp, b, count)) for b in rates)
+        d1, d2 = map(each, corrected_decays(group.backend, rates, count))
         turn, d2 = turn[..., None, :, :], d2[..., None]
         mu.append(d1 * m + (1 - d1) * x)
         rows.append(d2 * matmul(matmul(turn, C), turn.mT) + (1 - d2) * products(v))

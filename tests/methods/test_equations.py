@@ -418,6 +418,36 @@ def test_muon_moves_the_weight_by_half_its_learning_rate_twice(condition, s):
         assert sigma[3] < 1e-12
 
 
+def test_muon_bounds_the_weights_step_to_first_order():
+    """From B = 0 the first step moves B alone; the product of both moves is in the second one."""
+    problem = make_problem(20, 16, 3, zero_B=True)
+    pair, method, lr = problem.params, rlora.lora_muon(), 1e-3
+    state, moves = method.init(pair, problem.scaling), []
+    for _ in range(2):
+        new, state = rlora.step(method, pair, problem.grads(pair), state, lr)
+        moves.append(problem.scaling * np.linalg.norm(new.B @ new.A - pair.B @ pair.A, 2) / lr)
+        pair = new
+    assert moves[0] <= 1 + EXACT
+    assert 1.1 < moves[1] < 1.5
+
+
+@pytest.mark.parametrize("r", [4, 64])
+@pytest.mark.parametrize("share, moves", [(0.8, 0.0), (1.3, 1.0)])
+def test_muon_leaves_out_directions_by_the_rounding_of_the_factors(share, moves, r):
+    """Beside ``(10 r eps)^½`` of the root mean square, whose rounding is a tenth of it squared."""
+    rng = np.random.default_rng(14)
+    U, V = frame(rng, r, r), frame(rng, 100, r)
+    sigma = np.ones(r)
+    rms = ((r - 1) / r) ** 0.5  # without what the weak direction adds
+    sigma[-1] = share * (10 * r * np.finfo("float32").eps) ** 0.5 * rms
+    grads = Factors(((U * sigma) @ V.T).astype("float32"), np.zeros((100, r), "float32"))
+    pair = Factors(*(rng.normal(size=x).astype("float32") for x in ((r, 100), (100, r))))
+    method = rlora.factor_muon()
+    D = method.update(grads, method.init(pair), pair)[0].A
+    sizes = np.diag(U.T @ D @ V)
+    assert sizes[-1] / sizes[0] == pytest.approx(moves, abs=0.05)
+
+
 def test_muon_decays_the_product_once():
     """Exactly, with the move in between: ``(1 - lr λ) B A - lr (B D_A + D_B A) + lr² D_B D_A / (1 -
     lr λ)``; and without a gradient there is no move."""

@@ -145,6 +145,8 @@ def gauge(kind, r, rng):
     if kind == "triangular":  # of positive diagonal, up to signs
         L = np.tril(rng.normal(size=(r, r)), -1) + np.diag(np.geomspace(0.2, 5, r))
         return L * rng.choice([-1.0, 1.0], size=r)
+    if kind == "diagonal":
+        return np.diag(np.geomspace(5, 0.1, r))
     P = np.linalg.qr(rng.normal(size=(r, r)))[0]
     return Q @ np.diag(np.geomspace(1, 50, r)) @ P
 
@@ -205,6 +207,14 @@ def test_half_powers_see_no_triangular_change_of_basis(damping, monkeypatch):
     assert deviation(method, "triangular", lr=0.02) < 1e-8
     with_eigenvalues = rlora.scaled_adamw(damping=damping, placement="after")
     assert deviation(with_eigenvalues, "triangular", lr=0.02) > 0.1
+
+
+def test_prodigy_sees_no_scalings_of_directions_but_other_triangular_changes(monkeypatch):
+    """But for the least damping again. What it takes for noise is by entries, in no basis."""
+    monkeypatch.setattr(placements, "LEAST", 1e-12)
+    method = rlora.scaled_prodigy(eps=0.0)
+    assert deviation(method, "diagonal", lr=1.0) < 1e-5
+    assert deviation(method, "triangular", lr=1.0) > 1e-2
 
 
 @pytest.mark.parametrize("name, method, kind", NOT_INVARIANT, ids=lambda v: str(v)[:20])
