@@ -118,7 +118,9 @@ SAMPLE = 64
 
 
 def are_within(X: Sequence[Tensor], low: float, high: float) -> bool:
-    """`Backend.within` of plain tensors (..., r, n)."""
+    """`Backend.within`: known of plain tensors (..., r, n) alone."""
+    if not is_plain(*X):
+        return False
     for x in X:
         ends = torch.aminmax(x)  # in one pass; NumPy reads without an operation of torch
         peak = max(-float(ends.min.numpy()), float(ends.max.numpy()))

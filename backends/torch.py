@@ -46,6 +46,11 @@ from ._torch_stacks import (
     views,
 )
 
+WIDE = {
+    **dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), torch.float32),
+    torch.float64: torch.float64,
+}
+
 
 class TorchBackend(Backend):
     """The operations that torch does faster than the generic class."""
@@ -90,8 +95,7 @@ class TorchBackend(Backend):
     ) -> list[Array]:
         return self._apply(P, tall, workspace, "right", onto, keep)
 
-    def within(self, X: Tall, low: float, high: float) -> bool:
-        return is_plain(*X) and are_within(X, low, high)
+    within = staticmethod(are_within)
 
     def piece(self, like: Array) -> int:
         return IN_CACHE if is_eager_cpu(like) else AT_ONCE
@@ -240,6 +244,10 @@ class TorchBackend(Backend):
 
     def reusing(self, workspace: Workspace) -> AbstractContextManager[None]:
         return nullcontext() if torch.compiler.is_compiling() else reusing(workspace)
+
+    def compute_dtype(self, dtype: Any, wanted: str | None = None) -> Any:
+        known = WIDE.get(dtype) if wanted is None else None  # instead of taking names apart
+        return known or super().compute_dtype(dtype, wanted)
 
     def address(self, x: Array) -> int:
         plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type != "meta"

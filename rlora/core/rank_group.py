@@ -145,7 +145,9 @@ class RankGroup:
     def unstack(self, S: Stack) -> list[Factors]:
         """The inverse of `stack`."""
         A, B = zip(*self.params, strict=True)
-        pieces = self.backend.unstack(self.backend.cast(S, self.wide), [*A, *B])
+        if S.dtype != self.wide:
+            S = self.backend.cast(S, self.wide)
+        pieces = self.backend.unstack(S, [*A, *B])
         return list(map(Factors, pieces[: len(A)], pieces[len(A) :]))
 
     def multipliers(self, P: Stack) -> list[Factors]:

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import rlora.torch
@@ -10,14 +11,14 @@ import rlora.torch
 OURS = Path(rlora.torch.__file__).parents[1], Path(rlora.__file__).parents[1] / "backends"
 
 
-def walk_of(count):
+def walk_of(kind, count):
     """Python calls in our own files, and the files, of the third step of so many equal pairs."""
     pairs = [
         (torch.randn(4, 40, requires_grad=True), torch.randn(60, 4, requires_grad=True))
         for _ in range(count)
     ]
     params = [p for pair in pairs for p in pair]
-    optimizer = rlora.torch.ScaledAdamW(params, lr=1e-2, pairs=pairs)
+    optimizer = kind(params, lr=1e-2, pairs=pairs)
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer.step()
@@ -38,15 +39,20 @@ def walk_of(count):
     return len(own), {path.name for path in own}
 
 
-def test_a_step_of_three_pairs():
+@pytest.mark.parametrize(
+    ("kind", "most_calls", "most_files"),
+    [(rlora.torch.ScaledAdamW, 110, 12), (rlora.torch.LoRARite, 250, 25)],
+)
+def test_a_step_of_three_pairs(kind, most_calls, most_files):
     """Comprehensions and lambdas, which some versions of Python count as calls, are left out."""
-    calls, files = walk_of(3)
-    assert 50 < calls <= 110, calls
-    assert len(files) <= 12, sorted(files)
+    calls, files = walk_of(kind, 3)
+    assert 50 < calls <= most_calls, calls
+    assert len(files) <= most_files, sorted(files)
 
 
-def test_more_pairs_of_one_shape_take_the_same_way():
-    few, files = walk_of(3)
-    many, same = walk_of(24)
+@pytest.mark.parametrize("kind", [rlora.torch.ScaledAdamW, rlora.torch.LoRARite])
+def test_more_pairs_of_one_shape_take_the_same_way(kind):
+    few, files = walk_of(kind, 3)
+    many, same = walk_of(kind, 24)
     assert many <= 2 * few
     assert same == files
