@@ -307,7 +307,7 @@ def test_the_guard_sees_what_it_should():
     text = "class BundleOf:\n    def races_of(wings): 'a plain\n step'  # the verbs"
     assert words_gone(Path("x.py"), text) == ["race", "wing", "verb", "bundle", "plain step"]
     assert words_gone(Path("x.md"), "a trace, embed, uplink, wingspan, cross-link") == []
-    assert "rlora.core.linalg" in set(imports("rlora.methods.scaled"))
+    assert "rlora.core.metric" in set(imports("rlora.methods.scaled"))
     assert "torch" in set(imports("rlora.torch.step.plan"))
     assert len(MODULES) > 15
 

@@ -10,7 +10,7 @@ import rlora
 from rlora import Factors
 from rlora.cli.chart import Curve, Panel
 from rlora.core.factors import Array
-from rlora.core.linalg import DampingMode
+from rlora.core.metric import DampingMode
 
 from .claim import Check, Claim, Outcome, Setting, lines
 from .papers import PRECONDITIONED

@@ -14,7 +14,7 @@ import rlora
 from rlora import Factors, Transform
 from rlora.cli.chart import Panel
 from rlora.core.factors import Array
-from rlora.core.placement import Placement
+from rlora.core.metric import Placement
 
 from .claim import Check, Claim, Outcome, Setting, lines
 from .papers import LORA_PLUS, PRECONDITIONED

@@ -13,8 +13,8 @@ import numpy as np
 import rlora
 from rlora import Transform
 from rlora.cli.chart import Curve, Panel
+from rlora.core.metric import Placement
 from rlora.core.moments import scale_by_adam
-from rlora.core.placement import Placement
 
 from .claim import Check, Claim, Outcome, Setting
 from .digits import Numbers, Task, make_task

@@ -4,20 +4,13 @@ The metric of A is made of ``Bᵀ B`` and the other way round, so everything her
 ``Factors``: first the member that acts on A, then the one that acts on B.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-from rlora.core.algebra import traces
 from rlora.core.backend import Backend, Workspace
-from rlora.core.factors import Array, Factors, indices_by_rank
-from rlora.core.linalg import DampingMode, inverse_metric, metric_half
+from rlora.core.factors import Factors, indices_by_rank
+from rlora.core.metric import DampingMode, Placement, Sizes, split_power
 from rlora.core.rank_group import RankGroup, Stack
-
-Placement = Literal["before", "after", "both"]
-
-Sizes: TypeAlias = Sequence[tuple[int, int]]
-"""(m, n) of every pair."""
 
 
 class Preconditioners(NamedTuple):
@@ -55,7 +48,7 @@ def preconditioners(
         and S_A as it is for B, which transforms as S_B does and so keeps the invariance: δ is then
         compared with the squared singular values of BA.
     placement : {"before", "after", "both"}
-        See `split_power`.
+        See `rlora.core.metric.split_power`.
     compute_dtype : {None, "float32", "float64"}
         Precision of Grams and powers; the result comes in the parameters' own, at least float32.
     """
@@ -131,71 +124,6 @@ def gram_powers(
     return Preconditioners(
         None if placement == "after" else first, None if placement == "before" else second
     )
-
-
-LEAST = 1e-6
-"""The least relative damping behind an entrywise method: it keeps what rounding leaves of a null
-space far below the damping, so that the filter finds it."""
-
-
-def split_power(
-    group: RankGroup,
-    S: Stack,
-    sizes: Sizes,
-    placement: Placement,
-    damping: float,
-    damping_mode: DampingMode,
-    rate: Array | float = 1.0,
-) -> tuple[Stack | None, Stack | None]:
-    """``H⁻¹`` before an entrywise method, after it, or in halves on both sides of it.
-
-    The halves are ``P`` before and ``c Pᵀ F⁴`` behind, with triangular P, ``Pᵀ P = H⁻¹``, and
-    ``F = P S Pᵀ``, where S is the undamped Gram of the partner: its eigenvalues are
-    ``s / (s + damping)``, with covariant damping ``σ² / (σ² + δ)`` for the singular values σ of
-    BA. An entrywise method fills directions of the partner's null space, and Pᵀ would
-    multiply what has no effect on the product by ``damping^-½`` at each step; F leaves it out.
-    After it alone, ``c H⁻¹ (S H⁻¹)⁴``.
-
-    The number ``c = (m / n)^¼`` for A and its inverse for B: an entrywise direction has about one
-    unit in each entry, so that the halves would move BA by ``√n`` and ``√m`` in each direction of
-    rank, and the larger factor would drift away under noise. With c both move it by ``(m n)^¼``.
-
-    Parameters
-    ----------
-    group : RankGroup
-        The pairs.
-    S : Stack
-        Grams of the partners.
-    sizes : sequence of (int, int)
-        The m and n of the group's pairs.
-    placement, damping, damping_mode
-        As `preconditioners` has them.
-    rate : float or array
-        A number by which the second result is multiplied, such as the learning rate.
-
-    Returns
-    -------
-    first, second : Stack or None
-        None for the identity.
-    """
-    if placement == "before":
-        return inverse_metric(group, S, damping, damping_mode, sizes=sizes), None
-    xp, matmul, both = group.xp, group.backend.matmul, placement == "both"
-    if both:
-        P = metric_half(group, S, damping, damping_mode, LEAST)
-    else:
-        P = inverse_metric(group, S, damping, damping_mode, LEAST, sizes)
-    if not group.backend.within([S], 0.0, math.inf):
-        # A Gram that has overflowed has P = 0, and 0 times inf would be NaN.
-        live = traces(xp, P) != 0
-        S = xp.where(live, S, xp.zeros_like(P))
-    transposed = P.mT
-    F = matmul(S, transposed)
-    F = matmul(P, F) if both else F
-    F = matmul(F, F)
-    second = matmul(transposed, matmul(F, F))
-    c = group.constant([((m / n) ** 0.25, (n / m) ** 0.25) for m, n in sizes])
-    return (P if both else None), rate * c * second
 
 
 def precondition(

@@ -11,15 +11,8 @@ from rlora.core.checks import check_nonnegative, check_unit, hyperparameters, is
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, in_pairs, map_pairs
-from rlora.core.linalg import (
-    DampingMode,
-    add,
-    check_damping,
-    inverse_metric,
-    one_more,
-    symmetric,
-    tangent,
-)
+from rlora.core.linalg import add, one_more, symmetric, tangent
+from rlora.core.metric import DampingMode, check_damping, inverse_metric
 from rlora.core.moments import corrected_decay, counts, momentum, over, per_pair
 from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.sizes import into_range
@@ -172,7 +165,7 @@ def weighted_tangent(
     weights : sequence of Factors
         The diagonals of R^½, (..., n), and L^½, (..., m).
     damping, damping_mode
-        Of S_A and S_B, see `rlora.core.linalg.inverse_metric`.
+        Of S_A and S_B, see `rlora.core.metric.inverse_metric`.
     """
     matmul = group.backend.matmul
     weighted = [

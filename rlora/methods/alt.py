@@ -8,14 +8,8 @@ from typing import NamedTuple
 
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters
 from rlora.core.factors import Array, Factors, Tree
-from rlora.core.linalg import (
-    DampingMode,
-    check_damping,
-    inverse_metric,
-    no_turn,
-    record_turn,
-    to_new_coordinates,
-)
+from rlora.core.linalg import no_turn, record_turn, to_new_coordinates
+from rlora.core.metric import DampingMode, check_damping, inverse_metric
 from rlora.core.moments import each, per_pair, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, chain

@@ -11,7 +11,7 @@ from rlora.core.decay import Decay, decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
 from rlora.core.inner import only
-from rlora.core.linalg import DampingMode, check_damping, frozen_powers
+from rlora.core.metric import DampingMode, check_damping, frozen_powers
 from rlora.core.moments import EpsForm, over, per_pair, scale_by_adam
 from rlora.core.placement import precondition
 from rlora.core.transform import State, Transform, chain, one_side

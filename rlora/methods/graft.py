@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rlora.core.checks import hyperparameters
 from rlora.core.decay import add_decayed_weights
 from rlora.core.factors import Factors, Tree
-from rlora.core.linalg import inverse_metric
+from rlora.core.metric import inverse_metric
 from rlora.core.moments import keep_scaling, scale_by_adam
 from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.transform import State, Transform, chain, check_transform, no_state

@@ -11,15 +11,8 @@ from rlora.core.algebra import ROUNDING
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, map_pairs
-from rlora.core.linalg import (
-    DampingMode,
-    check_damping,
-    inverse_metric,
-    no_turn,
-    one_more,
-    record_turn,
-    to_new_coordinates,
-)
+from rlora.core.linalg import no_turn, one_more, record_turn, to_new_coordinates
+from rlora.core.metric import DampingMode, check_damping, inverse_metric
 from rlora.core.moments import corrected_decays, counts, each, over, per_pair, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, chain

@@ -21,15 +21,8 @@ from rlora.core.factors import (
     map_pairs,
     rebuild,
 )
-from rlora.core.linalg import (
-    DampingMode,
-    add,
-    check_damping,
-    inverse_metric,
-    one_more,
-    scale,
-    tangent,
-)
+from rlora.core.linalg import add, one_more, scale, tangent
+from rlora.core.metric import DampingMode, check_damping, inverse_metric
 from rlora.core.moments import counts, each, keep_scaling, over, per_pair, zeros
 from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.sizes import into_range

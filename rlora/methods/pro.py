@@ -10,13 +10,8 @@ from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyper
 from rlora.core.decay import add_decayed_weights, decay_product
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, device_of, map_pairs
-from rlora.core.linalg import (
-    DampingMode,
-    check_damping,
-    inverse_metric,
-    sylvester_spd,
-    tangent,
-)
+from rlora.core.linalg import sylvester_spd, tangent
+from rlora.core.metric import DampingMode, check_damping, inverse_metric
 from rlora.core.moments import (
     adam_step,
     each,

@@ -19,7 +19,7 @@ from rlora.core.factors import (
     rebuild,
     where_moving,
 )
-from rlora.core.linalg import DampingMode, check_damping
+from rlora.core.metric import DampingMode, check_damping
 from rlora.core.moments import AdamState, each, per_pair, scale_by_adam, zeros
 from rlora.core.placement import precondition, preconditioners
 from rlora.core.transform import State, Transform, chain

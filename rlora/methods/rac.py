@@ -20,12 +20,7 @@ from rlora.core.factors import (
     rebuild,
 )
 from rlora.core.inner import only
-from rlora.core.linalg import (
-    DampingMode,
-    Side,
-    check_damping,
-    frozen_powers,
-)
+from rlora.core.metric import DampingMode, Side, check_damping, frozen_powers
 from rlora.core.moments import keep_scaling, over, scale_by_adam
 from rlora.core.placement import precondition
 from rlora.core.transform import State, Transform, chain, one_side

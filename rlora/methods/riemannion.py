@@ -14,7 +14,8 @@ from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.decay import remaining
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, device_of, leaves_of, map_leaves, map_pairs
-from rlora.core.linalg import add, inverse_metric, scale, tangent
+from rlora.core.linalg import add, scale, tangent
+from rlora.core.metric import inverse_metric
 from rlora.core.moments import zeros
 from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, apply_updates, chain

@@ -11,7 +11,7 @@ from rlora.core.checks import hyperparameters, keeps
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, counterparts, leaves_of, pairs_of, rebuild
-from rlora.core.linalg import DampingMode, check_damping, frozen_powers
+from rlora.core.metric import DampingMode, check_damping, frozen_powers
 from rlora.core.moments import over, per_pair, scale_by_adam
 from rlora.core.placement import preconditioners
 from rlora.core.transform import State, Transform, chain, no_state, pass_on

@@ -11,9 +11,9 @@ from rlora.core.decay import Decay, add_decayed_weights, decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
 from rlora.core.factors import Factors, Tree, leaves_of, pairs_of, rebuild
-from rlora.core.linalg import DampingMode, check_damping
+from rlora.core.metric import DampingMode, Placement, check_damping
 from rlora.core.moments import EpsForm, momentum as add_momentum, scale_by_adam
-from rlora.core.placement import Placement, precondition, preconditioners
+from rlora.core.placement import precondition, preconditioners
 from rlora.core.transform import Order, State, Transform, chain, no_state, pass_on
 
 PEFT: Final[dict[str, Any]] = {
@@ -61,7 +61,7 @@ def scale_by_gram(
 
     with ``S_A = A Aᵀ``, ``S_B = Bᵀ B``, triangular P, ``Pᵀ P = H⁻¹``, and ``F = P S Pᵀ``, which
     leaves out what the partner has no mass in; c evens out the sides of the weight: see
-    `rlora.core.placement.split_power`.
+    `rlora.core.metric.split_power`.
 
     Parameters
     ----------

@@ -10,7 +10,7 @@ import optax
 
 from rlora.core.checks import checked_rate
 from rlora.core.factors import Array, Factors, map_leaves
-from rlora.core.linalg import DampingMode
+from rlora.core.metric import DampingMode
 from rlora.core.step import step
 from rlora.core.transform import State, Transform, check_transform
 from rlora.methods.scaled import scale_by_gram as core_scale_by_gram

@@ -195,7 +195,7 @@ def test_transported_moments_do_not_drift(name):
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("float64", 1e-13)])
 def test_bases_stay_orthonormal(dtype, bound):
     """``S^-½ F`` is what LoRA-RITE measures in: its rows after 10 000 steps, made anew each time."""
-    from rlora.core.linalg import frozen_powers
+    from rlora.core.metric import frozen_powers
 
     problem = make_problem(40, 30, 4, seed=8).on(get("numpy"), dtype)
     params, _ = run(method("lora_rite"), problem, steps=10_000, lr=1e-3)

@@ -5,7 +5,7 @@ import pytest
 
 import rlora
 from rlora.backends import get
-from rlora.core.placement import split_power
+from rlora.core.metric import split_power
 from rlora.core.rank_group import RankGroup
 from rlora.testing import assert_close, make_problem, run
 from rlora.testing.growth import Case, _nearest, adamw, growth, growths

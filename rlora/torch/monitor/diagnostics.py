@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from rlora.core.diagnostics import Damping, gram_figures
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
-from rlora.core.linalg import DampingMode
-from rlora.core.placement import LEAST
+from rlora.core.metric import LEAST, DampingMode
 from rlora.torch.monitor.run_warnings import peaks, state_peaks, warn_of_nan
 from rlora.torch.monitor.snapshot import Watch, lost, read, refuse_shards
 from rlora.torch.pairing.base_weights import plain_weight

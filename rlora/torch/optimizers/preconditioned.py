@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rlora.core.checks import check_betas, check_choice, check_unit
-from rlora.core.linalg import DampingMode, check_damping
-from rlora.core.placement import Placement
+from rlora.core.metric import DampingMode, Placement, check_damping
 from rlora.core.transform import Order
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.optimizers.state_entries import ELEMENTWISE, OF_METHODS, Shapes

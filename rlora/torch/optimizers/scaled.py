@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from rlora.core.checks import check_betas
-from rlora.core.linalg import DampingMode
-from rlora.core.placement import Placement
+from rlora.core.metric import DampingMode, Placement
 from rlora.core.transform import Order
 from rlora.torch.optimizers.preconditioned import GramPreconditioned
 from rlora.torch.pairing.discovery import Pairs

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlora.core.backend import LARGE, Backend, Workspace
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Factors
-from rlora.core.placement import split_power
+from rlora.core.metric import split_power
 from rlora.core.rank_group import RankGroup
 from rlora.torch.pairing.pairs import TensorPair
 from rlora.torch.step.kernels import Number, check_capture, counter_dtype
