@@ -186,8 +186,10 @@ def test_known_layers_and_names_of_ones_own():
     experts = Layout("(e r) n", "m (r e)", sizes={"e": 2})
     (pair,) = find_pairs(named, known={"q": experts})
     assert (pair.shape_a, pair.shape_b) == ((2, 4, 20), (2, 30, 4))
-    refused = find_pairs(named, known={"q": "a ReLU stands between"}).refused
-    assert refused["q.lora_A"] == "a ReLU stands between"
+    report = find_pairs(named, known={"q": "a ReLU stands between"})
+    assert report.refused["q.lora_A"] == "a ReLU stands between"
+    assert "refused, unless frozen, is updated without preconditioning" in str(report)
+    assert "refused, " not in str(find_pairs(named, known={"q": experts}))
     unsolved = find_pairs(named, known={"q": Layout("(e r) n", "m (r e)")}).refused
     assert "size of e or r is not known" in unsolved["q.lora_A"]
     (given,) = find_pairs(named, pairs=[("q.lora_A", "q.lora_B", experts)])

@@ -106,6 +106,8 @@ class PairReport:
         if self.frozen:
             lines.append(f"  frozen, so not updated: {first_of(self.frozen)}")
         lines += [f"  refused {name}: {why}" for name, why in self.refused.items()]
+        if self.refused:
+            lines.append("  what is refused, unless frozen, is updated without preconditioning")
         lines += [f"  tied {name}: updated with {twin}" for name, twin in self.tied.items()]
         return "\n".join(lines)
 
