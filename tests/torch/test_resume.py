@@ -202,6 +202,22 @@ def test_names_that_are_new_throughout_go_by_place():
     compare(loaded, model, part, origin)
 
 
+@pytest.mark.parametrize(
+    "wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"]
+)
+def test_wrappers_of_single_layers_are_no_part_of_names(wrapper):
+    """As of a layer that is compiled: its factors keep their state, in any order, and no warning."""
+    origin, model = square_model(), square_model(seed=1)
+    saved = ScaledAdamW(origin)
+    run(origin, saved)
+    inside = [(name.replace("q.", f"q.{wrapper}."), p) for name, p in named(model)]
+    assert sum(wrapper in name for name, _ in inside) == 2
+    for order in (inside, inside[::-1]):
+        loaded = ScaledAdamW(order)
+        loaded.load_state_dict(saved.state_dict())
+        compare(loaded, model, saved, origin)
+
+
 def test_equal_names_in_two_groups():
     """Told apart by the group, in another order within it."""
     origins, models = ([square_model(seed=i) for i in (k, k + 1)] for k in (0, 2))

@@ -5,6 +5,7 @@ place alone. Here names go first; without any, or where none is known, the place
 groups differ too, the shapes of the saved moments.
 """
 
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence, Set
@@ -19,6 +20,9 @@ from rlora.torch.optimizers.state_entries import ELEMENTWISE
 Groups = Sequence[Mapping[str, Any]]
 Key = Hashable
 """A name, or a name and the number of its group where several groups have it."""
+
+WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+"""The parts that torch puts into names where a module is compiled, checkpointed or sharded."""
 
 
 def as_groups_are(saved: dict[str, Any], groups: Groups, names: Sequence[str | None]) -> Any:
@@ -95,7 +99,11 @@ def _warn_of_other_names(mine: Sequence[Key], keys: Sequence[Key], common: Set[K
 
 
 def keys_of(names: Sequence[Sequence[str | None]]) -> list[Key]:
-    """Unique keys of the named parameters of all groups; None for those without a name."""
+    """Unique keys of the named parameters of all groups; None for those without a name.
+
+    A layer is the same one in a wrapper of torch, as `torch.compile` puts around single layers.
+    """
+    names = [[name and WRAPPERS.sub("", name) for name in group] for group in names]
     count = Counter(name for group in names for name in group)
     return [
         name if name is None or count[name] == 1 else (i, name)
