@@ -122,6 +122,25 @@ def test_a_scaling_that_is_changed_counts_from_the_next_step(name):
 
 
 @METHODS
+def test_a_pair_that_is_moved_to_another_group_has_the_scaling_of_that(name):
+    def run(*, moved):
+        named = layers(2)
+        groups = [{"params": named[:2], "scaling": 1.0}, {"params": named[2:], "scaling": 4.0}]
+        optimizer = getattr(rlora.torch, name)(groups, lr=1e-2)
+        train(optimizer, named, range(2))
+        one, other = optimizer.param_groups
+        if moved:
+            one["params"], other["params"] = [], [*other["params"], *one["params"]]
+        else:
+            one["scaling"] = 4.0
+        train(optimizer, named, range(2, 5))
+        return named
+
+    for (_, p), (_, q) in zip(run(moved=True), run(moved=False), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)  # on one stack, or on two
+
+
+@METHODS
 def test_a_scaling_out_of_range_is_refused_before_anything_moves(name):
     named = layers(2)
     optimizer = getattr(rlora.torch, name)(named, lr=1e-2, scaling=1.0)

@@ -46,7 +46,7 @@ class MethodOptimizer(LoRAOptimizer):
 
     _extra = (*LoRAOptimizer._extra, "_scalings")
     _scalings: list[float | None]
-    """The `scaling` of each group that the state follows."""
+    """The `scaling` of the group of each pair that the state follows."""
 
     def __init__(
         self,
@@ -81,7 +81,8 @@ class MethodOptimizer(LoRAOptimizer):
             fused=fused,
             **plain,
         )
-        self._scalings = _check_scalings(self.param_groups)
+        _check_scalings(self.param_groups)
+        self._scalings = self._scalings_given(self._pairs)
         self._check_rates_of_rest()
         without = options.get("adam") is False  # a method with Adam on request: betas do nothing
         for name in MOMENTUM if without else MOMENTUM - known.keys():
@@ -158,7 +159,7 @@ class MethodOptimizer(LoRAOptimizer):
     def _turns(self, pairs: list[TensorPair]) -> list[Turn]:
         self._check_rates_of_rest()
         # Here, as everything else that may refuse the step has been checked.
-        if [group["scaling"] for group in self.param_groups] != self._scalings:
+        if self._scalings_given(pairs) != self._scalings:
             self._follow_scalings(pairs)
         work = steps_of_method(for_its_plans(self), pairs)
         if not torch.compiler.is_compiling():  # momentum that was switched off does not come back
@@ -253,12 +254,15 @@ class MethodOptimizer(LoRAOptimizer):
         self._pairs, self._plans = pairs, None
         self._follow_scalings(pairs)
 
-    def _follow_scalings(self, pairs: Iterable[TensorPair]) -> None:
-        """Put the s of groups, else of layers, into the state: it is no memory of training."""
-        self._scalings = _check_scalings(self.param_groups)
+    def _scalings_given(self, pairs: Iterable[TensorPair]) -> list[float | None]:
         group_of = groups_by_id(self.param_groups)
-        for pair in pairs:
-            given = self.param_groups[group_of[id(pair.A)]].get("scaling")
+        return [self.param_groups[group_of[id(pair.A)]].get("scaling") for pair in pairs]
+
+    def _follow_scalings(self, pairs: Sequence[TensorPair]) -> None:
+        """Put the s of groups, else of layers, into the state: it is no memory of training."""
+        _check_scalings(self.param_groups)
+        self._scalings = self._scalings_given(pairs)
+        for pair, given in zip(pairs, self._scalings, strict=True):
             s = pair.scaling if given is None else given
             if s is None:
                 continue
@@ -282,13 +286,11 @@ _without_graph: Any = torch.compiler.disable  # which has no types
 _eager_step = _without_graph(LoRAOptimizer.step)
 
 
-def _check_scalings(groups: Iterable[Mapping[str, Any]]) -> list[float | None]:
-    """The `scaling` of each group; ValueError or TypeError where one is out of its range."""
-    scalings = [group.get("scaling") for group in groups]
-    for s in scalings:
+def _check_scalings(groups: Iterable[Mapping[str, Any]]) -> None:
+    """ValueError or TypeError where the `scaling` of a group is out of its range."""
+    for s in (group.get("scaling") for group in groups):
         if s is not None:
             check_scaling(s)
             if float(s) > torch.finfo(torch.float32).max:
                 msg = f"scaling {s!r} is above what float32 holds; give a smaller s"
                 raise ValueError(msg)
-    return scalings
