@@ -5,6 +5,7 @@ The oracle is a run without the checkpoint, or torch's AdamW.
 
 import copy
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -421,3 +422,23 @@ def test_an_adapter_of_a_later_layer_has_the_layout_and_s_that_the_layer_says(ho
     for x, y in zip(*ends, strict=True):
         # float32; stacks of other sizes are summed in another order.
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+@ALL
+def test_a_copy_after_other_parameters_have_come_into_the_groups(name, way):
+    """Libraries put other tensors, with the state, in the places of parameters."""
+    named = layers(2)
+    optimizer = getattr(rlora.torch, name)(named, lr=1e-2)
+    train(optimizer, named, range(2))
+    group = optimizer.param_groups[0]
+    for i, (n, p) in enumerate(named):
+        group["params"][i] = q = nn.Parameter(p.detach().clone())
+        if p in optimizer.state:
+            optimizer.state[q] = optimizer.state.pop(p)
+        named[i] = n, q
+    clone = copy.deepcopy if way == "deepcopy" else lambda x: pickle.loads(pickle.dumps(x))
+    copied, twins = clone((optimizer, named))
+    train(optimizer, named, [2, 3])
+    train(copied, twins, [2, 3])
+    assert same(named, twins)

@@ -15,6 +15,7 @@ from rlora.pairing.report import number_of
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.optimizers.state_entries import ELEMENTWISE, Shapes, in_use, words_of_methods
 from rlora.torch.pairing.discovery import Pairs, without_middles
+from rlora.torch.pairing.following import pairs_of_copy
 from rlora.torch.pairing.modules import scalings_in
 from rlora.torch.pairing.pairs import TensorPair, groups_by_id, is_distributed, params_of
 from rlora.torch.step.dtensors import cut_as
@@ -274,7 +275,7 @@ class MethodOptimizer(LoRAOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The parent would look for its own entries in the state of the pairs.
-        pairs = state["_pairs"] if "_pairs" in state else self._current_pairs()
+        pairs = pairs_of_copy(state) if "_pairs" in state else self._current_pairs()
         paired = {id(p) for p in params_of(pairs)}
         everything = state["state"]
         plain = {p: held for p, held in everything.items() if id(p) not in paired}

@@ -1,6 +1,6 @@
 """Pairs and names after somebody has changed the groups of an optimizer by hand."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -90,6 +90,14 @@ def followed(
     name_of = {id(successor.get(id(p))): x for p, x in zip(old, names, strict=True)}
     replaced = [pair.replaced(lambda p: successor.get(id(p))) for pair in pairs]
     return Followed([name_of.get(id(p)) for p in now], replaced, successor)
+
+
+def pairs_of_copy(state: Mapping[str, Any]) -> list[TensorPair]:
+    """The pairs in what a copy of an optimizer is made of: those of its last step, and of now."""
+    members, names, pairs = (state[x] for x in ("_members", "_names", "_pairs"))
+    now = [p for group in state["param_groups"] for p in group["params"]]
+    found = followed(members, names, pairs, now).pairs
+    return [*pairs, *(pair for pair in found if pair is not None)]
 
 
 def with_partners(
