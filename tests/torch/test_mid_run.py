@@ -442,3 +442,21 @@ def test_a_copy_after_other_parameters_have_come_into_the_groups(name, way):
     train(optimizer, named, [2, 3])
     train(copied, twins, [2, 3])
     assert same(named, twins)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@ALL
+def test_factors_of_the_other_16_bit_dtype_do_not_notice_autocast(name, dtype, tie):
+    """Autocast refuses to stack them."""
+    other, results = {torch.float16, torch.bfloat16} - {dtype}, []
+    for lower in (False, True):
+        named = layers(2, dtype)
+        if tie:
+            named += [(n.replace("0", "2"), nn.Parameter(p.data)) for n, p in named[:2]]
+        optimizer = getattr(rlora.torch, name)(named, lr=1e-2)
+        with torch.autocast("cpu", dtype=next(iter(other)), enabled=lower):
+            train(optimizer, named, range(2))
+            optimizer.state_dict()
+        results.append(named)
+    assert same(*results)

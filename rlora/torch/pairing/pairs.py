@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from rlora.core.dispatch import get_backend
 from rlora.core.errors import PairingError
 from rlora.core.factors import Factors
 from rlora.core.layout import Shape, Views, read_pairs
@@ -81,7 +82,10 @@ class TensorPair(NamedTuple):
         if not tied:
             return p.grad
         grads = [q.grad if _lies_as(q, p) else q.grad.mT for q in (p, *tied) if q.grad is not None]
-        return torch.stack(grads).sum(0) if grads else None
+        if not grads:
+            return None
+        with get_backend(p).exact(p):  # autocast refuses to stack the other 16-bit dtype
+            return torch.stack(grads).sum(0)
 
     def with_tied(self, A: Tensor, B: Tensor) -> "TensorPair":
         """The pair with two more tied parameters, of the memory of A and B."""

@@ -233,7 +233,13 @@ def start_of(transform: Transform, buckets: list[list[Member]], given: float | N
     """
     scales = [[given or member.pair.scaling or 1.0 for member in bucket] for bucket in buckets]
     first, *others = dict.fromkeys(s for row in scales for s in row)
-    start = transform.init(stacks_of(buckets), first)
+
+    def begin(some: list[list[Member]], s: float) -> State:
+        like = buckets[0][0].params[0]
+        with get_backend(like).exact(like):  # autocast refuses to stack the other 16-bit dtype
+            return transform.init(stacks_of(some), s)
+
+    start = begin(buckets, first)
     # Each array its own memory: it is written to after a step. And in order: torch's checkpoints
     # send it to other processes as it lies.
     memory = {
@@ -244,7 +250,7 @@ def start_of(transform: Transform, buckets: list[list[Member]], given: float | N
     for s in others:
         layers = [[k for k, own in enumerate(row) if own == s] for row in scales]
         some = [[bucket[k] for k in rows] for bucket, rows in zip(buckets, layers, strict=True)]
-        for name, x in flatten_state(transform.init(stacks_of(some), s)).items():
+        for name, x in flatten_state(begin(some, s)).items():
             local(memory[name])[layers[places[name][0]]] = local(x)
     return unflatten_state(memory, start)
 
