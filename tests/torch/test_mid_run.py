@@ -460,3 +460,14 @@ def test_factors_of_the_other_16_bit_dtype_do_not_notice_autocast(name, dtype, t
             optimizer.state_dict()
         results.append(named)
     assert same(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@ALL
+def test_a_learning_rate_in_float64_with_an_axis_does_not_widen_a_step(name, dtype):
+    results = []
+    for lr in (torch.tensor(1e-2, dtype=torch.float64), torch.tensor([1e-2], dtype=torch.float64)):
+        named = layers(2, dtype)
+        train(getattr(rlora.torch, name)(named, lr=lr), named, range(3))
+        results.append(named)
+    assert same(*results)

@@ -110,7 +110,8 @@ class MethodBatch:
     def move(self) -> tuple[dict[str, Factors], State]:
         """The pairs and their state after the step, some of them written to already."""
         group = self._optimizer.param_groups[self._group]
-        params, grads = {}, {}
+        params, grads, lr = {}, {}, group["lr"]
+        lr = lr.reshape(()) if isinstance(lr, Tensor) else lr  # more axes would widen float32
         wide = group["stochastic_rounding"]
         for i, sides in enumerate(self._sides):
             (A, G_A), (B, G_B) = (self._stacks(side, (i, k), wide) for k, side in enumerate(sides))
@@ -121,7 +122,7 @@ class MethodBatch:
         backend = get_backend(like)
         # Methods of the library disable autocast and TF32 themselves, others may not.
         with backend.exact(like), backend.reusing(self._memory):
-            return move(self._transform, params, grads, self._state, group["lr"], donate=True)
+            return move(self._transform, params, grads, self._state, lr, donate=True)
 
     def _stacks(self, side: Side, slot: Any, wide: bool) -> list[Any]:
         """The factors of a side and their gradients, or None, as two views of one stack."""
