@@ -200,6 +200,27 @@ def test_tied_storage_is_updated_once_with_both_gradients(kind):
     assert twin.report.tied == optimizer.report.tied
 
 
+@pytest.mark.parametrize("by_order", [False, True])
+@pytest.mark.parametrize("kind", [ScaledAdamW, ScaledSGD, LoRARite])
+def test_tied_storage_is_updated_once_where_the_pairs_are_given(kind, by_order):
+    a, b = torch.randn(2, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    one, other, alone = ([nn.Parameter(x) for x in (a, b)] for _ in range(3))
+    alone = [nn.Parameter(p.detach().clone()) for p in alone]
+    pairs = "by_order" if by_order else [tuple(one), tuple(other)]
+    optimizer = kind([*one, *other], lr=1e-2, pairs=pairs)
+    assert len(optimizer.report) == 1
+    assert optimizer.report.tied == {"pairs[1][0]": "pairs[0][0]", "pairs[1][1]": "pairs[0][1]"}
+    reference = kind(alone, lr=1e-2, pairs=[tuple(alone)])
+    for t in range(4):
+        for p, q, x in zip(one, other, alone, strict=True):
+            p.grad, q.grad = torch.randn_like(x), torch.randn_like(x) if t else None
+            x.grad = p.grad + q.grad if t else p.grad
+        optimizer.step()
+        reference.step()
+    for p, x in zip(one, alone, strict=True):
+        torch.testing.assert_close(p, x, rtol=0, atol=1e-12)
+
+
 MINE = Convention("mine", "reduce", "expand", (Layout("n r", "r m"),))
 
 

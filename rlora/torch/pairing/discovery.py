@@ -113,9 +113,9 @@ def pairs_in_groups(
             if name is None and id(p) not in taken
         ]
         pairs += found
-        plain = (*theirs.plain, *nameless)
-        frozen = report.frozen + theirs.frozen
-        report = replace(theirs, pairs=report.pairs + theirs.pairs, plain=plain, frozen=frozen)
+        plain, frozen = (*theirs.plain, *nameless), report.frozen + theirs.frozen
+        both, tied = report.pairs + theirs.pairs, {**report.tied, **theirs.tied}
+        report = replace(theirs, pairs=both, plain=plain, tied=tied, frozen=frozen)
     check_layouts(pairs)
     return pairs, report
 
@@ -155,29 +155,20 @@ def match(
     check_whole(named)
     report = find_named_pairs(named, adapter=adapter, pairs=source, known=known)
     tensors = dict(named)
-    pairs: dict[Pair, TensorPair] = {}
-    refused, tied = dict(report.refused), dict[str, str]()
-    owners: dict[int, tuple[Pair, int]] = {}  # of memory: the pair, and the side in it
+    refused, kept = dict(report.refused), _ByMemory()
     for pair in report:
         a, b = tensors[pair.a], tensors[pair.b]
         middle = None if pair.middle is None else tensors[pair.middle]
-        known_a, known_b = owners.get(memory(a)), owners.get(memory(b))
         if why := misfit(a, b):
             refused |= {pair.a: why, pair.b: why}
         elif _same_memory(a, b):
             why = "the two share their memory: a factor cannot be its own partner"
             refused |= {pair.a: why, pair.b: why}
-        elif known_a is None and known_b is None:
-            owners |= {memory(a): (pair, 0), memory(b): (pair, 1)}
-            pairs[pair] = TensorPair(a, b, pair.views, middle)
         else:
-            first, turned = _owner_of_both(pair, known_a, known_b)
-            pairs[first] = pairs[first].with_tied(*((b, a) if turned else (a, b)))
-            names = (first.b, first.a) if turned else (first.a, first.b)
-            tied |= dict(zip((pair.a, pair.b), names, strict=True))
+            kept.add(pair, TensorPair(a, b, pair.views, middle))
     plain = tuple(name for name in report.plain if moves(tensors[name]))
-    frozen = frozen_in(pairs, pairs.values())
-    return list(pairs.values()), PairReport(tuple(pairs), plain, refused, tied, frozen)
+    frozen, pairs = frozen_in(kept.pairs, kept.pairs.values()), list(kept.pairs.values())
+    return pairs, PairReport(tuple(kept.pairs), plain, refused, kept.tied, frozen)
 
 
 def frozen_in(names: Iterable[Pair], pairs: Iterable[TensorPair]) -> tuple[str, ...]:
@@ -203,6 +194,27 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.numel() == b.numel() and memory(a) == memory(b)
 
 
+class _ByMemory:
+    """Pairs by the memory of their factors: one that has that of another is tied to it."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[Pair, TensorPair] = {}
+        self.tied: dict[str, str] = {}
+        self._owners: dict[int, tuple[Pair, int]] = {}  # the pair, and the side in it
+
+    def add(self, pair: Pair, found: TensorPair) -> None:
+        a, b = found.A, found.B
+        known_a, known_b = self._owners.get(memory(a)), self._owners.get(memory(b))
+        if known_a is None and known_b is None:
+            self._owners |= {memory(a): (pair, 0), memory(b): (pair, 1)}
+            self.pairs[pair] = found
+            return
+        first, turned = _owner_of_both(pair, known_a, known_b)
+        self.pairs[first] = self.pairs[first].with_tied(*((b, a) if turned else (a, b)))
+        names = (first.b, first.a) if turned else (first.a, first.b)
+        self.tied |= dict(zip((pair.a, pair.b), names, strict=True))
+
+
 Owner: TypeAlias = tuple[Pair, int] | None
 """The pair that has a memory already, and the side on which."""
 
@@ -224,8 +236,7 @@ def check_explicit(
     """Pairs given by hand: every one must be right, and among the parameters, and there once."""
     known = {id(p) for p in members}
     used: set[int] = set()
-    checked: list[TensorPair] = []
-    report: list[Pair] = []
+    kept = _ByMemory()
     for i, pair in enumerate(pairs):
         where = f"pairs[{i}]"
         if not (isinstance(pair, (tuple, list)) and len(pair) in (2, 3)):
@@ -253,11 +264,10 @@ def check_explicit(
         if why := misfit(a, b):
             msg = f"{where}: {why}"
             raise NamespaceError(msg)
-        checked.append(TensorPair(a, b, views))
-        report.append(Pair(where, f"{where}[0]", f"{where}[1]", views))
+        kept.add(Pair(where, f"{where}[0]", f"{where}[1]", views), TensorPair(a, b, views))
     plain = [f"parameter {i}" for i, p in enumerate(members) if id(p) not in used and moves(p)]
-    frozen = frozen_in(report, checked)
-    return checked, PairReport(tuple(report), tuple(plain), frozen=frozen)
+    frozen, checked = frozen_in(kept.pairs, kept.pairs.values()), list(kept.pairs.values())
+    return checked, PairReport(tuple(kept.pairs), tuple(plain), tied=kept.tied, frozen=frozen)
 
 
 def no_pair(names: Sequence[str | None], report: PairReport, kind: str) -> PairingError:
