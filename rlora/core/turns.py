@@ -14,17 +14,23 @@ First = Literal["A", "B"]
 def turns_of(first: First, steps: Array, moving: tuple[bool, bool]) -> Factors:
     """For each factor whether it has its turn, (...); one whose partner is frozen has every turn.
 
-    `steps` are those taken, of each layer.
+    `steps` are those taken, of each layer, or their remainder by 2.
     """
     if not all(moving):
         return Factors(*(steps >= 0 if moves else steps < 0 for moves in moving))
-    return Factors(*(steps % 2 == (0 if letter == first else 1) for letter in "AB"))
+    even = steps % 2 == 0
+    return Factors(even, ~even) if first == "A" else Factors(~even, even)
+
+
+def next_turn(steps: Array) -> Array:
+    """0 or 1 after an odd or an even number of steps: in float32 a count ends at 2^24."""
+    return (steps + 1) % 2
 
 
 def decay_in_turn(transform: Transform, weight_decay: float, first: First, steps: str) -> Transform:
     """The transformation with decay of the factor that has its turn.
 
-    `steps` is the field of its state that counts the steps of each pair.
+    `steps` is the field of its state that says whose turn it is in each pair.
     """
     check_nonnegative("weight_decay", weight_decay)
 

@@ -13,7 +13,7 @@ from rlora.core.metric import DampingMode, check_damping, inverse_metric
 from rlora.core.moments import each, per_pair, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, chain
-from rlora.core.turns import First, decay_in_turn, turns_of
+from rlora.core.turns import First, decay_in_turn, next_turn, turns_of
 
 
 class AltState(NamedTuple):
@@ -26,7 +26,7 @@ class AltState(NamedTuple):
     """The partner's new rows times its old ones, (..., r, r)."""
 
     count: Tree
-    """Half-steps taken, one number a pair."""
+    """Half-steps taken, their remainder by 2, one number a pair: whose turn it is."""
 
     scaling: Tree
     """The s of each pair."""
@@ -90,7 +90,7 @@ def alternate(
         moved = state._replace(
             mu=mu,
             turn=no_turn(group, T),
-            count=[count + 1 for count in state.count],
+            count=list(map(next_turn, state.count)),
         )
         return D, moved if b2 is None else moved._replace(nu=nu)
 

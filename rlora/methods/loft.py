@@ -16,7 +16,7 @@ from rlora.core.metric import DampingMode, check_damping, inverse_metric
 from rlora.core.moments import corrected_decays, counts, each, over, per_pair, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, by_rank
 from rlora.core.transform import State, Transform, chain
-from rlora.core.turns import First, decay_in_turn, turns_of
+from rlora.core.turns import First, decay_in_turn, next_turn, turns_of
 
 
 class LoftState(NamedTuple):
@@ -35,7 +35,7 @@ class LoftState(NamedTuple):
     """Gradients seen, one number a factor."""
 
     steps: Tree
-    """Steps taken, one number a pair: whose turn it is."""
+    """Steps taken, their remainder by 2, one number a pair: whose turn it is."""
 
     scaling: Tree
     """The s of each pair."""
@@ -94,7 +94,7 @@ def scale_by_loft(
             rows,
             turn=no_turn(group, T),
             count=one_more(state.count),
-            steps=[steps + 1 for steps in state.steps],
+            steps=list(map(next_turn, state.steps)),
             scaling=state.scaling,
         )
 

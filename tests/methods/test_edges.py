@@ -192,6 +192,17 @@ def test_transported_moments_do_not_drift(name):
     assert np.linalg.norm(params.B @ params.A) < 3 * np.linalg.norm(problem.target)
 
 
+@pytest.mark.parametrize("name", ["alt_lora", "alt_lora_plus", "loft"])
+def test_turns_do_not_end_where_a_count_in_float32_would(name):
+    """A count of steps would stay at 2^24, and one factor would have every turn from there on."""
+    problem = make_problem().on(get("numpy"), "float32")
+    counter = "steps" if name == "loft" else "count"
+    turns = [
+        getattr(run(method(name), problem, steps=steps)[1][0], counter) for steps in (1, 2, 1001)
+    ]
+    assert [int(turn) for turn in turns] == [1, 0, 1]
+
+
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("float64", 1e-13)])
 def test_bases_stay_orthonormal(dtype, bound):
     """``S^-½ F`` is what LoRA-RITE measures in: its rows after 10 000 steps, made anew each time."""
