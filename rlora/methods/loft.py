@@ -74,7 +74,10 @@ def scale_by_loft(
         S = group.partner_gram(group.params)
         T = to_new_coordinates(group, S, state.turn)
         P = inverse_metric(group, S, damping, damping_mode)
-        g = [over(d, s) for d, s in zip(group.apply(P, G), state.scaling, strict=True)]
+        g = [
+            Factors(*map(squarable, over(d, s)))
+            for d, s in zip(group.apply(P, G), state.scaling, strict=True)
+        ]
         old, to_new = group.apply(T, state.mu), group.unstack(T)
 
         inputs = zip(old, to_new, g, state.nu, state.count, strict=True)
@@ -152,16 +155,19 @@ def in_rows(pair: Factors) -> Factors:
     return Factors(pair.A.mT, pair.B)
 
 
-def products(rows: Array) -> Array:
-    """The product of each row with itself, (..., N, r, r).
+def squarable(g: Array) -> Array:
+    """A gradient, shrunk where its squares would leave the range: there the second moment ends.
 
-    Rows whose squares would leave the range shrink together: as in Adam, the second moment ends
-    there.
+    For the first moment too, or a step would be as much too long.
     """
-    xp = get_backend(rows).xp
-    largest = math.pow(xp.finfo(rows.dtype).max, 0.45)  # what is made of products has room, too
-    peak = xp.max(xp.abs(rows), axis=(-2, -1), keepdims=True)
-    rows = rows * (largest / xp.clip(peak, min=largest))
+    xp = get_backend(g).xp
+    largest = math.pow(xp.finfo(g.dtype).max, 0.45)  # what is made of products has room, too
+    peak = xp.max(xp.abs(g), axis=(-2, -1), keepdims=True)
+    return g * (largest / xp.clip(peak, min=largest))
+
+
+def products(rows: Array) -> Array:
+    """The product of each row with itself, (..., N, r, r)."""
     return rows[..., :, None] * rows[..., None, :]
 
 

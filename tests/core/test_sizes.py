@@ -210,3 +210,14 @@ def test_grafted_steps_of_huge_factors(size):
         moves.append(method.update(grads, method.init(pair), pair)[0])
     for x, y in zip(*moves, strict=True):
         assert np.abs(x - y).max() <= 1e-3 * np.abs(y).max()
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_loft_steps_of_huge_gradients(library):
+    """Both moments take the same gradient: a step of 1e25 is as long as one of 1."""
+    backend, method, moves = pytest.importorskip(library) and get(library), methods.loft(), []
+    for size in (1.0, 1e25):
+        pair = Factors(*(backend.asarray(x, "float32") for x in draw(1.0, 0)))
+        grads = Factors(*(backend.asarray(x * size, "float32") for x in draw(1.0, 1)))
+        moves.append(backend.to_numpy(method.update(grads, method.init(pair), pair)[0].B))
+    assert np.abs(moves[1] - moves[0]).max() <= 0.05 * np.abs(moves[0]).max()  # see `check`
