@@ -168,12 +168,17 @@ def low_rank_sum(
     """LoRSum: a half-step of M_A, then one of M_B, towards ``T = keep M + B D_A + D_B A``.
 
     ``M_A + (M_BᵀM_B)⁻¹ M_Bᵀ (T - M_B M_A)``: of the least squares solutions the nearest one to M_A,
-    in an orthonormal basis of its rows.
+    in an orthonormal basis of its rows. M_B comes in an ordinary size, M_A makes up for it: the
+    coordinates of a large B in a tiny M_B would be out of range.
     """
     (A, B), (D_A, D_B) = zip(*group.params, strict=True), zip(*D, strict=True)
     M_A, M_B = zip(*M, strict=True)
-    backend, sums = group.backend, list(M_A)
-    inside = least_squares(backend, [x.mT for x in M_B], group.dtype)
+    backend = group.backend
+    M_B, numbers = into_range(backend, M_B)
+    if numbers is not None:
+        M_A = [x / c for x, c in zip(M_A, numbers, strict=True)]
+    sums = list(M_A)
+    inside = least_squares(backend, [x.mT for x in M_B], group.dtype, ordinary=True)
     for c, Y, X in ((keep - 1, M_B, M_A), (1.0, B, D_A), (1.0, D_B, A)):
         parts = backend.apply_left([(c * y).mT for y in inside([y.mT for y in Y])], X)
         sums = [total + part for total, part in zip(sums, parts, strict=True)]
@@ -221,14 +226,17 @@ def _decayed(d: Factors, pair: Factors, weight_decay: float) -> Factors:
     return decayed
 
 
-def least_squares(backend: Backend, F: Sequence[Array], dtype: Any) -> Coordinates:
+def least_squares(
+    backend: Backend, F: Sequence[Array], dtype: Any, *, ordinary: bool = False
+) -> Coordinates:
     """``Y -> Y F⁺``, (..., r, r), the coordinates of rows Y in the rows of F (..., r, n).
 
     F may have a lower rank, as a momentum has whose gradients do: what its rounding leaves of a
     null direction counts as 0. A weak direction is damped: it belongs to the span that is sought.
+    `ordinary` says that F is of ordinary size, see `rlora.core.sizes`.
     """
     xp = backend.xp
-    F, c = into_range(backend, F)
+    F, c = (F, None) if ordinary else into_range(backend, F)
     H, unit, damping = backend.of_trace_r(backend.cross_rows(F, F, dtype), 0.0)
     w, Q = backend.eigh(H)
     lost = w <= w.shape[-1] * float(xp.finfo(F[0].dtype).eps)

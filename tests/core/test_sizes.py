@@ -221,3 +221,17 @@ def test_loft_steps_of_huge_gradients(library):
         grads = Factors(*(backend.asarray(x * size, "float32") for x in draw(1.0, 1)))
         moves.append(backend.to_numpy(method.update(grads, method.init(pair), pair)[0].B))
     assert np.abs(moves[1] - moves[0]).max() <= 0.05 * np.abs(moves[0]).max()  # see `check`
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("factor, gradient", [(1e10, 1e-20), (1e20, 1e-10)])
+def test_a_tiny_momentum_beside_large_factors(library, factor, gradient):
+    """From the third step on a momentum of 1e-30 is there: B in its coordinates is 1e40 or more."""
+    backend = pytest.importorskip(library) and get(library)
+    pair = Factors(*(backend.asarray(x, "float32") for x in draw(factor, 0)))
+    method = methods.op_lora()
+    state = method.init(pair)
+    for seed in range(1, 5):
+        grads = Factors(*(backend.asarray(x, "float32") for x in draw(gradient, seed)))
+        pair, state = rlora.step(method, pair, grads, state, lr=1e-3)
+    assert all(np.isfinite(backend.to_numpy(x)).all() for x in pair)
