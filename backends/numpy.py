@@ -68,8 +68,8 @@ class NumPyBackend(Backend):
         for m, v, g, c, root, e in zip(M, V, G, *by_array, strict=True):
             work = (1 - b1) * g
             m += work
-            np.multiply(g, g, out=work)
-            work *= 1 - b2
+            np.multiply(g, 1 - b2, out=work)  # before the square, which may leave the range
+            work *= g
             v += work
             # (root / c) M / (sqrt(V) + root e), a pass less than the usual form
             np.sqrt(v, out=work)

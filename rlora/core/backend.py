@@ -143,7 +143,7 @@ class Backend(MatrixAlgebra):
         """
         b1, b2, *by_array = numbers
         M = [b1 * m + (1 - b1) * g for m, g in zip(M, G, strict=True)]
-        V = [b2 * v + (1 - b2) * (g * g) for v, g in zip(V, G, strict=True)]
+        V = [b2 * v + (1 - b2) * g * g for v, g in zip(V, G, strict=True)]
         each = zip(M, V, *by_array, strict=True)
         return M, V, [(m / c) / (self.xp.sqrt(v) / root + e) for m, v, c, root, e in each]
 

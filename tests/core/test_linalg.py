@@ -110,6 +110,14 @@ def test_adam_equals_the_generic_one(backend, age, again):
         (mu_b, nu_b, _), (mu, nu, _) = found, expected
 
 
+def test_adam_takes_gradients_as_large_on_every_backend(backend):
+    """The square of 1e20 leaves float32, but its share of 1e-3 does not: a step, not 0."""
+    zero, g = (backend.asarray(np.full((2, 3), x), "float32") for x in (0.0, 1e20))
+    numbers = AdamNumbers(0.9, 0.999, [1 - 0.9], [(1 - 0.999) ** 0.5], [1e-8])
+    _, _, (d,) = backend.adam([zero], [zero], [g], numbers)
+    assert_close(backend.to_numpy(d), np.ones((2, 3)), rtol=1e-5)
+
+
 @pytest.mark.parametrize("power", [-1.0, -0.5, 0.5])
 def test_spd_power_equals_the_generic_one(backend, power):
     """A fast path keeps the generic one as its oracle, and both float64 NumPy."""
