@@ -6,6 +6,7 @@ Learning Rates. arXiv:2002.11803, 2020.
 
 from typing import NamedTuple
 
+from rlora.core.algebra import traces
 from rlora.core.checks import hyperparameters
 from rlora.core.decay import add_decayed_weights
 from rlora.core.factors import Factors, Tree
@@ -120,9 +121,10 @@ def to_size(group: RankGroup, D: list[Factors], state: State) -> tuple[list[Fact
     """D, each factor in the size of its U."""
     xp = group.xp
     S = group.partner_gram(group.params)
+    S = S / xp.clip(traces(xp, S), min=float(xp.finfo(S.dtype).smallest_normal))  # a ratio follows
 
     def size(X: list[Factors]) -> Stack:
-        """``|B X_A|`` and ``|X_B A|``, (2K, 1, 1)."""
+        """``|B X_A|`` and ``|X_B A|``, over the norm of B and of A, (2K, 1, 1)."""
         squares = xp.sum(S * group.gram(X), axis=(-2, -1), keepdims=True)
         return xp.sqrt(xp.clip(squares, min=0.0))  # rounding may leave less
 

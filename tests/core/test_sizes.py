@@ -235,3 +235,16 @@ def test_a_tiny_momentum_beside_large_factors(library, factor, gradient):
         grads = Factors(*(backend.asarray(x, "float32") for x in draw(gradient, seed)))
         pair, state = rlora.step(method, pair, grads, state, lr=1e-3)
     assert all(np.isfinite(backend.to_numpy(x)).all() for x in pair)
+
+
+def test_grafted_steps_of_tiny_factors(backend):
+    """The products of squares would be subnormal, which JAX takes for 0."""
+    method, moves = methods.graft_adamw(), []
+    for dtype in ("float32", "float64"):
+        pair, grads = (
+            Factors(*(backend.asarray(x, dtype) for x in draw(1e-12, seed))) for seed in (0, 1)
+        )
+        D, _ = method.update(grads, method.init(pair), pair)
+        moves.append([backend.to_numpy(x) for x in D])
+    for x, y in zip(*moves, strict=True):
+        assert np.abs(x - y).max() <= 1e-3 * np.abs(y).max()
