@@ -172,9 +172,8 @@ def low_rank_sum(
     coordinates of a large B in a tiny M_B would be out of range.
     """
     (A, B), (D_A, D_B) = zip(*group.params, strict=True), zip(*D, strict=True)
-    M_A, M_B = zip(*M, strict=True)
-    backend = group.backend
-    M_B, numbers = into_range(backend, M_B)
+    backend, M_A = group.backend, [x.A for x in M]
+    M_B, numbers = into_range(backend, [x.B for x in M])
     if numbers is not None:
         M_A = [x / c for x, c in zip(M_A, numbers, strict=True)]
     sums = list(M_A)

@@ -471,3 +471,16 @@ def test_a_learning_rate_in_float64_with_an_axis_does_not_widen_a_step(name, dty
         train(getattr(rlora.torch, name)(named, lr=lr), named, range(3))
         results.append(named)
     assert same(*results)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1, 1)])
+@pytest.mark.parametrize("name", ["LoRARite", "AltLoRA"])
+def test_several_rates_in_one_group_are_refused(name, shape):
+    """Torch looks at the one of the constructor alone; a stack of two layers would take them."""
+    named = layers(2)
+    optimizer = getattr(rlora.torch, name)(named, lr=1e-2)
+    optimizer.param_groups[0]["lr"] = torch.full(shape, 1e-2)
+    before = [p.detach().clone() for _, p in named]
+    with pytest.raises(rlora.ShapeError, match="one number for all of a group"):
+        train(optimizer, named, range(1))
+    assert all(torch.equal(p, x) for (_, p), x in zip(named, before, strict=True))

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlora.core.backend import Workspace
 from rlora.core.checks import checked_rate
 from rlora.core.dispatch import get_backend
+from rlora.core.errors import ShapeError
 from rlora.core.factors import Factors, map_leaves
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.step import move
@@ -102,7 +103,13 @@ class MethodBatch:
         if torch.compiler.is_compiling():  # then this has just been made
             return
         group = self._optimizer.param_groups[self._group]
-        checked_rate(group["lr"])
+        lr = checked_rate(group["lr"])
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            msg = (
+                f"lr must be one number for all of a group, got a tensor of shape "
+                f"{tuple(lr.shape)}; give each rate a group of its own"
+            )
+            raise ShapeError(msg)
         if (chosen := self._optimizer._chosen(group)) != self._chosen:  # a scheduler's work
             self._chosen, self._transform = chosen, self._optimizer._transform(group)
         self.follow()
