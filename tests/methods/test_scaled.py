@@ -10,7 +10,7 @@ from oracle import ScaledOracle
 import rlora
 from rlora import Factors, Transform, chain
 from rlora.backends import get
-from rlora.core import placement as placements
+from rlora.core import metric
 from rlora.core.decay import add_decayed_weights, decay_weights_after
 from rlora.core.moments import scale_by_adam
 from rlora.methods.scaled import OFFICIAL, PEFT, scale_by_gram
@@ -203,7 +203,7 @@ def test_half_powers_see_no_triangular_change_of_basis(damping, monkeypatch):
     """But for the least damping, relative to a trace, that each Gram gets: 1e-6, here 1e-12."""
     method = rlora.scaled_adamw(damping=damping, eps=0.0)
     assert deviation(method, "triangular", lr=0.02) < 1e-2
-    monkeypatch.setattr(placements, "LEAST", 1e-12)
+    monkeypatch.setattr(metric, "LEAST", 1e-12)
     assert deviation(method, "triangular", lr=0.02) < 1e-8
     with_eigenvalues = rlora.scaled_adamw(damping=damping, placement="after")
     assert deviation(with_eigenvalues, "triangular", lr=0.02) > 0.1
@@ -211,7 +211,7 @@ def test_half_powers_see_no_triangular_change_of_basis(damping, monkeypatch):
 
 def test_prodigy_sees_no_scalings_of_directions_but_other_triangular_changes(monkeypatch):
     """But for the least damping again. What it takes for noise is by entries, in no basis."""
-    monkeypatch.setattr(placements, "LEAST", 1e-12)
+    monkeypatch.setattr(metric, "LEAST", 1e-12)
     method = rlora.scaled_prodigy(eps=0.0)
     assert deviation(method, "diagonal", lr=1.0) < 1e-5
     assert deviation(method, "triangular", lr=1.0) > 1e-2
