@@ -288,7 +288,8 @@ def _apply_and_balance(params: Tree, direction: Tree, lr: Array | float) -> Tree
         a, b = (xp.sum(x * x, axis=(-2, -1), keepdims=True) ** 0.25 for x in sized)
         live = (a > 0) & (b > 0)
         c = xp.where(live, b, xp.ones_like(b)) / xp.where(live, a, xp.ones_like(a))
-        c = c if numbers is None else c * (numbers[0] ** 0.5 / numbers[1] ** 0.5)
+        if numbers is not None:
+            c = xp.where(live, c * (numbers[0] ** 0.5 / numbers[1] ** 0.5), c)
         return Factors(c * pair.A, pair.B / c)
 
     return map_pairs(balance, apply_updates(params, direction, lr), direction)

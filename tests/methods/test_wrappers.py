@@ -68,6 +68,21 @@ def test_lost_directions_stay_what_they_are():
             assert_close(new.A, pair.A)
 
 
+@pytest.mark.parametrize("zero", ["A", "B"])
+@pytest.mark.parametrize("method", [rlora.balanced_lora(), rlora.lora_rite(balance=True)])
+def test_the_partner_of_a_zero_factor_stays_where_sizes_are_not_known_either(
+    backend, monkeypatch, method, zero
+):
+    """As in JAX and on a CUDA device, which are not asked whether numbers are of ordinary size."""
+    monkeypatch.setattr(type(backend), "within", lambda *_: False)
+    problem = make_problem(seed=4).on(backend, "float32")
+    pair = problem.params._replace(**{zero: 0 * getattr(problem.params, zero)})
+    still = Factors(*(0 * x for x in pair))
+    new, _ = rlora.step(method, pair, still, method.init(pair), 0.1)
+    for x, y in zip(new, pair, strict=True):
+        assert_close(x, y)
+
+
 @pytest.mark.parametrize("wrapper", [rlora.balanced_lora, rlora.stable_lora])
 def test_wrappers_ask_for_methods_that_move_both_factors_at_once(wrapper):
     with pytest.raises(ValueError, match="jacobi"):
