@@ -248,3 +248,19 @@ def test_grafted_steps_of_tiny_factors(backend):
         moves.append([backend.to_numpy(x) for x in D])
     for x, y in zip(*moves, strict=True):
         assert np.abs(x - y).max() <= 1e-3 * np.abs(y).max()
+
+
+@EVERY
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("factor, gradient", [(0.1, 1e25), (1e-4, 1e15), (1e-8, 1e15), (1e-8, 1.0)])
+def test_small_factors_and_large_gradients(name, library, factor, gradient):
+    """Finite in the sizes that the page of promises names, also where both come together."""
+    backend = pytest.importorskip(library) and get(library)
+    pair = Factors(*(backend.asarray(x, "float32") for x in draw(factor, 0)))
+    method = getattr(methods, name)()
+    state = method.init(pair)
+    with np.errstate(all="ignore"):
+        for seed in (1, 2, 3):
+            grads = Factors(*(backend.asarray(x, "float32") for x in draw(gradient, seed)))
+            pair, state = rlora.step(method, pair, grads, state, lr=1e-3)
+    assert all(np.isfinite(backend.to_numpy(x)).all() for x in pair)
