@@ -188,6 +188,7 @@ def test_init_ab(backend):
     for x, shape in ((A, (30, 30)), (B, (100, 30))):
         assert x.shape == shape
         assert abs(x).max() <= 2 / 30**0.5
+        assert abs(x.mean()) < 4 * 2 / (90 * x.size) ** 0.5  # of both signs: four deviations
     assert abs((B**2).mean() * 30 / 4 * 3 - 1) < 0.04
     assert start.base(W0, S) is W0
     kept = init_ab(W0, 30, size=2.0, offset=True)
@@ -211,6 +212,15 @@ def test_orthogonal_start(backend):
         )
 
 
+def test_the_size_of_an_orthogonal_start():
+    """0.1 unless told otherwise; the double of it in both factors, which rounds nothing."""
+    one, two = (orthogonal(np.zeros((5, 7)), 4, size=size).params for size in (0.1, 0.2))
+    for x, y in zip(one, two, strict=True):
+        assert (2 * x == y).all()
+    for x, y in zip(one, orthogonal(np.zeros((5, 7)), 4).params, strict=True):
+        assert (x == y).all()
+
+
 def test_random_starts_of_stacks():
     W0 = np.zeros((2, 3, 8, 6), np.float32)
     for make in (init_ab, orthogonal):
@@ -220,6 +230,7 @@ def test_random_starts_of_stacks():
         assert start.params.A.dtype == start.params.B.dtype == np.float32
         assert (start.params.A[0, 0] != start.params.A[1, 2]).all()
         assert (make(W0, 4, seed=1).params.A != start.params.A).all()
+        assert abs(start.params.B[1, 2] @ start.params.A[0, 0]).max() > 1e-3  # each has its own Q
 
 
 def test_stacks_of_layers(backend):
@@ -247,12 +258,38 @@ def test_bfloat16_weights():
         for x, y in zip(start.params, wide.params, strict=True):
             assert x.dtype == torch.float32
             assert_close(x, y, rtol=1e-6, what=name)
+    for make in (gaussian, init_ab, orthogonal):
+        assert {x.dtype for x in make(low, R).params} == {torch.float32}
     start = pissa(low, R)
     rounded = Factors(*(x.to(torch.bfloat16) for x in start.params))
     W = Start(rounded, rounded).base(low, 1.0)
     assert W.dtype == torch.bfloat16
     B, A = rounded.B.float(), rounded.A.float()
     assert_close(W.float() + B @ A, low.float(), atol=2**-8 * float(abs(low).max()))  # one rounding
+
+
+def test_a_base_weight_of_fewer_digits_than_the_factors():
+    """Rounded once, at the end: the terms cancel here, and float32 would lose half of the rest."""
+    A, B = np.random.default_rng(0).normal(size=(2, 6, 6))
+    W0 = (B @ A + 1e-4).astype(np.float32)
+    W = Start(Factors(A, B), offset=Factors(A, B)).base(W0, 1.0)
+    assert W.dtype == np.float32
+    assert_close(W, W0.astype(np.float64) - B @ A, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "init_ab", "orthogonal", "eva"])
+def test_both_factors_are_where_the_weight_is(name, monkeypatch):
+    """B too, of which nothing but the shape follows from the weight: torch's device without values.
+
+    That knows of no autocast, so that no search runs there.
+    """
+    torch = get("torch").xp
+    found = lambda M, rank: (M[..., :rank], None, None)  # noqa: E731
+    monkeypatch.setattr(rlora.initializers.inputs, "randomized_svd", found)
+    W0 = torch.zeros((12, 8), device="meta")
+    options = {"out_features": 5} if name == "eva" else {}
+    for x in getattr(rlora.initializers, name)(W0, 4, **options).params:
+        assert x.device.type == "meta"
 
 
 def test_torch_parameters():
@@ -372,6 +409,7 @@ GOOD = np.ones((8, 6))
         (lambda: orthogonal(GOOD, 3), rlora.ShapeError, "rank must be even .* got 3"),
         (lambda: orthogonal(GOOD, 2, size=0.0), ValueError, "size must be positive"),
         (lambda: init_ab(GOOD, 2, size=-1.0), ValueError, "size"),
+        (lambda: init_ab(GOOD, 2, offset=1), TypeError, "offset must be True or False, got 1"),
         (lambda: init_ab(GOOD, 2, seed=-1), ValueError, "seed"),
         (lambda: lora_sb(GOOD, 2.0, lr=0.1), TypeError, "rank must be an integer, got 2.0"),
         (lambda: gaussian(GOOD, True), TypeError, "rank"),
