@@ -1,9 +1,13 @@
 """Finding backends: available, missing, broken, from another package, or deleted."""
 
+import contextlib
 import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +36,64 @@ def test_cupy_without_a_device_says_so():
         pytest.skip("there is a CUDA device here")
     with pytest.raises(BackendError, match=r"CuPy|cupy"):
         rlora.backends.get("cupy")
+
+
+@pytest.fixture
+def pretended_cupy(monkeypatch):
+    """Make the class of backends/cupy.py on NumPy with two devices, and a list of what they saw."""
+    seen = []
+    kind = type(
+        "array", (np.ndarray,), {"device": SimpleNamespace(synchronize=lambda: seen.append("wait"))}
+    )
+    runtime = SimpleNamespace(getDeviceCount=lambda: 2, CUDARuntimeError=OSError)
+    cupy = ModuleType("cupy")
+    cupy.linalg, cupy.tril, cupy.asnumpy = np.linalg, np.tril, np.asarray
+    cupy.ndarray, cupy.asarray = kind, lambda x, dtype: np.asarray(x, dtype).view(kind)
+    cupy.cuda = SimpleNamespace(
+        runtime=runtime, Device=lambda i: contextlib.nullcontext(seen.append(i))
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    file = Path(rlora.backends.__file__).with_name("cupy.py")
+    spec = importlib.util.spec_from_file_location("pretended", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.BACKEND(rlora.backends.get("numpy").xp, "cupy"), runtime, seen
+
+
+def test_the_algebra_of_cupy(pretended_cupy):
+    """Done in another way than by the generic class; 1e-13 is of a condition of 30."""
+    backend, _, _ = pretended_cupy
+    X = np.random.default_rng(0).normal(size=(5, 4, 9))
+    S = X @ X.mT
+    assert_close(backend.spd_power(S, -1.0), np.linalg.inv(S), rtol=1e-13)
+    for power in (-0.5, 0.5):
+        expected = Backend.spd_power(backend, S, power)
+        assert_close(backend.spd_power(S, power), expected, rtol=1e-13)
+    for upper in (False, True):
+        W = backend.inverse_cholesky(S, upper=upper)
+        assert_close(W, Backend.inverse_cholesky(backend, S, upper=upper), rtol=1e-13)
+
+
+def test_the_devices_of_cupy(pretended_cupy, monkeypatch):
+    backend, runtime, seen = pretended_cupy
+    assert backend.devices() == ["cuda:0", "cuda:1"]
+    arrays = [backend.asarray(np.ones(3), device=x) for x in (None, "cuda", "cuda:0", "cuda:1")]
+    assert seen == [0, 0, 0, 1]
+    assert {x.dtype for x in arrays} == {np.dtype("float32")}
+    with pytest.raises(ValueError, match="no device 'cuda:2' here; it has cuda:0, cuda:1"):
+        backend.asarray(np.ones(3), device="cuda:2")
+    backend.synchronize(*arrays)
+    assert seen[4:] == ["wait"] * 4
+    runtime.getDeviceCount = lambda: 0
+    with pytest.raises(BackendError, match="finds no CUDA device; use another"):
+        backend.devices()
+
+    def fail():
+        raise OSError("no driver")
+
+    runtime.getDeviceCount = fail
+    with pytest.raises(BackendError, match=r"finds no CUDA device \(no driver\)"):
+        backend.devices()
 
 
 def test_unknown_backend():

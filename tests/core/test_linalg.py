@@ -62,19 +62,37 @@ def test_thin_columns(backend, r, lead, monkeypatch):
         assert_close(y, x @ p, rtol=1e-13)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_grams_in_more_digits_than_the_factors_have(backend, layers):
+    """Cast first: the products of float32 numbers are exact in float64, their sums to 7 roundings."""
+    arrays, rows = factors(backend, [(3, 7), (2, 3, 7), (3, 5)][:layers], "float32")
+    wide = [x.astype("float32").astype("float64") for x in arrays]
+    expected = np.concatenate([(x @ x.mT).reshape(-1, 3, 3) for x in wide])
+    columns = [x.mT for x in rows]
+    for found in (
+        backend.gram_rows(rows, backend.xp.float64),
+        backend.gram_columns(columns, backend.xp.float64),
+        backend.cross_rows(rows, list(rows), backend.xp.float64),
+    ):
+        assert_close(found, expected, rtol=1e-15)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
 @pytest.mark.parametrize("lead", [(), (4,)], ids=["matrices", "stacks"])
-def test_products_onto_others(backend, lead):
-    """``P X + Z``: Z may be written over, P and X may not."""
+def test_products_onto_others(backend, lead, keep):
+    """``P X + keep Z``: Z may be written over, P and X may not."""
     X_np, X = factors(backend, [(*lead, 3, 7), (*lead, 3, 5)])
     P_np, P = factors(backend, [(*lead, 3, 3)] * 2, seed=1)
     Z_np, Z = factors(backend, [x.shape for x in X_np], seed=2)
-    for p, x, z, y in zip(P_np, X_np, Z_np, backend.apply_left(P, X, onto=Z), strict=True):
-        assert_close(y, p @ x + z, rtol=1e-13)
+    found = backend.apply_left(P, X, onto=Z, keep=keep)
+    for p, x, z, y in zip(P_np, X_np, Z_np, found, strict=True):
+        assert_close(y, p @ x + keep * z, rtol=1e-13)
     _, Zt = factors(backend, [x.mT.shape for x in X_np], seed=3)
     Zt_np, _ = factors(backend, [x.mT.shape for x in X_np], seed=3)
     Xt = [x.mT for x in X]
-    for p, x, z, y in zip(P_np, X_np, Zt_np, backend.apply_right(Xt, P, onto=Zt), strict=True):
-        assert_close(y, x.mT @ p + z, rtol=1e-13)
+    found = backend.apply_right(Xt, P, onto=Zt, keep=keep)
+    for p, x, z, y in zip(P_np, X_np, Zt_np, found, strict=True):
+        assert_close(y, x.mT @ p + keep * z, rtol=1e-13)
     for kept, given in zip([*P, *X], [*P_np, *X_np], strict=True):
         assert_close(kept, given, rtol=0)
 
@@ -149,6 +167,18 @@ def test_inverse_cholesky_equals_the_generic_one(backend, upper, condition):
         assert_close(np.triu(W) if upper else np.tril(W), W, rtol=0)
         assert (np.diagonal(W, axis1=1, axis2=2) > 0).all()
         assert_close(W @ S @ W.mT, np.broadcast_to(np.eye(6), S.shape), rtol=1e-14 * condition)
+
+
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, -1.0])
+def test_a_root_beside_a_member_that_has_none(upper, bad):
+    """NumPy's Cholesky refuses a whole stack for a negative one; the generic way gives the same W."""
+    from rlora.backends import get
+
+    numpy, good = get("numpy"), np.array([[1.0, 0.5], [0.5, 1.0]])
+    alone = numpy.inverse_cholesky(good[None], upper=upper)
+    beside = numpy.inverse_cholesky(np.stack([good, good * bad]), upper=upper)
+    assert_close(beside[:1], alone, rtol=1e-14)  # of a condition of 3
 
 
 def test_a_member_without_a_cholesky_factor_is_nan_alone():
@@ -323,19 +353,21 @@ def test_ranks_and_dtypes_in_one_call(backend):
 @pytest.mark.parametrize("low", [0.0, 1e-3])
 @pytest.mark.parametrize("lead", [(), (1,), (3,)], ids=str)
 def test_within_knows_the_largest_magnitudes(backend, lead, low):
-    """Never say that it is when it is not; torch on a CPU knows all of it."""
+    """Never say that it is when it is not; NumPy, and torch on a CPU, know all of it."""
     rng = np.random.default_rng(0)
     good = rng.uniform(0.1, 1.0, (*lead, 5, 40))
     late = np.where(np.arange(200).reshape(5, 40) < 150, 0.0, good)  # beyond the first entries
     mixed = good.copy()
     mixed[-1] *= 1e-6  # a matrix of the stack, or a row
     cases = [good, late, mixed, -good, 0 * good, 1e-6 * good, 1e3 * good, -1e3 * late]
+    cases += [np.full_like(good, x) for x in (low, 1e2)]  # low is within, high is not
     cases += [np.where(good == good.max(), x, good) for x in (np.nan, np.inf, -np.inf)]
     for x in cases:
         peaks = np.abs(x).max(axis=(-2, -1))
         truth = bool((((peaks >= low) | (peaks == 0)) & (peaks < 1e2)).all())
         found = backend.within([backend.asarray(x, "float64")], low, 1e2)
-        assert found == truth if backend.name == "torch" else found <= truth
+        knows = type(backend).within is not Backend.within
+        assert found == truth if knows else found <= truth
 
 
 @pytest.mark.parametrize("dtype, middle, most", [("float64", 1e-9, 1e-8), ("float32", 2e-4, 5e-3)])
