@@ -205,6 +205,7 @@ def test_known_layers_and_names_of_ones_own():
     [
         ("from rlora.pairing import Convention\nOURS = Convention('x', 'reduce', 'expand')", False),
         ("OURS = 3", True),
+        ("OURS = ['x', 'reduce', 'expand']", True),
         ("1 / 0", True),
     ],
 )
@@ -323,6 +324,18 @@ def test_two_tensors_of_one_name():
 def test_sizes_of_a_layout_are_at_least_one(size):
     with pytest.raises(ShapeError, match=f"at least 1, got e={size}"):
         Layout("(e r) n", "m (r e)", sizes={"e": size})
+
+
+def test_rows_that_are_no_blocks_of_one_rank_are_refused():
+    """The last row of A would be in no pair."""
+    with pytest.raises(ShapeError, match=r"\(5, 6\) and B of shape \(7, 2\) do not have 2 blocks"):
+        Layout(blocks=(4, 3)).views((5, 6), (7, 2))
+
+
+@pytest.mark.parametrize("shapes", [((0, 5), (4, 0)), ((2, 0), (4, 2)), ((2, 5), (0, 2))])
+def test_axes_of_a_layout_are_not_empty(shapes):
+    with pytest.raises(ShapeError, match=r"an axis of 0 is not \("):
+        Layout().views(*shapes)
 
 
 @pytest.mark.parametrize("side, patterns", [("a", ("(", "b")), ("b", ("a", "(?P<x>"))])

@@ -69,7 +69,7 @@ def everything(make):
         ("scaled_adamw", "256x256*8", 16, 1.25),
         ("scaled_adamw", "512x512*8", 16, 1.5),
         ("scaled_adamw", "512x512*2", 16, 1.75),
-        ("scaled_adamw", "512x256*4", 16, 9.0),
+        ("scaled_adamw", "512x256*8", 16, 9.0),
     )
 
 

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from contextlib import nullcontext
 
 import pytest
 import sharded_refusals as refusals
@@ -10,6 +11,7 @@ from models import loss_of, make_model, same, values
 
 from rlora import PairingError, ShardingError
 from rlora.torch import LoRARite, ScaledAdamW, find_pairs
+from rlora.torch.pairing import sharding_checks
 
 
 @pytest.mark.parametrize("original", [False, True], ids=["flat", "use_orig_params"])
@@ -40,6 +42,24 @@ def test_megatron_with_one_process_is_whole(monkeypatch):
     monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", state)
     with pytest.raises(ShardingError, match="tensor-parallel"):
         find_pairs(named)
+
+
+@pytest.mark.parametrize(
+    "processes, a, b, cut",
+    [
+        (2, (2, 8), (6, 4), True),
+        (4, (2, 8), (6, 4), True),
+        (3, (2, 8), (6, 4), False),
+        (2, (4, 2), (2, 8), False),
+    ],
+)
+def test_shapes_of_a_cut_rank(monkeypatch, processes, a, b, cut):
+    """Cut by a divisor of the number of processes; factors (n, r) and (r, m) are whole in any."""
+    monkeypatch.setattr(sharding_checks, "_processes", lambda: processes)
+    named = [("q.lora_a", torch.ones(a)), ("q.lora_b", torch.ones(b))]
+    said = pytest.raises(ShardingError, match="2 rows and its partner 4 columns")
+    with said if cut else nullcontext():
+        sharding_checks.check_whole(named)
 
 
 def test_shapes_that_do_not_fit_in_one_process_are_no_sharding():

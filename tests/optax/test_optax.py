@@ -1,5 +1,7 @@
 """rlora.optax against the functional methods and inside optax's own machinery."""
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ import jax.numpy as jnp  # noqa: E402
 from trees import as_factors, assert_trees_close, draw, make_tree  # noqa: E402
 
 import rlora.optax  # noqa: E402
+from rlora.methods.scaled import scale_by_gram  # noqa: E402
 from rlora.pairing import Layout  # noqa: E402
 
 EVERY = pytest.mark.parametrize("name", methods.__all__)
@@ -132,6 +135,24 @@ def test_scale_by_gram_in_a_chain_is_scaled_sgd():
     left, _ = chained.update(grads, chained.init(params), params)
     right, _ = whole.update(grads, whole.init(params), params)
     assert_trees_close(left, right, 1e-5)
+
+
+def test_the_defaults_of_scale_by_gram_are_the_functional_ones():
+    ours, core = (
+        inspect.signature(f).parameters for f in (rlora.optax.scale_by_gram, scale_by_gram)
+    )
+    for name in ("damping", "damping_mode", "compute_dtype"):
+        assert ours[name].default == core[name].default, name
+
+
+def test_leaves_in_no_pair_pass_through_scale_by_gram():
+    params = {**make_tree(), "bias": jnp.ones(4)}
+    grads = {**make_tree(seed=10), "bias": jnp.arange(4.0)}
+    link, alone = rlora.optax.scale_by_gram(), rlora.optax.scale_by_gram()
+    updates, _ = link.update(grads, link.init(params), params)
+    np.testing.assert_array_equal(updates.pop("bias"), grads["bias"])
+    expected, _ = alone.update(make_tree(seed=10), alone.init(make_tree()), make_tree())
+    assert_trees_close(updates, expected, 0)
 
 
 def test_einsum_factors_of_qwix():

@@ -891,6 +891,8 @@ def test_saved_and_restored(fresh, tmp_path, suffix):
     again = load(untouched_base(fresh), tmp_path)
     assert (logits(again) - logits(model)).abs().max() > 1e-2
     offsets = load_offsets(tmp_path / f"offsets.{suffix}")
+    for name, offset in report.offsets.items():
+        assert offsets[name][2:] == offset[2:]  # Python's numbers, to the bit
     restore_offsets(again, offsets)
     assert torch.equal(logits(again), logits(model))
     with pytest.raises(PairingError, match="taken already"):
