@@ -21,6 +21,15 @@ def test_fsdp1(groups, original):
         assert all("flattened" in message and "FSDP2" in message for message in said)
 
 
+def test_a_flattened_parameter_that_is_frozen_is_no_matter():
+    """The base of an adapter that FSDP does not wrap."""
+    flat = torch.nn.Parameter(torch.ones(9), requires_grad=False)
+    pair = refusals.pair_of(torch.ones(2, 8), torch.ones(6, 2))
+    assert len(find_pairs([("base._flat_param", flat), *pair])) == 1
+    with pytest.raises(ShardingError, match="flattened"):
+        find_pairs([("base._flat_param", flat.requires_grad_()), *pair])
+
+
 @pytest.mark.refuses("FSDP1, tensor parallelism", "factors cut along the rank")
 def test_tensor_parallel(groups):
     for marked, cut in groups(2).run(refusals.tensor_parallel):

@@ -339,6 +339,26 @@ def test_a_parameter_that_never_had_a_gradient_does_not_stop_a_resume(make, full
     assert train(again, resumed, 2, start=2) == train(model, optimizer, 2, start=2)
 
 
+@pytest.mark.parametrize(
+    "options, begins",
+    [
+        ({"momentum": 0.9}, ["momentum_buffer"]),
+        ({"momentum": 0.0}, []),
+        ({"momentum": 0.9, "dampening": 0.5}, None),
+    ],
+)
+def test_the_first_momentum_is_that_of_the_group(options, begins):
+    """No gradient has come. Under dampening torch begins with a whole one: no zeros do."""
+    pairs = [[nn.Parameter(torch.randn(shape)) for shape in [(2, 4), (3, 2)]] for _ in range(2)]
+    groups = [{"params": pairs[0], "momentum": 0.9}, {"params": pairs[1], **options}]
+    optimizer = rlora.torch.precondition(torch.optim.SGD)(groups, lr=0.1, pairs=pairs)
+    for p in pairs[0]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    found = optimizer.state_dict()["state"].get(2)
+    assert (found if found is None else list(found)) == begins
+
+
 class Counting(torch.optim.Adam):
     """Begins its own state beside Adam's, where there is none yet."""
 
