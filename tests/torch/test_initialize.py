@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from rlora import PairingError, ShapeError, initializers
+from rlora import Factors, PairingError, ShapeError, initializers
 from rlora.core.errors import NamespaceError, NumericsError, RLoraError, ShardingError
 from rlora.torch import ScaledSGD, as_plain_lora
 from rlora.torch.init.gradients import full_gradients
 from rlora.torch.init.initialize import initialize
-from rlora.torch.init.offsets import load_offsets, restore_offsets, save_offsets
+from rlora.torch.init.offsets import load_offsets, overlap, restore_offsets, save_offsets
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 METHODS = {
@@ -579,6 +579,19 @@ def test_a_layer_of_ones_own_that_stores_the_transpose(method):
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
 
 
+def test_a_start_that_its_factors_cannot_hold_is_refused():
+    """The root of a singular value of 1e10 is above what float16 has; no weight has been moved."""
+    model = nn.Sequential(TransposedLoRA(6, 9, 2))
+    model[0].lora_A.data, model[0].lora_B.data = (
+        model[0].lora_A.data.half(),
+        model[0].lora_B.data.half(),
+    )
+    weight = model[0].weight.fill_(1e10).clone()
+    with pytest.raises(NumericsError, match=r"the start of 0 is not finite in torch\.float16"):
+        initialize(model, method="pissa")
+    assert torch.equal(model[0].weight, weight)
+
+
 class Gated(nn.Linear):
     """A linear layer with a second matrix."""
 
@@ -881,6 +894,13 @@ def load(base, path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about fan_in_fan_out again
         return PeftModel.from_pretrained(base, path).eval()
+
+
+def test_autocast_does_not_reach_the_number_that_knows_a_weight():
+    W, A, B = torch.randn(9, 6), torch.randn(2, 6), torch.randn(9, 2)
+    expected = overlap(W, Factors(A, B))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert overlap(W, Factors(A, B)) == expected
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])

@@ -72,6 +72,37 @@ def test_a_state_saved_in_another_order_goes_by_name(make):
         same_state(saved.state[p], back.state[q])
 
 
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_options_of_two_groups_agree_by_their_values(kind):
+    """As a file has them, which makes of one number two; here the two groups are one."""
+    origin, model = square_model(), square_model(seed=1)
+    head, lora = ([x for x in named(origin) if ("head" in x[0]) == w] for w in (True, False))
+    saved = ScaledAdamW([{"params": head}, {"params": lora}], lr=0.5)
+    run(origin, saved)
+    state = saved.state_dict()
+    for group in state["param_groups"]:
+        group["lr"] = kind(float("0.25"))
+    loaded = ScaledAdamW(named(model), lr=0.5)
+    loaded.load_state_dict(state)
+    assert float(loaded.param_groups[0]["lr"]) == 0.25
+
+
+def test_names_that_are_more_than_the_parameters_say_nothing():
+    """A parameter was taken out of a saved group, and its name was left: then the place counts."""
+    origin, model = square_model(), square_model(seed=1)
+    saved = ScaledAdamW(named(origin), lr=1e-3)
+    run(origin, saved)
+    state = saved.state_dict()
+    gone = state["param_groups"][0]["params"][:2]
+    del state["param_groups"][0]["params"][:2]
+    for i in gone:
+        del state["state"][i]
+    loaded = ScaledAdamW(named(model)[2:], lr=1e-3)
+    loaded.load_state_dict(state)
+    for (_, p), (_, q) in zip(named(origin)[2:], named(model)[2:], strict=True):
+        same_state(saved.state[p], loaded.state[q])
+
+
 def back_named(optimizer):
     group = optimizer.param_groups[0]
     return list(zip(group["param_names"], group["params"], strict=True))
