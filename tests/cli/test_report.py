@@ -166,6 +166,9 @@ def test_what_cannot_be_drawn_is_left_out(make):
     record = make(("lora_rite", "p", 4, 2.0), ("lora_rite", "p", 16, 0.0))
     assert set(by_kind(record)) == {"memory-rank", "roofline"}
     for row in record["rows"]:
+        row["peak_temporary_bytes"] = None  # one of the two panels would be empty
+    assert set(by_kind(record)) == {"roofline"}
+    for row in record["rows"]:
         row |= {"flops": None, "state_bytes": 0, "peak_temporary_bytes": None, "rank": [4, 16]}
     assert not by_kind(record)
 

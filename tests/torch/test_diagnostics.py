@@ -151,6 +151,19 @@ def test_the_summary_is_that_of_the_pairs():
     assert numbers["rlora/pairs"] == 2
 
 
+def test_what_is_watched_follows_a_model_that_is_moved():
+    """Its parameters are the same ones, in another dtype: what they were is kept in that."""
+    model = make_model(dtype=torch.float32)
+    optimizer = ScaledAdamW(model)
+    watch, pairs = Watch(), optimizer._current_pairs()
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        watch.note(pairs, optimizer.report)
+        for old, new in zip(watch.before, pairs, strict=True):
+            assert old.A.dtype == dtype
+            assert torch.equal(old.A, new.A)
+
+
 def test_without_a_watched_step_it_tells_of_the_factors_as_they_are():
     model = make_model()
     optimizer = ScaledAdamW(model, lr=1e-2)

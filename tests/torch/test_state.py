@@ -359,6 +359,18 @@ def test_the_first_momentum_is_that_of_the_group(options, begins):
     assert (found if found is None else list(found)) == begins
 
 
+def test_a_frozen_factor_has_no_state_in_a_file():
+    """Beside one that waits for its first gradient, whose first state is there."""
+    pairs = [[nn.Parameter(torch.randn(shape)) for shape in [(2, 4), (3, 2)]] for _ in range(2)]
+    frozen, _ = pairs[1]
+    frozen.requires_grad_(False)
+    optimizer = rlora.torch.ScaledAdamW([p for pair in pairs for p in pair], pairs=pairs)
+    for p in pairs[0]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert sorted(optimizer.state_dict()["state"]) == [0, 1, 3]
+
+
 class Counting(torch.optim.Adam):
     """Begins its own state beside Adam's, where there is none yet."""
 
