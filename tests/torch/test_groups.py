@@ -192,3 +192,15 @@ def test_a_layers_own_activation_stands_not_between_its_factors():
     report = ScaledAdamW(Layer()).report
     assert len(report.pairs) == 1
     assert not report.refused
+
+
+@pytest.mark.parametrize("names", [["x"], ["x", "y", "z"], []])
+def test_a_group_has_a_name_for_each_parameter_or_none(names):
+    A, B = nn.Parameter(torch.ones(2, 5)), nn.Parameter(torch.ones(3, 2))
+    group = {"params": [A, B], "param_names": names}
+    match = f"a group has 2 params, but {len(names)} param_names: give each"
+    with pytest.raises(ValueError, match=match):
+        ScaledAdamW([dict(group)], pairs=[(A, B)])
+    optimizer = ScaledAdamW(make_model())
+    with pytest.raises(ValueError, match=match):
+        optimizer.add_param_group(dict(group))

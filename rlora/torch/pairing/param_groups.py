@@ -53,6 +53,8 @@ def as_groups(
     if not isinstance(items[0], dict):
         return [{"params": items}]
     groups = [{**group, "params": as_list(group["params"], pairs, known)} for group in items]
+    for group in groups:
+        _check_names(group.get("param_names"), group["params"])
     if not any(group["params"] for group in groups):
         _nothing_trainable(*(g["params"] for g in items if isinstance(g["params"], nn.Module)))
     if any(isinstance(p, tuple) for group in groups for p in group["params"]):
@@ -159,10 +161,17 @@ def split_names(group: dict[str, Any]) -> list[str] | None:
     names: list[str] | None = group.pop("param_names", None)
     if params and all(isinstance(p, tuple) for p in params):  # torch refuses a mixture
         names, group["params"] = [p[0] for p in params], [p[1] for p in params]
-    if names is not None and len(names) != len(group["params"]):
-        msg = f"a group has {len(group['params'])} params, but {len(names)} param_names"
-        raise ValueError(msg)
+    _check_names(names, group["params"])
     return names
+
+
+def _check_names(names: Sequence[str] | None, params: Sequence[Any]) -> None:
+    if names is not None and len(names) != len(params):
+        msg = (
+            f"a group has {len(params)} params, but {len(names)} param_names: give each parameter "
+            f"its own, or leave the names out"
+        )
+        raise ValueError(msg)
 
 
 def names_of(models: Iterable[nn.Module], params: Sequence[Tensor]) -> list[str] | None:
