@@ -579,6 +579,17 @@ def test_a_layer_of_ones_own_that_stores_the_transpose(method):
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
 
 
+def test_equal_layers_start_at_random_each_by_itself():
+    """A seed that is given is one for all, and moves each of them."""
+    starts = []
+    for options in ({}, {"seed": 3}):
+        model = nn.Sequential(TransposedLoRA(6, 6, 2), TransposedLoRA(6, 6, 2))
+        initialize(model, method="gaussian", **options)
+        starts += [layer.lora_A.detach() for layer in model]
+    for i, A in enumerate(starts):
+        assert all((other != A).any() for other in starts[:i])
+
+
 def test_a_start_that_its_factors_cannot_hold_is_refused():
     """The root of a singular value of 1e10 is above what float16 has; no weight has been moved."""
     model = nn.Sequential(TransposedLoRA(6, 9, 2))
