@@ -245,7 +245,8 @@ def moves(p: Tensor) -> bool:
 
 def memory(p: Tensor) -> int:
     """Address of a parameter's memory, its id if it has none: equal where memory is shared."""
-    return p.data_ptr() or id(p)
+    is_fake = hasattr(p, "fake_mode")  # as of `torch._subclasses`, which warns
+    return id(p) if is_fake else p.data_ptr() or id(p)
 
 
 def is_distributed(p: Any) -> bool:
