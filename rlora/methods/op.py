@@ -169,13 +169,15 @@ def low_rank_sum(
 
     ``M_A + (M_BᵀM_B)⁻¹ M_Bᵀ (T - M_B M_A)``: of the least squares solutions the nearest one to M_A,
     in an orthonormal basis of its rows. M_B comes in an ordinary size, M_A makes up for it: the
-    coordinates of a large B in a tiny M_B would be out of range.
+    coordinates of a large B in a tiny M_B would be out of range. A zero M_B leaves M_A as it is.
     """
     (A, B), (D_A, D_B) = zip(*group.params, strict=True), zip(*D, strict=True)
-    backend, M_A = group.backend, [x.A for x in M]
+    backend, xp, M_A = group.backend, group.xp, [x.A for x in M]
     M_B, numbers = into_range(backend, [x.B for x in M])
     if numbers is not None:
-        M_A = [x / c for x, c in zip(M_A, numbers, strict=True)]
+        peaks = (xp.max(xp.abs(y), axis=(-2, -1), keepdims=True) for y in M_B)
+        each_of = zip(M_A, numbers, peaks, strict=True)
+        M_A = [x / xp.where(peak > 0, c, xp.ones_like(c)) for x, c, peak in each_of]
     sums = list(M_A)
     inside = least_squares(backend, [x.mT for x in M_B], group.dtype, ordinary=True)
     for c, Y, X in ((keep - 1, M_B, M_A), (1.0, B, D_A), (1.0, D_B, A)):

@@ -237,6 +237,20 @@ def test_a_tiny_momentum_beside_large_factors(library, factor, gradient):
     assert all(np.isfinite(backend.to_numpy(x)).all() for x in pair)
 
 
+def test_momentum_of_tiny_factors(backend):
+    """Before the first step it is zero, with the rows of A, which no number may lose."""
+    method, moves = methods.op_lora(), []
+    for dtype in ("float32", "float64"):
+        pair = Factors(*(backend.asarray(x, dtype) for x in draw(1e-13, 0)))
+        state = method.init(pair)
+        for seed in (1, 2):
+            grads = Factors(*(backend.asarray(x, dtype) for x in draw(1e-10, seed)))
+            D, state = method.update(grads, state, pair)
+        moves.append([backend.to_numpy(x) for x in D])
+    for x, y in zip(*moves, strict=True):
+        assert np.abs(x - y).max() <= 1e-3 * np.abs(y).max()
+
+
 def test_grafted_steps_of_tiny_factors(backend):
     """The products of squares would be subnormal, which JAX takes for 0."""
     method, moves = methods.graft_adamw(), []
