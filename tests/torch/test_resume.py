@@ -249,6 +249,26 @@ def test_wrappers_of_single_layers_are_no_part_of_names(wrapper):
         compare(loaded, model, saved, origin)
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_a_model_beside_one_that_is_compiled(split):
+    """Both have layers of one name: that of the wrapper tells them apart, in any order."""
+
+    def groups_of(models):
+        one, other = map(named, models)
+        halves = [(f"_orig_mod.{name}", p) for name, p in other], one
+        order = halves if models is origins else halves[::-1]
+        return [{"params": half} for half in order] if split else [*order[0], *order[1]]
+
+    origins, models = ([square_model(seed=i) for i in (k, k + 1)] for k in (0, 2))
+    saved = ScaledAdamW(groups_of(origins))
+    for model in origins:
+        run(model, saved)
+    loaded = ScaledAdamW(groups_of(models))
+    loaded.load_state_dict(saved.state_dict())
+    for model, origin in zip(models, origins, strict=True):
+        compare(loaded, model, saved, origin)
+
+
 def test_equal_names_in_two_groups():
     """Told apart by the group, in another order within it."""
     origins, models = ([square_model(seed=i) for i in (k, k + 1)] for k in (0, 2))

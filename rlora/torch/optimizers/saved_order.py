@@ -54,8 +54,9 @@ def as_groups_are(saved: dict[str, Any], groups: Groups, names: Sequence[str | N
     sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, theirs))
     params = [p for group in groups for p in group["params"]]
     ids = [i for group in theirs for i in group["params"]]
-    mine = keys_of(_split(names, sizes))
-    keys = keys_of([_names_of(group) for group in theirs])
+    here, there = _split(names, sizes), [_names_of(group) for group in theirs]
+    both = {name for group in here for name in group} & {name for group in there for name in group}
+    mine, keys = (keys_of(without_wrappers(x, both)) for x in (here, there))
     known = {*mine, *keys} - {None}
     common = known & {*mine} & {*keys}
     if sizes == saved_sizes and all(
@@ -98,12 +99,22 @@ def _warn_of_other_names(mine: Sequence[Key], keys: Sequence[Key], common: Set[K
         warnings.warn(msg, RuntimeWarning, stacklevel=2)
 
 
-def keys_of(names: Sequence[Sequence[str | None]]) -> list[Key]:
-    """Unique keys of the named parameters of all groups; None for those without a name.
+def without_wrappers(
+    names: Sequence[Sequence[str | None]], known: Set[str | None]
+) -> list[Sequence[str | None]]:
+    """The names, but for `known` ones without the wrappers that torch puts around single layers.
 
-    A layer is the same one in a wrapper of torch, as `torch.compile` puts around single layers.
+    A group in which two would get one name, as a model's and one's that is compiled, keeps its own.
     """
-    names = [[name and WRAPPERS.sub("", name) for name in group] for group in names]
+    short = [
+        [x if x is None or x in known else WRAPPERS.sub("", x) for x in group] for group in names
+    ]
+    pairs = zip(names, short, strict=True)
+    return [new if len({*new}) == len({*old}) else old for old, new in pairs]
+
+
+def keys_of(names: Sequence[Sequence[str | None]]) -> list[Key]:
+    """Unique keys of the named parameters of all groups; None for those without a name."""
     count = Counter(name for group in names for name in group)
     return [
         name if name is None or count[name] == 1 else (i, name)
