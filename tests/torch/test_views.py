@@ -221,6 +221,25 @@ def test_tied_storage_is_updated_once_where_the_pairs_are_given(kind, by_order):
         torch.testing.assert_close(p, x, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", [ScaledAdamW, ScaledSGD])
+def test_a_pair_by_hand_is_tied_to_one_that_has_names(kind):
+    a, b = torch.randn(2, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    one, other = ([nn.Parameter(x) for x in (a, b)] for _ in range(2))
+    alone = [nn.Parameter(x.clone()) for x in (a, b)]
+    optimizer = kind([("q.lora_A", one[0]), ("q.lora_B", one[1])], lr=1e-2)
+    optimizer.add_param_group({"params": other, "pairs": [tuple(other)]})
+    assert optimizer.report.tied == {"q.lora_A": "pairs[0][0]", "q.lora_B": "pairs[0][1]"}
+    reference = kind(alone, lr=1e-2, pairs=[tuple(alone)])
+    for _ in range(3):
+        for p, q, x in zip(one, other, alone, strict=True):
+            p.grad, q.grad = torch.randn_like(x), torch.randn_like(x)
+            x.grad = p.grad + q.grad
+        optimizer.step()
+        reference.step()
+    for p, x in zip(one, alone, strict=True):
+        torch.testing.assert_close(p, x, rtol=0, atol=1e-12)
+
+
 MINE = Convention("mine", "reduce", "expand", (Layout("n r", "r m"),))
 
 

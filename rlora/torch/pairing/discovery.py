@@ -99,23 +99,21 @@ def pairs_in_groups(
 ) -> tuple[list[TensorPair], PairReport]:
     """The pairs given by hand, and if asked for those of groups whose parameters have names."""
     members = [member for group in groups for member in group]
-    pairs, report = check_explicit(by_hand, [p for _, p in members])
+    kept = ByMemory()
+    pairs, report = check_explicit(by_hand, [p for _, p in members], kept)
     taken = {id(p) for p in params_of(pairs)}
     named = [
         [(name, p) for name, p in group if name is not None and id(p) not in taken]
         for group in groups
     ]
     if by_name and any(named):
-        found, theirs = match(told_apart(named, known, source), known, adapter, source)
+        pairs, report = match(told_apart(named, known, source), known, adapter, source, kept)
         nameless = [
             f"parameter {i}"
             for i, (name, p) in enumerate(members)
             if name is None and id(p) not in taken
         ]
-        pairs += found
-        plain, frozen = (*theirs.plain, *nameless), report.frozen + theirs.frozen
-        both, tied = report.pairs + theirs.pairs, {**report.tied, **theirs.tied}
-        report = replace(theirs, pairs=both, plain=plain, tied=tied, frozen=frozen)
+        report = replace(report, plain=(*report.plain, *nameless))
     check_layouts(pairs)
     return pairs, report
 
@@ -150,12 +148,13 @@ def match(
     known: Known | None,
     adapter: str | None = None,
     source: Source | None = None,
+    kept: "ByMemory | None" = None,
 ) -> tuple[list[TensorPair], PairReport]:
-    """The pairs among named tensors; of those that cannot work together, the reason."""
+    """The pairs `kept` before and those among named tensors; the reason of those that cannot be."""
     check_whole(named)
     report = find_named_pairs(named, adapter=adapter, pairs=source, known=known)
     tensors = dict(named)
-    refused, kept = dict(report.refused), _ByMemory()
+    refused, kept = dict(report.refused), kept or ByMemory()
     for pair in report:
         a, b = tensors[pair.a], tensors[pair.b]
         middle = None if pair.middle is None else tensors[pair.middle]
@@ -194,7 +193,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.numel() == b.numel() and memory(a) == memory(b)
 
 
-class _ByMemory:
+class ByMemory:
     """Pairs by the memory of their factors: one that has that of another is tied to it."""
 
     def __init__(self) -> None:
@@ -231,12 +230,12 @@ def _owner_of_both(pair: Pair, of_a: Owner, of_b: Owner) -> tuple[Pair, bool]:
 
 
 def check_explicit(
-    pairs: Iterable[Any], members: Sequence[Tensor]
+    pairs: Iterable[Any], members: Sequence[Tensor], kept: ByMemory | None = None
 ) -> tuple[list[TensorPair], PairReport]:
     """Pairs given by hand: every one must be right, and among the parameters, and there once."""
     known = {id(p) for p in members}
     used: set[int] = set()
-    kept = _ByMemory()
+    kept = kept or ByMemory()
     for i, pair in enumerate(pairs):
         where = f"pairs[{i}]"
         if not (isinstance(pair, (tuple, list)) and len(pair) in (2, 3)):
