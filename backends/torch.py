@@ -50,6 +50,7 @@ WIDE = {
     **dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), torch.float32),
     torch.float64: torch.float64,
 }
+"""The dtype of the arithmetic for each dtype of factors, as `Backend.compute_dtype` has it."""
 
 
 class TorchBackend(Backend):

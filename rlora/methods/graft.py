@@ -121,7 +121,8 @@ def to_size(group: RankGroup, D: list[Factors], state: State) -> tuple[list[Fact
     """D, each factor in the size of its U."""
     xp = group.xp
     S = group.partner_gram(group.params)
-    S = S / xp.clip(traces(xp, S), min=float(xp.finfo(S.dtype).smallest_normal))  # a ratio follows
+    # Of trace 1, which no ratio of sizes sees: products with tiny Grams would be subnormal.
+    S = S / xp.clip(traces(xp, S), min=float(xp.finfo(S.dtype).smallest_normal))
 
     def size(X: list[Factors]) -> Stack:
         """``|B X_A|`` and ``|X_B A|``, over the norm of B and of A, (2K, 1, 1)."""

@@ -179,7 +179,7 @@ def low_rank_sum(
         each_of = zip(M_A, numbers, peaks, strict=True)
         M_A = [x / xp.where(peak > 0, c, xp.ones_like(c)) for x, c, peak in each_of]
     sums = list(M_A)
-    inside = least_squares(backend, [x.mT for x in M_B], group.dtype, ordinary=True)
+    inside = least_squares(backend, [x.mT for x in M_B], group.dtype)
     for c, Y, X in ((keep - 1, M_B, M_A), (1.0, B, D_A), (1.0, D_B, A)):
         parts = backend.apply_left([(c * y).mT for y in inside([y.mT for y in Y])], X)
         sums = [total + part for total, part in zip(sums, parts, strict=True)]
@@ -227,17 +227,14 @@ def _decayed(d: Factors, pair: Factors, weight_decay: float) -> Factors:
     return decayed
 
 
-def least_squares(
-    backend: Backend, F: Sequence[Array], dtype: Any, *, ordinary: bool = False
-) -> Coordinates:
+def least_squares(backend: Backend, F: Sequence[Array], dtype: Any) -> Coordinates:
     """``Y -> Y F⁺``, (..., r, r), the coordinates of rows Y in the rows of F (..., r, n).
 
     F may have a lower rank, as a momentum has whose gradients do: what its rounding leaves of a
     null direction counts as 0. A weak direction is damped: it belongs to the span that is sought.
-    `ordinary` says that F is of ordinary size, see `rlora.core.sizes`.
     """
     xp = backend.xp
-    F, c = (F, None) if ordinary else into_range(backend, F)
+    F, c = into_range(backend, F)
     H, unit, damping = backend.of_trace_r(backend.cross_rows(F, F, dtype), 0.0)
     w, Q = backend.eigh(H)
     lost = w <= w.shape[-1] * float(xp.finfo(F[0].dtype).eps)

@@ -474,7 +474,7 @@ def test_a_learning_rate_in_float64_with_an_axis_does_not_widen_a_step(name, dty
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1, 1)])
-@pytest.mark.parametrize("name", ["LoRARite", "AltLoRA"])
+@ALL
 def test_several_rates_in_one_group_are_refused(name, shape):
     """Torch looks at the one of the constructor alone; a stack of two layers would take them."""
     named = layers(2)

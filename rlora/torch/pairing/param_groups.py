@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlora.core.checks import check_flag, check_nonnegative, check_real, plain_number
-from rlora.core.errors import NamespaceError, PairingError, ShardingError
+from rlora.core.errors import NamespaceError, PairingError, ShapeError, ShardingError
 from rlora.core.layout import Layout
 from rlora.pairing import (
     Known,
@@ -144,15 +144,23 @@ def check_whole(group: Mapping[str, Any], names: Iterable[str]) -> None:
 
 
 def check_options(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """ValueError or TypeError for values of torch's options that make no sense."""
+    """ValueError, ShapeError or TypeError for values of torch's options that make no sense."""
     refuse_text(group)
     for name in (*FLAGS, *LOOPS):
         if name in group:
             check_flag(name, group[name], or_none=name in LOOPS)
     for name in NUMBERS:
-        several = isinstance(defaults.get(name), tuple)  # Adafactor has two eps
-        if name in group and not (several or isinstance(group[name], Tensor)):
-            check_nonnegative(name, group[name])
+        if name not in group or isinstance(defaults.get(name), tuple):  # Adafactor has two eps
+            continue
+        value = group[name]
+        if not isinstance(value, Tensor):
+            check_nonnegative(name, value)
+        elif value.numel() != 1:
+            msg = (
+                f"{name} must be one number for all of a group, got a tensor of shape "
+                f"{tuple(value.shape)}; give each value a group of its own"
+            )
+            raise ShapeError(msg)
 
 
 def split_names(group: dict[str, Any]) -> list[str] | None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from rlora.core.backend import Workspace
 from rlora.core.checks import checked_rate
 from rlora.core.dispatch import get_backend
-from rlora.core.errors import ShapeError
 from rlora.core.factors import Factors, map_leaves
 from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.step import move
@@ -103,13 +102,7 @@ class MethodBatch:
         if torch.compiler.is_compiling():  # then this has just been made
             return
         group = self._optimizer.param_groups[self._group]
-        lr = checked_rate(group["lr"])
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            msg = (
-                f"lr must be one number for all of a group, got a tensor of shape "
-                f"{tuple(lr.shape)}; give each rate a group of its own"
-            )
-            raise ShapeError(msg)
+        checked_rate(group["lr"])
         if (chosen := self._optimizer._chosen(group)) != self._chosen:  # a scheduler's work
             self._chosen, self._transform = chosen, self._optimizer._transform(group)
         self.follow()
@@ -241,25 +234,21 @@ def start_of(transform: Transform, buckets: list[list[Member]], given: float | N
     """
     scales = [[given or member.pair.scaling or 1.0 for member in bucket] for bucket in buckets]
     first, *others = dict.fromkeys(s for row in scales for s in row)
-
-    def begin(some: list[list[Member]], s: float) -> State:
-        like = buckets[0][0].params[0]
-        with get_backend(like).exact(like):  # autocast refuses to stack the other 16-bit dtype
-            return transform.init(stacks_of(some), s)
-
-    start = begin(buckets, first)
-    # Each array its own memory: it is written to after a step. And in order: torch's checkpoints
-    # send it to other processes as it lies.
-    memory = {
-        name: x.clone(memory_format=torch.contiguous_format)
-        for name, x in flatten_state(start).items()
-    }
-    places = places_in(memory)
-    for s in others:
-        layers = [[k for k, own in enumerate(row) if own == s] for row in scales]
-        some = [[bucket[k] for k in rows] for bucket, rows in zip(buckets, layers, strict=True)]
-        for name, x in flatten_state(begin(some, s)).items():
-            local(memory[name])[layers[places[name][0]]] = local(x)
+    like = buckets[0][0].params[0]
+    with get_backend(like).exact(like):  # autocast refuses to stack the other 16-bit dtype
+        start = transform.init(stacks_of(buckets), first)
+        # Each array its own memory: it is written to after a step. And in order: torch's
+        # checkpoints send it to other processes as it lies.
+        memory = {
+            name: x.clone(memory_format=torch.contiguous_format)
+            for name, x in flatten_state(start).items()
+        }
+        places = places_in(memory)
+        for s in others:
+            layers = [[k for k, own in enumerate(row) if own == s] for row in scales]
+            some = [[b[k] for k in rows] for b, rows in zip(buckets, layers, strict=True)]
+            for name, x in flatten_state(transform.init(stacks_of(some), s)).items():
+                local(memory[name])[layers[places[name][0]]] = local(x)
     return unflatten_state(memory, start)
 
 
