@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import rlora
-from rlora import Factors
-from rlora.core.backend import AdamNumbers, Backend
+from rlora import Factors, NamespaceError
+from rlora.core.backend import AdamNumbers, Backend, dtype_name
 from rlora.core.linalg import geometric_mean
 from rlora.core.placement import preconditioners
 from rlora.testing import assert_close
@@ -60,6 +60,23 @@ def test_thin_columns(backend, r, lead, monkeypatch):
     P_np, P = factors(backend, [(*lead, r, r)] * 3, seed=2)
     for x, p, y in zip(cols_np, P_np, backend.apply_right(cols, P), strict=True):
         assert_close(y, x @ p, rtol=1e-13)
+
+
+@pytest.mark.parametrize("wanted", [None, "float32", "float64"])
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64", "int32"])
+def test_compute_dtype_equals_the_generic_one(backend, name, wanted):
+    """At least float32, or what is wanted if that is more; what is no float is refused."""
+    if not hasattr(backend.xp, name):
+        pytest.skip(f"no {name} in this library")
+    dtype = backend.xp.ones(1, dtype=getattr(backend.xp, name)).dtype  # as arrays have it
+    if name == "int32":
+        with pytest.raises(NamespaceError, match="must be real floating-point arrays, got int32"):
+            backend.compute_dtype(dtype, wanted)
+        return
+    expected = "float64" if "float64" in (name, wanted) else "float32"
+    found = backend.compute_dtype(dtype, wanted)
+    assert found == Backend.compute_dtype(backend, dtype, wanted)
+    assert dtype_name(backend.xp.ones(1, dtype=found).dtype) == expected
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -133,7 +150,7 @@ def test_adam_takes_gradients_as_large_on_every_backend(backend):
     zero, g = (backend.asarray(np.full((2, 3), x), "float32") for x in (0.0, 1e20))
     numbers = AdamNumbers(0.9, 0.999, [1 - 0.9], [(1 - 0.999) ** 0.5], [1e-8])
     _, _, (d,) = backend.adam([zero], [zero], [g], numbers)
-    assert_close(backend.to_numpy(d), np.ones((2, 3)), rtol=1e-5)
+    assert_close(backend.to_numpy(d), np.ones((2, 3)), rtol=1e-5)  # 1 - 0.999 in float32
 
 
 @pytest.mark.parametrize("power", [-1.0, -0.5, 0.5])
