@@ -1,4 +1,4 @@
-"""Algebra on Grams: turns of coordinates, tangent directions, means, equations.
+"""Algebra on Grams: changes of coordinates, tangent directions, means, equations.
 
 ``S_A = A Aᵀ`` and ``S_B = Bᵀ B``.
 """
@@ -13,11 +13,11 @@ from rlora.core.rank_group import RankGroup, Stack
 from rlora.core.transform import State
 
 
-def to_new_coordinates(group: RankGroup, S: Stack, turn: Sequence[Factors]) -> Stack:
-    """``S⁻¹ turn``, which takes moments from the coordinates of old factors to those of new ones.
+def to_new_coordinates(group: RankGroup, S: Stack, overlap: Sequence[Factors]) -> Stack:
+    """``S⁻¹ overlap``, which takes moments from coordinates of old factors to those of new ones.
 
     0 in directions of S that are lost in rounding: damped, their inverse would multiply what the
-    rounding of parameters has put there since the turn was recorded.
+    rounding of parameters has put there since the overlap was recorded.
 
     Parameters
     ----------
@@ -25,30 +25,30 @@ def to_new_coordinates(group: RankGroup, S: Stack, turn: Sequence[Factors]) -> S
         The pairs.
     S : Stack
         The Grams of the partners.
-    turn : sequence of Factors
-        See `record_turn`.
+    overlap : sequence of Factors
+        See `record_overlap`.
     """
     matmul, W = group.backend.matmul, group.backend.pseudo_half(S, group.lost)
-    return matmul(W.mT, matmul(W, group.stack(turn)))
+    return matmul(W.mT, matmul(W, group.stack(overlap)))
 
 
-def record_turn(group: RankGroup, old: Sequence[Factors], state: State) -> State:
+def record_overlap(group: RankGroup, old: Sequence[Factors], state: State) -> State:
     """A transport that stores, for each factor, its partner's new rows times its old ones.
 
-    With it the next step finds the old coordinates again: S⁻¹ turn takes them to the new ones. A
-    factor that has not been updated is still in older ones, from which its turn leads to `old`.
+    With it the next step finds the old coordinates again: S⁻¹ overlap takes them to the new ones. A
+    factor that has not been updated is still in older ones, from which its overlap leads to `old`.
     """
-    turn = group.partner_cross(group.params, old)
+    overlap = group.partner_cross(group.params, old)
     if not group.all_move:
-        to_old = to_new_coordinates(group, group.partner_gram(old), state.turn)
-        further = group.backend.matmul(turn, to_old)
+        to_old = to_new_coordinates(group, group.partner_gram(old), state.overlap)
+        further = group.backend.matmul(overlap, to_old)
         updated = group.constant([(float(a), float(b)) for a, b in group.moving])
-        turn = group.xp.where(updated == 1, turn, further)
-    return state._replace(turn=group.unstack(turn))
+        overlap = group.xp.where(updated == 1, overlap, further)
+    return state._replace(overlap=group.unstack(overlap))
 
 
-def no_turn(group: RankGroup, T: Stack) -> list[Factors]:
-    """NaN in place of turns: who moves parameters without a `transport` shall see it at once.
+def no_overlap(group: RankGroup, T: Stack) -> list[Factors]:
+    """NaN in place of overlaps: who moves parameters without a `transport` shall see it at once.
 
     Views of one number: a transport puts arrays of their own there, nothing else writes to them.
     """

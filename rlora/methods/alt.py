@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters
 from rlora.core.factors import Array, Factors, Tree
-from rlora.core.linalg import no_turn, record_turn, to_new_coordinates
+from rlora.core.linalg import no_overlap, record_overlap, to_new_coordinates
 from rlora.core.metric import DampingMode, check_damping, inverse_metric
 from rlora.core.moments import each, per_pair, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, by_rank
@@ -22,7 +22,7 @@ class AltState(NamedTuple):
     mu: Tree
     """Momentum, like the parameters."""
 
-    turn: Tree
+    overlap: Tree
     """The partner's new rows times its old ones, (..., r, r)."""
 
     count: Tree
@@ -36,7 +36,7 @@ class AltPlusState(NamedTuple):
     """State of AltLoRA+: that of AltLoRA, and an entrywise second moment."""
 
     mu: Tree
-    turn: Tree
+    overlap: Tree
     count: Tree
     scaling: Tree
     nu: Tree
@@ -68,7 +68,7 @@ def alternate(
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], State]:
         xp = group.xp
         S = group.partner_gram(group.params)
-        T = to_new_coordinates(group, S, state.turn)
+        T = to_new_coordinates(group, S, state.overlap)
         mu = group.apply(T, state.mu)
         g = group.apply(inverse_metric(group, S, damping, damping_mode), G)
         turns = [turns_of(first, *k) for k in zip(state.count, group.moving, strict=True)]
@@ -87,16 +87,18 @@ def alternate(
 
         moves = [(move(k, "A"), move(k, "B")) for k in range(len(group.params))]
         D, mu, nu = ([Factors(a[i], b[i]) for a, b in moves] for i in range(3))
-        moved = state._replace(
-            mu=mu,
-            turn=no_turn(group, T),
-            count=list(map(next_turn, state.count)),
-        )
+        count = list(map(next_turn, state.count))
+        moved = state._replace(mu=mu, overlap=no_overlap(group, T), count=count)
         return D, moved if b2 is None else moved._replace(nu=nu)
 
     plain = b2 is None  # Adam's direction does not shrink with the gradient
     transform = by_rank(
-        init, rule, transport=record_turn, compute_dtype=compute_dtype, rescaled=plain, sharded=True
+        init,
+        rule,
+        transport=record_overlap,
+        compute_dtype=compute_dtype,
+        rescaled=plain,
+        sharded=True,
     )
     return decay_in_turn(transform, weight_decay, first, "count")
 

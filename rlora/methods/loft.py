@@ -11,7 +11,7 @@ from rlora.core.algebra import ROUNDING
 from rlora.core.checks import check_choice, check_nonnegative, check_unit, hyperparameters
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, map_pairs
-from rlora.core.linalg import no_turn, one_more, record_turn, to_new_coordinates
+from rlora.core.linalg import no_overlap, one_more, record_overlap, to_new_coordinates
 from rlora.core.metric import DampingMode, check_damping, inverse_metric
 from rlora.core.moments import corrected_decays, counts, each, over, per_pair, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, by_rank
@@ -28,7 +28,7 @@ class LoftState(NamedTuple):
     nu: Tree
     """Second moment of its rows as products: (..., n, r, r) for A, (..., m, r, r) for B."""
 
-    turn: Tree
+    overlap: Tree
     """The partner's new rows times its old ones, (..., r, r)."""
 
     count: Tree
@@ -72,7 +72,7 @@ def scale_by_loft(
     def rule(group: RankGroup, G: list[Factors], state: State) -> tuple[list[Factors], LoftState]:
         xp = group.xp
         S = group.partner_gram(group.params)
-        T = to_new_coordinates(group, S, state.turn)
+        T = to_new_coordinates(group, S, state.overlap)
         P = inverse_metric(group, S, damping, damping_mode)
         g = [
             Factors(*map(squarable, over(d, s)))
@@ -95,13 +95,13 @@ def scale_by_loft(
         return D, LoftState(
             mu,
             rows,
-            turn=no_turn(group, T),
+            overlap=no_overlap(group, T),
             count=one_more(state.count),
             steps=list(map(next_turn, state.steps)),
             scaling=state.scaling,
         )
 
-    return by_rank(init, rule, transport=record_turn, compute_dtype=compute_dtype)
+    return by_rank(init, rule, transport=record_overlap, compute_dtype=compute_dtype)
 
 
 def averages(
@@ -117,11 +117,11 @@ def averages(
     matmul = group.backend.matmul
     mu, rows = [], []
     sides = zip(old, to_new, nu, g, in_rows(g), strict=True)
-    for (m, turn, C, x, v), count in zip(sides, counts, strict=True):
+    for (m, T, C, x, v), count in zip(sides, counts, strict=True):
         d1, d2 = map(each, corrected_decays(group.backend, rates, count))
-        turn, d2 = turn[..., None, :, :], d2[..., None]
+        T, d2 = T[..., None, :, :], d2[..., None]
         mu.append(d1 * m + (1 - d1) * x)
-        rows.append(d2 * matmul(matmul(turn, C), turn.mT) + (1 - d2) * products(v))
+        rows.append(d2 * matmul(matmul(T, C), T.mT) + (1 - d2) * products(v))
     return Factors(*mu), Factors(*rows)
 
 

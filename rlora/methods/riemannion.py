@@ -100,9 +100,9 @@ def riemannion(
 
     def transport(group: RankGroup, old: Sequence[Factors], state: State) -> RiemannionState:
         # What the new factors see of the old tangent vector: its projection needs no more.
-        turn = group.partner_cross(group.params, old)
+        overlap = group.partner_cross(group.params, old)
         move = group.partner_cross(group.params, state.mu)
-        seen = add(group.apply(turn, state.mu), group.apply(move, old))
+        seen = add(group.apply(overlap, state.mu), group.apply(move, old))
         P = inverse_metric(group, group.partner_gram(group.params))
         # A tangent vector of the product, of which a frozen factor has its share too.
         return RiemannionState([Tangent(*M) for M in tangent(group, P, seen, both=1.0)])

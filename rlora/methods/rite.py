@@ -14,7 +14,7 @@ from rlora.core.checks import check_nonnegative, check_unit, hyperparameters
 from rlora.core.decay import add_decayed_weights
 from rlora.core.dispatch import get_backend
 from rlora.core.factors import Array, Factors, Tree, leaves_of, map_leaves, map_pairs
-from rlora.core.linalg import congruence, no_turn, record_turn
+from rlora.core.linalg import congruence, no_overlap, record_overlap
 from rlora.core.moments import corrected_decays, counts, each, small_zeros, zeros
 from rlora.core.rank_group import RankGroup, Stack, by_rank
 from rlora.core.sizes import euclidean_norm, into_range, shrink_to, times
@@ -41,7 +41,7 @@ class RiteState(NamedTuple):
     nu: Tree
     """Second moment, (..., r, r)."""
 
-    turn: Tree
+    overlap: Tree
     """The partner's new rows times its old ones, (..., r, r)."""
 
     spectrum: Tree
@@ -75,7 +75,7 @@ def scale_by_rite(
 
         S = group.partner_gram(group.params)
         W = backend.pseudo_half(S, group.lost)  # W G: the unmagnified gradient
-        U = backend.matmul(W, group.stack(state.turn))
+        U = backend.matmul(W, group.stack(state.overlap))
         T = backend.matmul(W.mT, U)  # old coordinates to new
 
         V = congruence(backend, U, group.stack(state.nu))
@@ -107,18 +107,18 @@ def scale_by_rite(
         return mu, state._replace(
             mu=mu,
             nu=nu,
-            turn=no_turn(group, T),
+            overlap=no_overlap(group, T),
             count=group.unstack((t + 1)[:, 0, 0]),
         )
 
-    return by_rank(_init, rule, transport=record_turn, compute_dtype=compute_dtype, sharded=True)
+    return by_rank(_init, rule, transport=record_overlap, compute_dtype=compute_dtype, sharded=True)
 
 
 def _init(params: Tree, scaling: float = 1.0) -> RiteState:
     return RiteState(
         mu=zeros(params),
         nu=small_zeros(params, 2),
-        turn=small_zeros(params, 2),
+        overlap=small_zeros(params, 2),
         spectrum=small_zeros(params, 1),
         escaped=small_zeros(params, 0),
         count=counts(params),

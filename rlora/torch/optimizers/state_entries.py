@@ -16,7 +16,7 @@ from rlora.torch.pairing.sharding_checks import check_kind
 ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "state1", "state2")
 """State of torch's own optimizers, and of bitsandbytes', that has the shape of its parameter."""
 
-OF_METHODS = {"mu", "count", "scaling", "inverse", "frame", "turn"}
+OF_METHODS = {"mu", "count", "scaling", "inverse", "frame", "overlap"}
 """Words in the names of the state of method classes, each of which has one."""
 
 
