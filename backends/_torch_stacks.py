@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rlora.core.backend import LARGE, Tall, Workspace
+from rlora.core.backend import LARGE, Arrays, Workspace
 from rlora.core.factors import Array
 
 from ._torch_cpu import empty
@@ -27,16 +27,16 @@ PRODUCTS: dict[int, Any] = {
 """The product of torch for so many axes: `torch.matmul` costs more for each call."""
 
 
-def buckets_of(tall: Tall, workspace: Workspace | None, slot: str) -> dict[Any, list[int]]:
+def buckets_of(X: Arrays, workspace: Workspace | None, slot: str) -> dict[Any, list[int]]:
     """Positions of equal shape, dtype and device; on a CPU as many as are stacked at once."""
     buckets: dict[Any, list[int]] | None = (workspace or {}).get(("buckets", slot))
     if buckets is None:
         alike: dict[Any, list[int]] = {}
-        for i, F in enumerate(tall):
+        for i, F in enumerate(X):
             alike.setdefault((tuple(F.shape), F.dtype, F.device), []).append(i)
         buckets = {}
         for key, members in alike.items():
-            F = tall[members[0]]
+            F = X[members[0]]
             most = len(members) if F.device.type != "cpu" else max(1, STACK // max(1, F.numel()))
             for start in range(0, len(members), most):
                 buckets[*key, start] = members[start : start + most]
@@ -45,16 +45,16 @@ def buckets_of(tall: Tall, workspace: Workspace | None, slot: str) -> dict[Any, 
     return buckets
 
 
-def fold_of(tall: Array, least: int) -> int:
+def fold_of(X: Array, least: int) -> int:
     """The number of rows of a thin (k, m, r) to read as one, so that a CPU's kernels have work.
 
     1 below `least` numbers, where the calls that this takes cost more than it gains.
     """
-    m, r = tall.shape[-2:]
+    m, r = X.shape[-2:]
     fold = 16 // r
-    if fold < 2 or m % fold or tall.numel() < least:
+    if fold < 2 or m % fold or X.numel() < least:
         return 1
-    return fold if tall.device.type == "cpu" and tall.is_contiguous() else 1
+    return fold if X.device.type == "cpu" and X.is_contiguous() else 1
 
 
 def rows_times(X: Array, Y: Array) -> Array:
@@ -82,16 +82,16 @@ def gram_of(slot: str, F: Array, out: Array | None = None) -> Array:
     return PRODUCTS[F.ndim](F.mT, F, out=out)
 
 
-def gram_stack(slot: str, tall: Tall, dtype: Any, workspace: Workspace | None) -> Array:
+def gram_stack(slot: str, X: Arrays, dtype: Any, workspace: Workspace | None) -> Array:
     """`Backend.gram_rows` ("rows") or `Backend.gram_columns` ("columns"), bucket by bucket."""
-    if len(tall) == 1 and tall[0].ndim == 3:  # of equal layers
-        return gram_of(slot, tall[0].to(dtype))
+    if len(X) == 1 and X[0].ndim == 3:  # of equal layers
+        return gram_of(slot, X[0].to(dtype))
     order, pieces, start = [], [], 0
-    r = tall[0].shape[-2 if slot == "rows" else -1]
-    layers = [math.prod(F.shape[:-2]) for F in tall]
-    stack = take(workspace, ("gram", slot), (sum(layers), r, r), dtype, tall[0].device)
-    for members in buckets_of(tall, workspace, slot).values():
-        some, stop = [tall[i] for i in members], start + sum(layers[i] for i in members)
+    r = X[0].shape[-2 if slot == "rows" else -1]
+    layers = [math.prod(F.shape[:-2]) for F in X]
+    stack = take(workspace, ("gram", slot), (sum(layers), r, r), dtype, X[0].device)
+    for members in buckets_of(X, workspace, slot).values():
+        some, stop = [X[i] for i in members], start + sum(layers[i] for i in members)
         out = None if stack is None else stack[start:stop]
         if is_stacked(some[0]):
             pieces.append(gram_of(slot, stacked(some, dtype, workspace), out))
@@ -128,13 +128,11 @@ def multiply(slot: str, P: Array, G: Array, out: Array | None) -> Array:
     return out
 
 
-def multiply_each(
-    slot: str, P: Tall, tall: Tall, outs: Sequence[Array], keep: float | None = None
-) -> None:
+def multiply_each(slot: str, P: Arrays, X: Arrays, outs: Arrays, keep: float | None = None) -> None:
     """``P G`` ("left") or ``G P`` ("right") of each into `outs`, added to ``keep`` times these."""
-    lefts, rights = (P, tall) if slot == "left" else (tall, P)
-    if slot == "right" and any(fold_of(G, FOLDED_PRODUCT) > 1 for G in tall):
-        folded = [factors_of(slot, *each) for each in zip(P, tall, outs, strict=True)]
+    lefts, rights = (P, X) if slot == "left" else (X, P)
+    if slot == "right" and any(fold_of(G, FOLDED_PRODUCT) > 1 for G in X):
+        folded = [factors_of(slot, *each) for each in zip(P, X, outs, strict=True)]
         lefts, rights, outs = zip(*folded, strict=True)
     for left, right, out in zip(lefts, rights, outs, strict=True):
         if keep is None:
@@ -162,19 +160,19 @@ def reordered(stack: Array, order: list[int], layers: list[int]) -> Array:
     return torch.cat([pieces[i] for i in range(len(order))])
 
 
-def stacked(tall: list[Array], dtype: Any, workspace: Workspace | None) -> Array:
+def stacked(X: list[Array], dtype: Any, workspace: Workspace | None) -> Array:
     """Factors of one shape as (K, ., .) in `dtype`; good until the next call."""
-    F = tall[0]
-    shape = (len(tall) * math.prod(F.shape[:-2]), *F.shape[-2:])  # -1 says nothing when empty
-    if len(tall) == 1:
+    F = X[0]
+    shape = (len(X) * math.prod(F.shape[:-2]), *F.shape[-2:])  # -1 says nothing when empty
+    if len(X) == 1:
         return F.to(dtype).reshape(shape)
     if F.dtype != dtype:
-        return torch.stack(tall).to(dtype).view(shape)
+        return torch.stack(X).to(dtype).view(shape)
     # One flat buffer for every bucket: it stays in the cache.
-    size = len(tall) * F.numel()
+    size = len(X) * F.numel()
     flat = take(workspace, ("stack", dtype), (size,), dtype, F.device)
-    out = None if flat is None else flat.view(len(tall), *F.shape)
-    return torch.stack(tall, out=out).view(shape)
+    out = None if flat is None else flat.view(len(X), *F.shape)
+    return torch.stack(X, out=out).view(shape)
 
 
 def take(

@@ -1,6 +1,6 @@
 """NumPy: products into one stack, LAPACK's batched inverse, entrywise work in place."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from math import prod
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlora.core.backend import IN_CACHE, AdamNumbers, Backend, Tall, Workspace
+from rlora.core.backend import IN_CACHE, AdamNumbers, Arrays, Backend, Workspace
 from rlora.core.factors import Array
 
 from ._cpu import cholesky_half
@@ -17,14 +17,12 @@ from ._cpu import cholesky_half
 class NumPyBackend(Backend):
     """The operations that NumPy does faster than the generic class."""
 
-    def gram_rows(
-        self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
-    ) -> Array:
-        layers = [prod(A.shape[:-2]) for A in tall]
-        r = tall[0].shape[-2]
+    def gram_rows(self, X: Arrays, dtype: Any, workspace: Workspace | None = None) -> Array:
+        layers = [prod(A.shape[:-2]) for A in X]
+        r = X[0].shape[-2]
         stack = np.empty((sum(layers), r, r), dtype)
         start = 0
-        for A, count in zip(tall, layers, strict=True):
+        for A, count in zip(X, layers, strict=True):
             A = A.astype(dtype, copy=False)
             out = stack[start : start + count].reshape(*A.shape[:-2], r, r)
             np.matmul(A, A.swapaxes(-1, -2), out=out)
@@ -34,7 +32,7 @@ class NumPyBackend(Backend):
     def address(self, x: Array) -> int:
         return int(x.__array_interface__["data"][0]) if isinstance(x, np.ndarray) else id(x)
 
-    def within(self, X: Tall, low: float, high: float) -> bool:
+    def within(self, X: Arrays, low: float, high: float) -> bool:
         for x in X:
             peak = np.maximum(x.max(axis=(-2, -1)), -x.min(axis=(-2, -1)))
             if not ((peak < high) & ((peak >= low) | (peak == 0))).all():
@@ -61,7 +59,9 @@ class NumPyBackend(Backend):
     def pseudo_half(self, S: Array, least: float = 0.0) -> Array:
         return cholesky_half(self, S, least, self.inverse_cholesky)
 
-    def adam(self, M: Tall, V: Tall, G: Tall, numbers: AdamNumbers) -> tuple[list[Array], ...]:
+    def adam(
+        self, M: Arrays, V: Arrays, G: Arrays, numbers: AdamNumbers
+    ) -> tuple[list[Array], ...]:
         """In place on arrays of its own, or donated: fresh pages cost more than the arithmetic."""
         b1, b2, *by_array = numbers
         M, V, D = _times(b1, M), _times(b2, V), []
@@ -87,18 +87,20 @@ class NumPyBackend(Backend):
         finally:
             _donated.reset(token)
 
-    def descend(self, X: Tall, D: Tall, lr: Array | float, donate: bool = False) -> list[Array]:
+    def add_scaled(
+        self, X: Arrays, D: Arrays, c: Array | float, donate: bool = False
+    ) -> list[Array]:
         moved = []
         for x, d in zip(X, D, strict=True):
-            change = np.asarray(lr * d)
-            moved.append(np.subtract(x, change, out=x if donate and x.flags.writeable else change))
+            change = np.asarray(c * d)
+            moved.append(np.add(x, change, out=x if donate and x.flags.writeable else change))
         return moved
 
 
 _donated: ContextVar[bool] = ContextVar("donated", default=False)
 
 
-def _times(number: float, X: Sequence[Array]) -> list[Array]:
+def _times(number: float, X: Arrays) -> list[Array]:
     """``number x`` of a list, of donated arrays in their own memory."""
     own = _donated.get()
     return [np.multiply(x, number, out=x if own and x.flags.writeable else None) for x in X]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rlora.core.algebra import Damped
-from rlora.core.backend import AT_ONCE, IN_CACHE, AdamNumbers, Backend, Tall, Workspace
+from rlora.core.backend import AT_ONCE, IN_CACHE, AdamNumbers, Arrays, Backend, Workspace
 from rlora.core.factors import Array
 
 from ._cpu import cholesky_half
@@ -56,45 +56,41 @@ WIDE = {
 class TorchBackend(Backend):
     """The operations that torch does faster than the generic class."""
 
-    def gram_rows(
-        self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
-    ) -> Array:
-        return gram_stack("rows", tall, dtype, workspace)
+    def gram_rows(self, X: Arrays, dtype: Any, workspace: Workspace | None = None) -> Array:
+        return gram_stack("rows", X, dtype, workspace)
 
-    def gram_columns(
-        self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
-    ) -> Array:
-        return gram_stack("columns", tall, dtype, workspace)
+    def gram_columns(self, X: Arrays, dtype: Any, workspace: Workspace | None = None) -> Array:
+        return gram_stack("columns", X, dtype, workspace)
 
     def grams(
-        self, A: Tall, B: Tall, dtype: Any, workspace: Workspace | None = None
+        self, A: Arrays, B: Arrays, dtype: Any, workspace: Workspace | None = None
     ) -> tuple[Array, Array]:
         rows = gram_stack("rows", A, dtype, workspace)
         return rows, gram_stack("columns", B, dtype, workspace)
 
-    def cross_rows(self, X: Sequence[Array], Y: Sequence[Array], dtype: Any) -> Array:
+    def cross_rows(self, X: Arrays, Y: Arrays, dtype: Any) -> Array:
         pairs = [(x.to(dtype), y.to(dtype)) for x, y in zip(X, Y, strict=True)]
         return torch.cat([rows_times(x, y).view(-1, x.shape[-2], x.shape[-2]) for x, y in pairs])
 
     def apply_left(
         self,
-        P: Tall,
-        tall: Tall,
+        P: Arrays,
+        X: Arrays,
         workspace: Workspace | None = None,
-        onto: Tall | None = None,
+        accumulate: Arrays | None = None,
         keep: float = 1.0,
     ) -> list[Array]:
-        return self._apply(P, tall, workspace, "left", onto, keep)
+        return self._apply(P, X, workspace, "left", accumulate, keep)
 
     def apply_right(
         self,
-        tall: Tall,
-        P: Tall,
+        X: Arrays,
+        P: Arrays,
         workspace: Workspace | None = None,
-        onto: Tall | None = None,
+        accumulate: Arrays | None = None,
         keep: float = 1.0,
     ) -> list[Array]:
-        return self._apply(P, tall, workspace, "right", onto, keep)
+        return self._apply(P, X, workspace, "right", accumulate, keep)
 
     within = staticmethod(are_within)
 
@@ -103,24 +99,24 @@ class TorchBackend(Backend):
 
     def _apply(
         self,
-        P: Sequence[Array],
-        tall: Sequence[Array],
+        P: Arrays,
+        X: Arrays,
         workspace: Workspace | None,
         slot: str,
-        onto: Sequence[Array] | None,
+        accumulate: Arrays | None,
         keep: float,
     ) -> list[Array]:
-        if onto is not None and all(G.ndim < 4 for G in tall):
-            wide = [G.to(p.dtype) for p, G in zip(P, tall, strict=True)]
-            multiply_each(slot, P, wide, onto, keep)
-            return list(onto)
-        if len(tall) == 1 and tall[0].ndim == 3:
-            G = tall[0].to(P[0].dtype)
+        if accumulate is not None and all(G.ndim < 4 for G in X):
+            wide = [G.to(p.dtype) for p, G in zip(P, X, strict=True)]
+            multiply_each(slot, P, wide, accumulate, keep)
+            return list(accumulate)
+        if len(X) == 1 and X[0].ndim == 3:
+            G = X[0].to(P[0].dtype)
             out = take(workspace, ("out", slot), G.shape, G.dtype, G.device)
             return [multiply(slot, P[0], G, out)]
-        result: list[Array] = list(tall)
-        for key, members in buckets_of(tall, workspace, slot).items():
-            some, powers = [tall[i] for i in members], [P[i] for i in members]
+        result: list[Array] = list(X)
+        for key, members in buckets_of(X, workspace, slot).items():
+            some, powers = [X[i] for i in members], [P[i] for i in members]
             shape, device, dtype = key[0], some[0].device, powers[0].dtype
             if is_stacked(some[0]):
                 G = stacked(some, dtype, workspace)
@@ -134,8 +130,8 @@ class TorchBackend(Backend):
                 multiply_each(slot, powers, [G.to(dtype) for G in some], outs)
             for i, out in zip(members, outs, strict=True):
                 result[i] = out
-        if onto is not None:
-            torch._foreach_add_(result, list(onto), alpha=keep)
+        if accumulate is not None:
+            torch._foreach_add_(result, list(accumulate), alpha=keep)
         return result
 
     def matmul(self, X: Array, Y: Array) -> Array:
@@ -211,7 +207,9 @@ class TorchBackend(Backend):
         half = inverse_root_half if eigh_waits(V) else super().inverse_root_half
         return half(V, eps, X, least)
 
-    def adam(self, M: Tall, V: Tall, G: Tall, numbers: AdamNumbers) -> tuple[list[Array], ...]:
+    def adam(
+        self, M: Arrays, V: Arrays, G: Arrays, numbers: AdamNumbers
+    ) -> tuple[list[Array], ...]:
         b1, b2, *by_array = numbers
         M, V, D = list(M), list(V), []
         for i, (m, v, g, c, root, e) in enumerate(zip(M, V, G, *by_array, strict=True)):
@@ -225,15 +223,17 @@ class TorchBackend(Backend):
             D.append(d)
         return M, V, D
 
-    def descend(self, X: Tall, D: Tall, lr: Array | float, donate: bool = False) -> list[Array]:
-        if not isinstance(lr, (float, int)):
-            return [x - lr * d for x, d in zip(X, D, strict=True)]
+    def add_scaled(
+        self, X: Arrays, D: Arrays, c: Array | float, donate: bool = False
+    ) -> list[Array]:
+        if not isinstance(c, (float, int)):
+            return [x + c * d for x, d in zip(X, D, strict=True)]
         if X and all(x.device.type == "cuda" for x in X):  # one kernel for all of a shape
-            return list(torch._foreach_sub(list(X), list(D), alpha=lr))
+            return list(torch._foreach_add(list(X), list(D), alpha=c))
         moved = list(X)
         for i, (x, d) in enumerate(zip(X, D, strict=True)):
             memory = (x if donate else empty(d.shape, d.dtype)) if is_plain(x, d) else None
-            moved[i] = torch.sub(x, d, alpha=lr, out=memory)
+            moved[i] = torch.add(x, d, alpha=c, out=memory)
         return moved
 
     def constants(self, values: Sequence[float], dtype: Any, like: Array) -> Array:
@@ -254,13 +254,13 @@ class TorchBackend(Backend):
         plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type != "meta"
         return x.data_ptr() if plain and not torch.compiler.is_compiling() else id(x)
 
-    def unstack(self, P: Array, tall: Sequence[Array]) -> list[Array]:
-        axes = {F.ndim for F in tall}
+    def unstack(self, P: Array, X: Arrays) -> list[Array]:
+        axes = {F.ndim for F in X}
         if axes == {2}:
             return list(P.unbind(0))  # one call instead of one for each factor
         if axes == {3}:
-            return list(P.split([len(F) for F in tall]))
-        return super().unstack(P, tall)
+            return list(P.split([len(F) for F in X]))
+        return super().unstack(P, X)
 
     def for_type(self, kind: type) -> Backend:
         if not hasattr(kind, "device_mesh"):

@@ -16,7 +16,7 @@ Workspace = dict[Any, Any]
 """Memory of a backend from one call to the next with factors of the same shapes: memory that it
 writes into and hands out again, and where everything lies. A caller makes it as an empty dict."""
 
-Tall = Sequence[Array]
+Arrays = Sequence[Array]
 """Factors, or what has their shapes."""
 
 LARGE = 40_000
@@ -63,19 +63,15 @@ class Backend(MatrixAlgebra):
 
     # --- factor-sized work: O((m + n) r^2) per pair ------------------------------------------
 
-    def gram_rows(
-        self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
-    ) -> Array:
+    def gram_rows(self, X: Arrays, dtype: Any, workspace: Workspace | None = None) -> Array:
         """``A Aᵀ`` for every (..., r, n) of the list, as one stack (K, r, r)."""
-        return self.cross_rows(tall, tall, dtype)
+        return self.cross_rows(X, X, dtype)
 
-    def gram_columns(
-        self, tall: Sequence[Array], dtype: Any, workspace: Workspace | None = None
-    ) -> Array:
+    def gram_columns(self, X: Arrays, dtype: Any, workspace: Workspace | None = None) -> Array:
         """``Bᵀ B`` for every (..., m, r) of the list, as one stack (K, r, r)."""
-        return self.gram_rows([B.mT for B in tall], dtype, workspace)
+        return self.gram_rows([B.mT for B in X], dtype, workspace)
 
-    def cross_rows(self, X: Sequence[Array], Y: Sequence[Array], dtype: Any) -> Array:
+    def cross_rows(self, X: Arrays, Y: Arrays, dtype: Any) -> Array:
         """``X Yᵀ`` for every (..., r, n) of two lists of equal shapes, as one stack (K, r, r)."""
         products = []
         for x, y in zip(X, Y, strict=True):
@@ -84,12 +80,12 @@ class Backend(MatrixAlgebra):
         return self.xp.concat(products)
 
     def grams(
-        self, A: Tall, B: Tall, dtype: Any, workspace: Workspace | None = None
+        self, A: Arrays, B: Arrays, dtype: Any, workspace: Workspace | None = None
     ) -> tuple[Array, Array]:
         """The stacks of `gram_rows` and of `gram_columns`."""
         return self.gram_rows(A, dtype, workspace), self.gram_columns(B, dtype, workspace)
 
-    def peaks(self, X: Tall) -> Array:
+    def peaks(self, X: Arrays) -> Array:
         """Largest magnitudes of the (..., r, n) of a list, as one stack (K, 1, 1)."""
         norm = self.xp.linalg.vector_norm
         found = [norm(x, axis=(-2, -1), ord=math.inf) for x in X]
@@ -97,35 +93,35 @@ class Backend(MatrixAlgebra):
 
     def apply_left(
         self,
-        P: Tall,
-        tall: Tall,
+        P: Arrays,
+        X: Arrays,
         workspace: Workspace | None = None,
-        onto: Tall | None = None,
+        accumulate: Arrays | None = None,
         keep: float = 1.0,
     ) -> list[Array]:
-        """``P G`` for each (..., r, r) and (..., r, n) of the lists.
+        """``P X`` for each (..., r, r) and (..., r, n) of the lists.
 
-        Added to ``keep * onto`` if `onto` is given, which may be overwritten.
+        Added to ``keep * accumulate`` if `accumulate` is given, which may be overwritten.
         """
-        products = list(map(self.matmul, P, self.cast_like(tall, P)))
-        return products if onto is None else _sums(products, onto, keep)
+        products = list(map(self.matmul, P, self.cast_like(X, P)))
+        return products if accumulate is None else _sums(products, accumulate, keep)
 
     def apply_right(
         self,
-        tall: Tall,
-        P: Tall,
+        X: Arrays,
+        P: Arrays,
         workspace: Workspace | None = None,
-        onto: Tall | None = None,
+        accumulate: Arrays | None = None,
         keep: float = 1.0,
     ) -> list[Array]:
-        """``G P`` for each (..., m, r) and (..., r, r) of the lists.
+        """``X P`` for each (..., m, r) and (..., r, r) of the lists.
 
-        Added to ``keep * onto`` if `onto` is given, which may be overwritten.
+        Added to ``keep * accumulate`` if `accumulate` is given, which may be overwritten.
         """
-        products = list(map(self.matmul, self.cast_like(tall, P), P))
-        return products if onto is None else _sums(products, onto, keep)
+        products = list(map(self.matmul, self.cast_like(X, P), P))
+        return products if accumulate is None else _sums(products, accumulate, keep)
 
-    def within(self, X: Tall, low: float, high: float) -> bool:
+    def within(self, X: Arrays, low: float, high: float) -> bool:
         """Return whether all largest magnitudes are known, without a wait: 0 or in [low, high)."""
         return False
 
@@ -135,7 +131,9 @@ class Backend(MatrixAlgebra):
 
     # --- entrywise work -------------------------------------------------------------------------
 
-    def adam(self, M: Tall, V: Tall, G: Tall, numbers: AdamNumbers) -> tuple[list[Array], ...]:
+    def adam(
+        self, M: Arrays, V: Arrays, G: Arrays, numbers: AdamNumbers
+    ) -> tuple[list[Array], ...]:
         """Adam's new moments and directions, array by array.
 
         ``M = b1 M + (1 - b1) G``, ``V = b2 V + (1 - b2) G∘G``, ``(M / c1) / (sqrt(V) / root2 +
@@ -147,9 +145,11 @@ class Backend(MatrixAlgebra):
         each = zip(M, V, *by_array, strict=True)
         return M, V, [(m / c) / (self.xp.sqrt(v) / root + e) for m, v, c, root, e in each]
 
-    def descend(self, X: Tall, D: Tall, lr: Array | float, donate: bool = False) -> list[Array]:
-        """``x - lr d`` of two lists; with `donate` the first may be written over."""
-        return [x - lr * d for x, d in zip(X, D, strict=True)]
+    def add_scaled(
+        self, X: Arrays, D: Arrays, c: Array | float, donate: bool = False
+    ) -> list[Array]:
+        """``x + c d`` of two lists; with `donate` the first may be written over."""
+        return [x + c * d for x, d in zip(X, D, strict=True)]
 
     def lerp(self, X: Array, Y: Array, weight: Array) -> Array:
         """``(1 - weight) X + weight Y``."""
@@ -160,7 +160,7 @@ class Backend(MatrixAlgebra):
     def cast(self, x: Array, dtype: Any) -> Array:
         return x if x.dtype == dtype else self.xp.astype(x, dtype)
 
-    def cast_like(self, arrays: Sequence[Array], like: Sequence[Array]) -> list[Array]:
+    def cast_like(self, arrays: Arrays, like: Arrays) -> list[Array]:
         """Arrays, each in the dtype of its counterpart; None stays."""
         cast = list(arrays)
         for i, (x, y) in enumerate(zip(arrays, like, strict=True)):
@@ -168,7 +168,7 @@ class Backend(MatrixAlgebra):
                 cast[i] = self.cast(x, y.dtype)
         return cast
 
-    def widen(self, arrays: Sequence[Array]) -> list[Array]:
+    def widen(self, arrays: Arrays) -> list[Array]:
         """Arrays in `compute_dtype`, in no graph of operations; None stays."""
         wide = detached(arrays)
         dtypes: dict[Any, Any] = {}
@@ -180,10 +180,10 @@ class Backend(MatrixAlgebra):
                     wide[i] = self.cast(x, dtypes[x.dtype])
         return wide
 
-    def unstack(self, P: Array, tall: Sequence[Array]) -> list[Array]:
+    def unstack(self, P: Array, X: Arrays) -> list[Array]:
         """The pieces of a stack (K, r, r) that belong to each factor, with its leading axes."""
         pieces, start = [], 0
-        for G in tall:
+        for G in X:
             lead = tuple(G.shape[:-2])
             stop = start + math.prod(lead)
             pieces.append(self.xp.reshape(P[start:stop, ...], (*lead, *P.shape[1:])))
@@ -258,7 +258,7 @@ class Backend(MatrixAlgebra):
         return f
 
 
-def _sums(X: Tall, Z: Tall, keep: float) -> list[Array]:
+def _sums(X: Arrays, Z: Arrays, keep: float) -> list[Array]:
     """``X + keep Z`` of two lists."""
     return [x + (z if keep == 1.0 else keep * z) for x, z in zip(X, Z, strict=True)]
 

@@ -38,7 +38,7 @@ def add_decayed_weights(weight_decay: float) -> Transform:
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         def decayed(P: list[Array], D: list[Array]) -> tuple[list[Array], list[Array]]:
-            return P, get_backend(*P, *D).descend(D, P, -weight_decay)
+            return P, get_backend(*P, *D).add_scaled(D, P, weight_decay)
 
         _, direction = map_moving(decayed, params, grads)
         return direction, state

@@ -96,7 +96,7 @@ def tangent(
     Y = matmul(matmul(P_A, C), P_B)  # (K, r, r), what both factors would do twice
     X = group.xp.zeros_like(Y) if X is None else X
     shares = scale * group.xp.concat([both * X, -both * (X + Y).mT])
-    return group.apply(scale * P, G, onto=group.apply(shares, group.params))
+    return group.apply(scale * P, G, accumulate=group.apply(shares, group.params))
 
 
 def add(X: Sequence[Factors], Y: Sequence[Factors]) -> list[Factors]:

@@ -100,11 +100,11 @@ class RankGroup:
         return self.backend.cross_rows(x, y, self.dtype)
 
     def apply(
-        self, P: Stack, X: Sequence[Factors], onto: Sequence[Factors] | None = None
+        self, P: Stack, X: Sequence[Factors], accumulate: Sequence[Factors] | None = None
     ) -> list[Factors]:
-        """``P X`` in row form, ``P X_A`` and ``X_B Pᵀ``; plus `onto`, which may be overwritten."""
+        """``P X_A`` and ``X_B Pᵀ``, added to `accumulate` if given, which may be overwritten."""
         (A, B), (P_A, P_B) = zip(*X, strict=True), zip(*self.multipliers(P), strict=True)
-        to_A, to_B = (None, None) if onto is None else zip(*onto, strict=True)
+        to_A, to_B = (None, None) if accumulate is None else zip(*accumulate, strict=True)
         left = self.backend.apply_left(P_A, A, self.workspace, to_A)
         right = self.backend.apply_right(B, P_B, self.workspace, to_B)
         return list(map(Factors, left, right))

@@ -148,7 +148,7 @@ def apply_updates(
 
     def move(old: list[Array], D: list[Array]) -> tuple[list[Array]]:
         backend = get_backend(*old, *D)
-        moved = backend.descend(backend.cast_like(old, D), D, lr, donate=donate)
+        moved = backend.add_scaled(backend.cast_like(old, D), D, -lr, donate=donate)
         return (backend.cast_like(moved, old),)
 
     moved, _ = map_moving(move, params, direction)
@@ -207,7 +207,7 @@ def check_transform(method: Any) -> None:
         raise ValueError(msg)
 
 
-def chain(*links: Transform) -> Transform:
+def chain(*transforms: Transform) -> Transform:
     """Transforms one after the other, each taking the direction of the one before.
 
     Inputs are validated here: parameters are checked when the state is made, and cast up to at
@@ -215,7 +215,7 @@ def chain(*links: Transform) -> Transform:
 
     Parameters
     ----------
-    *links : Transform
+    *transforms : Transform
         At most one of them may bring an `apply` of its own.
 
     Returns
@@ -229,14 +229,14 @@ def chain(*links: Transform) -> Transform:
     >>> from rlora.core.moments import clip_by_global_norm, momentum, scale_by_adam
     >>> clipped_adam = rlora.chain(clip_by_global_norm(1.0), scale_by_adam())
     """
-    for link in links:
-        check_transform(link)
-    bent = [link.apply for link in links if link.apply is not apply_updates]
+    for transform in transforms:
+        check_transform(transform)
+    bent = [transform.apply for transform in transforms if transform.apply is not apply_updates]
     if len(bent) > 1:
         msg = f"at most one transformation of a chain may bring its own apply, got {len(bent)}"
         raise ValueError(msg)
-    orders: set[Order] = {link.order for link in links}
-    if "gauss_seidel" in orders and any(link.together for link in links):
+    orders: set[Order] = {transform.order for transform in transforms}
+    if "gauss_seidel" in orders and any(transform.together for transform in transforms):
         msg = (
             "a method with order='gauss_seidel' moves A first and then B: a norm over both, as "
             "clip_by_global_norm takes it, is none of a whole step; use order='jacobi'"
@@ -248,7 +248,7 @@ def chain(*links: Transform) -> Transform:
         check_scaling(scaling)
         (wide,) = _widen(params)
         check_precision(wide)
-        return tuple(link.init(wide, scaling) for link in links)
+        return tuple(transform.init(wide, scaling) for transform in transforms)
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         leaves, G = flatten(params, params, grads)
@@ -260,9 +260,9 @@ def chain(*links: Transform) -> Transform:
         direction = unflatten(params, backend.cast_like(G, P))
         states = []
         try:
-            for link, link_state in zip(links, state, strict=True):
-                direction, link_state = link.update(direction, link_state, wide)
-                states.append(link_state)
+            for transform, own in zip(transforms, state, strict=True):
+                direction, own = transform.update(direction, own, wide)
+                states.append(own)
         except Exception as error:
             check_state(state, lambda: init(params), error)
             raise
@@ -275,17 +275,17 @@ def chain(*links: Transform) -> Transform:
 
     def transport(state: State, old: Tree, new: Tree) -> State:
         old, new = _widen(old, new)
-        pieces = zip(links, state, strict=True)
-        return tuple(link.transport(piece, old, new) for link, piece in pieces)
+        pieces = zip(transforms, state, strict=True)
+        return tuple(transform.transport(own, old, new) for transform, own in pieces)
 
     return Transform(
         init,
         update,
         still_at_zero(bent[0]) if bent else apply_updates,
         "gauss_seidel" if "gauss_seidel" in orders else "jacobi",
-        transport if any(link.transport is not stay for link in links) else stay,
-        all(link.sharded for link in links),
-        any(link.together for link in links),
+        transport if any(transform.transport is not stay for transform in transforms) else stay,
+        all(transform.sharded for transform in transforms),
+        any(transform.together for transform in transforms),
     )
 
 

@@ -209,7 +209,7 @@ def proximal_step(
     for places in indices_by_rank([pairs[i] for i in both]):
         members = [both[k] for k in places]
         old = backend.widen([pairs[i].A for i in members])
-        new = backend.descend(old, [D[i].A for i in members], lr)
+        new = backend.add_scaled(old, [D[i].A for i in members], -lr)
         with backend.exact(old[0]):
             wide = backend.compute_dtype(pairs[members[0]].A.dtype, dtype)
             K = least_squares(backend, new, wide)(old)

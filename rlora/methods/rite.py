@@ -102,7 +102,7 @@ def scale_by_rite(
 
         H = backend.inverse_root_half(shifted, eps, W, group.lost)
         X = backend.matmul(H.mT, (1 - decay1) * back * H)
-        mu = group.apply(X, G, onto=group.apply(decay1 * T, state.mu))
+        mu = group.apply(X, G, accumulate=group.apply(decay1 * T, state.mu))
         nu = group.unstack(congruence(backend, W.mT, V))
         return mu, state._replace(
             mu=mu,

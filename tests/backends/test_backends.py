@@ -228,7 +228,7 @@ def test_results_are_those_of_numpy(backend):
 
 WRONG = {
     "spd_power": lambda right: lambda S, power: right(S, power) / 2,
-    "descend": lambda right: lambda X, D, lr, donate=False: right(X, D, lr / 2),
+    "add_scaled": lambda right: lambda X, D, c, donate=False: right(X, D, c / 2),
     "adam": lambda right: (
         lambda M, V, G, numbers: right(M, V, G, numbers._replace(eps=[1.0] * len(G)))
     ),

@@ -101,13 +101,13 @@ def test_products_onto_others(backend, lead, keep):
     X_np, X = factors(backend, [(*lead, 3, 7), (*lead, 3, 5)])
     P_np, P = factors(backend, [(*lead, 3, 3)] * 2, seed=1)
     Z_np, Z = factors(backend, [x.shape for x in X_np], seed=2)
-    found = backend.apply_left(P, X, onto=Z, keep=keep)
+    found = backend.apply_left(P, X, accumulate=Z, keep=keep)
     for p, x, z, y in zip(P_np, X_np, Z_np, found, strict=True):
         assert_close(y, p @ x + keep * z, rtol=1e-13)
     _, Zt = factors(backend, [x.mT.shape for x in X_np], seed=3)
     Zt_np, _ = factors(backend, [x.mT.shape for x in X_np], seed=3)
     Xt = [x.mT for x in X]
-    found = backend.apply_right(Xt, P, onto=Zt, keep=keep)
+    found = backend.apply_right(Xt, P, accumulate=Zt, keep=keep)
     for p, x, z, y in zip(P_np, X_np, Zt_np, found, strict=True):
         assert_close(y, x.mT @ p + keep * z, rtol=1e-13)
     for kept, given in zip([*P, *X], [*P_np, *X_np], strict=True):

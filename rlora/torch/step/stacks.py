@@ -258,7 +258,7 @@ class Part:
         backend: Backend,
         P: Tensor,
         X: list[Tensor],
-        onto: list[Tensor] | None = None,
+        accumulate: list[Tensor] | None = None,
         keep: float = 1.0,
     ) -> list[Tensor]:
         """``P X``, or ``X Pᵀ`` for B; see `Backend.apply_left`."""
@@ -267,8 +267,8 @@ class Part:
         P = P.mT if self.side else P
         each = [P] if self.stacked else list(P.unbind(0))
         if self.side:
-            return backend.apply_right(X, each, self.workspace, onto, keep)
-        return backend.apply_left(each, X, self.workspace, onto, keep)
+            return backend.apply_right(X, each, self.workspace, accumulate, keep)
+        return backend.apply_left(each, X, self.workspace, accumulate, keep)
 
     def kernel(self, own: bool, counters: dict[float, Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """Target, gradient, counter and moments for the kernel, a stack with equal steps at once.
