@@ -161,13 +161,13 @@ def test_other_adapters_are_refused_by_name(name, why):
     assert report.plain == ("q.weight",)
 
 
-def test_adalora_has_a_middle():
+def test_adalora_has_a_diagonal():
     named = {
         f"q.lora_{x}.default": np.zeros(s)
         for x, s in zip("AEB", ((4, 20), (4, 1), (30, 4)), strict=True)
     }
     report = find_pairs(named)
-    assert [pair.middle for pair in report] == ["q.lora_E.default"]
+    assert [pair.diagonal for pair in report] == ["q.lora_E.default"]
     assert report.plain == ("q.lora_E.default",)
     named["q.lora_E.default"] = np.zeros((3, 1))
     assert "does not fit rank 4" in find_pairs(named).refused["q.lora_A.default"]

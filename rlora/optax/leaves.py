@@ -183,8 +183,8 @@ def _check_alike(pair: Pair, a: Array, b: Array) -> None:
     if a.dtype != b.dtype:
         msg = f"{pair.a!r} is {a.dtype} and {pair.b!r} {b.dtype}: bring both to one dtype"
         raise NamespaceError(msg)
-    if pair.middle is not None:
-        msg = f"the diagonal {pair.middle} stands between {pair.a} and {pair.b}: no plain product"
+    if pair.diagonal is not None:
+        msg = f"the diagonal {pair.diagonal} stands between {pair.a} and {pair.b}: no plain product"
         raise PairingError(msg)
 
 

@@ -125,7 +125,7 @@ CONVENTIONS = (
     Convention("qwix", r"(?P<owner>\w+)_lora_a", r"(?P<owner>\w+)_lora_b", TURNED_FIRST),
 )
 
-MIDDLE = r"lora_E"
+DIAGONAL = r"lora_E"
 """AdaLoRA's diagonal: the product is ``B diag(E) A``."""
 
 SIBLINGS = (

@@ -154,7 +154,7 @@ def _search(
     adapter: str | None,
     known: Known | None,
 ) -> PairReport:
-    candidates, middles, others, refused = sort_names(shapes, conventions)
+    candidates, diagonals, others, refused = sort_names(shapes, conventions)
     if adapter is not None and candidates:
         _check_adapter(adapter, {candidate.proposal.adapter for candidate in candidates.values()})
     pairs: list[Pair] = []
@@ -168,7 +168,7 @@ def _search(
         elif place in others:
             found = others[place]
         else:
-            found = _fit(candidate, shapes, known, middles.get(place), fits)
+            found = _fit(candidate, shapes, known, diagonals.get(place), fits)
         if isinstance(found, Pair):
             pairs.append(replace(found, layer=proposal.layer, adapter=proposal.adapter))
         else:
@@ -197,7 +197,7 @@ def _fit(
     candidate: Candidate,
     shapes: Mapping[str, Shape],
     known: Known | None,
-    middle: str | None,
+    diagonal: str | None,
     fits: Fits,
 ) -> Pair | str:
     """The pair, or why the two are none."""
@@ -234,9 +234,9 @@ def _fit(
             f"for blocks and other layouts give known={{layer: Layout(...)}}, or to an optimizer "
             f"pairs=[(A, B, Layout(...))]"
         )
-    if middle is not None and prod(shapes[middle]) != pair.rank:
-        return f"the diagonal {middle} of shape {shapes[middle]} does not fit rank {pair.rank}"
-    return pair if middle is None else replace(pair, middle=middle)
+    if diagonal is not None and prod(shapes[diagonal]) != pair.rank:
+        return f"the diagonal {diagonal} of shape {shapes[diagonal]} does not fit rank {pair.rank}"
+    return pair if diagonal is None else replace(pair, diagonal=diagonal)
 
 
 EXPERTS = re.compile(r"(?:^|\.)experts(?:\.base_layer)*$")

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rlora.pairing.conventions import (
-    MIDDLE,
+    DIAGONAL,
     NEAR_MISSES,
     SIBLINGS,
     Convention,
@@ -28,7 +28,7 @@ class Sorted(NamedTuple):
     """The names, sorted."""
 
     candidates: dict[Any, Candidate]
-    middles: dict[Any, str]
+    diagonals: dict[Any, str]
     """By layer, the name of the diagonal between its factors."""
     others: dict[Any, str]
     """By layer, the reason why it is no product."""
@@ -38,7 +38,7 @@ class Sorted(NamedTuple):
 def sort_names(names: Iterable[str], conventions: Sequence[Convention]) -> Sorted:
     """The names that look like those of factors, by their layers."""
     found = Sorted({}, {}, {}, {})
-    others = (MIDDLE, *(word for word, _ in (*NEAR_MISSES, *SIBLINGS)))
+    others = (DIAGONAL, *(word for word, _ in (*NEAR_MISSES, *SIBLINGS)))
     words = (*others, *patterns_of(conventions))
     behind = any("(?<" in word for word in words)  # it looks at what is before the place
     places = {name: place for name in names if (place := first_place(name, words)) is not None}
@@ -50,8 +50,8 @@ def sort_names(names: Iterable[str], conventions: Sequence[Convention]) -> Sorte
         other = first_place(name, others, start) is not None
         if other and (near := _first(name, NEAR_MISSES)):
             found.refused[name] = near[1]
-        elif other and (middle := propose(name, MIDDLE)):
-            found.middles[middle.layer, middle.adapter] = name
+        elif other and (diagonal := propose(name, DIAGONAL)):
+            found.diagonals[diagonal.layer, diagonal.adapter] = name
         elif other and (sibling := _first(name, SIBLINGS)):
             found.others[sibling[0].layer, sibling[0].adapter] = sibling[1]
         elif ways[name]:

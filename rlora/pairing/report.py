@@ -22,7 +22,7 @@ class Pair:
         Names of the parameters in the roles of A and B.
     views : tuple of (View, View)
         Where the factors lie in them: one for most, several for blocks of unequal size.
-    middle : str, optional
+    diagonal : str, optional
         Name of a diagonal between the factors (AdaLoRA): the product is ``B diag(e) A``. It is in
         no Gram matrix.
     layer : str
@@ -35,7 +35,7 @@ class Pair:
     a: str
     b: str
     views: tuple[Views, ...]
-    middle: str | None = None
+    diagonal: str | None = None
     layer: str = ""
     adapter: str | None = None
 

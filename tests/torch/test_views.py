@@ -113,7 +113,7 @@ def test_a_diagonal_between_the_factors_is_in_no_metric():
     layer = AdaLoRALayer()
     A, E, B = (getattr(layer, f"lora_{letter}")["default"] for letter in "AEB")
     optimizer = ScaledSGD(layer, lr=0.1, damping=1e-2, damping_mode="absolute")
-    assert [pair.middle for pair in optimizer.report] == ["lora_E.default"]
+    assert [pair.diagonal for pair in optimizer.report] == ["lora_E.default"]
     for _ in range(3):
         optimizer.zero_grad()
         (B @ (E * A) - 1).square().sum().backward()

@@ -99,8 +99,10 @@ def _pairs(state: Mapping[str, Tensor], known: Known | None) -> PairReport:
         msg = f"{key} cannot be brought to rank 2r: {why}"
         raise PairingError(msg)
     for pair in report:
-        if pair.middle is not None:
-            msg = f"{pair.name} cannot be brought to rank 2r: {pair.middle} is between its factors"
+        if pair.diagonal is not None:
+            msg = (
+                f"{pair.name} cannot be brought to rank 2r: {pair.diagonal} is between its factors"
+            )
             raise PairingError(msg)
     if len(names := {pair.adapter for pair in report}) > 1:
         msg = f"the state has the adapters {', '.join(sorted(map(str, names)))}; give that of one"

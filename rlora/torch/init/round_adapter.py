@@ -76,7 +76,7 @@ def round_adapter(
         msg = f"{key} cannot be rebalanced: {why}; round this adapter as it is, by .to({dtype})"
         raise PairingError(msg)
     for pair in report:
-        if pair.middle is None:
+        if pair.diagonal is None:
             factors = read_pairs(pair.views, state[pair.a].detach(), state[pair.b].detach())
             even = rebalance([Factors(*map(_wide, x)) for x in factors])
             for side, key in enumerate((pair.a, pair.b)):

@@ -110,20 +110,20 @@ def read(
 
 def stored(pair: TensorPair) -> list[Tensor]:
     """The tensors in which a pair lies."""
-    return [p.detach() for p in (pair.A, pair.B, pair.middle) if p is not None]
+    return [p.detach() for p in (pair.A, pair.B, pair.diagonal) if p is not None]
 
 
 def blank(pair: TensorPair) -> TensorPair:
     """A pair of the same kind in new memory."""
-    A, B, *middle = map(torch.empty_like, stored(pair))
-    return TensorPair(A, B, pair.views, middle[0] if middle else None)
+    A, B, *diagonal = map(torch.empty_like, stored(pair))
+    return TensorPair(A, B, pair.views, diagonal[0] if diagonal else None)
 
 
 def products(pair: TensorPair) -> list[Factors]:
     """The factors whose products are what the layer adds; a diagonal counts once, with B."""
     A, B = pair.A.detach(), pair.B.detach()
     return read_pairs(
-        pair.views, A, B if pair.middle is None else B * pair.middle.detach().view(-1)
+        pair.views, A, B if pair.diagonal is None else B * pair.diagonal.detach().view(-1)
     )
 
 

@@ -204,10 +204,10 @@ class MethodOptimizer(LoRAOptimizer):
         self, pair: TensorPair, group: Mapping[str, Any]
     ) -> Iterator[tuple[int | None, str, Tensor]]:
         """The state of a pair before its first step: side (None for both), name and value."""
-        for member in (pair.whole() if is_distributed(pair.A) else pair).members():
-            flat = flatten_state(start_of(self._transform(group), [[member]], group["scaling"]))
+        for product in (pair.whole() if is_distributed(pair.A) else pair).products():
+            flat = flatten_state(start_of(self._transform(group), [[product]], group["scaling"]))
             for name, (_, side, key) in places_in(flat).items():
-                yield side, key + member.suffix, flat[name][0]
+                yield side, key + product.suffix, flat[name][0]
 
     def _start_of_sharded(
         self, pair: TensorPair, group: Mapping[str, Any]
@@ -228,7 +228,7 @@ class MethodOptimizer(LoRAOptimizer):
         shapes_of = self._state_shapes(pairs, self.param_groups)
         for pair in pairs:
             paired |= {id(p): {} for p in pair.moved}
-            keeper = next(pair.members()).keepers[0]
+            keeper = next(pair.products()).keepers[0]
             held = [(p, self.state[p]) for p in pair[:2] if self.state.get(p)]
             complete = all(shapes_of(p).needed <= state.keys() for p, state in held)
             if id(keeper) not in group_of or (held and complete):

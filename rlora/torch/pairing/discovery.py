@@ -137,7 +137,7 @@ def told_apart(
     for i, group in enumerate(groups):
         report = find_named_pairs(group, pairs=source, known=known)
         alone = {name for name in report.refused if source is not None or is_factor(name)}
-        pairs = [{pair.a, pair.b, pair.middle or pair.a} for pair in report]
+        pairs = [{pair.a, pair.b, pair.diagonal or pair.a} for pair in report]
         told = (doubled - alone).union(*(names for names in pairs if names & doubled))
         found += [(in_group(i, n) if n in told else n, p) for n, p in group]
     return found
@@ -157,14 +157,14 @@ def match(
     refused, kept = dict(report.refused), kept or ByMemory()
     for pair in report:
         a, b = tensors[pair.a], tensors[pair.b]
-        middle = None if pair.middle is None else tensors[pair.middle]
+        diagonal = None if pair.diagonal is None else tensors[pair.diagonal]
         if why := misfit(a, b):
             refused |= {pair.a: why, pair.b: why}
         elif _same_memory(a, b):
             why = "the two share their memory: a factor cannot be its own partner"
             refused |= {pair.a: why, pair.b: why}
         else:
-            kept.add(pair, TensorPair(a, b, pair.views, middle))
+            kept.add(pair, TensorPair(a, b, pair.views, diagonal))
     plain = tuple(name for name in report.plain if moves(tensors[name]))
     frozen, pairs = frozen_in(kept.pairs, kept.pairs.values()), list(kept.pairs.values())
     return pairs, PairReport(tuple(kept.pairs), plain, refused, kept.tied, frozen)
@@ -286,13 +286,13 @@ def without_middles(
     pairs: Sequence[TensorPair], report: PairReport
 ) -> tuple[list[TensorPair], PairReport]:
     """Pairs that are plain products; of the others, which an optimizer cannot take, the reason."""
-    plain = tuple(pair for pair in report if pair.middle is None)
+    plain = tuple(pair for pair in report if pair.diagonal is None)
     refused = {
-        name: f"the diagonal {pair.middle} stands between the factors; ScaledAdamW can take it"
+        name: f"the diagonal {pair.diagonal} stands between the factors; ScaledAdamW can take it"
         for pair in report
-        if pair.middle is not None
+        if pair.diagonal is not None
         for name in (pair.a, pair.b)
     }
-    kept = [pair for pair in pairs if pair.middle is None]
+    kept = [pair for pair in pairs if pair.diagonal is None]
     frozen = tuple(name for name in report.frozen if name not in refused)
     return kept, replace(report, pairs=plain, refused={**report.refused, **refused}, frozen=frozen)

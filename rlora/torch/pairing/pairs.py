@@ -22,7 +22,7 @@ class TensorPair(NamedTuple):
         As they are stored.
     views : tuple of (View, View)
         Views of the factors in them.
-    middle : Tensor, optional
+    diagonal : Tensor, optional
         AdaLoRA's diagonal: the product is ``B diag(e) A``. It is in no Gram: AdaLoRA holds A and B
         near orthonormal by a loss that does not pass through it, and sets entries of it to 0, so
         that an inverse of ``diag(e) S diag(e)`` would multiply gradients without bound.
@@ -37,7 +37,7 @@ class TensorPair(NamedTuple):
     A: Tensor
     B: Tensor
     views: tuple[Views, ...]
-    middle: Tensor | None = None
+    diagonal: Tensor | None = None
     tied: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] = ((), ())
     owners: tuple[Tensor, Tensor] | None = None
     scaling: float | None = None
@@ -104,11 +104,11 @@ class TensorPair(NamedTuple):
         owners = (self.A, self.B)
         return TensorPair(A, B, self.views, owners=owners, scaling=self.scaling)
 
-    def members(self) -> "Iterator[Member]":
+    def products(self) -> "Iterator[ProductView]":
         """The pair's products one by one."""
         several = len(self.views) > 1
         for i, views in enumerate(self.views):
-            yield Member(self, views, f".{i}" if several else "")
+            yield ProductView(self, views, f".{i}" if several else "")
 
     def factors(self) -> list[Factors]:
         """The factors, whose Grams are the partners' metrics."""
@@ -122,14 +122,14 @@ class TensorPair(NamedTuple):
         successor : callable
             Gives what stands in a parameter's place now, or None.
         """
-        core = [None if p is None else successor(p) for p in (self.A, self.B, self.middle)]
-        if core[0] is None or core[1] is None or (self.middle is not None and core[2] is None):
+        core = [None if p is None else successor(p) for p in (self.A, self.B, self.diagonal)]
+        if core[0] is None or core[1] is None or (self.diagonal is not None and core[2] is None):
             return None
         tied = [tuple(q for p in side if (q := successor(p)) is not None) for side in self.tied]
-        return self._replace(A=core[0], B=core[1], middle=core[2], tied=(tied[0], tied[1]))
+        return self._replace(A=core[0], B=core[1], diagonal=core[2], tied=(tied[0], tied[1]))
 
 
-class Member(NamedTuple):
+class ProductView(NamedTuple):
     """One product, or one stack of products, of a pair."""
 
     pair: TensorPair
@@ -181,41 +181,41 @@ class Member(NamedTuple):
 
 
 class Side:
-    """The factors A (0) or B (1) of members that are stepped together.
+    """The factors A (0) or B (1) of products that are stepped together.
 
     Parameters
     ----------
-    members : list of Member
+    products : list of ProductView
         At least one.
     side : {0, 1}
         Which factors.
     """
 
-    def __init__(self, members: list[Member], side: int) -> None:
-        self._members, self._side = members, side
-        plain = all(m.views[side].is_plain and not m.pair.tied[side] for m in members)
-        # Where each parameter is the factor itself, no member has to be asked.
-        self._own = [m.params[side] for m in members] if plain else None
+    def __init__(self, products: list[ProductView], side: int) -> None:
+        self._products, self._side = products, side
+        plain = all(x.views[side].is_plain and not x.pair.tied[side] for x in products)
+        # Where each parameter is the factor itself, no product is asked.
+        self._own = [x.params[side] for x in products] if plain else None
 
     def factors(self) -> list[Tensor]:
-        """One of each member."""
-        return self._own or [m.read(self._side) for m in self._members]
+        """One of each product."""
+        return self._own or [x.read(self._side) for x in self._products]
 
     def gradients(self) -> list[Any]:
         """Those of `factors`, or None."""
         if self._own:
             return [p.grad for p in self._own]
-        return [m.gradient(self._side) for m in self._members]
+        return [x.gradient(self._side) for x in self._products]
 
     def places(self) -> list[Tensor]:
         """The parts of parameters that hold the factors."""
-        return self._own or [m.part(self._side) for m in self._members]
+        return self._own or [x.part(self._side) for x in self._products]
 
     def as_stored(self, factors: Sequence[Tensor]) -> list[Tensor]:
         """The values of `places` that hold these factors."""
         if self._own:
             return list(factors)
-        return [m.write(self._side, x) for m, x in zip(self._members, factors, strict=True)]
+        return [p.write(self._side, x) for p, x in zip(self._products, factors, strict=True)]
 
 
 def params_of(pairs: Iterable[TensorPair]) -> list[Tensor]:

@@ -32,7 +32,7 @@ def trainable(
     named = dict(model.named_parameters())
     wanted = {name for name, p in named.items() if p.requires_grad}
     for pair in find_named_pairs(named, pairs=pairs, known=known):
-        factors = {name for name in (pair.a, pair.b, pair.middle) if name is not None}
+        factors = {name for name in (pair.a, pair.b, pair.diagonal) if name is not None}
         if wanted & factors:
             wanted |= factors
     return [(name, p) for name, p in named.items() if name in wanted]

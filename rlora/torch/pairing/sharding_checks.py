@@ -138,7 +138,7 @@ def _check_layout(pair: TensorPair) -> None:
         )
         raise ShardingError(msg)
     matrices = all(view.rows is None and view.order == (0, 1) for v in pair.views for view in v)
-    if not matrices or len(pair.views) > 1 or pair.middle is not None or any(pair.tied):
+    if not matrices or len(pair.views) > 1 or pair.diagonal is not None or any(pair.tied):
         msg = (
             f"the factors {shapes} are sharded, and they are not two matrices (r, n) and (m, r), "
             f"or kernels, of one product; use DDP for such a model"

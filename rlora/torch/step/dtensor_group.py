@@ -23,7 +23,7 @@ from rlora.core.placement import Preconditioners, RankGrams
 from rlora.torch.pairing.pairs import TensorPair, cut_dims, local, mesh_of
 from rlora.torch.step.dtensor_exchange import Exchange, piece_of_grad
 from rlora.torch.step.kernels import Kernel
-from rlora.torch.step.listwise import Job, ListStep
+from rlora.torch.step.listwise import FactorUpdate, ListStep
 
 
 class ShardedStep(ListStep):
@@ -31,7 +31,7 @@ class ShardedStep(ListStep):
 
     Parameters
     ----------
-    optimizer, group, kernel, jobs
+    optimizer, group, kernel, updates
         As `ListStep` has them; the pairs are of DTensors.
     summed : list of int
         The dimensions of the mesh over which the Grams are summed.
@@ -42,14 +42,14 @@ class ShardedStep(ListStep):
         optimizer: Any,
         group: dict[str, Any],
         kernel: type[Kernel],
-        jobs: list[Job],
+        updates: list[FactorUpdate],
         summed: list[int],
     ) -> None:
-        super().__init__(optimizer, group, kernel, jobs)
+        super().__init__(optimizer, group, kernel, updates)
         factors: list[tuple[Any, int]]
         factors = [(pair[side], side) for side in (0, 1) for pair in self.pairs]
         self.of_factors = Exchange(factors)
-        self.of_jobs = Exchange([(job.param, job.side) for job in self.jobs])
+        self.of_updates = Exchange([(update.param, update.side) for update in self.updates])
         # Replicated entries are counted once, where the coordinates are 0.
         mesh = mesh_of(factors[0][0])
         self.counted_elsewhere = [
@@ -72,7 +72,7 @@ class ShardedStep(ListStep):
 
     def gradients(self) -> list[Tensor]:
         """The pieces of the gradients; zeros where this process has none, to be dropped later."""
-        return [piece_of_grad(job.param) for job in self.jobs]
+        return [piece_of_grad(update.param) for update in self.updates]
 
     def grams(self) -> list[RankGrams]:
         """The Grams of the pieces, to be summed."""
@@ -90,8 +90,8 @@ class ShardedStep(ListStep):
     ) -> Sequence[Tensor]:
         if P is None:
             return stored
-        columns = self.of_jobs.to_columns([x.flatten(1) for x in stored])  # kernels as matrices
-        done = self.of_jobs.to_rows(list(super()._apply(backend, P, columns)))
+        columns = self.of_updates.to_columns([x.flatten(1) for x in stored])  # kernels as matrices
+        done = self.of_updates.to_rows(list(super()._apply(backend, P, columns)))
         return [x.reshape(own.shape) for x, own in zip(done, self.own, strict=True)]
 
 
@@ -150,21 +150,23 @@ def sharded_steps(
         factors = [p for pair in members for p in pair[:2]]
         summed = sorted({d for p in factors for axis in (0, 1) for d in cut_dims(p, axis)})
         steps = [
-            ShardedStep(optimizer, optimizer.param_groups[key[0]], kernel, jobs, summed)
-            for key, jobs in _jobs(members, group_of, sides).items()
+            ShardedStep(optimizer, optimizer.param_groups[key[0]], kernel, updates, summed)
+            for key, updates in _updates(members, group_of, sides).items()
         ]
         work.append(ShardedSteps(steps, [mesh.get_group(d) for d in summed]))
     return work
 
 
-def _jobs(pairs: list[TensorPair], group_of: dict[int, int], sides: str) -> dict[Any, list[Job]]:
+def _updates(
+    pairs: list[TensorPair], group_of: dict[int, int], sides: str
+) -> dict[Any, list[FactorUpdate]]:
     """The factors of one mesh by group, dtype and the dimension along which a rank axis is cut."""
-    jobs: dict[Any, list[Job]] = {}
+    updates: dict[Any, list[FactorUpdate]] = {}
     for pair in pairs:
         exchanged = [d for side in (0, 1) for d in cut_dims(pair[side], side)]
         for side, (letter, p) in enumerate(zip("AB", pair[:2], strict=True)):
             if letter not in sides or not p.requires_grad:
                 continue
             key = (group_of[id(p)], p.dtype, *exchanged[:1])
-            jobs.setdefault(key, []).append(Job(pair, side, p.grad is not None))
-    return jobs
+            updates.setdefault(key, []).append(FactorUpdate(pair, side, p.grad is not None))
+    return updates

@@ -21,7 +21,7 @@ from rlora.torch.step.kernels import Kernel, Number
 from rlora.torch.step.rounding import store
 
 
-class Job(NamedTuple):
+class FactorUpdate(NamedTuple):
     """A factor to be updated: A (0) or B (1) of a pair."""
 
     pair: TensorPair
@@ -55,7 +55,7 @@ class ListStep:
         The parameter group.
     kernel : type
         The `Kernel` that steps the targets.
-    jobs : list of Job
+    updates : list of FactorUpdate
         The factors to be updated.
     """
 
@@ -64,11 +64,11 @@ class ListStep:
         optimizer: Any,
         group: dict[str, Any],
         kernel: type[Kernel],
-        jobs: list[Job],
+        updates: list[FactorUpdate],
     ) -> None:
         self.group = group
-        self.jobs = sorted(jobs, key=lambda job: job.side)
-        self.pairs = pairs = list({id(job.pair.A): job.pair for job in jobs}.values())
+        self.updates = sorted(updates, key=lambda update: update.side)
+        self.pairs = pairs = list({id(update.pair.A): update.pair for update in updates}.values())
         self.workspace: Workspace = {}
         self.plain = all(view.is_plain for pair in pairs for both in pair.views for view in both)
         # Reading a dense parameter gives a view, which stays valid.
@@ -77,17 +77,20 @@ class ListStep:
         self.values: list[Factors] = []
         ends = [*accumulate((len(pair.views) for pair in pairs), initial=0)]
         of_pair = {id(pair.A): range(*ends[i : i + 2]) for i, pair in enumerate(pairs)}
-        self.products = [of_pair[id(job.pair.A)] for job in self.jobs]
+        self.products = [of_pair[id(update.pair.A)] for update in self.updates]
         fixed = [[pair.has_fixed_B(optimizer.state)] * len(pair.views) for pair in pairs]
         self.fixed_B = [x for of_pair in fixed for x in of_pair]
-        own = [local(job.param).detach() for job in self.jobs]
+        own = [local(update.param).detach() for update in self.updates]
         self.own = own
         # Kernels run through memory without a look at strides: what they step lies as their state.
         self.copied = group["placement"] != "before" or not all(map(_lies_well, own))
         self.targets = [_scratch(p) for p in own] if self.copied else own
-        self.live = [k for k, job in enumerate(self.jobs) if job.live]
+        self.live = [k for k, update in enumerate(self.updates) if update.live]
         self.kernel = kernel(
-            optimizer, group, self._living([j.param for j in self.jobs]), self._living(self.targets)
+            optimizer,
+            group,
+            self._living([x.param for x in self.updates]),
+            self._living(self.targets),
         )
 
     def _living(self, x: Sequence[Any]) -> list[Any]:
@@ -109,7 +112,7 @@ class ListStep:
 
     def gradients(self) -> list[Tensor]:
         """The gradients of the factors to be updated."""
-        return [cast("Tensor", job.pair.gradient(job.side)) for job in self.jobs]
+        return [cast("Tensor", update.pair.gradient(update.side)) for update in self.updates]
 
     def grams(self) -> list[RankGrams]:
         """The Grams of both factors of every product, rank by rank."""
@@ -154,17 +157,17 @@ class ListStep:
         if P is None:
             return stored
         sides: tuple[tuple[list[Tensor], list[Tensor]], ...] = (([], []), ([], []))
-        for job, products, x in zip(self.jobs, self.products, stored, strict=True):
-            powers, factors = sides[job.side]
-            powers += [P[i][job.side] for i in products]
-            factors += [x] if self.plain else job.read(x)
+        for update, products, x in zip(self.updates, self.products, stored, strict=True):
+            powers, factors = sides[update.side]
+            powers += [P[i][update.side] for i in products]
+            factors += [x] if self.plain else update.read(x)
         (P_A, X_A), (P_B, X_B) = sides
         done = backend.apply_left(P_A, X_A, self.workspace)
         done += backend.apply_right(X_B, P_B, self.workspace)
         if self.plain:
             return done
         rest = iter(done)
-        return [job.write([next(rest) for _ in job.pair.views]) for job in self.jobs]
+        return [update.write([next(rest) for _ in update.pair.views]) for update in self.updates]
 
     # --- the move -------------------------------------------------------------------------------
 

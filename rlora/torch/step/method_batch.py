@@ -15,7 +15,7 @@ from rlora.core.state import flatten_state, unflatten_state
 from rlora.core.step import move
 from rlora.core.structure import another_state, side_by_side
 from rlora.core.transform import State, Transform
-from rlora.torch.pairing.pairs import Member, Side, TensorPair, is_distributed, local
+from rlora.torch.pairing.pairs import ProductView, Side, TensorPair, is_distributed, local
 from rlora.torch.step.dtensors import check_cut, layer_of
 from rlora.torch.step.plan import Share, keep, take_over
 from rlora.torch.step.rounding import store
@@ -33,18 +33,18 @@ class MethodBatch:
     """
 
     def __init__(
-        self, optimizer: Any, group: int, members: list[Member], memory: Workspace
+        self, optimizer: Any, group: int, products: list[ProductView], memory: Workspace
     ) -> None:
         self._optimizer, self._group, self._memory = optimizer, group, memory
-        alike: dict[Any, list[Member]] = {}
-        for member in members:
-            moves = member.pair.has_gradients()
-            cut = [getattr(p, "placements", None) for p in member.params]
-            key = (moves, *member.shapes, member.params[0].dtype, *cut)
-            alike.setdefault(key, []).append(member)
+        alike: dict[Any, list[ProductView]] = {}
+        for product in products:
+            moves = product.pair.has_gradients()
+            cut = [getattr(p, "placements", None) for p in product.params]
+            key = (moves, *product.shapes, product.params[0].dtype, *cut)
+            alike.setdefault(key, []).append(product)
         self._buckets, self._moves = list(alike.values()), [key[0] for key in alike]
         self._sides = [[Side(bucket, side) for side in (0, 1)] for bucket in self._buckets]
-        self._in_pieces = is_distributed(members[0].params[0])
+        self._in_pieces = is_distributed(products[0].params[0])
         options = optimizer.param_groups[group]
         self._chosen = optimizer._chosen(options)
         self._transform = optimizer._transform(options)
@@ -60,10 +60,10 @@ class MethodBatch:
         """For each parameter that has a state what the stacks hold of it."""
         shares: dict[int, Share] = {}
         for name, (i, side, key) in places_in(flat).items():
-            for k, member in enumerate(self._buckets[i]):
-                owner, partner = member.keepers if side is None else (member.owners[side], None)
+            for k, product in enumerate(self._buckets[i]):
+                owner, partner = product.keepers if side is None else (product.owners[side], None)
                 share = shares.setdefault(id(owner), Share(owner, [], []))
-                share.keys.append(key + member.suffix)
+                share.keys.append(key + product.suffix)
                 share.views.append(layer_of(flat[name], k))
                 share.sources.append(Source(name, k, partner))
         return list(shares.values())
@@ -203,36 +203,36 @@ def batches_of(optimizer: Any, group: int, pairs: Iterable[TensorPair]) -> list[
     On a CPU a few layers at a time, equal shapes together, in memory that all batches share. On an
     accelerator all at once, so that the number of launches does not depend on the layers.
     """
-    by_device: dict[torch.device, list[Member]] = {}
+    by_device: dict[torch.device, list[ProductView]] = {}
     for pair in pairs:
         if any(pair.has_gradients()):
-            by_device.setdefault(pair.A.device, []).extend(pair.members())
+            by_device.setdefault(pair.A.device, []).extend(pair.products())
     together = optimizer._transform(optimizer.param_groups[group]).together
     batches: list[MethodBatch] = []
-    for device, members in by_device.items():
+    for device, products in by_device.items():
         in_parts = device.type == "cpu" and not together
         if in_parts and not torch.compiler.is_compiling():  # in a graph shapes may be symbols
-            members = sorted(members, key=lambda member: member.shapes)
+            products = sorted(products, key=lambda product: product.shapes)
         memory: Workspace = {}
-        parts: list[list[Member]] = []
+        parts: list[list[ProductView]] = []
         room = 0
-        for member in members:
-            size = sum(map(prod, member.shapes))
+        for product in products:
+            size = sum(map(prod, product.shapes))
             if not parts or (in_parts and size > room):
                 parts.append([])
                 room = PORTION
-            parts[-1].append(member)
+            parts[-1].append(product)
             room -= size
         batches += [MethodBatch(optimizer, group, part, memory) for part in parts]
     return batches
 
 
-def start_of(transform: Transform, buckets: list[list[Member]], given: float | None) -> State:
+def start_of(transform: Transform, buckets: list[list[ProductView]], given: float | None) -> State:
     """The state before the first step; layers of one stack may have different s.
 
     `given` is the s of all; without one a layer's own counts, and 1 where it does not say it.
     """
-    scales = [[given or member.pair.scaling or 1.0 for member in bucket] for bucket in buckets]
+    scales = [[given or product.pair.scaling or 1.0 for product in bucket] for bucket in buckets]
     first, *others = dict.fromkeys(s for row in scales for s in row)
     like = buckets[0][0].params[0]
     with get_backend(like).exact(like):  # autocast refuses to stack the other 16-bit dtype
@@ -252,10 +252,10 @@ def start_of(transform: Transform, buckets: list[list[Member]], given: float | N
     return unflatten_state(memory, start)
 
 
-def stacks_of(buckets: list[list[Member]]) -> dict[str, Factors]:
+def stacks_of(buckets: list[list[ProductView]]) -> dict[str, Factors]:
     """The factors of each bucket on two stacks, by its position; of an empty one none."""
     return {
-        f"{i}": Factors(*(torch.stack([m.read(side) for m in bucket]) for side in (0, 1)))
+        f"{i}": Factors(*(torch.stack([x.read(side) for x in bucket]) for side in (0, 1)))
         for i, bucket in enumerate(buckets)
         if bucket
     }

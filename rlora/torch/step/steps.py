@@ -8,7 +8,7 @@ import torch
 from rlora.core.errors import PairingError
 from rlora.torch.pairing.pairs import TensorPair, groups_by_id, is_distributed
 from rlora.torch.step.kernels import AdamW, Kernel, has_kernel
-from rlora.torch.step.listwise import Job, ListStep
+from rlora.torch.step.listwise import FactorUpdate, ListStep
 from rlora.torch.step.method_batch import batches_of
 from rlora.torch.step.plan import Turn, Work
 from rlora.torch.step.stacks import StackedAdamW
@@ -32,7 +32,7 @@ def steps_of(optimizer: Any, kernel: type[Kernel], pairs: Sequence[TensorPair], 
     group_of = groups_by_id(groups)
     by_stacks = kernel is AdamW and not torch.compiler.is_compiling()
     stacked: dict[Any, tuple[list[TensorPair], list[tuple[bool, bool]]]] = {}
-    listed: dict[Any, list[Job]] = {}
+    listed: dict[Any, list[FactorUpdate]] = {}
     cut = []
     for pair in pairs:
         if is_distributed(pair.A):
@@ -50,9 +50,9 @@ def steps_of(optimizer: Any, kernel: type[Kernel], pairs: Sequence[TensorPair], 
         for side in moves:
             p = pair[:2][side]
             key = (group_of[id(p)], p.dtype, p.device)
-            listed.setdefault(key, []).append(Job(pair, side))
+            listed.setdefault(key, []).append(FactorUpdate(pair, side))
     steps: list[Any] = [StackedAdamW(optimizer, groups[i[0]], *x) for i, x in stacked.items()]
-    lists = [ListStep(optimizer, groups[i[0]], kernel, jobs) for i, jobs in listed.items()]
+    lists = [ListStep(optimizer, groups[i[0]], kernel, updates) for i, updates in listed.items()]
     steps += lists
     if cut:  # DTensors take half a second to import
         from rlora.torch.step.dtensor_group import sharded_steps
