@@ -31,7 +31,7 @@ from typing import Literal
 import optax
 
 from rlora.core.transform import Transform
-from rlora.optax.leaves import Hold
+from rlora.optax.param_tree import Hold
 from rlora.pairing import Source
 '''
 

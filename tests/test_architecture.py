@@ -39,14 +39,14 @@ FRAMEWORKS = {
     },
     "jax": {
         "rlora.optax",
-        "rlora.optax.leaves",
+        "rlora.optax.param_tree",
         "rlora.optax.meshes",
         "rlora.optax.pair_transformation",
         "rlora.backends.jax",
     },
     "optax": {
         "rlora.optax",
-        "rlora.optax.leaves",
+        "rlora.optax.param_tree",
         "rlora.optax.method_transformations",
         "rlora.optax.pair_transformation",
         "rlora.integrations.tunix",

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rlora.core.layout import Shape
-from rlora.optax.leaves import Leaves
+from rlora.optax.param_tree import Leaves
 
 make_spec: Any = PartitionSpec  # untyped
 

@@ -5,7 +5,7 @@ from typing import Literal
 import optax
 
 from rlora.core.transform import Transform
-from rlora.optax.leaves import Hold
+from rlora.optax.param_tree import Hold
 from rlora.pairing import Source
 
 __all__ = ['adapre_lora', 'alt_lora', 'alt_lora_plus', 'balanced_lora', 'factor_muon', 'graft_adamw', 'loft', 'lora_fa', 'lora_muon', 'lora_plus', 'lora_pro_adamw', 'lora_pro_sgd', 'lora_rite', 'lora_sb', 'op_lora', 'rac_lora', 'ref_lora', 'riemannion', 'scaled_adamw', 'scaled_prodigy', 'scaled_sgd', 'stable_lora', 'trust_region']

@@ -14,7 +14,8 @@ from rlora.core.metric import DampingMode
 from rlora.core.step import step
 from rlora.core.transform import State, Transform, check_transform
 from rlora.methods.scaled import scale_by_gram as core_scale_by_gram
-from rlora.optax.leaves import (
+from rlora.optax.meshes import as_they_are, beside_factors, shapes_of, with_automatic_axes
+from rlora.optax.param_tree import (
     Hold,
     Leaves,
     check_state,
@@ -22,7 +23,6 @@ from rlora.optax.leaves import (
     sort_leaves,
     with_leaves,
 )
-from rlora.optax.meshes import as_they_are, beside_factors, shapes_of, with_automatic_axes
 from rlora.pairing import Source
 
 Move: TypeAlias = Callable[[list[Factors], list[Factors], State, Array], tuple[Any, State]]

@@ -19,7 +19,7 @@ from trees import draw  # noqa: E402
 
 import rlora.optax  # noqa: E402
 from rlora import PairingError, find_pairs  # noqa: E402
-from rlora.optax.leaves import named_leaves, with_leaves  # noqa: E402
+from rlora.optax.param_tree import named_leaves, with_leaves  # noqa: E402
 
 OPTIMIZER = rlora.optax.scaled_sgd(LR, damping=0.0)
 

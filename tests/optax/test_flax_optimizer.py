@@ -134,7 +134,7 @@ def test_a_partition_that_parts_the_factors_is_refused():
         lambda path, _: "a" if "lora_a" in str(path) else "b", params
     )
     parts = {"a": rlora.optax.lora_rite(1e-2), "b": optax.adam(1e-2)}
-    with pytest.raises(PairingError, match=r"lora_a.*optax\.masked, and to hold one of a pair"):
+    with pytest.raises(PairingError, match=r"lora_a.*optax\.masked, and to freeze one of a pair"):
         nnx.Optimizer(network(), optax.partition(parts, apart), wrt=nnx.LoRAParam)
 
 

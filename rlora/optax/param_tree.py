@@ -97,7 +97,7 @@ def sort_leaves(tree: Any, pairs: Source | None, hold: Hold, all_paired: bool) -
     for name, why in report.refused.items():
         msg = (
             f"{name} has the name of a factor, but {why}; take it out with optax.masked, and to "
-            f"hold one of a pair still leave both in and name it in hold=; "
+            f"freeze one of a pair leave both in and name it in hold=; "
             f"in optax.partition both factors of a pair need one label"
         )
         raise PairingError(msg)
