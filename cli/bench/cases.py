@@ -15,7 +15,7 @@ from rlora.core.factors import Array
 from rlora.core.moments import scale_by_adam
 
 from . import memory
-from .problem import Problem
+from .problem import BenchProblem
 
 LR: Final = 1e-4
 """Small enough that the factors are after many steps much as they were."""
@@ -121,7 +121,7 @@ def make_method(method: str) -> Transform:
     return made
 
 
-def functional_cases(problem: Problem, spec: ArraySpec, methods: list[str]) -> Iterator[Case]:
+def functional_cases(problem: BenchProblem, spec: ArraySpec, methods: list[str]) -> Iterator[Case]:
     """Plain methods and methods of the library, by the functional API, built one by one."""
     params, grads = spec.factors(problem.pairs), spec.factors(problem.grads)
     return (_functional_case(spec, name, params, grads) for name in methods)

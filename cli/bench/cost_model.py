@@ -34,7 +34,7 @@ FROZEN: Final[Mapping[str, tuple[Callable[[int, int, int], int], int]]] = {
 how often the state is, which may be of another dtype."""
 
 
-class Work(NamedTuple):
+class Cost(NamedTuple):
     """Counts of one step on a whole problem."""
 
     flops: int
@@ -193,8 +193,8 @@ def least_seconds(flops: int, moved: int, peaks: Peaks) -> float:
     return max(moved / peaks.bytes_per_s, flops / peaks.flops_per_s)
 
 
-def work(method: str, shapes: Shapes, item_bytes: int, state_bytes: int) -> Work | None:
-    """Count the work of a step; None for an optimizer whose arithmetic is unknown."""
+def step_cost(method: str, shapes: Shapes, item_bytes: int, state_bytes: int) -> Cost | None:
+    """The cost of a step; None for an optimizer whose arithmetic is unknown."""
     name = method.partition(":")[0]
     known = SAME_AS.get(name, method)
     if known not in (*BASELINES, *method_names()):
@@ -202,4 +202,4 @@ def work(method: str, shapes: Shapes, item_bytes: int, state_bytes: int) -> Work
     moved, of_state = FROZEN.get(name, (lambda m, n, r: 3 * (m + n) * r, 2))
     numbers = sum(k * moved(*shape) for shape, k in shapes.items())
     flops = sum(k * _from_small_layers(_small_flops, known, *shape) for shape, k in shapes.items())
-    return Work(flops, numbers * item_bytes + of_state * state_bytes)
+    return Cost(flops, numbers * item_bytes + of_state * state_bytes)

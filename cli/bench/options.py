@@ -15,7 +15,7 @@ from rlora.cli.console import printable
 from . import memory
 from .adapters import locate, read_adapter
 from .cases import BASELINES, ArraySpec, Case, Key, baseline_of, functional_cases, method_names
-from .problem import DEFAULT, Problem, named, random_problem, with_gradients
+from .problem import DEFAULT, BenchProblem, named, random_problem, with_gradients
 from .third_party import ThirdParty, find_third_party
 from .timing import Rounds
 from .torch_cases import SharedTensors, TorchCase, optax_case, torch_class
@@ -72,14 +72,14 @@ class Options(NamedTuple):
             "suite": None,
         }
 
-    def problems(self) -> Iterator[Problem]:
+    def problems(self) -> Iterator[BenchProblem]:
         """One for each rank, or the adapter's."""
         if self.adapter is not None:
             yield with_gradients(read_adapter(self.adapter), self.seed)
         for rank in self.ranks or ():
             yield random_problem(named(self.preset or DEFAULT).pairs(), rank, self.seed)
 
-    def cases(self, problem: Problem) -> Iterator[Case]:
+    def cases(self, problem: BenchProblem) -> Iterator[Case]:
         """Build baselines and methods of each backend, then others, one by one."""
         shared = SharedTensors(problem, self.specs["torch"]) if "torch" in self.specs else None
 

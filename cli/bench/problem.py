@@ -86,7 +86,7 @@ B_SCALE = 1e-2
 """Not zero, as B is at a start: of a zero factor every step would be the damping's alone."""
 
 
-class Problem(NamedTuple):
+class BenchProblem(NamedTuple):
     """Equal work for every case."""
 
     pairs: list[Factors]
@@ -109,7 +109,7 @@ class Problem(NamedTuple):
         return sum(pair.A.size + pair.B.size for pair in self.pairs)
 
 
-def random_problem(shapes: Sequence[Shape], rank: int, seed: int) -> Problem:
+def random_problem(shapes: Sequence[Shape], rank: int, seed: int) -> BenchProblem:
     """Random factors for weights of these shapes: A ~ N(0, 1/n), B ~ N(0, 1e-4)."""
     rng = np.random.default_rng(seed)
     pairs = [
@@ -119,14 +119,14 @@ def random_problem(shapes: Sequence[Shape], rank: int, seed: int) -> Problem:
     return with_gradients(pairs, seed)
 
 
-def with_gradients(pairs: Sequence[Factors], seed: int) -> Problem:
+def with_gradients(pairs: Sequence[Factors], seed: int) -> BenchProblem:
     """Factors as they are, with gradients ~ N(0, 1e-4)."""
     rng = np.random.default_rng([seed, 1])
     grads = [
         Factors(*(_normal(rng, x.shape, GRADIENT_SCALE) for x in (pair.A, pair.B)))
         for pair in pairs
     ]
-    return Problem(list(pairs), grads)
+    return BenchProblem(list(pairs), grads)
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> NDArray[np.float32]:

@@ -14,10 +14,10 @@ from rlora.cli.environment import environment, free_memory, load_average
 from rlora.cli.records import LONGEST, check_writable, is_stream, write_record
 
 from . import table
-from .cost_model import Peaks, least_seconds, measure_peaks, work
+from .cost_model import Peaks, least_seconds, measure_peaks, step_cost
 from .device_ops import device_op_checks
 from .options import DTYPES, QUICK_RANKS, QUICK_ROUNDS, RANKS, ROUNDS, Options, make_options
-from .problem import DEFAULT, Problem, Shapes
+from .problem import DEFAULT, BenchProblem, Shapes
 from .schema import NAME, Record, Row
 from .suite import SPEED, SUITES, WATCHED, judge
 from .targets import Check
@@ -168,7 +168,7 @@ class Results:
                     self.device_ops += device_op_checks(method)
                     tick()
 
-    def _time(self, options: Options, problem: Problem) -> None:
+    def _time(self, options: Options, problem: BenchProblem) -> None:
         source = options.source()
         timing = Timing(problem, options.cases(problem), options.seed, options.threads)
         try:
@@ -186,7 +186,7 @@ class Results:
 
     def _finished(self, row: Row, shapes: Shapes) -> Row:
         """Add the work a row could not do without, and its least time by the run's best peaks."""
-        counted = work(row["method"], shapes, int(row["dtype"][-2:]) // 8, row["state_bytes"])
+        counted = step_cost(row["method"], shapes, int(row["dtype"][-2:]) // 8, row["state_bytes"])
         if counted is None:
             return {**row, "flops": None, "bytes_moved": None, "model_s": None}
         least = least_seconds(*counted, self.peaks[row["backend"]])

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from rlora.cli.environment import load_average
 
 from .cases import Case, Key
-from .problem import Problem
+from .problem import BenchProblem
 from .schema import Row
 from .stats import FEWEST, median_interval, median_ratio, outliers, relative_spread, round_ratios
 
@@ -54,7 +54,7 @@ class Timing:
 
     Parameters
     ----------
-    problem : Problem
+    problem : BenchProblem
         What they work on, for the rows.
     cases : iterable of Case
         Who takes part, the baselines among them; to go on to the next is to build it.
@@ -65,7 +65,7 @@ class Timing:
     """
 
     def __init__(
-        self, problem: Problem, cases: Iterable[Case], seed: int, threads: int | None = None
+        self, problem: BenchProblem, cases: Iterable[Case], seed: int, threads: int | None = None
     ) -> None:
         self.problem, self._unbuilt, self._threads = problem, cases, threads
         self._cases: dict[Key, Case] = {}

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import memory
 from .cases import BASELINES, LR, ArraySpec, Case, Key, PureCase, baseline_of, split_variant
-from .problem import TOKENS, Problem
+from .problem import TOKENS, BenchProblem
 
 REPEATS: Final = 3
 
@@ -44,7 +44,7 @@ class SharedTensors:
     again before the next step. So that all have the same, they are rewritten before every step.
     """
 
-    def __init__(self, problem: Problem, spec: ArraySpec) -> None:
+    def __init__(self, problem: BenchProblem, spec: ArraySpec) -> None:
         self.spec, self.problem = spec, problem
         self.source = [x for pair in spec.factors(problem.grads) for x in pair]
         self.grads = [x.clone() for x in self.source]
@@ -124,7 +124,7 @@ class TorchCase(Case):
         return peak + max(0, held - fresh.state_bytes())
 
 
-def optax_case(problem: Problem, spec: ArraySpec, transformation: Any, ratio_to: Key) -> Case:
+def optax_case(problem: BenchProblem, spec: ArraySpec, transformation: Any, ratio_to: Key) -> Case:
     """A GradientTransformation, jitted with the update of the parameters."""
     jax, optax = (importlib.import_module(name) for name in ("jax", "optax"))
     params, grads = spec.factors(problem.pairs), spec.factors(problem.grads)
@@ -137,7 +137,7 @@ def optax_case(problem: Problem, spec: ArraySpec, transformation: Any, ratio_to:
     return PureCase(spec, "optax.adamw", ratio_to, params, grads, state, step, jax.tree.leaves)
 
 
-def forward_backward_seconds(problem: Problem, spec: ArraySpec) -> float:
+def forward_backward_seconds(problem: BenchProblem, spec: ArraySpec) -> float:
     """Sum over all layers; layers of one shape are timed once, as their weights would not fit.
 
     A layer is ``x W0ᵀ + (x Aᵀ) Bᵀ`` with W0 frozen. Backward goes to A, B and x, as the layer

@@ -119,7 +119,7 @@ def pretrained(setting: Setting, digits: Digits, rng: np.random.Generator) -> Fa
     return network
 
 
-class Task(NamedTuple):
+class DigitsTask(NamedTuple):
     """S networks that know the odd digits, and the even ones to learn."""
 
     setting: Setting
@@ -156,8 +156,8 @@ class Task(NamedTuple):
         return Factors(self.setting.array(np.tile(A, (runs, 1, 1, 1))), self.setting.array(B))
 
 
-def make_task(setting: Setting, seeds: int) -> Task:
+def make_task(setting: Setting, seeds: int) -> DigitsTask:
     """Networks that know the odd digits, the same every time."""
     rng = np.random.default_rng(0)
     odd, even = (read_digits(parity, seeds, rng) for parity in (1, 0))
-    return Task(setting, pretrained(setting, odd, rng), even)
+    return DigitsTask(setting, pretrained(setting, odd, rng), even)

@@ -17,7 +17,7 @@ from rlora.core.metric import Placement
 from rlora.core.moments import scale_by_adam
 
 from .claim import Check, Claim, Outcome, Setting
-from .digits import Numbers, Task, make_task
+from .digits import DigitsTask, Numbers, make_task
 from .papers import PRECONDITIONED
 
 GOOD: Final = 2.0
@@ -104,7 +104,7 @@ def rates(contest: Contest, spacing: float) -> Numbers:
     return 10.0 ** np.arange(low, high + spacing / 2, spacing)
 
 
-def sweep(task: Task, contest: Contest, learning_rates: Numbers) -> dict[str, Numbers]:
+def sweep(task: DigitsTask, contest: Contest, learning_rates: Numbers) -> dict[str, Numbers]:
     """Final losses (learning rates, seeds) of both methods by their labels, the plain one first."""
     return {
         label: task.final_losses(method, learning_rates, label)

@@ -160,7 +160,7 @@ ON_THE_WAY: Final = 1e-4
 9e-4 is seen."""
 
 
-class Entry(NamedTuple):
+class StartedMethod(NamedTuple):
     """A method and where it starts, one pair a teacher."""
 
     label: str
@@ -186,10 +186,10 @@ def run_preconditioned(setting: Setting) -> Outcome:
     one = rlora.initializers.lora_one(gradient, SAME_RANK, gamma=1.0, form="theory").params
     descent, scaled = rlora.chain(), rlora.scaled_sgd(damping=0.0)  # an empty chain: plain descent
     entries = (
-        Entry("LoRA, GD", descent, lora),
-        Entry("LoRA-One, GD", descent, one),
-        Entry("LoRA, scaled GD", scaled, lora),
-        Entry("LoRA-One, scaled GD", scaled, one),
+        StartedMethod("LoRA, GD", descent, lora),
+        StartedMethod("LoRA-One, GD", descent, one),
+        StartedMethod("LoRA, scaled GD", scaled, lora),
+        StartedMethod("LoRA-One, scaled GD", scaled, one),
     )
     found = {
         entry.label: paths(setting, entry, target, covariance)
@@ -214,7 +214,7 @@ def run_preconditioned(setting: Setting) -> Outcome:
     )
 
 
-def paths(setting: Setting, entry: Entry, target: Array, covariance: Array) -> Matrix:
+def paths(setting: Setting, entry: StartedMethod, target: Array, covariance: Array) -> Matrix:
     """``|B A - D| / |D|`` (FEW_STEPS + 1, learning rates, teachers)."""
     backend, xp = setting.backend, setting.backend.xp
     lr = setting.array(np.reshape(LEARNING_RATES, (-1, 1, 1, 1)))

@@ -33,7 +33,7 @@ COMPETITORS: Final = {"GD": rlora.chain(), "scaled GD": rlora.scaled_sgd(damping
 """An empty chain: the gradients themselves."""
 
 
-class Problem:
+class RandomPair:
     """A random pair with a random full gradient."""
 
     def __init__(self, backend: Backend, rank: int) -> None:
@@ -102,7 +102,7 @@ def run(setting: Setting) -> Outcome:
     distances: dict[str, list[float]] = {name: [] for name in (*COMPETITORS, "LoRA-Pro")}
     total = setting.backend.xp.sum
     for rank in setting.track(RANKS, "ranks"):
-        problem = Problem(setting.backend, rank)
+        problem = RandomPair(setting.backend, rank)
         nearest = problem.projection()
         for gauge, method in METHODS.items():
             move = problem.direction(method)
@@ -113,7 +113,7 @@ def run(setting: Setting) -> Outcome:
         for name, method in {**COMPETITORS, "LoRA-Pro": rlora.lora_pro_sgd(damping=0.0)}.items():
             g = problem.equivalent(problem.direction(method))
             distances[name].append(problem.distance(g))
-    problem, draws = Problem(setting.backend, RANK), 100 if setting.quick else 1000
+    problem, draws = RandomPair(setting.backend, RANK), 100 if setting.quick else 1000
     moves = {gauge: problem.direction(method) for gauge, method in METHODS.items()}
     excess = {
         f"gauge {gauge}": [problem.excess(move, size, draws) for size in SIZES]

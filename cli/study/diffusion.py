@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .concepts import Concept, Picture, concept_from_hub, concept_of, concepts_of
-from .preset import Preset
+from .preset import ExperimentPreset
 from .sources import need
 from .workload import Part, Workload, cut, set_mode, shuffled
 
@@ -36,14 +36,14 @@ BEFORE: Final = {
 }
 
 
-def preset(dropout: float, batch: int, epochs: int, eps: float) -> Preset:
+def preset(dropout: float, batch: int, epochs: int, eps: float) -> ExperimentPreset:
     """The settings of one of the two experiments; rank 4, a learning rate of 1e-4."""
     adamw: dict[str, Any] = {"lr": 1e-4, "eps": eps, "weight_decay": 0.01}
     optimizers = {"AdamW": adamw, "ScaledAdamW": {**adamw, **BEFORE}}
-    return Preset(4, 4, dropout, batch, epochs, optimizers)
+    return ExperimentPreset(4, 4, dropout, batch, epochs, optimizers)
 
 
-PRESETS: Final[Mapping[str, Preset]] = {
+PRESETS: Final[Mapping[str, ExperimentPreset]] = {
     "concept": preset(dropout=0.1, batch=1, epochs=2000, eps=1e-8),
     "concepts": preset(dropout=0.0, batch=2, epochs=500, eps=1e-6),
 }
@@ -90,7 +90,7 @@ class DiffusionWorkload(Workload[Batch]):
         self,
         pipe: Any,
         concepts: Sequence[Concept],
-        preset: Preset,
+        preset: ExperimentPreset,
         start: str | bool = True,
         draws: int = DRAWS,
     ) -> None:

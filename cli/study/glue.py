@@ -11,7 +11,7 @@ from .sources import Row, columns
 from .workload import Part, Workload, cut, set_mode, shuffled
 
 
-class Task(NamedTuple):
+class GlueTask(NamedTuple):
     """Columns that are read, labels, and the measure of answers."""
 
     fields: tuple[str, ...]
@@ -23,16 +23,16 @@ class Task(NamedTuple):
 
 ENTAILMENT: Final = ("entailment", "not_entailment")
 TWO: Final = ("sentence1", "sentence2")
-TASKS: Final[Mapping[str, Task]] = {
-    "cola": Task(("sentence",), ("unacceptable", "acceptable"), "matthews"),
-    "mnli": Task(("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
-    "mrpc": Task(TWO, ("not_equivalent", "equivalent")),
-    "qnli": Task(("question", "sentence"), ENTAILMENT),
-    "qqp": Task(("question1", "question2"), ("not_duplicate", "duplicate")),
-    "rte": Task(TWO, ENTAILMENT),
-    "sst2": Task(("sentence",), ("negative", "positive")),
-    "stsb": Task(TWO, (), "pearson"),
-    "wnli": Task(TWO, ("not_entailment", "entailment")),
+TASKS: Final[Mapping[str, GlueTask]] = {
+    "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), "matthews"),
+    "mnli": GlueTask(("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+    "mrpc": GlueTask(TWO, ("not_equivalent", "equivalent")),
+    "qnli": GlueTask(("question", "sentence"), ENTAILMENT),
+    "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate")),
+    "rte": GlueTask(TWO, ENTAILMENT),
+    "sst2": GlueTask(("sentence",), ("negative", "positive")),
+    "stsb": GlueTask(TWO, (), "pearson"),
+    "wnli": GlueTask(TWO, ("not_entailment", "entailment")),
 }
 
 
@@ -52,7 +52,7 @@ class GlueWorkload(Workload[Batch]):
         base: Any,
         tokenizer: Any,
         parts: Mapping[Part, list[Row]],
-        task: Task,
+        task: GlueTask,
         adapters: Mapping[str, Any],
         batch: int,
     ) -> None:

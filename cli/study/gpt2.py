@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .preset import Preset
+from .preset import ExperimentPreset
 from .sources import Row, columns, from_folder, from_hub, need
 from .tasks import Example
 from .texts import Recipe, TextWorkload
@@ -36,8 +36,8 @@ NAMES: Final = {"eatType": "Type", "priceRange": "price", "familyFriendly": "fam
 
 DECAY: Final = {"weight_decay": 0.01}
 SCALED: Final = {"damping": 1e-6, "damping_mode": "absolute", **DECAY}
-PRESETS: Final[Mapping[str, Preset]] = {
-    "e2e": Preset(
+PRESETS: Final[Mapping[str, ExperimentPreset]] = {
+    "e2e": ExperimentPreset(
         rank=4,
         alpha=32,
         dropout=0.1,

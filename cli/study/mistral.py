@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from .glue import TASKS, GlueWorkload
-from .preset import Preset
+from .preset import ExperimentPreset
 from .sources import Row, columns, from_folder, from_hub, hold_out
 from .tasks import Example
 from .texts import Recipe, TextWorkload
@@ -43,12 +43,12 @@ def preset(
     damping: float,
     scaled_sgd: float,
     sgd_damping: float,
-) -> Preset:
+) -> ExperimentPreset:
     """The paper's settings, which differ between tasks in learning rate and damping only."""
     decay = {"weight_decay": 0.01}
     scaled = {**decay, "damping_mode": "absolute"}
     adamw = {"betas": (0.9, 0.999), "placement": "before", "order": "gauss_seidel"}
-    return Preset(
+    return ExperimentPreset(
         rank=16,
         alpha=16,
         dropout=0.05,
@@ -63,7 +63,7 @@ def preset(
     )
 
 
-PRESETS: Final[Mapping[str, Preset]] = {
+PRESETS: Final[Mapping[str, ExperimentPreset]] = {
     "rte": preset(5e-5, 5e-5, 4.5, 5e-3, 0.5),
     "cola": preset(5e-5, 5e-5, 1.1e-2, 5e-3, 0.1),
     "sst2": preset(5e-5, 5e-5, 0.9, 5e-3, 1e-2),

@@ -11,7 +11,7 @@ import rlora.torch
 from .methods import Method
 
 
-class Preset(NamedTuple):
+class ExperimentPreset(NamedTuple):
     """Settings of one experiment, as published."""
 
     rank: int

@@ -18,7 +18,7 @@ of B A is measured by."""
 Make = Callable[[Sizes], Transform]
 
 
-class Method(NamedTuple):
+class StackedMethod(NamedTuple):
     """A method with its settings; everything but the learning rate."""
 
     make: Make
@@ -70,35 +70,35 @@ SCALED: Final = with_betas(rlora.scaled_adamw, FAST)
 
 def both(
     name: str, make: Callable[..., Transform], *, waits: bool = False, **options: Any
-) -> dict[str, Method]:
+) -> dict[str, StackedMethod]:
     """A method with Adam's betas and with the fast ones."""
     return {
-        name: Method(with_betas(make, USUAL, **options), WIDE, waits),
-        f"{name}-fast": Method(with_betas(make, FAST, **options), WIDE, waits),
+        name: StackedMethod(with_betas(make, USUAL, **options), WIDE, waits),
+        f"{name}-fast": StackedMethod(with_betas(make, FAST, **options), WIDE, waits),
     }
 
 
-def between(name: str, make: Callable[..., Transform], **options: Any) -> dict[str, Method]:
+def between(name: str, make: Callable[..., Transform], **options: Any) -> dict[str, StackedMethod]:
     """A method with the betas between these."""
     return {
-        f"{name}-{betas[0]}-{betas[1]}": Method(with_betas(make, betas, **options), WIDE)
+        f"{name}-{betas[0]}-{betas[1]}": StackedMethod(with_betas(make, betas, **options), WIDE)
         for betas in BETAS
     }
 
 
-METHODS: Final[Mapping[str, Method]] = {
+METHODS: Final[Mapping[str, StackedMethod]] = {
     **both("adamw", rlora.lora_plus, ratio=1.0),
     **between("adamw", rlora.lora_plus, ratio=1.0),
-    "adamw-growing": Method(lambda sizes: scale_by_growing_adam(FAST[0]), WIDE),
+    "adamw-growing": StackedMethod(lambda sizes: scale_by_growing_adam(FAST[0]), WIDE),
     **both("lora-plus-2", rlora.lora_plus, ratio=2.0),
     **both("lora-plus-4", rlora.lora_plus, ratio=4.0),
     **both("lora-plus-8", rlora.lora_plus, ratio=8.0),
     **both("lora-plus-16", rlora.lora_plus, ratio=16.0),
-    "scaled": Method(SCALED, WIDE),
-    "scaled-usual": Method(with_betas(rlora.scaled_adamw, USUAL), WIDE),
-    "scaled-prodigy": Method(of(rlora.scaled_prodigy), FOUND),
+    "scaled": StackedMethod(SCALED, WIDE),
+    "scaled-usual": StackedMethod(with_betas(rlora.scaled_adamw, USUAL), WIDE),
+    "scaled-prodigy": StackedMethod(of(rlora.scaled_prodigy), FOUND),
     **between("scaled", rlora.scaled_adamw),
-    "scaled-growing": Method(
+    "scaled-growing": StackedMethod(
         lambda sizes: chain(
             scale_by_gram(scale_by_growing_adam(FAST[0]), damping=1e-2, placement="both")
         ),
@@ -115,16 +115,16 @@ METHODS: Final[Mapping[str, Method]] = {
     **both("balanced", rlora.balanced_lora, waits=True),
     **both("stable", rlora.stable_lora),
     **both("lora-fa", rlora.lora_fa),
-    "lora-muon": Method(of(rlora.lora_muon), WIDE),
-    "factor-muon": Method(of(rlora.factor_muon), WIDE),
-    "alt-lora": Method(of(rlora.alt_lora), rates(0.032, 11)),
-    "ref-lora": Method(of(rlora.ref_lora, momentum=0.9), rates(0.032, 11), True),
-    "scaled-sgd": Method(of(rlora.scaled_sgd, momentum=0.9), rates(0.032, 11)),
-    "lora-pro-sgd": Method(of(rlora.lora_pro_sgd, momentum=0.9), rates(0.032, 11), True),
-    "riemannion": Method(of(rlora.riemannion), WIDE, True),
-    "scaled-clipped": Method(clipped(SCALED), WIDE),
-    "adamw-fast-clipped": Method(clipped(ADAMW), WIDE),
-    "scaled-favoured": Method(lambda sizes: favour_b(SCALED(sizes)), WIDE),
+    "lora-muon": StackedMethod(of(rlora.lora_muon), WIDE),
+    "factor-muon": StackedMethod(of(rlora.factor_muon), WIDE),
+    "alt-lora": StackedMethod(of(rlora.alt_lora), rates(0.032, 11)),
+    "ref-lora": StackedMethod(of(rlora.ref_lora, momentum=0.9), rates(0.032, 11), True),
+    "scaled-sgd": StackedMethod(of(rlora.scaled_sgd, momentum=0.9), rates(0.032, 11)),
+    "lora-pro-sgd": StackedMethod(of(rlora.lora_pro_sgd, momentum=0.9), rates(0.032, 11), True),
+    "riemannion": StackedMethod(of(rlora.riemannion), WIDE, True),
+    "scaled-clipped": StackedMethod(clipped(SCALED), WIDE),
+    "adamw-fast-clipped": StackedMethod(clipped(ADAMW), WIDE),
+    "scaled-favoured": StackedMethod(lambda sizes: favour_b(SCALED(sizes)), WIDE),
 }
 """Betas: (0.7, 0.8) of those called fast, others as named, else (0.9, 0.999).
 

@@ -9,7 +9,7 @@ import torch
 
 from .methods import METHODS
 from .models import MODELS, module_of
-from .preset import Preset
+from .preset import ExperimentPreset
 
 
 class Place(NamedTuple):
@@ -70,9 +70,9 @@ def _folder(path: Path) -> str:
     return f"{place.name} ({sha256(str(place).encode()).hexdigest()[:8]})"
 
 
-def preset_of(model: str, dataset: str) -> Preset | None:
+def preset_of(model: str, dataset: str) -> ExperimentPreset | None:
     """Return the published settings of a large model; None for the others."""
-    preset: Preset | None = None
+    preset: ExperimentPreset | None = None
     if MODELS[model].large:
         preset = module_of(model).PRESETS[dataset]
     return preset

@@ -19,7 +19,7 @@ from typing import Any, Final
 import rlora
 from rlora import Transform, methods
 from rlora.backends import get
-from rlora.testing import Case, Growth, growths
+from rlora.testing import Growth, GrowthCase, growths
 from rlora.testing.growth import adamw
 
 PAGE: Final = Path(__file__).with_suffix(".md")
@@ -62,16 +62,16 @@ Row = Mapping[str, str]
 """A line of the record, by the names of its columns."""
 
 
-def cases(m: int, n: int, r: int, *, every: bool) -> list[Case]:
+def cases(m: int, n: int, r: int, *, every: bool) -> list[GrowthCase]:
     """Target ranks from 1 to the most that a product of this shape can have; noises; rates."""
     most = min(m, n, r)
     ranks = range(1, most + 1) if every else sorted({k for k in (1, 2, 4) if k < most} | {most})
-    return [Case(*x) for x in product(ranks, NOISES, RATES)]
+    return [GrowthCase(*x) for x in product(ranks, NOISES, RATES)]
 
 
 def run(
     make: Callable[[], Transform], shape: tuple[int, int, int], dtype: str, *, every: bool
-) -> dict[Case, Growth]:
+) -> dict[GrowthCase, Growth]:
     """All cases of one shape in one stack.
 
     A method that finds its learning rate runs at multiples of it, 1 in the place of `USUAL`.
@@ -84,7 +84,7 @@ def run(
 
 
 @cache
-def theirs(shape: tuple[int, int, int], dtype: str, *, every: bool) -> dict[Case, Growth]:
+def theirs(shape: tuple[int, int, int], dtype: str, *, every: bool) -> dict[GrowthCase, Growth]:
     """AdamW on the same samples."""
     return run(adamw, shape, dtype, every=every)
 
@@ -116,7 +116,7 @@ def over(x: float, y: float) -> float:
     return x / y if math.isfinite(x) and math.isfinite(y) else math.inf
 
 
-def worst(name: str, ratios: dict[Case, float]) -> dict[str, str]:
+def worst(name: str, ratios: dict[GrowthCase, float]) -> dict[str, str]:
     """The largest, and the case: rank of the target, noise, learning rate."""
     case = max(ratios, key=lambda x: ratios[x])
     return {

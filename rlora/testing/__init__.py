@@ -7,15 +7,15 @@
 
 from rlora.testing.comparisons import MethodFactory, check_backend
 from rlora.testing.contract import CONTRACT, check_method
-from rlora.testing.growth import Case, Growth, growth, growths
+from rlora.testing.growth import Growth, GrowthCase, growth, growths
 from rlora.testing.invariance import GAUGES, change_of_basis, invariance
 from rlora.testing.problems import Problem, assert_close, make_problem, run
 
 __all__ = [
     "CONTRACT",
     "GAUGES",
-    "Case",
     "Growth",
+    "GrowthCase",
     "MethodFactory",
     "Problem",
     "assert_close",

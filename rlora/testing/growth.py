@@ -15,7 +15,7 @@ from rlora.core.step import step
 from rlora.core.transform import Transform, chain
 
 
-class Case(NamedTuple):
+class GrowthCase(NamedTuple):
     """A problem of `growths`: see `growth`."""
 
     rank: int
@@ -81,7 +81,7 @@ def growth(
     Growth
         NaN and inf are reported as they are.
     """
-    rng, one = np.random.default_rng(seed), Case(rank, noise, lr)
+    rng, one = np.random.default_rng(seed), GrowthCase(rank, noise, lr)
     starts = [_start(rng, m, n, r, rank)]
     return _learn(method, starts, [one], rng, steps=steps, dtype=dtype, backend=backend)[one]
 
@@ -91,13 +91,13 @@ def growths(
     m: int,
     n: int,
     r: int,
-    cases: Sequence[Case],
+    cases: Sequence[GrowthCase],
     steps: int = 1000,
     *,
     dtype: str = "float32",
     backend: Backend | None = None,
     seed: int = 0,
-) -> dict[Case, Growth]:
+) -> dict[GrowthCase, Growth]:
     """`growth` of several targets, noises and learning rates, in one stack of layers.
 
     They share the inputs of their samples and the ε of their noise. The draws are not those of
@@ -107,12 +107,12 @@ def growths(
     ----------
     method, m, n, r, steps, dtype, backend, seed
         As in `growth`.
-    cases : sequence of Case
+    cases : sequence of GrowthCase
         Rank of the target, noise and learning rate of each layer.
 
     Returns
     -------
-    dict of Case to Growth
+    dict of GrowthCase to Growth
         NaN and inf are reported as they are.
     """
     starts = [_start(np.random.default_rng((seed, x.rank)), m, n, r, x.rank) for x in cases]
@@ -129,13 +129,13 @@ def _start(rng: np.random.Generator, m: int, n: int, r: int, rank: int) -> tuple
 def _learn(
     method: Transform,
     starts: Sequence[tuple[Any, Any, Any]],
-    cases: Sequence[Case],
+    cases: Sequence[GrowthCase],
     rng: np.random.Generator,
     *,
     steps: int,
     dtype: str,
     backend: Backend | None,
-) -> dict[Case, Growth]:
+) -> dict[GrowthCase, Growth]:
     """Every case from its start, all on the same samples."""
     target, A, B = (np.stack(x) for x in zip(*starts, strict=True))
     m, n = target.shape[-2:]

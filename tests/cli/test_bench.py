@@ -309,7 +309,7 @@ def test_an_interrupt_takes_no_step_of_the_size_that_was_timed(
     assert rlora_cli("bench", *args, "--output", out).exit_code == 130
     assert max(max(x.shape) for pair in counted for x in pair) <= 4 * 3
     (row,) = load(out)["rows"]
-    assert row["flops"] == cost_model.work(row["method"], {(301, 302, 3): 1}, 4, 0).flops
+    assert row["flops"] == cost_model.step_cost(row["method"], {(301, 302, 3): 1}, 4, 0).flops
 
 
 def test_an_early_interrupt_leaves_nothing(rlora_cli, adapter, tmp_path, interrupted_after):

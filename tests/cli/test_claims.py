@@ -176,7 +176,7 @@ def test_the_sine_is_that_of_the_largest_principal_angle(rng):
 
 def test_the_projection_is_dense_least_squares():
     """``min |B X + Z A - G|`` over all X and Z, with the Kronecker matrix of the map written out."""
-    problem = lora_pro_optimality.Problem(get("numpy"), 4)
+    problem = lora_pro_optimality.RandomPair(get("numpy"), 4)
     (A, B), G = problem.pair, problem.G
     m, n = G.shape
     # Row-major: vec(B X) = (B kron I) vec(X), vec(Z A) = (I kron Aᵀ) vec(Z).
@@ -187,7 +187,7 @@ def test_the_projection_is_dense_least_squares():
 
 
 def test_the_residual_of_sylvester_sees_another_gauge():
-    problem = lora_pro_optimality.Problem(get("numpy"), 4)
+    problem = lora_pro_optimality.RandomPair(get("numpy"), 4)
     for gauge, low, high in (("sylvester", 0.0, 1e-10), ("zero", 0.1, 10.0)):
         move = problem.direction(rlora.lora_pro_sgd(gauge=gauge, damping=0.0))
         assert low <= problem.sylvester(move) <= high
@@ -195,7 +195,7 @@ def test_the_residual_of_sylvester_sees_another_gauge():
 
 def test_a_move_that_is_not_the_nearest_has_a_negative_excess():
     """The check of the claim can fail: from half the move, some perturbation comes nearer."""
-    problem = lora_pro_optimality.Problem(get("numpy"), 4)
+    problem = lora_pro_optimality.RandomPair(get("numpy"), 4)
     move = problem.direction(rlora.lora_pro_sgd(damping=0.0))
     half = Factors(0.5 * move.A, 0.5 * move.B)
     assert problem.excess(half, 1e-3, 100) < 0 < problem.excess(move, 1e-3, 100)

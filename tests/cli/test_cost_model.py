@@ -18,8 +18,8 @@ from rlora.cli.bench.cost_model import (
     least_seconds,
     measure_peaks,
     state_numbers,
+    step_cost,
     step_flops,
-    work,
 )
 from rlora.cli.bench.problem import random_problem
 from rlora.core.dispatch import get_backend
@@ -43,7 +43,7 @@ def test_a_large_layer_is_counted_in_small_ones(name):
         params, grads = (
             Factors(rng.normal(size=(r, n)), rng.normal(size=(m, r))) for _ in range(2)
         )
-        assert work(name, {(m, n, r): 3}, 4, 0).flops == 3 * step_flops(method, params, grads)
+        assert step_cost(name, {(m, n, r): 3}, 4, 0).flops == 3 * step_flops(method, params, grads)
         state = rlora.flatten_state(method.init(params))
         assert state_numbers(name, m, n, r) == sum(x.size for x in state.values())
 
@@ -86,17 +86,17 @@ def test_counting_ends_with_its_block():
 
 def test_every_method_has_a_prediction():
     for name in method_names():
-        assert work(name, {(40, 30, 4): 1}, 4, 0) is not None
-    assert work("brand_new", {(40, 30, 4): 1}, 4, 0) is None
+        assert step_cost(name, {(40, 30, 4): 1}, 4, 0) is not None
+    assert step_cost("brand_new", {(40, 30, 4): 1}, 4, 0) is None
     assert set(rlora.methods.__all__) >= FROZEN.keys()
 
 
 def test_work_added_up_by_hand():
     shapes = {(40, 30, 4): 1, (24, 30, 4): 1}
     numbers, product = 4 * (70 + 54), 2 * 4**3
-    found = work("scaled_adamw", shapes, 4, state_bytes=1000)
+    found = step_cost("scaled_adamw", shapes, 4, state_bytes=1000)
     assert found.bytes == 3 * 4 * numbers + 2000
-    assert work("torch.adamw:foreach", shapes, 4, 0).flops == 0
+    assert step_cost("torch.adamw:foreach", shapes, 4, 0).flops == 0
     # Grams and one application, or two of halves; and of 4 x 4 matrices, for both pairs:
     for placement, long, small in (
         ("before", 2, 1 + 2),  # Q w Qᵀ of the inner Gram, and of both damped ones
@@ -104,7 +104,7 @@ def test_work_added_up_by_hand():
         ("both", 3, 1 + 2 * 2 + 5 * 2),  # Pᵀ P, a QR as two on either side, and P F besides
     ):
         name = "scaled_adamw" if placement == "both" else f"scaled_adamw:{placement}"
-        flops = work(name, shapes, 4, 0).flops
+        flops = step_cost(name, shapes, 4, 0).flops
         assert flops == long * 2 * 4 * numbers + 2 * small * product
 
 
@@ -117,7 +117,9 @@ def test_bytes_with_a_factor_that_stays_added_up_by_hand(item):
         ("rac_lora", (3 * m + n) * r, 2),  # A is read
         ("lora_sb", 3 * n * r, 1),  # most of the state is the start of A, which is read
     ):
-        assert work(name, {(m, n, r): 3}, item, state).bytes == 3 * item * numbers + times * state
+        assert (
+            step_cost(name, {(m, n, r): 3}, item, state).bytes == 3 * item * numbers + times * state
+        )
 
 
 @pytest.mark.parametrize("name", FROZEN)

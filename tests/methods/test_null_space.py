@@ -8,7 +8,7 @@ from rlora.backends import get
 from rlora.core.metric import split_power
 from rlora.core.rank_group import RankGroup
 from rlora.testing import assert_close, make_problem, run
-from rlora.testing.growth import Case, _nearest, adamw, growth, growths
+from rlora.testing.growth import GrowthCase, _nearest, adamw, growth, growths
 
 FINITE = {
     "default": {},
@@ -99,7 +99,7 @@ def test_a_target_of_half_the_rank(lr, dtype, inner, name):
 def test_cases_in_one_stack_are_those_alone(name):
     """Stacked layers do not see each other; other orders of summation, over five steps."""
     method, shape = getattr(rlora.methods, name), (5, 9, 3)
-    cases = [Case(1, 0.0, 1e-3), Case(3, 0.5, 1e-2), Case(2, 0.1, 0.0)]
+    cases = [GrowthCase(1, 0.0, 1e-3), GrowthCase(3, 0.5, 1e-2), GrowthCase(2, 0.1, 0.0)]
     found = growths(method(), *shape, cases, 5, dtype="float64")
     for case in cases:
         alone = growths(method(), *shape, [case], 5, dtype="float64")[case]
