@@ -14,7 +14,7 @@ from rlora.core.transform import Transform, check_transform
 from rlora.pairing.report import number_of
 from rlora.torch.optimizers.lora_optimizer import LoRAOptimizer
 from rlora.torch.optimizers.state_entries import ELEMENTWISE, Shapes, in_use, words_of_methods
-from rlora.torch.pairing.discovery import Pairs, without_middles
+from rlora.torch.pairing.discovery import Pairs, without_diagonals
 from rlora.torch.pairing.following import pairs_of_copy
 from rlora.torch.pairing.modules import scalings_in
 from rlora.torch.pairing.pairs import TensorPair, groups_by_id, is_distributed, params_of
@@ -129,7 +129,7 @@ class MethodOptimizer(LoRAOptimizer):
 
     def _pair_up(self, scalings: Mapping[int, float | None]) -> None:
         super()._pair_up(scalings)
-        self._pairs, self.report = without_middles(self._pairs, self.report)
+        self._pairs, self.report = without_diagonals(self._pairs, self.report)
         check_one_group(self, self._pairs)
 
     def _check_rates_of_rest(self) -> None:

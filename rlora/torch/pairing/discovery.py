@@ -282,7 +282,7 @@ def no_pair(names: Sequence[str | None], report: PairReport, kind: str) -> Pairi
     return PairingError(msg)
 
 
-def without_middles(
+def without_diagonals(
     pairs: Sequence[TensorPair], report: PairReport
 ) -> tuple[list[TensorPair], PairReport]:
     """Pairs that are plain products; of the others, which an optimizer cannot take, the reason."""
