@@ -12,7 +12,7 @@ import optax
 
 from rlora import methods
 from rlora.core.transform import Transform
-from rlora.optax.pair_transformation import transformation
+from rlora.optax.pair_transformation import of_options, transformation
 
 SHORTHAND: Final = """`rlora.{method}` as an optax transformation.
 
@@ -38,7 +38,7 @@ def _shorthand(method: Callable[..., Transform]) -> Callable[..., Any]:
 
     def make(learning_rate: optax.ScalarOrSchedule, **given: Any) -> Any:
         ours = {name: given.pop(name) for name in names if name in given}
-        return transformation(method(**given), learning_rate, **ours)
+        return of_options(method, given, learning_rate, **ours)
 
     # For `inject_hyperparams`, which makes arrays of the numbers among them.
     cast("Any", make).__signature__ = inspect.Signature([*shared, *options])

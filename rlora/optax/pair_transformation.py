@@ -1,6 +1,6 @@
 """A method as an optax transformation of any pytree, whose pairs are found by the names in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlora.core.checks import checked_rate
+from rlora.core.checks import checked_rate, is_traced
 from rlora.core.factors import Array, Factors, map_leaves
 from rlora.core.metric import DampingMode
 from rlora.core.step import step
@@ -26,6 +26,13 @@ from rlora.optax.param_tree import (
 from rlora.pairing import Source
 
 Move: TypeAlias = Callable[[list[Factors], list[Factors], State, Array], tuple[Any, State]]
+
+
+class Built(NamedTuple):
+    """The start and the moves of all pairs of a tree."""
+
+    init: Callable[[list[Factors]], State]
+    move: Move
 
 
 class PairState(NamedTuple):
@@ -104,18 +111,40 @@ def transformation(
     >>> params = optax.apply_updates(params, updates)
     """
     check_transform(method)
+    return of_options(
+        lambda: method, {}, learning_rate, pairs=pairs, hold=hold, scaling=scaling, rest=rest
+    )
+
+
+def of_options(
+    make: Callable[..., Transform],
+    options: Mapping[str, Any],
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    pairs: Source | None = None,
+    hold: Hold = (),
+    scaling: float = 1.0,
+    rest: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A `transformation` of ``make(**options)``."""
     if not callable(learning_rate):
         checked_rate(learning_rate)
 
-    def move(
-        params: list[Factors], grads: list[Factors], state: State, count: Array
-    ) -> tuple[Any, State]:
-        lr = learning_rate(count) if callable(learning_rate) else learning_rate
-        moved, state = step(method, params, grads, state, lr)
-        return map_leaves(lambda new, old: new - old, moved, params), state
+    def build(learning_rate: Any, scaling: Any, **options: Any) -> Built:
+        method = make(**options)
+
+        def move(
+            params: list[Factors], grads: list[Factors], state: State, count: Array
+        ) -> tuple[Any, State]:
+            lr = learning_rate(count) if callable(learning_rate) else learning_rate
+            moved, state = step(method, params, grads, state, lr)
+            return map_leaves(lambda new, old: new - old, moved, params), state
+
+        return Built(partial(method.init, scaling=scaling), move)
 
     sort = partial(sort_leaves, pairs=pairs, hold=hold, all_paired=rest is None)
-    return _over_pairs(method, move, sort, scaling, rest)
+    numbers = {"learning_rate": learning_rate, "scaling": scaling, **options}
+    return _over_pairs(build, numbers, sort, rest)
 
 
 def scale_by_gram(
@@ -147,52 +176,57 @@ def scale_by_gram(
     >>> import optax, rlora.optax
     >>> scaled = optax.chain(rlora.optax.scale_by_gram(), optax.sgd(0.1, momentum=0.9))
     """
-    method = core_scale_by_gram(
-        damping=damping, damping_mode=damping_mode, compute_dtype=compute_dtype
-    )
 
-    def move(
-        params: list[Factors], grads: list[Factors], state: State, count: Array
-    ) -> tuple[Any, State]:
-        return method.update(grads, state, params)
+    def build(**options: Any) -> Built:
+        method = core_scale_by_gram(
+            damping_mode=damping_mode, compute_dtype=compute_dtype, **options
+        )
+
+        def move(
+            params: list[Factors], grads: list[Factors], state: State, count: Array
+        ) -> tuple[Any, State]:
+            return method.update(grads, state, params)
+
+        return Built(method.init, move)
 
     sort = partial(sort_leaves, pairs=pairs, hold=hold, all_paired=False)
-    return _over_pairs(method, move, sort, 1.0, None)
+    return _over_pairs(build, {"damping": damping}, sort, None)
 
 
 def _over_pairs(
-    method: Transform,
-    move: Move,
+    build: Callable[..., Built],
+    options: Mapping[str, Any],
     sort: Callable[[Any], Leaves],
-    scaling: float,
     rest: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:
+    build(**options)  # what is wrong is refused now
     others = optax.with_extra_args_support(rest or optax.identity())
+    # Arrays among the options go in as the parameters do: a function on a mesh with explicit axes
+    # can use none that it finds outside.
+    numbers = {name: x for name, x in options.items() if is_traced(x)}
+    build = partial(build, **{name: x for name, x in options.items() if name not in numbers})
 
-    def start(params: Any) -> PairState:
+    def start(params: Any, numbers: dict[str, Array]) -> PairState:
         leaves = sort(params)
         state = PairState(
             jnp.zeros((), jnp.int32),
-            method.init(leaves.factors(leaves.all), scaling),
-            others.init({name: leaves.all[name] for name in leaves.alone}),
+            build(**numbers).init(leaves.factors(leaves.all)),
+            others.init(leaves.unpaired(leaves.all)),
         )
         owned: PairState = jax.tree.map(jnp.copy, state)  # each its own buffer, to be donated
         return owned
 
     def advance(
-        updates: Any, state: PairState, params: Any, extra: dict[str, Any]
+        updates: Any, state: PairState, params: Any, numbers: Any, extra: dict[str, Any]
     ) -> tuple[Any, PairState]:
         leaves = sort(params)
         grads = gradients(updates, leaves)
-        check_state(state, jax.eval_shape(start, params))
-        steps, inner = move(
+        check_state(state, jax.eval_shape(start, params, numbers))
+        steps, inner = build(**numbers).move(
             leaves.factors(leaves.all), leaves.factors(grads), state.method, state.count
         )
         plain, rest_state = others.update(
-            {name: grads[name] for name in leaves.alone},
-            state.rest,
-            {name: leaves.all[name] for name in leaves.alone},
-            **extra,
+            leaves.unpaired(grads), state.rest, leaves.unpaired(leaves.all), **extra
         )
         still = {name: jnp.zeros_like(leaves.all[name]) for name in leaves.frozen}
         after = PairState(optax.safe_increment(state.count), inner, rest_state)
@@ -202,9 +236,10 @@ def _over_pairs(
 
     def init(params: Any) -> PairState:
         def where(mesh: Any) -> Any:
-            return beside_factors(jax.eval_shape(start, shapes_of(params)), sort(params))(mesh)
+            shapes = shapes_of((params, numbers))
+            return beside_factors(jax.eval_shape(start, *shapes), sort(params))(mesh)
 
-        state: PairState = with_automatic_axes(start, where, params)
+        state: PairState = with_automatic_axes(start, where, params, numbers)
         return state
 
     def update(
@@ -213,10 +248,8 @@ def _over_pairs(
         if params is None or isinstance(params, PairState):
             msg = f"call update(grads, state, params): got {type(params).__name__} as parameters"
             raise ValueError(msg)
-        where = as_they_are((updates, state))
-        out: tuple[Any, PairState] = with_automatic_axes(
-            advance, where, updates, state, params, extra
-        )
+        given = (updates, state, params, numbers, extra)
+        out: tuple[Any, PairState] = with_automatic_axes(advance, as_they_are(given[:2]), *given)
         return out
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -70,6 +70,10 @@ class Leaves(NamedTuple):
             for view_a, view_b in pair.views
         ]
 
+    def unpaired(self, leaves: Mapping[str, Array]) -> dict[str, Array]:
+        """Those of `leaves` that another transformation has."""
+        return {name: leaves[name] for name in self.alone}
+
     def written(self, factors: Sequence[Factors]) -> dict[str, Array]:
         """The inverse of `factors`, in the dtypes of the leaves."""
         supply, out = iter(factors), {}

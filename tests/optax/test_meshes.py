@@ -134,3 +134,32 @@ def test_numbers_among_the_leaves_and_functions_among_the_extra_arguments():
     assert seen == [max] and updates["scale"] == -1.0, (seen, updates["scale"])
     print("done")
     """)
+
+
+def test_hyperparameters_that_are_arrays():
+    """Within `jax.set_mesh` they are arrays on the mesh, with axes as explicit as the factors'."""
+    on_four_devices("""
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
+    where, split, split_grads = sharded(mesh)
+    inject = optax.inject_hyperparams
+    makers = [
+        lambda: inject(rlora.optax.scaled_adamw)(optax.linear_schedule(1e-2, 1e-3, 2), b1=0.5),
+        lambda: inject(rlora.optax.lora_pro_adamw)(1e-2, scaling=2.0),
+        lambda: inject(rlora.optax.transformation)(rlora.lora_rite(), 1e-2),
+        lambda: rlora.optax.scaled_adamw(jnp.asarray(1e-2)),
+        lambda: optax.chain(inject(rlora.optax.scale_by_gram)(damping=0.1), optax.sgd(1e-2)),
+    ]
+    for make in makers:
+        whole, _, _ = train(make(), params, grads)
+        with jax.set_mesh(mesh):
+            optimizer = make()
+            moved, _, _ = train(optimizer, split, split_grads)
+            state = jax.jit(optimizer.init)(split)
+            for call in (optimizer.update, jax.jit(optimizer.update)):
+                updates, _ = call(split_grads, state, split)
+        for key, x in moved.items():
+            # as above
+            np.testing.assert_allclose(x, whole[key], atol=2e-5, err_msg=key)
+            assert x.sharding.is_equivalent_to(where[key], x.ndim), (key, x.sharding)
+    print("done")
+    """)
