@@ -222,9 +222,9 @@ def _over_pairs(
         leaves = sort(params)
         grads = gradients(updates, leaves)
         check_state(state, jax.eval_shape(start, params, numbers))
-        steps, inner = build(**numbers).move(
-            leaves.factors(leaves.all), leaves.factors(grads), state.method, state.count
-        )
+        state = jax.tree.map(jnp.asarray, state)  # those of a file are NumPy's
+        P, G = leaves.factors(leaves.all), leaves.factors(grads)
+        steps, inner = build(**numbers).move(P, G, state.method, state.count)
         plain, rest_state = others.update(
             leaves.unpaired(grads), state.rest, leaves.unpaired(leaves.all), **extra
         )

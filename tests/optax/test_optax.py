@@ -275,6 +275,16 @@ def test_the_state_follows_names_that_a_file_has_put_into_another_order():
         assert_trees_close(resumed["layers"][str(i)], layer, 0)
 
 
+@EVERY
+def test_a_state_of_numpy_arrays(name):
+    """As files and pickles give it, in an update outside of jit."""
+    optimizer = getattr(rlora.optax, name)(1e-2)
+    params = {"q": make_tree()["q"]}
+    state = jax.tree.map(np.asarray, optimizer.init(params))
+    _, state = optimizer.update(params, state, params)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
+
+
 def test_the_state_follows_names_of_pairs_that_are_given_in_another_order():
     pairs = [(f"{k}.down", f"{k}.up") for k in "qv"]
     params, grads = (
