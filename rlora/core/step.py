@@ -1,5 +1,7 @@
 """One optimizer step with any method: a function of parameters, gradients and state."""
 
+from numbers import Real
+
 from rlora.core.checks import check_rates, checked_rate
 from rlora.core.dispatch import get_backend
 from rlora.core.errors import NamespaceError, PairingError
@@ -111,7 +113,7 @@ def move(
     `donate` is of the parameters alone: the state is written over inside of `Backend.reusing`.
     """
     lr = checked_rate(lr)
-    if hasattr(lr, "shape"):
+    if not isinstance(lr, Real):
         lr = _beside(lr, leaves_of(params))
         check_rates(lr, leaves_of(params))
     if transform.order == "jacobi":

@@ -111,6 +111,21 @@ def test_one_graph_and_the_numbers_of_the_eager_step(make, one_graph):
 
 
 @few
+def test_a_number_as_learning_rate_costs_one_graph_more(name):
+    """Once it has changed, torch takes it for a symbol, which has no attributes to be asked for."""
+    models = [small_model() for _ in range(2)]
+    optimizers = [CLASSES[name](model) for model in models]
+    both_step(models, [o.step for o in optimizers], 0)
+    step = torch.compile(optimizers[0].step, fullgraph=True, backend="aot_eager")
+    for t in range(4):
+        both_step(models, [step, optimizers[1].step], t % 3)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] *= 0.9
+    assert graphs() == 2
+    assert_alike(models, optimizers)
+
+
+@few
 def test_eager_and_compiled_steps_alternate(name, one_graph):
     models, optimizers, step = twins(CLASSES[name])
     for t in range(6):
