@@ -45,15 +45,24 @@ def test_without_it_the_counters_stay_on_the_host():
     assert set(counters) == {"cpu"}
 
 
-def test_on_a_cpu_it_is_refused_before_anything_moves():
+RATES = (torch.tensor(0.9), torch.tensor(0.99))
+REFUSED = {
+    "on a CPU": ({"capturable": True}, r"capturable=True .* cuda, got some on cpu"),
+    "lr": ({"lr": torch.tensor(1e-2), "foreach": True}, r"foreach=True takes lr .* numbers"),
+    "betas": ({"betas": RATES, "foreach": True}, r"foreach=True takes lr and betas .* numbers"),
+}
+
+
+@pytest.mark.parametrize("options, match", REFUSED.values(), ids=REFUSED)
+def test_what_a_kernel_refuses_is_refused_before_anything_moves(options, match):
     """Torch's own check comes within the kernel, when the group before has been stepped."""
     pairs = [[torch.nn.Parameter(torch.randn(shape)) for shape in ((4, 16), (8, 4))] for _ in "ab"]
-    groups = [{"params": pair, "capturable": i == 1} for i, pair in enumerate(pairs)]
+    groups = [{"params": pairs[0]}, {"params": pairs[1], **options}]
     optimizer = ScaledAdamW(groups, pairs=[tuple(pair) for pair in pairs])
     params = [p for pair in pairs for p in pair]
     before = [p.detach().clone() for p in params]
     for p in params:
         p.grad = torch.randn_like(p)
-    with pytest.raises(ValueError, match=r"capturable=True .* cuda, got some on cpu"):
+    with pytest.raises(ValueError, match=match):
         optimizer.step()
     assert all(map(torch.equal, params, before))

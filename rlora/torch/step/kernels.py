@@ -121,7 +121,7 @@ class AdamW(WithState):
 
     def prepare(self, directions: Sequence[Tensor]) -> None:
         if self.targets:
-            _check_capturable(self.group, self.targets[0].device.type)
+            _check_options(self.group, self.targets[0].device.type)
             if self.targets[0].device.type != "cpu":
                 check_capture(self.optimizer)
         names = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -204,12 +204,21 @@ def has_kernel(group: dict[str, Any], device: str) -> bool:
     return not (group.get("capturable") and isinstance(lr, Tensor) and lr.device.type == "cpu")
 
 
-def _check_capturable(group: dict[str, Any], device: str) -> None:
+def _check_options(group: dict[str, Any], device: str) -> None:
     """ValueError where torch's kernel would refuse, once other groups have moved."""
-    if group["capturable"] and device in ("cpu", "mps") and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # then it takes both
+        return
+    if group["capturable"] and device in ("cpu", "mps"):
         msg = (
             f"capturable=True is for parameters on a device that captures graphs, such as cuda, "
             f"got some on {device}; leave it out there"
+        )
+        raise ValueError(msg)
+    rates = (group["lr"], *group["betas"])
+    if group["foreach"] and not group["capturable"] and any(isinstance(x, Tensor) for x in rates):
+        msg = (
+            "foreach=True takes lr and betas that are numbers, got a tensor; give numbers, or "
+            "leave foreach out"
         )
         raise ValueError(msg)
 
