@@ -5,7 +5,6 @@ One stack (K, r, r) holds the matrices of all factors of one rank, K counting ev
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import groupby
 from typing import Any, NamedTuple
 
 from rlora.core.factors import Array, device_of
@@ -80,7 +79,11 @@ class MatrixAlgebra:
     def constants(self, values: Sequence[float], dtype: Any, like: Array) -> Array:
         """Python numbers as (K, 1, 1), on the device of an array: a list would be copied there."""
         make = partial(self.xp.full, dtype=dtype, device=device_of(like))
-        runs = [(float(value), len(list(run))) for value, run in groupby(values)]
+        runs: list[list[Any]] = []
+        for value in map(float, values):  # torch compiles a `groupby` anew for each value
+            if not runs or runs[-1][0] != value:
+                runs.append([value, 0])
+            runs[-1][1] += 1
         return self.xp.concat([make((count, 1, 1), value) for value, count in runs])
 
     def eigh(self, S: Array) -> tuple[Array, Array]:

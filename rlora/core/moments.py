@@ -22,6 +22,9 @@ from rlora.core.sizes import euclidean_norm, shrink_to, times
 from rlora.core.transform import State, Transform, no_state
 
 TINY = 1e-30
+LN2 = math.log(2)
+"""Times log2: torch compiles a step anew for each value that `math.log` is asked of."""
+
 EpsForm = Literal["torch", "hf"]
 
 
@@ -223,7 +226,7 @@ def corrected_decays(backend: Backend, rates: Sequence[float], count: Array) -> 
     xp = backend.xp
     if any(map(is_traced, rates)):
         return [corrected_decay(xp, b, count) for b in rates]
-    numbers = [math.log(max(b, TINY)) for b in rates]
+    numbers = [math.log2(max(b, TINY)) * LN2 for b in rates]
     numbers += [(1 - b) / b if b > TINY else math.inf for b in rates]
     constants = backend.constants(numbers, count.dtype, count)
     constants = xp.reshape(constants, (2, -1, *[1] * count.ndim))
@@ -292,4 +295,4 @@ def _corrections(xp: Any, b: float, counts: list[Array]) -> list[Any]:
 
 def _logarithm(xp: Any, b: float) -> Any:
     # An array that is 0 by chance counts as almost 0: 0 times its logarithm would be NaN.
-    return xp.log(xp.clip(b, min=TINY)) if is_traced(b) else math.log(b)
+    return xp.log(xp.clip(b, min=TINY)) if is_traced(b) else math.log2(b) * LN2

@@ -125,6 +125,22 @@ def test_a_number_as_learning_rate_costs_one_graph_more(name):
     assert_alike(models, optimizers)
 
 
+@pytest.mark.parametrize("name", ["adamw", "LoFT", "LoRAFA", "LoRARite"])
+def test_betas_on_a_schedule_cost_one_graph_more(name):
+    """OneCycleLR cycles the first of them; each by way of `corrected_decays` or of corrections."""
+    models, optimizers, _ = twins(CLASSES[name])
+    step = torch.compile(optimizers[0].step, fullgraph=True, backend="eager")
+    cycle = torch.optim.lr_scheduler.OneCycleLR
+    schedulers = [cycle(optimizer, max_lr=LR, total_steps=20) for optimizer in optimizers]
+    both_step(models, [o.step for o in optimizers], 1)  # the schedulers want to see one
+    for t in range(4):
+        for scheduler in schedulers:
+            scheduler.step()
+        both_step(models, [step, optimizers[1].step], t % 3)
+    assert graphs() == 2
+    assert_alike(models, optimizers)
+
+
 @few
 def test_eager_and_compiled_steps_alternate(name, one_graph):
     models, optimizers, step = twins(CLASSES[name])
