@@ -126,7 +126,7 @@ def move(
 def _beside(lr: Array, leaves: list[Array]) -> Array:
     """A learning rate in the library of the factors: one of NumPy goes with all of them."""
     own, backend = get_backend(lr), get_backend(*leaves)
-    if own is backend:
+    if own.name == backend.name:  # DTensors have a backend of their own, and take plain numbers
         return lr
     if own.name != "numpy":
         msg = (

@@ -250,6 +250,12 @@ def test_other_methods_under_ddp(groups):
     assert_equal(found, runs.trained_by_methods(None)[0], atol=1e-9)
 
 
+def test_lr_as_a_tensor(groups):
+    """It is a plain one, also where the factors that it multiplies are DTensors."""
+    found = groups(2).run(runs.trained_at_a_tensor_rate, "default")
+    assert_equal(found, runs.trained_at_a_tensor_rate(None), atol=1e-12)
+
+
 GATHERED = {"AdaPreLoRA", "LoFT", "LoRASB", "OPLoRA", "Riemannion", "ScaledProdigy", "TrustRegion"}
 """Classes that see whole factors."""
 

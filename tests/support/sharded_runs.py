@@ -292,6 +292,17 @@ def trained_by_methods(layout):
     return result, shares
 
 
+def trained_at_a_tensor_rate(layout):
+    """A few steps of every other method with lr as a tensor, as a compiled loop has it."""
+    result = {}
+    for name, kind in METHODS.items():
+        model = shard(make_model(torch.float64), layout)
+        optimizer = kind(model, lr=torch.tensor(1e-3, dtype=torch.float64))
+        train(model, optimizer, stop=3)
+        result |= {f"{name}: {key}": x for key, x in values(model).items()}
+    return result
+
+
 def trained_with_a_whole_factor(sharded):
     """A few steps of every other method over pairs of which A, B or none lies whole everywhere."""
     cut_0, cut_1, whole_here = Shard(0), Shard(1), Replicate()
