@@ -135,6 +135,13 @@ def test_frozen_factors_and_missing_gradients(groups, maker, layout):
     assert_equal(found, runs.trained_frozen(maker, None), atol=1e-12)
 
 
+@pytest.mark.parametrize("maker", ["default", "default-gs", "sgd", "nadam", "rite"])
+def test_a_factor_frozen_after_its_gradient_steps_once_more(groups, maker):
+    """As torch's optimizers step whatever has a gradient."""
+    found = groups(2).run(runs.frozen_before_the_step, maker, "default")
+    assert_equal(found, runs.frozen_before_the_step(maker, None), atol=1e-12)
+
+
 def test_a_gradient_missing_on_one_process_counts_as_zeros(groups):
     """Method classes move what any process has a gradient of, in all its pieces."""
     for pieces in groups(4).run(runs.step_with_none_on_one, "rite"):

@@ -495,6 +495,19 @@ def trained_frozen(maker, layout):
     return values(model)
 
 
+def frozen_before_the_step(maker, layout):
+    """Two factors are frozen between the backward pass and the step, and keep their gradients."""
+    model = shard(make_model(torch.float64), layout)
+    optimizer = MAKERS[maker](model)
+    train(model, optimizer, stop=2)
+    optimizer.zero_grad()
+    backward(model, 2)
+    model[0].lora_A["default"].weight.requires_grad_(False)
+    model[2].lora_B["default"].weight.requires_grad_(False)
+    optimizer.step()
+    return values(model)
+
+
 def step_with_none_on_one(maker):
     """Process 0 alone has lost the gradients of its factors."""
     model = shard(make_model(torch.float64), "default")

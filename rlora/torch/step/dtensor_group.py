@@ -5,8 +5,8 @@ forms the Grams of its pieces, one all-reduce sums those of all pairs, and the d
 are made of pieces again. FSDP2 cuts A along its rank axis by default: then pieces of
 rows are exchanged for pieces of columns first, and the directions go back.
 
-Which collectives run depends on layouts and options alone, never on who has a gradient or an empty
-piece: all processes call the same ones in the same order.
+Which collectives run depends on layouts, options and frozen factors alone, never on who has a
+gradient of a trained one or an empty piece: all processes call the same ones in the same order.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ from torch import Tensor
 from rlora.core.backend import Backend
 from rlora.core.factors import Factors
 from rlora.core.placement import Preconditioners, RankGrams
-from rlora.torch.pairing.pairs import TensorPair, cut_dims, local, mesh_of
+from rlora.torch.pairing.pairs import TensorPair, cut_dims, local, mesh_of, moves
 from rlora.torch.step.dtensor_exchange import Exchange, piece_of_grad
 from rlora.torch.step.kernels import Kernel
 from rlora.torch.step.listwise import FactorUpdate, ListStep
@@ -165,7 +165,7 @@ def _updates(
     for pair in pairs:
         exchanged = [d for side in (0, 1) for d in cut_dims(pair[side], side)]
         for side, (letter, p) in enumerate(zip("AB", pair[:2], strict=True)):
-            if letter not in sides or not p.requires_grad:
+            if letter not in sides or not moves(p):
                 continue
             key = (group_of[id(p)], p.dtype, *exchanged[:1])
             updates.setdefault(key, []).append(FactorUpdate(pair, side, p.grad is not None))
