@@ -68,9 +68,9 @@ def test_a_compiled_step_keeps_the_state_of_sharded_pairs(groups):
     assert_equal(groups(2).run(runs.trained_compiled, True), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("maker", ["default", "sgd", "rite"])
+@pytest.mark.parametrize("maker", ["default", "sgd", "rmsprop", "rite"])
 def test_a_state_follows_the_layout_of_the_parameters(groups, maker):
-    """Dimensions of HSDP swapped, and columns for rows: every process has the shape that it needs."""
+    """HSDP's dimensions swapped, rows and columns: each process has the piece that it needs."""
     expected = checkpoints.moved_to_another_layout(maker)
     assert_equal(groups(4).run(checkpoints.moved_to_another_layout, maker), expected, atol=1e-12)
 

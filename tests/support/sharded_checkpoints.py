@@ -1,5 +1,8 @@
 """Code for the processes of tests/distributed: half of a training, saved and resumed."""
 
+import copy
+import io
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -21,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 
 def options(flat):
@@ -95,12 +98,17 @@ def resumed_without_gradient(layout, directory):
 
 
 def moved_to_another_layout(maker):
-    """Steps in one layout, its state in an optimizer of each other one, and more steps there."""
+    """Steps in one layout, its state in an optimizer of each other one, and more steps there.
+
+    The state is then in memory of its own: it can be copied and saved.
+    """
     mesh = init_device_mesh("cpu", (2, 2)) if dist.is_initialized() else None
     rows, columns, twice = Shard(0), Shard(1), Replicate()
-    layouts = [[(twice, rows)] * 2, [(rows, twice)] * 2, [(twice, columns), (twice, rows)]]
+    by_rows, by_columns = [(twice, rows)] * 2, [(twice, columns), (twice, rows)]
+    moves = [(by_rows, by_rows), (by_rows, [(rows, twice)] * 2), (by_rows, by_columns)]
+    moves += [(by_rows, [(twice, rows), (rows, columns)]), (by_columns, by_rows)]
     result = {}
-    for k, after in enumerate(layouts):
+    for k, (before, after) in enumerate(moves):
         g = torch.Generator().manual_seed(0)
 
         def draw(shape, places, g=g):
@@ -115,11 +123,10 @@ def moved_to_another_layout(maker):
 
         shapes = (("x.lora_A.weight", (3, 8)), ("x.lora_B.weight", (3, 3)))
         first = [
-            (n, torch.nn.Parameter(draw(s, p)))
-            for (n, s), p in zip(shapes, layouts[0], strict=True)
+            (n, torch.nn.Parameter(draw(s, p))) for (n, s), p in zip(shapes, before, strict=True)
         ]
         optimizer = MAKERS[maker](first)
-        go(first, optimizer, layouts[0])
+        go(first, optimizer, before)
         second = [
             (
                 n,
@@ -133,7 +140,12 @@ def moved_to_another_layout(maker):
         ]
         resumed = MAKERS[maker](second)
         resumed.load_state_dict(optimizer.state_dict())
+        for _, p in second if mesh else ():
+            held = [x for x in resumed.state[p].values() if isinstance(x, DTensor)]
+            assert held
+            assert all(x.placements == p.placements for x in held)
         go(second, resumed, after)
+        torch.save(copy.deepcopy(resumed.state_dict()), io.BytesIO())
         result |= {f"{k}: {n}": whole(p) for n, p in second}
     return result
 

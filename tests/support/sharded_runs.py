@@ -52,6 +52,7 @@ MAKERS = {
     "gauss-seidel": lambda m: ScaledAdamW(m, lr=1e-2, order="gauss_seidel", amsgrad=True, **BEFORE),
     "sgd": lambda m: ScaledSGD(m, lr=1e-2, momentum=0.9, nesterov=True, **RELATIVE),
     "nadam": lambda m: rlora.torch.precondition(torch.optim.NAdam)(m, lr=1e-2),
+    "rmsprop": lambda m: rlora.torch.precondition(torch.optim.RMSprop)(m, lr=1e-2),
     "rite": lambda m: LoRARite(m, lr=1e-2),
     "guarded": lambda m: LoRARite(m, lr=1e-2, **GUARDS),
     "pro": lambda m: LoRAProAdamW(m, lr=1e-3),

@@ -235,6 +235,7 @@ class LoadsState(Optimizer, ABC):
                     loaded = value.detach().to(p.device, dtype, copy=True)
                 elif loaded is value:
                     loaded = value.clone()  # else both would count in one tensor
-                if is_distributed(loaded) and is_distributed(p) and key in ELEMENTWISE:
-                    loaded = cut_as(loaded, p)  # the kernels work on pieces
+                if is_distributed(loaded) and is_distributed(p) and loaded.shape == p.shape:
+                    # Kernels, and parents, step pieces; a part of a whole could not be saved.
+                    loaded = cut_as(loaded, p).clone()
                 held[key] = loaded
