@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -686,7 +687,10 @@ def test_precondition_any_torch_optimizer(base):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)
+LISTWISE = {"ScaledAdamW": ScaledAdamW, "ScaledSGD": partial(ScaledSGD, momentum=0.9)}
+
+
+@pytest.mark.parametrize("kind", (METHODS | LISTWISE).values(), ids=METHODS | LISTWISE)
 def test_factors_on_a_cpu_under_another_default_device(kind):
     """Everything of a step is made where the factors are, small and large, one and many."""
     steps = []

@@ -91,7 +91,8 @@ class WithState(Kernel):
         like = self.targets[k]
         if known is None:
             return like_param(self.params[k], torch.zeros_like(like))
-        entry: Tensor = torch.as_tensor(known)
+        # A tensor stays where it is: `as_tensor` would take it to torch's default device.
+        entry = known if isinstance(known, Tensor) else torch.as_tensor(known)
         x = local(entry)
         if x.shape != like.shape:
             raise misshapen(name, known, like)
@@ -107,7 +108,9 @@ class WithState(Kernel):
         device = self.targets[k].device if on_device else torch.device("cpu")
         if known is None:
             return torch.zeros((), dtype=counter_dtype(fused), device=device)
-        return torch.as_tensor(known).to(device)
+        return (
+            known.to(device) if isinstance(known, Tensor) else torch.as_tensor(known, device=device)
+        )
 
 
 def counter_dtype(fused: Any = False) -> torch.dtype:
