@@ -140,7 +140,7 @@ def of_options(
             moved, state = step(method, params, grads, state, lr)
             return map_leaves(lambda new, old: new - old, moved, params), state
 
-        return Built(partial(method.init, scaling=scaling), move)
+        return Built(lambda params: method.init(params, scaling), move)
 
     sort = partial(sort_leaves, pairs=pairs, hold=hold, all_paired=rest is None)
     numbers = {"learning_rate": learning_rate, "scaling": scaling, **options}

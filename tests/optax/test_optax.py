@@ -326,3 +326,15 @@ def test_a_schedule_is_asked_for_the_number_of_steps():
         found.append(float(updates["q"]["lora_a"][0, 0]))
     assert [x / found[0] for x in found] == pytest.approx([1, 0.5, 0.25], rel=1e-6)  # float32
     assert state.count == 3
+
+
+def test_a_method_of_ones_own_that_calls_its_scaling_otherwise():
+    """`Transform.init` takes it by position everywhere."""
+    method = rlora.lora_pro_adamw()
+    renamed = method._replace(init=lambda params, s=1.0: method.init(params, s))
+    params = {"q": make_tree()["q"]}
+    moved = []
+    for one in (method, renamed):
+        optimizer = rlora.optax.transformation(one, 1e-2, scaling=2.0)
+        moved.append(optimizer.update(params, optimizer.init(params), params))
+    assert_trees_close(*moved, 0)
