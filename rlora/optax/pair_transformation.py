@@ -18,6 +18,7 @@ from rlora.optax.meshes import as_they_are, beside_factors, shapes_of, with_auto
 from rlora.optax.param_tree import (
     Hold,
     Leaves,
+    cast_like,
     check_state,
     gradients,
     sort_leaves,
@@ -231,7 +232,7 @@ def _over_pairs(
         still = {name: jnp.zeros_like(leaves.all[name]) for name in leaves.frozen}
         after = PairState(optax.safe_increment(state.count), inner, rest_state)
         # Hyperparameters that are arrays may be of a wider dtype than the state.
-        after = optax.tree.cast_like(after, state)
+        after = cast_like(after, state)
         return with_leaves(updates, plain | leaves.written(steps) | still), after
 
     def init(params: Any) -> PairState:

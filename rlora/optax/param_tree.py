@@ -173,6 +173,15 @@ def check_state(state: Any, expected: Any) -> None:
         raise ShapeError(msg)
 
 
+def cast_like(tree: Any, other: Any) -> Any:
+    """A tree in the dtypes of another; random keys, which outside of jit have no cast, stay."""
+
+    def cast(x: Array, like: Array) -> Array:
+        return x if jnp.issubdtype(like.dtype, jax.dtypes.prng_key) else x.astype(like.dtype)
+
+    return jax.tree.map(cast, tree, other)
+
+
 def _as_array(name: str, x: Any) -> Array:
     """A leaf as an array; JAX's trees may have plain numbers in them."""
     if hasattr(x, "shape"):

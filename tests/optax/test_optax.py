@@ -338,3 +338,14 @@ def test_a_method_of_ones_own_that_calls_its_scaling_otherwise():
         optimizer = rlora.optax.transformation(one, 1e-2, scaling=2.0)
         moved.append(optimizer.update(params, optimizer.init(params), params))
     assert_trees_close(*moved, 0)
+
+
+def test_a_rest_with_a_random_key_outside_of_jit():
+    params = {"q": make_tree()["q"], "bias": jnp.ones(4)}
+    optimizer = rlora.optax.scaled_sgd(1e-2, rest=optax.add_noise(0.1, 0.5, 0))
+    state = optimizer.init(params)
+    eager, jitted = (
+        f(params, state, params) for f in (optimizer.update, jax.jit(optimizer.update))
+    )
+    assert_trees_close(eager[0], jitted[0], 1e-6)
+    assert eager[1].rest.rng_key == jitted[1].rest.rng_key != state.rest.rng_key
