@@ -129,7 +129,7 @@ def multiply(slot: str, P: Array, G: Array, out: Array | None) -> Array:
 
 
 def multiply_each(slot: str, P: Arrays, X: Arrays, outs: Arrays, keep: float | None = None) -> None:
-    """``P G`` ("left") or ``G P`` ("right") of each into `outs`, added to ``keep`` times these."""
+    """``P X`` ("left") or ``X P`` ("right") of each into `outs`, added to ``keep`` times these."""
     lefts, rights = (P, X) if slot == "left" else (X, P)
     if slot == "right" and any(fold_of(G, FOLDED_PRODUCT) > 1 for G in X):
         folded = [factors_of(slot, *each) for each in zip(P, X, outs, strict=True)]
