@@ -260,9 +260,9 @@ def chain(*transforms: Transform) -> Transform:
         direction = unflatten(params, backend.cast_like(G, P))
         states = []
         try:
-            for transform, own in zip(transforms, state, strict=True):
-                direction, own = transform.update(direction, own, wide)
-                states.append(own)
+            for transform, old in zip(transforms, state, strict=True):
+                direction, new = transform.update(direction, old, wide)
+                states.append(new)
         except Exception as error:
             check_state(state, lambda: init(params), error)
             raise

@@ -5,8 +5,8 @@ forms the Grams of its pieces, one all-reduce sums those of all pairs, and the d
 are made of pieces again. FSDP2 cuts A along its rank axis by default: then pieces of
 rows are exchanged for pieces of columns first, and the directions go back.
 
-Which collectives run depends on layouts, options and frozen factors alone, never on who has a
-gradient of a trained one or an empty piece: all processes call the same ones in the same order.
+Which collectives run depends on layouts, options and frozen factors alone, never on which trained
+factors have a gradient or an empty piece: all processes call the same ones in the same order.
 """
 
 from collections.abc import Iterable, Sequence
