@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     digits: Tensor
 
 
-class Digits(Workload[Batch]):
+class DigitsWorkload(Workload[Batch]):
     """Two hidden layers, taught some pictures; adapters everywhere are taught others."""
 
     def __init__(self, known: Batch, new: Batch) -> None:
@@ -46,7 +46,7 @@ class Digits(Workload[Batch]):
         return {"accuracy": float(torch.cat(right).double().mean())}
 
 
-def load(dataset: str, *, kept: Path | None = None, quick: bool = False) -> Digits:
+def load(dataset: str, *, kept: Path | None = None, quick: bool = False) -> DigitsWorkload:
     """The base knows odd digits and is taught even ones, or upright ones and is taught turned ones.
 
     Nothing is slow enough to be kept in a file or to need a quick version.
@@ -54,9 +54,9 @@ def load(dataset: str, *, kept: Path | None = None, quick: bool = False) -> Digi
     pictures, digits = read()
     if dataset == "rotated":
         turned = pictures.reshape(-1, 8, 8).rot90(1, (1, 2)).reshape(-1, 64)
-        return Digits(Batch(pictures, digits), Batch(turned, digits))
+        return DigitsWorkload(Batch(pictures, digits), Batch(turned, digits))
     odd = digits % 2 == 1
-    return Digits(Batch(pictures[odd], digits[odd]), Batch(pictures[~odd], digits[~odd]))
+    return DigitsWorkload(Batch(pictures[odd], digits[odd]), Batch(pictures[~odd], digits[~odd]))
 
 
 def read() -> tuple[Tensor, Tensor]:

@@ -34,10 +34,10 @@ def _shorthand(method: Callable[..., Transform]) -> Callable[..., Any]:
     whole, own = (inspect.signature(f).parameters.values() for f in (transformation, method))
     shared = [p for p in whole if p.name != "method"]
     options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    names = [p.name for p in shared]
+    names, usual = [p.name for p in shared], {p.name: p.default for p in shared[1:]}
 
     def make(learning_rate: optax.ScalarOrSchedule, **given: Any) -> Any:
-        ours = {name: given.pop(name) for name in names if name in given}
+        ours = {name: given.pop(name, default) for name, default in usual.items()}
         return of_options(method, given, learning_rate, **ours)
 
     # For `inject_hyperparams`, which makes arrays of the numbers among them.

@@ -30,7 +30,7 @@ Move: TypeAlias = Callable[[list[Factors], list[Factors], State, Array], tuple[A
 
 
 class Built(NamedTuple):
-    """The start and the moves of all pairs of a tree."""
+    """A method with its options: how the state of all pairs begins, and how they move."""
 
     init: Callable[[list[Factors]], State]
     move: Move
@@ -112,22 +112,19 @@ def transformation(
     >>> params = optax.apply_updates(params, updates)
     """
     check_transform(method)
-    return of_options(
-        lambda: method, {}, learning_rate, pairs=pairs, hold=hold, scaling=scaling, rest=rest
-    )
+    return of_options(lambda: method, {}, learning_rate, scaling, pairs, hold, rest)
 
 
 def of_options(
     make: Callable[..., Transform],
     options: Mapping[str, Any],
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    pairs: Source | None = None,
-    hold: Hold = (),
-    scaling: float = 1.0,
-    rest: optax.GradientTransformation | None = None,
+    learning_rate: Any,
+    scaling: Any,
+    pairs: Source | None,
+    hold: Hold,
+    rest: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A `transformation` of ``make(**options)``."""
+    """The `transformation` of ``make(**options)``, whose options may be arrays."""
     if not callable(learning_rate):
         checked_rate(learning_rate)
 
